@@ -1,0 +1,221 @@
+"""The command ``nnunet_semiseg``: each subcommand is one function, which returns what is to be run.
+
+What takes long to import is imported in there, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+
+from nnunet_semiseg.errors import UserError
+
+CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]
+DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's
+
+Command = Callable[[Namespace], None]
+
+
+def plan_and_preprocess(parser: ArgumentParser) -> Command:
+    """Fingerprint, plans and preprocessing of labelled and unlabelled cases."""
+    parser.add_argument("-d", type=int, nargs="+", required=True, metavar="ID", help="dataset numbers")
+    parser.add_argument("-pl", default="SemiSegPlanner", metavar="PLANNER", help="default: %(default)s")
+    parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="default: the planner's own")
+    parser.add_argument(
+        "-overwrite_target_spacing",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="of 3d_fullres; z y x, as in nnU-Net",
+    )
+    parser.add_argument("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
+    parser.add_argument(
+        "-npfp", type=int, default=_cores(8), metavar="N", help="processes for the fingerprint"
+    )
+    parser.add_argument("--verify_dataset_integrity", action="store_true", help="recommended, once a dataset")
+    parser.add_argument("--no_pp", action="store_true", help="end with the plans")
+    _add_preprocessing_arguments(parser)
+    _add_set_argument(parser)
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg import planning
+
+        planning.plan_and_preprocess(
+            args.d,
+            args.c,
+            args.pl,
+            num_processes=_num_processes(args),
+            num_processes_fingerprint=args.npfp,
+            gpu_memory_target=args.gpu_memory_target,
+            overwrite_target_spacing=args.overwrite_target_spacing,
+            overwrite_plans_name=args.overwrite_plans_name,
+            verify_dataset_integrity=args.verify_dataset_integrity,
+            clean=args.clean,
+            preprocess=not args.no_pp,
+            settings=args.set,
+            show_progress_bar=not args.no_pbar,
+            verbose=args.verbose,
+        )
+
+    return run
+
+
+def preprocess_unlabeled(parser: ArgumentParser) -> Command:
+    """Preprocess imagesUn for plans that are there already, nnU-Net's own among them."""
+    parser.add_argument("-d", type=int, nargs="+", required=True, metavar="ID", help="dataset numbers")
+    parser.add_argument("-plans_name", default="nnUNetPlans", metavar="NAME", help="default: %(default)s")
+    _add_preprocessing_arguments(parser)
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.data import unlabeled
+
+        for dataset_id in args.d:
+            unlabeled.preprocess_unlabeled(
+                dataset_id,
+                args.c,
+                args.plans_name,
+                _num_processes(args),
+                args.clean,
+                not args.no_pbar,
+                args.verbose,
+            )
+
+    return run
+
+
+def train(parser: ArgumentParser) -> Command:
+    """What nnUNetv2_train does, and --set."""
+    names = ("dataset_name_or_id", "configuration", "fold")
+    options = {"-tr": "nnUNetTrainer", "-p": "nnUNetPlans", "-pretrained_weights": None, "-num_gpus": None}
+    options["-device"] = None
+    flags = ("--npz", "--c", "--val", "--val_best", "--disable_checkpointing")
+    for name in names:
+        parser.add_argument(name)
+    for option, default in options.items():
+        parser.add_argument(option, default=default, help="as in nnUNetv2_train")
+    for flag in flags:
+        parser.add_argument(flag, action="store_true", help="as in nnUNetv2_train")
+    _add_set_argument(parser)
+
+    def run(args: Namespace) -> None:
+        from nnunetv2.run.run_training import run_training_entry
+
+        from nnunet_semiseg.config import parse_assignments
+        from nnunet_semiseg.data.unlabeled import dataset_folder
+        from nnunet_semiseg.planning import write_settings
+
+        preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
+        dataset_folder("nnUNet_results", args.dataset_name_or_id)
+        write_settings(preprocessed / f"{args.p}.json", parse_assignments(args.set))
+        given = {key: getattr(args, key.lstrip("-")) for key in (*options, *flags)}
+        sys.argv = ["nnUNetv2_train", *(getattr(args, name) for name in names)]
+        sys.argv += [word for option in options if given[option] for word in (option, given[option])]
+        sys.argv += [flag for flag in flags if given[flag]]
+        run_training_entry()
+
+    return run
+
+
+def embed_prompts(parser: ArgumentParser) -> Command:
+    """Write a dataset's prompt embeddings to a file, for training where there is no internet."""
+    parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset number")
+    parser.add_argument("-o", required=True, metavar="FILE", help="FILE.safetensors")
+    parser.add_argument("-model", default="ViT-B-32", help="of open_clip; default: %(default)s")
+    parser.add_argument("-pretrained", default="openai", help="tag or file of weights; default: %(default)s")
+    parser.add_argument("-cache_dir", help="where open_clip keeps its downloads")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.data.unlabeled import DATASET_JSON_GUIDE, dataset_folder, read_json
+        from nnunet_semiseg.text import prompt_learner
+
+        dataset_json = read_json(dataset_folder("nnUNet_raw", args.d) / "dataset.json", DATASET_JSON_GUIDE)
+        prompt_learner.embed_prompts(dataset_json, args.model, args.pretrained, args.cache_dir, args.o)
+
+    return run
+
+
+def demo(parser: ArgumentParser) -> Command:
+    """Make a small data set, train with and without its unlabelled images, compare: minutes on a CPU."""
+    parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: a temporary folder")
+    parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.demo import run_demo
+
+        run_demo(args.o, args.device)
+
+    return run
+
+
+def env(parser: ArgumentParser) -> Command:
+    """Print the line that shows nnU-Net our trainers, for those who would rather set it than have it set."""
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.discovery import export_line
+
+        print(export_line())
+
+    return run
+
+
+COMMANDS = (plan_and_preprocess, preprocess_unlabeled, train, embed_prompts, demo, env)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. What the user can mend comes as `error: ` lines on stderr and exit status 1."""
+    parser = ArgumentParser("nnunet_semiseg", description="Semi-supervised training with nnU-Net v2.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.__name__, help=command.__doc__, description=command.__doc__, allow_abbrev=False
+        )
+        subparser.set_defaults(run=command(subparser))
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_preprocessing_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        default=CONFIGURATIONS,
+        metavar="CONFIGURATION",
+        help=f"default: {' '.join(CONFIGURATIONS)}",
+    )
+    parser.add_argument(
+        "-np", type=int, nargs="+", metavar="N", help="processes, or one number for each of -c"
+    )
+    parser.add_argument("--clean", action="store_true", help="redo what is there already")
+    parser.add_argument("--no_pbar", action="store_true", help="no progress bar")
+    parser.add_argument("--verbose", action="store_true")
+
+
+def _add_set_argument(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings, kept in the plans for every trainer that uses them; for example num_epochs=100",
+    )
+
+
+def _num_processes(args: Namespace) -> list[int]:
+    return args.np or [_cores(DEFAULT_PROCESSES.get(c, 4)) for c in args.c]
+
+
+def _cores(at_most: int) -> int:
+    return min(at_most, os.cpu_count() or 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Settings of a training: frozen dataclasses, kept in the plans under ``semiseg``.
+
+The key is flat and shared by every trainer that uses the plans, so a trainer passes over the settings that
+belong to another trainer and refuses those that belong to none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from dataclasses import dataclass, fields
+from typing import Any, Iterable, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from nnunet_semiseg.errors import UserError
+
+PLANS_KEY = "semiseg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The length of a training; every trainer of this package has these."""
+
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    save_every: int = 50
+    """epochs between two `checkpoint_latest.pth`"""
+    seed: int | None = None
+    """fixes the initialisation, and with `nnUNet_n_proc_DA=0` on a CPU the whole training"""
+
+    def __post_init__(self):
+        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
+            require(self, name, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiSupervisedSettings(TrainingSettings):
+    unlabeled_batch_size: int | None = None
+    """unlabelled samples in a batch; None: as many as labelled ones"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "unlabeled_batch_size", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(SemiSupervisedSettings):
+    """Settings of a method with an EMA teacher; having them is what gives a trainer its teacher."""
+
+    ema_decay: float = 0.99
+    deploy: Literal["student", "teacher"] = "student"
+    """whose weights validation and prediction use"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "ema_decay", minimum=0, maximum=1)
+
+
+S = TypeVar("S", bound=TrainingSettings)
+
+
+def require(settings, name: str, minimum: float | None = None, maximum: float | None = None) -> None:
+    """Raise a UserError unless the setting is None or lies within the bounds, both included."""
+    value = getattr(settings, name)
+    if value is None or ((minimum is None or value >= minimum) and (maximum is None or value <= maximum)):
+        return
+    bounds = [f"at least {minimum}"] * (minimum is not None) + [f"at most {maximum}"] * (maximum is not None)
+    raise UserError(f"setting {name}={value}: must be {' and '.join(bounds)}; mend it with --set {name}=VALUE")
+
+
+def read_settings(settings_class: type[S], plans: dict) -> S:
+    """The settings of one trainer from ``plans['semiseg']``.
+
+    Raises:
+        UserError: a key that no trainer knows (names the nearest), a value of the wrong type or out of range.
+    """
+    given = plans.get(PLANS_KEY, {})
+    own = _hints(settings_class)
+    foreign = set(given) - set(own)
+    if foreign:
+        _refuse_unknown(foreign, known=set(own) | set(known_settings()))
+    return settings_class(**{k: _convert(k, v, own[k]) for k, v in given.items() if k in own})
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """``["num_epochs=10", "tmr=copy"]`` to ``{"num_epochs": 10, "tmr": "copy"}``; values are JSON or else text."""
+    settings = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not (key and equals):
+            raise UserError(f"--set {assignment}: write KEY=VALUE, for example --set num_epochs=100")
+        try:
+            settings[key] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[key] = {"True": True, "False": False, "None": None}.get(text, text)
+    return settings
+
+
+def update_settings(plans: dict, changes: dict[str, Any]) -> dict:
+    """A copy of the plans with these settings in it, each checked against the trainers that have it."""
+    known = known_settings()
+    _refuse_unknown(set(changes) - set(known), known)
+    for key, value in changes.items():
+        for settings_class in known[key]:
+            settings_class(**{key: _convert(key, value, _hints(settings_class)[key])})
+    return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
+
+
+def known_settings() -> dict[str, list[type[TrainingSettings]]]:
+    """Every setting's name, with the settings classes of the installed trainers that have it."""
+    from nnunet_semiseg.discovery import iter_classes  # discovery imports trainers, which import this module
+
+    known: dict[str, list[type[TrainingSettings]]] = {}
+    for trainer in iter_classes("trainers"):
+        settings_class = getattr(trainer, "settings_class", None)
+        for field in fields(settings_class) if settings_class else ():
+            if settings_class not in known.setdefault(field.name, []):
+                known[field.name].append(settings_class)
+    return known
+
+
+def _hints(settings_class) -> dict[str, Any]:
+    hints = get_type_hints(settings_class)
+    return {f.name: hints[f.name] for f in fields(settings_class)}
+
+
+def _refuse_unknown(unknown: set[str], known: Iterable[str]) -> None:
+    for key in sorted(unknown):
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(sorted(known))}"
+        raise UserError(f"unknown setting {key} (--set, or key '{PLANS_KEY}' of the plans): {hint}")
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    if not _matches(value, hint):
+        raise UserError(
+            f"setting {key}={json.dumps(value)}: must be {_name(hint)}; mend it with --set {key}=VALUE"
+        )
+    if isinstance(value, list):
+        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    return float(value) if hint is float else value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, a) for a in args)
+    if origin is Literal:
+        return value in args and not isinstance(value, bool)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(_matches(v, args[0]) for v in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_name(a) for a in args)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return f"a list of {_name(args[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "null")

@@ -1,0 +1,107 @@
+"""Labelled and unlabelled patches in one batch, from one loader, with weak and strong views of the latter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+
+class ViewsTransform(BasicTransform):
+    """Views of one unlabelled patch, taken from nnU-Net's own training transforms.
+
+    All views share the spatial transform and the mirroring, so that their predictions can be compared voxel by
+    voxel. `weak` is just that; `strong` has nnU-Net's intensity transforms on top, drawn anew for each view and
+    applied to a clone, as batchgeneratorsv2 changes tensors in place. Transforms of the segmentation are left
+    out: there is none.
+
+    Args:
+        training_transforms: what `nnUNetTrainer.get_training_transforms` returns.
+        views: the names of the views; one that begins with "weak" is weak, any other is strong.
+    """
+
+    def __init__(self, training_transforms: ComposeTransforms, views: Sequence[str]):
+        super().__init__()
+        self.views = tuple(views)
+        spatial, intensity, masking = [], [], []
+        for transform in training_transforms.transforms:
+            inner = transform.transform if isinstance(transform, RandomTransform) else transform
+            if isinstance(inner, ImageOnlyTransform):
+                intensity.append(transform)
+            elif isinstance(inner, MaskImageTransform):
+                masking.append(transform)
+            elif isinstance(
+                inner, (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
+            ):
+                spatial.append(transform)
+        self.spatial, self.intensity, self.masking = map(ComposeTransforms, (spatial, intensity, masking))
+
+    def apply(self, data_dict: dict, **params) -> dict:
+        """image (C, *S), segmentation (1, *S: -1 outside the nonzero mask) -> image (views * C, *S).
+
+        The views are stacked along the channels, because nnU-Net's loader carries one image.
+        """
+        if not self.masking.transforms:
+            data_dict.pop("segmentation")  # nothing reads it: spare its interpolation
+        data_dict = self.spatial(**data_dict)
+        images = []
+        for view in self.views:
+            sample = {**data_dict, "image": data_dict["image"].clone()}
+            if not view.startswith("weak"):
+                sample = self.intensity(**sample)
+            images.append(self.masking(**sample)["image"])
+        return {"image": torch.cat(images), "segmentation": torch.empty(0)}
+
+
+class UnlabeledDataLoader(nnUNetDataLoader):
+    """nnU-Net's loader for cases with no label: every patch is drawn uniformly, none by class."""
+
+    def __init__(self, data, batch_size: int, patch_size, final_patch_size, label_manager, transforms):
+        super().__init__(data, batch_size, patch_size, final_patch_size, label_manager, transforms=transforms)
+        self.has_ignore = False  # else nnU-Net would sample annotated voxels, of which there are none
+
+    def get_bbox(self, data_shape, force_fg, class_locations, overwrite_class=None, verbose=False):
+        return super().get_bbox(data_shape, False, None)
+
+
+class TwoStreamLoader(SlimDataLoaderBase):
+    """Adds `unlabeled: {view: (B_u, C, *S)}` and `unlabeled_keys` to every labelled batch."""
+
+    def __init__(self, labeled: nnUNetDataLoader, unlabeled: UnlabeledDataLoader):
+        super().__init__(None, labeled.batch_size)
+        self.labeled, self.unlabeled = labeled, unlabeled
+
+    def generate_train_batch(self) -> dict:
+        batch, unlabeled = next(self.labeled), next(self.unlabeled)
+        views = self.unlabeled.transforms.views
+        batch["unlabeled"] = dict(zip(views, unlabeled["data"].chunk(len(views), dim=1), strict=True))
+        batch["unlabeled_keys"] = unlabeled["keys"]
+        return batch
+
+
+def add_unlabeled_stream(augmenter, make_unlabeled_loader, seeds):
+    """Give the augmenter that nnU-Net built (its labelled loader inside) the two-stream loader.
+
+    Args:
+        augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter, perhaps with workers running.
+        make_unlabeled_loader: called with the labelled loader, returns the unlabelled one.
+        seeds: called with the number of workers, returns as many seeds. Forked workers share torch's random
+            stream, so without a seed each all would augment alike.
+    """
+    if isinstance(augmenter, SingleThreadedAugmenter):
+        augmenter.data_loader = TwoStreamLoader(augmenter.data_loader, make_unlabeled_loader(augmenter.data_loader))
+    else:
+        augmenter._finish()
+        augmenter.generator = TwoStreamLoader(augmenter.generator, make_unlabeled_loader(augmenter.generator))
+        augmenter.seeds = seeds(augmenter.num_processes)
+    return augmenter

@@ -1,0 +1,458 @@
+"""Unlabelled cases: found in ``imagesUn/``, preprocessed beside the labelled ones, handed to the trainer.
+
+A folder ``<data_identifier>__unlabeled`` holds the cases, ``<data_identifier>__unlabeled.json`` beside it is
+the manifest. The manifest is written last: where it is, every case in it is whole. Where a ``.pkl`` is, its
+case is whole, because that file is moved in last; it also says which images and plans the case was made from.
+No label is looked for, here or anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnunet_semiseg.errors import UserError
+
+IMAGES_FOLDER = "imagesUn"
+PROPERTIES_KEY = "semiseg"
+DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+
+_SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the last one makes a case whole
+_PLANS_KEYS = ("image_reader_writer", "transpose_forward")
+_CONFIGURATION_KEYS = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+DATASET_JSON_GUIDE = "write it as nnU-Net's documentation/dataset_format.md says"
+_TAKE_OUT = f"replace the image or take its case out of {IMAGES_FOLDER}"
+_ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
+
+
+def plans_hash(plans: dict, configuration: str) -> str:
+    """A hash of all that determines preprocessed voxels and of nothing else (patch, network, settings)."""
+    manager = PlansManager(plans)
+    resolved = manager.get_configuration(configuration).configuration
+    content = {key: plans[key] for key in _PLANS_KEYS} | {key: resolved[key] for key in _CONFIGURATION_KEYS}
+    content["intensities"] = manager.foreground_intensity_properties_per_channel
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
+    """Case ids with their image files: as many as labelled cases have, mostly one a channel.
+
+    Raises:
+        UserError: ``imagesUn`` missing or without images; a file with no channel in its name; a missing or
+            surplus channel; an id that a labelled case has. One line for each.
+    """
+    folder, ending = Path(raw_dataset_folder) / IMAGES_FOLDER, dataset_json["file_ending"]
+    put = f"put the unlabelled images there, named CASE_0000{ending}"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: make it and {put}")
+    files = sorted(f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    images = [name for name in files if name.endswith(ending)]
+    if not images:
+        found = f"no *{ending} among its {len(files)} files (the first is {files[0]})" if files else "empty"
+        raise UserError(f"{folder}: {found}: {put}")
+
+    labeled = labeled_images(raw_dataset_folder, dataset_json)
+    channels = max(map(len, labeled.values()), default=len(channel_names(dataset_json)))
+    cases: dict[str, dict[int, Path]] = {}
+    problems = []
+    for name in images:
+        match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name)
+        if match:
+            cases.setdefault(match[1], {})[int(match[2])] = folder / name
+        else:
+            problems.append(f"{folder / name}: no channel in its name: rename it to CASE_0000{ending}")
+    for case, found in cases.items():
+        for c in range(channels):
+            if c not in found:
+                missing = folder / f"{case}_{c:04d}{ending}"
+                problems.append(f"{missing}: missing, {case} needs {channels} channels: {_ADD_OR_TAKE_OUT}")
+        for c in found:
+            if c >= channels:
+                problems.append(
+                    f"{found[c]}: channel too many, labelled cases have {channels}: remove the file"
+                )
+        if case in labeled:
+            problems.append(
+                f"{folder / case}_*{ending}: {case} is a labelled case too: remove it from {IMAGES_FOLDER}"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+    return {case: [str(found[c]) for c in range(channels)] for case, found in sorted(cases.items())}
+
+
+def check_headers(cases: dict[str, list[str]], reader: type) -> None:
+    """Look at the headers of all unlabelled images, which is quick where the reader is a SimpleITK one.
+
+    Raises:
+        UserError: unreadable images, channels whose geometry differs; one line for each.
+    """
+    problems = [line for images in cases.values() for line in _header_problems(images, reader)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def preprocess_unlabeled(
+    dataset_id: int | str,
+    configurations: Sequence[str] = DEFAULT_CONFIGURATIONS,
+    plans_name: str = "nnUNetPlans",
+    num_processes: int | Sequence[int] = 2,
+    clean: bool = False,
+    show_progress_bar: bool = True,
+    verbose: bool = False,
+) -> None:
+    """Preprocess the images in ``imagesUn`` as nnU-Net would; cases that are whole and fresh are left alone.
+
+    Args:
+        num_processes: one number, or one for each configuration; 0 works in this process.
+        clean: begin anew.
+
+    Raises:
+        UserError: no such dataset or plans; what `find_unlabeled_cases` refuses; bad images, one line for
+            each, after all good cases are done; a killed worker.
+    """
+    raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
+    plans_file = preprocessed / f"{plans_name}.json"
+    plan = f"nnunet_semiseg plan_and_preprocess -d {_number(raw.name)}"
+    plans = read_json(plans_file, f"make the plans with {plan}, or name others with -plans_name")
+    dataset_json = read_json(raw / "dataset.json", DATASET_JSON_GUIDE)
+    cases = find_unlabeled_cases(raw, dataset_json)
+
+    known = plans["configurations"]
+    if not set(configurations) & set(known):
+        raise UserError(
+            f"{plans_file}: no configuration {' or '.join(configurations)}: use -c {' '.join(known)}"
+        )
+    processes = [num_processes] if isinstance(num_processes, int) else list(num_processes)
+    if len(processes) not in (1, len(configurations)):
+        raise UserError(f"-np {' '.join(map(str, processes))}: give one number, or one for each of -c")
+    for configuration, n in zip(configurations, processes * len(configurations), strict=False):
+        if configuration in known:
+            _preprocess_configuration(
+                cases, preprocessed, plans, configuration, dataset_json, n, clean, show_progress_bar, verbose
+            )
+        else:
+            print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
+
+
+def load_manifest(
+    preprocessed_dataset_folder: str | Path, plans: dict, configuration: str, dataset: int | str
+) -> tuple[str, list[str]]:
+    """The folder of the preprocessed unlabelled cases and their ids, for the trainer.
+
+    Raises:
+        UserError: not preprocessed for these plans and these images; a file missing. Names the command.
+    """
+    preprocessed = Path(preprocessed_dataset_folder)
+    folder, manifest_file = _output(preprocessed, plans, configuration)
+    plans_name = plans["plans_name"]
+    mend = (
+        f"run nnunet_semiseg preprocess_unlabeled -d {_number(dataset)} -c {configuration} "
+        f"-plans_name {plans_name}"
+    )
+    # where training runs, there need not be any raw data
+    raw = Path(os.environ["nnUNet_raw"]) / preprocessed.name if os.environ.get("nnUNet_raw") else None
+    images = raw / IMAGES_FOLDER if raw and raw.is_dir() else None
+    if not manifest_file.is_file():
+        if images and not images.is_dir():
+            mend = f"put the unlabelled images into {images}, then {mend}"
+        raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {mend}")
+    manifest = read_json(manifest_file, mend)
+    if manifest["plans_hash"] != plans_hash(plans, configuration):
+        raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {mend}")
+    cases = manifest["cases"]
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    for file in (case + suffix for case in cases for suffix in _SUFFIXES):
+        if file not in present:
+            raise UserError(f"{folder / file}: missing: {mend}")
+    if images and images.is_dir():
+        found = set(find_unlabeled_cases(raw, read_json(raw / "dataset.json", DATASET_JSON_GUIDE)))
+        for case in sorted(found ^ set(cases)):
+            what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
+            raise UserError(f"{images}: case {case} {what}: {mend}")
+    return str(folder), cases
+
+
+def dataset_folder(variable: str, dataset: int | str) -> Path:
+    """A dataset's folder below ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
+
+    Raises:
+        UserError: the variable is not set; no such dataset, or several of that number.
+    """
+    base = os.environ.get(variable)
+    if not base:
+        guide = "see nnU-Net's documentation/setting_up_paths.md"
+        raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
+    try:
+        return Path(base) / str(maybe_convert_to_dataset_name(dataset))
+    except ValueError:
+        raise UserError(f"dataset {dataset}: give its number or its name, 501 or Dataset501_LA") from None
+    except RuntimeError as e:
+        what = "several datasets have" if "More than one" in str(e) else "no dataset has"
+        raise UserError(f"dataset {dataset}: {what} this number: look into {variable}={base}") from None
+
+
+def read_json(file: Path, mend: str) -> dict:
+    """Raises UserError where the file is missing or no JSON."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file: {mend}") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{file}: not valid JSON ({e}): {mend}") from None
+
+
+def write_json(content: dict | list, file: Path) -> None:
+    """Write the whole file or nothing."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=4))
+    os.replace(temporary, file)
+
+
+def channel_names(dataset_json: dict) -> list[str]:
+    return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
+
+
+def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
+    """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes."""
+    if "dataset" in dataset_json:
+        return {case: entry["images"] for case, entry in dataset_json["dataset"].items()}
+    folder, ending = Path(raw_dataset_folder) / "imagesTr", dataset_json["file_ending"]
+    cases: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if name.endswith(ending):
+            cases.setdefault(name[: -len(ending) - 5], []).append(name)
+    return cases
+
+
+def _number(dataset: int | str) -> int | str:
+    match = re.match(r"Dataset(\d{3,})", str(dataset))
+    return int(match[1]) if match else dataset
+
+
+def _output(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
+    name = PlansManager(plans).get_configuration(configuration).data_identifier + "__unlabeled"
+    return preprocessed / name, preprocessed / f"{name}.json"
+
+
+def _preprocess_configuration(
+    cases, preprocessed, plans, configuration, dataset_json, num_processes, clean, show_progress_bar, verbose
+) -> None:
+    folder, manifest_file = _output(preprocessed, plans, configuration)
+    staging = folder.with_name(folder.name + ".tmp")
+    digest = plans_hash(plans, configuration)
+    stamps = {case: {"plans_hash": digest, "images": _signature(images)} for case, images in cases.items()}
+
+    if clean:
+        manifest_file.unlink(missing_ok=True)  # first: it must never vouch for a folder that is being emptied
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [case for case, stamp in stamps.items() if not _is_whole(folder, case, stamp)]
+    expected = {case + suffix for case in cases for suffix in _SUFFIXES}
+    leftovers = [file for file in folder.iterdir() if file.name not in expected]
+    if todo or leftovers:
+        manifest_file.unlink(missing_ok=True)
+    for file in leftovers:
+        file.unlink()
+
+    print(f"{configuration}: {len(cases)} unlabelled cases, {len(todo)} of them to preprocess")
+    jobs = [
+        (case, cases[case], stamps[case], staging / case, folder, plans, configuration, dataset_json, verbose)
+        for case in todo
+    ]
+    problems: dict[str, list[str]] = {}
+    shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
+    try:
+        with contextlib.closing(_run(jobs, num_processes)) as results:
+            for case, lines in tqdm(
+                results, "Unlabelled cases", len(jobs), disable=not (jobs and show_progress_bar)
+            ):
+                problems[case] = lines
+    except BrokenProcessPool:
+        raise UserError(
+            f"{folder}: a preprocessing worker was killed, probably for want of memory: run the same command "
+            f"again, with a smaller -np; what is done is kept"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    lines = [line for case in sorted(problems) for line in problems[case]]
+    if lines:
+        raise UserError("\n".join(lines))
+    write_json({"plans_hash": digest, "cases": sorted(cases)}, manifest_file)
+
+
+def _run(jobs: list[tuple], num_processes: int) -> Iterator[tuple[str, list[str]]]:
+    if num_processes == 0 or not jobs:
+        yield from (_preprocess_case(*job) for job in jobs)
+        return
+    # unlike multiprocessing.Pool, the executor notices a worker that the system has killed
+    executor = ProcessPoolExecutor(
+        min(num_processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
+    try:
+        for future in as_completed([executor.submit(_preprocess_case, *job) for job in jobs]):
+            yield future.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever, or write beside the next run."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _preprocess_case(
+    case: str,
+    images: list[str],
+    stamp: dict,
+    staging: Path,
+    folder: Path,
+    plans: dict,
+    configuration: str,
+    dataset_json: dict,
+    verbose: bool,
+) -> tuple[str, list[str]]:
+    """Preprocess one case; the second result says what is wrong with its images, one line each."""
+    plans_manager = PlansManager(plans)
+    configuration_manager = plans_manager.get_configuration(configuration)
+    reader = plans_manager.image_reader_writer_class
+    problems = _header_problems(images, reader)
+    if problems:
+        return case, problems
+
+    class Unlabeled(configuration_manager.preprocessor_class):
+        def run_case_npy(self, data, *args, **kwargs):
+            problems.extend(_intensity_problems(data, images, channel_names(dataset_json)))
+            if problems:
+                raise UserError(problems[0])
+            data, seg, properties = super().run_case_npy(data, *args, **kwargs)
+            return data, seg, {**properties, "class_locations": {}, PROPERTIES_KEY: stamp}
+
+    staging.mkdir(parents=True)
+    printed = io.StringIO()
+    try:
+        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed):
+            Unlabeled(verbose).run_case_save(
+                str(staging / case), images, None, plans_manager, configuration_manager, dataset_json
+            )
+        # out with an old .pkl before the data changes, in with the new one after
+        (folder / (case + _SUFFIXES[-1])).unlink(missing_ok=True)
+        for suffix in _SUFFIXES:
+            os.replace(staging / (case + suffix), folder / (case + suffix))
+    except UserError:
+        pass
+    except Exception:
+        problems.extend(_reading_problems(images, reader))
+        if not problems:
+            raise  # not the images' fault
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return case, problems
+
+
+def _signature(images: list[str]) -> list[list]:
+    return [[Path(i).name, os.stat(i).st_size, os.stat(i).st_mtime_ns] for i in images]
+
+
+def _is_whole(folder: Path, case: str, stamp: dict) -> bool:
+    if not all((folder / (case + suffix)).is_file() for suffix in _SUFFIXES):
+        return False
+    try:
+        return load_pickle(str(folder / f"{case}.pkl")).get(PROPERTIES_KEY) == stamp
+    except Exception:  # a damaged pickle raises nearly anything
+        return False
+
+
+def _header_problems(images: list[str], reader: type) -> list[str]:
+    if not issubclass(reader, SimpleITKIO):
+        return []  # the other readers compare channels themselves
+    geometries, problems = [], []
+    for image in images:
+        header = sitk.ImageFileReader()
+        header.SetFileName(image)
+        try:
+            header.ReadImageInformation()
+        except RuntimeError as e:
+            problems.append(f"{image}: cannot be read ({_one_line(e)}): {_TAKE_OUT}")
+            continue
+        geometry = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
+        geometries.append((Path(image), geometry))
+    # nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files
+    kinds = {"size": 0, "spacing": 1e-8, "origin": 1e-3, "direction": 1e-3}
+    for image, geometry in geometries[1:]:
+        first, expected = geometries[0]
+        for (kind, atol), value, wanted in zip(kinds.items(), geometry, expected, strict=True):
+            if len(value) != len(wanted) or not np.allclose(value, wanted, atol=atol):
+                problems.append(
+                    f"{image}: {kind} {_numbers(value)} differs from {_numbers(wanted)} in {first.name}: "
+                    f"resample it to that grid or take its case out of {IMAGES_FOLDER}"
+                )
+                break
+    return problems
+
+
+def _intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
+    if len(data) != len(channels):
+        return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {_TAKE_OUT}"]
+    problems = []
+    for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
+        file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
+        bad = channel.size - np.count_nonzero(np.isfinite(channel))
+        if bad:
+            problems.append(f"{file}: {bad} voxels are NaN or infinite: give them a number, or {_TAKE_OUT}")
+        elif channel.min() == channel.max():
+            problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {_TAKE_OUT}")
+    return problems
+
+
+def _reading_problems(images: list[str], reader: type) -> list[str]:
+    """Which of the images, or all of them together, the reader cannot read."""
+    for files in [[image] for image in images] + [images]:
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                reader().read_images(files)
+        except Exception as e:
+            detail = _one_line(e) if str(e) else printed.getvalue().partition("\n")[0] or type(e).__name__
+            return [f"{', '.join(files)}: cannot be read ({detail}): {_TAKE_OUT}"]
+    return []
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{v:g}' for v in values)})"

@@ -1,0 +1,313 @@
+"""``nnunet_semiseg demo``: with and without unlabelled images, on a synthetic data set, in minutes on a CPU.
+
+What it runs are the commands that a user would type, in processes of their own; nothing in the library knows
+that it is a demo.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
+
+from nnunet_semiseg.errors import UserError
+
+DATASET_ID, DATASET = 999, "Dataset999_SemiSegDemo"
+PLANNER, PLANS = "SemiSegPlannerSmall", "nnUNetSemiSegSmallPlans"
+TRAINERS = BASELINE, METHOD = "SupervisedTrainer", "TextSemiSegTrainer"
+
+LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
+PROMPTS = {"background": "tissue around the organs", **{k: f"the {k}" for k in LABELS if LABELS[k]}}
+SHAPE, SPACING = (40, 48, 48), (2.5, 2.0, 2.0)  # z y x, in mm
+
+METRICS = {"dice": "Dice (higher is better)", "hd95_mm": "95 % Hausdorff distance in mm (lower is better)"}
+COLORS = {"liver": "#ff5a4f", "spleen": "#4fd06a", "kidney": "#4fa8ff"}
+
+
+# ------------------------------------------------------------------------------------------------ the data set
+
+
+@dataclass(frozen=True)
+class Organ:
+    center: tuple[float, float, float]  # z y x, in mm from the image's centre
+    radii: tuple[float, float, float]  # mm
+    brightness: float
+
+
+ORGANS = {
+    LABELS["liver"]: Organ((-4, -4, -16), (24, 26, 20), 1.0),
+    LABELS["spleen"]: Organ((8, 6, 24), (14, 17, 14), 1.15),
+    LABELS["kidney"]: Organ((-18, 20, 6), (18, 11, 11), 0.85),
+}
+
+
+def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One synthetic abdomen: deformed superellipsoids among structures that look like them.
+
+    Organs differ less in brightness than patients do, and in the tissue lie bright structures that are no
+    organs: what tells an organ is its size, its shape and its neighbours.
+
+    Returns:
+        The image, float32, and the labels, uint8, both (40, 48, 48) voxels of `SPACING`.
+    """
+    axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(SHAPE, SPACING, strict=True)]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"))
+    points += 4 * np.stack([_smooth_noise(rng, 5) for _ in range(3)])  # 4 mm: the deformation
+
+    image = np.where(_superellipsoid(points, (0, 0, 0), (70, 46, 46), Rotation.identity(), 3), 0, -1.5)
+    body = image == 0
+    image[body] += rng.normal(0, 0.1)
+    for _ in range(6):
+        center, radii = rng.uniform(-40, 40, 3), rng.uniform(4, 14, 3)
+        structure = _superellipsoid(points, center, radii, Rotation.random(rng=rng), rng.uniform(1.5, 4))
+        image[structure & body] = rng.normal(1, 0.3)
+
+    labels = np.zeros(SHAPE, np.uint8)
+    pose, size, contrast = _tilt(rng, 0.15), rng.uniform(0.85, 1.1), rng.uniform(0.6, 1.2)
+    for label, organ in ORGANS.items():
+        center = size * pose.apply(organ.center) + rng.normal(0, 3, 3)
+        radii = size * np.multiply(organ.radii, rng.uniform(0.75, 1.15, 3))
+        inside = _superellipsoid(points, center, radii, pose * _tilt(rng, 0.3), rng.uniform(1.6, 4))
+        labels[inside] = label
+        image[inside] = contrast * (organ.brightness + rng.normal(0, 0.15))
+
+    image = gaussian_filter(image, 0.7)  # partial volumes
+    image += 0.3 * _smooth_noise(rng, 12)  # bias field
+    image += 0.3 * _smooth_noise(rng, 1) + 0.4 * rng.standard_normal(SHAPE)  # texture and noise
+    return image.astype(np.float32), labels
+
+
+def _smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
+    """Gaussian noise with a correlation length of sigma voxels and unit variance."""
+    noise = gaussian_filter(rng.standard_normal(SHAPE), sigma, mode="wrap")
+    return noise / noise.std()
+
+
+def _superellipsoid(points: np.ndarray, center, radii, rotation: Rotation, power: float) -> np.ndarray:
+    """Which points (3, *S) lie inside: sum |x / r|^power < 1, x in the rotated frame."""
+    x = np.tensordot(rotation.inv().as_matrix(), points - np.reshape(center, (3, 1, 1, 1)), 1)
+    return (np.abs(x / np.reshape(radii, (3, 1, 1, 1))) ** power).sum(0) < 1
+
+
+def _tilt(rng: np.random.Generator, radians: float) -> Rotation:
+    return Rotation.from_rotvec(rng.normal(0, radians, 3))
+
+
+def write_dataset(folder: Path, labeled: int, unlabeled: int, test: int, seed: int = 0) -> None:
+    """A raw data set of nnU-Net's, with `imagesUn`. The labels of unlabelled cases are written nowhere."""
+    subsets = {"Tr": labeled, "Un": unlabeled, "Ts": test}
+    for subset, count in subsets.items():
+        for i in range(count):
+            image, labels = make_case(np.random.default_rng([seed, list(subsets).index(subset), i]))
+            case = f"{subset.lower()}_{i:03d}"
+            _write(folder / f"images{subset}" / f"{case}_0000.nii.gz", image)
+            if subset != "Un":
+                _write(folder / f"labels{subset}" / f"{case}.nii.gz", labels)
+    dataset_json = {
+        "channel_names": {"0": "MRI"},
+        "labels": LABELS,
+        "numTraining": labeled,
+        "file_ending": ".nii.gz",
+        "semiseg": {"prompts": PROMPTS},
+    }
+    (folder / "dataset.json").write_text(json.dumps(dataset_json, indent=2))
+
+
+def _write(file: Path, array: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(SPACING[::-1])
+    sitk.WriteImage(image, file)
+
+
+def write_text_tower(folder: Path) -> None:
+    """A model folder of open_clip's with a configuration and no weights: what `text_pretrained=none` needs."""
+    model = {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    }
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}, indent=2))
+
+
+# --------------------------------------------------------------------------------------------------- the commands
+
+
+def run_demo(
+    output: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    cases: tuple[int, int, int] = (4, 24, 12),
+    num_epochs: int = 10,
+    num_iterations_per_epoch: int = 40,
+) -> None:
+    """Make the data, plan, train both trainers, predict, evaluate, draw.
+
+    Args:
+        output: a folder that is made, by default `nnunet_semiseg_demo`.
+        device: as nnU-Net's `-device`.
+        cases: labelled, unlabelled, test.
+        num_epochs, num_iterations_per_epoch: of each of the two trainings.
+
+    Raises:
+        UserError: the folder is in use; a command failed (its last lines are printed).
+    """
+    output = Path(output or "nnunet_semiseg_demo").absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists already: remove it, or choose another folder with -o FOLDER")
+    console = Console()
+    folders = {f"nnUNet_{name}": str(output / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
+    raw = Path(folders["nnUNet_raw"], DATASET)
+
+    console.say("making {} labelled, {} unlabelled and {} test cases, of three organs".format(*cases))
+    write_dataset(raw, *cases)
+    write_text_tower(output / "text_tower")
+
+    # one worker each: the trainings are small. Compiling takes longer than what it would save
+    settings = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+    console.say("to type the commands yourself, set")
+    for name, value in (folders | settings).items():
+        print(f"        export {name}={shlex.quote(value)}")
+    runner = Runner(console, output / "logs", os.environ | folders | settings)
+
+    d = str(DATASET_ID)
+    runner.run(
+        "plan",
+        ["nnunet_semiseg", "plan_and_preprocess", "-d", d, "-c", "3d_fullres", "-pl", PLANNER]
+        + ["--set", f"num_epochs={num_epochs}", f"num_iterations_per_epoch={num_iterations_per_epoch}"]
+        + ["num_val_iterations_per_epoch=2", f"text_model={output / 'text_tower'}", "text_pretrained=none"],
+    )
+    for trainer in TRAINERS:
+        runner.run(
+            f"train_{trainer}",
+            ["nnUNetv2_train", d, "3d_fullres", "all", "-tr", trainer, "-p", PLANS, "-device", device],
+        )
+        runner.run(
+            f"predict_{trainer}",
+            ["nnUNetv2_predict", "-d", d, "-c", "3d_fullres", "-f", "all", "-tr", trainer, "-p", PLANS]
+            + ["-i", str(raw / "imagesTs"), "-o", str(output / "predictions" / trainer)]
+            + ["-device", device, "-npp", "1", "-nps", "1", "--disable_tta"],
+        )
+    console.say("evaluating")
+    rows = evaluate(output / "predictions", raw / "labelsTs", output / "metrics.csv")
+    draw_overlay(raw, output / "predictions", output / "overlay.png")
+    print("\n" + format_table(rows) + "\n")
+    print(f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The text encoder is")
+    print("UNTRAINED: this shows that the machinery runs, not what text adds.")
+    console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
+
+
+class Console:
+    """Lines with the time since the beginning."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.perf_counter() - self.start), 60)
+        print(f"{minutes:4d}:{seconds:02d}  {text}", flush=True)
+
+
+class Runner:
+    """Runs commands; what they print goes to a file, the console shows the epochs."""
+
+    def __init__(self, console: Console, logs: Path, env: dict[str, str]):
+        self.console, self.logs = console, logs
+        scripts = sysconfig.get_path("scripts")  # the environment need not be activated
+        self.env = {**env, "PATH": scripts + os.pathsep + env.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+        logs.mkdir()
+
+    def run(self, name: str, command: list[str]) -> None:
+        log = self.logs / f"{name}.txt"
+        self.console.say(f"$ {shlex.join(command)}")
+        executable = shutil.which(command[0], path=self.env["PATH"])
+        if executable is None:
+            raise UserError(f"{command[0]}: no such command; install with `pip install nnunet-semiseg`")
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with (
+            open(log, "w", encoding="utf-8") as file,
+            subprocess.Popen([executable, *command[1:]], env=self.env, text=True, errors="replace", **pipes) as process,
+        ):
+            for line in process.stdout:
+                file.write(line)
+                if epoch := re.search(r"Epoch (\d+)\s*$", line):
+                    self.console.say(f"    epoch {epoch[1]}")
+        if process.returncode:
+            print("".join(f"    | {line}\n" for line in log.read_text(encoding="utf-8").splitlines()[-15:]))
+            raise UserError(f"{command[0]} failed with exit status {process.returncode}; all it printed: {log}")
+
+
+# ---------------------------------------------------------------------------------------------------- the results
+
+
+def evaluate(predictions: Path, references: Path, csv_file: Path) -> list[dict]:
+    """Metrics of every trainer, case and organ: returned as rows, and written."""
+    from nnunet_semiseg.evaluation.metrics import evaluate_folder  # MONAI takes seconds to import
+
+    rows = [
+        {"trainer": trainer, **row}
+        for trainer in TRAINERS
+        for row in evaluate_folder(predictions / trainer, references, LABELS)
+    ]
+    with open(csv_file, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def format_table(rows: list[dict]) -> str:
+    """Means over the cases, per organ and over the organs, of both trainers, and the method's gain."""
+    organs = [name for name in LABELS if LABELS[name]]
+    width = {name: len(name) + 2 for name in (*TRAINERS, "difference")}
+    lines = [f"{len({row['case'] for row in rows})} test cases".ljust(14) + "".join(n.rjust(w) for n, w in width.items())]
+    for metric, title in METRICS.items():
+        lines.append(title)
+        means = np.array(
+            [
+                [np.nanmean([r[metric] for r in rows if (r["trainer"], r["label"]) == (t, o)]) for t in TRAINERS]
+                for o in organs
+            ]
+        )
+        for name, (baseline, method) in zip((*organs, "mean"), (*means, means.mean(0)), strict=True):
+            digits = 3 if metric == "dice" else 2
+            cells = f"{baseline:.{digits}f}", f"{method:.{digits}f}", f"{method - baseline:+.{digits}f}"
+            lines.append(f"  {name}".ljust(14) + "".join(c.rjust(w) for c, w in zip(cells, width.values(), strict=True)))
+    return "\n".join(lines)
+
+
+def draw_overlay(raw: Path, predictions: Path, png_file: Path, num_cases: int = 4) -> None:
+    """The first test cases' middle slices: contours of the reference, and of each trainer's prediction."""
+    from matplotlib.figure import Figure
+
+    def read(file: Path) -> np.ndarray:
+        return sitk.GetArrayFromImage(sitk.ReadImage(file))[SHAPE[0] // 2]
+
+    cases = sorted(file.name for file in (raw / "labelsTs").iterdir())[:num_cases]
+    columns = {"reference": raw / "labelsTs", **{trainer: predictions / trainer for trainer in TRAINERS}}
+    figure = Figure(figsize=(2.6 * len(cases), 8), layout="constrained")
+    axes = figure.subplots(len(columns), len(cases), squeeze=False)
+    for row, (title, folder) in zip(axes, columns.items(), strict=True):
+        row[0].set_ylabel(title)
+        for ax, case in zip(row, cases, strict=True):
+            ax.imshow(read(raw / "imagesTs" / case.replace(".nii.gz", "_0000.nii.gz")), cmap="gray")
+            reference, labels = read(raw / "labelsTs" / case), read(folder / case)
+            for name, color in COLORS.items():
+                ax.contour(reference == LABELS[name], [0.5], colors="white", linewidths=0.7)
+                ax.contour(labels == LABELS[name], [0.5], colors=color, linewidths=1.5)
+            ax.set(xticks=[], yticks=[])
+    figure.savefig(png_file, dpi=110)

@@ -1,0 +1,62 @@
+"""Finds the classes in ``trainers/`` and ``planners/``: a new method is a new file, and no list grows."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+# By name, so that looking up a planner need not import torch.
+BASE_CLASSES = {"trainers": "nnUNetTrainer", "planners": "ExperimentPlanner"}
+
+
+def find_class(package: str, name: str) -> type | None:
+    """The class ``name`` from ``nnunet_semiseg.<package>``, or None.
+
+    Reads the sources and imports only the module that defines the class: what another method needs and is
+    not installed does not matter. What this one needs does: its ImportError goes to the caller.
+    """
+    definition = re.compile(rf"^class {re.escape(name)}\s*[(:]", re.MULTILINE)
+    for module, file in _modules(package):
+        if definition.search(file.read_text(encoding="utf-8")):
+            return getattr(importlib.import_module(module), name)
+    return None
+
+
+def iter_classes(package: str) -> Iterator[type]:
+    """Every public trainer or planner; a module whose dependency is not installed is passed over."""
+    for module, _ in _modules(package):
+        try:
+            namespace = vars(importlib.import_module(module))
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "nnunet_semiseg":  # no dependency: a slip of our own
+                raise
+            continue
+        for name, value in list(namespace.items()):
+            if isinstance(value, type) and value.__module__ == module and not name.startswith("_"):
+                if BASE_CLASSES[package] in (base.__name__ for base in value.__mro__):
+                    yield value
+
+
+def ext_folder() -> str:
+    """The folder that nnU-Net has to find in ``nnUNet_extTrainer``."""
+    return str(Path(__file__).with_name("nnunet_ext"))
+
+
+def export_line() -> str:
+    """The shell line that adds our folder to the variable, behind what is in it."""
+    folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f]
+    if ext_folder() not in folders:
+        folders.append(ext_folder())
+    return f"export nnUNet_extTrainer={shlex.quote(os.pathsep.join(folders))}"
+
+
+def _modules(package: str) -> Iterator[tuple[str, Path]]:
+    parent = importlib.import_module(f"nnunet_semiseg.{package}")
+    for finder, name, is_package in pkgutil.iter_modules(parent.__path__):
+        if not is_package:
+            yield f"{parent.__name__}.{name}", Path(finder.path, f"{name}.py")

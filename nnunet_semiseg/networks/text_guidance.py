@@ -1,0 +1,42 @@
+"""What a segmentation network needs to be guided by class prompts, to be put beside its encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from nnunet_semiseg.networks.planar_text_attention import MultiplanarTextAttention, TextCopy
+
+
+class TextGuidance(nn.Module):
+    """Text in the forward pass (TMR or copying) and the projection that CSA aligns with the text.
+
+    `features` (K, d) is a buffer, so a trained model predicts without a text encoder.
+
+    Args:
+        encoder: the plans' encoder; its last feature map, C channels, is the bottleneck.
+        text_shape: (K, d), one text feature a class, background included.
+        tmr: multiplanar, copy or off.
+    """
+
+    def __init__(self, encoder: nn.Module, text_shape: tuple[int, int], tmr: str):
+        super().__init__()
+        channels, ndim = encoder.output_channels[-1], convert_conv_op_to_dim(encoder.conv_op)
+        self.register_buffer("features", torch.zeros(text_shape))
+        self.project = encoder.conv_op(channels, text_shape[1], 1)
+        if tmr == "multiplanar":
+            self.interaction = MultiplanarTextAttention(channels, text_shape, ndim)
+        else:
+            self.interaction = TextCopy(channels, text_shape) if tmr == "copy" else None
+
+    def forward(self, bottleneck: Tensor, text: Tensor | None = None) -> Tensor:
+        """The bottleneck (B, C, *s) enhanced by the text (K, d), by default the stored features."""
+        if self.interaction is None:
+            return bottleneck
+        return self.interaction(bottleneck, self.features if text is None else text)
+
+    def align(self, bottleneck: Tensor) -> Tensor:
+        """F_v: the bottleneck (B, C, *s) projected to (B, d, *s) and L2-normalised over d, in float32."""
+        return F.normalize(self.project(bottleneck).float(), dim=1)

@@ -1,0 +1,14 @@
+"""The one module that nnU-Net imports from the folders in ``nnUNet_extTrainer``, and forgets afterwards.
+
+It asks for a trainer with ``hasattr``. The trainers come from ``nnunet_semiseg.trainers`` by absolute import:
+they exist once, keep their identity and pickle. An ImportError is passed on, not taken for "not here".
+"""
+
+from nnunet_semiseg.discovery import find_class
+
+
+def __getattr__(name: str) -> type:
+    trainer = find_class("trainers", name)
+    if trainer is None:
+        raise AttributeError(f"nnunet_semiseg has no trainer {name}")
+    return trainer

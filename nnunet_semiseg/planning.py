@@ -1,0 +1,266 @@
+"""Planning for semi-supervised training: nnU-Net's rules, with the memory of all streams and a teacher."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import nnunetv2
+import numpy as np
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+    extract_fingerprint_dataset,
+    plan_experiment_dataset,
+    preprocess_dataset,
+)
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunet_semiseg.config import PLANS_KEY, parse_assignments, update_settings
+from nnunet_semiseg.data.unlabeled import (
+    DATASET_JSON_GUIDE,
+    DEFAULT_CONFIGURATIONS,
+    check_headers,
+    dataset_folder,
+    find_unlabeled_cases,
+    labeled_images,
+    preprocess_unlabeled,
+    read_json,
+    write_json,
+)
+from nnunet_semiseg.discovery import find_class, iter_classes
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.text.prompts import read_prompts
+
+NUM_FOLDS = 5  # of nnU-Net's own split
+
+
+class SemiSegMemory:
+    """Mixin for nnU-Net's planners: patch and batch fit what semi-supervised training keeps in memory.
+
+    The batch size in the plans is that of the labelled stream. One file of plans serves every trainer, so the
+    numbers are those of the most demanding method, TextSemiSegTrainer, with a teacher on top.
+    """
+
+    default_plans_name: str
+
+    num_decoders = 2
+    """decoders on one encoder"""
+    num_streams = 2
+    """the labelled samples and equally many unlabelled ones, through the encoder and all decoders"""
+    num_mixed_streams = 2
+    """streams mixed of these, through the encoder and one decoder, kept for the same backward pass"""
+    has_teacher = True
+    """an EMA teacher predicts the unlabelled stream, without gradients"""
+
+    def __init__(self, dataset_name_or_id: str | int, *, plans_name: str | None = None, **kwargs):
+        super().__init__(dataset_name_or_id, plans_name=plans_name or self.default_plans_name, **kwargs)
+
+    @classmethod
+    def static_estimate_VRAM_usage(
+        cls,
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict,
+        arch_kwargs_req_import: Sequence[str],
+    ) -> int:
+        """Voxels of all feature maps alive at the peak, for one sample in each stream.
+
+        This is nnU-Net's unit: it counts what encoder E and decoder D put out, as backward needs all of it,
+        and compares E + D with a reference. Here it is
+
+            num_streams * (E + num_decoders * D) + num_mixed_streams * (E + D) + teacher.
+
+        A pass without gradients frees a feature map once it was used. The teacher holds most in the first
+        convolution of the last decoder stage: all skips, the concatenation that goes in (twice the channels
+        of the highest skip) and the map that comes out (once).
+        """
+        with torch.device("meta"):  # shapes are all we need
+            net = get_network_from_plans(
+                arch_class_name,
+                arch_kwargs,
+                arch_kwargs_req_import,
+                input_channels,
+                output_channels,
+                allow_init=False,
+            )
+        encoder, decoder = (
+            part.compute_conv_feature_map_size(patch_size) for part in (net.encoder, net.decoder)
+        )
+        size, skips = np.array(patch_size), []
+        for channels, stride in zip(net.encoder.output_channels, net.encoder.strides, strict=True):
+            size = size // stride
+            skips.append(channels * np.prod(size, dtype=np.int64))
+        return int(
+            cls.num_streams * (encoder + cls.num_decoders * decoder)
+            + cls.num_mixed_streams * (encoder + decoder)
+            + cls.has_teacher * (sum(skips) + 3 * skips[0])
+        )
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        # nnU-Net's ResEnc planners write into the folders of nnUNetPlans. With another target spacing, or a
+        # fingerprint taken anew, that replaces data under the plans they were made for: each to their own.
+        return f"{self.plans_identifier}_{configuration_name}"
+
+
+def plan_and_preprocess(
+    dataset_ids: Iterable[int],
+    configurations: Sequence[str] = DEFAULT_CONFIGURATIONS,
+    planner: str = "SemiSegPlanner",
+    *,
+    num_processes: int | Sequence[int] = 2,
+    num_processes_fingerprint: int = 2,
+    gpu_memory_target: float | None = None,
+    overwrite_target_spacing: Sequence[float] | None = None,
+    overwrite_plans_name: str | None = None,
+    verify_dataset_integrity: bool = False,
+    clean: bool = False,
+    preprocess: bool = True,
+    settings: Iterable[str] = (),
+    show_progress_bar: bool = True,
+    verbose: bool = False,
+) -> None:
+    """nnU-Net's fingerprint, plans and preprocessing, from labelled cases alone; then the unlabelled cases.
+
+    Args:
+        planner: one of ours or one of nnU-Net's.
+        num_processes: one number, or one for each configuration.
+        verify_dataset_integrity: nnU-Net's check of the labelled cases, and all unlabelled headers.
+        clean: take the fingerprint and preprocess unlabelled cases anew, even where there is nothing new.
+        preprocess: False ends with the plans.
+        settings: `KEY=VALUE`, kept in the plans beside those that are already there.
+
+    Raises:
+        UserError: before any work, whatever can be checked quickly, for all data sets; bad unlabelled images.
+    """
+    planner_class = find_planner(planner)
+    plans_name = overwrite_plans_name or _default_plans_name(planner_class)
+    changes = parse_assignments(settings)
+    update_settings({}, changes)
+    num_processes = [num_processes] if isinstance(num_processes, int) else list(num_processes)
+    if len(num_processes) not in (1, len(configurations)):
+        raise UserError(f"-np {' '.join(map(str, num_processes))}: give one number, or one for each of -c")
+    dataset_ids = list(dataset_ids)
+    for dataset_id in dataset_ids:
+        _check(dataset_id, verify_dataset_integrity)
+
+    for dataset_id in dataset_ids:
+        preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
+        plans_file = preprocessed / f"{plans_name}.json"
+        kept = read_json(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
+
+        print("Fingerprint extraction...")
+        extract_fingerprint_dataset(
+            dataset_id,
+            num_processes=num_processes_fingerprint,
+            check_dataset_integrity=verify_dataset_integrity,
+            clean=clean,
+            verbose=verbose,
+            show_progress_bar=show_progress_bar,
+        )
+        print("Experiment planning...")
+        plan_experiment_dataset(
+            dataset_id,
+            planner_class,
+            gpu_memory_target,
+            overwrite_target_spacing=overwrite_target_spacing,
+            overwrite_plans_name=overwrite_plans_name,
+        )
+        write_settings(plans_file, {**kept, **changes})
+        write_small_split(dataset_id)
+        if preprocess:
+            print("Preprocessing...")
+            preprocess_dataset(
+                dataset_id, plans_name, configurations, num_processes, verbose, show_progress_bar
+            )
+            preprocess_unlabeled(
+                dataset_id, configurations, plans_name, num_processes, clean, show_progress_bar, verbose
+            )
+
+
+def find_planner(name: str) -> type[ExperimentPlanner]:
+    """Raises UserError, with the names that are near, where neither we nor nnU-Net have that planner."""
+    planner = find_class("planners", name) or recursive_find_python_class(
+        str(Path(nnunetv2.__path__[0], "experiment_planning")), name, "nnunetv2.experiment_planning"
+    )
+    if not (isinstance(planner, type) and issubclass(planner, ExperimentPlanner)):
+        ours = sorted(c.__name__ for c in iter_classes("planners"))
+        near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6)
+        raise UserError(f"-pl {name}: no such planner: use {' or '.join(near or ours)}, or one of nnU-Net's")
+    return planner
+
+
+def write_settings(plans_file: Path, changes: dict) -> None:
+    """Put settings into a plans file and print what changes, for every trainer that uses it.
+
+    Raises:
+        UserError: no such plans; a setting that no trainer has, or of the wrong type.
+    """
+    plans = read_json(
+        plans_file, "plan first with nnunet_semiseg plan_and_preprocess, or name others with -p"
+    )
+    before = plans.get(PLANS_KEY, {})
+    for key, value in changes.items():
+        old = before.get(key, "(default)")
+        if old != value:
+            print(f"{plans_file}: {key} {old} -> {value}, for every trainer with these plans")
+    if changes:
+        write_json(update_settings(plans, changes), plans_file)
+
+
+def write_small_split(dataset_id: int) -> None:
+    """Leave-one-out folds where nnU-Net's five-fold split would fail; with one case only `fold all` works."""
+    raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
+    cases = sorted(labeled_images(raw, read_json(raw / "dataset.json", DATASET_JSON_GUIDE)))
+    splits_file = preprocessed / "splits_final.json"
+    if splits_file.is_file() or not 2 <= len(cases) < NUM_FOLDS:
+        return
+    write_json(
+        [{"train": [c for c in cases if c != held_out], "val": [held_out]} for held_out in cases], splits_file
+    )
+    print(f"{splits_file}: {len(cases)} labelled cases, so {len(cases)} leave-one-out folds")
+
+
+def _check(dataset_id: int, headers: bool) -> None:
+    raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
+    dataset_json = read_json(raw / "dataset.json", DATASET_JSON_GUIDE)
+    read_prompts(dataset_json)
+    unlabeled = find_unlabeled_cases(raw, dataset_json)
+    labeled = labeled_images(raw, dataset_json)
+    if not labeled:
+        raise UserError(
+            f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr"
+        )
+    ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
+    if (
+        ours.is_file()
+        and theirs.is_file()
+        and not _agree(read_json(ours, "delete it"), read_json(theirs, "mend it"))
+    ):
+        raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
+    if headers:
+        example = next(iter(unlabeled.values()))[0]
+        check_headers(
+            unlabeled, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+        )
+
+
+def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:
+    """nnU-Net's rule, which ends in a bare AssertionError there: the first may have further folds."""
+    return len(preprocessed_splits) >= len(raw_splits) and all(
+        set(ours[part]) == set(theirs[part])
+        for ours, theirs in zip(preprocessed_splits, raw_splits, strict=False)
+        for part in ("train", "val")
+    )
+
+
+def _default_plans_name(planner_class: type[ExperimentPlanner]) -> str:
+    if issubclass(planner_class, SemiSegMemory):
+        return planner_class.default_plans_name
+    return inspect.signature(planner_class).parameters["plans_name"].default

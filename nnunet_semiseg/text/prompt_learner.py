@@ -1,0 +1,201 @@
+"""Learnable class embeddings F_t (K, d), from prompts through a frozen text tower or from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.text.encoder import TextTower, load_text_tower
+from nnunet_semiseg.text.prompts import read_prompts
+
+
+class PromptLearner(nn.Module):
+    """Class-specific learnable context tokens before each prompt, as in CoOp (Zhou et al., IJCV 2022).
+
+    ``forward() -> (K, d)``, float32 also under autocast, rows of length 1. The prompts of a class share its
+    context tokens; their normalised features are averaged, and normalised again.
+
+    The context tokens are all that the module has as parameters and as state: a checkpoint carries no copy
+    of the tower, whose weights have their own source. Moving the module moves the tower too.
+
+    Args:
+        tower: the frozen text tower.
+        prompts: per class its prompts, in the order of the K classes.
+        n_ctx: number of context tokens of a class; 0 for the plain prompts.
+
+    Raises:
+        UserError: a prompt and its context tokens are longer than the tower's context.
+    """
+
+    def __init__(self, tower: TextTower, prompts: dict[str, tuple[str, ...]], n_ctx: int = 4):
+        super().__init__()
+        self._tower = (tower,)  # in a tuple, or nn.Module would register it
+        self.trained = tower.trained
+        owner = [k for k, texts in enumerate(prompts.values()) for _ in texts]
+        ids = tower.tokenize([text for texts in prompts.values() for text in texts], n_ctx)
+        embeddings = tower.embed_tokens(ids).detach()
+        one_hot = F.one_hot(torch.tensor(owner), len(prompts)).T.float()
+        device = embeddings.device
+        ctx = torch.empty(len(prompts), n_ctx, tower.width, device=device)
+        self.ctx = nn.Parameter(nn.init.normal_(ctx, std=0.02))
+        self.register_buffer("ids", ids.to(device), persistent=False)
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        self.register_buffer("owner", torch.tensor(owner, device=device), persistent=False)
+        self.register_buffer("mean", (one_hot / one_hot.sum(1, keepdim=True)).to(device), persistent=False)
+        with torch.no_grad():
+            self.feature_shape: tuple[int, int] = tuple(self().shape)
+
+    @property
+    def tower(self) -> TextTower:
+        return self._tower[0]
+
+    def forward(self) -> Tensor:
+        start, n_ctx = self.tower.start, self.ctx.shape[1]
+        before, after = self.embeddings[:, :start], self.embeddings[:, start + n_ctx :]
+        with torch.autocast(self.ctx.device.type, enabled=False):
+            spliced = torch.cat([before, self.ctx[self.owner], after], dim=1)
+            features = F.normalize(self.tower(spliced, self.ids), dim=-1)
+            return F.normalize(self.mean @ features, dim=-1)
+
+    def _apply(self, fn, recurse=True):
+        self.tower._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+class EmbeddingLearner(nn.Module):
+    """Class embeddings made beforehand, with a learnable offset.
+
+    ``forward() -> (K, d) = normalize(E + offset)``; the offset begins at zero.
+
+    Args:
+        embeddings: E, (K, d); its rows are normalised first, so that a step of the offset means the same for
+            every source.
+        trained: False if the tower that made them had random weights.
+    """
+
+    def __init__(self, embeddings: Tensor, trained: bool = True):
+        super().__init__()
+        self.trained = trained
+        self.feature_shape: tuple[int, int] = tuple(embeddings.shape)
+        self.register_buffer("embeddings", F.normalize(embeddings.float(), dim=-1), persistent=False)
+        self.offset = nn.Parameter(torch.zeros_like(self.embeddings))
+
+    def forward(self) -> Tensor:
+        return F.normalize(self.embeddings + self.offset, dim=-1)
+
+
+def build_prompt_learner(settings, dataset_json: dict) -> PromptLearner | EmbeddingLearner:
+    """The learner that the settings ask for.
+
+    Args:
+        settings: has ``text_model``, ``text_pretrained``, ``text_cache_dir`` (see
+            :func:`~nnunet_semiseg.text.encoder.load_text_tower`), ``n_ctx``, and ``text_embeddings``, a file
+            of :func:`embed_prompts` that replaces all of them, or None.
+        dataset_json: the content of ``dataset.json``.
+
+    Raises:
+        UserError: bad prompts, or weights or embeddings that cannot be had.
+    """
+    prompts = read_prompts(dataset_json)
+    if settings.text_embeddings:
+        return EmbeddingLearner(*_read_embeddings(settings.text_embeddings, prompts))
+    tower = load_text_tower(settings.text_model, settings.text_pretrained, settings.text_cache_dir)
+    return PromptLearner(tower, prompts, settings.n_ctx)
+
+
+def embed_prompts(
+    dataset_json: dict, model: str, pretrained: str | None, cache_dir: str | None, output: str | Path
+) -> bool:
+    """Write the features F_t of the plain prompts, for a machine that cannot get the encoder's weights.
+
+    Returns:
+        whether the tower's weights are trained ones.
+
+    Raises:
+        UserError: bad prompts, weights that cannot be had, or an output that cannot be written.
+    """
+    prompts = read_prompts(dataset_json)
+    _check_folder(output)  # before the download
+    tower = load_text_tower(model, pretrained, cache_dir)
+    with torch.no_grad():
+        embeddings = PromptLearner(tower, prompts, n_ctx=0)()
+    save_embeddings(output, embeddings, prompts, f"{model} {pretrained}", tower.trained)
+    return tower.trained
+
+
+def save_embeddings(
+    path: str | Path,
+    embeddings: Tensor,
+    prompts: dict[str, tuple[str, ...]],
+    model: str,
+    trained: bool = True,
+) -> None:
+    """Write (K, d) embeddings to a safetensors file; metadata, as JSON: classes, prompts, model, trained.
+
+    The file appears whole or not at all.
+
+    Raises:
+        UserError: the folder does not exist, or cannot be written to.
+    """
+    from safetensors.torch import save_file
+
+    _check_folder(path)
+    about = {"classes": list(prompts), "prompts": list(prompts.values()), "model": model, "trained": trained}
+    unfinished = f"{path}.{os.getpid()}.tmp"
+    tensors = {"embeddings": embeddings.detach().float().cpu().contiguous()}
+    try:
+        save_file(tensors, unfinished, metadata={k: json.dumps(v) for k, v in about.items()})
+        os.replace(unfinished, path)
+    except Exception as e:
+        Path(unfinished).unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e}); choose another file with -o FILE") from e
+
+
+def load_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> Tensor:
+    """The (K, d) float32 embeddings of a file of :func:`save_embeddings`.
+
+    Raises:
+        UserError: the file is missing, unreadable, or made for other classes or prompts (says which).
+    """
+    return _read_embeddings(path, prompts)[0]
+
+
+def _read_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> tuple[Tensor, bool]:
+    from safetensors import safe_open
+
+    mend = f"make it with `nnunet_semiseg embed_prompts -d ID -o {path}`"
+    if not Path(path).is_file():
+        raise UserError(f"text_embeddings={path}: no such file; {mend}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = {key: json.loads(value) for key, value in file.metadata().items()}
+            embeddings, classes = file.get_tensor("embeddings").float(), about["classes"]
+            made_for = dict(zip(classes, map(tuple, about["prompts"]), strict=True))
+    except Exception as e:
+        raise UserError(f"text_embeddings={path}: no readable file of embeddings ({e}); {mend}") from e
+    if classes != list(prompts):
+        raise UserError(
+            f"text_embeddings={path}: made for the classes {', '.join(classes)}, but the data set has "
+            f"{', '.join(prompts)}; {mend}"
+        )
+    other = [name for name in classes if made_for[name] != tuple(prompts[name])]
+    if other:
+        raise UserError(
+            f"text_embeddings={path}: made with other prompts for {', '.join(other)} "
+            f"({json.dumps(made_for[other[0]])}, now {json.dumps(prompts[other[0]])}); {mend}"
+        )
+    if embeddings.ndim != 2 or len(embeddings) != len(classes) or not embeddings.isfinite().all():
+        raise UserError(f"text_embeddings={path}: must hold one row of finite numbers per class; {mend}")
+    return embeddings, about.get("trained", True)
+
+
+def _check_folder(path: str | Path) -> None:
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: there is no folder {folder}; make it, or choose another with -o FILE")

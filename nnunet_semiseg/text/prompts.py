@@ -1,0 +1,90 @@
+"""Which classes a data set has, and the prompts that name them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+
+from nnunet_semiseg.errors import UserError
+
+SETTINGS_KEY = "semiseg"
+
+
+def class_names(dataset_json: dict) -> list[str]:
+    """The names of the K classes, background first, then in the order of nnU-Net's segmentation heads.
+
+    Heads follow the value of their label or, with region-based labels, the order of the regions in
+    ``dataset.json`` (nnunetv2 ``LabelManager``); the ignore label has none. For regions the background, which
+    has no head then, comes first all the same.
+
+    Raises:
+        UserError: no label has the value 0, or two labels have the same value.
+    """
+    labels = {k: _values(v) for k, v in dataset_json["labels"].items() if k != "ignore"}
+    background = [name for name, values in labels.items() if set(values) == {0}]
+    if len(background) != 1:
+        raise UserError('dataset.json: exactly one label must have the value 0; mend "labels"')
+    foreground = [name for name in labels if name not in background]
+    if all(len(values) == 1 for values in labels.values()):
+        if len(set(labels.values())) < len(labels):
+            raise UserError('dataset.json: two labels have the same value; mend "labels"')
+        foreground.sort(key=labels.get)
+    return background + foreground
+
+
+def read_prompts(dataset_json: dict, source: str = "dataset.json") -> dict[str, tuple[str, ...]]:
+    """The prompts of every class, in the order of :func:`class_names`.
+
+    They stand in the optional key ``"semiseg": {"prompts": {class: text or [text, ...]}}`` of
+    ``dataset.json``. Without it a class's name is its prompt; with it only the background may be left out.
+
+    Args:
+        dataset_json: the content of ``dataset.json``.
+        source: how messages call the file.
+
+    Raises:
+        UserError: a prompt for a class that does not exist (names the nearest), a foreground class without a
+            prompt, an empty prompt, or a value of the wrong type.
+    """
+    names = class_names(dataset_json)
+    given = _given_prompts(dataset_json, source)
+    if given is None:
+        return {name: (name,) for name in names}
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the classes are {', '.join(names)}"
+            raise UserError(f'{source}: there is a prompt for "{name}", but no such class: {hint}')
+    return {name: _texts(name, given, source, optional=name == names[0]) for name in names}
+
+
+def _values(label: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(v) for v in label) if isinstance(label, (list, tuple)) else (int(label),)
+
+
+def _given_prompts(dataset_json: dict, source: str) -> dict | None:
+    section = dataset_json.get(SETTINGS_KEY, {})
+    if not isinstance(section, dict):
+        raise UserError(f'{source}: "{SETTINGS_KEY}" must be like {{"prompts": {{"CLASS": "TEXT"}}}}')
+    if "prompts" not in section:
+        near = difflib.get_close_matches("prompts", section, n=1, cutoff=0.8)
+        if near:  # a slip of the pen must not replace somebody's prompts with the classes' names in silence
+            raise UserError(f'{source}: unknown key "{near[0]}" in "{SETTINGS_KEY}"; rename it to "prompts"')
+        return None
+    if not isinstance(section["prompts"], dict):
+        raise UserError(f'{source}: "prompts" must map each class to a text or to a list of texts')
+    return section["prompts"]
+
+
+def _texts(name: str, given: dict, source: str, optional: bool) -> tuple[str, ...]:
+    if name not in given:
+        if optional:
+            return (name,)
+        raise UserError(f'{source}: class "{name}" has no prompt; add "{name}": "TEXT" to "prompts"')
+    value = given[name]
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f'{source}: prompt of "{name}": {json.dumps(value)} is no text and no list of texts')
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError(f'{source}: the prompt of "{name}" is empty; write a text that names the class')
+    return tuple(text.strip() for text in texts)

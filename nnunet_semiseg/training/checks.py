@@ -1,0 +1,54 @@
+"""What has to be there before a training starts."""
+
+from __future__ import annotations
+
+from os.path import isdir, isfile, join
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_semiseg.errors import UserError
+
+
+def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuration: str, fold) -> None:
+    """Refuse a fold that has no labelled case to train on, in the terms of nnU-Net's `do_split`.
+
+    Raises:
+        UserError: the labelled data is not preprocessed, the fold is empty, or its cases are not there.
+    """
+    name = plans["dataset_name"]
+    folder = join(preprocessed_folder_base, PlansManager(plans).get_configuration(configuration).data_identifier)
+    if not isdir(folder):
+        raise UserError(
+            f"{folder}: no preprocessed labelled cases; run nnunet_semiseg plan_and_preprocess -d {_id(name)}"
+            f" -c {configuration}"
+        )
+    cases = set(infer_dataset_class(folder).get_identifiers(folder))
+    if fold == "all":
+        training = cases
+    else:
+        splits_file = join(preprocessed_folder_base, "splits_final.json")
+        if isfile(splits_file):
+            splits = load_json(splits_file)
+            # a fold past the file is drawn at random by nnU-Net, 80 % for training
+            training = splits[fold]["train"] if fold < len(splits) else list(cases)[: int(len(cases) * 0.8)]
+            if missing := set(training) - cases:
+                raise UserError(
+                    f"{splits_file}: fold {fold} trains on {sorted(missing)[0]}, which is not in {folder};"
+                    f" correct the file, or preprocess the case"
+                )
+        else:
+            if len(cases) < 5:
+                raise UserError(
+                    f"{splits_file} is missing and {len(cases)} labelled cases are too few for nnU-Net's five"
+                    f" folds; use fold all, or nnunet_semiseg plan_and_preprocess -d {_id(name)}, which writes"
+                    f" leave-one-out splits"
+                )
+            training = cases
+    if not training:
+        raise UserError(f"{folder}: fold {fold} has no labelled case to train on; use fold all")
+
+
+def _id(dataset_name: str) -> int:
+    return int(dataset_name[len("Dataset"):][:3])

@@ -1,0 +1,272 @@
+"""The base of every semi-supervised method: nnU-Net's trainer with an unlabelled stream."""
+
+from __future__ import annotations
+
+import io
+import os
+from os.path import join
+
+import numpy as np
+import torch
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, autocast, distributed, nn
+from torch._dynamo import OptimizedModule
+from torch.utils._pytree import tree_map
+
+from nnunet_semiseg.config import SemiSupervisedSettings, TeacherSettings, read_settings
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
+from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.training.checks import check_labeled_cases
+from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
+from nnunet_semiseg.training.random_state import get_random_state, seed_everything, set_random_state
+from nnunet_semiseg.training.teacher import make_teacher, update_teacher
+
+
+def apply_training_settings(trainer: nnUNetTrainer, settings) -> None:
+    """Give a trainer of nnU-Net the length that the plans' settings ask for."""
+    for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
+        setattr(trainer, name, getattr(settings, name))
+    if settings.seed is not None:
+        seed_everything(settings.seed)
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """A method is a subclass with a `semi_losses`; more is overridden only where the method needs it.
+
+    Class attributes:
+        settings_class: the method's settings, a frozen dataclass. Deriving it from `TeacherSettings` gives the
+            method an EMA teacher, `self.teacher`.
+        views: names of the views of an unlabelled patch that the loader makes (see `ViewsTransform`).
+        student_view: the view that goes through the network together with the labelled patches.
+    """
+
+    settings_class: type[SemiSupervisedSettings] = SemiSupervisedSettings
+    views: tuple[str, ...] = ("strong",)
+    student_view = "strong"
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device("cuda")):
+        # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
+        self.settings = read_settings(self.settings_class, plans)
+        plans = self.prepare(plans, configuration, fold, dataset_json)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        apply_training_settings(self, self.settings)
+        self.logger.local_logger = LossTermLogger()
+        self.auxiliary = nn.ModuleDict()  # trained, but not deployed: outside self.network
+        self.teacher: nn.Module | None = None
+        self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
+        self.step = 0
+        self._resume_random_state = None
+
+    # ---------------------------------------------------------------------------------- what a method overrides
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        """Refuse what cannot be trained, before anything is written.
+
+        Returns:
+            The plans, a copy where a method resolves one of its settings (the plans reach the checkpoint and
+            the predictor).
+
+        Raises:
+            UserError: the unlabelled data or the labelled cases do not fit.
+            NotImplementedError: a feature of nnU-Net that is not supported.
+        """
+        if distributed.is_available() and distributed.is_initialized():
+            raise NotImplementedError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
+        if "previous_stage" in plans["configurations"][configuration]:
+            raise NotImplementedError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
+        base = join(nnUNet_preprocessed, plans["dataset_name"])
+        self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
+        check_labeled_cases(base, plans, configuration, fold)
+        return plans
+
+    def build_auxiliary(self) -> dict[str, nn.Module]:
+        """Modules that are trained with the network but not deployed, by name."""
+        return {}
+
+    def forward_streams(self, batch: dict):
+        """One forward over labelled and unlabelled together.
+
+        Returns:
+            The network's output for the labelled and for the unlabelled samples.
+        """
+        labeled, unlabeled = batch["data"], batch["unlabeled"][self.student_view]
+        return split_streams(self.network(torch.cat((labeled, unlabeled))), len(labeled))
+
+    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
+        """nnU-Net's own loss on the labelled outputs, deep supervision included."""
+        return {"supervised": self.loss(labeled, batch["target"])}
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        """The method's terms by name, weighted as they enter the sum; the same names in every step.
+
+        Args:
+            labeled, unlabeled: what `forward_streams` returned.
+            batch: `data` (B, C, *S), `target` (nnU-Net's), `unlabeled` {view: (B_u, C, *S)}, on the device.
+        """
+        raise NotImplementedError
+
+    def refresh_network(self) -> None:
+        """Bring what the network stores, beside its weights, up to date: called before it is used or saved."""
+
+    # ------------------------------------------------------------------------------------- what a method can use
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step, 1 at the end of the training."""
+        return self.step / (self.num_epochs * self.num_iterations_per_epoch)
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the wrapper of torch.compile."""
+        return _bare(self.network)
+
+    def finest(self, output) -> Tensor:
+        """The full-resolution logits of an output with or without deep supervision."""
+        return output[0] if isinstance(output, (list, tuple)) else output
+
+    @property
+    def finest_loss(self) -> nn.Module:
+        """nnU-Net's loss for the full resolution alone."""
+        return self.loss.loss if self.enable_deep_supervision else self.loss
+
+    # ----------------------------------------------------------------------------------------------- the training
+
+    def initialize(self):
+        # before super(): it makes the optimizer
+        self.auxiliary = nn.ModuleDict(self.build_auxiliary()).to(self.device)
+        super().initialize()
+        if isinstance(self.settings, TeacherSettings):
+            self.teacher = make_teacher(self.bare_network)
+            if self._do_i_compile():
+                self.teacher = torch.compile(self.teacher)
+        self.trainable = [p for p in (*self.network.parameters(), *self.auxiliary.parameters()) if p.requires_grad]
+
+    def configure_optimizers(self):
+        optimizer, lr_scheduler = super().configure_optimizers()
+        if auxiliary := [p for p in self.auxiliary.parameters() if p.requires_grad]:
+            optimizer.add_param_group({"params": auxiliary, "initial_lr": self.initial_lr})
+        return optimizer, lr_scheduler
+
+    def get_dataloaders(self):
+        train, val = super().get_dataloaders()
+        add_unlabeled_stream(train, self._make_unlabeled_loader, self._worker_seeds)
+        next(train)  # starts the workers here, as nnU-Net does
+        if self._resume_random_state is not None:  # only now: making the loaders has drawn from the generators
+            set_random_state(self._resume_random_state)
+        return train, val
+
+    def _make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader:
+        sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
+        return UnlabeledDataLoader(
+            self.dataset_class(self.unlabeled_folder, list(self.unlabeled_cases)),
+            self.settings.unlabeled_batch_size or self.batch_size,
+            *sizes,
+            self.label_manager,
+            transforms=ViewsTransform(labeled.transforms, self.views),
+        )
+
+    def _worker_seeds(self, n: int) -> list[int]:
+        # a resumed training must not be shown the batches of its beginning again, hence the step
+        entropy = None if self.settings.seed is None else (self.settings.seed, self.step)
+        return np.random.SeedSequence(entropy).generate_state(n).tolist()
+
+    def train_step(self, batch: dict) -> dict:
+        """One step; returns every loss term as a tensor on the device, so that nothing waits for the GPU."""
+        batch = {k: batch[k] for k in ("data", "target", "unlabeled")}
+        batch = tree_map(lambda x: x.to(self.device, non_blocking=True), batch)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            labeled, unlabeled = self.forward_streams(batch)
+            terms = {**self.supervised_losses(labeled, batch), **self.semi_losses(labeled, unlabeled, batch)}
+            loss = sum(terms.values())
+
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trainable, 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.trainable, 12)
+            self.optimizer.step()
+
+        self.step += 1
+        if self.teacher is not None:
+            update_teacher(self.teacher, self.network, self.step, self.settings.ema_decay)
+        return {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        self.refresh_network()
+        names = list(train_outputs[0])
+        means = torch.stack([torch.stack([o[k].float() for k in names]) for o in train_outputs]).mean(0).cpu()
+        means = dict(zip(names, means.tolist(), strict=True))
+        super().on_train_epoch_end([{"loss": np.float64(means.pop("loss"))}])
+        for name, value in means.items():
+            self.logger.log(PREFIX + name, value, self.current_epoch)
+        self.print_to_log_file("loss terms:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+
+    def on_train_end(self):
+        super().on_train_end()
+        self._load_deployed_weights()
+
+    def _load_deployed_weights(self):
+        """What is validated is what is deployed: after the last epoch `self.network` may become the teacher."""
+        if self.teacher is not None and self.settings.deploy == "teacher":
+            self.bare_network.load_state_dict(_bare(self.teacher).state_dict())
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with the top-level keys `teacher` (or None) and `semiseg`, written atomically.
+
+        `network_weights` holds what is deployed; where that is the teacher, `semiseg` also holds the student.
+        """
+        self.refresh_network()
+        if self.disable_checkpointing:
+            return super().save_checkpoint(filename)
+        buffer = io.BytesIO()  # nnU-Net builds the dictionary and writes it in one go; we have to add to it
+        super().save_checkpoint(buffer)
+        buffer.seek(0)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
+        teacher = None if self.teacher is None else _bare(self.teacher).state_dict()
+        student = None
+        if teacher is not None and self.settings.deploy == "teacher":
+            student, checkpoint["network_weights"] = checkpoint["network_weights"], teacher
+        checkpoint["teacher"] = teacher
+        checkpoint["semiseg"] = {
+            "student": student,
+            "auxiliary": self.auxiliary.state_dict(),
+            "method_state": self.method_state,
+            "random_state": get_random_state(),
+        }
+        torch.save(checkpoint, filename + ".tmp")
+        os.replace(filename + ".tmp", filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+        state = checkpoint["semiseg"]
+        self.step = self.current_epoch * self.num_iterations_per_epoch
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        for name, value in state["method_state"].items():
+            self.method_state[name].copy_(value)
+        if self.teacher is not None:
+            _bare(self.teacher).load_state_dict(checkpoint["teacher"])
+        if state["student"] is not None and self.current_epoch < self.num_epochs:
+            self.bare_network.load_state_dict(state["student"])  # to be trained on, not yet to be validated
+        self._resume_random_state = state["random_state"]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+
+def split_streams(outputs, n_labeled: int):
+    """Split every tensor of a nested output along the batch: the first `n_labeled` samples, and the rest."""
+    return tree_map(lambda t: t[:n_labeled], outputs), tree_map(lambda t: t[n_labeled:], outputs)

@@ -1,0 +1,47 @@
+"""Mean Teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_semiseg.config import TeacherSettings, require
+from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.training.schedules import gaussian_ramp
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanTeacherSettings(TeacherSettings):
+    consistency_weight: float = 0.1
+    """of the consistency, at the end of the ramp"""
+    ramp_length: float = 0.4
+    """of the consistency's weight, as a share of the training"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "consistency_weight", minimum=0)
+        require(self, "ramp_length", minimum=1e-6, maximum=1)
+
+
+class MeanTeacherTrainer(SemiSupervisedTrainer):
+    """Tarvainen and Valpola, "Mean teachers are better role models" (NeurIPS 2017, arXiv 1703.01780).
+
+    L = L_sup + w(t) MSE(student's probabilities on the strong view, teacher's on the weak view), over the
+    unlabelled samples (eq. 1, their section 2); the teacher is the EMA of the student (eq. 2), w a Gaussian ramp
+    over `ramp_length` of the training to `consistency_weight` (0.1, as usual for volumes: Yu et al., UA-MT, MICCAI
+    2019). We depart in leaving the labelled samples out of the consistency, and in nnU-Net's supervised loss.
+    """
+
+    settings_class = MeanTeacherSettings
+    views = ("weak", "strong")
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher = probabilities(self.teacher(batch["unlabeled"]["weak"]), self.label_manager)
+        student = probabilities(self.finest(unlabeled), self.label_manager)
+        weight = self.settings.consistency_weight * gaussian_ramp(self.progress / self.settings.ramp_length)
+        return {"consistency": weight * F.mse_loss(student, teacher)}

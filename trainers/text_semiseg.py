@@ -1,0 +1,212 @@
+"""Text-SemiSeg."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from monai.transforms import KeepLargestConnectedComponent
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, read_settings, require
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
+from nnunet_semiseg.networks.dual_decoder import DualDecoderUNet
+from nnunet_semiseg.networks.text_guidance import TextGuidance
+from nnunet_semiseg.text.prompt_learner import build_prompt_learner
+from nnunet_semiseg.training.schedules import gaussian_ramp
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSemiSegSettings(SemiSupervisedSettings):
+    text_model: str = "ViT-B-32"
+    """an open_clip model, `hf-hub:NAME`, or the path of a folder with `open_clip_config.json`"""
+    text_pretrained: str = "openai"
+    """a tag of open_clip, the path of a checkpoint, or `none` for an untrained encoder"""
+    text_cache_dir: str | None = None
+    text_embeddings: str | None = None
+    """a file of `nnunet_semiseg embed_prompts`, in place of an encoder"""
+    n_ctx: int = 4
+    """learnable context tokens a class"""
+    tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
+    csa: bool = True
+    dca: bool = True
+    dca_start: float = 0.2
+    """share of the training before DCA begins"""
+    unsupervised_weight: float = 0.1
+    """lambda of the cross pseudo supervision, at the end of the ramp"""
+    largest_component: bool = False
+    """keep the largest component of a class's pseudo-label: right for one organ, wrong for lesions"""
+    text_shape: tuple[int, ...] | None = None
+    """(K, d), found by the trainer and kept in its plans, for the predictor"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "n_ctx", minimum=1)
+        require(self, "dca_start", minimum=0, maximum=1)
+        require(self, "unsupervised_weight", minimum=0)
+
+
+class TextSemiSegTrainer(SemiSupervisedTrainer):
+    """Text-driven Multiplanar Visual Interaction for Semi-supervised Medical Image Segmentation.
+
+    MICCAI 2025, arXiv 2507.12382. A shared encoder, two decoders that differ in upsampling, class prompts with
+    learnable context through a frozen text encoder, and
+
+        L = L_sup(1) + L_sup(2) + L_cog + L_mix + lambda(t) L_unsup.
+
+    L_sup is nnU-Net's loss with deep supervision; L_cog is CSA, `category_alignment_loss`, over both streams and
+    both decoders; L_mix is DCA (from `dca_start` on): the decoder with the lower supervised loss labels the
+    unlabelled samples, `mix_by_foreground` mixes, and the other decoder learns from the mixes (Dice + CE, and
+    L_cog on them); L_unsup is the cross pseudo supervision of the decoders with lambda(t) a Gaussian ramp over
+    the training. TMR is `MultiplanarTextAttention`. The first decoder (transposed convolutions) is deployed.
+
+    Where the published code departs from the paper we follow the paper (see the modules' docstrings). Where the
+    paper is silent: pseudo-label losses use the full resolution alone; the decoders are compared by the losses
+    of the step before (they are on the CPU by then, so that no step waits for them); foreground of a region
+    dataset is where any region is; one augmented view of a sample serves all terms.
+    """
+
+    settings_class = TextSemiSegSettings
+
+    @staticmethod
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels: int,
+                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        settings = read_settings(TextSemiSegSettings, plans_manager.plans)
+        return DualDecoderUNet(
+            network,
+            configuration_manager.network_arch_init_kwargs["n_conv_per_stage_decoder"],
+            enable_deep_supervision,
+            TextGuidance(network.encoder, settings.text_shape, settings.tmr),
+        )
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        plans = super().prepare(plans, configuration, fold, dataset_json)
+        batch_size = plans["configurations"][configuration].get("batch_size")
+        unlabeled = self.settings.unlabeled_batch_size
+        if self.settings.dca and unlabeled is not None and batch_size is not None and unlabeled < batch_size:
+            raise UserError(
+                f"setting unlabeled_batch_size={unlabeled}: DCA mixes each of the {batch_size} labelled samples of a"
+                f" batch with an unlabelled one; set it to {batch_size} or more, or --set dca=false"
+            )
+        self.prompt_learner = build_prompt_learner(self.settings, dataset_json)
+        shape = list(self.prompt_learner.feature_shape)
+        return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "text_shape": shape}}
+
+    def initialize(self):
+        super().initialize()
+        self.better = 0
+        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool)
+        if self.device.type == "cuda":  # a copy into pinned memory does not make the CPU wait
+            self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
+
+    def build_auxiliary(self) -> dict[str, nn.Module]:
+        if not self.prompt_learner.trained:
+            self.print_to_log_file("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
+        return {"prompt_learner": self.prompt_learner}
+
+    def refresh_network(self) -> None:
+        with torch.no_grad():
+            self.bare_network.guidance.features.copy_(self.prompt_learner())
+
+    def forward_streams(self, batch: dict):
+        """Per stream a pair: the outputs of both decoders, and the aligned features (B, d, *s)."""
+        self.text = self.prompt_learner()
+        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
+        return split_streams(self.network(images, self.text, (0, 1)), len(batch["data"]))
+
+    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
+        first, second = (self.loss(output, batch["target"]) for output in labeled[0])
+        # read what the step before left, then send this step's comparison on its way
+        self.better = int(self.method_state["second_is_better"])
+        self.method_state["second_is_better"].copy_(second.detach() < first.detach(), non_blocking=True)
+        return {"supervised_1": first, "supervised_2": second}
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        settings, terms = self.settings, {}
+        labeled, unlabeled, features = (
+            [self.finest(o) for o in labeled[0]],
+            [self.finest(o) for o in unlabeled[0]],
+            torch.cat((labeled[1], unlabeled[1])),
+        )
+        if settings.csa:
+            terms["cog"] = sum(self.alignment(features, torch.cat(pair)) for pair in zip(labeled, unlabeled))
+        pseudo = [self.pseudo_label(x) for x in unlabeled]
+        if settings.dca:
+            started = self.progress >= settings.dca_start
+            terms["mix"] = self.mix_loss(batch, pseudo[self.better]) if started else features.new_zeros(())
+        unsupervised = self.finest_loss(unlabeled[0], pseudo[1]) + self.finest_loss(unlabeled[1], pseudo[0])
+        terms["unsupervised"] = settings.unsupervised_weight * gaussian_ramp(self.progress) * unsupervised
+        return terms
+
+    def mix_loss(self, batch: dict, pseudo_label: Tensor) -> Tensor:
+        """DCA: the other decoder's loss on labelled foreground in unlabelled images, and the other way round."""
+        x_l, y_l = batch["data"], self.finest(batch["target"])
+        x_u, y_u = batch["unlabeled"][self.student_view][: len(x_l)], pseudo_label[: len(x_l)]
+        mix_l = mix_by_foreground(self.foreground(y_l), x_l, x_u, y_l, y_u)
+        mix_u = mix_by_foreground(self.foreground(y_u), x_u, x_l, y_u, y_l)
+        images = torch.cat((mix_l[0], mix_u[0]))
+        outputs, features = self.network(images, self.text, (1 - self.better,))
+        logits = self.finest(outputs[0])
+        loss = self.finest_loss(logits[: len(x_l)], mix_l[1]) + self.finest_loss(logits[len(x_l) :], mix_u[1])
+        return loss + self.alignment(features, logits) if self.settings.csa else loss
+
+    def alignment(self, features: Tensor, logits: Tensor) -> Tensor:
+        text = self.text[1:] if self.label_manager.has_regions else self.text  # regions have no background head
+        return category_alignment_loss(features, probabilities(logits, self.label_manager), text)
+
+    def pseudo_label(self, logits: Tensor) -> Tensor:
+        label = hard_pseudo_label(logits, self.label_manager)
+        if self.settings.largest_component:  # on the CPU, one sample after the other
+            keep = KeepLargestConnectedComponent(is_onehot=self.label_manager.has_regions)
+            label = torch.stack([keep(sample).as_tensor() for sample in label]).to(label)
+        return label
+
+    def foreground(self, target: Tensor) -> Tensor:
+        """m = [y > 0], (B, 1, *S), of a target as nnU-Net's loss takes it; what is ignored is no foreground."""
+        if self.label_manager.has_regions:
+            return target[:, : self.label_manager.num_segmentation_heads].bool().any(1, keepdim=True)
+        foreground = target > 0
+        if self.label_manager.has_ignore_label:
+            foreground &= target != self.label_manager.ignore_label
+        return foreground
+
+
+def category_alignment_loss(features: Tensor, probs: Tensor, text: Tensor) -> Tensor:
+    """CSA: mean over classes (and samples) of ||F_t^k - v_k||^2, v_k = sum(F_v y_k) / sum(y_k).
+
+    Source: Text-SemiSeg, category-aware semantic alignment. The published code normalises along the width axis
+    instead of the channels and averages over all voxels; we follow the paper.
+
+    Args:
+        features: (B, d, *s), F_v, normalised over d.
+        probs: (B, K, *S), probabilities, brought to the features' grid s by averaging.
+        text: (K, d), F_t, normalised over d.
+    """
+    weights = F.interpolate(probs, size=features.shape[2:], mode="area").flatten(2)
+    sums = torch.einsum("bdn,bkn->bkd", features.flatten(2), weights)
+    prototypes = sums / weights.sum(2, keepdim=True).clamp_min(1e-6)
+    return (text.float() - prototypes).square().sum(2).mean()
+
+
+def mix_by_foreground(foreground: Tensor, x: Tensor, x_other: Tensor, y: Tensor, y_other: Tensor):
+    """DCA's mix: x_mix = m x + (1 - m) x_other, and the same for the targets.
+
+    The published code multiplies label by label, which holds for two classes only.
+
+    Args:
+        foreground: m, (B, 1, *S), bool, of x.
+        x, x_other: images (B, C, *S).
+        y, y_other: targets (B, 1 or regions, *S).
+
+    Returns:
+        The mixed images and targets.
+    """
+    return torch.where(foreground, x, x_other), torch.where(foreground, y, y_other)
