@@ -79,7 +79,7 @@ def read_settings(settings_class: type[S], plans: dict) -> S:
     own = _hints(settings_class)
     foreign = set(given) - set(own)
     if foreign:
-        _refuse_unknown(foreign, known=set(own) | set(known_settings()))
+        _refuse_unknown(foreign, known={*own, *known_settings()})
     return settings_class(**{k: _convert(k, v, own[k]) for k, v in given.items() if k in own})
 
 
@@ -100,7 +100,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 def update_settings(plans: dict, changes: dict[str, Any]) -> dict:
     """A copy of the plans with these settings in it, each checked against the trainers that have it."""
     known = known_settings()
-    _refuse_unknown(set(changes) - set(known), known)
+    _refuse_unknown(changes, known)
     for key, value in changes.items():
         for settings_class in known[key]:
             settings_class(**{key: _convert(key, value, _hints(settings_class)[key])})
@@ -125,8 +125,8 @@ def _hints(settings_class) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(settings_class)}
 
 
-def _refuse_unknown(unknown: set[str], known: Iterable[str]) -> None:
-    for key in sorted(unknown):
+def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
+    for key in sorted(set(keys) - set(known)):
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(sorted(known))}"
         raise UserError(f"unknown setting {key} (--set, or key '{PLANS_KEY}' of the plans): {hint}")

@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
@@ -348,7 +349,7 @@ def _preprocess_case(
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
     reader = plans_manager.image_reader_writer_class
-    problems = _header_problems(images, reader)
+    problems = _header_problems(images, reader) or _nifti_problems(images)
     if problems:
         return case, problems
 
@@ -423,18 +424,35 @@ def _header_problems(images: list[str], reader: type) -> list[str]:
     return problems
 
 
+def _nifti_problems(images: list[str]) -> list[str]:
+    """What ITK hides: it reads zeros where a NIfTI file ends early, and in place of NaN and infinity."""
+    problems = []
+    for image in (image for image in images if image.endswith((".nii", ".nii.gz"))):
+        try:
+            voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()
+        except Exception as e:  # of many kinds, by what is damaged
+            problems.append(f"{image}: cannot be read ({_one_line(e)}): {_TAKE_OUT}")
+            continue
+        if np.issubdtype(voxels.dtype, np.floating):
+            problems.extend(_not_finite(voxels, image))
+    return problems
+
+
 def _intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
     if len(data) != len(channels):
         return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {_TAKE_OUT}"]
     problems = []
     for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
         file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
-        bad = channel.size - np.count_nonzero(np.isfinite(channel))
-        if bad:
-            problems.append(f"{file}: {bad} voxels are NaN or infinite: give them a number, or {_TAKE_OUT}")
-        elif channel.min() == channel.max():
+        problems.extend(_not_finite(channel, file))
+        if channel.min() == channel.max():
             problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {_TAKE_OUT}")
     return problems
+
+
+def _not_finite(voxels: np.ndarray, file: str) -> list[str]:
+    bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
+    return [f"{file}: {bad} voxels are NaN or infinite: give them a number, or {_TAKE_OUT}"] if bad else []
 
 
 def _reading_problems(images: list[str], reader: type) -> list[str]:
@@ -445,13 +463,13 @@ def _reading_problems(images: list[str], reader: type) -> list[str]:
             with contextlib.redirect_stdout(printed):
                 reader().read_images(files)
         except Exception as e:
-            detail = _one_line(e) if str(e) else printed.getvalue().partition("\n")[0] or type(e).__name__
+            detail = printed.getvalue().partition("\n")[0] or _one_line(e)  # nnU-Net's readers print
             return [f"{', '.join(files)}: cannot be read ({detail}): {_TAKE_OUT}"]
     return []
 
 
 def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -1,0 +1,22 @@
+# Each target does its own set-up: a fresh machine needs Python >= 3.10 and make, and the internet for pip.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test demo lint
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+demo: .venv/installed
+	$(BIN)/nnunet_semiseg demo
+
+lint: .venv/installed
+	$(BIN)/ruff check
+
+.venv/installed: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv

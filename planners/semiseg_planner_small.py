@@ -1,0 +1,14 @@
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+from nnunet_semiseg.planning import SemiSegMemory
+
+
+class SemiSegPlannerSmall(SemiSegMemory, ExperimentPlanner):
+    """Width 16 to 128 in place of 32 to 320 or 512: for CPUs and quick looks."""
+
+    default_plans_name = "nnUNetSemiSegSmallPlans"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.UNet_base_num_features = 16
+        self.UNet_max_features_2d = self.UNet_max_features_3d = 128

@@ -1,0 +1,157 @@
+"""`tiny_dataset`: makes raw datasets that are preprocessed in a second and can be trained on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+
+@dataclass(frozen=True)
+class TinyDataset:
+    """A raw dataset; nnU-Net's three variables point to the folders around it."""
+
+    id: int
+    name: str
+    raw: Path
+    preprocessed: Path
+    results: Path
+    configuration: str
+
+    @property
+    def dataset_json(self) -> dict:
+        return json.loads((self.raw / "dataset.json").read_text())
+
+    def update_dataset_json(self, **entries) -> None:
+        (self.raw / "dataset.json").write_text(json.dumps(self.dataset_json | entries))
+
+    def image(self, case: str, channel: int = 0, folder: str = "imagesUn") -> Path:
+        return self.raw / folder / f"{case}_{channel:04d}{self.dataset_json['file_ending']}"
+
+    def plan(self, planner="SemiSegPlannerSmall", configurations: Sequence[str] = (), **kwargs) -> dict:
+        """`plan_and_preprocess`, in threads, for a process needs seconds to import torch; gives the plans."""
+        from nnunet_semiseg import planning
+
+        kwargs = {"num_processes": 1, "num_processes_fingerprint": 1, "show_progress_bar": False} | kwargs
+        with in_threads():
+            planning.plan_and_preprocess([self.id], configurations or [self.configuration], planner, **kwargs)
+        name = kwargs.get("overwrite_plans_name")
+        return self.plans(name or planning._default_plans_name(planning.find_planner(planner)))
+
+    def plans(self, name: str) -> dict:
+        return json.loads((self.preprocessed / f"{name}.json").read_text())
+
+
+@contextmanager
+def in_threads() -> Iterator[None]:
+    """Planning and preprocessing start no process, and the fingerprint draws no 100 million intensities."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
+        DatasetFingerprintExtractor,
+    )
+
+    from nnunet_semiseg.data import unlabeled
+
+    run_jobs, extract = unlabeled._run, DatasetFingerprintExtractor.run
+
+    def extract_few(self, **kwargs):
+        self.num_foreground_voxels_for_intensitystats = 10_000
+        return extract(self, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+        patch.setattr(DatasetFingerprintExtractor, "run", extract_few)
+        patch.setattr(unlabeled, "_run", lambda jobs, num_processes: run_jobs(jobs, 0))
+        yield
+
+
+@pytest.fixture
+def tiny_dataset(tmp_path, monkeypatch):
+    """A factory of raw datasets: `tiny_dataset(dims=2, labeled=3, ...)`; ids: `tr_000`, `un_000`, `ts_000`.
+
+    Each image shows two bright ellipsoids, one inside the other: `kidney` and `tumour`, or as regions
+    `organ` (both) and `tumour`. 3d images are .nii.gz of 1.0 x 1.0 x 1.5 mm, 2d ones .png.
+    """
+
+    def make(
+        dims: int = 3,
+        labeled: int = 3,
+        unlabeled: int = 4,
+        test: int = 0,
+        channels: int = 1,
+        regions: bool = False,
+        size: int = 24,
+        seed: int = 0,
+        dataset_id: int = 901,
+        **dataset_json,
+    ) -> TinyDataset:
+        name = f"Dataset{dataset_id:03d}_Tiny"
+        folders = {v: tmp_path / v for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        for variable, folder in folders.items():
+            folder.mkdir(exist_ok=True)
+            monkeypatch.setenv(variable, str(folder))
+        raw, preprocessed, results = (folder / name for folder in folders.values())
+
+        ending = ".nii.gz" if dims == 3 else ".png"
+        rng = np.random.default_rng(seed)
+        for prefix, number in {"tr": labeled, "un": unlabeled, "ts": test}.items():
+            part = prefix.capitalize()
+            for folder in [f"images{part}"] + [f"labels{part}"] * (prefix != "un") if number else ():
+                (raw / folder).mkdir(parents=True)
+            for case in range(number):
+                image, label = _ellipsoids(rng, [size] * dims, channels)
+                for c in range(channels):
+                    write_image(image[c], raw / f"images{part}" / f"{prefix}_{case:03d}_{c:04d}{ending}")
+                if prefix != "un":
+                    write_image(label, raw / f"labels{part}" / f"{prefix}_{case:03d}{ending}")
+        raw.mkdir(exist_ok=True)
+        labels = {"background": 0, "kidney": 1, "tumour": 2}
+        if regions:
+            labels = {"background": 0, "organ": [1, 2], "tumour": [2]}
+            dataset_json = {"regions_class_order": [1, 2]} | dataset_json
+        content = {
+            "channel_names": {str(c): f"MRI {c}" for c in range(channels)},
+            "labels": labels,
+            "numTraining": labeled,
+            "file_ending": ending,
+        }
+        (raw / "dataset.json").write_text(json.dumps(content | dataset_json))
+        configuration = "3d_fullres" if dims == 3 else "2d"
+        return TinyDataset(dataset_id, name, raw, preprocessed, results, configuration)
+
+    return make
+
+
+def write_image(array: np.ndarray, file: Path, spacing=(1.0, 1.0, 1.5), origin=None, direction=None) -> None:
+    image = sitk.GetImageFromArray(array)
+    if file.name.endswith(".nii.gz"):
+        image.SetSpacing(spacing[: array.ndim])
+        image.SetOrigin(origin or (0.0,) * array.ndim)
+        if direction:
+            image.SetDirection(direction)
+    sitk.WriteImage(image, str(file))
+
+
+def _ellipsoids(rng: np.random.Generator, shape: list[int], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
+    per_axis = (len(shape),) + (1,) * len(shape)
+    centre, radii = rng.uniform(-0.3, 0.3, per_axis), rng.uniform(0.4, 0.65, per_axis)
+    distance = np.sqrt((((grid - centre) / radii) ** 2).sum(0))
+    label = (distance < 1).astype(np.uint8) + (distance < 0.5)
+    image = (
+        60
+        + 50 * label
+        + rng.normal(0, 8, (channels, *shape))
+        + 10 * np.arange(channels).reshape(-1, *[1] * len(shape))
+    )
+    image = image.clip(1, 255)
+    return image.astype(np.uint8 if len(shape) == 2 else np.float32), label

@@ -1,0 +1,172 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nnunet_semiseg import cli
+
+
+def error_lines(capsys, *arguments):
+    assert cli.main(arguments) == 1
+    return capsys.readouterr().err.splitlines()
+
+
+def test_help_names_every_command_and_imports_nothing_large():
+    code = (
+        "import sys; from nnunet_semiseg import cli\n"
+        "try: cli.main(['--help'])\n"
+        "finally: assert not {'torch', 'nnunetv2', 'numpy'} & set(sys.modules), 'slow'"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path}\n{code}"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert all(command.__name__ in run.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command.__name__, "--help"])
+    assert stop.value.code == 0
+    assert " ".join(command.__doc__.split()[:4]) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "command, variable",
+    [
+        ("plan_and_preprocess -d 901", "nnUNet_raw"),
+        ("preprocess_unlabeled -d 901", "nnUNet_raw"),
+        ("preprocess_unlabeled -d 901", "nnUNet_preprocessed"),
+        ("train 901 3d_fullres 0", "nnUNet_preprocessed"),
+        ("train 901 3d_fullres 0", "nnUNet_results"),
+        ("embed_prompts -d 901 -o x", "nnUNet_raw"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_one_line(tiny_dataset, monkeypatch, capsys, command, variable):
+    tiny_dataset(size=6)
+    monkeypatch.delenv(variable)
+    (line,) = error_lines(capsys, *command.split())
+    assert line.startswith(f"error: {variable} is not set: export {variable}=")
+
+
+def test_an_unknown_dataset_is_one_line(tiny_dataset, capsys):
+    tiny_dataset(size=6)
+    (line,) = error_lines(capsys, "preprocess_unlabeled", "-d", "902")
+    assert line.startswith("error: dataset 902: no dataset has this number: look into nnUNet_raw=")
+
+
+def test_errors_are_lines_without_traceback(tiny_dataset, capsys):
+    dataset = tiny_dataset(channels=2, size=6)
+    dataset.image("un_000", 0).unlink()
+    dataset.image("un_002", 1).unlink()
+    lines = error_lines(capsys, "plan_and_preprocess", "-d", "901", "-c", "3d_fullres")
+    assert len(lines) == 2
+    assert "un_000_0000.nii.gz: missing" in lines[0] and "un_002_0001.nii.gz: missing" in lines[1]
+    assert all(line.startswith("error: ") for line in lines)
+
+
+def test_plans_that_are_missing_are_named(tiny_dataset, capsys):
+    tiny_dataset(size=6)
+    (line,) = error_lines(capsys, "preprocess_unlabeled", "-d", "901")
+    assert (
+        "nnUNetPlans.json: no such file: make the plans with nnunet_semiseg plan_and_preprocess -d 901"
+        in line
+    )
+
+
+def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):
+    got = {}
+    monkeypatch.setattr(
+        "nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: got.update(kwargs, args=args)
+    )
+    command = "plan_and_preprocess -d 1 2 -c 2d 3d_fullres -np 3 4 -npfp 5 -pl P -gpu_memory_target 11"
+    command += " -overwrite_target_spacing 3 2 1.5 -overwrite_plans_name N --verify_dataset_integrity --clean --no_pp"
+    command += " --verbose --no_pbar --set a=1 b=2 --set c=3"
+    assert cli.main(command.split()) == 0
+    assert got == {
+        "args": ([1, 2], ["2d", "3d_fullres"], "P"),
+        "num_processes": [3, 4],
+        "num_processes_fingerprint": 5,
+        "gpu_memory_target": 11,
+        "overwrite_target_spacing": [3, 2, 1.5],
+        "overwrite_plans_name": "N",
+        "verify_dataset_integrity": True,
+        "clean": True,
+        "preprocess": False,
+        "settings": ["a=1", "b=2", "c=3"],
+        "show_progress_bar": False,
+        "verbose": True,
+    }
+
+
+def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypatch, capsys):
+    dataset = tiny_dataset(size=6)
+    dataset.preprocessed.mkdir(parents=True)
+    plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
+    plans_file.write_text(json.dumps({"semiseg": {"num_epochs": 9}}))
+    called = []
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    command = "train -device cpu 901 3d_fullres all -p nnUNetSemiSegPlans -tr SupervisedTrainer --npz --c"
+    assert cli.main([*command.split(), "--set", "num_epochs=3", "num_iterations_per_epoch=7"]) == 0
+    assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 3, "num_iterations_per_epoch": 7}
+    printed = capsys.readouterr().out
+    assert "num_epochs 9 -> 3, for every trainer with these plans" in printed
+    positional, options = called[0][:3], called[0][3:]
+    assert positional == ["901", "3d_fullres", "all"]
+    expected = "-tr SupervisedTrainer -p nnUNetSemiSegPlans -device cpu --npz --c"
+    assert options == expected.split()
+
+    (line,) = error_lines(capsys, *command.split(), "--set", "num_epoks=3")
+    assert line.startswith("error: unknown setting num_epoks") and len(called) == 1
+
+
+def test_train_takes_every_option_of_nnunet(monkeypatch, capsys):
+    from nnunetv2.run.run_training import run_training_entry
+
+    def options(call):
+        with pytest.raises(SystemExit):
+            call()
+        usage = capsys.readouterr().out
+        return {word.strip("[],") for word in usage.split() if word.startswith(("[-", "-"))}
+
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "--help"])
+    assert options(run_training_entry) <= options(lambda: cli.main(["train", "--help"]))
+
+
+def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatch):
+    tiny_dataset(size=6)
+    called = []
+    monkeypatch.setattr(
+        "nnunet_semiseg.text.prompt_learner.embed_prompts",
+        lambda *args: called.append((args[0]["labels"], *args[1:])),
+    )
+    assert cli.main("embed_prompts -d 901 -o F.safetensors -pretrained W.pt -cache_dir C".split()) == 0
+    labels = {"background": 0, "kidney": 1, "tumour": 2}
+    assert called == [(labels, "ViT-B-32", "W.pt", "C", "F.safetensors")]
+
+
+def test_env_prints_the_export_line(capsys):
+    assert cli.main(["env"]) == 0
+    assert capsys.readouterr().out.startswith("export nnUNet_extTrainer=")
+
+
+@pytest.mark.slow
+def test_the_command_from_end_to_end(tiny_dataset):
+    """The one test with processes everywhere, as users have it."""
+    dataset = tiny_dataset(labeled=2, unlabeled=3)
+    command = (
+        "-m nnunet_semiseg.cli plan_and_preprocess -d 901 -c 3d_fullres -np 2 -npfp 1 -pl SemiSegPlannerSmall"
+    )
+    run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(list(dataset.preprocessed.glob("*__unlabeled/*.pkl"))) == 3
+    dataset.image("un_001").write_bytes(b"no image")
+    command = "-m nnunet_semiseg.cli preprocess_unlabeled -d 901 -c 3d_fullres -np 1 -plans_name nnUNetSemiSegSmallPlans"
+    run = subprocess.run([sys.executable, *command.split(), "--no_pbar"], capture_output=True, text=True)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
+    assert "un_001_0000.nii.gz: cannot be read" in run.stderr

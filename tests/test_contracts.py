@@ -1,0 +1,209 @@
+"""What holds for every semi-supervised trainer; a new one is found by being in `trainers/`."""
+
+import numpy as np
+import pytest
+import torch
+from training import TRAINERS, make_trainer
+
+from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
+
+DATASETS = {
+    "3d": dict(dims=3),
+    "2d": dict(dims=2, size=32),
+    "regions": dict(dims=3, regions=True),
+    "2 channels": dict(dims=3, channels=2),
+    "4 classes": dict(dims=3, labels={"background": 0, "a": 1, "b": 2, "c": 3}),
+    "ignore": dict(dims=3, labels={"background": 0, "kidney": 1, "ignore": 2}),
+}
+
+every_trainer = pytest.mark.parametrize("trainer_class", TRAINERS, ids=lambda t: t.__name__)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(LossTermLogger, "plot_progress_png", lambda self, folder: None)
+
+
+@pytest.fixture
+def ready(tiny_dataset, monkeypatch):
+    """A factory of planned and preprocessed tiny data sets."""
+
+    def make(**kwargs):
+        dataset = tiny_dataset(**kwargs)
+        dataset.plan()
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner would not survive it
+        return dataset
+
+    return make
+
+
+def started(trainer_class, dataset, **settings):
+    trainer = make_trainer(trainer_class, dataset, dca_start=0.0, **settings)
+    trainer.on_train_start()
+    return trainer
+
+
+def snapshot(parameters):
+    return [p.detach().clone() for p in parameters]
+
+
+@every_trainer
+@pytest.mark.parametrize("kind", DATASETS)
+def test_two_steps_route_the_gradients(trainer_class, kind, ready):
+    trainer = started(trainer_class, ready(**DATASETS[kind]))
+    trainer.network.train()
+    before = snapshot(trainer.trainable)
+    frozen = [m for m in trainer.auxiliary.values() if hasattr(m, "tower")]
+    towers = [snapshot(m.tower.parameters()) for m in frozen]
+
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+
+    terms = [k for k in outputs[0] if k != "loss"]
+    assert "loss" in outputs[0] and len(terms) >= 2 and list(outputs[1]) == list(outputs[0])
+    for out in outputs:
+        assert all(torch.isfinite(v) and not v.requires_grad for v in out.values())
+        torch.testing.assert_close(out["loss"], sum(out[k] for k in terms))
+
+    # nnU-Net gives the coarsest output no weight, so that its layer learns nothing
+    unused = {id(p) for n, p in trainer.network.named_parameters() if "seg_layers.0." in n}
+    names = {id(p): n for n, p in (*trainer.network.named_parameters(), *trainer.auxiliary.named_parameters())}
+    for p, old in zip(trainer.trainable, before, strict=True):
+        if id(p) not in unused:
+            # a bias before an instance norm has a gradient of rounding errors only, but it has one
+            assert p.grad is not None and torch.isfinite(p.grad).all(), names[id(p)]
+            assert p.grad.abs().max() > 0 or names[id(p)].endswith("bias"), names[id(p)]
+    moved = [not torch.equal(p, old) for p, old in zip(trainer.trainable, before, strict=True)]
+    assert np.mean(moved) > 0.9
+
+    for module, tower in zip(frozen, towers, strict=True):
+        assert not any(m.training for m in module.tower.modules())
+        assert all(p.grad is None for p in module.tower.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(module.tower.parameters(), tower, strict=True))
+    for name, p in trainer.auxiliary.named_parameters():
+        old = before[[id(q) for q in trainer.trainable].index(id(p))]
+        assert (p != old).flatten(-1).any(-1).all(), f"a token of {name} stayed where it was"
+
+    if trainer.teacher is not None:
+        assert not any(m.training for m in trainer.teacher.modules())
+        assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.parameters())
+        shared = {id(p) for p in trainer.network.parameters()} & {id(p) for p in trainer.teacher.parameters()}
+        assert not shared
+
+
+@every_trainer
+def test_teacher_follows_by_ema(trainer_class, ready):
+    trainer = started(trainer_class, ready())
+    if trainer.teacher is None:
+        pytest.skip("the method has no teacher")
+    teacher = snapshot(trainer.teacher.parameters())
+    trainer.train_step(next(trainer.dataloader_train))  # step 1: the average of two
+    for t, old, s in zip(trainer.teacher.parameters(), teacher, trainer.network.parameters(), strict=True):
+        torch.testing.assert_close(t, 0.5 * old + 0.5 * s)
+    trainer.step = 10**6
+    teacher = snapshot(trainer.teacher.parameters())
+    trainer.train_step(next(trainer.dataloader_train))
+    for t, old, s in zip(trainer.teacher.parameters(), teacher, trainer.network.parameters(), strict=True):
+        torch.testing.assert_close(t, 0.99 * old + 0.01 * s)
+
+
+@every_trainer
+@pytest.mark.parametrize("deploy", ["student", "teacher"])
+def test_resumed_training_ends_where_an_uninterrupted_one_does(trainer_class, deploy, ready):
+    dataset = ready()
+    settings = dict(deploy=deploy, dca_start=0.5)
+    straight = make_trainer(trainer_class, dataset, **settings)
+    if deploy == "teacher" and not hasattr(straight.settings, "deploy"):
+        pytest.skip("the method has no teacher")
+    straight.run_training()
+
+    class Killed(Exception):
+        pass
+
+    broken = make_trainer(trainer_class, dataset, **settings)
+    step = broken.train_step
+
+    def dies_in_the_third_epoch(batch):
+        if broken.step == 5:
+            raise Killed
+        return step(batch)
+
+    broken.train_step = dies_in_the_third_epoch
+    with pytest.raises(Killed):
+        broken.run_training()
+
+    resumed = make_trainer(trainer_class, dataset, **settings)
+    resumed.load_checkpoint(resumed.output_folder + "/checkpoint_latest.pth")
+    assert resumed.current_epoch == 2 and resumed.step == 4
+    resumed.run_training()
+
+    assert resumed.current_epoch == straight.current_epoch == 3 and resumed.step == straight.step == 6
+    assert resumed.progress == straight.progress == 1
+    assert_same(straight.network.state_dict(), resumed.network.state_dict())
+    assert_same(straight.auxiliary.state_dict(), resumed.auxiliary.state_dict())
+    assert_same(straight.method_state, resumed.method_state)
+    if straight.teacher is not None:
+        assert_same(straight.teacher.state_dict(), resumed.teacher.state_dict())
+        deployed = straight.teacher if deploy == "teacher" else straight.network
+        saved = torch.load(resumed.output_folder + "/checkpoint_final.pth", weights_only=False)
+        assert_same(deployed.state_dict(), saved["network_weights"])
+        assert saved["teacher"] is not None
+    for key in straight.logger.local_logger.terms:
+        np.testing.assert_array_equal(straight.logger.get_value(key, None), resumed.logger.get_value(key, None))
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
+
+
+@every_trainer
+def test_every_term_is_logged_every_epoch(trainer_class, ready):
+    trainer = make_trainer(trainer_class, ready())
+    trainer.run_training()
+    terms = trainer.logger.local_logger.terms
+    assert len(terms) >= 2 and all(t.startswith(PREFIX) for t in terms)
+    for term in terms:
+        assert len(trainer.logger.get_value(term, None)) == 3
+        assert np.isfinite(trainer.logger.get_value(term, None)).all()
+
+
+@every_trainer
+def test_no_label_of_an_unlabelled_case_is_read(trainer_class, tiny_dataset, monkeypatch):
+    """Labels where hidden ones might be looked for change not one bit of fingerprint, plans, batches, weights."""
+    results = []
+    for noise in (None, 1, 2):
+        dataset = tiny_dataset(dataset_id=910 + (noise or 0))
+        if noise is not None:
+            hide_labels(dataset, noise)
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+        plans = dataset.plan()
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        trainer = make_trainer(trainer_class, dataset, dca_start=0.0)
+        batches, step = [], trainer.train_step
+
+        def recording(batch, batches=batches, step=step):
+            batches.append({"data": batch["data"].clone(), **batch["unlabeled"]})
+            return step(batch)
+
+        trainer.train_step = recording
+        trainer.run_training()
+        plans.pop("dataset_name")
+        fingerprint = (dataset.preprocessed / "dataset_fingerprint.json").read_bytes()
+        results.append((plans, fingerprint, batches, trainer.network.state_dict()))
+    for plans, fingerprint, batches, weights in results[1:]:
+        assert plans == results[0][0] and fingerprint == results[0][1]
+        for a, b in zip(batches, results[0][2], strict=True):
+            assert_same(a, b)
+        assert_same(weights, results[0][3])
+
+
+def hide_labels(dataset, seed: int) -> None:
+    from conftest import write_image
+
+    rng = np.random.default_rng(seed)
+    for folder in ("labelsUn", "labelsTr", "labels", "imagesUn/labels", "gt_segmentations"):
+        (dataset.raw / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            noise = rng.integers(0, 3, [24] * 3).astype(np.uint8)
+            write_image(noise, dataset.raw / folder / f"un_{i:03d}.nii.gz")

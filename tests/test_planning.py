@@ -1,0 +1,285 @@
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from conftest import write_image
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncM,
+)
+
+from nnunet_semiseg.discovery import iter_classes
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.planning import SemiSegMemory, find_planner, plan_and_preprocess
+
+PLANNERS = {
+    "SemiSegPlanner": ("nnUNetSemiSegPlans", 8),
+    "SemiSegPlannerResEncM": ("nnUNetSemiSegResEncUNetMPlans", 8),
+    "SemiSegPlannerResEncL": ("nnUNetSemiSegResEncUNetLPlans", 24),
+    "SemiSegPlannerResEncXL": ("nnUNetSemiSegResEncUNetXLPlans", 40),
+    "SemiSegPlannerSmall": ("nnUNetSemiSegSmallPlans", 8),
+}
+
+
+def architecture(dim: int) -> tuple:
+    stages = 6
+    kwargs = {
+        "n_stages": stages,
+        "features_per_stage": [min(32 * 2**i, 320 if dim == 3 else 512) for i in range(stages)],
+        "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
+        "kernel_sizes": [[3] * dim] * stages,
+        "strides": [[1] * dim] + [[2] * dim] * (stages - 1),
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
+        "norm_op_kwargs": {},
+        "dropout_op": None,
+        "nonlin": "torch.nn.LeakyReLU",
+    }
+    return f"{PlainConvUNet.__module__}.PlainConvUNet", kwargs, ("conv_op", "norm_op", "dropout_op", "nonlin")
+
+
+PATCHES = {3: (128, 128, 128), 2: (512, 512)}
+
+
+def ratio(dim: int, **attributes) -> float:
+    memory = type("Memory", (SemiSegMemory,), attributes)
+    arguments = (PATCHES[dim], 1, 2, *architecture(dim))
+    return memory.static_estimate_VRAM_usage(*arguments) / ExperimentPlanner.static_estimate_VRAM_usage(
+        *arguments
+    )
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_estimate_counts_decoders_streams_and_the_teacher(dim):
+    alone = partial(ratio, dim, num_mixed_streams=0, has_teacher=False)
+    assert alone(num_streams=1, num_decoders=1) == 1
+    assert alone(num_streams=1) == pytest.approx(1.61, rel=0.05)
+    assert alone() == pytest.approx(3.21, rel=0.05)
+    assert ratio(dim, has_teacher=False) == pytest.approx(5.21, rel=0.05)
+    teacher = ratio(dim) - ratio(dim, has_teacher=False)
+    assert 0.2 < teacher < 1  # a pass without gradients keeps less than one that is kept for backward
+
+
+def test_the_teachers_share_is_what_is_alive_in_its_forward_pass():
+    """Counted in a real pass: the most floats held at once by feature maps of more than one channel."""
+    name, kwargs, to_import = architecture(2)
+    kwargs |= {"n_stages": 3, "features_per_stage": [8, 16, 32], "strides": [[1, 1], [2, 2], [2, 2]]}
+    kwargs |= {"kernel_sizes": [[3, 3]] * 3, "n_conv_per_stage": [2] * 3, "n_conv_per_stage_decoder": [2] * 2}
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    net = get_network_from_plans(name, kwargs, to_import, 1, 2)
+    peak = 0
+
+    def count(module, inputs, output):
+        nonlocal peak
+        import gc
+
+        maps = {o.data_ptr(): o.numel() for o in gc.get_objects() if type(o) is torch.Tensor and o.ndim == 4}
+        peak = max(peak, sum(maps.values()) - 32 * 32)  # but the image
+
+    for module in net.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        net(torch.rand(1, 1, 32, 32))
+
+    def estimate(has_teacher):
+        memory = type("Memory", (SemiSegMemory,), {"has_teacher": has_teacher})
+        return memory.static_estimate_VRAM_usage((32, 32), 1, 2, name, kwargs, to_import)
+
+    assert estimate(True) - estimate(False) == pytest.approx(peak, rel=0.1)
+
+
+def fingerprinted(tiny_dataset, shape=(200, 300, 300)):
+    """A dataset whose fingerprint, but not whose images, is of clinical size."""
+    dataset = tiny_dataset(labeled=1, unlabeled=1, size=6, numTraining=100)
+    statistics = {
+        "mean": 1,
+        "median": 1,
+        "std": 1,
+        "min": 0,
+        "max": 2,
+        "percentile_99_5": 2,
+        "percentile_00_5": 0,
+    }
+    fingerprint = {
+        "spacings": [[1.0, 1.0, 1.0]],
+        "shapes_after_crop": [shape],
+        "foreground_intensity_properties_per_channel": {"0": statistics},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    dataset.preprocessed.mkdir(parents=True)
+    (dataset.preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    return dataset
+
+
+def test_every_planner_is_tested():
+    assert {c.__name__ for c in iter_classes("planners")} == set(PLANNERS)
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_planners_keep_nnunets_rules_within_its_memory(tiny_dataset, name, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner asks torch for that many threads
+    dataset = fingerprinted(tiny_dataset)
+    planner = find_planner(name)(dataset.id)
+    plans = planner.plan_experiment()
+    plans_name, gigabytes = PLANNERS[name]
+    assert plans["plans_name"] == plans_name and planner.UNet_vram_target_GB == gigabytes
+    assert plans["experiment_planner_used"] == name
+    for configuration, reference in (
+        ("2d", planner.UNet_reference_val_2d),
+        ("3d_fullres", planner.UNet_reference_val_3d),
+    ):
+        plan = plans["configurations"][configuration]
+        arch = plan["architecture"]
+        used = planner.static_estimate_VRAM_usage(
+            plan["patch_size"],
+            1,
+            3,
+            arch["network_class_name"],
+            arch["arch_kwargs"],
+            arch["_kw_requires_import"],
+        )
+        per_batch = planner.UNet_reference_val_corresp_bs_2d if configuration == "2d" else 2
+        assert used * plan["batch_size"] / per_batch <= 1.2 * reference  # the batch size is rounded
+        assert plan["batch_size"] >= 2
+        assert plan["preprocessor_name"] == "DefaultPreprocessor"
+        features = arch["arch_kwargs"]["features_per_stage"]
+        widths = (16, 128) if name.endswith("Small") else (32, 512 if configuration == "2d" else 320)
+        assert (min(features), max(features)) == widths
+
+
+def test_a_semi_supervised_patch_is_smaller(tiny_dataset, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    dataset = fingerprinted(tiny_dataset, (128, 128, 128))
+    ours, theirs = (
+        find_planner(name)(dataset.id).plan_experiment()["configurations"]["3d_fullres"]["patch_size"]
+        for name in ("SemiSegPlanner", "ExperimentPlanner")
+    )
+    assert theirs == [128, 128, 128] and max(ours) < 128
+
+
+def test_plans_with_another_spacing_never_share_data(tiny_dataset):
+    dataset = fingerprinted(tiny_dataset)
+
+    def identifiers(planner, **kwargs):
+        make = partial(find_planner(planner), dataset.id, **kwargs)
+        return {make().generate_data_identifier(c) for c in ("2d", "3d_fullres", "3d_lowres")}
+
+    everyones = [identifiers(name) for name in (*PLANNERS, "nnUNetPlannerResEncM")]
+    everyones.append(
+        identifiers("SemiSegPlannerResEncM", plans_name="Coarse", overwrite_target_spacing=[3.0] * 3)
+    )
+    assert len(set.union(*everyones)) == sum(map(len, everyones))
+
+
+def test_planners_of_nnunet_can_be_used(tiny_dataset):
+    dataset = tiny_dataset(labeled=2, unlabeled=2)
+    assert find_planner("nnUNetPlannerResEncM") is nnUNetPlannerResEncM
+    plans = dataset.plan("ExperimentPlanner", settings=["num_epochs=2"])
+    assert plans["plans_name"] == "nnUNetPlans" and plans["semiseg"] == {"num_epochs": 2}
+    assert (dataset.preprocessed / "nnUNetPlans_3d_fullres__unlabeled.json").is_file()
+
+
+def test_regions_two_channels_and_other_names(tiny_dataset):
+    dataset = tiny_dataset(regions=True, channels=2, labeled=2, unlabeled=2)
+    plans = dataset.plan(overwrite_target_spacing=[2.0, 2.0, 2.0], overwrite_plans_name="Coarse")
+    assert plans["plans_name"] == "Coarse" and plans["configurations"]["3d_fullres"]["spacing"] == [2.0] * 3
+    assert (dataset.preprocessed / "Coarse_3d_fullres__unlabeled" / "un_001.pkl").is_file()
+
+
+def test_statistics_come_from_labelled_cases_only(tiny_dataset):
+    dataset = tiny_dataset(labeled=2, unlabeled=2)
+    plans = dataset.plan(preprocess=False)
+    for case in ("un_000", "un_001"):
+        write_image(torch.full((30, 30, 30), 1e4).numpy(), dataset.image(case), (3, 3, 3))
+    assert dataset.plan(preprocess=False, clean=True) == plans
+
+
+# --- settings
+
+
+def test_settings_are_kept_in_the_plans(tiny_dataset, capsys):
+    dataset = tiny_dataset(labeled=2, unlabeled=2)
+    dataset.plan(preprocess=False, settings=["num_epochs=3", "unlabeled_batch_size=4"])
+    assert "num_epochs (default) -> 3" in capsys.readouterr().out
+    plans = dataset.plan(preprocess=False, settings=["num_epochs=5"])
+    assert plans["semiseg"] == {"num_epochs": 5, "unlabeled_batch_size": 4}
+
+
+# --- small splits
+
+
+def splits(dataset):
+    file = dataset.preprocessed / "splits_final.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def test_few_cases_get_leave_one_out_folds(tiny_dataset):
+    dataset = tiny_dataset(labeled=3, unlabeled=1)
+    dataset.plan(preprocess=False)
+    assert splits(dataset) == [
+        {"train": ["tr_001", "tr_002"], "val": ["tr_000"]},
+        {"train": ["tr_000", "tr_002"], "val": ["tr_001"]},
+        {"train": ["tr_000", "tr_001"], "val": ["tr_002"]},
+    ]
+
+
+@pytest.mark.parametrize("labeled", [1, 5])
+def test_other_numbers_of_cases_get_no_folds(tiny_dataset, labeled):
+    dataset = tiny_dataset(labeled=labeled, unlabeled=1)
+    dataset.plan(preprocess=False)
+    assert splits(dataset) is None
+
+
+def test_a_published_split_is_copied_and_never_contradicted(tiny_dataset):
+    dataset = tiny_dataset(labeled=3, unlabeled=1)
+    published = [{"train": ["tr_000"], "val": ["tr_001", "tr_002"]}]
+    file = dataset.raw / "splits_final.json"
+    file.write_text(json.dumps(published))
+    dataset.plan(preprocess=False)
+    assert splits(dataset) == published
+    dataset.plan(preprocess=False)
+    file.write_text(json.dumps([{"train": ["tr_001"], "val": ["tr_000", "tr_002"]}]))
+    with pytest.raises(UserError, match=r"^\S*splits_final.json: differs from \S*splits_final.json: delete"):
+        dataset.plan(preprocess=False)
+
+
+# --- checks before any work
+
+
+@pytest.mark.parametrize(
+    "change, kwargs, message",
+    [
+        (None, {"settings": ["num_epoch=3"]}, "unknown setting num_epoch .*num_epochs"),
+        (None, {"settings": ["num_epochs=many"]}, "num_epochs=.*whole number"),
+        (
+            None,
+            {"planner": "SemiSegPlanerSmall"},
+            "-pl SemiSegPlanerSmall: no such planner: use SemiSegPlannerSmall",
+        ),
+        (None, {"num_processes": [1, 2]}, "-np 1 2: give one number"),
+        (lambda d: shutil.rmtree(d.raw / "imagesTr"), {}, "imagesTr: no labelled cases"),
+        (lambda d: (d.raw / "dataset.json").write_text("{,"), {}, "dataset.json: not valid JSON"),
+        (lambda d: (d.raw / "dataset.json").unlink(), {}, "dataset.json: no such file"),
+        (lambda d: shutil.rmtree(d.raw / "imagesUn"), {}, "imagesUn: no such folder"),
+        (lambda d: d.update_dataset_json(semiseg={"prompts": {"liver": ["the liver"]}}), {}, "liver"),
+        (
+            lambda d: d.image("un_000").write_bytes(b"no image"),
+            {"verify_dataset_integrity": True},
+            "un_000_0000.nii.gz: cannot be read",
+        ),
+    ],
+)
+def test_what_can_be_checked_quickly_stops_before_any_work(tiny_dataset, change, kwargs, message):
+    dataset = tiny_dataset(size=6)
+    if change:
+        change(dataset)
+    with pytest.raises(UserError, match=rf"^.*{message}.*$"):
+        plan_and_preprocess([dataset.id], ["3d_fullres"], **kwargs)
+    assert not dataset.preprocessed.exists()

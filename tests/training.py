@@ -1,0 +1,54 @@
+"""What the tests of trainers share: a small untrained text tower, and trainers on tiny data sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_semiseg.config import update_settings
+from nnunet_semiseg.discovery import iter_classes
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+
+TRAINERS = sorted(
+    (t for t in iter_classes("trainers") if issubclass(t, SemiSupervisedTrainer)), key=lambda t: t.__name__
+)
+"""every semi-supervised method there is; a new one is tested by being there"""
+
+SHORT = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every": 1, "seed": 7}
+
+PLANS = "nnUNetSemiSegSmallPlans"
+
+
+def write_text_tower(folder: Path) -> Path:
+    """A text encoder small enough for tests, in open_clip's own format, with no weights: untrained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 16, "head_width": 16},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    return folder
+
+
+def settings_for(dataset, **settings) -> dict:
+    tower = write_text_tower(dataset.raw.parent / "text_tower")
+    return {**SHORT, "text_model": str(tower), "text_pretrained": "none", **settings}
+
+
+def make_trainer(trainer_class: type[nnUNetTrainer], dataset, fold="all", plans=PLANS, **settings) -> nnUNetTrainer:
+    """A trainer as `nnUNetv2_train` makes it, on the CPU, with these settings in its plans."""
+    plans = update_settings(dataset.plans(plans), settings_for(dataset, **settings))
+    plans["continue_training"] = False
+    dataset_json = json.loads((dataset.preprocessed / "dataset.json").read_text())
+    return trainer_class(plans, dataset.configuration, fold, dataset_json, torch.device("cpu"))
+
+
+def write_settings(dataset, plans=PLANS, **settings) -> None:
+    """Put settings into the plans' file, for trainings through nnU-Net's commands."""
+    file = dataset.preprocessed / f"{plans}.json"
+    changed = update_settings(json.loads(file.read_text()), settings_for(dataset, **settings))
+    file.write_text(json.dumps(changed))
