@@ -31,7 +31,7 @@ TRAINERS = BASELINE, METHOD = "SupervisedTrainer", "TextSemiSegTrainer"
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
 PROMPTS = {"background": "tissue around the organs", **{k: f"the {k}" for k in LABELS if LABELS[k]}}
-SHAPE, SPACING = (40, 48, 48), (2.5, 2.0, 2.0)  # z y x, in mm
+SHAPE, SPACING = (32, 32, 32), (3.0, 3.0, 3.0)  # z y x, in mm
 
 METRICS = {"dice": "Dice (higher is better)", "hd95_mm": "95 % Hausdorff distance in mm (lower is better)"}
 COLORS = {"liver": "#ff5a4f", "spleen": "#4fd06a", "kidney": "#4fa8ff"}
@@ -61,7 +61,7 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     organs: what tells an organ is its size, its shape and its neighbours.
 
     Returns:
-        The image, float32, and the labels, uint8, both (40, 48, 48) voxels of `SPACING`.
+        The image, float32, and the labels, uint8, both of `SHAPE`.
     """
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(SHAPE, SPACING, strict=True)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"))
@@ -273,8 +273,12 @@ def evaluate(predictions: Path, references: Path, csv_file: Path) -> list[dict]:
 def format_table(rows: list[dict]) -> str:
     """Means over the cases, per organ and over the organs, of both trainers, and the method's gain."""
     organs = [name for name in LABELS if LABELS[name]]
-    width = {name: len(name) + 2 for name in (*TRAINERS, "difference")}
-    lines = [f"{len({row['case'] for row in rows})} test cases".ljust(14) + "".join(n.rjust(w) for n, w in width.items())]
+    headings = (*TRAINERS, "difference")
+
+    def line(first: str, cells) -> str:
+        return first.ljust(15) + "".join(c.rjust(len(h) + 2) for c, h in zip(cells, headings, strict=True))
+
+    lines = [line(f"{len({row['case'] for row in rows})} test cases", headings)]
     for metric, title in METRICS.items():
         lines.append(title)
         means = np.array(
@@ -286,7 +290,7 @@ def format_table(rows: list[dict]) -> str:
         for name, (baseline, method) in zip((*organs, "mean"), (*means, means.mean(0)), strict=True):
             digits = 3 if metric == "dice" else 2
             cells = f"{baseline:.{digits}f}", f"{method:.{digits}f}", f"{method - baseline:+.{digits}f}"
-            lines.append(f"  {name}".ljust(14) + "".join(c.rjust(w) for c, w in zip(cells, width.values(), strict=True)))
+            lines.append(line(f"  {name}", cells))
     return "\n".join(lines)
 
 

@@ -70,16 +70,18 @@ class SemiSegMemory:
         arch_kwargs: dict,
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """Voxels of all feature maps alive at the peak, for one sample in each stream.
+        """What is alive at the peak, for one sample in each stream, in voxels of convolution outputs.
 
-        This is nnU-Net's unit: it counts what encoder E and decoder D put out, as backward needs all of it,
-        and compares E + D with a reference. Here it is
+        This is nnU-Net's unit: it counts what the convolutions of encoder E and decoder D put out, which
+        backward needs, and compares E + D with a reference. Here it is
 
             num_streams * (E + num_decoders * D) + num_mixed_streams * (E + D) + teacher.
 
-        A pass without gradients frees a feature map once it was used. The teacher holds most in the first
-        convolution of the last decoder stage: all skips, the concatenation that goes in (twice the channels
-        of the highest skip) and the map that comes out (once).
+        A pass without gradients frees a feature map once it was used. The teacher holds most in the last
+        normalisation of the last decoder stage: all skips; the output of the stage below, as large as the
+        second skip; and five maps as large as the highest skip: the concatenation (two), the output of its
+        first convolution, and what goes into and comes out of the normalisation. Each counts half, because
+        a counted output stands for two maps that backward needs, before and after its normalisation.
         """
         with torch.device("meta"):  # shapes are all we need
             net = get_network_from_plans(
@@ -100,7 +102,7 @@ class SemiSegMemory:
         return int(
             cls.num_streams * (encoder + cls.num_decoders * decoder)
             + cls.num_mixed_streams * (encoder + decoder)
-            + cls.has_teacher * (sum(skips) + 3 * skips[0])
+            + cls.has_teacher * (sum(skips) + skips[1] + 5 * skips[0]) / 2
         )
 
     def generate_data_identifier(self, configuration_name: str) -> str:
@@ -245,7 +247,7 @@ def _check(dataset_id: int, headers: bool) -> None:
     ):
         raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
     if headers:
-        example = next(iter(unlabeled.values()))[0]
+        example = next(iter(labeled.values()))[0]
         check_headers(
             unlabeled, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
         )

@@ -181,6 +181,7 @@ def test_placeholders_stand_between_start_and_text(tower):
     plain, ids = tower.tokenize(TEXTS), tower.tokenize(TEXTS, n_ctx=3)
     assert tower.start == 1
     assert torch.equal(ids[:, :1], plain[:, :1]) and torch.equal(ids[:, 4:], plain[:, 1:])
+    assert (ids[:, 1:4] != 0).all()  # not padding, which some towers mask
     assert torch.equal(ids.argmax(1), plain.argmax(1) + 3)  # the end token, where CLIP pools
     assert (tower.tokenize([""], 3).argmax(1) == 4).all()  # also without any text
 
@@ -226,6 +227,7 @@ def test_a_checkpoint_file_gives_the_weights(tmp_path, clip_folder):
     same_as_open_clip(whole, tower, open_clip.get_tokenizer(f"local-dir:{folder}"))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TorchScript is on its way out, the files remain
 def test_openais_torchscript_files_load_and_mean_quick_gelu(tmp_path, clip_folder):
     import open_clip
 
@@ -301,6 +303,23 @@ def test_no_internet_names_three_ways_out(tmp_path, monkeypatch):
     assert time.monotonic() - before < 5
     with pytest.raises(UserError, match="--set text_model=FOLDER"):
         load_text_tower("hf-hub:microsoft/BiomedCLIP", None, str(tmp_path))
+
+
+def test_a_cache_folder_filled_elsewhere_needs_no_internet(tmp_path, monkeypatch):
+    import open_clip
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "models--me--tiny"  # as huggingface_hub lays it out
+    for folder in (cached / "refs", cached / "snapshots"):
+        folder.mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123")
+    folder = write_model(cached / "snapshots" / "0123")
+    whole = write_weights(folder)
+    tower = load_text_tower("hf-hub:me/tiny", "openai", str(tmp_path))
+    same_as_open_clip(whole, tower, open_clip.get_tokenizer(f"local-dir:{folder}"))
+    with pytest.raises(UserError, match="cannot be had"):
+        load_text_tower("hf-hub:me/tiny", "openai", str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("status, offline", [(200, False), (403, False), (503, True), (None, True)])

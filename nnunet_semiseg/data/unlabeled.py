@@ -243,13 +243,15 @@ def channel_names(dataset_json: dict) -> list[str]:
 
 def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
     """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes."""
+    raw = str(raw_dataset_folder)
     if "dataset" in dataset_json:
-        return {case: entry["images"] for case, entry in dataset_json["dataset"].items()}
-    folder, ending = Path(raw_dataset_folder) / "imagesTr", dataset_json["file_ending"]
+        entries = dataset_json["dataset"].items()
+        return {case: [os.path.join(raw, os.path.expandvars(i)) for i in e["images"]] for case, e in entries}
+    folder, ending = os.path.join(raw, "imagesTr"), dataset_json["file_ending"]
     cases: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         if name.endswith(ending):
-            cases.setdefault(name[: -len(ending) - 5], []).append(name)
+            cases.setdefault(name[: -len(ending) - 5], []).append(os.path.join(folder, name))
     return cases
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 import warnings
 import zipfile
@@ -165,8 +166,10 @@ def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = 
             clip = open_clip.create_model(
                 model, force_custom_text=True, force_quick_gelu=quick_gelu, cache_dir=cache_dir, **weights
             )
-            if file:  # torch.load hands archives over to torch.jit.load, which executes no pickles
-                open_clip.load_checkpoint(clip, file, weights_only=not is_archive)
+            if is_archive:
+                clip.text.load_state_dict(_archived_text(file))
+            elif file:
+                open_clip.load_checkpoint(clip, file, weights_only=True)
             tokenizer = open_clip.get_tokenizer(model, cache_dir=cache_dir)
     except Exception as e:
         raise UserError(_why(e, model, pretrained, file, quick_gelu)) from e
@@ -214,6 +217,14 @@ def _is_torchscript(file: str) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+def _archived_text(file: str) -> dict[str, Tensor]:
+    """The text half's weights in a TorchScript archive; open_clip would have torch.load trust its pickles."""
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state = convert_to_custom_text_state_dict(torch.jit.load(file, map_location="cpu").state_dict())
+    return {key.removeprefix("text."): value for key, value in state.items() if key.startswith("text.")}
+
+
 @contextmanager
 def _quiet():
     """open_clip's log (random weights, retries, failures): what the user must know is in the error."""
@@ -248,7 +259,7 @@ def _why(error: Exception, model: str, pretrained: str | None, file: str | None,
     import open_clip
 
     reason = " ".join(str(error).split())
-    if "transformers" in reason and "install" in reason or "No module named 'transformers'" in reason:
+    if "transformers" in reason and importlib.util.find_spec("transformers") is None:
         return f"text_model={model}: has a Hugging Face text tower, which needs `pip install transformers`"
     reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
     if file:
