@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import json
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Iterable, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nnunet_semiseg.errors import UserError
 

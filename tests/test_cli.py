@@ -148,7 +148,9 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
     )
     assert cli.main("embed_prompts -d 901 -o F.safetensors -pretrained W.pt -cache_dir C".split()) == 0
     labels = {"background": 0, "kidney": 1, "tumour": 2}
-    assert called == [(labels, "ViT-B-32", "W.pt", "C", "F.safetensors")]
+    monkeypatch.setattr("nnunet_semiseg.demo.run_demo", lambda *args: called.append(args))
+    assert cli.main("demo -o D".split()) == 0
+    assert called == [(labels, "ViT-B-32", "W.pt", "C", "F.safetensors"), ("D", "cpu")]
 
 
 def test_env_prints_the_export_line(capsys):
@@ -157,18 +159,16 @@ def test_env_prints_the_export_line(capsys):
 
 
 @pytest.mark.slow
-def test_the_command_from_end_to_end(tiny_dataset):
-    """The one test with processes everywhere, as users have it."""
+def test_the_command_with_real_processes(tiny_dataset):
     dataset = tiny_dataset(labeled=2, unlabeled=3)
-    command = (
-        "-m nnunet_semiseg.cli plan_and_preprocess -d 901 -c 3d_fullres -np 2 -npfp 1 -pl SemiSegPlannerSmall"
-    )
-    run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert len(list(dataset.preprocessed.glob("*__unlabeled/*.pkl"))) == 3
+    dataset.plan(preprocess=False)  # the fingerprint, in less time
     dataset.image("un_001").write_bytes(b"no image")
-    command = "-m nnunet_semiseg.cli preprocess_unlabeled -d 901 -c 3d_fullres -np 1"
-    command += " -plans_name nnUNetSemiSegSmallPlans"
-    run = subprocess.run([sys.executable, *command.split(), "--no_pbar"], capture_output=True, text=True)
-    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
-    assert "un_001_0000.nii.gz: cannot be read" in run.stderr
+    command = "-m nnunet_semiseg.cli plan_and_preprocess -d 901 -c 3d_fullres -np 1 --no_pbar"
+    command += " -pl SemiSegPlannerSmall"
+    run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: ") and "un_001_0000.nii.gz: cannot be read" in line
+    made = {file.name for file in dataset.preprocessed.glob("*_3d_fullres*/*.pkl")}
+    assert made == {"tr_000.pkl", "tr_001.pkl", "un_000.pkl", "un_002.pkl"}
+    assert not list(dataset.preprocessed.glob("*__unlabeled.*"))

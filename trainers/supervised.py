@@ -6,6 +6,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_semiseg.config import TrainingSettings, read_settings
+from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.training.semi_supervised_trainer import apply_training_settings
 
 
@@ -19,3 +20,5 @@ class SupervisedTrainer(nnUNetTrainer):
         settings = read_settings(self.settings_class, plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         apply_training_settings(self, settings)
+        if settings.seed is not None:
+            seed_everything(settings.seed)

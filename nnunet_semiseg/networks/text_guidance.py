@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from nnunet_semiseg.networks.planar_text_attention import MultiplanarTextAttention, TextCopy
 
 

@@ -9,7 +9,6 @@ from os.path import join
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, distributed, nn
@@ -29,8 +28,6 @@ def apply_training_settings(trainer: nnUNetTrainer, settings) -> None:
     """Give a trainer of nnU-Net the length that the plans' settings ask for."""
     for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
         setattr(trainer, name, getattr(settings, name))
-    if settings.seed is not None:
-        seed_everything(settings.seed)
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
@@ -51,6 +48,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                  device: torch.device = torch.device("cuda")):
         # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
         self.settings = read_settings(self.settings_class, plans)
+        if self.settings.seed is not None:
+            seed_everything(self.settings.seed)
         plans = self.prepare(plans, configuration, fold, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         apply_training_settings(self, self.settings)

@@ -1,0 +1,82 @@
+import pytest
+
+from nnunet_semiseg.config import (
+    SemiSupervisedSettings,
+    TeacherSettings,
+    TrainingSettings,
+    known_settings,
+    parse_assignments,
+    read_settings,
+    update_settings,
+)
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.trainers.text_semiseg import TextSemiSegSettings
+
+
+def read(settings_class, **given):
+    return read_settings(settings_class, {"semiseg": given})
+
+
+def test_defaults_are_nnunets():
+    settings = read_settings(TrainingSettings, {})
+    assert (settings.num_epochs, settings.num_iterations_per_epoch, settings.num_val_iterations_per_epoch) == (
+        1000, 250, 50,
+    )
+
+
+def test_values_are_typed():
+    settings = read(TextSemiSegSettings, tmr="copy", dca=False, dca_start=1, text_shape=[2, 512])
+    assert (settings.tmr, settings.dca, settings.text_shape) == ("copy", False, (2, 512))
+    assert isinstance(settings.dca_start, float)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"num_epoch": 3}, ["num_epoch", "num_epochs"]),
+        ({"num_epochs": "many"}, ["num_epochs", "whole number"]),
+        ({"num_epochs": 1.5}, ["whole number"]),
+        ({"num_epochs": True}, ["whole number"]),
+        ({"num_epochs": 0}, ["num_epochs=0", "at least 1"]),
+        ({"tmr": "planes"}, ["multiplanar or copy or off"]),
+        ({"dca": 1}, ["true or false"]),
+        ({"dca_start": 1.5}, ["at most 1"]),
+        ({"unlabeled_batch_size": 0}, ["at least 1"]),
+        ({"text_shape": ["a"]}, ["list"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(given, words):
+    with pytest.raises(UserError) as error:
+        read(TextSemiSegSettings, **given)
+    assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
+
+
+def test_a_trainer_passes_over_settings_of_others_and_refuses_those_of_none():
+    assert read(TrainingSettings, tmr="copy", ema_decay=0.9).num_epochs == 1000
+    with pytest.raises(UserError, match="ema_decay"):
+        read(TrainingSettings, ema_decai=0.9)
+
+
+def test_assignments():
+    assert parse_assignments(["num_epochs=10", "tmr=copy", "dca=false", "seed=null", "a=[1, 2]", "b=x=y"]) == {
+        "num_epochs": 10, "tmr": "copy", "dca": False, "seed": None, "a": [1, 2], "b": "x=y",
+    }
+    for wrong in ("num_epochs", "=3"):
+        with pytest.raises(UserError, match="KEY=VALUE"):
+            parse_assignments([wrong])
+
+
+def test_update_checks_and_leaves_the_plans_alone():
+    plans = {"semiseg": {"num_epochs": 5}, "other": 1}
+    assert update_settings(plans, {"seed": 3})["semiseg"] == {"num_epochs": 5, "seed": 3}
+    assert plans["semiseg"] == {"num_epochs": 5}
+    with pytest.raises(UserError, match="whole number"):
+        update_settings(plans, {"num_epochs": "x"})
+    with pytest.raises(UserError, match="did you mean"):
+        update_settings(plans, {"ema_decays": 0.5})
+
+
+def test_every_trainers_settings_are_known():
+    known = known_settings()
+    assert {"num_epochs", "unlabeled_batch_size", "ema_decay", "deploy", "tmr", "consistency_weight"} <= set(known)
+    assert issubclass(TeacherSettings, SemiSupervisedSettings)

@@ -1,0 +1,107 @@
+"""The unlabelled stream: what the views share and what they do not, and how workers are seeded."""
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from training import make_trainer
+
+from nnunet_semiseg.data.two_streams import ViewsTransform
+from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
+
+NOISE = RandomTransform(GaussianNoiseTransform(noise_variance=(0.5, 0.5)), apply_probability=1)
+
+
+def views(transforms, names=("weak", "strong"), image=None, segmentation=None):
+    image = torch.arange(64.0).view(1, 4, 4, 4) if image is None else image
+    segmentation = torch.zeros(1, 4, 4, 4) if segmentation is None else segmentation
+    out = ViewsTransform(ComposeTransforms(transforms), names)(image=image, segmentation=segmentation)
+    return out["image"].chunk(len(names)), image
+
+
+def test_views_share_the_mirroring_and_differ_in_intensity():
+    torch.manual_seed(0)
+    mirrored = set()
+    for _ in range(20):
+        (weak, strong), image = views([NOISE, MirrorTransform((0, 1, 2)), RemoveLabelTansform(-1, 0)])
+        flips = [f for f in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))
+                 if torch.equal(weak, image.flip(f) if f else image)]
+        assert len(flips) == 1  # the weak view is a mirror image, to the bit
+        mirrored.add(flips[0])
+        assert 0 < (strong - weak).abs().max() < 5  # noise on the same mirror image: another would differ by tens
+    assert len(mirrored) > 1
+
+
+def test_strong_views_are_drawn_anew():
+    (first, second), _ = views([NOISE], ("strong_1", "strong_2"))
+    assert not torch.equal(first, second)
+
+
+def test_outside_of_the_mask_stays_zero_in_every_view():
+    segmentation = torch.zeros(1, 4, 4, 4)
+    segmentation[:, 0] = -1
+    (weak, strong), image = views([NOISE, MaskImageTransform([0], 0, 0)], segmentation=segmentation)
+    assert (weak[:, 0] == 0).all() and (strong[:, 0] == 0).all()
+    assert torch.equal(weak[:, 1:], image[:, 1:]) and (strong[:, 1:] != image[:, 1:]).any()
+
+
+@pytest.mark.parametrize("anisotropic", [False, True])
+def test_nnunets_own_transforms_are_split(anisotropic):
+    compose = nnUNetTrainer.get_training_transforms(
+        (4, 16, 16), (-0.5, 0.5), [[1, 1, 1], [0.5, 0.5, 0.5]], (0, 1, 2), anisotropic, use_mask_for_norm=[True]
+    )
+    transform = ViewsTransform(compose, ("weak", "strong"))
+    names = [type(t).__name__ for t in transform.spatial.transforms]
+    assert names == ["Convert3DTo2DTransform"] * anisotropic + ["SpatialTransform"] + [
+        "Convert2DTo3DTransform"
+    ] * anisotropic + ["MirrorTransform"]
+    assert len(transform.intensity.transforms) == 7 and len(transform.masking.transforms) == 1
+    out = transform(image=torch.randn(2, 4, 20, 20), segmentation=torch.zeros(1, 4, 20, 20, dtype=torch.int16))
+    assert out["image"].shape == (4, 4, 16, 16) and torch.isfinite(out["image"]).all()
+
+
+@pytest.fixture
+def dataset(tiny_dataset):
+    dataset = tiny_dataset(labeled=3, unlabeled=4)
+    dataset.plan()
+    return dataset
+
+
+def test_batch_and_seeded_workers(dataset, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer = make_trainer(MeanTeacherTrainer, dataset, unlabeled_batch_size=3)
+    trainer.initialize()
+    train, val = trainer.get_dataloaders()
+    try:
+        batch = next(train)
+        assert batch["data"].shape[0] == 2 and isinstance(batch["target"], list)
+        assert list(batch["unlabeled"]) == ["weak", "strong"]
+        assert {v.shape[0] for v in batch["unlabeled"].values()} == {3}
+        assert all(k.startswith("un_") for k in batch["unlabeled_keys"])
+        assert all(k.startswith("tr_") for k in batch["keys"])
+        assert len(set(train.seeds)) == 2 and None not in train.seeds
+        seen = [next(train)["unlabeled"]["strong"] for _ in range(8)]
+        assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    finally:
+        train._finish()
+        val._finish()
+
+
+def test_unlabelled_patches_are_drawn_uniformly(dataset, monkeypatch):
+    """Every position is as likely, however much foreground is there: no class is known."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    trainer = make_trainer(MeanTeacherTrainer, dataset)
+    trainer.initialize()
+    train, _ = trainer.get_dataloaders()
+    loader = train.data_loader.unlabeled
+    assert loader.need_to_pad.tolist() == train.data_loader.labeled.need_to_pad.tolist()
+    loader.patch_size, loader.need_to_pad = (8, 8, 8), np.zeros(3, int)
+    starts = np.array([loader.get_bbox((24, 24, 24), True, {1: [[0, 0, 0, 0]]})[0] for _ in range(3000)])
+    counts = np.stack([np.bincount(axis, minlength=17) for axis in starts.T])
+    assert counts.shape == (3, 17) and (np.abs(counts - 3000 / 17) < 6 * np.sqrt(3000 / 17)).all()
