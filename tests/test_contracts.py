@@ -1,10 +1,14 @@
 """What holds for every semi-supervised trainer; a new one is found by being in `trainers/`."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from training import TRAINERS, make_trainer
+from training import PLANS, TRAINERS, make_trainer
 
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
 
 DATASETS = {
@@ -68,7 +72,7 @@ def test_two_steps_route_the_gradients(trainer_class, kind, ready):
     # nnU-Net gives the coarsest output no weight, so that its layer learns nothing
     unused = {id(p) for n, p in trainer.network.named_parameters() if "seg_layers.0." in n}
     names = {id(p): n for n, p in (*trainer.network.named_parameters(), *trainer.auxiliary.named_parameters())}
-    for p, old in zip(trainer.trainable, before, strict=True):
+    for p in trainer.trainable:
         if id(p) not in unused:
             # a bias before an instance norm has a gradient of rounding errors only, but it has one
             assert p.grad is not None and torch.isfinite(p.grad).all(), names[id(p)]
@@ -166,6 +170,69 @@ def test_every_term_is_logged_every_epoch(trainer_class, ready):
     for term in terms:
         assert len(trainer.logger.get_value(term, None)) == 3
         assert np.isfinite(trainer.logger.get_value(term, None)).all()
+
+
+def break_fold(dataset):
+    (dataset.preprocessed / "splits_final.json").write_text('[{"train": [], "val": ["tr_000"]}]')
+
+
+def break_splits(dataset):
+    (dataset.preprocessed / "splits_final.json").write_text('[{"train": ["tr_009"], "val": ["tr_000"]}]')
+
+
+def too_few_for_five_folds(dataset):
+    (dataset.preprocessed / "splits_final.json").unlink()
+
+
+def not_preprocessed(dataset):
+    next(dataset.preprocessed.glob("*__unlabeled.json")).unlink()
+
+
+def other_plans(dataset):
+    file = dataset.preprocessed / f"{PLANS}.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
+    file.write_text(json.dumps(plans))
+
+
+def labeled_not_preprocessed(dataset):
+    shutil.rmtree(dataset.preprocessed / f"{PLANS}_3d_fullres")
+
+
+@every_trainer
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (break_fold, ["fold 0 has no labelled case", "fold all"]),
+        (break_splits, ["splits_final.json", "tr_009"]),
+        (too_few_for_five_folds, ["3 labelled cases are too few", "fold all"]),
+        (not_preprocessed, ["nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres"]),
+        (other_plans, ["other plans", "nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres"]),
+        (labeled_not_preprocessed, ["nnunet_semiseg plan_and_preprocess -d 901"]),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line_and_nothing_is_written(trainer_class, break_it, words, ready):
+    dataset = ready()
+    break_it(dataset)
+    with pytest.raises(UserError) as error:
+        make_trainer(trainer_class, dataset, fold=0)
+    assert all(w in str(error.value) for w in words), str(error.value)
+    assert "\n" not in str(error.value) and not dataset.results.exists()
+
+
+@every_trainer
+def test_what_is_not_supported_says_so_before_anything_is_written(trainer_class, ready, monkeypatch):
+    dataset = ready()
+    file = dataset.preprocessed / f"{PLANS}.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    file.write_text(json.dumps(plans))
+    with pytest.raises(NotImplementedError, match="cascade"):
+        make_trainer(trainer_class, dataset)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(NotImplementedError, match="several GPUs"):
+        make_trainer(trainer_class, dataset)
+    assert not dataset.results.exists()
 
 
 @every_trainer

@@ -130,7 +130,12 @@ def test_dca_begins_when_it_should_and_teaches_the_decoder_with_the_higher_loss(
     trainer = started(dataset, dca_start=0.5)
     asked = []
     forward = trainer.network.forward
-    trainer.network.forward = lambda x, text=None, decoders=(0,): (asked.append(decoders), forward(x, text, decoders))[1]
+
+    def recording(x, text=None, decoders=(0,)):
+        asked.append(decoders)
+        return forward(x, text, decoders)
+
+    trainer.network.forward = recording
     batch = next(trainer.dataloader_train)
     outs = []
     for step in (2, 3, 4):

@@ -137,7 +137,7 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
             torch.cat((labeled[1], unlabeled[1])),
         )
         if settings.csa:
-            terms["cog"] = sum(self.alignment(features, torch.cat(pair)) for pair in zip(labeled, unlabeled))
+            terms["cog"] = sum(self.alignment(features, torch.cat(pair)) for pair in zip(labeled, unlabeled, strict=True))
         pseudo = [self.pseudo_label(x) for x in unlabeled]
         if settings.dca:
             started = self.progress >= settings.dca_start

@@ -1,0 +1,125 @@
+"""Whole trainings and predictions through nnU-Net's own commands, each in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from test_contracts import assert_same, every_trainer
+from training import PLANS, write_settings
+
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+
+pytestmark = pytest.mark.slow
+
+BIN = Path(sys.executable).parent
+
+
+def command(name, *args, **env) -> list[str]:
+    return subprocess.run(
+        [str(BIN / name), *map(str, args)], env={**os.environ, "nnUNet_def_n_proc": "1", **env},
+        check=True, capture_output=True, text=True,
+    ).stdout
+
+
+@pytest.fixture
+def ready(tiny_dataset, monkeypatch):
+    dataset = tiny_dataset(test=2)
+    dataset.plan()
+    write_settings(dataset)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    return dataset
+
+
+def train_args(dataset, trainer_class):
+    return [dataset.id, dataset.configuration, "all", "-tr", trainer_class.__name__, "-p", PLANS, "-device", "cpu"]
+
+
+def images(folder: Path) -> dict:
+    return {f.name: sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(folder.glob("*.nii.gz"))}
+
+
+@every_trainer
+def test_predict_export_and_install_without_open_clip(trainer_class, ready, tmp_path):
+    command("nnUNetv2_train", *train_args(ready, trainer_class))
+    model = ready.results / f"{trainer_class.__name__}__{PLANS}__{ready.configuration}"
+    assert (model / "fold_all" / "progress.png").stat().st_size > 0
+
+    # from here on importing open_clip fails, and there is no internet to want
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "open_clip.py").write_text("raise ImportError('open_clip is not for prediction')")
+    block = {"PYTHONPATH": str(blocked), "HF_HUB_OFFLINE": "1"}
+    source = ready.raw / "imagesTs"
+    chosen = ["-d", ready.id, "-c", ready.configuration, "-tr", trainer_class.__name__, "-p", PLANS, "-f", "all"]
+    common = ["-i", source, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta"]
+
+    command("nnUNetv2_predict", *chosen, *common, "-o", tmp_path / "a", **block)
+    command("nnUNetv2_predict_from_modelfolder", "-m", model, "-f", "all", *common, "-o", tmp_path / "b", **block)
+    command("nnUNetv2_export_model_to_zip", *chosen, "-o", tmp_path / "model.zip", **block)
+    block["nnUNet_results"] = str(tmp_path / "elsewhere")
+    os.mkdir(block["nnUNet_results"])
+    command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip", **block)
+    command("nnUNetv2_predict", *chosen, *common, "-o", tmp_path / "c", **block)
+
+    first = images(tmp_path / "a")
+    assert list(first) == ["ts_000.nii.gz", "ts_001.nii.gz"]
+    for other in (images(tmp_path / "b"), images(tmp_path / "c")):
+        assert all(np.array_equal(first[name], other[name]) for name in first)
+
+
+@every_trainer
+def test_killed_in_mid_epoch_and_continued(trainer_class, ready, tmp_path):
+    """SIGKILL, then `--c`: the same weights, teacher and epoch count as a training that was never stopped."""
+    args = train_args(ready, trainer_class)
+    folder = Path(ready.name) / f"{trainer_class.__name__}__{PLANS}__{ready.configuration}" / "fold_all"
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    command("nnUNetv2_train", *args, nnUNet_results=str(straight))
+
+    environment = {**os.environ, "nnUNet_results": str(killed), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [str(BIN / "nnUNetv2_train"), *map(str, args)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.rstrip().endswith("Epoch 2"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed / folder / "checkpoint_final.pth").exists()
+    command("nnUNetv2_train", *args, "--c", nnUNet_results=str(killed))
+
+    a, b = (
+        torch.load(where / folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+        for where in (straight, killed)
+    )
+    assert a["current_epoch"] == b["current_epoch"] == 3
+    assert_same(a["network_weights"], b["network_weights"])
+    assert (a["teacher"] is None) == (b["teacher"] is None)
+    if a["teacher"] is not None:
+        assert_same(a["teacher"], b["teacher"])
+    assert not list(killed.rglob("*.tmp"))
+
+
+def test_the_baseline_trains_for_as_long_as_the_plans_say(ready):
+    command("nnUNetv2_train", *train_args(ready, SupervisedTrainer))
+    folder = ready.results / f"SupervisedTrainer__{PLANS}__{ready.configuration}" / "fold_all"
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["current_epoch"] == 3 and len(checkpoint["logging"]["train_losses"]) == 3
+
+
+def test_a_second_training_with_stock_plans_and_no_variable_set(tiny_dataset, monkeypatch):
+    """The road of one who has nnU-Net's own plans: nothing but `preprocess_unlabeled` in between."""
+    dataset = tiny_dataset(labeled=5, size=16)
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    command("nnUNetv2_plan_and_preprocess", "-d", dataset.id, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
+    command("nnunet_semiseg", "preprocess_unlabeled", "-d", dataset.id, "-c", "3d_fullres", "-np", 1)
+    write_settings(dataset, "nnUNetPlans", num_epochs=1, num_iterations_per_epoch=1)
+    command("nnUNetv2_train", dataset.id, "3d_fullres", 0, "-tr", "TextSemiSegTrainer", "-device", "cpu")
+    folder = dataset.results / "TextSemiSegTrainer__nnUNetPlans__3d_fullres" / "fold_0"
+    assert (folder / "checkpoint_final.pth").exists() and (folder / "validation" / "summary.json").exists()
