@@ -49,8 +49,8 @@ class Organ:
 
 ORGANS = {
     LABELS["liver"]: Organ((-4, -4, -16), (24, 26, 20), 0.9),
-    LABELS["spleen"]: Organ((8, 6, 24), (14, 17, 14), 1.5),
-    LABELS["kidney"]: Organ((-18, 20, 6), (18, 12, 12), 2.1),
+    LABELS["spleen"]: Organ((8, 6, 24), (16, 19, 16), 1.5),
+    LABELS["kidney"]: Organ((-18, 20, 6), (20, 14, 14), 2.1),
 }
 
 
@@ -70,7 +70,7 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     image = np.where(_superellipsoid(points, (0, 0, 0), (70, 46, 46), Rotation.identity(), 3), 0, -1.5)
     body = image == 0
     image[body] += rng.normal(0, 0.1)
-    for _ in range(4):
+    for _ in range(3):
         center, radii = rng.uniform(-40, 40, 3), rng.uniform(4, 14, 3)
         structure = _superellipsoid(points, center, radii, Rotation.random(rng=rng), rng.uniform(1.5, 4))
         image[structure & body] = rng.uniform(0.4, 2.2)
@@ -82,11 +82,11 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         radii = size * np.multiply(organ.radii, rng.uniform(0.75, 1.15, 3))
         inside = _superellipsoid(points, center, radii, pose * _tilt(rng, 0.3), rng.uniform(1.6, 4))
         labels[inside] = label
-        image[inside] = contrast * (organ.brightness + rng.normal(0, 0.1))
+        image[inside] = contrast * (organ.brightness + rng.normal(0, 0.15))
 
     image = gaussian_filter(image, 0.7)  # partial volumes
     image += 0.3 * _smooth_noise(rng, 12)  # bias field
-    image += 0.2 * _smooth_noise(rng, 1) + 0.3 * rng.standard_normal(SHAPE)  # texture and noise
+    image += 0.1 * _smooth_noise(rng, 1) + 0.2 * rng.standard_normal(SHAPE)  # texture and noise
     return image.astype(np.float32), labels
 
 

@@ -131,13 +131,11 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
         settings, terms = self.settings, {}
-        labeled, unlabeled, features = (
-            [self.finest(o) for o in labeled[0]],
-            [self.finest(o) for o in unlabeled[0]],
-            torch.cat((labeled[1], unlabeled[1])),
-        )
+        features = torch.cat((labeled[1], unlabeled[1]))
+        labeled, unlabeled = ([self.finest(output) for output in outputs] for outputs, _ in (labeled, unlabeled))
         if settings.csa:
-            terms["cog"] = sum(self.alignment(features, torch.cat(pair)) for pair in zip(labeled, unlabeled, strict=True))
+            both = [torch.cat(pair) for pair in zip(labeled, unlabeled, strict=True)]
+            terms["cog"] = sum(self.alignment(features, logits) for logits in both)
         pseudo = [self.pseudo_label(x) for x in unlabeled]
         if settings.dca:
             started = self.progress >= settings.dca_start

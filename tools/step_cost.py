@@ -1,0 +1,112 @@
+"""What a training step of each trainer costs, as a ratio to the first trainer's on the same plans.
+
+    python tools/step_cost.py -d 501 -c 3d_fullres -p nnUNetSemiSegPlans --trainers SupervisedTrainer \
+        MeanTeacherTrainer TextSemiSegTrainer [-device cuda] [-n 10] [--set KEY=VALUE ...]
+
+The trainers take turns, so that a machine whose speed drifts is as unfair to all; medians are printed. A trainer
+is timed at the beginning and, as methods switch terms on later, at the end of its training. Loading is the time
+one process needs to make a batch; forward includes the losses, update the clipping, the optimiser and the EMA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from itertools import pairwise
+from statistics import median
+from time import perf_counter
+from unittest import mock
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_semiseg.config import parse_assignments, update_settings
+from nnunet_semiseg.data.unlabeled import dataset_folder
+
+
+def make(name: str, args, folder: str):
+    plans = update_settings(load_json(os.path.join(folder, f"{args.p}.json")), parse_assignments(args.set))
+    plans["continue_training"] = False
+    trainer = recursive_find_trainer_class_by_name(name)(
+        plans, args.c, args.f, load_json(os.path.join(folder, "dataset.json")), torch.device(args.device)
+    )
+    trainer.on_train_start()
+    trainer.network.train()
+    return trainer
+
+
+def timed_step(trainer, device: str) -> dict[str, float]:
+    """Seconds for load, forward, backward and update, and the peak memory in MiB (GPU only)."""
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    marks = {}
+    backward = torch.Tensor.backward
+
+    def timed_backward(*args, **kwargs):
+        marks["forward"] = now()
+        backward(*args, **kwargs)
+        marks["backward"] = now()
+
+    start = now()
+    batch = next(trainer.dataloader_train)
+    marks["load"] = now()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with mock.patch.object(torch.Tensor, "backward", timed_backward):
+        trainer.train_step(batch)
+    marks["update"] = now()
+    ends = [start, *(marks[k] for k in ("load", "forward", "backward", "update"))]
+    seconds = dict(zip(("load", "forward", "backward", "update"), (b - a for a, b in pairwise(ends)), strict=True))
+    return {**seconds, "MiB": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True)
+    parser.add_argument("-c", default="3d_fullres")
+    parser.add_argument("-p", default="nnUNetSemiSegPlans")
+    parser.add_argument("-f", default="all")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("-n", type=int, default=10, help="counted steps")
+    parser.add_argument("-threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("--trainers", nargs="+", required=True)
+    parser.add_argument("--set", nargs="+", action="extend", default=[])
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    os.environ["nnUNet_n_proc_DA"] = "0"  # loading in this process, to time it
+    folder = str(dataset_folder("nnUNet_preprocessed", args.d))
+    rows: dict[tuple[str, str], list[dict]] = {}
+    with tempfile.TemporaryDirectory() as results, mock.patch.dict(os.environ, nnUNet_results=results):
+        trainers = {name: make(name, args, folder) for name in args.trainers}
+        for i in range(args.n + 2):
+            for name, trainer in trainers.items():
+                total = trainer.num_epochs * trainer.num_iterations_per_epoch
+                for phase, step in {"begin": 0, "end": total - 1}.items():
+                    if hasattr(trainer, "progress"):
+                        trainer.step = step
+                    elif phase == "end":
+                        continue
+                    row = timed_step(trainer, args.device)
+                    if i >= 2:  # the first are for warming up
+                        rows.setdefault((name, phase), []).append(row)
+
+    reference = None
+    print("| trainer | at its | step, s | ratio | forward | backward | update | loading / step | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (name, phase), measured in rows.items():
+        part = {k: median(m[k] for m in measured) for k in measured[0]}
+        step = median(m["forward"] + m["backward"] + m["update"] for m in measured)
+        reference = reference or step
+        shares = " | ".join(f"{part[k] / step:.0%}" for k in ("forward", "backward", "update", "load"))
+        print(f"| {name} | {phase} | {step:.3f} | {step / reference:.2f} | {shares} | {part['MiB']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
