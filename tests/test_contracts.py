@@ -96,6 +96,32 @@ def test_two_steps_route_the_gradients(trainer_class, kind, ready):
 
 
 @every_trainer
+def test_trains_without_deep_supervision(trainer_class, ready):
+    class WithoutDeepSupervision(trainer_class):
+        def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.enable_deep_supervision = False
+
+    trainer = started(WithoutDeepSupervision, ready())
+    trainer.network.train()
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert all(torch.isfinite(v) for v in out.values())
+    assert trainer.network(next(trainer.dataloader_val)["data"]).ndim == 5
+
+
+@pytest.mark.slow
+@every_trainer
+def test_trains_on_residual_encoder_plans(trainer_class, tiny_dataset, monkeypatch):
+    dataset = tiny_dataset(dims=2, size=32)
+    dataset.plan("SemiSegPlannerResEncM")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    trainer = started(trainer_class, dataset, plans="nnUNetSemiSegResEncUNetMPlans")
+    trainer.network.train()
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert all(torch.isfinite(v) for v in out.values())
+
+
+@every_trainer
 def test_teacher_follows_by_ema(trainer_class, ready):
     trainer = started(trainer_class, ready())
     if trainer.teacher is None:

@@ -135,3 +135,27 @@ def test_text_copy_adds_the_same_vector_everywhere():
         module.project.bias.copy_(torch.tensor([0.0, 1.0]))
     out = module(torch.zeros(1, 2, 2, 2, 2), torch.tensor([[1.0, 1.0]]))
     assert (out[0, 0] == 3).all() and (out[0, 1] == 8).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_compiles_into_one_graph_for_each_way_it_is_called(ndim):
+    """No graph break (fullgraph), and none but the four ways: validation, both decoders, either one on a mix."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    network = dual(ndim)
+    compiled = torch.compile(network, backend=count, fullgraph=True)
+    x = torch.randn(2, 1, *[16] * ndim)
+    for _ in range(3):
+        text = torch.nn.functional.normalize(torch.randn(K, D), dim=1).requires_grad_()
+        compiled(x, text * 1, (0, 1))
+        for decoder in (0, 1):
+            compiled(x, text * 1, (decoder,))
+        with torch.no_grad():
+            compiled(x)
+    assert len(graphs) == 4

@@ -1,5 +1,6 @@
 """Text-SemiSeg's formulas, on arrays small enough to work out by hand."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -155,6 +156,22 @@ def test_mixing_needs_an_unlabelled_sample_for_each_labelled_one(dataset):
         make_trainer(TextSemiSegTrainer, dataset, unlabeled_batch_size=1)
     assert not (dataset.results / f"TextSemiSegTrainer__nnUNetSemiSegSmallPlans__{dataset.configuration}").exists()
     make_trainer(TextSemiSegTrainer, dataset, unlabeled_batch_size=1, dca=False)
+
+
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        ({"kidney": "a kidney", "tumour": "a tumour", "liver": "a liver"}, "liver"),
+        ({"kidney": "a kidney"}, "tumour"),
+        ({"kidney": "a kidney " * 20, "tumour": "a tumour"}, "kidney"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused_and_nothing_is_written(dataset, prompts, words):
+    file = dataset.preprocessed / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "semiseg": {"prompts": prompts}}))
+    with pytest.raises(UserError, match=words) as error:
+        make_trainer(TextSemiSegTrainer, dataset)
+    assert "\n" not in str(error.value) and not dataset.results.exists()
 
 
 def test_exchanging_two_classes_text_changes_a_trained_networks_output(dataset):
