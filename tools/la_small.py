@@ -107,7 +107,8 @@ def run(args, env: dict, trainer: str, seed: int) -> tuple[str, int, Path]:
 def nnunet(args, env: dict, log: Path, module: str, entry: str, words: list[str]) -> None:
     """nnU-Net's command, with as many threads as are this job's share: alone it would take all cores."""
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    code = f"import multiprocessing; multiprocessing.cpu_count = lambda: {threads}\nfrom {module} import {entry}\n{entry}()"
+    limit = f"import multiprocessing; multiprocessing.cpu_count = lambda: {threads}"
+    code = f"{limit}; from {module} import {entry}; {entry}()"
     with open(log, "a") as file:
         subprocess.run(
             [sys.executable, "-c", code, *words], check=True, stdout=file, stderr=file,
@@ -139,7 +140,8 @@ def main() -> None:
             trainer, seed, predictions = job.result()
             rows = evaluate_folder(predictions, Path(env["nnUNet_raw"], DATASET, "labelsTs"), LABELS)
             dice, hd95 = (np.array([row[key] for row in rows]) for key in ("dice", "hd95_mm"))
-            print(f"| {trainer} | {seed} | {dice.mean():.3f} | {dice.std(ddof=1):.3f} | {hd95.mean():.2f} |", flush=True)
+            cells = trainer, seed, f"{dice.mean():.3f}", f"{dice.std(ddof=1):.3f}", f"{hd95.mean():.2f}"
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
