@@ -103,7 +103,7 @@ def train(parser: ArgumentParser) -> Command:
         from nnunetv2.run.run_training import run_training_entry
 
         from nnunet_semiseg.config import parse_assignments
-        from nnunet_semiseg.data.unlabeled import dataset_folder
+        from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.planning import write_settings
 
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
@@ -127,11 +127,12 @@ def embed_prompts(parser: ArgumentParser) -> Command:
     parser.add_argument("-cache_dir", help="where open_clip keeps its downloads")
 
     def run(args: Namespace) -> None:
-        from nnunet_semiseg.data.unlabeled import DATASET_JSON_GUIDE, dataset_folder, read_json
+        from nnunet_semiseg.files import DATASET_JSON_GUIDE, dataset_folder, read_json
         from nnunet_semiseg.text import prompt_learner
 
         dataset_json = read_json(dataset_folder("nnUNet_raw", args.d) / "dataset.json", DATASET_JSON_GUIDE)
-        prompt_learner.embed_prompts(dataset_json, args.model, args.pretrained, args.cache_dir, args.o)
+        if not prompt_learner.embed_prompts(dataset_json, args.model, args.pretrained, args.cache_dir, args.o):
+            print("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
 
     return run
 

@@ -200,7 +200,7 @@ def run_demo(
             f"predict_{trainer}",
             ["nnUNetv2_predict", "-d", d, "-c", "3d_fullres", "-f", "all", "-tr", trainer, "-p", PLANS]
             + ["-i", str(raw / "imagesTs"), "-o", str(output / "predictions" / trainer)]
-            + ["-device", device, "-npp", "1", "-nps", "1", "--disable_tta"],
+            + ["-device", device, "-npp", "0", "-nps", "0", "--disable_tta"],
         )
     console.say("evaluating")
     rows = evaluate(output / "predictions", raw / "labelsTs", output / "metrics.csv")

@@ -1,2 +1,2 @@
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: which file, what is wrong, how to mend it."""
+    """Something the user can mend. One line for each problem: which file, what is wrong, how to mend it."""

@@ -22,18 +22,15 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_semiseg.config import PLANS_KEY, parse_assignments, update_settings
 from nnunet_semiseg.data.unlabeled import (
-    DATASET_JSON_GUIDE,
     DEFAULT_CONFIGURATIONS,
     check_headers,
-    dataset_folder,
     find_unlabeled_cases,
     labeled_images,
     preprocess_unlabeled,
-    read_json,
-    write_json,
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import DATASET_JSON_GUIDE, dataset_folder, read_json, write_json
 from nnunet_semiseg.text.prompts import read_prompts
 
 NUM_FOLDS = 5  # of nnU-Net's own split

@@ -23,7 +23,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_semiseg.config import parse_assignments, update_settings
-from nnunet_semiseg.data.unlabeled import dataset_folder
+from nnunet_semiseg.files import dataset_folder
 
 
 def make(name: str, args, folder: str):

@@ -22,18 +22,20 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import nibabel
-import numpy as np
-import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnunet_semiseg.data.image_problems import (
+    IMAGES_FOLDER,
+    header_problems,
+    intensity_problems,
+    nifti_problems,
+    reading_problems,
+)
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import DATASET_JSON_GUIDE, dataset_folder, read_json, write_json
 
-IMAGES_FOLDER = "imagesUn"
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -49,8 +51,6 @@ _CONFIGURATION_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
-DATASET_JSON_GUIDE = "write it as nnU-Net's documentation/dataset_format.md says"
-_TAKE_OUT = f"replace the image or take its case out of {IMAGES_FOLDER}"
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 
@@ -115,7 +115,7 @@ def check_headers(cases: dict[str, list[str]], reader: type) -> None:
     Raises:
         UserError: unreadable images, channels whose geometry differs; one line for each.
     """
-    problems = [line for images in cases.values() for line in _header_problems(images, reader)]
+    problems = [line for images in cases.values() for line in header_problems(images, reader)]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -199,42 +199,6 @@ def load_manifest(
             what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
             raise UserError(f"{images}: case {case} {what}: {mend}")
     return str(folder), cases
-
-
-def dataset_folder(variable: str, dataset: int | str) -> Path:
-    """A dataset's folder below ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
-
-    Raises:
-        UserError: the variable is not set; no such dataset, or several of that number.
-    """
-    base = os.environ.get(variable)
-    if not base:
-        guide = "see nnU-Net's documentation/setting_up_paths.md"
-        raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
-    try:
-        return Path(base) / str(maybe_convert_to_dataset_name(dataset))
-    except ValueError:
-        raise UserError(f"dataset {dataset}: give its number or its name, 501 or Dataset501_LA") from None
-    except RuntimeError as e:
-        what = "several datasets have" if "More than one" in str(e) else "no dataset has"
-        raise UserError(f"dataset {dataset}: {what} this number: look into {variable}={base}") from None
-
-
-def read_json(file: Path, mend: str) -> dict:
-    """Raises UserError where the file is missing or no JSON."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file: {mend}") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file}: not valid JSON ({e}): {mend}") from None
-
-
-def write_json(content: dict | list, file: Path) -> None:
-    """Write the whole file or nothing."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=4))
-    os.replace(temporary, file)
 
 
 def channel_names(dataset_json: dict) -> list[str]:
@@ -351,13 +315,13 @@ def _preprocess_case(
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
     reader = plans_manager.image_reader_writer_class
-    problems = _header_problems(images, reader) or _nifti_problems(images)
+    problems = header_problems(images, reader) or nifti_problems(images)
     if problems:
         return case, problems
 
     class Unlabeled(configuration_manager.preprocessor_class):
         def run_case_npy(self, data, *args, **kwargs):
-            problems.extend(_intensity_problems(data, images, channel_names(dataset_json)))
+            problems.extend(intensity_problems(data, images, channel_names(dataset_json)))
             if problems:
                 raise UserError(problems[0])
             data, seg, properties = super().run_case_npy(data, *args, **kwargs)
@@ -377,7 +341,7 @@ def _preprocess_case(
     except UserError:
         pass
     except Exception:
-        problems.extend(_reading_problems(images, reader))
+        problems.extend(reading_problems(images, reader))
         if not problems:
             raise  # not the images' fault
     finally:
@@ -396,83 +360,3 @@ def _is_whole(folder: Path, case: str, stamp: dict) -> bool:
         return load_pickle(str(folder / f"{case}.pkl")).get(PROPERTIES_KEY) == stamp
     except Exception:  # a damaged pickle raises nearly anything
         return False
-
-
-def _header_problems(images: list[str], reader: type) -> list[str]:
-    if not issubclass(reader, SimpleITKIO):
-        return []  # the other readers compare channels themselves
-    geometries, problems = [], []
-    for image in images:
-        header = sitk.ImageFileReader()
-        header.SetFileName(image)
-        try:
-            header.ReadImageInformation()
-        except RuntimeError as e:
-            problems.append(f"{image}: cannot be read ({_one_line(e)}): {_TAKE_OUT}")
-            continue
-        geometry = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
-        geometries.append((Path(image), geometry))
-    # nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files
-    kinds = {"size": 0, "spacing": 1e-8, "origin": 1e-3, "direction": 1e-3}
-    for image, geometry in geometries[1:]:
-        first, expected = geometries[0]
-        for (kind, atol), value, wanted in zip(kinds.items(), geometry, expected, strict=True):
-            if len(value) != len(wanted) or not np.allclose(value, wanted, atol=atol):
-                problems.append(
-                    f"{image}: {kind} {_numbers(value)} differs from {_numbers(wanted)} in {first.name}: "
-                    f"resample it to that grid or take its case out of {IMAGES_FOLDER}"
-                )
-                break
-    return problems
-
-
-def _nifti_problems(images: list[str]) -> list[str]:
-    """What ITK hides: it reads zeros where a NIfTI file ends early, and in place of NaN and infinity."""
-    problems = []
-    for image in (image for image in images if image.endswith((".nii", ".nii.gz"))):
-        try:
-            voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()
-        except Exception as e:  # of many kinds, by what is damaged
-            problems.append(f"{image}: cannot be read ({_one_line(e)}): {_TAKE_OUT}")
-            continue
-        if np.issubdtype(voxels.dtype, np.floating):
-            problems.extend(_not_finite(voxels, image))
-    return problems
-
-
-def _intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
-    if len(data) != len(channels):
-        return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {_TAKE_OUT}"]
-    problems = []
-    for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
-        file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
-        problems.extend(_not_finite(channel, file))
-        if channel.min() == channel.max():
-            problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {_TAKE_OUT}")
-    return problems
-
-
-def _not_finite(voxels: np.ndarray, file: str) -> list[str]:
-    bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
-    return [f"{file}: {bad} voxels are NaN or infinite: give them a number, or {_TAKE_OUT}"] if bad else []
-
-
-def _reading_problems(images: list[str], reader: type) -> list[str]:
-    """Which of the images, or all of them together, the reader cannot read."""
-    for files in [[image] for image in images] + [images]:
-        printed = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(printed):
-                reader().read_images(files)
-        except Exception as e:
-            detail = printed.getvalue().partition("\n")[0] or _one_line(e)  # nnU-Net's readers print
-            return [f"{', '.join(files)}: cannot be read ({detail}): {_TAKE_OUT}"]
-    return []
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return f"({', '.join(f'{v:g}' for v in values)})"

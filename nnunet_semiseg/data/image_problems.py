@@ -1,0 +1,98 @@
+"""What can be wrong with an unlabelled image: each problem in one line, with the file and the mend."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+IMAGES_FOLDER = "imagesUn"
+TAKE_OUT = f"replace the image or take its case out of {IMAGES_FOLDER}"
+
+
+def header_problems(images: list[str], reader: type) -> list[str]:
+    """Headers that cannot be read, and channels whose geometry differs from the first one's."""
+    if not issubclass(reader, SimpleITKIO):
+        return []  # the other readers compare channels themselves
+    geometries, problems = [], []
+    for image in images:
+        header = sitk.ImageFileReader()
+        header.SetFileName(image)
+        try:
+            header.ReadImageInformation()
+        except RuntimeError as e:
+            problems.append(f"{image}: cannot be read ({one_line_of(e)}): {TAKE_OUT}")
+            continue
+        geometry = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
+        geometries.append((Path(image), geometry))
+    # nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files
+    kinds = {"size": 0, "spacing": 1e-8, "origin": 1e-3, "direction": 1e-3}
+    for image, geometry in geometries[1:]:
+        first, expected = geometries[0]
+        for (kind, atol), value, wanted in zip(kinds.items(), geometry, expected, strict=True):
+            if len(value) != len(wanted) or not np.allclose(value, wanted, atol=atol):
+                problems.append(
+                    f"{image}: {kind} {_numbers(value)} differs from {_numbers(wanted)} in {first.name}: "
+                    f"resample it to that grid or take its case out of {IMAGES_FOLDER}"
+                )
+                break
+    return problems
+
+
+def nifti_problems(images: list[str]) -> list[str]:
+    """What ITK hides: it reads zeros where a NIfTI file ends early, and in place of NaN and infinity."""
+    problems = []
+    for image in (image for image in images if image.endswith((".nii", ".nii.gz"))):
+        try:
+            voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()
+        except Exception as e:  # of many kinds, by what is damaged
+            problems.append(f"{image}: cannot be read ({one_line_of(e)}): {TAKE_OUT}")
+            continue
+        if np.issubdtype(voxels.dtype, np.floating):
+            problems.extend(_not_finite(voxels, image))
+    return problems
+
+
+def intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
+    """Channels (C, *S), as read, that are constant or not finite, or of a wrong number."""
+    if len(data) != len(channels):
+        return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {TAKE_OUT}"]
+    problems = []
+    for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
+        file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
+        problems.extend(_not_finite(channel, file))
+        if channel.min() == channel.max():
+            problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {TAKE_OUT}")
+    return problems
+
+
+def _not_finite(voxels: np.ndarray, file: str) -> list[str]:
+    bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
+    return [f"{file}: {bad} voxels are NaN or infinite: give them a number, or {TAKE_OUT}"] if bad else []
+
+
+def reading_problems(images: list[str], reader: type) -> list[str]:
+    """Which of the images, or all of them together, the reader cannot read."""
+    for files in [[image] for image in images] + [images]:
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                reader().read_images(files)
+        except Exception as e:
+            detail = printed.getvalue().partition("\n")[0] or one_line_of(e)  # nnU-Net's readers print
+            return [f"{', '.join(files)}: cannot be read ({detail}): {TAKE_OUT}"]
+    return []
+
+
+def one_line_of(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{v:g}' for v in values)})"

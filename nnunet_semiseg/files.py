@@ -1,0 +1,49 @@
+"""nnU-Net's folders, and JSON files that are read with a clear error and written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunet_semiseg.errors import UserError
+
+DATASET_JSON_GUIDE = "write it as nnU-Net's documentation/dataset_format.md says"
+
+
+def dataset_folder(variable: str, dataset: int | str) -> Path:
+    """A dataset's folder below ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
+
+    Raises:
+        UserError: the variable is not set; no such dataset, or several of that number.
+    """
+    base = os.environ.get(variable)
+    if not base:
+        guide = "see nnU-Net's documentation/setting_up_paths.md"
+        raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
+    try:
+        return Path(base) / str(maybe_convert_to_dataset_name(dataset))
+    except ValueError:
+        raise UserError(f"dataset {dataset}: give its number or its name, 501 or Dataset501_LA") from None
+    except RuntimeError as e:
+        what = "several datasets have" if "More than one" in str(e) else "no dataset has"
+        raise UserError(f"dataset {dataset}: {what} this number: look into {variable}={base}") from None
+
+
+def read_json(file: Path, mend: str) -> dict:
+    """Raises UserError where the file is missing or no JSON."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file: {mend}") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{file}: not valid JSON ({e}): {mend}") from None
+
+
+def write_json(content: dict | list, file: Path) -> None:
+    """Write the whole file or nothing."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=4))
+    os.replace(temporary, file)
