@@ -184,14 +184,15 @@ def category_alignment_loss(features: Tensor, probs: Tensor, text: Tensor) -> Te
     instead of the channels and averages over all voxels; we follow the paper.
 
     Args:
-        features: (B, d, *s), F_v, normalised over d.
-        probs: (B, K, *S), probabilities, brought to the features' grid s by averaging.
-        text: (K, d), F_t, normalised over d.
+        features: (B, d, *s), float32, F_v, normalised over d.
+        probs: (B, K, *S), float32 probabilities, brought to the features' grid s by averaging.
+        text: (K, d), float32, F_t, normalised over d.
     """
-    weights = F.interpolate(probs, size=features.shape[2:], mode="area").flatten(2)
-    sums = torch.einsum("bdn,bkn->bkd", features.flatten(2), weights)
-    prototypes = sums / weights.sum(2, keepdim=True).clamp_min(1e-6)
-    return (text.float() - prototypes).square().sum(2).mean()
+    with torch.autocast(features.device.type, enabled=False):  # sums over thousands of voxels
+        weights = F.interpolate(probs, size=features.shape[2:], mode="area").flatten(2)
+        sums = torch.einsum("bdn,bkn->bkd", features.flatten(2), weights)
+        prototypes = sums / weights.sum(2, keepdim=True).clamp_min(1e-6)
+        return (text - prototypes).square().sum(2).mean()
 
 
 def mix_by_foreground(foreground: Tensor, x: Tensor, x_other: Tensor, y: Tensor, y_other: Tensor):
