@@ -31,7 +31,7 @@ TRAINERS = BASELINE, METHOD = "SupervisedTrainer", "TextSemiSegTrainer"
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
 PROMPTS = {"background": "tissue around the organs", **{k: f"the {k}" for k in LABELS if LABELS[k]}}
-SHAPE, SPACING = (32, 32, 32), (3.0, 3.0, 3.0)  # z y x, in mm
+SHAPE, SPACING = (24, 24, 24), (3.5, 3.5, 3.5)  # z y x, in mm
 
 METRICS = {"dice": "Dice (higher is better)", "hd95_mm": "95 % Hausdorff distance in mm (lower is better)"}
 COLORS = {"liver": "#ff5a4f", "spleen": "#4fd06a", "kidney": "#4fa8ff"}
@@ -65,13 +65,13 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(SHAPE, SPACING, strict=True)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"))
-    points += 4 * np.stack([_smooth_noise(rng, 5) for _ in range(3)])  # 4 mm: the deformation
+    points += 4 * np.stack([_smooth_noise(rng, 4) for _ in range(3)])  # 4 mm: the deformation
 
-    image = np.where(_superellipsoid(points, (0, 0, 0), (70, 46, 46), Rotation.identity(), 3), 0, -1.5)
+    image = np.where(_superellipsoid(points, (0, 0, 0), (60, 40, 40), Rotation.identity(), 3), 0, -1.5)
     body = image == 0
     image[body] += rng.normal(0, 0.1)
     for _ in range(3):
-        center, radii = rng.uniform(-40, 40, 3), rng.uniform(4, 14, 3)
+        center, radii = rng.uniform(-36, 36, 3), rng.uniform(5, 12, 3)
         structure = _superellipsoid(points, center, radii, Rotation.random(rng=rng), rng.uniform(1.5, 4))
         image[structure & body] = rng.uniform(0.4, 2.2)
 
@@ -82,10 +82,10 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         radii = size * np.multiply(organ.radii, rng.uniform(0.75, 1.15, 3))
         inside = _superellipsoid(points, center, radii, pose * _tilt(rng, 0.3), rng.uniform(1.6, 4))
         labels[inside] = label
-        image[inside] = contrast * (organ.brightness + rng.normal(0, 0.15))
+        image[inside] = contrast * (organ.brightness + rng.normal(0, 0.1))
 
     image = gaussian_filter(image, 0.7)  # partial volumes
-    image += 0.3 * _smooth_noise(rng, 12)  # bias field
+    image += 0.3 * _smooth_noise(rng, 8)  # bias field
     image += 0.1 * _smooth_noise(rng, 1) + 0.2 * rng.standard_normal(SHAPE)  # texture and noise
     return image.astype(np.float32), labels
 
