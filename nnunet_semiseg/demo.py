@@ -153,7 +153,7 @@ def run_demo(
     *,
     cases: tuple[int, int, int] = (4, 24, 12),
     num_epochs: int = 10,
-    num_iterations_per_epoch: int = 40,
+    num_iterations_per_epoch: int = 50,
 ) -> None:
     """Make the data, plan, train both trainers, predict, evaluate, draw.
 
@@ -177,8 +177,9 @@ def run_demo(
     write_dataset(raw, *cases)
     write_text_tower(output / "text_tower")
 
-    # one worker each: the trainings are small. Compiling takes longer than what it would save
-    settings = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+    # The trainings are small: one worker is enough, and compiling would take longer than what it saves. Where the
+    # cores are shared, threads that spin while they wait made a step four times as long.
+    settings = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f", "OMP_WAIT_POLICY": "PASSIVE"}
     console.say("to type the commands yourself, set")
     for name, value in (folders | settings).items():
         print(f"        export {name}={shlex.quote(value)}")
