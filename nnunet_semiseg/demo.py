@@ -298,13 +298,14 @@ def format_table(rows: list[dict]) -> str:
 def draw_overlay(raw: Path, predictions: Path, png_file: Path, num_cases: int = 4) -> None:
     """The first test cases' middle slices: contours of the reference, and of each trainer's prediction."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     def read(file: Path) -> np.ndarray:
         return sitk.GetArrayFromImage(sitk.ReadImage(file))[SHAPE[0] // 2]
 
     cases = sorted(file.name for file in (raw / "labelsTs").iterdir())[:num_cases]
     columns = {"reference": raw / "labelsTs", **{trainer: predictions / trainer for trainer in TRAINERS}}
-    figure = Figure(figsize=(2.6 * len(cases), 8), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(cases), 8.2), layout="constrained")
     axes = figure.subplots(len(columns), len(cases), squeeze=False)
     for row, (title, folder) in zip(axes, columns.items(), strict=True):
         row[0].set_ylabel(title)
@@ -315,4 +316,7 @@ def draw_overlay(raw: Path, predictions: Path, png_file: Path, num_cases: int = 
                 ax.contour(reference == LABELS[name], [0.5], colors="white", linewidths=0.7)
                 ax.contour(labels == LABELS[name], [0.5], colors=color, linewidths=1.5)
             ax.set(xticks=[], yticks=[])
+    handles = [Line2D([], [], color=color, label=name) for name, color in COLORS.items()]
+    handles.append(Line2D([], [], color="white", linewidth=1, label="reference"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), facecolor="gray", labelcolor="white")
     figure.savefig(png_file, dpi=110)
