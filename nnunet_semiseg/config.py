@@ -29,6 +29,8 @@ class TrainingSettings:
     """epochs between two `checkpoint_latest.pth`"""
     seed: int | None = None
     """fixes the initialisation, and with `nnUNet_n_proc_DA=0` on a CPU the whole training"""
+    bfloat16_on_cpu: bool = False
+    """on a CPU, run the network in bfloat16: faster on CPUs with AVX512-BF16 or AMX, slower on others"""
 
     def __post_init__(self):
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):

@@ -7,7 +7,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_semiseg.config import TrainingSettings, read_settings
 from nnunet_semiseg.training.random_state import seed_everything
-from nnunet_semiseg.training.semi_supervised_trainer import apply_training_settings
+from nnunet_semiseg.training.semi_supervised_trainer import apply_network_settings, apply_training_settings
 
 
 class SupervisedTrainer(nnUNetTrainer):
@@ -17,8 +17,12 @@ class SupervisedTrainer(nnUNetTrainer):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")):
-        settings = read_settings(self.settings_class, plans)
+        self.settings = read_settings(self.settings_class, plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        apply_training_settings(self, settings)
-        if settings.seed is not None:
-            seed_everything(settings.seed)
+        apply_training_settings(self, self.settings)
+        if self.settings.seed is not None:
+            seed_everything(self.settings.seed)
+
+    def initialize(self):
+        super().initialize()
+        apply_network_settings(self, self.settings)

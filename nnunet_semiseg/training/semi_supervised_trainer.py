@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from nnunet_semiseg.config import SemiSupervisedSettings, TeacherSettings, read_settings
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
 from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
 from nnunet_semiseg.training.checks import check_labeled_cases
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
 from nnunet_semiseg.training.random_state import get_random_state, seed_everything, set_random_state
@@ -28,6 +29,12 @@ def apply_training_settings(trainer: nnUNetTrainer, settings) -> None:
     """Give a trainer of nnU-Net the length that the plans' settings ask for."""
     for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
         setattr(trainer, name, getattr(settings, name))
+
+
+def apply_network_settings(trainer: nnUNetTrainer, settings) -> None:
+    """The same for what concerns the network, once that is built."""
+    if settings.bfloat16_on_cpu and trainer.device.type == "cpu":
+        run_in_bfloat16(trainer.network)
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
@@ -138,6 +145,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # before super(): it makes the optimizer
         self.auxiliary = nn.ModuleDict(self.build_auxiliary()).to(self.device)
         super().initialize()
+        apply_network_settings(self, self.settings)
         if isinstance(self.settings, TeacherSettings):
             self.teacher = make_teacher(self.bare_network)
             if self._do_i_compile():
