@@ -5,10 +5,10 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from training import TRAINERS, make_trainer
 
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
-from tests.training import TRAINERS, make_trainer
 
 
 class Scale(nn.Module):
