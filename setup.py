@@ -56,5 +56,6 @@ if __name__ == "__main__":  # the tests read this file
     setup(
         packages=[*inner, *outer],
         package_dir=outer,
+        package_data={"nnunet_semiseg.dataset_conversion": ["splits/*.json"]},
         cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},
     )

@@ -5,9 +5,10 @@ What takes long to import is imported in there, so that help is quick.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import REMAINDER, SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
 from nnunet_semiseg.errors import UserError
@@ -137,9 +138,36 @@ def embed_prompts(parser: ArgumentParser) -> Command:
     return run
 
 
+def convert(parser: ArgumentParser) -> Command:
+    """Make a raw dataset with imagesUn of a public data set's download, or of your own folders."""
+    parser.add_argument("--list", action="store_true", help="the data sets that are known")
+    parser.add_argument("name", nargs="?", help="`nnunet_semiseg convert NAME -h` shows what it takes")
+    parser.add_argument("rest", nargs=REMAINDER, help=SUPPRESS)
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg import discovery
+
+        names = discovery.module_names("dataset_conversion")
+        if args.list or not args.name:
+            for name in names:
+                print(f"{name:12} {discovery.load_module('dataset_conversion', name).ABOUT.title}")
+            return
+        if args.name not in names:
+            near = difflib.get_close_matches(args.name, names, n=3, cutoff=0.5) or names
+            raise UserError(f"convert {args.name}: no such data set: did you mean {' or '.join(near)}?")
+        module = discovery.load_module("dataset_conversion", args.name)
+        own = ArgumentParser(f"nnunet_semiseg convert {args.name}", description=module.ABOUT.title, allow_abbrev=False)
+        _add_conversion_arguments(own)
+        getattr(module, "add_arguments", lambda parser: None)(own)
+        given = vars(own.parse_args(args.rest))
+        module.convert(given.pop("i"), given.pop("d"), **given)
+
+    return run
+
+
 def demo(parser: ArgumentParser) -> Command:
     """Make a small data set, train with and without its unlabelled images, compare: minutes on a CPU."""
-    parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: a temporary folder")
+    parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: nnunet_semiseg_demo")
     parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
 
     def run(args: Namespace) -> None:
@@ -161,7 +189,7 @@ def env(parser: ArgumentParser) -> Command:
     return run
 
 
-COMMANDS = (plan_and_preprocess, preprocess_unlabeled, train, embed_prompts, demo, env)
+COMMANDS = (convert, plan_and_preprocess, preprocess_unlabeled, train, embed_prompts, demo, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,6 +225,31 @@ def _add_preprocessing_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--clean", action="store_true", help="redo what is there already")
     parser.add_argument("--no_pbar", action="store_true", help="no progress bar")
     parser.add_argument("--verbose", action="store_true")
+
+
+def _add_conversion_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("-i", required=True, metavar="DOWNLOAD", help="folder, or archive (zip, tar)")
+    parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset number")
+    parser.add_argument(
+        "--labeled", type=_labeled, metavar="N", help="number, fraction or all; default: what is published"
+    )
+    parser.add_argument(
+        "--protocol", choices=["published", "all"], default="published",
+        help="keep to the published lists, or train on every case; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--crop", choices=["none", "published"], default="none",
+        help="published: round the ground truth, of test cases too; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("-np", type=int, default=_cores(8), dest="num_processes", metavar="N", help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this number and name")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--no_pbar", action="store_false", dest="show_progress_bar", help="no progress bar")
+
+
+def _labeled(text: str) -> int | float | str:
+    """Raises ValueError, which argparse shows, for what is neither."""
+    return text if text == "all" else int(text) if text.isdecimal() else float(text)
 
 
 def _add_set_argument(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Finds the classes in ``trainers/`` and ``planners/``: a new method is a new file, and no list grows."""
+"""Finds what is in ``trainers/``, ``planners/`` and ``dataset_conversion/``: new is a new file, and no list grows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 # By name, so that looking up a planner need not import torch.
 BASE_CLASSES = {"trainers": "nnUNetTrainer", "planners": "ExperimentPlanner"}
@@ -40,6 +41,15 @@ def iter_classes(package: str) -> Iterator[type]:
             if isinstance(value, type) and value.__module__ == module and not name.startswith("_"):
                 if BASE_CLASSES[package] in (base.__name__ for base in value.__mro__):
                     yield value
+
+
+def module_names(package: str) -> list[str]:
+    """Names of the modules of ``nnunet_semiseg.<package>``."""
+    return sorted(module.rpartition(".")[2] for module, _ in _modules(package))
+
+
+def load_module(package: str, name: str) -> ModuleType:
+    return importlib.import_module(f"nnunet_semiseg.{package}.{name}")
 
 
 def ext_folder() -> str:

@@ -19,17 +19,23 @@ def dataset_folder(variable: str, dataset: int | str) -> Path:
     Raises:
         UserError: the variable is not set; no such dataset, or several of that number.
     """
-    base = os.environ.get(variable)
-    if not base:
-        guide = "see nnU-Net's documentation/setting_up_paths.md"
-        raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
+    base = base_folder(variable)
     try:
-        return Path(base) / str(maybe_convert_to_dataset_name(dataset))
+        return base / str(maybe_convert_to_dataset_name(dataset))
     except ValueError:
         raise UserError(f"dataset {dataset}: give its number or its name, 501 or Dataset501_LA") from None
     except RuntimeError as e:
         what = "several datasets have" if "More than one" in str(e) else "no dataset has"
         raise UserError(f"dataset {dataset}: {what} this number: look into {variable}={base}") from None
+
+
+def base_folder(variable: str) -> Path:
+    """The folder that ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results`` names."""
+    base = os.environ.get(variable)
+    if not base:
+        guide = "see nnU-Net's documentation/setting_up_paths.md"
+        raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
+    return Path(base).absolute()
 
 
 def read_json(file: Path, mend: str) -> dict:

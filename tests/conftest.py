@@ -60,7 +60,7 @@ def in_threads() -> Iterator[None]:
 
     from nnunet_semiseg.data import unlabeled
 
-    run_jobs, extract = unlabeled._run, DatasetFingerprintExtractor.run
+    run_jobs, extract = unlabeled.run_jobs, DatasetFingerprintExtractor.run
 
     def extract_few(self, **kwargs):
         self.num_foreground_voxels_for_intensitystats = 10_000
@@ -70,7 +70,7 @@ def in_threads() -> Iterator[None]:
         patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
         patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         patch.setattr(DatasetFingerprintExtractor, "run", extract_few)
-        patch.setattr(unlabeled, "_run", lambda jobs, num_processes: run_jobs(jobs, 0))
+        patch.setattr(unlabeled, "run_jobs", lambda function, jobs, num_processes: run_jobs(function, jobs, 0))
         yield
 
 

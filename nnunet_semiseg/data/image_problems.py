@@ -20,7 +20,7 @@ def header_problems(images: list[str], reader: type) -> list[str]:
     """Headers that cannot be read, and channels whose geometry differs from the first one's."""
     if not issubclass(reader, SimpleITKIO):
         return []  # the other readers compare channels themselves
-    geometries, problems = [], []
+    headers, problems = {}, []
     for image in images:
         header = sitk.ImageFileReader()
         header.SetFileName(image)
@@ -29,34 +29,38 @@ def header_problems(images: list[str], reader: type) -> list[str]:
         except RuntimeError as e:
             problems.append(f"{image}: cannot be read ({one_line_of(e)}): {TAKE_OUT}")
             continue
-        geometry = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
-        geometries.append((Path(image), geometry))
-    # nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files
-    kinds = {"size": 0, "spacing": 1e-8, "origin": 1e-3, "direction": 1e-3}
-    for image, geometry in geometries[1:]:
-        first, expected = geometries[0]
-        for (kind, atol), value, wanted in zip(kinds.items(), geometry, expected, strict=True):
-            if len(value) != len(wanted) or not np.allclose(value, wanted, atol=atol):
-                problems.append(
-                    f"{image}: {kind} {_numbers(value)} differs from {_numbers(wanted)} in {first.name}: "
-                    f"resample it to that grid or take its case out of {IMAGES_FOLDER}"
-                )
-                break
+        headers[image] = header
+    for image, header in headers.items():
+        first, expected = next(iter(headers.items()))
+        if difference := geometry_difference(header, expected):
+            problems.append(
+                f"{image}: {difference} in {Path(first).name}: "
+                f"resample it to that grid or take its case out of {IMAGES_FOLDER}"
+            )
     return problems
 
 
-def nifti_problems(images: list[str]) -> list[str]:
+def geometry_difference(image, expected) -> str | None:
+    """In which way the grids of two images (or headers) of SimpleITK's differ, or None.
+
+    nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files.
+    """
+    for kind, atol in {"Size": 0, "Spacing": 1e-8, "Origin": 1e-3, "Direction": 1e-3}.items():
+        value, wanted = (getattr(i, f"Get{kind}")() for i in (image, expected))
+        if len(value) != len(wanted) or not np.allclose(value, wanted, atol=atol):
+            return f"{kind.lower()} {_numbers(value)} differs from {_numbers(wanted)}"
+    return None
+
+
+def nifti_damage(image: str | Path) -> str | None:
     """What ITK hides: it reads zeros where a NIfTI file ends early, and in place of NaN and infinity."""
-    problems = []
-    for image in (image for image in images if image.endswith((".nii", ".nii.gz"))):
-        try:
-            voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()
-        except Exception as e:  # of many kinds, by what is damaged
-            problems.append(f"{image}: cannot be read ({one_line_of(e)}): {TAKE_OUT}")
-            continue
-        if np.issubdtype(voxels.dtype, np.floating):
-            problems.extend(_not_finite(voxels, image))
-    return problems
+    if not str(image).endswith((".nii", ".nii.gz")):
+        return None
+    try:
+        voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()
+    except Exception as e:  # of many kinds, by what is damaged
+        return f"cannot be read ({one_line_of(e)})"
+    return _not_finite(voxels) if np.issubdtype(voxels.dtype, np.floating) else None
 
 
 def intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
@@ -66,15 +70,16 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
     problems = []
     for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
         file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
-        problems.extend(_not_finite(channel, file))
+        if damage := _not_finite(channel):
+            problems.append(f"{file}: {damage}: {TAKE_OUT}")
         if channel.min() == channel.max():
             problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {TAKE_OUT}")
     return problems
 
 
-def _not_finite(voxels: np.ndarray, file: str) -> list[str]:
+def _not_finite(voxels: np.ndarray) -> str | None:
     bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
-    return [f"{file}: {bad} voxels are NaN or infinite: give them a number, or {TAKE_OUT}"] if bad else []
+    return f"{bad} voxels are NaN or infinite" if bad else None
 
 
 def reading_problems(images: list[str], reader: type) -> list[str]:

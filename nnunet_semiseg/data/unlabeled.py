@@ -12,13 +12,10 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -28,13 +25,15 @@ from tqdm import tqdm
 
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
+    TAKE_OUT,
     header_problems,
     intensity_problems,
-    nifti_problems,
+    nifti_damage,
     reading_problems,
 )
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DATASET_JSON_GUIDE, dataset_folder, read_json, write_json
+from nnunet_semiseg.parallel import run_jobs
 
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -257,7 +256,7 @@ def _preprocess_configuration(
     problems: dict[str, list[str]] = {}
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
     try:
-        with contextlib.closing(_run(jobs, num_processes)) as results:
+        with contextlib.closing(run_jobs(_preprocess_case, jobs, num_processes)) as results:
             for case, lines in tqdm(
                 results, "Unlabelled cases", len(jobs), disable=not (jobs and show_progress_bar)
             ):
@@ -275,31 +274,6 @@ def _preprocess_configuration(
     write_json({"plans_hash": digest, "cases": sorted(cases)}, manifest_file)
 
 
-def _run(jobs: list[tuple], num_processes: int) -> Iterator[tuple[str, list[str]]]:
-    if num_processes == 0 or not jobs:
-        yield from (_preprocess_case(*job) for job in jobs)
-        return
-    # unlike multiprocessing.Pool, the executor notices a worker that the system has killed
-    executor = ProcessPoolExecutor(
-        min(num_processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
-    )
-    try:
-        for future in as_completed([executor.submit(_preprocess_case, *job) for job in jobs]):
-            yield future.result()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for ever, or write beside the next run."""
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _preprocess_case(
     case: str,
     images: list[str],
@@ -315,7 +289,8 @@ def _preprocess_case(
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
     reader = plans_manager.image_reader_writer_class
-    problems = header_problems(images, reader) or nifti_problems(images)
+    problems = header_problems(images, reader)
+    problems = problems or [f"{i}: {damage}: {TAKE_OUT}" for i in images if (damage := nifti_damage(i))]
     if problems:
         return case, problems
 

@@ -1,0 +1,34 @@
+"""Brain tumours in four MR sequences: BraTS 2020."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nnunet_semiseg.conversion import Source, convert_dataset, seeded_split
+from nnunet_semiseg.dataset_conversion import brats2019
+
+ABOUT = replace(
+    brats2019.ABOUT,
+    name="BraTS2020",
+    title="Brain tumour MRI, BraTS 2020 (369 cases)",
+    url="https://www.med.upenn.edu/cbica/brats2020/data.html",
+    layout="MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz, ..._t1.nii.gz,\n"
+    "  ..._t1ce.nii.gz, ..._t2.nii.gz, ..._seg.nii.gz; .nii is read as well",
+    protocol="none is published for semi-supervised training: a seeded list, a fifth of the cases for testing, 10 % of "
+    "the others labelled",
+    labeled=0.1,
+    **brats2019.REGIONS,
+)
+ODD_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm.nii"}  # so it is in the official download
+
+
+def find_cases(folder: Path) -> Source:
+    cases = brats2019.find_sequences(folder, ABOUT, ODD_LABELS)
+    train, test = seeded_split(cases, test=0.2)
+    return Source(ABOUT, cases, train, test=test)
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

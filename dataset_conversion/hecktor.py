@@ -1,0 +1,49 @@
+"""Head and neck tumours in PET/CT: HECKTOR 2022."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import SimpleITK as sitk
+
+from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, seeded_split
+
+ABOUT = About(
+    name="HECKTOR2022",
+    title="Head and neck tumour PET/CT, HECKTOR 2022 (524 cases)",
+    url="https://hecktor.grand-challenge.org",
+    licence="for research, after signing the challenge's agreement; see the source",
+    citation="Andrearczyk et al., Overview of the HECKTOR Challenge at MICCAI 2022, Lecture Notes in Computer Science "
+    "13626 (2023)",
+    layout="imagesTr/CHUM-001__CT.nii.gz, imagesTr/CHUM-001__PT.nii.gz, labelsTr/CHUM-001.nii.gz",
+    protocol="none is published for semi-supervised training: a seeded list, a fifth of the cases for testing, 10 % of "
+    "the others labelled",
+    channels=("CT", "PET"),
+    labels={"background": 0, "primary tumor": 1, "lymph nodes": 2},
+    prompts={
+        "background": "head and neck without a tumor",
+        "primary tumor": "the primary tumor of the head and neck in a PET and computed tomography",
+        "lymph nodes": "lymph nodes with metastases of the head and neck in a PET and computed tomography",
+    },
+    labeled=0.1,
+)
+
+
+def find_cases(folder: Path) -> Source:
+    images = by_name((p.name.removesuffix("__CT.nii.gz"), p) for p in folder.rglob("imagesTr/*__CT.nii.gz"))
+    cases = {}
+    for name, ct in images.items():
+        pet = Read(resample_to, (ct.with_name(f"{name}__PT.nii.gz"), ct))
+        cases[name] = Case(name, (ct, pet), ct.parent.with_name("labelsTr") / f"{name}.nii.gz")
+    train, test = seeded_split(cases, test=0.2)
+    return Source(ABOUT, cases, train, test=test)
+
+
+def resample_to(moving: Path, fixed: Path) -> sitk.Image:
+    """The first image on the second one's grid, linearly; 0 where it does not reach."""
+    return sitk.Resample(sitk.ReadImage(moving), sitk.ReadImage(fixed))
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

@@ -1,0 +1,40 @@
+"""Left atrium in gadolinium-enhanced MRI: the 2018 Atrial Segmentation Challenge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_semiseg.conversion import About, Case, Crop, Source, by_name, convert_dataset, published_split
+
+ABOUT = About(
+    name="LA2018",
+    title="Left atrium MRI, 2018 Atrial Segmentation Challenge (100 volumes)",
+    url="https://www.cardiacatlas.org/atriaseg2018-challenge/",
+    licence="for research, after registration with the Cardiac Atlas Project; see the source",
+    citation="Xiong et al., A global benchmark of algorithms for segmenting the left atrium from late "
+    "gadolinium-enhanced cardiac magnetic resonance imaging, Medical Image Analysis 67 (2021)",
+    layout="one folder a patient, at any depth: 06SR5RBREL16DQ6M8LWS/lgemri.nrrd, 06SR5RBREL16DQ6M8LWS/laendo.nrrd",
+    protocol="80 training and 20 test volumes, the list of UA-MT, DTC and followers; 4, 8 or 16 labelled",
+    channels=("MRI",),
+    labels={"background": 0, "left atrium": 1},
+    prompts={
+        "background": "tissue around the left atrium",
+        "left atrium": "the left atrium in a gadolinium-enhanced magnetic resonance image of the heart",
+    },
+    file_ending=".nrrd",
+    label_values={0: 0, 255: 1},
+    labeled=8,
+    crop=Crop((10, 10, 10), (112, 112, 80), "UA-MT's preprocessing, its random margin of 5 to 10 voxels fixed at 10"),
+)
+
+
+def find_cases(folder: Path) -> Source:
+    images = by_name((path.parent.name, path) for path in folder.rglob("lgemri.nrrd"))
+    cases = {name: Case(name, (path,), path.with_name("laendo.nrrd")) for name, path in images.items()}
+    split = published_split("la2018")
+    return Source(ABOUT, cases, split["train"], test=split["test"])
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

@@ -1,0 +1,44 @@
+"""Liver and its tumours in CT: LiTS 2017."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, seeded_split
+
+ABOUT = About(
+    name="LiTS2017",
+    title="Liver and liver tumour CT, LiTS 2017 (131 volumes)",
+    url="https://competitions.codalab.org/competitions/17094",
+    licence="CC BY-NC-ND 4.0",
+    citation="Bilic et al., The Liver Tumor Segmentation Benchmark (LiTS), Medical Image Analysis 84 (2023)",
+    layout="volume-0.nii, segmentation-0.nii, ..., in one folder or in the two batches' (Training Batch 1, 2)",
+    protocol="none is published for semi-supervised training: a seeded list, a fifth of the volumes for testing, 10 % "
+    "of the others labelled",
+    channels=("CT",),
+    labels={"background": 0, "liver": 1, "liver tumor": 2},
+    prompts={
+        "background": "the abdomen around the liver",
+        "liver": "the liver in a computed tomography",
+        "liver tumor": "a tumor in the liver in a computed tomography",
+    },
+    file_ending=".nii",
+    labeled=0.1,
+)
+
+
+def find_cases(folder: Path) -> Source:
+    volumes = by_name((f"liver_{int(p.stem.removeprefix('volume-')):03d}", p) for p in folder.rglob("volume-*.nii"))
+    labels = by_name((p.name.replace("segmentation", "volume"), p) for p in folder.rglob("segmentation-*.nii"))
+    # the masks need not lie beside their volumes; where one is missing, its place says what was looked for
+    cases = {
+        name: Case(name, (p,), labels.get(p.name, p.with_name(p.name.replace("volume", "segmentation"))))
+        for name, p in volumes.items()
+    }
+    train, test = seeded_split(cases, test=0.2)
+    return Source(ABOUT, cases, train, test=test)
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

@@ -1,0 +1,62 @@
+"""Nuclei in histology, with a text for each image: MoNuSeg."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import SimpleITK as sitk
+from skimage.draw import polygon
+
+from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset
+from nnunet_semiseg.dataset_conversion.qata_cov19 import read_texts
+from nnunet_semiseg.errors import UserError
+
+ABOUT = About(
+    name="MoNuSeg",
+    title="Nuclei in H&E-stained tissue, MoNuSeg 2018 (37 training and 14 test images)",
+    url="https://monuseg.grand-challenge.org/Data/",
+    licence="CC BY-NC-SA 4.0; texts: LViT, MIT",
+    citation="Kumar et al., A Multi-Organ Nucleus Segmentation Challenge, IEEE Transactions on Medical Imaging 39 "
+    "(2020)",
+    layout="Tissue Images/*.tif and Annotations/*.xml for training, *.tif beside *.xml for testing;\n"
+    "*.xlsx with the columns Image and Description (LViT's texts), if there are any",
+    protocol="training and test images by folder; 25 % labelled",
+    channels=("red", "green", "blue"),
+    labels={"background": 0, "nucleus": 1},
+    prompts={"background": "tissue between the nuclei", "nucleus": "a cell nucleus in a stained tissue section"},
+    file_ending=".tif",
+    labeled=0.25,
+)
+
+
+def find_cases(folder: Path) -> Source:
+    cases, train, test, texts = {}, [], [], read_texts(folder)
+    for name, image in by_name((path.stem, path) for path in folder.rglob("*.tif")).items():
+        in_training = image.parent.name == "Tissue Images"
+        (train if in_training else test).append(name)
+        outlines = (image.parent.with_name("Annotations") if in_training else image.parent) / f"{name}.xml"
+        cases[name] = Case(name, (image,), Read(rasterise, (outlines, image)), texts.get(name))
+    return Source(ABOUT, cases, train, test=test)
+
+
+def rasterise(outlines: Path, image: Path) -> sitk.Image:
+    """The union of the annotated polygons on the image's grid, 0 and 1."""
+    header = sitk.ReadImage(image)
+    mask = np.zeros(header.GetSize()[::-1], np.uint8)
+    try:
+        regions = ElementTree.parse(outlines).iter("Region")
+        for region in regions:
+            points = np.array([(float(v.get("Y")), float(v.get("X"))) for v in region.iter("Vertex")]).reshape(-1, 2)
+            mask[polygon(*points.T, mask.shape)] = 1
+    except (ElementTree.ParseError, TypeError) as e:
+        raise UserError(f"{outlines}: no annotation of Aperio ImageScope's ({e}): download it again") from None
+    label = sitk.GetImageFromArray(mask)
+    label.CopyInformation(header)
+    return label
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

@@ -1,0 +1,33 @@
+"""COVID-19 infection in slices of chest CT, with a text for each: MosMedData+ as LViT passes it on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nnunet_semiseg.conversion import Source, convert_dataset
+from nnunet_semiseg.dataset_conversion import qata_cov19
+
+ABOUT = replace(
+    qata_cov19.ABOUT,
+    name="MosMedPlus",
+    title="COVID-19 infection in slices of chest CT, MosMedData+ with LViT's texts (2729 slices)",
+    url="https://github.com/HUANGLIZI/LViT",
+    licence="CC BY-NC-ND 3.0 (MosMedData); texts: LViT, MIT",
+    citation="Morozov et al., MosMedData: Chest CT Scans with COVID-19 Related Findings, medRxiv (2020); Hofmanninger "
+    "et al., Automatic lung segmentation in routine imaging is primarily a data diversity problem, European Radiology "
+    "Experimental 4 (2020); texts: Li et al., LViT, IEEE Transactions on Medical Imaging 43 (2024)",
+    protocol="training, validation and test slices by folder, as LViT passes them on; 25 % labelled",
+    channels=("CT slice",),  # 8-bit windows, not Hounsfield units: nnU-Net's CT normalisation is not for them
+    prompts={"background": "a slice of the chest without infection", "infection": "a COVID-19 infection of the lung"},
+    notes=("the split is by slice: slices of one study are in training and test, which flatters every method",),
+)
+
+
+def find_cases(folder: Path) -> Source:
+    return qata_cov19.find_images(folder, ABOUT)
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

@@ -1,0 +1,35 @@
+"""Lung tumours in CT: Medical Segmentation Decathlon, Task06."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, seeded_split
+
+ABOUT = About(
+    name="MSDLung",
+    title="Lung tumour CT, Medical Segmentation Decathlon Task06 (63 volumes)",
+    url="http://medicaldecathlon.com",
+    licence="CC BY-SA 4.0",
+    citation="Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 13 (2022)",
+    layout="Task06_Lung/imagesTr/lung_001.nii.gz\nTask06_Lung/labelsTr/lung_001.nii.gz",
+    protocol="48 training and 15 test volumes; the published list is not public, so that this is a seeded one; 20 % "
+    "labelled",
+    channels=("CT",),
+    labels={"background": 0, "lung tumor": 1},
+    prompts={"background": "the chest without a tumor", "lung tumor": "a tumor in the lung in a computed tomography"},
+    labeled=0.2,
+)
+
+
+def find_cases(folder: Path) -> Source:
+    files = folder.rglob("imagesTr/lung_*.nii.gz")  # the archive also has files `._lung_001.nii.gz`
+    images = by_name((path.name.removesuffix(".nii.gz"), path) for path in files)
+    cases = {n: Case(n, (path,), path.parent.with_name("labelsTr") / path.name) for n, path in images.items()}
+    train, test = seeded_split(cases, test=15 / 63)
+    return Source(ABOUT, cases, train, test=test)
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

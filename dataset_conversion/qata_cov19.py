@@ -1,0 +1,80 @@
+"""COVID-19 infection in chest X-rays, with a text for each: QaTa-COV19-v2 and LViT's texts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas
+
+from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, read_gray
+from nnunet_semiseg.errors import UserError
+
+ABOUT = About(
+    name="QaTaCOV19",
+    title="COVID-19 infection in chest X-rays, QaTa-COV19-v2 with LViT's texts (9258 images)",
+    url="https://www.kaggle.com/datasets/aysendegerli/qatacov19-dataset",
+    licence="for research; see the source. Texts: LViT, MIT",
+    citation="Degerli et al., OSegNet: Operational Segmentation Network for COVID-19 Detection using Chest X-ray "
+    "Images, ICIP 2022; texts: Li et al., LViT: Language meets Vision Transformer in Medical Image Segmentation, IEEE "
+    "Transactions on Medical Imaging 43 (2024)",
+    layout="Train Set/Images/*.png, Train Set/Ground-truths/mask_*.png, Test Set/ alike (LViT's Train Folder/img,\n"
+    "labelcol and Val Folder are read as well), and *.xlsx with the columns Image and Description",
+    protocol="7145 training and 2113 test images, by folder; 25 % labelled",
+    channels=("X-ray",),
+    labels={"background": 0, "infection": 1},
+    prompts={"background": "the chest without infection", "infection": "a COVID-19 infection of the lung"},
+    file_ending=".png",
+    label_values={0: 0, 1: 1, 255: 1},
+    labeled=0.25,
+)
+
+PARTS = {"Train Set": "train", "Train Folder": "train", "Val Set": "val", "Val Folder": "val"}
+PARTS |= {"Test Set": "test", "Test Folder": "test"}
+IMAGES, MASKS = ("Images", "img"), ("Ground-truths", "labelcol")
+
+
+def find_images(folder: Path, about: About) -> Source:
+    """Cases by the folder that they lie in, with the texts of all tables below the folder."""
+    images, masks, parts = [], [], {}
+    for path in folder.rglob("*.png"):
+        kind, part = path.parent.name, PARTS.get(path.parent.parent.name)
+        if part and kind in IMAGES:
+            images.append((_key(path.name), path))
+            parts[_key(path.name)] = part
+        elif part and kind in MASKS:
+            masks.append((_key(path.name), path))
+    masks, texts = by_name(masks), read_texts(folder)
+    cases = {}
+    for name, path in by_name(images).items():
+        mask = masks.get(name, path.parent.parent / MASKS[0] / f"mask_{path.name}")
+        cases[name] = Case(name, (Read(read_gray, (path,)),), Read(read_gray, (mask,)), texts.get(name))
+    by_part = {part: [n for n in cases if parts[n] == part] for part in ("train", "val", "test")}
+    return Source(about, cases, by_part["train"], by_part["val"], by_part["test"])
+
+
+def read_texts(folder: Path) -> dict[str, str]:
+    """Image to description, of every .xlsx; keys come with or without `mask_` and an ending."""
+    texts: dict[str, str] = {}
+    for file in sorted(folder.rglob("*.xlsx")):
+        table = pandas.read_excel(file, dtype=str)
+        table.columns = [str(column).strip() for column in table.columns]
+        if missing := {"Image", "Description"} - set(table.columns):
+            raise UserError(f"{file}: no column {' and '.join(sorted(missing))}: is it LViT's table?")
+        table = table.dropna(subset=["Image", "Description"])
+        pairs = zip(table["Image"], table["Description"], strict=True)
+        texts |= {_key(image.strip()): text.strip() for image, text in pairs}
+    return texts
+
+
+def _key(name: str) -> str:
+    return re.sub(r"\.(png|jpg|jpeg|tif|tiff|bmp)$", "", name.removeprefix("mask_"), flags=re.IGNORECASE)
+
+
+def find_cases(folder: Path) -> Source:
+    return find_images(folder, ABOUT)
+
+
+def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
+    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
+    return convert_dataset(find_cases, source, dataset_id, **kwargs)

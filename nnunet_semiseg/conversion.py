@@ -1,0 +1,580 @@
+"""From what the user has downloaded to a raw dataset of nnU-Net's, with `imagesUn`.
+
+A module in `dataset_conversion/` describes one data set and finds its cases (`ABOUT`, `find_cases`); assigning them
+to labelled, unlabelled and test, checking, writing and going on after an interruption is here, the same for all.
+
+While a dataset is being made, a folder `.conversion` in it holds what was asked for and a record of every case that
+is whole. It stays where a case failed, so that the same command goes on; `dataset.json` comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from tqdm import tqdm
+
+from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import base_folder, read_json, write_json
+from nnunet_semiseg.parallel import run_jobs
+
+STATE = ".conversion"
+SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The published crop: the label's bounding box and a margin, at least `size` where the image is as large.
+
+    Args:
+        margin, size: voxels, x y z.
+        source: who publishes it.
+    """
+
+    margin: tuple[int, ...]
+    size: tuple[int, ...]
+    source: str
+
+    def __call__(self, label: sitk.Image) -> tuple[slice, ...]:
+        """Slices, x y z, of an image on the label's grid. Raises UserError where the label is empty."""
+        foreground = np.nonzero(sitk.GetArrayViewFromImage(label))[::-1]  # z y x to x y z
+        if not len(foreground[0]):
+            raise UserError("the label is empty, so that there is nothing to crop round: --crop none")
+        slices = []
+        for indices, margin, size, extent in zip(foreground, self.margin, self.size, label.GetSize(), strict=True):
+            first, end = int(indices.min()) - margin, int(indices.max()) + 1 + margin
+            missing = max(size - (end - first), 0)
+            first, end = first - missing // 2, end + missing - missing // 2
+            slices.append(slice(max(first, 0), min(end, extent)))
+        return tuple(slices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is known of a data set before its files are looked at.
+
+    Args:
+        name: of the dataset, behind its number.
+        layout: what the download looks like; shown where no case is found.
+        protocol: the published split, in words.
+        labeled: how many labelled cases by default; None: all that have a label.
+        labels, regions_class_order, file_ending: as in `dataset.json`.
+        label_values: value in the source to value in the dataset; None: the values of `labels`.
+        notes: what a user should know before using it.
+    """
+
+    name: str
+    title: str
+    url: str
+    licence: str
+    citation: str
+    layout: str
+    protocol: str
+    channels: tuple[str, ...]
+    labels: Mapping[str, int | tuple[int, ...]]
+    prompts: Mapping[str, str | list[str]]
+    regions_class_order: tuple[int, ...] | None = None
+    file_ending: str = ".nii.gz"
+    label_values: Mapping[int, int] | None = None
+    labeled: int | float | None = None
+    crop: Crop | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label_map(self) -> dict[int, int]:
+        if self.label_values is not None:
+            return dict(self.label_values)
+        values = (
+            v for label in self.labels.values() for v in (label if isinstance(label, (list, tuple)) else (label,))
+        )
+        return {int(v): int(v) for v in values}
+
+
+@dataclass(frozen=True)
+class Read:
+    """An image that is not what nnU-Net reads: `function(*paths, **options)` gives it, in a worker.
+
+    The function returns a SimpleITK image, or a pair of it and a note for the report.
+    """
+
+    function: Callable[..., sitk.Image | tuple[sitk.Image, str]]
+    paths: tuple[Path, ...]
+    options: Mapping = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case as the source has it; a plain path is linked where nnU-Net can read it as it is."""
+
+    name: str
+    images: tuple[Path | Read, ...]
+    label: Path | Read | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The cases of a download, and their published lists: the first of `train` are the labelled ones."""
+
+    about: About
+    cases: Mapping[str, Case]
+    train: Sequence[str]
+    val: Sequence[str] = ()
+    test: Sequence[str] = ()
+
+
+# --------------------------------------------------------------------------- what the modules of data sets use
+
+
+def published_split(name: str) -> dict:
+    """A published list of case names, from `dataset_conversion/splits`."""
+    file = resources.files("nnunet_semiseg.dataset_conversion") / "splits" / f"{name}.json"
+    return json.loads(file.read_text())
+
+
+def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Training cases in an order of their own, and a share for testing, for data with no published list."""
+    order = np.random.default_rng(seed).permutation(sorted(names)).tolist()
+    n = round(test * len(order))
+    return order[n:], order[:n]
+
+
+def by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Paths by case name, sorted.
+
+    Raises:
+        UserError: a case that is there twice; names both paths.
+    """
+    paths: dict[str, Path] = {}
+    for name, path in sorted(found):
+        if name in paths:
+            raise UserError(f"{path}: case {name} is there twice, also as {paths[name]}: take one away")
+        paths[name] = path
+    return paths
+
+
+def read_dicom_series(folder: Path) -> sitk.Image:
+    """The one DICOM series below a folder.
+
+    Raises:
+        UserError: no series, or several.
+    """
+    series = {}
+    for directory in sorted({file.parent for file in folder.rglob("*") if file.is_file()}):
+        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(directory)):
+            series[uid] = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(directory), uid)
+    if len(series) != 1:
+        raise UserError(f"{folder}: {len(series) or 'no'} DICOM series: leave exactly one there")
+    (files,) = series.values()
+    return sitk.ReadImage(files)
+
+
+def read_gray(path: Path) -> sitk.Image:
+    """A 2d image of which all colour channels are alike, as one channel."""
+    image = sitk.ReadImage(path)
+    if image.GetNumberOfComponentsPerPixel() == 1:
+        return image
+    voxels = sitk.GetArrayViewFromImage(image)
+    if not (voxels[..., :3] == voxels[..., :1]).all():
+        raise UserError(f"{path}: a colour image, where a grey one belongs")
+    return sitk.VectorIndexSelectionCast(image, 0)
+
+
+# ------------------------------------------------------------------------------------------------ the conversion
+
+
+def convert_dataset(
+    find_cases: Callable[..., Source],
+    source: str | Path,
+    dataset_id: int,
+    *,
+    labeled: int | float | str | None = None,
+    protocol: str = "published",
+    crop: str = "none",
+    num_processes: int = 8,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    show_progress_bar: bool = True,
+    **options,
+) -> Path:
+    """Make `DatasetNNN_Name` below `nnUNet_raw`; run again after an interruption, it goes on.
+
+    Args:
+        find_cases: of the data set's module; called with the source's folder and the options.
+        source: a folder, or an archive (zip, tar), which is unpacked for the time of the conversion.
+        labeled: cases that keep their label: a number, a fraction of the training cases, "all", or None for what
+            the data set publishes. The first of the published order are taken.
+        protocol: "published" keeps to the published lists; "all" trains on every case and has no test set.
+        crop: "published" crops round the ground truth, of unlabelled and test cases too; "none" does not.
+        num_processes: 0 works in this process.
+        overwrite: begin anew where there is such a dataset.
+        dry_run: say what would be done, write nothing.
+
+    Returns:
+        The dataset's folder.
+
+    Raises:
+        UserError: nothing to convert, or it cannot be written; one line for each case that is bad, after all others
+            are done.
+    """
+    source = Path(source).absolute()
+    with contextlib.ExitStack() as stack:
+        folder = source
+        if source.is_file() and source.name.lower().endswith(ARCHIVES):
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(dir=base_folder("nnUNet_raw"), prefix=".unpacked_"))
+            )
+            unpack(source, folder)
+        elif not source.is_dir():
+            kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
+            raise UserError(f"{source}: {kind}: give the download with -i")
+        found = find_cases(folder, **options)
+        if not found.cases:
+            layout = "\n".join(f"    {line}" for line in found.about.layout.splitlines())
+            raise UserError(f"{source}: no case found; expected is\n{layout}")
+        parts = assign(found, labeled, protocol)
+        if crop == "published" and found.about.crop is None:
+            raise UserError("--crop published: this data set has no published crop: leave it out")
+        target = base_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{found.about.name}"
+        request = {"source": str(source), "parts": parts, "labeled": labeled, "protocol": protocol, "crop": crop}
+        request |= {"options": {key: str(value) for key, value in options.items()}}
+        report(found, parts, target, crop)
+        going_on = may_go_on(target, request, overwrite)
+        if not dry_run:
+            if target.exists() and not going_on:
+                shutil.rmtree(target)
+            _convert(found, folder, target, request, num_processes, show_progress_bar)
+    return target
+
+
+def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
+    """Case name to part: labeled, validation, unlabeled or test.
+
+    Raises:
+        UserError: more labelled cases asked for than there are.
+    """
+    present = source.cases.keys()
+    train, val, test = (
+        [name for name in names if name in present] for names in (source.train, source.val, source.test)
+    )
+    if protocol == "all":
+        listed = dict.fromkeys((*train, *val, *test))
+        train, val, test = [*listed, *(name for name in present if name not in listed)], [], []
+    if not train:
+        raise UserError("none of the published training cases is there: use --protocol all, or look at -i")
+    candidates = [name for name in train if source.cases[name].label is not None]
+    n = _count(labeled, source.about.labeled, len(train), len(candidates))
+    keep = set(candidates[:n])
+    parts = {name: "labeled" if name in keep else "unlabeled" for name in train}
+    return parts | dict.fromkeys(val, "validation") | dict.fromkeys(test, "test")
+
+
+def _count(labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
+    asked = published if labeled is None else labeled
+    if asked in (None, "all"):
+        return candidates
+    n = max(1, round(asked * cases)) if isinstance(asked, float) else asked
+    if labeled is None:
+        return min(n, candidates)
+    if not 1 <= n <= candidates:
+        raise UserError(
+            f"--labeled {labeled}: {n} labelled cases, but {candidates} of the {cases} training cases have a label: "
+            f"give a number from 1 to {candidates}, a fraction, or all"
+        )
+    return n
+
+
+def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) -> None:
+    about, count = source.about, Counter(parts.values())
+    print(f"{about.title}\n  {about.url}\n  licence: {about.licence}\n  cite: {about.citation}")
+    print(f"  protocol: {about.protocol}")
+    for note in about.notes:
+        print(f"  note: {note}")
+    print(f"{target}: " + ", ".join(f"{count[part]} {part}" for part in SUBSETS if count[part]))
+    missing = [name for names in (source.train, source.val, source.test) for name in names if name not in source.cases]
+    if missing:
+        print(f"WARNING: {len(missing)} cases of the published lists are not there: {_some(missing)}")
+    left_out = sorted(set(source.cases) - set(parts))
+    if left_out:
+        print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {_some(left_out)}")
+    if crop != "none":
+        print(f"WARNING: images are cropped round the ground truth, test cases too ({about.crop.source})")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def may_go_on(target: Path, request: dict, overwrite: bool) -> bool:
+    """Whether the target is this conversion's own beginning.
+
+    Raises:
+        UserError: the number or the folder is in use.
+    """
+    others = [p.name for p in target.parent.glob(f"{target.name.partition('_')[0]}_*") if p.name != target.name]
+    if others:
+        raise UserError(f"{target.parent / others[0]}: has the same number: choose another with -d")
+    if overwrite or not target.exists():
+        return False
+    begun = target / STATE / "request.json"
+    if not begun.is_file():
+        raise UserError(f"{target}: exists already: replace it with --overwrite, or choose another number with -d")
+    if read_json(begun, "begin anew with --overwrite") != request:
+        raise UserError(f"{target}: was begun with other options: repeat those, or begin anew with --overwrite")
+    return True
+
+
+def _convert(source: Source, folder: Path, target: Path, request: dict, num_processes, show_progress_bar) -> None:
+    about, parts, state = source.about, request["parts"], target / STATE
+    state.mkdir(parents=True, exist_ok=True)
+    write_json(request, state / "request.json")
+    (target / "dataset.json").unlink(missing_ok=True)
+    for subset in {SUBSETS[part] for part in parts.values()}:
+        for kind in ("images",) if subset == "Un" else ("images", "labels"):
+            (target / f"{kind}{subset}").mkdir(exist_ok=True)
+
+    crop = about.crop if request["crop"] == "published" else None
+    jobs = [
+        (source.cases[name], SUBSETS[part], about, crop, folder, target)
+        for name, part in parts.items()
+        if not (state / f"case_{name}.json").exists()
+    ]
+    if len(jobs) < len(parts):
+        print(f"going on: {len(parts) - len(jobs)} cases are there")
+    problems = {}
+    try:
+        with contextlib.closing(run_jobs(convert_case, jobs, num_processes)) as results:
+            for name, problem in tqdm(results, "Cases", len(jobs), disable=not (jobs and show_progress_bar)):
+                if problem:
+                    problems[name] = problem
+    except BrokenProcessPool:
+        raise UserError(
+            f"{target}: a worker was killed, probably for want of memory: run the same command again, with a smaller "
+            f"-np; what is done is kept"
+        ) from None
+    lines = [f"case {name}: {problems[name]}" for name in sorted(problems)]
+    if not {name for name, part in parts.items() if part == "labeled"} - set(problems):
+        raise UserError(
+            "\n".join([*lines, f"{target}: no labelled case is whole: mend them and run the command again"])
+        )
+    _finish(source, target, request, [name for name in parts if name not in problems])
+    if problems:
+        raise UserError("\n".join([*lines, f"{target}: made without these; mend them and run the command again"]))
+    shutil.rmtree(state)
+
+
+def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -> None:
+    """Notes to the console; splits_final.json, texts.json and, last of all, dataset.json."""
+    about, state = source.about, target / STATE
+    records = {name: json.loads((state / f"case_{name}.json").read_text()) for name in whole}
+    for name, record in records.items():
+        for note in record["notes"]:
+            print(f"case {name}: {note}")
+    labeled, validation = ([n for n in whole if request["parts"][n] == part] for part in ("labeled", "validation"))
+    if validation:
+        write_json([{"train": labeled, "val": validation}], target / "splits_final.json")
+    if texts := {name: source.cases[name].text for name in whole if source.cases[name].text}:
+        write_json(texts, target / "texts.json")
+    staging = state / "dataset"
+    staging.mkdir(exist_ok=True)
+    generate_dataset_json(
+        str(staging),
+        dict(enumerate(about.channels)),
+        {name: list(value) if isinstance(value, tuple) else value for name, value in about.labels.items()},
+        len(labeled) + len(validation),
+        about.file_ending,
+        citation=about.citation,
+        regions_class_order=about.regions_class_order,
+        dataset_name=about.name,
+        reference=about.url,
+        license=about.licence,
+        description="; ".join((about.title, *about.notes)),
+        converted_by="nnunet_semiseg",
+        semiseg={
+            "prompts": dict(about.prompts),
+            "licence": about.licence,
+            "citation": about.citation,
+            "protocol": about.protocol if request["protocol"] == "published" else "every case trains, no test set",
+            "labeled": len(labeled),
+            "crop": f"round the ground truth ({about.crop.source})" if request["crop"] == "published" else "none",
+            "notes": list(about.notes),
+            "sources": {file: digest for record in records.values() for file, digest in record["sources"].items()},
+        },
+    )
+    os.replace(staging / "dataset.json", target / "dataset.json")
+
+
+def convert_case(
+    case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path
+) -> tuple[str, str | None]:
+    """Check and write one case; a record in `.conversion` says that it is whole.
+
+    Returns:
+        The case's name, and what is wrong with it, in one line.
+    """
+    staging = target / STATE / case.name
+    shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
+    try:
+        # the label of an unlabelled case is not opened, unless the user has asked for a crop round it
+        notes = _write_case(case, subset, about, crop, staging)
+        for file in staging.rglob(f"*{about.file_ending}"):
+            os.replace(file, target / file.parent.name / file.name)
+        labels = () if case.label is None or subset == "Un" else (case.label,)
+        sources = {}
+        for source in (*case.images, *labels):
+            for path in source.paths if isinstance(source, Read) else (source,):
+                sources[os.path.relpath(path, folder)] = _sha256(path)
+        write_json({"sources": sources, "notes": notes}, target / STATE / f"case_{case.name}.json")
+    except Exception as e:  # readers raise of many kinds
+        return case.name, one_line_of(e)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return case.name, None
+
+
+def _write_case(case: Case, subset: str, about: About, crop: Crop | None, staging: Path) -> list[str]:
+    notes: list[str] = []
+    images = [_load(image, notes) for image in case.images]
+    channels = sum(image.GetNumberOfComponentsPerPixel() for image in images)
+    if channels != len(about.channels):
+        raise UserError(f"{_name(case.images[0])}: {channels} channels instead of {len(about.channels)}")
+    for path, image in zip(case.images[1:], images[1:], strict=True):
+        if difference := geometry_difference(image, images[0]):
+            raise UserError(f"{_name(path)}: {difference} in {_name(case.images[0])}")
+    label = None
+    if case.label is None and subset != "Un":
+        raise UserError("has no label, which a labelled or test case needs")
+    if case.label is not None and (subset != "Un" or crop):
+        label = _load(case.label, notes)
+        if difference := geometry_difference(label, images[0]):
+            raise UserError(f"{_name(case.label)}: {difference} in {_name(case.images[0])}")
+        label.CopyInformation(images[0])  # they differ by no more than what files round
+    slices = crop(label) if crop else None
+    folder, ending = staging / f"images{subset}", about.file_ending
+    for i, (path, image) in enumerate(zip(case.images, images, strict=True)):
+        _write(image, path, slices, folder / f"{case.name}_{i:04d}{ending}", ending)
+    if subset != "Un":
+        mapped = _map_label(label, about.label_map, _name(case.label))
+        if not sitk.GetArrayViewFromImage(mapped).any():
+            notes.append("the label is empty")
+        path = case.label if mapped is label else None
+        _write(mapped, path, slices, staging / f"labels{subset}" / f"{case.name}{ending}", ending)
+    return notes
+
+
+def _load(source: Path | Read, notes: list[str]) -> sitk.Image:
+    for path in source.paths if isinstance(source, Read) else (source,):
+        if not path.exists():
+            raise UserError(f"{path}: missing")
+        if damage := nifti_damage(path):
+            raise UserError(f"{path}: {damage}")
+    try:
+        loaded = (
+            source.function(*source.paths, **source.options) if isinstance(source, Read) else sitk.ReadImage(source)
+        )
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{_name(source)}: cannot be read ({one_line_of(e)})") from None
+    if isinstance(loaded, tuple):
+        loaded, note = loaded
+        notes.append(note)
+    if loaded.GetDimension() == 2:  # dots per inch, which nnU-Net does not read and masks do not share
+        loaded.SetSpacing((1, 1))
+        loaded.SetOrigin((0, 0))
+    voxels = sitk.GetArrayViewFromImage(loaded)
+    if np.issubdtype(voxels.dtype, np.floating) and not np.isfinite(voxels).all():
+        raise UserError(f"{_name(source)}: has voxels that are NaN or infinite")
+    return loaded
+
+
+def _map_label(label: sitk.Image, values: Mapping[int, int], name: str) -> sitk.Image:
+    """The label itself where nothing is to be changed, else a copy with the dataset's values, uint8."""
+    voxels = sitk.GetArrayViewFromImage(label)
+    present = np.unique(voxels)
+    if unknown := [f"{v:g}" for v in present if v not in values]:
+        raise UserError(f"{name}: label value {', '.join(unknown)}, known are {', '.join(map(str, values))}")
+    if np.issubdtype(voxels.dtype, np.integer) and all(values[int(v)] == v for v in present):
+        return label
+    mapped = np.zeros(voxels.shape, np.uint8)
+    for value in present:
+        mapped[voxels == value] = values[int(value)]
+    mapped = sitk.GetImageFromArray(mapped)
+    mapped.CopyInformation(label)
+    return mapped
+
+
+def _write(image: sitk.Image, source: Path | Read | None, slices, file: Path, ending: str) -> None:
+    """Link the source's file where it is what nnU-Net reads, copy it where links do not work, else write."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if slices is not None or not isinstance(source, Path) or not source.name.endswith(ending):
+        sitk.WriteImage(image if slices is None else image[slices], file, useCompression=True)
+        return
+    try:
+        os.link(source.resolve(), file)
+    except OSError:
+        shutil.copyfile(source, file)
+
+
+def _name(source: Path | Read) -> str:
+    return str(source.paths[0] if isinstance(source, Read) else source)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of all files in a folder (a DICOM series), in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- archives
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack an archive from the internet: nothing gets out of the folder.
+
+    Raises:
+        UserError: damaged; a member outside the folder, a link or a device.
+    """
+    try:
+        if archive.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(archive) as file:
+                for name in file.namelist():
+                    path = PurePosixPath(name.replace("\\", "/"))
+                    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                        raise UserError(f"{archive}: {name} would be unpacked outside its folder: do not trust it")
+                file.extractall(folder)
+        else:
+            with tarfile.open(archive) as file:
+                file.extractall(folder, filter=_plain)
+    except tarfile.FilterError as e:
+        raise UserError(f"{archive}: {one_line_of(e)}: do not trust it") from None
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
+        raise UserError(f"{archive}: cannot be unpacked ({one_line_of(e)}): download it again") from None
+
+
+def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    if not (member.isfile() or member.isdir()):
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, folder)

@@ -1,0 +1,41 @@
+"""Jobs in processes that are noticed when they die, and that die with their parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+
+def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Iterator:
+    """`function(*job)` of every job, as they are done; close the iterator to cancel those not begun.
+
+    Args:
+        num_processes: 0 works in this process.
+
+    Raises:
+        BrokenProcessPool: the system killed a worker (multiprocessing.Pool would wait for ever).
+    """
+    if num_processes == 0 or not jobs:
+        yield from (function(*job) for job in jobs)
+        return
+    executor = ProcessPoolExecutor(
+        min(num_processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
+    try:
+        for future in as_completed([executor.submit(function, *job) for job in jobs]):
+            yield future.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever, or write beside the next run."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
