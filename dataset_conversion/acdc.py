@@ -15,7 +15,7 @@ ABOUT = About(
     licence="CC BY-NC-SA 4.0",
     citation="Bernard et al., Deep Learning Techniques for Automatic MRI Cardiac Multi-Structures Segmentation and "
     "Diagnosis, IEEE Transactions on Medical Imaging 37 (2018)",
-    layout="patient001/Info.cfg, patient001_frame01.nii.gz, patient001_frame01_gt.nii.gz, patient001_frame12.nii.gz, ...",
+    layout="patient001/Info.cfg, patient001/patient001_frame01.nii.gz, patient001/patient001_frame01_gt.nii.gz, ...",
     protocol="140 training, 20 validation and 40 test volumes, the list of SSL4MIS, which calls end diastole frame01 "
     "and end systole frame02; 7 patients (14 volumes) labelled",
     channels=("MRI",),

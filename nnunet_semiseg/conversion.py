@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import SimpleITK as sitk
@@ -400,7 +400,6 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
         {name: list(value) if isinstance(value, tuple) else value for name, value in about.labels.items()},
         len(labeled) + len(validation),
         about.file_ending,
-        citation=about.citation,
         regions_class_order=about.regions_class_order,
         dataset_name=about.name,
         reference=about.url,
@@ -561,20 +560,20 @@ def unpack(archive: Path, folder: Path) -> None:
         if archive.name.lower().endswith(".zip"):
             with zipfile.ZipFile(archive) as file:
                 for name in file.namelist():
-                    path = PurePosixPath(name.replace("\\", "/"))
-                    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                        raise UserError(f"{archive}: {name} would be unpacked outside its folder: do not trust it")
+                    _refuse_outside(name, archive)
                 file.extractall(folder)
         else:
             with tarfile.open(archive) as file:
-                file.extractall(folder, filter=_plain)
-    except tarfile.FilterError as e:
-        raise UserError(f"{archive}: {one_line_of(e)}: do not trust it") from None
+                for member in file:
+                    _refuse_outside(member.name, archive)
+                    if not (member.isfile() or member.isdir()):
+                        raise UserError(f"{archive}: {member.name} is a link or a device: do not trust it")
+                file.extractall(folder, filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
         raise UserError(f"{archive}: cannot be unpacked ({one_line_of(e)}): download it again") from None
 
 
-def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    if not (member.isfile() or member.isdir()):
-        raise tarfile.SpecialFileError(member)
-    return tarfile.data_filter(member, folder)
+def _refuse_outside(name: str, archive: Path) -> None:
+    path = PureWindowsPath(name)  # takes both kinds of slashes
+    if path.anchor or ".." in path.parts:
+        raise UserError(f"{archive}: {name} would be unpacked outside its folder: do not trust it")
