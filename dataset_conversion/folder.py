@@ -20,13 +20,13 @@ ABOUT = About(
     name="MyData",
     title="Your own images",
     url="",
-    licence="yours",
-    citation="yours",
+    licence="",
+    citation="",
     layout="images/CASE_0000.nii.gz, one a channel (CASE_0001.nii.gz, ...), or images/CASE.nii.gz, or with\n"
     "  --channels t1 t2: images/CASE_t1.nii.gz and CASE_t2.nii.gz; .nrrd, .mha, .nii, .png, .tif and more,\n"
     "  or a DICOM series in a folder images/CASE (images/CASE_0000, ...)\n"
     "labels/CASE.nii.gz for the labelled cases, with the values 0, 1, 2, ...",
-    protocol="your own: labelled is what has a label; training, validation and test cases as --split says",
+    protocol="labelled is what has a label; training, validation and test cases as --split says",
     channels=("image",),
     labels={},
     prompts={},

@@ -223,7 +223,7 @@ def convert_dataset(
             the data set publishes. The first of the published order are taken.
         protocol: "published" keeps to the published lists; "all" trains on every case and has no test set.
         crop: "published" crops round the ground truth, of unlabelled and test cases too; "none" does not.
-        num_processes: 0 works in this process.
+        num_processes: 0 works in this process; a script that asks for more needs `if __name__ == "__main__":`.
         overwrite: begin anew where there is such a dataset.
         dry_run: say what would be done, write nothing.
 
@@ -303,8 +303,11 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
 
 def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) -> None:
     about, count = source.about, Counter(parts.values())
-    print(f"{about.title}\n  {about.url}\n  licence: {about.licence}\n  cite: {about.citation}")
-    print(f"  protocol: {about.protocol}")
+    print(about.title)
+    facts = {"": about.url, "licence: ": about.licence, "cite: ": about.citation, "protocol: ": about.protocol}
+    for heading, fact in facts.items():
+        if fact:
+            print(f"  {heading}{fact}")
     for note in about.notes:
         print(f"  note: {note}")
     print(f"{target}: " + ", ".join(f"{count[part]} {part}" for part in SUBSETS if count[part]))

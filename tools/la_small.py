@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,22 +37,16 @@ def tower_config() -> dict:
     return {"model_cfg": {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
 
 
-def make_dataset(source: Path, raw: Path, labeled: int) -> None:
-    for i in range(80):
-        case = f"la_{i:03d}"
-        subset = "Tr" if i < labeled else "Un" if i < 60 else "Ts"
-        files = {"images": f"{case}_0000.nii.gz"} | ({} if subset == "Un" else {"labels": f"{case}.nii.gz"})
-        for folder, file in files.items():
-            (raw / f"{folder}{subset}").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / folder / file, raw / f"{folder}{subset}" / file)
-    about = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": labeled, "file_ending": ".nii.gz"}
-    (raw / "dataset.json").write_text(json.dumps(about))
-
-
 def prepare(args, env: dict) -> None:
-    raw = Path(env["nnUNet_raw"], DATASET)
-    if not (raw / "dataset.json").exists():
-        make_dataset(args.source, raw, args.labeled)
+    if not Path(env["nnUNet_raw"], DATASET, "dataset.json").exists():
+        cases = [f"la_{i:03d}" for i in range(80)]
+        (args.work / "split.json").write_text(json.dumps({"train": cases[:60], "test": cases[60:]}))
+        subprocess.run(
+            [sys.executable, "-m", "nnunet_semiseg.cli", "convert", "folder", "-i", str(args.source), "-d", ID]
+            + ["--labels", "left atrium", "--channels", "MRI", "--name", "LA", "--labeled", str(args.labeled)]
+            + ["--split", str(args.work / "split.json"), "-np", "2"],
+            check=True, env=env,
+        )
     if not Path(env["nnUNet_preprocessed"], DATASET, f"{PLANS}_{CONFIGURATION}__unlabeled.json").exists():
         subprocess.run(
             [sys.executable, "-m", "nnunet_semiseg.cli", "plan_and_preprocess", "-d", ID, "-c", CONFIGURATION]
