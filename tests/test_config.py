@@ -25,8 +25,8 @@ def test_defaults_are_nnunets():
 
 
 def test_values_are_typed():
-    settings = read(TextSemiSegSettings, tmr="copy", dca=False, dca_start=1, text_shape=[2, 512])
-    assert (settings.tmr, settings.dca, settings.text_shape) == ("copy", False, (2, 512))
+    settings = read(TextSemiSegSettings, tmr="copy", csa=False, dca_start=1, text_shape=[2, 512])
+    assert (settings.tmr, settings.csa, settings.text_shape) == ("copy", False, (2, 512))
     assert isinstance(settings.dca_start, float)
 
 
@@ -39,7 +39,7 @@ def test_values_are_typed():
         ({"num_epochs": True}, ["whole number"]),
         ({"num_epochs": 0}, ["num_epochs=0", "at least 1"]),
         ({"tmr": "planes"}, ["multiplanar or copy or off"]),
-        ({"dca": 1}, ["true or false"]),
+        ({"csa": 1}, ["true or false"]),
         ({"dca_start": 1.5}, ["at most 1"]),
         ({"unlabeled_batch_size": 0}, ["at least 1"]),
         ({"text_shape": ["a"]}, ["list"]),
@@ -58,8 +58,8 @@ def test_a_trainer_passes_over_settings_of_others_and_refuses_those_of_none():
 
 
 def test_assignments():
-    assert parse_assignments(["num_epochs=10", "tmr=copy", "dca=false", "seed=null", "a=[1, 2]", "b=x=y"]) == {
-        "num_epochs": 10, "tmr": "copy", "dca": False, "seed": None, "a": [1, 2], "b": "x=y",
+    assert parse_assignments(["num_epochs=10", "tmr=copy", "csa=false", "seed=null", "a=[1, 2]", "b=x=y"]) == {
+        "num_epochs": 10, "tmr": "copy", "csa": False, "seed": None, "a": [1, 2], "b": "x=y",
     }
     for wrong in ("num_epochs", "=3"):
         with pytest.raises(UserError, match="KEY=VALUE"):

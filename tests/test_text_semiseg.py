@@ -11,11 +11,7 @@ from training import make_trainer
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
-from nnunet_semiseg.trainers.text_semiseg import (
-    TextSemiSegTrainer,
-    category_alignment_loss,
-    mix_by_foreground,
-)
+from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer, category_alignment_loss, mix
 from nnunet_semiseg.training.schedules import gaussian_ramp
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -62,11 +58,11 @@ def test_alignment_of_a_class_that_is_nowhere_is_finite():
     assert loss.item() == pytest.approx(1.0)
 
 
-def test_mix_by_foreground_keeps_every_class():
-    foreground = torch.tensor([True, False, True, False]).view(1, 1, 4)
+def test_mix_keeps_every_class():
+    mask = torch.tensor([True, False, True, False]).view(1, 1, 4)
     x, x_other = torch.tensor([1.0, 2, 3, 4]).view(1, 1, 4), torch.tensor([5.0, 6, 7, 8]).view(1, 1, 4)
     y, y_other = torch.tensor([2, 0, 1, 0]).view(1, 1, 4), torch.tensor([1, 2, 0, 0]).view(1, 1, 4)
-    image, target = mix_by_foreground(foreground, x, x_other, y, y_other)
+    image, target = mix(mask, x, x_other, y, y_other)
     assert image.flatten().tolist() == [1, 6, 3, 8]
     assert target.flatten().tolist() == [2, 2, 1, 0]  # multiplying label by label would give 0 for 2 times 1
 
@@ -115,9 +111,9 @@ def started(dataset, **settings):
     "settings, terms",
     [
         (dict(csa=False), ["mix", "unsupervised"]),
-        (dict(dca=False), ["cog", "unsupervised"]),
+        (dict(dca="off"), ["cog", "unsupervised"]),
         (dict(tmr="off"), ["cog", "mix", "unsupervised"]),
-        (dict(tmr="copy", csa=False, dca=False), ["unsupervised"]),
+        (dict(tmr="copy", csa=False, dca="off"), ["unsupervised"]),
     ],
 )
 def test_options(dataset, settings, terms):
@@ -151,11 +147,37 @@ def test_dca_begins_when_it_should_and_teaches_the_decoder_with_the_higher_loss(
     assert asked == expected
 
 
+@pytest.mark.parametrize("dca", ["complementary", "foreground"])
+def test_masks_of_the_mixes(dataset, dca):
+    trainer = started(dataset, dca_start=0.0, dca=dca, csa=False)
+    batch = next(trainer.dataloader_train)
+    x_l, y_l, x_u = batch["data"], batch["target"][0], batch["unlabeled"]["strong"]
+    y_u = torch.zeros_like(y_l)
+    y_u[:, :, :4] = 2  # the pseudo-label: a slab
+    mixed, targets = [], []
+    forward, loss = trainer.network.forward, trainer.finest_loss.forward
+    trainer.network.forward = lambda x, *args: (mixed.append(x), forward(x, *args))[1]
+    trainer.finest_loss.forward = lambda output, target: (targets.append(target), loss(output, target))[1]
+    trainer.text = trainer.prompt_learner()
+    trainer.mix_loss(batch, y_u)
+    (images,) = mixed
+    n, m_l, m_u = len(x_l), y_l > 0, y_u > 0
+    assert m_l.any() and (y_l == 0).any()
+    assert torch.equal(images[:n], torch.where(m_l, x_l, x_u)) and torch.equal(targets[0], torch.where(m_l, y_l, y_u))
+    if dca == "complementary":  # every voxel once, so that there is as much foreground as before
+        torch.testing.assert_close(images[:n] + images[n:], x_l + x_u)
+        assert torch.equal(targets[0] + targets[1], y_l + y_u)
+    else:  # both hold the union
+        assert torch.equal(images[n:], torch.where(m_u, x_u, x_l))
+        assert torch.equal(targets[1], torch.where(m_u, y_u, y_l))
+        assert torch.equal(targets[0] > 0, m_l | m_u) and torch.equal(targets[1] > 0, m_l | m_u)
+
+
 def test_mixing_needs_an_unlabelled_sample_for_each_labelled_one(dataset):
     with pytest.raises(UserError, match="unlabeled_batch_size=1"):
         make_trainer(TextSemiSegTrainer, dataset, unlabeled_batch_size=1)
     assert not (dataset.results / f"TextSemiSegTrainer__nnUNetSemiSegSmallPlans__{dataset.configuration}").exists()
-    make_trainer(TextSemiSegTrainer, dataset, unlabeled_batch_size=1, dca=False)
+    make_trainer(TextSemiSegTrainer, dataset, unlabeled_batch_size=1, dca="off")
 
 
 @pytest.mark.parametrize(
