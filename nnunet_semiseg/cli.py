@@ -109,12 +109,18 @@ def train(parser: ArgumentParser) -> Command:
 
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
         dataset_folder("nnUNet_results", args.dataset_name_or_id)
-        write_settings(preprocessed / f"{args.p}.json", parse_assignments(args.set))
+        plans_file = preprocessed / f"{args.p}.json"
+        before = plans_file.read_bytes() if plans_file.is_file() else None
+        write_settings(plans_file, parse_assignments(args.set))
         given = {key: getattr(args, key.lstrip("-")) for key in (*options, *flags)}
         sys.argv = ["nnUNetv2_train", *(getattr(args, name) for name in names)]
         sys.argv += [word for option in options if given[option] for word in (option, given[option])]
         sys.argv += [flag for flag in flags if given[flag]]
-        run_training_entry()
+        try:
+            run_training_entry()
+        except UserError:  # raised before training only
+            plans_file.write_bytes(before)
+            raise
 
     return run
 
@@ -128,10 +134,10 @@ def embed_prompts(parser: ArgumentParser) -> Command:
     parser.add_argument("-cache_dir", help="where open_clip keeps its downloads")
 
     def run(args: Namespace) -> None:
-        from nnunet_semiseg.files import DATASET_JSON_GUIDE, dataset_folder, read_json
+        from nnunet_semiseg.files import dataset_folder, read_dataset_json
         from nnunet_semiseg.text import prompt_learner
 
-        dataset_json = read_json(dataset_folder("nnUNet_raw", args.d) / "dataset.json", DATASET_JSON_GUIDE)
+        dataset_json = read_dataset_json(dataset_folder("nnUNet_raw", args.d))
         if not prompt_learner.embed_prompts(dataset_json, args.model, args.pretrained, args.cache_dir, args.o):
             print("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -35,6 +36,7 @@ class TrainingSettings:
     def __post_init__(self):
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             require(self, name, minimum=1)
+        require(self, "seed", minimum=0, maximum=2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,7 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, (list, tuple)) and all(_matches(v, args[0]) for v in value)
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint)
 
 

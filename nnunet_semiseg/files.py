@@ -48,6 +48,25 @@ def read_json(file: Path, mend: str) -> dict:
         raise UserError(f"{file}: not valid JSON ({e}): {mend}") from None
 
 
+def read_dataset_json(dataset: Path) -> dict:
+    """A raw dataset's `dataset.json`, with the keys that nnU-Net cannot do without.
+
+    Raises:
+        UserError: missing, no JSON, or not what nnU-Net's documentation says.
+    """
+    file = dataset / "dataset.json"
+    content = read_json(file, DATASET_JSON_GUIDE)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is no JSON object: {DATASET_JSON_GUIDE}")
+    for key in ("labels", "file_ending", "channel_names"):
+        if key not in content and not (key == "channel_names" and "modality" in content):
+            raise UserError(f'{file}: has no "{key}": {DATASET_JSON_GUIDE}')
+    for name, value in content["labels"].items():
+        if not all(isinstance(v, int) for v in (value if isinstance(value, list) else [value])):
+            raise UserError(f'{file}: label "{name}": {value!r} is no whole number: {DATASET_JSON_GUIDE}')
+    return content
+
+
 def write_json(content: dict | list, file: Path) -> None:
     """Write the whole file or nothing."""
     temporary = file.with_name(file.name + ".tmp")

@@ -30,7 +30,7 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DATASET_JSON_GUIDE, dataset_folder, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
 from nnunet_semiseg.text.prompts import read_prompts
 
 NUM_FOLDS = 5  # of nnU-Net's own split
@@ -216,9 +216,15 @@ def write_settings(plans_file: Path, changes: dict) -> None:
 def write_small_split(dataset_id: int) -> None:
     """Leave-one-out folds where nnU-Net's five-fold split would fail; with one case only `fold all` works."""
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
-    cases = sorted(labeled_images(raw, read_json(raw / "dataset.json", DATASET_JSON_GUIDE)))
+    cases = sorted(labeled_images(raw, read_dataset_json(raw)))
     splits_file = preprocessed / "splits_final.json"
-    if splits_file.is_file() or not 2 <= len(cases) < NUM_FOLDS:
+    if splits_file.is_file():
+        folds = read_json(splits_file, "delete it")
+        if new := sorted(set(cases) - {case for fold in folds for case in (*fold["train"], *fold["val"])}):
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            print(f"WARNING: {splits_file}: no fold has {new[0]}{more}: delete the file to have new folds")
+        return
+    if not 2 <= len(cases) < NUM_FOLDS:
         return
     write_json(
         [{"train": [c for c in cases if c != held_out], "val": [held_out]} for held_out in cases], splits_file
@@ -228,7 +234,7 @@ def write_small_split(dataset_id: int) -> None:
 
 def _check(dataset_id: int, headers: bool) -> None:
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
-    dataset_json = read_json(raw / "dataset.json", DATASET_JSON_GUIDE)
+    dataset_json = read_dataset_json(raw)
     read_prompts(dataset_json)
     unlabeled = find_unlabeled_cases(raw, dataset_json)
     labeled = labeled_images(raw, dataset_json)

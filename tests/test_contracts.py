@@ -188,6 +188,38 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 @every_trainer
+def test_a_loaded_checkpoint_is_validated_as_it_is_deployed(trainer_class, ready):
+    dataset = ready()
+    first = started(trainer_class, dataset, deploy="teacher")
+    first.network.train()
+    first.train_step(next(first.dataloader_train))
+    file = str(dataset.results / "best.pth")
+    first.save_checkpoint(file)  # in mid-training, as checkpoint_best.pth is
+    trainer = make_trainer(trainer_class, dataset, dca_start=0.0, deploy="teacher")
+    trainer.load_checkpoint(file)
+    deployed = torch.load(file, weights_only=False)["network_weights"]
+    assert all(torch.equal(v, deployed[k]) for k, v in trainer.network.state_dict().items())
+    trainer.on_train_start()  # but training goes on with the student
+    student = first.network.state_dict()
+    assert all(torch.equal(v, student[k]) for k, v in trainer.network.state_dict().items())
+
+
+@every_trainer
+def test_teacher_starts_from_weights_loaded_after_it_was_made(trainer_class, ready):
+    trainer = make_trainer(trainer_class, ready())
+    trainer.initialize()
+    if trainer.teacher is None:
+        pytest.skip("the method has no teacher")
+    with torch.no_grad():
+        for p in trainer.network.parameters():
+            p.fill_(0.5)  # as -pretrained_weights does
+    trainer.on_train_start()
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainer.teacher.parameters(), trainer.network.parameters(), strict=True)
+    )
+
+
+@every_trainer
 def test_every_term_is_logged_every_epoch(trainer_class, ready):
     trainer = make_trainer(trainer_class, ready())
     trainer.run_training()
@@ -208,6 +240,15 @@ def break_splits(dataset):
 
 def too_few_for_five_folds(dataset):
     (dataset.preprocessed / "splits_final.json").unlink()
+
+
+def no_such_configuration(dataset):
+    object.__setattr__(dataset, "configuration", "3d_lowres")
+
+
+def missing_validation_case(dataset):
+    splits = [{"train": ["tr_000"], "val": ["tr_009"]}]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(splits))
 
 
 def not_preprocessed(dataset):
@@ -231,6 +272,8 @@ def labeled_not_preprocessed(dataset):
     [
         (break_fold, ["fold 0 has no labelled case", "fold all"]),
         (break_splits, ["splits_final.json", "tr_009"]),
+        (missing_validation_case, ["splits_final.json", "tr_009"]),
+        (no_such_configuration, ["no configuration 3d_lowres", "use 2d or 3d_fullres"]),
         (too_few_for_five_folds, ["3 labelled cases are too few", "fold all"]),
         (not_preprocessed, ["nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres"]),
         (other_plans, ["other plans", "nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres"]),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -189,11 +190,19 @@ def test_mixing_needs_an_unlabelled_sample_for_each_labelled_one(dataset):
     ],
 )
 def test_prompts_that_do_not_fit_are_refused_and_nothing_is_written(dataset, prompts, words):
-    file = dataset.preprocessed / "dataset.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "semiseg": {"prompts": prompts}}))
+    dataset.update_dataset_json(semiseg={"prompts": prompts})
+    shutil.copy(dataset.raw / "dataset.json", dataset.preprocessed / "dataset.json")
     with pytest.raises(UserError, match=words) as error:
         make_trainer(TextSemiSegTrainer, dataset)
     assert "\n" not in str(error.value) and not dataset.results.exists()
+
+
+def test_prompts_that_changed_after_planning_are_refused(dataset):
+    dataset.update_dataset_json(semiseg={"prompts": {"kidney": "a kidney in MRI", "tumour": "a tumour"}})
+    with pytest.raises(UserError, match="its prompts are no longer those in .*: copy the file there"):
+        make_trainer(TextSemiSegTrainer, dataset)
+    shutil.copy(dataset.raw / "dataset.json", dataset.preprocessed / "dataset.json")
+    make_trainer(TextSemiSegTrainer, dataset)
 
 
 def test_exchanging_two_classes_text_changes_a_trained_networks_output(dataset):

@@ -17,6 +17,7 @@ from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.networks.dual_decoder import DualDecoderUNet
 from nnunet_semiseg.networks.text_guidance import TextGuidance
 from nnunet_semiseg.text.prompt_learner import build_prompt_learner
+from nnunet_semiseg.text.prompts import check_prompts_are_current
 from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
 
@@ -103,6 +104,7 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
                 f"setting unlabeled_batch_size={unlabeled}: DCA mixes each of the {batch_size} labelled samples of a"
                 f" batch with an unlabelled one; set it to {batch_size} or more, or --set dca=off"
             )
+        check_prompts_are_current(plans["dataset_name"], dataset_json)
         self.prompt_learner = build_prompt_learner(self.settings, dataset_json)
         shape = list(self.prompt_learner.feature_shape)
         return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "text_shape": shape}}

@@ -32,7 +32,7 @@ from nnunet_semiseg.data.image_problems import (
     reading_problems,
 )
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DATASET_JSON_GUIDE, dataset_folder, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
 
 PROPERTIES_KEY = "semiseg"
@@ -73,7 +73,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     put = f"put the unlabelled images there, named CASE_0000{ending}"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: make it and {put}")
-    files = sorted(f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    files = sorted(f.name for f in folder.iterdir() if not (f.is_dir() or f.name.startswith(".")))
     images = [name for name in files if name.endswith(ending)]
     if not images:
         found = f"no *{ending} among its {len(files)} files (the first is {files[0]})" if files else "empty"
@@ -142,7 +142,7 @@ def preprocess_unlabeled(
     plans_file = preprocessed / f"{plans_name}.json"
     plan = f"nnunet_semiseg plan_and_preprocess -d {_number(raw.name)}"
     plans = read_json(plans_file, f"make the plans with {plan}, or name others with -plans_name")
-    dataset_json = read_json(raw / "dataset.json", DATASET_JSON_GUIDE)
+    dataset_json = read_dataset_json(raw)
     cases = find_unlabeled_cases(raw, dataset_json)
 
     known = plans["configurations"]
@@ -193,7 +193,7 @@ def load_manifest(
         if file not in present:
             raise UserError(f"{folder / file}: missing: {mend}")
     if images and images.is_dir():
-        found = set(find_unlabeled_cases(raw, read_json(raw / "dataset.json", DATASET_JSON_GUIDE)))
+        found = set(find_unlabeled_cases(raw, read_dataset_json(raw)))
         for case in sorted(found ^ set(cases)):
             what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
             raise UserError(f"{images}: case {case} {what}: {mend}")

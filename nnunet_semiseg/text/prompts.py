@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_dataset_json
 
 SETTINGS_KEY = "semiseg"
 
@@ -56,6 +59,20 @@ def read_prompts(dataset_json: dict, source: str = "dataset.json") -> dict[str, 
             hint = f"did you mean {' or '.join(near)}?" if near else f"the classes are {', '.join(names)}"
             raise UserError(f'{source}: there is a prompt for "{name}", but no such class: {hint}')
     return {name: _texts(name, given, source, optional=name == names[0]) for name in names}
+
+
+def check_prompts_are_current(dataset_name: str, dataset_json: dict) -> None:
+    """Refuse prompts that were changed in the raw dataset after nnU-Net's planning copied its `dataset.json`.
+
+    Raises:
+        UserError: they differ, or those of the raw dataset are wrong. Where there is no raw data, nothing is checked.
+    """
+    raw = Path(os.environ.get("nnUNet_raw") or "", dataset_name, "dataset.json")
+    if not os.environ.get("nnUNet_raw") or not raw.is_file():
+        return
+    if read_prompts(read_dataset_json(raw.parent), str(raw)) != read_prompts(dataset_json):
+        copy = Path(os.environ["nnUNet_preprocessed"], dataset_name, "dataset.json")
+        raise UserError(f"{raw}: its prompts are no longer those in {copy}, which training uses: copy the file there")
 
 
 def _values(label: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

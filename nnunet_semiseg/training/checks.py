@@ -32,10 +32,11 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
         if isfile(splits_file):
             splits = load_json(splits_file)
             # a fold past the file is drawn at random by nnU-Net, 80 % for training
-            training = splits[fold]["train"] if fold < len(splits) else list(cases)[: int(len(cases) * 0.8)]
-            if missing := set(training) - cases:
+            split = splits[fold] if fold < len(splits) else {"train": list(cases)[: int(len(cases) * 0.8)], "val": []}
+            training = split["train"]
+            if missing := {*split["train"], *split["val"]} - cases:
                 raise UserError(
-                    f"{splits_file}: fold {fold} trains on {sorted(missing)[0]}, which is not in {folder};"
+                    f"{splits_file}: fold {fold} has {sorted(missing)[0]}, which is not in {folder};"
                     f" correct the file, or preprocess the case"
                 )
         else:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from nnunet_semiseg.config import SemiSupervisedSettings, TeacherSettings, read_settings
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
 from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
 from nnunet_semiseg.training.checks import check_labeled_cases
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
@@ -66,6 +67,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
         self.step = 0
         self._resume_random_state = None
+        self._resume_student: dict | None = None
 
     # ---------------------------------------------------------------------------------- what a method overrides
 
@@ -77,11 +79,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             the predictor).
 
         Raises:
-            UserError: the unlabelled data or the labelled cases do not fit.
+            UserError: there is no such configuration, or the unlabelled data or the labelled cases do not fit.
             NotImplementedError: a feature of nnU-Net that is not supported.
         """
         if distributed.is_available() and distributed.is_initialized():
             raise NotImplementedError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
+        if configuration not in plans["configurations"]:
+            known = " or ".join(plans["configurations"])
+            raise UserError(f"plans {plans['plans_name']}: no configuration {configuration}: use {known}")
         if "previous_stage" in plans["configurations"][configuration]:
             raise NotImplementedError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
@@ -157,6 +162,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if auxiliary := [p for p in self.auxiliary.parameters() if p.requires_grad]:
             optimizer.add_param_group({"params": auxiliary, "initial_lr": self.initial_lr})
         return optimizer, lr_scheduler
+
+    def on_train_start(self):
+        super().on_train_start()
+        # until here the network is what is deployed, for a checkpoint may be loaded only to be validated
+        if self._resume_student is not None and self.current_epoch < self.num_epochs:
+            self.bare_network.load_state_dict(self._resume_student)
+        if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
+            update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
@@ -265,8 +278,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.method_state[name].copy_(value)
         if self.teacher is not None:
             _bare(self.teacher).load_state_dict(checkpoint["teacher"])
-        if state["student"] is not None and self.current_epoch < self.num_epochs:
-            self.bare_network.load_state_dict(state["student"])  # to be trained on, not yet to be validated
+        self._resume_student = state["student"]
         self._resume_random_state = state["random_state"]
 
 
