@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.errors import UserError
 
 
 def error_lines(capsys, *arguments):
@@ -125,6 +126,23 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
 
     (line,) = error_lines(capsys, *command.split(), "--set", "num_epoks=3")
     assert line.startswith("error: unknown setting num_epoks") and len(called) == 1
+
+
+def test_a_refused_training_leaves_the_plans_as_they_were(tiny_dataset, monkeypatch, capsys):
+    dataset = tiny_dataset(size=6)
+    dataset.preprocessed.mkdir(parents=True)
+    plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
+    plans_file.write_text('{"semiseg": {"num_epochs": 9}}')
+
+    def refuse():
+        assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 3}
+        raise UserError("too few")
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", refuse)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    command = "train 901 3d_fullres all -p nnUNetSemiSegPlans -tr MeanTeacherTrainer --set num_epochs=3"
+    assert error_lines(capsys, *command.split()) == ["error: too few"]
+    assert plans_file.read_text() == '{"semiseg": {"num_epochs": 9}}'
 
 
 def test_train_takes_every_option_of_nnunet(monkeypatch, capsys):

@@ -239,6 +239,17 @@ def test_few_cases_get_leave_one_out_folds(tiny_dataset):
     ]
 
 
+def test_folds_that_lack_new_cases_are_pointed_at(tiny_dataset, capsys):
+    dataset = tiny_dataset(labeled=3, unlabeled=1)
+    dataset.plan(preprocess=False)
+    for folder, name in (("imagesTr", "{}_0000.nii.gz"), ("labelsTr", "{}.nii.gz")):
+        shutil.copy(dataset.raw / folder / name.format("tr_000"), dataset.raw / folder / name.format("tr_007"))
+    dataset.update_dataset_json(numTraining=4)
+    capsys.readouterr()
+    dataset.plan(preprocess=False)
+    assert "splits_final.json: no fold has tr_007: delete the file to have new folds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("labeled", [1, 5])
 def test_other_numbers_of_cases_get_no_folds(tiny_dataset, labeled):
     dataset = tiny_dataset(labeled=labeled, unlabeled=1)
@@ -276,6 +287,9 @@ def test_a_published_split_is_copied_and_never_contradicted(tiny_dataset):
         (lambda d: shutil.rmtree(d.raw / "imagesTr"), {}, "imagesTr: no labelled cases"),
         (lambda d: (d.raw / "dataset.json").write_text("{,"), {}, "dataset.json: not valid JSON"),
         (lambda d: (d.raw / "dataset.json").unlink(), {}, "dataset.json: no such file"),
+        (lambda d: (d.raw / "dataset.json").write_text("[1]"), {}, "dataset.json: is no JSON object"),
+        (lambda d: (d.raw / "dataset.json").write_text('{"labels": {}}'), {}, 'dataset.json: has no "file_ending"'),
+        (lambda d: d.update_dataset_json(labels={"background": 0, "a": "one"}), {}, "label \"a\": 'one' is no whole"),
         (lambda d: shutil.rmtree(d.raw / "imagesUn"), {}, "imagesUn: no such folder"),
         (lambda d: d.update_dataset_json(semiseg={"prompts": {"liver": ["the liver"]}}), {}, "liver"),
         (

@@ -1,6 +1,5 @@
 """Text-SemiSeg's formulas, on arrays small enough to work out by hand."""
 
-import json
 import math
 import shutil
 from types import SimpleNamespace

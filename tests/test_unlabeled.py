@@ -130,6 +130,10 @@ def test_cascades_and_missing_configurations(planned, capsys):
             r"scan.nii.gz: no channel in its name: rename it to CASE_0000.nii.gz",
         ),
         (
+            lambda d: (d.image("un_001").unlink(), d.image("un_001").symlink_to("/nowhere.nii.gz")),
+            r"un_001_0000.nii.gz: a link to a file that is not there: mend it",
+        ),
+        (
             lambda d: [d.image("un_001", c).rename(d.image("tr_001", c)) for c in range(2)],
             r"tr_001_\*.nii.gz: tr_001 is a labelled case too: remove",
         ),

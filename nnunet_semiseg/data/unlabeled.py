@@ -85,6 +85,8 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     problems = []
     for name in images:
         match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name)
+        if not (folder / name).exists():
+            problems.append(f"{folder / name}: a link to a file that is not there: mend it or remove it")
         if match:
             cases.setdefault(match[1], {})[int(match[2])] = folder / name
         else:
