@@ -91,6 +91,15 @@ def test_largest_component():
     assert [(label == k).sum().item() for k in (1, 2)] == [27, 4] and label[0, 0, 6, 6, 6] == 0
 
 
+def test_largest_component_of_every_region():
+    trainer = SimpleNamespace(label_manager=REGIONS, settings=SimpleNamespace(largest_component=True))
+    logits = torch.full((1, 2, 8, 8, 8), -1.0)
+    logits[:, :, 1:4, 1:4, 1:4] = 1  # 27 voxels of both regions
+    logits[:, :, 6, 6, 6] = 1  # and one apart
+    label = TextSemiSegTrainer.pseudo_label(trainer, logits)
+    assert label.flatten(2).sum(2).tolist() == [[27, 27]]
+
+
 @pytest.fixture
 def dataset(tiny_dataset, monkeypatch):
     dataset = tiny_dataset()

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from monai.transforms import KeepLargestConnectedComponent
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,9 +98,9 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         plans = super().prepare(plans, configuration, fold, dataset_json)
-        batch_size = plans["configurations"][configuration].get("batch_size")
+        batch_size = PlansManager(plans).get_configuration(configuration).batch_size
         unlabeled = self.settings.unlabeled_batch_size
-        if self.settings.dca != "off" and unlabeled is not None and batch_size is not None and unlabeled < batch_size:
+        if self.settings.dca != "off" and unlabeled is not None and unlabeled < batch_size:
             raise UserError(
                 f"setting unlabeled_batch_size={unlabeled}: DCA mixes each of the {batch_size} labelled samples of a"
                 f" batch with an unlabelled one; set it to {batch_size} or more, or --set dca=off"
@@ -173,7 +174,9 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
     def pseudo_label(self, logits: Tensor) -> Tensor:
         label = hard_pseudo_label(logits, self.label_manager)
         if self.settings.largest_component:  # on the CPU, one sample after the other
-            keep = KeepLargestConnectedComponent(is_onehot=self.label_manager.has_regions)
+            # regions have no background channel, which MONAI would leave out
+            regions = range(self.label_manager.num_segmentation_heads) if self.label_manager.has_regions else None
+            keep = KeepLargestConnectedComponent(regions, is_onehot=self.label_manager.has_regions)
             label = torch.stack([keep(sample).as_tensor() for sample in label]).to(label)
         return label
 

@@ -41,10 +41,10 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
                 )
         else:
             if len(cases) < 5:
+                folds = f", or nnunet_semiseg plan_and_preprocess -d {_id(name)}, which writes leave-one-out splits"
                 raise UserError(
                     f"{splits_file} is missing and {len(cases)} labelled cases are too few for nnU-Net's five"
-                    f" folds; use fold all, or nnunet_semiseg plan_and_preprocess -d {_id(name)}, which writes"
-                    f" leave-one-out splits"
+                    f" folds; use fold all{folds if len(cases) > 1 else ''}"
                 )
             training = cases
     if not training:
