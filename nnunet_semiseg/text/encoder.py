@@ -172,7 +172,7 @@ def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = 
                 open_clip.load_checkpoint(clip, file, weights_only=True)
             tokenizer = open_clip.get_tokenizer(model, cache_dir=cache_dir)
     except Exception as e:
-        raise UserError(_why(e, model, pretrained, file, quick_gelu)) from e
+        raise UserError(_why(e, model, pretrained, file, quick_gelu)) from None
     return TextTower(clip.text, tokenizer, trained=not untrained)
 
 

@@ -154,7 +154,7 @@ def save_embeddings(
         os.replace(unfinished, path)
     except Exception as e:
         Path(unfinished).unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e}); choose another file with -o FILE") from e
+        raise UserError(f"{path}: cannot be written ({e}); choose another file with -o FILE") from None
 
 
 def load_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> Tensor:
@@ -178,7 +178,7 @@ def _read_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> t
             embeddings, classes = file.get_tensor("embeddings").float(), about["classes"]
             made_for = dict(zip(classes, map(tuple, about["prompts"]), strict=True))
     except Exception as e:
-        raise UserError(f"text_embeddings={path}: no readable file of embeddings ({e}); {mend}") from e
+        raise UserError(f"text_embeddings={path}: no readable file of embeddings ({e}); {mend}") from None
     if classes != list(prompts):
         raise UserError(
             f"text_embeddings={path}: made for the classes {', '.join(classes)}, but the data set has "
