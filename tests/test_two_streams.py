@@ -14,6 +14,7 @@ from training import make_trainer
 
 from nnunet_semiseg.data.two_streams import ViewsTransform
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 NOISE = RandomTransform(GaussianNoiseTransform(noise_variance=(0.5, 0.5)), apply_probability=1)
 
@@ -105,3 +106,19 @@ def test_unlabelled_patches_are_drawn_uniformly(dataset, monkeypatch):
     starts = np.array([loader.get_bbox((24, 24, 24), True, {1: [[0, 0, 0, 0]]})[0] for _ in range(3000)])
     counts = np.stack([np.bincount(axis, minlength=17) for axis in starts.T])
     assert counts.shape == (3, 17) and (np.abs(counts - 3000 / 17) < 6 * np.sqrt(3000 / 17)).all()
+
+
+@pytest.mark.parametrize("trainer_class", [SupervisedTrainer, MeanTeacherTrainer], ids=lambda t: t.__name__)
+def test_a_seed_gives_the_same_batches_from_worker_processes(trainer_class, tiny_dataset, monkeypatch):
+    dataset = tiny_dataset()
+    dataset.plan()
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    sums = []
+    for seed in (7, 7, 8):
+        trainer = make_trainer(trainer_class, dataset, seed=seed)
+        trainer.initialize()
+        train, val = trainer.get_dataloaders()
+        sums.append([float(next(train)["data"].sum()) for _ in range(2)])
+        for loader in (train, val):
+            loader._finish()
+    assert sums[0] == sums[1] != sums[2]

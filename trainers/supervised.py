@@ -6,6 +6,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_semiseg.config import TrainingSettings, read_settings
+from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.training.semi_supervised_trainer import apply_network_settings, apply_training_settings
 
@@ -26,3 +27,10 @@ class SupervisedTrainer(nnUNetTrainer):
     def initialize(self):
         super().initialize()
         apply_network_settings(self, self.settings)
+
+    def get_dataloaders(self):
+        train, val = super().get_dataloaders()
+        if self.settings.seed is not None:
+            seed_workers(train, self.settings.seed, self.current_epoch * self.num_iterations_per_epoch)
+            next(train)  # starts the workers here, as nnU-Net does
+        return train, val

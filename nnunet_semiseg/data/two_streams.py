@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
@@ -89,19 +90,28 @@ class TwoStreamLoader(SlimDataLoaderBase):
         return batch
 
 
-def add_unlabeled_stream(augmenter, make_unlabeled_loader, seeds):
+def add_unlabeled_stream(augmenter, make_unlabeled_loader) -> None:
     """Give the augmenter that nnU-Net built (its labelled loader inside) the two-stream loader.
 
     Args:
-        augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter, perhaps with workers running.
+        augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter; running workers are stopped.
         make_unlabeled_loader: called with the labelled loader, returns the unlabelled one.
-        seeds: called with the number of workers, returns as many seeds. Forked workers share torch's random
-            stream, so without a seed each all would augment alike.
     """
     if isinstance(augmenter, SingleThreadedAugmenter):
         augmenter.data_loader = TwoStreamLoader(augmenter.data_loader, make_unlabeled_loader(augmenter.data_loader))
     else:
         augmenter._finish()
         augmenter.generator = TwoStreamLoader(augmenter.generator, make_unlabeled_loader(augmenter.generator))
-        augmenter.seeds = seeds(augmenter.num_processes)
-    return augmenter
+
+
+def seed_workers(augmenter, seed: int | None, step: int) -> None:
+    """Seed each worker: forked workers share torch's random stream, and without a seed all would augment alike.
+
+    Args:
+        seed: of the training; None: from the system.
+        step: a resumed training must not be shown the batches of its beginning again.
+    """
+    if not isinstance(augmenter, SingleThreadedAugmenter):
+        augmenter._finish()
+        entropy = None if seed is None else (seed, step)
+        augmenter.seeds = np.random.SeedSequence(entropy).generate_state(augmenter.num_processes).tolist()

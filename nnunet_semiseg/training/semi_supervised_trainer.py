@@ -16,7 +16,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.config import SemiSupervisedSettings, TeacherSettings, read_settings
-from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream, seed_workers
 from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
@@ -173,7 +173,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
-        add_unlabeled_stream(train, self._make_unlabeled_loader, self._worker_seeds)
+        add_unlabeled_stream(train, self._make_unlabeled_loader)
+        seed_workers(train, self.settings.seed, self.step)
         next(train)  # starts the workers here, as nnU-Net does
         if self._resume_random_state is not None:  # only now: making the loaders has drawn from the generators
             set_random_state(self._resume_random_state)
@@ -188,11 +189,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.label_manager,
             transforms=ViewsTransform(labeled.transforms, self.views),
         )
-
-    def _worker_seeds(self, n: int) -> list[int]:
-        # a resumed training must not be shown the batches of its beginning again, hence the step
-        entropy = None if self.settings.seed is None else (self.settings.seed, self.step)
-        return np.random.SeedSequence(entropy).generate_state(n).tolist()
 
     def train_step(self, batch: dict) -> dict:
         """One step; returns every loss term as a tensor on the device, so that nothing waits for the GPU."""
