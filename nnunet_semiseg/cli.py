@@ -118,7 +118,7 @@ def train(parser: ArgumentParser) -> Command:
         sys.argv += [flag for flag in flags if given[flag]]
         try:
             run_training_entry()
-        except UserError:  # raised before training only
+        except (UserError, NotImplementedError):  # raised before training only
             plans_file.write_bytes(before)
             raise
 

@@ -31,7 +31,7 @@ class TrainingSettings:
     seed: int | None = None
     """fixes the initialisation, and with `nnUNet_n_proc_DA=0` on a CPU the whole training"""
     bfloat16_on_cpu: bool = False
-    """on a CPU, run the network in bfloat16: faster on CPUs with AVX512-BF16 or AMX, slower on others"""
+    """on a CPU, run the network in bfloat16: faster on CPUs that have instructions for it (AVX512-BF16)"""
 
     def __post_init__(self):
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):

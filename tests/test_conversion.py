@@ -410,7 +410,7 @@ def member(name: str, **attributes) -> tarfile.TarInfo:
     "info",
     [
         member("../evil.txt"),
-        member("/tmp/evil.txt"),
+        member("/evil.txt"),
         member("link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
         member("link", type=tarfile.SYMTYPE, linkname="inside"),
         member("hard", type=tarfile.LNKTYPE, linkname="inside"),

@@ -71,7 +71,7 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
     Where the published code departs from the paper we follow the paper (see the modules' docstrings). We depart from
     the paper in DCA's masks. There each mix pastes its own image's foreground into the other (`dca=foreground`): both
     mixes then hold the union of two foregrounds, and what is wrongly called foreground is pasted and learnt as such.
-    Where a patch shows the whole organ this runs away: on left atria the pseudo-labels grew to 1.9 times the true
+    Where a patch shows the whole organ this runs away: on left atria the pseudo-labels grew to 1.6 times the true
     volume (docs/results.md). By default the second mix takes what the first left out, so that every voxel is used
     once, there is as much foreground as before, and a seam is not always a boundary.
 

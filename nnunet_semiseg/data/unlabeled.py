@@ -315,7 +315,7 @@ def _preprocess_case(
         (folder / (case + _SUFFIXES[-1])).unlink(missing_ok=True)
         for suffix in _SUFFIXES:
             os.replace(staging / (case + suffix), folder / (case + suffix))
-    except UserError:
+    except UserError:  # what it says is in problems
         pass
     except Exception:
         problems.extend(reading_problems(images, reader))
