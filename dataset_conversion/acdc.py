@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+from functools import partial
 from pathlib import Path
 
 from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, published_split
@@ -49,6 +50,4 @@ def _number(info: Path, phase: str) -> int:
         raise UserError(f"{info}: no line `{phase}: NUMBER`: download it again") from None
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, published_split
@@ -77,6 +78,4 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a download to a raw dataset; what can be chosen: `find_cases` and `conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

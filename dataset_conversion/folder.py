@@ -6,6 +6,7 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, read_dicom_series
@@ -133,6 +134,4 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--split", metavar="FILE", help='JSON: {"train": [case, ...], "val": [...], "test": [...]}')
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a folder to a raw dataset; what can be chosen: `find_cases` and `conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

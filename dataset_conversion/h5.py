@@ -6,6 +6,7 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -107,6 +108,4 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="of the values 1, 2, ...; default: the known set's")
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a download to a raw dataset; what can be chosen: `find_cases` and `conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

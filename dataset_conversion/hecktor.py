@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -44,6 +45,4 @@ def resample_to(moving: Path, fixed: Path) -> sitk.Image:
     return sitk.Resample(sitk.ReadImage(moving), sitk.ReadImage(fixed))
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

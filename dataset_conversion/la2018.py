@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from nnunet_semiseg.conversion import About, Case, Crop, Source, by_name, convert_dataset, published_split
@@ -35,6 +36,4 @@ def find_cases(folder: Path) -> Source:
     return Source(ABOUT, cases, split["train"], test=split["test"])
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,4 @@ def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
     return aligned, f"label {way} (spread under it: {found}; mean {mean:.0f} HU)"
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

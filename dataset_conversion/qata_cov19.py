@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -75,6 +76,4 @@ def find_cases(folder: Path) -> Source:
     return find_images(folder, ABOUT)
 
 
-def convert(source: str | Path, dataset_id: int, **kwargs) -> Path:
-    """From a download to a raw dataset; what can be chosen: `nnunet_semiseg.conversion.convert_dataset`."""
-    return convert_dataset(find_cases, source, dataset_id, **kwargs)
+convert = partial(convert_dataset, find_cases)

@@ -1,7 +1,8 @@
 """From what the user has downloaded to a raw dataset of nnU-Net's, with `imagesUn`.
 
 A module in `dataset_conversion/` describes one data set and finds its cases (`ABOUT`, `find_cases`); assigning them
-to labelled, unlabelled and test, checking, writing and going on after an interruption is here, the same for all.
+to labelled, unlabelled and test, checking, writing and going on after an interruption is here, the same for all:
+a module's `convert` is `convert_dataset` with its `find_cases`.
 
 While a dataset is being made, a folder `.conversion` in it holds what was asked for and a record of every case that
 is whole. It stays where a case failed, so that the same command goes on; `dataset.json` comes last.
@@ -431,7 +432,7 @@ def convert_case(
     Returns:
         The case's name, and what is wrong with it, in one line.
     """
-    staging = target / STATE / case.name
+    staging = target / STATE / f"case_{case.name}"
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
     try:
         # the label of an unlabelled case is not opened, unless the user has asked for a crop round it
