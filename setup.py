@@ -35,7 +35,7 @@ class BuildPy(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            Path(self.build_lib, PTH_NAME).write_text(WHEEL_PTH)
+            Path(self.build_lib, PTH_NAME).write_text(WHEEL_PTH, encoding="utf-8")
 
     def get_outputs(self, include_bytecode=True):
         pth_file = [] if self.editable_mode else [str(Path(self.build_lib, PTH_NAME))]
@@ -45,7 +45,7 @@ class BuildPy(build_py):
 class EditableWheel(editable_wheel):
     def _run_build_commands(self, dist_name, unpacked_wheel, *args):
         # All that lies in unpacked_wheel goes into the wheel and its RECORD, so uninstalling removes it.
-        Path(unpacked_wheel, PTH_NAME).write_text(EDITABLE_PTH)
+        Path(unpacked_wheel, PTH_NAME).write_text(EDITABLE_PTH, encoding="utf-8")
         return super()._run_build_commands(dist_name, unpacked_wheel, *args)
 
 

@@ -44,7 +44,7 @@ def find_cases(folder: Path) -> Source:
 def _number(info: Path, phase: str) -> int:
     parser = configparser.ConfigParser()
     try:
-        parser.read_string("[info]\n" + info.read_text())
+        parser.read_string("[info]\n" + info.read_text(encoding="utf-8"))
         return parser.getint("info", phase)
     except (configparser.Error, ValueError):
         raise UserError(f"{info}: no line `{phase}: NUMBER`: download it again") from None

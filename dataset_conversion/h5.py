@@ -93,7 +93,7 @@ def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
 def read_list(folder: Path, name: str) -> list[str]:
     """Case names of a list file; what it says of their paths is left out. Empty, where there is no such file."""
     files = sorted(folder.rglob(name), key=lambda path: len(path.parts))
-    lines = files[0].read_text().split() if files else ()
+    lines = files[0].read_text(encoding="utf-8").split() if files else ()
     return [_case(Path(line)) for line in lines]
 
 

@@ -147,7 +147,7 @@ class Source:
 def published_split(name: str) -> dict:
     """A published list of case names, from `dataset_conversion/splits`."""
     file = resources.files("nnunet_semiseg.dataset_conversion") / "splits" / f"{name}.json"
-    return json.loads(file.read_text())
+    return json.loads(file.read_bytes())
 
 
 def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -387,7 +387,7 @@ def _convert(source: Source, folder: Path, target: Path, request: dict, num_proc
 def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -> None:
     """Notes to the console; splits_final.json, texts.json and, last of all, dataset.json."""
     about, state = source.about, target / STATE
-    records = {name: json.loads((state / f"case_{name}.json").read_text()) for name in whole}
+    records = {name: json.loads((state / f"case_{name}.json").read_bytes()) for name in whole}
     for name, record in records.items():
         for note in record["notes"]:
             print(f"case {name}: {note}")

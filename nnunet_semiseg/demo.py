@@ -239,9 +239,10 @@ class Runner:
         if executable is None:
             raise UserError(f"{command[0]}: no such command; install with `pip install nnunet-semiseg`")
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes |= {"encoding": "utf-8", "errors": "replace"}
         with (
             open(log, "w", encoding="utf-8") as file,
-            subprocess.Popen([executable, *command[1:]], env=self.env, text=True, errors="replace", **pipes) as process,
+            subprocess.Popen([executable, *command[1:]], env=self.env, **pipes) as process,
         ):
             for line in process.stdout:
                 file.write(line)
@@ -264,7 +265,7 @@ def evaluate(predictions: Path, references: Path, csv_file: Path) -> list[dict]:
         for trainer in TRAINERS
         for row in evaluate_folder(predictions / trainer, references, LABELS)
     ]
-    with open(csv_file, "w", newline="") as file:
+    with open(csv_file, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -41,10 +41,10 @@ def base_folder(variable: str) -> Path:
 def read_json(file: Path, mend: str) -> dict:
     """Raises UserError where the file is missing or no JSON."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_bytes())  # as bytes: always UTF-8, whatever the locale (reading DICOM changes it)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file: {mend}") from None
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # no JSON, or no UTF-8
         raise UserError(f"{file}: not valid JSON ({e}): {mend}") from None
 
 

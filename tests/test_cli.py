@@ -23,7 +23,7 @@ def test_help_names_every_command_and_imports_nothing_large():
     run = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path}\n{code}"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert run.returncode == 0, run.stderr
     assert all(command.__name__ in run.stdout for command in cli.COMMANDS)
@@ -183,7 +183,7 @@ def test_the_command_with_real_processes(tiny_dataset):
     dataset.image("un_001").write_bytes(b"no image")
     command = "-m nnunet_semiseg.cli plan_and_preprocess -d 901 -c 3d_fullres -np 1 --no_pbar"
     command += " -pl SemiSegPlannerSmall"
-    run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *command.split()], capture_output=True, encoding="utf-8")
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
     assert line.startswith("error: ") and "un_001_0000.nii.gz: cannot be read" in line

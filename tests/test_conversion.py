@@ -138,7 +138,7 @@ def test_the_dataset(download, raw):
     assert about["file_ending"] == ".nii.gz" and about["channel_names"] == {"0": "image"}
     sources = about["semiseg"]["sources"]
     assert set(sources) == {f"images/c{i}.nii.gz" for i in range(5)} | {f"labels/c{i}.nii.gz" for i in (0, 1)}
-    digest = subprocess.run(["sha256sum", download / "labels" / "c1.nii.gz"], capture_output=True, text=True)
+    digest = subprocess.run(["sha256sum", download / "labels" / "c1.nii.gz"], capture_output=True, encoding="utf-8")
     assert sources["labels/c1.nii.gz"] == digest.stdout.split()[0]
 
 

@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 def command(name, *args, **env) -> list[str]:
     return subprocess.run(
         [str(BIN / name), *map(str, args)], env={**os.environ, "nnUNet_def_n_proc": "1", **env},
-        check=True, capture_output=True, text=True,
+        check=True, capture_output=True, encoding="utf-8",
     ).stdout
 
 
@@ -83,7 +83,7 @@ def test_killed_in_mid_epoch_and_continued(trainer_class, ready, tmp_path):
 
     environment = {**os.environ, "nnUNet_results": str(killed), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [str(BIN / "nnUNetv2_train"), *map(str, args)], env=environment, stdout=subprocess.PIPE, text=True
+        [str(BIN / "nnUNetv2_train"), *map(str, args)], env=environment, stdout=subprocess.PIPE, encoding="utf-8"
     )
     for line in process.stdout:
         if line.rstrip().endswith("Epoch 2"):

@@ -38,7 +38,7 @@ for trainer in trainers:
 
 
 def run(*command, cwd):
-    done = subprocess.run(command, cwd=cwd, env=CLEAN, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=CLEAN, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -102,7 +102,7 @@ def nnunet(args, env: dict, log: Path, module: str, entry: str, words: list[str]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     limit = f"import multiprocessing; multiprocessing.cpu_count = lambda: {threads}"
     code = f"{limit}; from {module} import {entry}; {entry}()"
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         subprocess.run(
             [sys.executable, "-c", code, *words], check=True, stdout=file, stderr=file,
             env={**env, "OMP_NUM_THREADS": str(threads)},
