@@ -11,7 +11,7 @@ import sys
 from argparse import REMAINDER, SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.errors import UserError, report
 
 CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's
@@ -104,11 +104,13 @@ def train(parser: ArgumentParser) -> Command:
         from nnunetv2.run.run_training import run_training_entry
 
         from nnunet_semiseg.config import parse_assignments
+        from nnunet_semiseg.discovery import check_trainer
         from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.planning import write_settings
 
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
         dataset_folder("nnUNet_results", args.dataset_name_or_id)
+        check_trainer(args.tr)
         plans_file = preprocessed / f"{args.p}.json"
         before = plans_file.read_bytes() if plans_file.is_file() else None
         write_settings(plans_file, parse_assignments(args.set))
@@ -118,7 +120,7 @@ def train(parser: ArgumentParser) -> Command:
         sys.argv += [flag for flag in flags if given[flag]]
         try:
             run_training_entry()
-        except (UserError, NotImplementedError):  # raised before training only
+        except UserError:  # raised before training only
             plans_file.write_bytes(before)
             raise
 
@@ -210,9 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (UserError, NotImplementedError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+    except UserError as error:
+        report(error)
         return 1
     return 0
 

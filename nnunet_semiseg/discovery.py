@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import pkgutil
@@ -10,6 +11,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+from nnunet_semiseg.errors import UserError
 
 # By name, so that looking up a planner need not import torch.
 BASE_CLASSES = {"trainers": "nnUNetTrainer", "planners": "ExperimentPlanner"}
@@ -41,6 +44,21 @@ def iter_classes(package: str) -> Iterator[type]:
             if isinstance(value, type) and value.__module__ == module and not name.startswith("_"):
                 if BASE_CLASSES[package] in (base.__name__ for base in value.__mro__):
                     yield value
+
+
+def check_trainer(name: str) -> None:
+    """Raises UserError, with the names that are near, where nnU-Net does not find the trainer."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    if find_class("trainers", name) is None:
+        try:
+            recursive_find_trainer_class_by_name(name)
+        except RuntimeError as error:
+            if name not in str(error):  # not nnU-Net's own: a module of the user's that does not load
+                raise
+            ours = sorted(trainer.__name__ for trainer in iter_classes("trainers"))
+            near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6) or ours
+            raise UserError(f"-tr {name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's") from None
 
 
 def module_names(package: str) -> list[str]:

@@ -296,10 +296,10 @@ def test_what_is_not_supported_says_so_before_anything_is_written(trainer_class,
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
     file.write_text(json.dumps(plans))
-    with pytest.raises(NotImplementedError, match="cascade"):
+    with pytest.raises(UserError, match="cascade"):
         make_trainer(trainer_class, dataset)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    with pytest.raises(NotImplementedError, match="several GPUs"):
+    with pytest.raises(UserError, match="several GPUs"):
         make_trainer(trainer_class, dataset)
     assert not dataset.results.exists()
 

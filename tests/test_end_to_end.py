@@ -13,6 +13,7 @@ import torch
 from test_contracts import assert_same, every_trainer
 from training import PLANS, write_settings
 
+from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 pytestmark = pytest.mark.slow
@@ -71,6 +72,16 @@ def test_predict_export_and_install_without_open_clip(trainer_class, ready, tmp_
     assert list(first) == ["ts_000.nii.gz", "ts_001.nii.gz"]
     for other in (images(tmp_path / "b"), images(tmp_path / "c")):
         assert all(np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_a_refusal_is_one_line_in_nnunets_own_command(ready):
+    args = train_args(ready, MeanTeacherTrainer)
+    (ready.preprocessed / f"{PLANS}_{ready.configuration}__unlabeled.json").unlink()
+    done = subprocess.run([BIN / "nnUNetv2_train", *map(str, args)], capture_output=True, encoding="utf-8")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr and lines[-1].startswith("error: ") and "preprocess_unlabeled" in lines[-1]
+    assert not ready.results.exists()
 
 
 @every_trainer

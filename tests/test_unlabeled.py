@@ -343,6 +343,8 @@ def test_only_what_changed_is_redone(planned):
     run(planned)
     before = whole_cases(planned)
     write_image(OTHER, planned.image("un_001"))
+    with pytest.raises(UserError, match=r"imagesUn: case un_001 is not the image that was preprocessed: run nnunet_s"):
+        manifest(planned)
     planned.image("un_002").unlink()
     shutil.copy(planned.image("un_000"), planned.image("un_009"))
     with pytest.raises(
@@ -383,6 +385,8 @@ def test_missing_data_are_refused_with_the_command(planned):
 
 def test_training_needs_no_raw_data(planned, monkeypatch):
     run(planned)
+    os.utime(planned.image("un_001"))  # nor the very file
+    assert len(manifest(planned)[1]) == 4
     shutil.rmtree(planned.raw)
     assert len(manifest(planned)[1]) == 4
     monkeypatch.delenv("nnUNet_raw")

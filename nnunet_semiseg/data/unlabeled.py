@@ -189,17 +189,20 @@ def load_manifest(
     manifest = read_json(manifest_file, mend)
     if manifest["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {mend}")
-    cases = manifest["cases"]
+    cases: dict[str, list] = manifest["cases"]
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     for file in (case + suffix for case in cases for suffix in _SUFFIXES):
         if file not in present:
             raise UserError(f"{folder / file}: missing: {mend}")
     if images and images.is_dir():
-        found = set(find_unlabeled_cases(raw, read_dataset_json(raw)))
-        for case in sorted(found ^ set(cases)):
+        found = find_unlabeled_cases(raw, read_dataset_json(raw))
+        for case in sorted(found.keys() ^ cases.keys()):
             what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
             raise UserError(f"{images}: case {case} {what}: {mend}")
-    return str(folder), cases
+        for case, files in found.items():  # a copy of the data has other times of modification
+            if [file[:2] for file in _signature(files)] != [file[:2] for file in cases[case]]:
+                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {mend}")
+    return str(folder), list(cases)
 
 
 def channel_names(dataset_json: dict) -> list[str]:
@@ -273,7 +276,8 @@ def _preprocess_configuration(
     lines = [line for case in sorted(problems) for line in problems[case]]
     if lines:
         raise UserError("\n".join(lines))
-    write_json({"plans_hash": digest, "cases": sorted(cases)}, manifest_file)
+    images = {case: stamps[case]["images"] for case in sorted(cases)}
+    write_json({"plans_hash": digest, "cases": images}, manifest_file)
 
 
 def _preprocess_case(

@@ -79,16 +79,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             the predictor).
 
         Raises:
-            UserError: there is no such configuration, or the unlabelled data or the labelled cases do not fit.
-            NotImplementedError: a feature of nnU-Net that is not supported.
+            UserError: there is no such configuration, or the unlabelled data or the labelled cases do not fit;
+                a feature of nnU-Net that is not supported.
         """
         if distributed.is_available() and distributed.is_initialized():
-            raise NotImplementedError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
+            raise UserError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
         if configuration not in plans["configurations"]:
             known = " or ".join(plans["configurations"])
             raise UserError(f"plans {plans['plans_name']}: no configuration {configuration}: use {known}")
         if "previous_stage" in plans["configurations"][configuration]:
-            raise NotImplementedError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
+            raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
         self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
         check_labeled_cases(base, plans, configuration, fold)
