@@ -1,4 +1,4 @@
-"""Dice and 95 % Hausdorff distance, from MONAI, of segmentations as nnU-Net writes them."""
+"""Metrics of segmentations as nnU-Net writes them; all from MONAI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_iou,
+    compute_surface_dice,
+)
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -16,17 +22,35 @@ from nnunet_semiseg.errors import UserError
 
 Labels = Mapping[str, int | Sequence[int]]
 
+METRICS = {
+    "dice": "Dice",
+    "jaccard": "Jaccard",
+    "hd95_mm": "HD95, mm",
+    "hd95_voxels": "HD95, voxels",
+    "asd_mm": "ASD, mm",
+    "asd_voxels": "ASD, voxels",
+    "nsd": "NSD",
+}
+"""every metric's key and heading"""
+HIGHER_IS_BETTER = {"dice", "jaccard", "nsd"}
+
 
 def segmentation_metrics(
-    prediction: np.ndarray, reference: np.ndarray, labels: Labels, spacing: Sequence[float]
+    prediction: np.ndarray, reference: np.ndarray, labels: Labels, spacing: Sequence[float], tolerance: float = 2.0
 ) -> dict[str, dict[str, float]]:
-    """Dice and 95 % Hausdorff distance of every class or region.
+    """The metrics of every class or region, with MONAI's definitions:
 
-    The distance is the larger of the two directed ones, each the 95th percentile over the voxels on a surface of
-    their distance to the other surface. What happens where nothing is segmented:
+    - `dice`, `jaccard`: overlap of the voxels, 0 to 1;
+    - `hd95`: 95 % Hausdorff distance, the larger of the two directed ones, each the 95th percentile over the voxels
+      on a surface of their distance to the other surface (the papers' MedPy takes one percentile over both);
+    - `asd`: average surface distance, of the prediction's surface voxels to the reference's surface, as the papers
+      of the field have it (MedPy's `asd`);
+    - `nsd`: normalised surface distance (surface Dice), the share of both surfaces within `tolerance` of the other.
 
-    - prediction and reference both empty: both metrics are nan, as in nnU-Net's own evaluation;
-    - one of them empty: Dice is 0, the distance is the image's diagonal in mm, which no distance exceeds. With
+    Distances are in mm and, with `_voxels`, in voxels of the image. Where nothing is segmented:
+
+    - prediction and reference both empty: every metric is nan, as in nnU-Net's own evaluation;
+    - one of them empty: overlaps and `nsd` are 0, a distance is the image's diagonal, which no distance exceeds. With
       nan or infinity a method that finds nothing would leave the mean, or be all of it.
 
     Args:
@@ -34,9 +58,10 @@ def segmentation_metrics(
         labels: as in dataset.json, name to label or, for regions, to several. `background` is passed over, and
             voxels that the reference marks with `ignore` count in neither map.
         spacing: of a voxel, in mm, along each axis.
+        tolerance: of `nsd`, in mm.
 
     Returns:
-        {name: {"dice": 0 to 1, "hd95_mm": mm}}
+        {name: {metric: value}}, the keys of `METRICS`.
 
     Raises:
         ValueError: prediction and reference differ in shape.
@@ -45,23 +70,37 @@ def segmentation_metrics(
         raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} differ in shape")
     if reference.ndim == 3 and len(reference) == 1:  # a 2d image, as nnU-Net reads it: no surface along axis 0
         prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
-    diagonal = float(np.linalg.norm(np.multiply(reference.shape, spacing)))
+    spacing = [float(s) for s in spacing]
     counted = reference != labels["ignore"] if "ignore" in labels else True
 
     metrics = {}
     for name, label in labels.items():
-        if name in ("background", "ignore"):
-            continue
-        p, r = (torch.from_numpy(np.isin(x, label) & counted)[None, None] for x in (prediction, reference))
-        if p.any() and r.any():
-            dice = compute_dice(p, r).item()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 passes itself a deprecated argument
-                hd95 = compute_hausdorff_distance(p, r, True, percentile=95, spacing=list(spacing)).item()
-        else:
-            dice, hd95 = (0.0, diagonal) if p.any() or r.any() else (np.nan, np.nan)
-        metrics[name] = {"dice": dice, "hd95_mm": hd95}
+        if name not in ("background", "ignore"):
+            p, r = (torch.from_numpy(np.isin(x, label) & counted)[None, None] for x in (prediction, reference))
+            metrics[name] = _of_masks(p, r, spacing, tolerance)
     return metrics
+
+
+def _of_masks(p: torch.Tensor, r: torch.Tensor, spacing: list[float], tolerance: float) -> dict[str, float]:
+    voxel = [1.0] * len(spacing)
+    if not (p.any() or r.any()):
+        return dict.fromkeys(METRICS, float("nan"))
+    if not (p.any() and r.any()):
+        mm, voxels = (float(np.linalg.norm(np.multiply(p.shape[2:], unit))) for unit in (spacing, voxel))
+        worst = {"hd95_mm": mm, "asd_mm": mm, "hd95_voxels": voxels, "asd_voxels": voxels}
+        return {metric: worst.get(metric, 0.0) for metric in METRICS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 passes itself a deprecated argument
+        values = {
+            "dice": compute_dice(p, r),
+            "jaccard": compute_iou(p, r),
+            "hd95_mm": compute_hausdorff_distance(p, r, True, percentile=95, spacing=spacing),
+            "hd95_voxels": compute_hausdorff_distance(p, r, True, percentile=95, spacing=voxel),
+            "asd_mm": compute_average_surface_distance(p, r, True, spacing=spacing),
+            "asd_voxels": compute_average_surface_distance(p, r, True, spacing=voxel),
+            "nsd": compute_surface_dice(p, r, [tolerance], True, spacing=spacing),
+        }
+    return {metric: value.item() for metric, value in values.items()}
 
 
 def evaluate_folder(
@@ -70,11 +109,12 @@ def evaluate_folder(
     labels: Labels,
     file_ending: str = ".nii.gz",
     reader: type[BaseReaderWriter] = SimpleITKIO,
+    tolerance: float = 2.0,
 ) -> list[dict]:
     """`segmentation_metrics` of every case that has a reference.
 
     Returns:
-        A row {"case", "label", "dice", "hd95_mm"} for every case and label, sorted by case.
+        A row {"case", "label", metric: value, ...} for every case and label, sorted by case.
 
     Raises:
         UserError: no references; a reference whose prediction is missing or has another shape or spacing.
@@ -93,7 +133,7 @@ def evaluate_folder(
                 f"{prediction_file}: shape {prediction.shape[1:]} and spacing {p['spacing']} mm, but the reference has"
                 f" {reference.shape[1:]} and {r['spacing']}: predict from the images that belong to the references"
             )
-        metrics = segmentation_metrics(prediction[0], reference[0], labels, r["spacing"])
+        metrics = segmentation_metrics(prediction[0], reference[0], labels, r["spacing"], tolerance)
         case = reference_file.name[: -len(file_ending)]
         rows += [{"case": case, "label": name, **values} for name, values in metrics.items()]
     return rows
