@@ -21,7 +21,7 @@ PLANS_KEY = "semiseg"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """The length of a training; every trainer of this package has these."""
+    """The length of a training and the like; every trainer of this package has these."""
 
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
@@ -30,6 +30,8 @@ class TrainingSettings:
     """epochs between two `checkpoint_latest.pth`"""
     seed: int | None = None
     """fixes the initialisation, and with `nnUNet_n_proc_DA=0` on a CPU the whole training"""
+    num_labeled: int | None = None
+    """use the labels of so many training cases; the others' images are unlabelled. None: of all"""
     bfloat16_on_cpu: bool = False
     """on a CPU, run the network in bfloat16: faster on CPUs that have instructions for it (AVX512-BF16)"""
 
@@ -37,6 +39,7 @@ class TrainingSettings:
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             require(self, name, minimum=1)
         require(self, "seed", minimum=0, maximum=2**32 - 1)
+        require(self, "num_labeled", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from tqdm import tqdm
 
 from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
+from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
@@ -415,7 +416,7 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
             "licence": about.licence,
             "citation": about.citation,
             "protocol": about.protocol if request["protocol"] == "published" else "every case trains, no test set",
-            "labeled": len(labeled),
+            ORDER_KEY: [name for name in request["parts"] if name in labeled],  # as published
             "crop": f"round the ground truth ({about.crop.source})" if request["crop"] == "published" else "none",
             "notes": list(about.notes),
             "sources": {file: digest for record in records.values() for file, digest in record["sources"].items()},

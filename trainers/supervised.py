@@ -6,6 +6,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_semiseg.config import TrainingSettings, read_settings
+from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.training.semi_supervised_trainer import apply_network_settings, apply_training_settings
@@ -27,6 +28,9 @@ class SupervisedTrainer(nnUNetTrainer):
     def initialize(self):
         super().initialize()
         apply_network_settings(self, self.settings)
+
+    def do_split(self):
+        return take_labeled(*super().do_split(), self.settings.num_labeled, self.dataset_json)[:2]
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()

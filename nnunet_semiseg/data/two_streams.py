@@ -52,6 +52,7 @@ class ViewsTransform(BasicTransform):
 
         The views are stacked along the channels, because nnU-Net's loader carries one image.
         """
+        data_dict["segmentation"].clamp_(max=0)  # a labelled case that is used as an unlabelled one has labels there
         if not self.masking.transforms:
             data_dict.pop("segmentation")  # nothing reads it: spare its interpolation
         data_dict = self.spatial(**data_dict)

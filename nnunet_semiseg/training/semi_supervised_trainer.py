@@ -16,6 +16,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.config import SemiSupervisedSettings, TeacherSettings, read_settings
+from nnunet_semiseg.data.labeled_subset import JoinedDataset, take_labeled
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream, seed_workers
 from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.errors import UserError
@@ -171,6 +172,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
             update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)
 
+    def do_split(self):
+        split = super().do_split()
+        training, validation, self.hidden_cases = take_labeled(*split, self.settings.num_labeled, self.dataset_json)
+        return training, validation
+
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
         add_unlabeled_stream(train, self._make_unlabeled_loader)
@@ -182,8 +188,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader:
         sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
+        sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
         return UnlabeledDataLoader(
-            self.dataset_class(self.unlabeled_folder, list(self.unlabeled_cases)),
+            JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items())),
             self.settings.unlabeled_batch_size or self.batch_size,
             *sizes,
             self.label_manager,

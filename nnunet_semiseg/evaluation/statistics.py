@@ -1,0 +1,78 @@
+"""What differs between methods, over the cases of a test set: effect sizes, intervals, paired tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+def spreads(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Means with the two spreads that must not be mixed: what another training gives, and what another case gives.
+
+    Args:
+        scores: a row for each method, run (a training) and case, with a column `metric`.
+
+    Returns:
+        Index method; columns `mean` (over cases, then over runs), `over_runs` (standard deviation of the runs' means;
+        nan for one run), `over_cases` (standard deviation over the cases of their means over the runs), `runs`,
+        `cases`.
+    """
+    of_runs = scores.groupby(["method", "run"], sort=False)[metric].mean().groupby("method", sort=False)
+    of_cases = scores.groupby(["method", "case"], sort=False)[metric].mean().groupby("method", sort=False)
+    return pd.DataFrame({
+        "mean": of_runs.mean(),
+        "over_runs": of_runs.std(),
+        "over_cases": of_cases.std(),
+        "runs": of_runs.size(),
+        "cases": of_cases.size(),
+    })  # fmt: skip
+
+
+def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Paired comparison of every other method with the baseline, the cases being the pairs.
+
+    A case's value is its mean over a method's runs. The p-value is Wilcoxon's signed-rank test's, two-sided, then
+    corrected for the number of comparisons with Holm's method. It says whether these trained models differ on other
+    cases of the kind; what another training would give is in the spread over runs.
+
+    Args:
+        scores: a row for each method, run and case, with a column `metric`.
+
+    Returns:
+        Index method; columns `difference` (mean, method minus baseline), `low`, `high` (95 % bootstrap interval of it,
+        percentiles of 9,999 resamples of the cases), `effect` (the standardised mean difference of the pairs, Cohen's
+        d_z: nan where all differences are the same), `better` (share of cases in which the value is larger), `p` (nan
+        where no case differs) and `p_holm`.
+    """
+    values = scores.groupby(["case", "method"])[metric].mean().unstack()
+    rows = {}
+    for method in scores["method"].unique():
+        if method != baseline:
+            rows[method] = _paired((values[method] - values[baseline]).dropna().to_numpy())
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["difference", "low", "high", "effect", "better", "p"])
+    table["p_holm"] = holm(table["p"].to_numpy(dtype=float))
+    return table
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's correction, the step-down form of Bonferroni's (Scand. J. Statist. 6, 1979); nan is no comparison."""
+    corrected, counted = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
+    order = counted[np.argsort(p[counted])]
+    factors = np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * factors)) if len(order) else []
+    return corrected
+
+
+def _paired(d: np.ndarray) -> list[float]:
+    if len(d) == 0:
+        return [np.nan] * 6
+    low = high = mean = d.mean()
+    spread = d.std(ddof=1) if len(d) > 1 else 0.0
+    if spread > 0:
+        interval = stats.bootstrap((d,), np.mean, confidence_level=CONFIDENCE, method="percentile", rng=0)
+        low, high = interval.confidence_interval
+    p = stats.wilcoxon(d).pvalue if d.any() else np.nan
+    return [mean, low, high, mean / spread if spread > 0 else np.nan, (d > 0).mean(), p]
