@@ -56,6 +56,9 @@ if __name__ == "__main__":  # the tests read this file
     setup(
         packages=[*inner, *outer],
         package_dir=outer,
-        package_data={"nnunet_semiseg.dataset_conversion": ["splits/*.json"]},
+        package_data={
+            "nnunet_semiseg.dataset_conversion": ["splits/*.json"],
+            "nnunet_semiseg.evaluation": ["templates/*.html"],
+        },
         cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},
     )

@@ -173,6 +173,53 @@ def convert(parser: ArgumentParser) -> Command:
     return run
 
 
+def compare(parser: ArgumentParser) -> Command:
+    """Compare trainers on one dataset: train what is missing, predict, evaluate, write a report."""
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION")
+    parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
+    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("--trainers", nargs="+", required=True, metavar="TRAINER", help="the first is the baseline")
+    parser.add_argument("--run", action="store_true", dest="train", help="train what is missing, or go on with it")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each trainer; default: one, without a seed")
+    parser.add_argument(
+        "--labeled", type=_size, nargs="+", default=[], metavar="N", help="sizes of the labelled set: numbers, all"
+    )
+    parser.add_argument("--upper-bound", metavar="ID", help="dataset with all labels, for the first trainer")
+    parser.add_argument(
+        "--noise", type=float, nargs="+", default=[], metavar="SIGMA", help="on the normalised test images"
+    )
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="one process on each")
+    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring")
+    parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the NSD; default: %(default)s")
+    parser.add_argument("-np", type=int, default=_cores(8), metavar="N", help="processes for the evaluation")
+    parser.add_argument("-o", metavar="FOLDER", help="default: comparison/CONFIGURATION below the dataset's results")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.evaluation import compare as comparison
+
+        request = comparison.Request(
+            dataset=args.d,
+            configuration=args.c,
+            fold=args.f,
+            trainers=args.trainers,
+            plans=args.p,
+            seeds=args.seeds,
+            labeled=args.labeled,
+            upper_bound=args.upper_bound,
+            noise=args.noise,
+            device=args.device,
+            gpus=args.gpus,
+            mirroring=not args.disable_tta,
+            tolerance=args.tolerance,
+            num_processes=args.np,
+        )
+        print(comparison.compare(request, args.o, args.train))
+
+    return run
+
+
 def demo(parser: ArgumentParser) -> Command:
     """Make a small data set, train with and without its unlabelled images, compare: minutes on a CPU."""
     parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: nnunet_semiseg_demo")
@@ -197,7 +244,7 @@ def env(parser: ArgumentParser) -> Command:
     return run
 
 
-COMMANDS = (convert, plan_and_preprocess, preprocess_unlabeled, train, embed_prompts, demo, env)
+COMMANDS = (convert, plan_and_preprocess, preprocess_unlabeled, train, compare, embed_prompts, demo, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,6 +304,10 @@ def _add_conversion_arguments(parser: ArgumentParser) -> None:
 def _labeled(text: str) -> int | float | str:
     """Raises ValueError, which argparse shows, for what is neither."""
     return text if text == "all" else int(text) if text.isdecimal() else float(text)
+
+
+def _size(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
 
 def _add_set_argument(parser: ArgumentParser) -> None:

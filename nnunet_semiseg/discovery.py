@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -52,13 +53,14 @@ def check_trainer(name: str) -> None:
 
     if find_class("trainers", name) is None:
         try:
-            recursive_find_trainer_class_by_name(name)
+            with contextlib.redirect_stdout(None):
+                recursive_find_trainer_class_by_name(name)
         except RuntimeError as error:
             if name not in str(error):  # not nnU-Net's own: a module of the user's that does not load
                 raise
             ours = sorted(trainer.__name__ for trainer in iter_classes("trainers"))
             near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6) or ours
-            raise UserError(f"-tr {name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's") from None
+            raise UserError(f"{name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's") from None
 
 
 def module_names(package: str) -> list[str]:

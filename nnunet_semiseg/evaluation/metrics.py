@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.parallel import run_jobs
 
 Labels = Mapping[str, int | Sequence[int]]
 
@@ -103,6 +104,25 @@ def _of_masks(p: torch.Tensor, r: torch.Tensor, spacing: list[float], tolerance:
     return {metric: value.item() for metric, value in values.items()}
 
 
+def evaluate_case(
+    prediction_file: Path, reference_file: Path, labels: Labels, reader: type[BaseReaderWriter], tolerance: float = 2.0
+) -> dict[str, dict[str, float]]:
+    """`segmentation_metrics` of two files.
+
+    Raises:
+        UserError: the prediction is missing, or has another shape or spacing than the reference.
+    """
+    if not prediction_file.is_file():
+        raise UserError(f"{prediction_file}: missing: predict this case, or take its reference out")
+    (prediction, p), (reference, r) = (reader().read_seg(str(f)) for f in (prediction_file, reference_file))
+    if prediction.shape != reference.shape or not np.allclose(p["spacing"], r["spacing"]):
+        raise UserError(
+            f"{prediction_file}: shape {prediction.shape[1:]} and spacing {_listed(p)} mm, but {reference_file} has"
+            f" {reference.shape[1:]} and {_listed(r)}: predict from the images that belong to the references"
+        )
+    return segmentation_metrics(prediction[0], reference[0], labels, r["spacing"], tolerance)
+
+
 def evaluate_folder(
     predictions_folder: str | Path,
     references_folder: str | Path,
@@ -110,8 +130,14 @@ def evaluate_folder(
     file_ending: str = ".nii.gz",
     reader: type[BaseReaderWriter] = SimpleITKIO,
     tolerance: float = 2.0,
+    cases: Collection[str] | None = None,
+    num_processes: int = 0,
 ) -> list[dict]:
     """`segmentation_metrics` of every case that has a reference.
+
+    Args:
+        cases: those to evaluate; None: all that have a reference.
+        num_processes: 0 works in this process.
 
     Returns:
         A row {"case", "label", metric: value, ...} for every case and label, sorted by case.
@@ -122,18 +148,19 @@ def evaluate_folder(
     references = sorted(Path(references_folder).glob(f"*{file_ending}"))
     if not references:
         raise UserError(f"{references_folder}: no *{file_ending}: name the folder that holds the reference labels")
+    if cases is not None:
+        references = [r for r in references if r.name[: -len(file_ending)] in cases]
+    jobs = [(Path(predictions_folder, r.name), r, labels, reader, tolerance) for r in references]
     rows = []
-    for reference_file in references:
-        prediction_file = Path(predictions_folder, reference_file.name)
-        if not prediction_file.is_file():
-            raise UserError(f"{prediction_file}: missing: predict this case, or take its reference out")
-        (prediction, p), (reference, r) = (reader().read_seg(str(f)) for f in (prediction_file, reference_file))
-        if prediction.shape != reference.shape or not np.allclose(p["spacing"], r["spacing"]):
-            raise UserError(
-                f"{prediction_file}: shape {prediction.shape[1:]} and spacing {p['spacing']} mm, but the reference has"
-                f" {reference.shape[1:]} and {r['spacing']}: predict from the images that belong to the references"
-            )
-        metrics = segmentation_metrics(prediction[0], reference[0], labels, r["spacing"], tolerance)
-        case = reference_file.name[: -len(file_ending)]
+    for reference, metrics in run_jobs(_evaluate_job, jobs, num_processes):
+        case = reference.name[: -len(file_ending)]
         rows += [{"case": case, "label": name, **values} for name, values in metrics.items()]
-    return rows
+    return sorted(rows, key=lambda row: row["case"])
+
+
+def _evaluate_job(prediction: Path, reference: Path, *args) -> tuple[Path, dict[str, dict[str, float]]]:
+    return reference, evaluate_case(prediction, reference, *args)
+
+
+def _listed(properties: dict) -> str:
+    return "x".join(f"{s:g}" for s in properties["spacing"])

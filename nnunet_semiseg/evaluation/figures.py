@@ -1,0 +1,155 @@
+"""The figures of a report, as SVG whose text takes the page's colour, and overlays as PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; the baseline's comes first
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
+REFERENCE_COLOR = "#FFFFFF"
+_TEXT = "#010203"  # stands for the page's text colour
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nnunet_semiseg",  # the same figure is the same file
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **{f"{name}": _TEXT for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+}
+
+
+def color_of(methods: Sequence[str]) -> dict[str, str]:
+    return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
+
+
+def to_svg(figure: Figure) -> str:
+    """An `<svg>` element that scales, with text in `currentColor`: right in light, dark and print."""
+    file = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue().replace(_TEXT, "currentColor")
+    return re.sub(r"(?s)^.*?<svg ", "<svg ", text)
+
+
+def box_plots(scores: pd.DataFrame, metric: str, heading: str) -> Figure:
+    """One box a method over the cases, every case a dot, one panel a label.
+
+    Args:
+        scores: columns `method`, `label`, `case`, `metric`.
+    """
+    methods, labels = list(scores["method"].unique()), list(scores["label"].unique())
+    colors = color_of(methods)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 0.9 + len(labels) * (0.55 + 0.36 * len(methods))), layout="constrained")
+        axes = figure.subplots(len(labels), 1, squeeze=False, sharex=True)[:, 0]
+        for ax, label in zip(axes, labels, strict=True):
+            of_label = scores[scores["label"] == label]
+            values = [of_label[of_label["method"] == m][metric].dropna().to_numpy() for m in methods]
+            boxes = ax.boxplot(
+                values, orientation="horizontal", tick_labels=methods, widths=0.6, showfliers=False, patch_artist=True,
+                medianprops={"color": _TEXT}, whiskerprops={"color": _TEXT}, capprops={"color": _TEXT},
+                boxprops={"edgecolor": _TEXT},
+            )  # fmt: skip
+            for i, (method, box, points) in enumerate(zip(methods, boxes["boxes"], values, strict=True)):
+                box.set(facecolor=colors[method], alpha=0.55)
+                spread = np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else [0]
+                ax.plot(points, np.add(i + 1, spread), ".", color=colors[method], markersize=5, clip_on=False)
+            ax.invert_yaxis()
+            ax.grid(axis="x", color=_TEXT, alpha=0.15)
+            ax.set_title(label if len(labels) > 1 else "", loc="left", fontsize=10)
+        axes[-1].set_xlabel(heading)
+    return figure
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    line_at: tuple[str, float] | None = None,
+) -> Figure:
+    """Means with their spread over something few: the size of the labelled set, the noise.
+
+    Args:
+        lines: method to x, mean and standard deviation (nan where there is one run).
+        line_at: a name and a value, drawn as a horizontal line.
+    """
+    colors = color_of(list(lines))
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        ax = figure.subplots()
+        for method, (x, mean, spread) in lines.items():
+            ax.errorbar(x, mean, np.nan_to_num(spread), color=colors[method], label=method, marker="o", capsize=3)
+        if line_at:
+            ax.axhline(line_at[1], color=_TEXT, linestyle="--", linewidth=1, label=line_at[0])
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.set_xticks(sorted({value for x, *_ in lines.values() for value in x}))
+        ax.grid(color=_TEXT, alpha=0.15)
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
+    return figure
+
+
+def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: str) -> Figure:
+    """What each run logged: the losses, every term of them, and the pseudo Dice on the validation patches.
+
+    Args:
+        logs: run to nnU-Net's log, one value an epoch.
+        prefix: of the keys of loss terms.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 2.1 * len(logs) + 0.3), layout="constrained")
+        axes = figure.subplots(len(logs), 2, squeeze=False)
+        for (left, right), (run, log) in zip(axes, logs.items(), strict=True):
+            terms = {"training": log["train_losses"], "validation": log["val_losses"]}
+            terms |= {key.removeprefix(prefix): value for key, value in log.items() if key.startswith(prefix)}
+            for i, (name, values) in enumerate(terms.items()):
+                style = "-" if name in ("training", "validation") else "--"
+                left.plot(values, style, color=COLORS[i % len(COLORS)], label=name, linewidth=1.2)
+            right.plot(log["mean_fg_dice"], color=COLORS[0], linewidth=0.8, alpha=0.5)
+            right.plot(log["ema_fg_dice"], color=COLORS[0], linewidth=1.4)
+            left.set_title(run, loc="left", fontsize=9)
+            left.legend(frameon=False, fontsize=7, ncols=2)
+            right.set_title("pseudo Dice on validation patches", loc="left", fontsize=9)
+            for ax in (left, right):
+                ax.grid(color=_TEXT, alpha=0.15)
+                ax.tick_params(labelsize=8)
+        axes[-1][0].set_xlabel("epoch")
+        axes[-1][1].set_xlabel("epoch")
+    return figure
+
+
+def overlay(
+    image: np.ndarray, reference: np.ndarray, predictions: Mapping[str, np.ndarray], labels: Sequence, aspect: float
+) -> str:
+    """Contours on a slice, as a data URI: the reference's in white, each method's in its colour.
+
+    Args:
+        image: (H, W) intensities.
+        reference, predictions: (H, W) label maps.
+        labels: the values of each class, or of each region a tuple.
+        aspect: height of a pixel over its width.
+    """
+    colors = color_of(list(predictions))
+    low, high = np.percentile(image, (1, 99))
+    height = 3.2 * aspect * image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(3.2, min(6.4, max(1.2, height))))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
+    for name, labelled in (("", reference), *predictions.items()):
+        color, width = (colors[name], 1.3) if name else (REFERENCE_COLOR, 2.2)
+        for label in labels:
+            mask = np.isin(labelled, label)
+            if mask.any() and not mask.all():
+                ax.contour(mask, [0.5], colors=[color], linewidths=width)
+    ax.axis("off")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

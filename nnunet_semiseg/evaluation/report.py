@@ -1,0 +1,373 @@
+"""A report: its content, made once, written as one page of HTML, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+
+from nnunet_semiseg.evaluation import figures
+from nnunet_semiseg.evaluation.compare import Results
+from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
+from nnunet_semiseg.evaluation.runs import RECORD, Run, TrainedRun
+from nnunet_semiseg.evaluation.statistics import differences_from, spreads
+from nnunet_semiseg.files import read_json
+from nnunet_semiseg.training.loss_term_logger import PREFIX
+
+DIGITS = {metric: 3 if metric in HIGHER_IS_BETTER else 2 for metric in METRICS}
+COMPARED = ("dice", "hd95_mm")
+"""the metrics that are tested: few, as each further one is a further chance of a chance finding"""
+
+METRIC_NOTE = (
+    "Means over the classes of a case, then over cases. Where a class is in neither prediction nor reference it does"
+    " not count; where it is in one of them only, overlaps are 0 and distances are the image's diagonal. HD95: 95 %"
+    " Hausdorff distance; ASD: average distance of the prediction's surface to the reference's; NSD: share of both"
+    " surfaces within the tolerance. All from MONAI."
+)
+TEST_NOTE = (
+    "The cases are the pairs, each the mean over a method's runs: Wilcoxon's signed-rank test, two-sided, corrected"
+    " with Holm's method for the number of methods; bootstrap intervals (95 %, 9,999 resamples of the cases); d_z is"
+    " the mean difference over its standard deviation (0.2 small, 0.5 medium, 0.8 large). They speak of other cases"
+    " for these trained models; what training once more would give, the spread over runs tells."
+)
+
+
+@dataclass
+class Section:
+    """One heading with what belongs to it; what it does not have is empty.
+
+    Attributes:
+        rows: of a table, strings.
+        svgs: by file name.
+        legend: name to colour, of the images.
+        images: caption to data URI.
+    """
+
+    title: str
+    notes: Sequence[str] = ()
+    headers: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    svgs: Mapping[str, str] = field(default_factory=dict)
+    legend: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    title: str
+    facts: Mapping[str, str]
+    sections: list[Section]
+    warnings: Sequence[str] = ()
+    findings: Sequence[str] = ()
+
+
+def write(report: Report, output: Path) -> Path:
+    """`report.html`, which needs no other file, and `report.md` with its figures beside it."""
+    environment = Environment(loader=PackageLoader("nnunet_semiseg.evaluation"), autoescape=True)
+    html = environment.get_template("report.html").render(report=report)
+    markdown = [f"# {report.title}", *(f"- {name}: {fact}" for name, fact in report.facts.items())]
+    markdown += [f"**{line}**" for line in report.warnings] + list(report.findings)
+    for section in report.sections:
+        markdown += [f"## {section.title}", *section.notes]
+        if section.rows:
+            markdown.append(markdown_table(section.headers, section.rows))
+        pictures = {f"{name}.svg": svg.encode() for name, svg in section.svgs.items()}
+        for i, image in enumerate(section.images.values()):
+            pictures[f"{section.title.lower().replace(' ', '_')}_{i}.png"] = base64.b64decode(image.partition(",")[2])
+        captions = [*section.svgs, *section.images]
+        for (name, content), caption in zip(pictures.items(), captions, strict=True):
+            (output / "figures").mkdir(exist_ok=True)
+            (output / "figures" / name).write_bytes(content)
+            markdown.append(f"![{caption}](figures/{name})")
+    (output / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    (output / "report.html").write_text(html, encoding="utf-8")
+    return output / "report.html"
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------ the report of a comparison
+
+
+def write_report(results: Results, output: Path) -> Path:
+    """The report of `compare`; `cases.csv` and `runs.csv` hold every number of it."""
+    scores = tidy(results)
+    clean = scores[scores["noise"] == 0]
+    clean.drop(columns="noise").to_csv(output / "cases.csv", index=False)
+    runs = run_table(results, clean)
+    runs.to_csv(output / "runs.csv", index=False)
+
+    request = results.request
+    size = request.labeled[0] if request.labeled else None
+    main = clean[(clean["labeled"] == size_name(size)) | clean["is_upper_bound"]]
+    of_case = per_case(main)
+    compared = of_case[~of_case["is_upper_bound"]]
+    baseline = request.trainers[0]
+    sections = [
+        summary_section(of_case, request.tolerance),
+        *(difference_section(baseline, compared, metric) for metric in COMPARED if len(request.trainers) > 1),
+        class_section(main),
+        runs_section(runs),
+        Section(
+            "Every case",
+            svgs={f"cases_{m}": figures.to_svg(figures.box_plots(main, m, METRICS[m])) for m in COMPARED},
+        ),
+    ]
+    if len(request.labeled) > 1:
+        sections.append(share_section(per_case(clean), request.labeled))
+    if request.noise:
+        sections.append(noise_section(per_case(scores)))
+    logs = {run.title: TrainedRun(run).curves for run in results.everything if run.num_labeled == size}
+    sections.append(Section("Training", svgs={"training": figures.to_svg(figures.training_curves(logs, PREFIX))}))
+    sections += overlay_sections(results, compared, size)
+    test = "validation cases of the fold" if results.test_set.is_validation else "test cases"
+    facts = {
+        "data": f"{results.runs[0].dataset}, {request.configuration}, fold {request.fold}, plans {request.plans}",
+        "evaluated on": f"{of_case['case'].nunique()} {test}, last checkpoint, "
+        + ("with" if request.mirroring or results.test_set.is_validation else "without")
+        + " mirroring",
+        "classes": ", ".join(main["label"].unique()),
+        **({"labelled cases": f"{size_name(size)} in what follows, but for the curve"} if request.labeled else {}),
+        "made with": " ".join(["nnunet_semiseg", *sys.argv[1:]]),
+    }
+    title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
+    findings = [finding(baseline, compared, m) for m in COMPARED if len(request.trainers) > 1]
+    return write(Report(title, facts, sections, results.warnings, findings), output)
+
+
+def size_name(num_labeled: int | None) -> str:
+    return "all" if num_labeled is None else str(num_labeled)
+
+
+def tidy(results: Results) -> pd.DataFrame:
+    """`Results.scores` with columns `method`, `run` (its title), `labeled`, `is_upper_bound` in place of the index."""
+    bound = len(results.runs)
+    about = pd.DataFrame(
+        {
+            "method": run.trainer if i < bound else f"{run.trainer}, all labels ({run.dataset})",
+            "run": f"seed {run.seed}" if run.seed is not None else "as in the plans",
+            "labeled": size_name(run.num_labeled),
+            "is_upper_bound": i >= bound,
+        }
+        for i, run in enumerate(results.everything)
+    )
+    scores = results.scores.rename(columns={"run": "index"})
+    return about.merge(scores, left_index=True, right_on="index").drop(columns="index").reset_index(drop=True)
+
+
+def per_case(scores: pd.DataFrame) -> pd.DataFrame:
+    """The means over the labels of every case."""
+    keys = ["method", "run", "labeled", "is_upper_bound", "noise", "case"]
+    return scores.groupby(keys, sort=False)[list(METRICS)].mean().reset_index()
+
+
+def number(metric: str, value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.{DIGITS[metric]}f}"
+
+
+def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
+    """Means, with the spread over runs apart from that over cases."""
+    rows: dict[str, list[str]] = {}
+    for metric in METRICS:
+        for method, s in spreads(of_case, metric).iterrows():
+            row = rows.setdefault(method, [method, f"{s['runs']:.0f}", f"{s['cases']:.0f}"])
+            row.append(number(metric, s["mean"]))
+            if metric in COMPARED:
+                row += [number(metric, s["over_runs"]), number(metric, s["over_cases"])]
+    headers = ["method", "runs", "cases"]
+    for metric, heading in METRICS.items():
+        headers.append(f"NSD at {tolerance:g} mm" if metric == "nsd" else heading)
+        if metric in COMPARED:
+            headers += ["± over runs", "± over cases"]
+    return Section("Result", [METRIC_NOTE], headers, list(rows.values()))
+
+
+def difference_section(baseline: str, compared: pd.DataFrame, metric: str) -> Section:
+    table = differences_from(baseline, compared, metric)
+    rows = [
+        [
+            method,
+            f"{d['difference']:+.{DIGITS[metric]}f}",
+            f"{d['low']:+.{DIGITS[metric]}f} to {d['high']:+.{DIGITS[metric]}f}",
+            "–" if np.isnan(d["effect"]) else f"{d['effect']:+.2f}",
+            f"{d['better']:.0%}",
+            *("–" if np.isnan(p) else f"{p:.2g}" for p in (d["p"], d["p_holm"])),
+        ]
+        for method, d in table.iterrows()
+    ]
+    share = "cases with a higher value" if metric in HIGHER_IS_BETTER else "cases with a larger distance"
+    headers = ["method", "difference", "95 % interval", "effect d_z", share, "p", "p, Holm"]
+    return Section(f"{METRICS[metric]}: difference from {baseline}", [TEST_NOTE], headers, rows)
+
+
+def finding(baseline: str, compared: pd.DataFrame, metric: str) -> str:
+    """The tables in a sentence a method."""
+    sentences = []
+    for method, d in differences_from(baseline, compared, metric).iterrows():
+        if np.isnan(d["p"]):
+            sentences.append(f"{method} does not differ from {baseline} in any case.")
+            continue
+        difference, low, high = (f"{d[key]:+.{DIGITS[metric]}f}" for key in ("difference", "low", "high"))
+        clear = "" if d["p_holm"] < 0.05 else ", which chance explains as well"
+        sentences.append(f"{method} minus {baseline}: {difference} ({low} to {high}){clear}.")
+    return f"{METRICS[metric]}: " + " ".join(sentences)
+
+
+def class_section(main: pd.DataFrame) -> Section:
+    rows = []
+    for (method, label), group in main.groupby(["method", "label"], sort=False):
+        rows.append([method, label, *(number(metric, group[metric].mean()) for metric in METRICS)])
+    return Section("Every class", headers=["method", "class", *METRICS.values()], rows=rows)
+
+
+def run_table(results: Results, clean: pd.DataFrame) -> pd.DataFrame:
+    """A row for each run: its means and what it took."""
+    rows = []
+    for i, run in enumerate(results.everything):
+        trained = TrainedRun(run)
+        memory = trained.peak_memory
+        record = results.predictions[run] / RECORD
+        seconds = read_json(record, "predict again")["seconds_per_case"] if record.is_file() else np.nan
+        of_run = results.scores[(results.scores["run"] == i) & (results.scores["noise"] == 0)]
+        means = of_run.groupby("case")[list(METRICS)].mean().mean()
+        rows.append(
+            {
+                "run": run.title + (f" ({run.dataset})" if run in results.upper_bound else ""),
+                **means,
+                "iterations": trained.iterations,
+                "training_hours": trained.hours,
+                "peak_memory_mib": memory[0] if memory else np.nan,
+                "memory": memory[1] if memory else "",
+                "parameters": trained.parameters,
+                "seconds_per_case": seconds,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def runs_section(runs: pd.DataFrame) -> Section:
+    def missing_or(form: Callable[[float], str], value: float) -> str:
+        return "–" if np.isnan(value) else form(value)
+
+    rows = [
+        [
+            r["run"],
+            *(number(m, r[m]) for m in METRICS),
+            f"{r['iterations']:,}",
+            f"{r['training_hours']:.2f}",
+            missing_or(lambda v, r=r: f"{v:,.0f} ({r['memory']})", r["peak_memory_mib"]),
+            f"{r['parameters'] / 1e6:.2f}",
+            missing_or(lambda v: f"{v:.1f}", r["seconds_per_case"]),
+        ]
+        for _, r in runs.iterrows()
+    ]
+    resources = ["iterations", "hours", "peak memory, MiB", "parameters, 10⁶", "prediction, s a case"]
+    note = (
+        "Hours are those of the epochs. Memory is what the training process held at most, on the GPU or, without one,"
+        " in RAM; – where the training was not started by this command. Parameters are those of the deployed network."
+    )
+    return Section("Every run", [note], ["run", *METRICS.values(), *resources], rows)
+
+
+def share_section(of_case: pd.DataFrame, sizes: Sequence[int | None]) -> Section:
+    """Dice against the number of labelled cases; the upper bound's mean as a line."""
+    bound = of_case[of_case["is_upper_bound"]]
+    numbers = sorted(size for size in sizes if size is not None)
+    lines, rows = {}, []
+    for method, group in of_case[~of_case["is_upper_bound"]].groupby("method", sort=False):
+        points = []
+        for size in [*numbers, *([None] if None in sizes else [])]:
+            s = spreads(group[group["labeled"] == size_name(size)], "dice").iloc[0]
+            rows.append([method, size_name(size), *(number("dice", s[k]) for k in ("mean", "over_runs", "over_cases"))])
+            if size is not None:
+                points.append((size, s["mean"], s["over_runs"]))
+        lines[method] = tuple(zip(*points, strict=True)) if points else ((), (), ())
+    reference = None
+    if len(bound):
+        reference = bound["method"].iloc[0], bound["dice"].mean()
+    elif None in sizes:
+        first = of_case[(of_case["labeled"] == "all") & (of_case["method"] == of_case["method"].iloc[0])]
+        reference = f"{first['method'].iloc[0]}, all labels", first["dice"].mean()
+    figure = figures.curves(lines, "labelled cases", "Dice", reference)
+    note = (
+        "The plans, and with them the intensity statistics, are those of all labelled cases of the dataset, at every"
+        " size. Cases without their label are unlabelled ones. Bars: spread over runs."
+    )
+    headers = ["method", "labelled cases", "Dice", "± over runs", "± over cases"]
+    return Section("Share of labels", [note], headers, rows, {"share_of_labels": figures.to_svg(figure)})
+
+
+def noise_section(of_case: pd.DataFrame) -> Section:
+    lines, rows = {}, []
+    for method, group in of_case.groupby("method", sort=False):
+        points = []
+        for sigma, some in group.groupby("noise"):
+            s = spreads(some, "dice").iloc[0]
+            points.append((sigma, s["mean"], s["over_runs"]))
+            rows.append([method, f"{sigma:g}", *(number("dice", s[k]) for k in ("mean", "over_runs", "over_cases"))])
+        lines[method] = tuple(zip(*points, strict=True))
+    figure = figures.curves(lines, "standard deviation of the noise on the normalised image", "Dice")
+    note = "Gaussian noise, the same for all methods, on the test images as nnU-Net has normalised and resampled them."
+    headers = ["method", "noise", "Dice", "± over runs", "± over cases"]
+    return Section("Noise", [note], headers, rows, {"noise": figures.to_svg(figure)})
+
+
+def overlay_sections(results: Results, compared: pd.DataFrame, size: int | None) -> list[Section]:
+    """The best, the median and the worst case, by mean Dice of all methods; the first run of each method."""
+    ranked = compared.groupby("case")["dice"].mean().dropna().sort_values(ascending=False)
+    if ranked.empty:
+        return []
+    chosen: dict[str, Run] = {}
+    for run in results.runs:
+        if run.num_labeled == size:
+            chosen.setdefault(run.trainer, run)
+    sections = []
+    for title, i in (("Best case", 0), ("Median case", len(ranked) // 2), ("Worst case", -1)):
+        case = ranked.index[i]
+        of_case = compared[compared["case"] == case].groupby("method", sort=False)["dice"].mean()
+        note = f"{case}: Dice " + ", ".join(f"{method} {value:.3f}" for method, value in of_case.items())
+        legend = {"reference": figures.REFERENCE_COLOR, **figures.color_of(list(chosen))}
+        images = overlays(results, case, {method: results.predictions[run] for method, run in chosen.items()})
+        sections.append(Section(title, [note], legend=legend, images=images))
+    return sections
+
+
+def overlays(results: Results, case: str, folders: Mapping[str, Path]) -> dict[str, str]:
+    """The slice with the most of the reference, and the one where methods are most wrong, cut to what is there."""
+    test, reader = results.test_set, results.test_set.reader()
+    volume, properties = reader.read_images(test.images[case][:1])
+    reference = reader.read_seg(str(test.references / f"{case}{test.file_ending}"))[0][0]
+    predictions = {m: reader.read_seg(str(folder / f"{case}{test.file_ending}"))[0][0] for m, folder in folders.items()}
+    labels = [value for name, value in test.labels.items() if name not in ("background", "ignore")]
+    # along the axis of the thickest slices: the plane that radiologists look at
+    axis = int(np.argmax(properties["spacing"])) if len(volume[0]) > 1 else 0
+    volume, reference = np.moveaxis(volume[0], axis, 0), np.moveaxis(reference, axis, 0)
+    predictions = {method: np.moveaxis(p, axis, 0) for method, p in predictions.items()}
+    height, width = (s for i, s in enumerate(properties["spacing"]) if i != axis)
+
+    values = np.concatenate([np.atleast_1d(value) for value in labels])
+    foreground = [np.isin(x, values) for x in (reference, *predictions.values())]
+    amount = foreground[0].sum((1, 2))
+    errors = sum((p != reference).sum((1, 2)) for p in predictions.values())
+    anywhere = np.argwhere(np.logical_or.reduce(foreground).any(0))
+    margin = max(8, min(volume.shape[1:]) // 10)
+    if not len(anywhere):
+        anywhere = np.array([[0, 0], volume.shape[1:]])
+    window = tuple(slice(max(0, a - margin), b + margin) for a, b in zip(anywhere.min(0), anywhere.max(0), strict=True))
+    pictures = {}
+    for caption, index in (("most of the reference", amount.argmax()), ("most errors", errors.argmax())):
+        cut = [x[index][window] for x in (volume, reference, *predictions.values())]
+        caption = f"slice {index}: {caption}" if len(volume) > 1 else "the image"
+        pictures[caption] = figures.overlay(
+            cut[0], cut[1], dict(zip(predictions, cut[2:], strict=True)), labels, float(height / width)
+        )
+    return pictures

@@ -1,0 +1,190 @@
+"""One training of a comparison: its plans, its folders, and what is left of it on disk.
+
+A run with a seed or with fewer labels has plans of its own, a copy that differs in nothing but these settings and the
+name. nnU-Net names its output folders after the plans, so that every run has one, which stock commands load with
+`-p PLANS_seed1`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from nnunet_semiseg.config import PLANS_KEY, update_settings
+from nnunet_semiseg.discovery import find_class
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import base_folder, read_json, write_json
+
+RESOURCES = "resources.json"
+"""in a run's folder: what training it took, if this package started it"""
+
+RECORD = "prediction.json"
+"""written last into a folder of predictions: what they were made with, and how long it took"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training, done or to be done.
+
+    Attributes:
+        dataset: its full name.
+        fold: a number, or `all`.
+        base_plans: the plans without what makes this run special.
+        seed, num_labeled: None is what the base plans say.
+    """
+
+    dataset: str
+    configuration: str
+    fold: str
+    trainer: str
+    base_plans: str
+    seed: int | None = None
+    num_labeled: int | None = None
+
+    @property
+    def plans(self) -> str:
+        parts = [self.base_plans]
+        parts += [f"{self.num_labeled}labeled"] if self.num_labeled is not None else []
+        parts += [f"seed{self.seed}"] if self.seed is not None else []
+        return "_".join(parts)
+
+    @property
+    def name(self) -> str:
+        return f"{self.trainer}__{self.plans}"
+
+    @property
+    def title(self) -> str:
+        parts = [f"{self.num_labeled} labelled"] if self.num_labeled is not None else []
+        parts += [f"seed {self.seed}"] if self.seed is not None else []
+        return ", ".join([self.trainer, *parts])
+
+    @property
+    def model_folder(self) -> Path:
+        return base_folder("nnUNet_results") / self.dataset / f"{self.name}__{self.configuration}"
+
+    @property
+    def folder(self) -> Path:
+        return self.model_folder / f"fold_{self.fold}"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint_final.pth"
+
+    @property
+    def is_trained(self) -> bool:
+        return self.checkpoint.is_file()
+
+    @property
+    def is_begun(self) -> bool:
+        return any(self.folder.glob("checkpoint_*.pth"))
+
+    def train_command(self, device: str) -> list[str]:
+        """The words behind `nnUNetv2_train`."""
+        words = [self.dataset, self.configuration, self.fold, "-tr", self.trainer, "-p", self.plans, "-device", device]
+        return [*words, "--c"] if self.is_begun else words
+
+    def write_plans(self) -> None:
+        """Write this run's plans, unless they are the base plans, or training with them has begun.
+
+        Raises:
+            UserError: no base plans; a trainer that has no such setting.
+        """
+        preprocessed = base_folder("nnUNet_preprocessed") / self.dataset
+        mend = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
+        base = read_json(preprocessed / f"{self.base_plans}.json", mend)
+        if self.num_labeled is not None and not hasattr(find_class("trainers", self.trainer), "settings_class"):
+            raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
+        if self.plans != self.base_plans and not self.is_begun:
+            changes = {"seed": self.seed, "num_labeled": self.num_labeled}
+            plans = update_settings(base, {key: value for key, value in changes.items() if value is not None})
+            write_json({**plans, "plans_name": self.plans}, preprocessed / f"{self.plans}.json")
+
+
+class TrainedRun:
+    """What a finished run tells about itself."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    @cached_property
+    def _checkpoint(self) -> dict:
+        try:
+            checkpoint = torch.load(self.run.checkpoint, map_location="cpu", weights_only=False)
+            # the weights are large and there may be many runs
+            weights = checkpoint["network_weights"]
+            return {"logging": checkpoint["logging"], "parameters": sum(w.numel() for w in weights.values())}
+        except Exception as e:  # a damaged checkpoint raises nearly anything
+            file = self.run.checkpoint
+            raise UserError(f"{file}: cannot be read ({type(e).__name__}): remove it and train on") from None
+
+    @property
+    def parameters(self) -> int:
+        """Values in the weights of the deployed network."""
+        return self._checkpoint["parameters"]
+
+    @property
+    def curves(self) -> dict[str, list[float]]:
+        """nnU-Net's log, one value an epoch; our trainers' loss terms begin with `loss/`."""
+        return self._checkpoint["logging"]
+
+    @property
+    def hours(self) -> float:
+        """In epochs, over all interruptions; what nnU-Net does before and after them is not counted."""
+        log = self._checkpoint["logging"]
+        pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
+        return sum(end - start for start, end in pairs) / 3600
+
+    @cached_property
+    def peak_memory(self) -> tuple[float, str] | None:
+        """MiB and of what, `GPU` or `RAM`; None for a training that was not started by `compare`."""
+        file = self.run.folder / RESOURCES
+        if not file.is_file():
+            return None
+        content = json.loads(file.read_bytes())
+        return content["peak_memory_mib"], content["memory"]
+
+    @cached_property
+    def _debug(self) -> dict[str, str]:
+        return read_json(self.run.folder / "debug.json", "train this run again")
+
+    @property
+    def iterations(self) -> int:
+        return int(self._debug["num_epochs"]) * int(self._debug["num_iterations_per_epoch"])
+
+    @cached_property
+    def plans(self) -> dict:
+        return read_json(self.run.model_folder / "plans.json", "train this run again")
+
+    @cached_property
+    def validated_cases(self) -> set[str]:
+        ending = read_json(self.run.model_folder / "dataset.json", "train this run again")["file_ending"]
+        return {file.name[: -len(ending)] for file in (self.run.folder / "validation").glob(f"*{ending}")}
+
+
+def unequal_conditions(runs: list[Run]) -> list[str]:
+    """What is not the same for all runs and ought to be: iterations, plans, settings that all trainers share.
+
+    Returns:
+        A sentence for each difference from the first run; none if the comparison is fair.
+    """
+    first, *others = map(TrainedRun, runs)
+    found = []
+    for other in others:
+        pair = f"{other.run.title} and {first.run.title}"
+        if other.iterations != first.iterations:
+            found.append(f"{pair}: {other.iterations} and {first.iterations} training iterations")
+        a, b = (t.plans["configurations"] for t in (other, first))
+        a, b = a[other.run.configuration], b[first.run.configuration]
+        keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+        if keys:
+            found.append(f"{pair}: the plans differ in {', '.join(keys)}")
+        a, b = (t.plans.get(PLANS_KEY, {}).get("bfloat16_on_cpu", False) for t in (other, first))
+        if a != b:
+            found.append(f"{pair}: one was trained in bfloat16")
+        if other.run.fold != "all" and other.validated_cases != first.validated_cases:
+            found.append(f"{pair}: trained with different splits (their validation cases differ)")
+    return found

@@ -1,0 +1,105 @@
+"""What a comparison does in processes of their own: `python -m nnunet_semiseg.evaluation.worker JOB.json`.
+
+A training is nnU-Net's own command, a prediction nnU-Net's own predictor; this only measures what they take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import run_training_entry
+from torch import Tensor
+
+from nnunet_semiseg.evaluation.runs import RECORD, RESOURCES
+from nnunet_semiseg.files import write_json
+
+
+def train(words: list[str], folder: str) -> None:
+    """`nnUNetv2_train`, then the peak of memory into the run's folder, over all interruptions."""
+    sys.argv = ["nnUNetv2_train", *words]
+    run_training_entry()
+    file = Path(folder, RESOURCES)
+    peak, memory = _peak_memory()
+    before = json.loads(file.read_bytes())["peak_memory_mib"] if file.is_file() else 0
+    write_json({"peak_memory_mib": max(peak, before), "memory": memory}, file)
+
+
+def predict(
+    model: str,
+    fold: str,
+    images: list[list[str]],
+    output: str,
+    device: str,
+    mirroring: bool,
+    noise: float,
+    settings: dict,
+) -> None:
+    """nnU-Net's predictor on the last checkpoint.
+
+    Args:
+        images: the channels' files of every case.
+        noise: standard deviation of the Gaussian noise on the normalised images.
+        settings: goes into the record, which says whether predictions are still those asked for.
+    """
+    folder = Path(output)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
+    predictor.noise = noise
+    predictor.initialize_from_trained_model_folder(model, (fold,), "checkpoint_final.pth")
+    ending = predictor.dataset_json["file_ending"]
+    targets = [str(folder / Path(files[0]).name[: -len(ending) - 5]) for files in images]
+    start = time.perf_counter()
+    predictor.predict_from_files(images, targets, num_processes_preprocessing=1, num_processes_segmentation_export=1)
+    seconds = time.perf_counter() - start
+    write_json({"settings": settings, "seconds_per_case": seconds / len(images)}, folder / RECORD)
+
+
+class NoisyPredictor(nnUNetPredictor):
+    """nnU-Net's predictor; the n-th image gets the n-th noise, the same for every model with the same preprocessing."""
+
+    noise = 0.0
+    count = 0
+
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        if self.noise:
+            self.count += 1
+            generator = torch.Generator().manual_seed(self.count)
+            data = data + self.noise * torch.randn(data.shape, generator=generator, dtype=data.dtype)
+        return super().predict_logits_from_preprocessed_data(data)
+
+
+def _peak_memory() -> tuple[float, str]:
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20, "GPU"
+    # of this process; loader workers have their own
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "RAM"
+
+
+def end_with_parent() -> None:
+    """Nobody writes to our stdin: it ends when the comparison does, and so must we, with our workers.
+
+    Else a comparison that was killed and started again would train beside what is left of the first.
+    """
+
+    def watch():
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    job = json.loads(Path(sys.argv[1]).read_bytes())
+    {"train": train, "predict": predict}[job.pop("job")](**job)
