@@ -39,6 +39,7 @@ from nnunet_semiseg.parallel import run_jobs
 STATE = ".conversion"
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+JUNK = (".", "__MACOSX", "~$")
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,30 @@ def published_split(name: str) -> dict:
 
 
 def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Training cases in an order of their own, and a share for testing, for data with no published list."""
-    order = np.random.default_rng(seed).permutation(sorted(names)).tolist()
+    """Training cases in an order of their own, and a share for testing, for data with no published list.
+
+    The order is that of a hash of each name, so that a case that is missing changes nothing for the others.
+    """
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     n = round(test * len(order))
     return order[n:], order[:n]
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Files and folders below a folder, at any depth, whose path ends like the pattern, sorted.
+
+    Args:
+        pattern: `*.tif`, or with the names of the folders above: `imagesTr/lung_*.nii.gz`.
+
+    Links to folders are followed. What a Mac or an office program leaves beside files is not found: `__MACOSX`, `._x`,
+    `~$x`, and all that is hidden.
+    """
+    found = []
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(JUNK)]
+        paths = (Path(directory, name) for name in (*folders, *files) if not name.startswith(JUNK))
+        found += [path for path in paths if path.match(pattern)]
+    return sorted(found)
 
 
 def by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
