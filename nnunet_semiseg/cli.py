@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from argparse import REMAINDER, SUPPRESS, ArgumentParser, Namespace
+from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 
 from nnunet_semiseg.errors import UserError, report
@@ -193,7 +193,9 @@ def compare(parser: ArgumentParser) -> Command:
     parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="one process on each")
     parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring")
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the NSD; default: %(default)s")
-    parser.add_argument("-np", type=int, default=_cores(8), metavar="N", help="processes for the evaluation")
+    parser.add_argument(
+        "-np", type=_at_least(0), default=_cores(8), metavar="N", help="processes for the evaluation"
+    )
     parser.add_argument("-o", metavar="FOLDER", help="default: comparison/CONFIGURATION below the dataset's results")
 
     def run(args: Namespace) -> None:
@@ -262,6 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         report(error)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -274,7 +279,7 @@ def _add_preprocessing_arguments(parser: ArgumentParser) -> None:
         help=f"default: {' '.join(CONFIGURATIONS)}",
     )
     parser.add_argument(
-        "-np", type=int, nargs="+", metavar="N", help="processes, or one number for each of -c"
+        "-np", type=_at_least(0), nargs="+", metavar="N", help="processes, or one number for each of -c"
     )
     parser.add_argument("--clean", action="store_true", help="redo what is there already")
     parser.add_argument("--no_pbar", action="store_true", help="no progress bar")
@@ -283,7 +288,7 @@ def _add_preprocessing_arguments(parser: ArgumentParser) -> None:
 
 def _add_conversion_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-i", required=True, metavar="DOWNLOAD", help="folder, or archive (zip, tar)")
-    parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset number")
+    parser.add_argument("-d", type=_at_least(1), required=True, metavar="ID", help="dataset number")
     parser.add_argument(
         "--labeled", type=_labeled, metavar="N", help="number, fraction or all; default: what is published"
     )
@@ -295,15 +300,34 @@ def _add_conversion_arguments(parser: ArgumentParser) -> None:
         "--crop", choices=["none", "published"], default="none",
         help="published: round the ground truth, of test cases too; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument("-np", type=int, default=_cores(8), dest="num_processes", metavar="N", help="processes")
+    parser.add_argument(
+        "-np", type=_at_least(0), default=_cores(8), dest="num_processes", metavar="N", help="processes"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this number and name")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--no_pbar", action="store_false", dest="show_progress_bar", help="no progress bar")
 
 
 def _labeled(text: str) -> int | float | str:
-    """Raises ValueError, which argparse shows, for what is neither."""
-    return text if text == "all" else int(text) if text.isdecimal() else float(text)
+    """Raises ArgumentTypeError for what is none of these."""
+    if text == "all":
+        return text
+    try:
+        number = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        number = 0
+    if not (number >= 1 if isinstance(number, int) else 0 < number <= 1):
+        raise ArgumentTypeError(f"{text}: give a number of cases, a fraction between 0 and 1, or all")
+    return number
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise ArgumentTypeError(f"{text}: give a whole number, {minimum} or more")
+        return int(text)
+
+    return convert
 
 
 def _size(text: str) -> int | None:

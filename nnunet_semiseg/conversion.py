@@ -11,25 +11,26 @@ is whole. It stays where a case failed, so that the same command goes on; `datas
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
-import tarfile
-import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
+from nnunet_semiseg.archives import ARCHIVES, unpacked
 from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
 from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
@@ -38,21 +39,21 @@ from nnunet_semiseg.parallel import run_jobs
 
 STATE = ".conversion"
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+PICTURES = (".png", ".bmp", ".tif")  # of those that nnU-Net reads
 JUNK = (".", "__MACOSX", "~$")
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The published crop: the label's bounding box and a margin, at least `size` where the image is as large.
+    """A published crop: the label's bounding box, grown to at least `size`, and a margin outside of that.
 
     Args:
-        margin, size: voxels, x y z.
+        size, margin: voxels, x y z; None where an axis is not cropped.
         source: who publishes it.
     """
 
-    margin: tuple[int, ...]
-    size: tuple[int, ...]
+    size: tuple[int | None, ...]
+    margin: tuple[int | None, ...]
     source: str
 
     def __call__(self, label: sitk.Image) -> tuple[slice, ...]:
@@ -61,10 +62,13 @@ class Crop:
         if not len(foreground[0]):
             raise UserError("the label is empty, so that there is nothing to crop round: --crop none")
         slices = []
-        for indices, margin, size, extent in zip(foreground, self.margin, self.size, label.GetSize(), strict=True):
-            first, end = int(indices.min()) - margin, int(indices.max()) + 1 + margin
+        for indices, size, margin, extent in zip(foreground, self.size, self.margin, label.GetSize(), strict=True):
+            if size is None:
+                slices.append(slice(0, extent))
+                continue
+            first, end = int(indices.min()), int(indices.max()) + 1
             missing = max(size - (end - first), 0)
-            first, end = first - missing // 2, end + missing - missing // 2
+            first, end = first - missing // 2 - margin, end + missing - missing // 2 + margin
             slices.append(slice(max(first, 0), min(end, extent)))
         return tuple(slices)
 
@@ -79,6 +83,7 @@ class About:
         protocol: the published split, in words.
         labeled: how many labelled cases by default; None: all that have a label.
         labels, regions_class_order, file_ending: as in `dataset.json`.
+        dims: of every image; None: 2 for pictures, else 3.
         label_values: value in the source to value in the dataset; None: the values of `labels`.
         notes: what a user should know before using it.
     """
@@ -95,10 +100,15 @@ class About:
     prompts: Mapping[str, str | list[str]]
     regions_class_order: tuple[int, ...] | None = None
     file_ending: str = ".nii.gz"
+    dims: int | None = None
     label_values: Mapping[int, int] | None = None
     labeled: int | float | None = None
     crop: Crop | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def dimension(self) -> int:
+        return self.dims or (2 if self.file_ending in PICTURES else 3)
 
     @property
     def label_map(self) -> dict[int, int]:
@@ -194,29 +204,55 @@ def by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def read_dicom_series(folder: Path) -> sitk.Image:
-    """The one DICOM series below a folder.
+    """The one DICOM series below a folder, be its files in one folder or in several.
 
     Raises:
-        UserError: no series, or several.
+        UserError: no series, or several; slices that are missing, or there twice.
     """
-    series = {}
-    for directory in sorted({file.parent for file in folder.rglob("*") if file.is_file()}):
+    series: dict[str, list[str]] = {}
+    for directory in sorted({file.parent for file in find_files(folder, "*") if file.is_file()}):
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(directory)):
-            series[uid] = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(directory), uid)
+            files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(directory), uid)
+            series.setdefault(uid, []).extend(files)
     if len(series) != 1:
         raise UserError(f"{folder}: {len(series) or 'no'} DICOM series: leave exactly one there")
     (files,) = series.values()
-    return sitk.ReadImage(files)
+    return sitk.ReadImage(_in_order(files, folder))
+
+
+def _in_order(files: Sequence[str], folder: Path) -> list[str]:
+    """Slices by their position. ITK reads what is missing or there twice as a volume with another spacing."""
+    heights = {}
+    for file in files:
+        header = sitk.ImageFileReader()
+        header.SetFileName(file)
+        header.ReadImageInformation()
+        origin, direction = header.GetOrigin(), np.reshape(header.GetDirection(), (3, 3))
+        heights[file] = float(np.dot(origin, direction[:, 2]))
+    ordered = sorted(files, key=heights.get)
+    gaps = np.diff([heights[file] for file in ordered])
+    if len(gaps) and gaps.min() < 1e-3:
+        raise UserError(f"{folder}: slices are there twice, at {heights[ordered[gaps.argmin()]]:g} mm: remove copies")
+    if len(gaps) and gaps.max() > 1.1 * np.median(gaps):
+        raise UserError(
+            f"{folder}: slices are {np.median(gaps):g} mm apart, but {gaps.max():g} mm at"
+            f" {heights[ordered[gaps.argmax()]]:g} mm: some are missing, download it again"
+        )
+    return ordered
 
 
 def read_gray(path: Path) -> sitk.Image:
     """A 2d image of which all colour channels are alike, as one channel."""
-    image = sitk.ReadImage(path)
+    return one_channel(sitk.ReadImage(path), str(path))
+
+
+def one_channel(image: sitk.Image, name: str) -> sitk.Image:
+    """The image itself, or the first of its colour channels, if all are alike. Raises UserError if they are not."""
     if image.GetNumberOfComponentsPerPixel() == 1:
         return image
     voxels = sitk.GetArrayViewFromImage(image)
     if not (voxels[..., :3] == voxels[..., :1]).all():
-        raise UserError(f"{path}: a colour image, where a grey one belongs")
+        raise UserError(f"{name}: a colour image, where a grey one belongs: save it so, or name all --channels")
     return sitk.VectorIndexSelectionCast(image, 0)
 
 
@@ -259,12 +295,13 @@ def convert_dataset(
     """
     source = Path(source).absolute()
     with contextlib.ExitStack() as stack:
-        folder = source
+        folder, raw = source, base_folder("nnUNet_raw")
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to a folder") from None
         if source.is_file() and source.name.lower().endswith(ARCHIVES):
-            folder = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(dir=base_folder("nnUNet_raw"), prefix=".unpacked_"))
-            )
-            unpack(source, folder)
+            folder = stack.enter_context(unpacked(source, raw))
         elif not source.is_dir():
             kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
             raise UserError(f"{source}: {kind}: give the download with -i")
@@ -275,14 +312,19 @@ def convert_dataset(
         parts = assign(found, labeled, protocol)
         if crop == "published" and found.about.crop is None:
             raise UserError("--crop published: this data set has no published crop: leave it out")
-        target = base_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{found.about.name}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
+            raise UserError(f"--name {found.about.name}: letters, digits, - and _ only")
+        target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
+        if source == target or target in source.parents or source in target.parents:
+            raise UserError(f"{target}: the dataset and its source -i {source} must not lie in each other: move one")
         request = {"source": str(source), "parts": parts, "labeled": labeled, "protocol": protocol, "crop": crop}
         request |= {"options": {key: str(value) for key, value in options.items()}}
         report(found, parts, target, crop)
-        going_on = may_go_on(target, request, overwrite)
+        begun = beginning(target, request, overwrite)
         if not dry_run:
-            if target.exists() and not going_on:
+            if target.exists() and begun is None:
                 shutil.rmtree(target)
+            _take_back(target, begun or {}, parts)
             _convert(found, folder, target, request, num_processes, show_progress_bar)
     return target
 
@@ -290,23 +332,35 @@ def convert_dataset(
 def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
     """Case name to part: labeled, validation, unlabeled or test.
 
+    The labelled ones are the first of the published list. One that is not there is not replaced by the next: the
+    labelled set would be another than everybody's.
+
     Raises:
-        UserError: more labelled cases asked for than there are.
+        UserError: more labelled cases asked for than there are, none at all, or a case in two lists.
     """
     present = source.cases.keys()
-    train, val, test = (
-        [name for name in names if name in present] for names in (source.train, source.val, source.test)
-    )
+    lists = {"train": source.train, "val": source.val, "test": source.test}
+    for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
+        if both := sorted(set(names) & set(others)):
+            raise UserError(f"case {_some(both)} is in the {one} and in the {other} list: take it out of one")
     if protocol == "all":
-        listed = dict.fromkeys((*train, *val, *test))
-        train, val, test = [*listed, *(name for name in present if name not in listed)], [], []
+        listed = [name for name in dict.fromkeys(itertools.chain(*lists.values())) if name in present]
+        lists = {"train": [*listed, *(name for name in present if name not in listed)], "val": [], "test": []}
+    train = [name for name in lists["train"] if name in present]
     if not train:
-        raise UserError("none of the published training cases is there: use --protocol all, or look at -i")
-    candidates = [name for name in train if source.cases[name].label is not None]
-    n = _count(labeled, source.about.labeled, len(train), len(candidates))
-    keep = set(candidates[:n])
+        raise UserError("none of the listed training cases is there: use --protocol all, or look at -i")
+    candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
+    n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
+    keep = set(candidates[:n]) & present
+    if not keep:
+        raise UserError(
+            "no training case has a label"
+            if n == 0
+            else f"none of the first {n} cases of the list is there: give a larger --labeled, or use --protocol all"
+        )
     parts = {name: "labeled" if name in keep else "unlabeled" for name in train}
-    return parts | dict.fromkeys(val, "validation") | dict.fromkeys(test, "test")
+    parts |= {name: "validation" for name in lists["val"] if name in present}
+    return parts | {name: "test" for name in lists["test"] if name in present}
 
 
 def _count(labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
@@ -337,6 +391,8 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) ->
     missing = [name for names in (source.train, source.val, source.test) for name in names if name not in source.cases]
     if missing:
         print(f"WARNING: {len(missing)} cases of the published lists are not there: {_some(missing)}")
+    if not count["unlabeled"]:
+        print("no unlabelled case: a dataset for nnU-Net's own commands (nnUNetv2_plan_and_preprocess)")
     left_out = sorted(set(source.cases) - set(parts))
     if left_out:
         print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {_some(left_out)}")
@@ -348,8 +404,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def may_go_on(target: Path, request: dict, overwrite: bool) -> bool:
-    """Whether the target is this conversion's own beginning.
+def beginning(target: Path, request: dict, overwrite: bool) -> dict[str, str] | None:
+    """The parts of this very conversion, where it was begun and not finished; None: begin.
 
     Raises:
         UserError: the number or the folder is in use.
@@ -358,13 +414,25 @@ def may_go_on(target: Path, request: dict, overwrite: bool) -> bool:
     if others:
         raise UserError(f"{target.parent / others[0]}: has the same number: choose another with -d")
     if overwrite or not target.exists():
-        return False
+        return None
     begun = target / STATE / "request.json"
     if not begun.is_file():
         raise UserError(f"{target}: exists already: replace it with --overwrite, or choose another number with -d")
-    if read_json(begun, "begin anew with --overwrite") != request:
+    before = read_json(begun, "begin anew with --overwrite")
+    parts = before.pop("parts")
+    if before != {key: value for key, value in request.items() if key != "parts"}:
         raise UserError(f"{target}: was begun with other options: repeat those, or begin anew with --overwrite")
-    return True
+    return parts
+
+
+def _take_back(target: Path, begun: Mapping[str, str], parts: Mapping[str, str]) -> None:
+    """Remove cases that were begun and are no longer there, or now belong to another part."""
+    for name, part in begun.items():
+        if parts.get(name) != part:
+            (target / STATE / f"case_{name}.json").unlink(missing_ok=True)
+            for file in (*target.glob(f"images{SUBSETS[part]}/*"), *target.glob(f"labels{SUBSETS[part]}/*")):
+                if re.fullmatch(rf"{re.escape(name)}(_\d{{4}})?\.[^.]*(\.gz)?", file.name):
+                    file.unlink()
 
 
 def _convert(source: Source, folder: Path, target: Path, request: dict, num_processes, show_progress_bar) -> None:
@@ -479,15 +547,19 @@ def _write_case(case: Case, subset: str, about: About, crop: Crop | None, stagin
     images = [_load(image, notes) for image in case.images]
     channels = sum(image.GetNumberOfComponentsPerPixel() for image in images)
     if channels != len(about.channels):
-        raise UserError(f"{_name(case.images[0])}: {channels} channels instead of {len(about.channels)}")
-    for path, image in zip(case.images[1:], images[1:], strict=True):
+        expected = f"{len(about.channels)} ({', '.join(about.channels)})"
+        raise UserError(f"{_name(case.images[0])}: {channels} channels instead of {expected}")
+    for path, image in zip(case.images, images, strict=True):
+        if image.GetDimension() != about.dimension:
+            raise UserError(f"{_name(path)}: {image.GetDimension()} dimensions, but the dataset has {about.dimension}")
         if difference := geometry_difference(image, images[0]):
             raise UserError(f"{_name(path)}: {difference} in {_name(case.images[0])}")
     label = None
-    if case.label is None and subset != "Un":
-        raise UserError("has no label, which a labelled or test case needs")
+    if case.label is None and subset == "Tr":
+        raise UserError("has no label, which a labelled case needs")
     if case.label is not None and (subset != "Un" or crop):
-        label = _load(case.label, notes)
+        given = _load(case.label, notes)
+        label = one_channel(given, _name(case.label))
         if difference := geometry_difference(label, images[0]):
             raise UserError(f"{_name(case.label)}: {difference} in {_name(case.images[0])}")
         label.CopyInformation(images[0])  # they differ by no more than what files round
@@ -495,12 +567,13 @@ def _write_case(case: Case, subset: str, about: About, crop: Crop | None, stagin
     folder, ending = staging / f"images{subset}", about.file_ending
     for i, (path, image) in enumerate(zip(case.images, images, strict=True)):
         _write(image, path, slices, folder / f"{case.name}_{i:04d}{ending}", ending)
-    if subset != "Un":
-        mapped = _map_label(label, about.label_map, _name(case.label))
-        if not sitk.GetArrayViewFromImage(mapped).any():
-            notes.append("the label is empty")
-        path = case.label if mapped is label else None
-        _write(mapped, path, slices, staging / f"labels{subset}" / f"{case.name}{ending}", ending)
+    if label is None or subset == "Un":
+        return [*notes, "has no label: it can be predicted, not evaluated"] if subset == "Ts" else notes
+    mapped = _map_label(label, about.label_map, _name(case.label))
+    if not sitk.GetArrayViewFromImage(mapped).any():
+        notes.append("the label is empty")
+    path = case.label if mapped is given else None
+    _write(mapped, path, slices, staging / f"labels{subset}" / f"{case.name}{ending}", ending)
     return notes
 
 
@@ -508,7 +581,7 @@ def _load(source: Path | Read, notes: list[str]) -> sitk.Image:
     for path in source.paths if isinstance(source, Read) else (source,):
         if not path.exists():
             raise UserError(f"{path}: missing")
-        if damage := nifti_damage(path):
+        if path.is_file() and (damage := nifti_damage(path)):
             raise UserError(f"{path}: {damage}")
     try:
         loaded = (
@@ -535,7 +608,8 @@ def _map_label(label: sitk.Image, values: Mapping[int, int], name: str) -> sitk.
     voxels = sitk.GetArrayViewFromImage(label)
     present = np.unique(voxels)
     if unknown := [f"{v:g}" for v in present if v not in values]:
-        raise UserError(f"{name}: label value {', '.join(unknown)}, known are {', '.join(map(str, values))}")
+        known = ", ".join(map(str, values))
+        raise UserError(f"{name}: label value {_some(unknown)}, known are {known}: correct it, or name all its labels")
     if np.issubdtype(voxels.dtype, np.integer) and all(values[int(v)] == v for v in present):
         return label
     mapped = np.zeros(voxels.shape, np.uint8)
@@ -563,43 +637,14 @@ def _name(source: Path | Read) -> str:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, or of all files in a folder (a DICOM series), in the order of their names."""
+    """Of a file, of a header with its data, or of all files in a folder (a DICOM series), by the order of names."""
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if path.name.lower().endswith((".mhd", ".nhdr")):  # only the header: the voxels are in a file beside it
+        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    for file in files:
         if file.is_file():
             with open(file, "rb") as stream:
                 while chunk := stream.read(1 << 20):
                     digest.update(chunk)
     return digest.hexdigest()
-
-
-# -------------------------------------------------------------------------------------------------- archives
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack an archive from the internet: nothing gets out of the folder.
-
-    Raises:
-        UserError: damaged; a member outside the folder, a link or a device.
-    """
-    try:
-        if archive.name.lower().endswith(".zip"):
-            with zipfile.ZipFile(archive) as file:
-                for name in file.namelist():
-                    _refuse_outside(name, archive)
-                file.extractall(folder)
-        else:
-            with tarfile.open(archive) as file:
-                for member in file:
-                    _refuse_outside(member.name, archive)
-                    if not (member.isfile() or member.isdir()):
-                        raise UserError(f"{archive}: {member.name} is a link or a device: do not trust it")
-                file.extractall(folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
-        raise UserError(f"{archive}: cannot be unpacked ({one_line_of(e)}): download it again") from None
-
-
-def _refuse_outside(name: str, archive: Path) -> None:
-    path = PureWindowsPath(name)  # takes both kinds of slashes
-    if path.anchor or ".." in path.parts:
-        raise UserError(f"{archive}: {name} would be unpacked outside its folder: do not trust it")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +21,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import write_image
+from PIL import Image
 
 from nnunet_semiseg import cli, conversion
+from nnunet_semiseg.archives import unpacked
 from nnunet_semiseg.conversion import Case, Crop, Source, assign, seeded_split
 from nnunet_semiseg.dataset_conversion import folder as own
 
@@ -112,14 +116,53 @@ def test_seeded_split_is_the_same_everywhere_and_leaves_out_nothing():
     assert len(test) == 2 and sorted(train + test) == list("abcde")
 
 
-def test_crop_is_the_box_with_its_margin_at_least_so_large_and_inside():
+def test_crop_is_the_box_grown_with_the_margin_outside():
     label = np.zeros((20, 20, 20), np.uint8)
     label[0, 8:10, 5:15] = 1  # z, y, x
-    # x: 5 - 1 to 15 + 1; y: 8 - 1 to 10 + 1, grown from 4 to 7: 1 below, 2 above; z: -1 to 2, cut to 0 to 2
-    slices = Crop((1, 1, 1), (5, 7, 3), "me")(sitk.GetImageFromArray(label))
-    assert slices == (slice(4, 16), slice(6, 13), slice(0, 2))
+    # x: 5 to 15 is large enough, margin 1; y: 8 to 10, grown to 6 to 13, then the margin; z: -1 to 2, then -2 to 3, cut
+    slices = Crop((5, 7, 3), (1, 1, 1), "me")(sitk.GetImageFromArray(label))
+    assert slices == (slice(4, 16), slice(5, 14), slice(0, 3))
+    slices = Crop((5, 7, None), (1, 1, None), "me")(sitk.GetImageFromArray(label))
+    assert slices == (slice(4, 16), slice(5, 14), slice(0, 20))
     with pytest.raises(ValueError, match="label is empty"):
-        Crop((1, 1, 1), (5, 7, 3), "me")(sitk.GetImageFromArray(0 * label))
+        Crop((5, 7, 3), (1, 1, 1), "me")(sitk.GetImageFromArray(0 * label))
+
+
+def test_a_missing_case_is_not_replaced_by_the_next_of_the_list():
+    ten = source(10, 10, labeled=4)
+    fewer = replace(ten, cases={name: case for name, case in ten.cases.items() if name != "c1"})
+    for labeled in (None, 4, 0.4):
+        parts = assign(fewer, labeled, "published")
+        assert [name for name, part in parts.items() if part == "labeled"] == ["c0", "c2", "c3"]
+    assert [n for n, part in assign(fewer, 4, "all").items() if part == "labeled"] == ["c0", "c2", "c3", "c4"]
+    with pytest.raises(ValueError, match="none of the first 1 cases of the list is there: give a larger --labeled"):
+        assign(replace(ten, train=["absent", *ten.train]), 1, "published")
+
+
+def test_no_case_is_in_two_lists():
+    with pytest.raises(ValueError, match="case c1 is in the train and in the test list"):
+        assign(replace(source(3, 3), test=["c1"]), None, "published")
+
+
+def test_nothing_is_labelled():
+    with pytest.raises(ValueError, match="no training case has a label"):
+        assign(source(3, 0), None, "published")
+
+
+def test_seeded_split_does_not_depend_on_what_is_missing():
+    names = [f"c{i}" for i in range(100)]
+    train, test = seeded_split(names, test=0.2)
+    fewer_train, fewer_test = seeded_split([n for n in names if n != test[3]], test=0.2)
+    assert set(test) - {test[3]} <= set(fewer_test) and len(set(train) - set(fewer_train)) <= 1
+
+
+def test_files_are_found_through_links_and_what_macs_leave_is_not(tmp_path):
+    for name in ("a/x.tif", "__MACOSX/a/._x.tif", "a/._y.tif", "a/.z.tif", "a/~$t.tif", "elsewhere/b/v.tif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    assert conversion.find_files(tmp_path / "a", "*.tif") == [tmp_path / "a/link/b/v.tif", tmp_path / "a/x.tif"]
+    assert conversion.find_files(tmp_path, "a/*.tif") == [tmp_path / "a" / "x.tif"]
 
 
 # ------------------------------------------------------------------------------------------ what is written
@@ -138,8 +181,9 @@ def test_the_dataset(download, raw):
     assert about["file_ending"] == ".nii.gz" and about["channel_names"] == {"0": "image"}
     sources = about["semiseg"]["sources"]
     assert set(sources) == {f"images/c{i}.nii.gz" for i in range(5)} | {f"labels/c{i}.nii.gz" for i in (0, 1)}
-    digest = subprocess.run(["sha256sum", download / "labels" / "c1.nii.gz"], capture_output=True, encoding="utf-8")
-    assert sources["labels/c1.nii.gz"] == digest.stdout.split()[0]
+    for name, digest in sources.items():
+        assert digest == hashlib.sha256((download / name).read_bytes()).hexdigest()
+    assert about["semiseg"]["labeled_order"] == ["c0", "c1"]
 
 
 def test_unlabelled_labels_are_not_even_opened(download, raw):
@@ -289,7 +333,7 @@ def test_a_case_that_is_there_twice(download):
 
 def test_a_label_without_an_image(download):
     save(cuboid(0)[1], download / "labels" / "c9.nii.gz")
-    with pytest.raises(ValueError, match="c9.nii.gz: there is no image of case c9"):
+    with pytest.raises(ValueError, match="c9.nii.gz: no image of case c9 in .*images: rename it"):
         convert(download, 801, **OPTIONS)
 
 
@@ -338,6 +382,336 @@ def test_other_options_than_those_it_was_begun_with(download, raw):
         convert(download, 801, **OPTIONS)
     with pytest.raises(ValueError, match="was begun with other options"):
         convert(download, 801, **OPTIONS, labeled=1)
+
+
+def test_a_source_is_never_removed(download, raw):
+    own_data = raw / "own"
+    for where in (raw, own_data, raw.parent):
+        shutil.copytree(download, where, dirs_exist_ok=True)
+        before = files(where)
+        with pytest.raises(ValueError, match="must not lie in each other"):
+            convert(where, 801, **OPTIONS, overwrite=True)
+        assert files(where) == before
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "", ".", "a b"])
+def test_names_that_are_no_names(name, download):
+    with pytest.raises(ValueError, match="--name .*letters, digits"):
+        convert(download, 801, **OPTIONS, name=name)
+
+
+def test_a_bad_case_may_be_taken_out_and_another_put_in(download, raw):
+    truncate(download / "images" / "c1.nii.gz")
+    with pytest.raises(ValueError, match="case c1"):
+        convert(download, 801, **OPTIONS, labeled=2)
+    (download / "images" / "c1.nii.gz").unlink()
+    (download / "labels" / "c1.nii.gz").unlink()
+    (download / "images" / "c4.nii.gz").unlink()
+    convert(download, 801, **OPTIONS, labeled=2)  # c2 was unlabelled before
+    expected = {f"imagesTr/c{i}_0000.nii.gz" for i in (0, 2)} | {f"labelsTr/c{i}.nii.gz" for i in (0, 2)}
+    assert files(raw) == expected | {"imagesUn/c3_0000.nii.gz", "dataset.json"}
+
+
+def test_while_a_case_fails_there_is_no_old_dataset_json(download, raw):
+    convert(download, 801, **OPTIONS)
+    state = raw / ".conversion"
+    state.mkdir()
+    request = {"source": str(download), "labeled": None, "protocol": "published", "crop": "none"}
+    options = {key: str(value) for key, value in (("labels", OPTIONS["labels"]),)}
+    parts = {f"c{i}": "labeled" if i < 3 else "unlabeled" for i in range(5)}
+    (state / "request.json").write_text(json.dumps(request | {"options": options, "parts": parts}))
+    for i in range(3):
+        truncate(download / "labels" / f"c{i}.nii.gz")
+    with pytest.raises(ValueError, match="no labelled case is whole"):
+        convert(download, 801, **OPTIONS)
+    assert not (raw / "dataset.json").exists()
+
+
+def test_a_killed_worker_is_reported(download, raw, monkeypatch):
+    monkeypatch.setattr(conversion, "convert_case", kill_worker)
+    with pytest.raises(ValueError, match=r"Dataset801_MyData: a worker was killed, .*-np"):
+        convert(download, 801, **{**OPTIONS, "num_processes": 1})
+
+
+def kill_worker(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--labeled nan", "nan: give a number of cases, a fraction"),
+        ("--labeled inf", "inf: give a number of cases"),
+        ("--labeled -1", "-1: give a number of cases"),
+        ("--labeled 0.0", "0.0: give a number of cases"),
+        ("--labeled 1.5", "1.5: give a number of cases"),
+        ("--labeled few", "few: give a number of cases"),
+        ("-np -1", "-1: give a whole number, 0 or more"),
+        ("-d 0", "0: give a whole number, 1 or more"),
+    ],
+)
+def test_numbers_that_are_none(words, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "folder", "-i", "x", "-d", "801", "--labels", "organ", *words.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own, "convert", interrupted)
+    assert cli.main("convert folder -i x -d 801".split()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# ---------------------------------------------------------------------------------------------- the user's own folder
+
+
+def voxels(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def picture(file: Path, array: np.ndarray, mode: str | None = None) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array, mode).save(file)
+
+
+GRAY = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+MASK = (GRAY > 100).astype(np.uint8)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for name in ("a", "b"):
+        picture(tmp_path / "p" / "images" / f"{name}.png", GRAY)
+    picture(tmp_path / "p" / "labels" / "a.png", MASK)
+    return tmp_path / "p"
+
+
+def test_gray_pictures_are_linked_and_masks_of_255_are_1(pictures, raw):
+    picture(pictures / "labels" / "a.png", 255 * MASK)
+    convert(pictures, 801, **OPTIONS)
+    assert (raw / "imagesTr" / "a_0000.png").samefile(pictures / "images" / "a.png")
+    assert np.array_equal(voxels(raw / "labelsTr" / "a.png"), MASK)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "one bit", "palette", "alpha"])
+def test_masks_of_many_kinds(kind, pictures, raw):
+    file = pictures / "labels" / "a.png"
+    if kind == "RGB":
+        picture(file, np.stack([MASK] * 3, -1))
+    elif kind == "one bit":
+        picture(file, MASK.astype(bool))
+    elif kind == "palette":
+        mask = Image.fromarray(MASK, "P")
+        mask.putpalette([0, 0, 0, 128, 0, 0])
+        mask.save(file)
+    else:
+        picture(file, np.stack([MASK, 255 + 0 * MASK], -1), "LA")
+    convert(pictures, 801, **OPTIONS)
+    written = voxels(raw / "labelsTr" / "a.png")
+    assert written.shape == (4, 6) and np.array_equal(written, MASK)
+
+
+def test_a_coloured_mask_is_refused(pictures):
+    picture(pictures / "labels" / "a.png", np.stack([MASK, MASK, 0 * MASK], -1))
+    with pytest.raises(ValueError, match="a.png: a colour image, where a grey one belongs"):
+        convert(pictures, 801, **OPTIONS)
+
+
+@pytest.mark.parametrize("names", [("a.png", "b.png"), ("a_0000.png", "b_0000.png")])
+def test_colour_pictures_are_three_channels_of_one_file(names, pictures, raw):
+    shutil.rmtree(pictures / "images")
+    for name in names:
+        picture(pictures / "images" / name, np.stack([GRAY, GRAY + 1, GRAY + 2], -1))
+    with pytest.raises(ValueError, match="a.*.png: a colour image, where a grey one belongs: .*--channels"):
+        convert(pictures, 801, **OPTIONS)
+    convert(pictures, 801, **OPTIONS, channels=["red", "green", "blue"], overwrite=True)
+    assert voxels(raw / "imagesTr" / "a_0000.png").shape == (4, 6, 3)
+
+
+def test_gray_bmp_tiff_and_jpeg(tmp_path, raw):
+    palette = Image.fromarray(GRAY, "P")
+    palette.putpalette([i for i in range(256) for _ in range(3)])
+    (tmp_path / "p" / "images").mkdir(parents=True)
+    palette.save(tmp_path / "p" / "images" / "a.bmp")
+    picture(tmp_path / "p" / "images" / "b.tiff", GRAY.astype(np.float32) / 7)
+    picture(tmp_path / "p" / "images" / "c.jpg", GRAY)
+    picture(tmp_path / "p" / "labels" / "a.png", MASK)
+    convert(tmp_path / "p", 801, **OPTIONS)
+    assert np.array_equal(voxels(raw / "imagesTr" / "a_0000.tif"), GRAY)
+    assert np.allclose(voxels(raw / "imagesUn" / "b_0000.tif"), GRAY.astype(np.float32) / 7)
+    jpeg = tmp_path / "p" / "images" / "c.jpg"
+    jpeg.write_bytes(jpeg.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="case c: .*c.jpg: cannot be read"):
+        convert(tmp_path / "p", 801, **OPTIONS, overwrite=True)
+
+
+def test_resolution_in_dots_is_no_spacing(pictures, raw):
+    Image.fromarray(GRAY).save(pictures / "images" / "a.png", dpi=(300, 72))  # its mask has none
+    convert(pictures, 801, **OPTIONS)
+    assert (raw / "labelsTr" / "a.png").exists()
+
+
+def test_volumes_among_pictures_and_pictures_among_volumes(pictures, download, raw):
+    sitk.WriteImage(sitk.GetImageFromArray(np.stack([GRAY] * 3)), str(pictures / "images" / "c.tif"))
+    with pytest.raises(ValueError, match="case c: .*c.tif: 3 dimensions, but the dataset has 2"):
+        convert(pictures, 801, **OPTIONS)
+    picture(download / "images" / "thumb.png", GRAY)
+    with pytest.raises(ValueError, match="case thumb: .*thumb.png: 2 dimensions, but the dataset has 3"):
+        convert(download, 801, **OPTIONS, overwrite=True)
+    assert np.array_equal(voxels(raw / "imagesTr" / "c0_0000.nii.gz"), cuboid(0)[0])
+
+
+def test_tiff_volumes_need_a_voxel_size(tmp_path, raw):
+    image, label = cuboid(0)
+    for kind, array in (("images", image.astype(np.uint8)), ("labels", label)):
+        (tmp_path / "p" / kind).mkdir(parents=True)
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "p" / kind / "a.tiff"))
+    with pytest.raises(ValueError, match=r"a.tiff: a volume without a voxel size: give it with --spacing X Y Z"):
+        convert(tmp_path / "p", 801, **OPTIONS)
+    convert(tmp_path / "p", 801, **OPTIONS, spacing=(0.5, 0.6, 3), overwrite=True)
+    written = sitk.ReadImage(str(raw / "imagesTr" / "a_0000.nii.gz"))
+    assert np.allclose(written.GetSpacing(), (0.5, 0.6, 3))
+    assert np.array_equal(sitk.GetArrayFromImage(written), image) and voxels(raw / "labelsTr" / "a.nii.gz").any()
+    for kind in ("images", "labels"):
+        (tmp_path / "p" / kind / "a.json").write_text('{"spacing": [4, 0.7, 0.8]}')
+    convert(tmp_path / "p", 801, **OPTIONS, overwrite=True)
+    spacing = sitk.ReadImage(str(raw / "imagesTr" / "a_0000.nii.gz")).GetSpacing()
+    assert np.allclose(spacing, (0.8, 0.7, 4))
+
+
+def write_dicom(folder: Path, heights, uid="1.2.3", start=0) -> None:
+    """A slice of 4 x 5 at each height, its voxels 10 times the height; the file names are in no order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, height in enumerate(heights, start):
+        image = sitk.GetImageFromArray(np.full((1, 4, 5), 10 * height, np.int16))
+        image.SetSpacing((0.5, 0.5, 2))
+        image.SetOrigin((0, 0, height))
+        tags = {"0020|000e": uid, "0008|0060": "CT", "0020|0032": f"0\\0\\{height}", "0020|0013": str(i)}
+        tags |= {"0020|0037": "1\\0\\0\\0\\1\\0", "0020|000d": "1.2", "0008|0018": f"1.2.{uid}.{i}"}
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{(7 * i) % 11}_{i}.dcm"))
+        writer.Execute(image)
+
+
+def test_dicom_series_in_one_folder_or_in_several(tmp_path, raw):
+    case = tmp_path / "d" / "images" / "a"
+    write_dicom(case / "one", [6, 2, 0])
+    write_dicom(case / "two", [4, 8], start=3)
+    label = np.zeros((5, 4, 5), np.uint8)
+    label[2] = 1
+    save(label, tmp_path / "d" / "labels" / "a.nii.gz", spacing=(0.5, 0.5, 2))
+    convert(tmp_path / "d", 801, **OPTIONS)
+    written = sitk.ReadImage(str(raw / "imagesTr" / "a_0000.nii.gz"))
+    assert written.GetSize() == (5, 4, 5) and np.allclose(written.GetSpacing(), (0.5, 0.5, 2))
+    assert [written[0, 0, z] for z in range(5)] == [0, 20, 40, 60, 80]
+
+
+@pytest.mark.parametrize(
+    "heights, uids, words",
+    [
+        ([0, 2, 4, 8, 10], ["1.2.3"], "slices are 2 mm apart, but 4 mm at 4 mm: some are missing"),
+        ([0, 2, 2, 4], ["1.2.3"], "slices are there twice, at 2 mm"),
+        ([0, 2, 4], ["1.2.3", "1.2.4"], "2 DICOM series: leave exactly one there"),
+        ([], [], "no DICOM series"),
+    ],
+)
+def test_dicom_that_is_not_one_whole_series(heights, uids, words, tmp_path):
+    (tmp_path / "a").mkdir()
+    for uid in uids:
+        write_dicom(tmp_path / "a" / uid, heights, uid)
+    with pytest.raises(ValueError, match=words):
+        conversion.read_dicom_series(tmp_path / "a")
+
+
+def test_a_folder_of_dicom_may_have_any_name(tmp_path, raw):
+    write_dicom(tmp_path / "d" / "images" / "a.nii", [0, 2, 4])
+    save(np.ones((3, 4, 5), np.uint8), tmp_path / "d" / "labels" / "a.nii.mha", spacing=(0.5, 0.5, 2))
+    convert(tmp_path / "d", 801, **OPTIONS)
+    assert (raw / "imagesTr" / "a.nii_0000.nii.gz").exists()
+
+
+def test_files_that_are_numbered_from_zero(tmp_path, raw):
+    for i in range(3):
+        save(cuboid(i)[0], tmp_path / "n" / "images" / f"img_{i:04d}.nii.gz")
+    save(cuboid(0)[1], tmp_path / "n" / "labels" / "img_0000.nii.gz")
+    convert(tmp_path / "n", 801, **OPTIONS)
+    assert (raw / "labelsTr" / "img_0000.nii.gz").exists() and len(list((raw / "imagesUn").iterdir())) == 2
+
+
+@pytest.mark.parametrize("odd", ["c3_0002.nii.gz", "c3_T2.nii.gz"])
+def test_a_misnamed_channel_fails_alone(odd, two_channels, raw):
+    (two_channels / "images" / "c3_0001.nii.gz").rename(two_channels / "images" / odd)
+    with pytest.raises(ValueError) as error:
+        convert(two_channels, 801, **OPTIONS, channels=["a", "b"], labeled=3)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and "c3_0001.nii.gz: missing" in lines[0] and f"{odd}: its name ends with none" in lines[1]
+    assert len(list((raw / "labelsTr").iterdir())) == 3
+
+
+def test_what_is_of_no_known_kind(download, raw, capsys):
+    (download / "images" / "c9.npy").touch()
+    (download / "images" / "readme.txt").touch()
+    convert(download, 801, **OPTIONS)
+    assert "note: 1 files in images are of no known kind and left out: c9.npy" in capsys.readouterr().out
+    (download / "labels" / "c3.npz").touch()
+    with pytest.raises(ValueError, match="c3.npz: of no kind that can be read"):
+        convert(download, 801, **OPTIONS, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"labels": ["background", "organ"]}, "--labels: background is value 0"),
+        ({"labels": ["organ", "organ"]}, "--labels: organ is named twice"),
+        ({"channels": ["CT", "CT"]}, "--channels: CT is named twice"),
+    ],
+)
+def test_names_that_make_no_sense(options, words, download):
+    with pytest.raises(ValueError, match=words):
+        convert(download, 801, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize(
+    "split, words",
+    [
+        ([{"train": ["c0"], "val": []}], 'split.json: write {"train"'),
+        ({"val": ["c0"]}, 'split.json: write {"train"'),
+        ({"train": ["c0"], "tset": ["c1"]}, 'split.json: write {"train"'),
+        ({"train": ["c0", "c1.nii.gz"]}, "split.json: train: there is no case c1.nii.gz: did you mean c1"),
+        ({"train": ["c0", 1]}, "split.json: train: there is no case 1"),
+        ({"train": ["c0", "c1"], "test": ["c1"]}, "case c1 is in the train and in the test list"),
+    ],
+)
+def test_split_files_that_make_no_sense(split, words, download, tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        convert(download, 801, **OPTIONS, split=tmp_path / "split.json")
+
+
+def test_test_images_need_no_label(download, raw, tmp_path, capsys):
+    (tmp_path / "split.json").write_text('{"train": ["c0", "c3"], "test": ["c1", "c4"]}')
+    convert(download, 801, **OPTIONS, split=tmp_path / "split.json")
+    assert {f for f in files(raw) if "Ts" in f} == {
+        "imagesTs/c1_0000.nii.gz", "imagesTs/c4_0000.nii.gz", "labelsTs/c1.nii.gz"
+    }  # fmt: skip
+    assert "case c4: has no label" in capsys.readouterr().out
+
+
+def test_header_and_data_are_both_in_the_checksum(tmp_path, raw):
+    digests = []
+    for value in (1, 2):
+        save(value + cuboid(0)[0], tmp_path / "d" / "images" / "a.mhd")
+        save(cuboid(0)[1], tmp_path / "d" / "labels" / "a.mha")
+        convert(tmp_path / "d", 801, **OPTIONS, overwrite=True)
+        digests.append(json.loads((raw / "dataset.json").read_text())["semiseg"]["sources"])
+    assert digests[0]["images/a.mhd"] != digests[1]["images/a.mhd"]
+    assert digests[0]["labels/a.mha"] == digests[1]["labels/a.mha"]
 
 
 # ----------------------------------------------------------------------------------------- interruptions, archives
@@ -394,6 +768,9 @@ def test_archives_are_unpacked_for_the_time_of_the_conversion(kind, download, ra
     else:
         with tarfile.open(archive, "w:gz") as file:
             file.add(download, ".")
+    with unpacked(archive, raw.parent) as left:  # a killed run has left it
+        shutil.copytree(left, tmp_path / "left")
+    shutil.copytree(tmp_path / "left", left)
     convert(archive, 801, **OPTIONS)
     assert (raw / "imagesTr" / "c0_0000.nii.gz").read_bytes() == (download / "images" / "c0.nii.gz").read_bytes()
     assert [p.name for p in raw.parent.iterdir()] == [raw.name]
@@ -440,10 +817,30 @@ def test_zips_that_reach_out_are_refused(name, tmp_path, raw):
     assert list(raw.parent.iterdir()) == []
 
 
-def test_a_damaged_archive(tmp_path):
-    (tmp_path / "d.zip").write_bytes(b"PK nonsense")
+@pytest.mark.parametrize("kind", ["nonsense", "deflate"])
+def test_a_damaged_archive(kind, tmp_path, raw):
+    archive = tmp_path / "d.zip"
+    if kind == "nonsense":
+        archive.write_bytes(b"PK nonsense")
+    else:
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("a", b"abc" * 100)
+        content = bytearray(archive.read_bytes())
+        content[32:36] = b"\xff\xff\xff\xff"
+        archive.write_bytes(content)
     with pytest.raises(ValueError, match="d.zip: cannot be unpacked"):
-        convert(tmp_path / "d.zip", 801, **OPTIONS)
+        convert(archive, 801, **OPTIONS)
+    assert list(raw.parent.iterdir()) == []
+
+
+def test_the_raw_folder_is_made_and_an_archive_may_have_a_folder_of_its_own(download, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "new" / "raw"))
+    shutil.make_archive(str(tmp_path / "d"), "zip", download.parent, download.name)
+    assert (convert(tmp_path / "d.zip", 801, **OPTIONS) / "imagesTr" / "c0_0000.nii.gz").exists()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="nnUNet_raw=.*file: cannot be made"):
+        convert(download, 801, **OPTIONS)
 
 
 # --------------------------------------------------------------------------------------------------- the command

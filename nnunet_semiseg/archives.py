@@ -1,0 +1,63 @@
+"""Archives from the internet, read without trusting them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+
+from nnunet_semiseg.data.image_problems import one_line_of
+from nnunet_semiseg.errors import UserError
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+
+@contextlib.contextmanager
+def unpacked(archive: Path, parent: Path) -> Iterator[Path]:
+    """A folder below `parent` with what is in the archive; it is there for the time of the context.
+
+    Its name is the archive's, so that the next run removes what a killed one has left.
+    """
+    folder = parent / f".unpacked_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        unpack(archive, folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar; nothing gets out of the folder.
+
+    Raises:
+        UserError: damaged or encrypted; a member outside the folder, a link or a device.
+    """
+    try:
+        if archive.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(archive) as file:
+                for name in file.namelist():
+                    _refuse_outside(name, archive)
+                file.extractall(folder)
+        else:
+            with tarfile.open(archive) as file:
+                for member in file:
+                    _refuse_outside(member.name, archive)
+                    if not (member.isfile() or member.isdir()):
+                        raise UserError(f"{archive}: {member.name} is a link or a device: do not trust it")
+                file.extractall(folder, filter="data")
+    except UserError:
+        raise
+    except Exception as e:  # a damaged archive raises of many kinds, those of its compression among them
+        raise UserError(f"{archive}: cannot be unpacked ({one_line_of(e)}): download it again") from None
+
+
+def _refuse_outside(name: str, archive: Path) -> None:
+    path = PureWindowsPath(name)  # takes both kinds of slashes
+    if path.anchor or ".." in path.parts:
+        raise UserError(f"{archive}: {name} would be unpacked outside its folder: do not trust it")
