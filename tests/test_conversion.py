@@ -631,7 +631,10 @@ def test_dicom_that_is_not_one_whole_series(heights, uids, words, tmp_path):
 
 def test_a_folder_of_dicom_may_have_any_name(tmp_path, raw):
     write_dicom(tmp_path / "d" / "images" / "a.nii", [0, 2, 4])
-    save(np.ones((3, 4, 5), np.uint8), tmp_path / "d" / "labels" / "a.nii.mha", spacing=(0.5, 0.5, 2))
+    label = sitk.GetImageFromArray(np.ones((3, 4, 5), np.uint8))
+    label.SetSpacing((0.5, 0.5, 2))
+    (tmp_path / "d" / "labels").mkdir()
+    sitk.WriteImage(label, str(tmp_path / "d" / "labels" / "a.nii.mha"))
     convert(tmp_path / "d", 801, **OPTIONS)
     assert (raw / "imagesTr" / "a.nii_0000.nii.gz").exists()
 
