@@ -6,7 +6,16 @@ import configparser
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, published_split
+from nnunet_semiseg.conversion import (
+    About,
+    Case,
+    Read,
+    Source,
+    by_name,
+    convert_dataset,
+    find_files,
+    published_split,
+)
 from nnunet_semiseg.errors import UserError
 
 ABOUT = About(
@@ -33,10 +42,16 @@ ABOUT = About(
 
 def find_cases(folder: Path) -> Source:
     cases = {}
-    for patient, info in by_name((path.parent.name, path) for path in folder.rglob("patient*/Info.cfg")).items():
+    infos = by_name((path.parent.name, path) for path in find_files(folder, "patient*/Info.cfg"))
+    for patient, info in infos.items():
         for frame, phase in (("frame01", "ED"), ("frame02", "ES")):
-            name, image = f"{patient}_{frame}", info.with_name(f"{patient}_frame{_number(info, phase):02d}.nii.gz")
-            cases[name] = Case(name, (image,), image.with_name(image.name.replace(".nii.gz", "_gt.nii.gz")))
+            name = f"{patient}_{frame}"
+            try:
+                image = info.with_name(f"{patient}_frame{_number(info, phase):02d}.nii.gz")
+            except UserError:  # raised again in the worker, as this case's problem
+                cases[name] = Case(name, (Read(_number, (info,), {"phase": phase}),), info)
+            else:
+                cases[name] = Case(name, (image,), image.with_name(image.name.replace(".nii.gz", "_gt.nii.gz")))
     split = published_split("acdc")
     return Source(ABOUT, cases, split["train"], split["val"], split["test"])
 

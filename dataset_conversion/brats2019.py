@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, published_split
+from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, find_files, published_split
 
 ABOUT = About(
     name="BraTS2019",
@@ -50,7 +50,7 @@ TASKS = {"whole_tumor": {}, "regions": REGIONS}
 
 def find_sequences(folder: Path, about: About, odd_labels: Mapping[str, str] | None = None) -> dict[str, Case]:
     """Cases by the folder they lie in; `odd_labels` names label files that do not follow the rule."""
-    found = (p for p in folder.rglob("*_flair.nii*") if p.name.endswith((".nii", ".nii.gz")))
+    found = (p for p in find_files(folder, "*_flair.nii*") if p.name.endswith((".nii", ".nii.gz")))
     cases = {}
     for name, flair in by_name((path.parent.name, path) for path in found).items():
         prefix, ending = flair.name.split("_flair.")

@@ -15,9 +15,10 @@ ABOUT = replace(
     title="Brain tumour MRI, BraTS 2020 (369 cases)",
     url="https://www.med.upenn.edu/cbica/brats2020/data.html",
     layout="MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz, ..._t1.nii.gz,\n"
-    "  ..._t1ce.nii.gz, ..._t2.nii.gz, ..._seg.nii.gz; .nii is read as well",
-    protocol="none is published for semi-supervised training: a seeded list, a fifth of the cases for testing, 10 % of "
-    "the others labelled",
+    "  ..._t1ce.nii.gz, ..._t2.nii.gz, ..._seg.nii.gz; .nii is read as well; beside it, if it is there,\n"
+    "MICCAI_BraTS2020_ValidationData/BraTS20_Validation_001/..., without labels",
+    protocol="none is published for semi-supervised training: a seeded list, a fifth of the training data for testing, "
+    "10 % of the rest labelled; the challenge's validation data, which have no labels, are unlabelled training images",
     labeled=0.1,
     **brats2019.REGIONS,
 )
@@ -26,8 +27,13 @@ ODD_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm.nii"}  # so it is in 
 
 def find_cases(folder: Path) -> Source:
     cases = brats2019.find_sequences(folder, ABOUT, ODD_LABELS)
-    train, test = seeded_split(cases, test=0.2)
-    return Source(ABOUT, cases, train, test=test)
+    own = [name for name in cases if name.startswith("BraTS20_Training_")]
+    others = sorted(cases.keys() - set(own))
+    train, test = seeded_split(own, test=0.2)
+    # a number, for the labelled cases should be the same with and without the others
+    about = replace(ABOUT, labeled=max(1, round(ABOUT.labeled * len(train))))
+    cases |= {name: replace(cases[name], label=None) for name in others}
+    return Source(about, cases, [*train, *others], test=test)
 
 
 convert = partial(convert_dataset, find_cases)

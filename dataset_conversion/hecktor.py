@@ -7,7 +7,7 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, seeded_split
+from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, find_files, seeded_split
 
 ABOUT = About(
     name="HECKTOR2022",
@@ -16,7 +16,8 @@ ABOUT = About(
     licence="for research, after signing the challenge's agreement; see the source",
     citation="Andrearczyk et al., Overview of the HECKTOR Challenge at MICCAI 2022, Lecture Notes in Computer Science "
     "13626 (2023)",
-    layout="imagesTr/CHUM-001__CT.nii.gz, imagesTr/CHUM-001__PT.nii.gz, labelsTr/CHUM-001.nii.gz",
+    layout="imagesTr/CHUM-001__CT.nii.gz, imagesTr/CHUM-001__PT.nii.gz, labelsTr/CHUM-001.nii.gz,\n"
+    "or, since 2025, the three in one folder CHUM-001",
     protocol="none is published for semi-supervised training: a seeded list, a fifth of the cases for testing, 10 % of "
     "the others labelled",
     channels=("CT", "PET"),
@@ -31,11 +32,13 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    images = by_name((p.name.removesuffix("__CT.nii.gz"), p) for p in folder.rglob("imagesTr/*__CT.nii.gz"))
+    names = ((p.name.removesuffix("__CT.nii.gz"), p) for p in find_files(folder, "*__CT.nii.gz"))
+    scans = by_name((name, p) for name, p in names if p.parent.name in ("imagesTr", name))  # those with a label
     cases = {}
-    for name, ct in images.items():
+    for name, ct in scans.items():
         pet = Read(resample_to, (ct.with_name(f"{name}__PT.nii.gz"), ct))
-        cases[name] = Case(name, (ct, pet), ct.parent.with_name("labelsTr") / f"{name}.nii.gz")
+        labels = ct.parent if ct.parent.name == name else ct.parent.with_name("labelsTr")
+        cases[name] = Case(name, (ct, pet), labels / f"{name}.nii.gz")
     train, test = seeded_split(cases, test=0.2)
     return Source(ABOUT, cases, train, test=test)
 

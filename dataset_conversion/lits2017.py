@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, seeded_split
+from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, find_files, seeded_split
 
 ABOUT = About(
     name="LiTS2017",
@@ -29,8 +30,9 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    volumes = by_name((f"liver_{int(p.stem.removeprefix('volume-')):03d}", p) for p in folder.rglob("volume-*.nii"))
-    labels = by_name((p.name.replace("segmentation", "volume"), p) for p in folder.rglob("segmentation-*.nii"))
+    found = ((re.fullmatch(r"volume-(\d+)\.nii", p.name), p) for p in find_files(folder, "volume-*.nii"))
+    volumes = by_name((f"liver_{int(match[1]):03d}", p) for match, p in found if match)  # no `volume-1 (copy).nii`
+    labels = by_name((p.name.replace("segmentation", "volume"), p) for p in find_files(folder, "segmentation-*.nii"))
     # the masks need not lie beside their volumes; where one is missing, its place says what was looked for
     cases = {
         name: Case(name, (p,), labels.get(p.name, p.with_name(p.name.replace("volume", "segmentation"))))

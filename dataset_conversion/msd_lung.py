@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, seeded_split
+from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, find_files, seeded_split
 
 ABOUT = About(
     name="MSDLung",
@@ -24,7 +24,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    files = folder.rglob("imagesTr/lung_*.nii.gz")  # the archive also has files `._lung_001.nii.gz`
+    files = find_files(folder, "imagesTr/lung_*.nii.gz")
     images = by_name((path.name.removesuffix(".nii.gz"), path) for path in files)
     cases = {n: Case(n, (path,), path.parent.with_name("labelsTr") / path.name) for n, path in images.items()}
     train, test = seeded_split(cases, test=15 / 63)
