@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Crop, Source, by_name, convert_dataset, published_split
+from nnunet_semiseg.conversion import About, Case, Crop, Source, by_name, convert_dataset, find_files, published_split
 
 ABOUT = About(
     name="LA2018",
@@ -25,12 +25,17 @@ ABOUT = About(
     file_ending=".nrrd",
     label_values={0: 0, 255: 1},
     labeled=8,
-    crop=Crop((10, 10, 10), (112, 112, 80), "UA-MT's preprocessing, its random margin of 5 to 10 voxels fixed at 10"),
+    crop=Crop(
+        size=(112, 112, None),
+        margin=(15, 15, None),
+        source="UA-MT's preprocessing: at least 112 x 112 voxels, round that a margin of 15, the middle of its random "
+        "10 to 20; whole along z",
+    ),
 )
 
 
 def find_cases(folder: Path) -> Source:
-    images = by_name((path.parent.name, path) for path in folder.rglob("lgemri.nrrd"))
+    images = by_name((path.parent.name, path) for path in find_files(folder, "lgemri.nrrd"))
     cases = {name: Case(name, (path,), path.with_name("laendo.nrrd")) for name, path in images.items()}
     split = published_split("la2018")
     return Source(ABOUT, cases, split["train"], test=split["test"])
