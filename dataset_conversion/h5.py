@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import h5py
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset
+from nnunet_semiseg.conversion import (
+    About,
+    Case,
+    Read,
+    Source,
+    by_name,
+    convert_dataset,
+    find_files,
+    published_split,
+)
 from nnunet_semiseg.dataset_conversion import brats2019, la2018, pancreas_ct
 from nnunet_semiseg.errors import UserError
 
@@ -36,10 +45,21 @@ ABOUT = About(
     notes=(NOTE,),
 )
 
-KNOWN = (  # how its case names look, what it was made from, and on which grid
-    (r"[0-9A-Z]{20}", la2018.ABOUT, (0.625, 0.625, 0.625)),
-    (r"(image)?\d{4}", pancreas_ct.ABOUT, (1.0, 1.0, 1.0)),
-    (r"BraTS19_\w+", brats2019.ABOUT, (1.0, 1.0, 1.0)),
+
+@dataclass(frozen=True)
+class Known:
+    """A set that such files were made from: how its cases are named, on which grid they are, its published list."""
+
+    pattern: str
+    about: About
+    spacing: tuple[float, float, float]
+    split: str
+
+
+KNOWN = (
+    Known(r"[0-9A-Z]{20}", la2018.ABOUT, (0.625, 0.625, 0.625), "la2018"),
+    Known(r"(image)?\d{4}", pancreas_ct.ABOUT, (1.0, 1.0, 1.0), "pancreas_ct"),
+    Known(r"BraTS19_\w+", brats2019.ABOUT, (1.0, 1.0, 1.0), "brats2019"),
 )
 
 
@@ -49,35 +69,69 @@ def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Seq
         spacing: x y z, in mm, or one number; None: that of the known set.
         labels: names of the label values 1, 2, ...; None: those of the known set.
     """
-    files = by_name((_case(path), path) for path in folder.rglob("*.h5"))
+    files = by_name((_case(path), path) for path in find_files(folder, "*.h5"))
     if not files:
         return Source(ABOUT, {}, ())
-    about, known_spacing = describe(list(files), labels)
-    spacing = tuple(spacing or known_spacing or ())
+    known = find_known(files)
+    about = describe(known, labels)
+    if not about.labels:
+        raise UserError(
+            f"{folder}: case names like {next(iter(files))} are of no known set: name its labels with --labels NAME ..."
+        )
+    spacing = tuple(spacing or (known.spacing if known else ()))
     if len(spacing) not in (1, 3):
         raise UserError(f"{folder}: of no set whose voxel size is known: give it with --spacing X Y Z (mm)")
     cases = {}
     for name, path in files.items():
         image, label = (Read(read_h5, (path,), {"key": key, "spacing": spacing}) for key in ("image", "label"))
         cases[name] = Case(name, (image,), label)
-    lists = {part: read_list(folder, f"{part}.list") for part in ("train", "val", "test")}
-    return Source(about, cases, lists["train"] or list(cases), lists["val"], lists["test"])
+    protocol, lists = find_lists(folder, files, known)
+    return Source(replace(about, protocol=protocol), cases, lists["train"], lists["val"], lists["test"])
 
 
-def describe(names: Sequence[str], labels: Sequence[str] | None) -> tuple[About, Sequence[float] | None]:
-    """What is known of a set with such case names, and its voxel size."""
-    about, spacing = ABOUT, None
-    for pattern, origin, known_spacing in KNOWN:
-        if all(re.fullmatch(pattern, name) for name in names):
-            changes = {"name": f"{origin.name}H5", "file_ending": ".nii.gz", "label_values": None, "crop": None}
-            about = replace(origin, **changes, title=f"{origin.title}, from h5 files", notes=(NOTE,))
-            spacing = known_spacing
+def find_known(files: Mapping[str, Path]) -> Known | None:
+    """The set that all case names are of.
+
+    Raises:
+        UserError: most are of a known set, but not all.
+    """
+    for known in KNOWN:
+        odd = [path for name, path in files.items() if not re.fullmatch(known.pattern, name)]
+        if not odd:
+            return known
+        if len(odd) < len(files) / 2:
+            more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+            raise UserError(
+                f"{odd[0]}{more}: not named like a case of {known.about.name}, as the other files are: take it away"
+            )
+    return None
+
+
+def describe(known: Known | None, labels: Sequence[str] | None) -> About:
+    about = ABOUT
+    if known:
+        changes = {"name": f"{known.about.name}H5", "file_ending": ".nii.gz", "label_values": None, "crop": None}
+        about = replace(known.about, **changes, title=f"{known.about.title}, from h5 files", notes=(NOTE,))
     if labels:
         names = {"background": 0, **{name: i for i, name in enumerate(labels, 1)}}
         about = replace(about, labels=names, prompts={name: name for name in names})
-    if not about.labels:
-        raise UserError("the case names are of no known set: name its labels with --labels NAME ...")
-    return about, spacing
+    return about
+
+
+def find_lists(folder: Path, names: Collection[str], known: Known | None) -> tuple[str, dict[str, list[str]]]:
+    """Where the lists are from, in words, and the cases of each: those beside the files or else the published ones."""
+    lists = {part: read_list(folder, f"{part}.list") for part in ("train", "val", "test")}
+    if any(lists.values()):
+        listed = {*lists["val"], *lists["test"]}
+        lists["train"] = lists["train"] or [name for name in names if name not in listed]
+        return "the lists beside the files", lists
+    if known:
+        published = published_split(known.split)
+        # of the pancreas some pass on image0001_norm.h5, as the list calls it, and some 0001.h5
+        prefix = "" if any(name.startswith("image") for name in names) else "image"
+        lists = {part: [name.removeprefix(prefix) for name in published.get(part, ())] for part in lists}
+        return f"no list beside the files, hence {known.about.protocol}", lists
+    return "no list beside the files: every case is for training", lists | {"train": list(names)}
 
 
 def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
@@ -92,7 +146,7 @@ def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
 
 def read_list(folder: Path, name: str) -> list[str]:
     """Case names of a list file; what it says of their paths is left out. Empty, where there is no such file."""
-    files = sorted(folder.rglob(name), key=lambda path: len(path.parts))
+    files = sorted(find_files(folder, name), key=lambda path: len(path.parts))
     lines = files[0].read_text(encoding="utf-8").split() if files else ()
     return [_case(Path(line)) for line in lines]
 
