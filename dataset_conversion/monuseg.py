@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,8 +11,8 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.draw import polygon
 
-from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset
-from nnunet_semiseg.dataset_conversion.qata_cov19 import read_texts
+from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, find_files
+from nnunet_semiseg.dataset_conversion.qata_cov19 import read_texts, text_notes
 from nnunet_semiseg.errors import UserError
 
 ABOUT = About(
@@ -21,7 +22,7 @@ ABOUT = About(
     licence="CC BY-NC-SA 4.0; texts: LViT, MIT",
     citation="Kumar et al., A Multi-Organ Nucleus Segmentation Challenge, IEEE Transactions on Medical Imaging 39 "
     "(2020)",
-    layout="Tissue Images/*.tif and Annotations/*.xml for training, *.tif beside *.xml for testing;\n"
+    layout="Tissue Images/*.tif and Annotations/*.xml for training, *.tif beside *.xml (MoNuSegTestData) for testing;\n"
     "*.xlsx with the columns Image and Description (LViT's texts), if there are any",
     protocol="training and test images by folder; 25 % labelled",
     channels=("red", "green", "blue"),
@@ -34,12 +35,19 @@ ABOUT = About(
 
 def find_cases(folder: Path) -> Source:
     cases, train, test, texts = {}, [], [], read_texts(folder)
-    for name, image in by_name((path.stem, path) for path in folder.rglob("*.tif")).items():
+    found = find_files(folder, "*.tif")
+    places = ("Tissue Images", "MoNuSegTestData")
+    images = [path for path in found if path.parent.name in places or path.with_suffix(".xml").exists()]
+    for name, image in by_name((path.stem, path) for path in images).items():
         in_training = image.parent.name == "Tissue Images"
         (train if in_training else test).append(name)
         outlines = (image.parent.with_name("Annotations") if in_training else image.parent) / f"{name}.xml"
         cases[name] = Case(name, (image,), Read(rasterise, (outlines, image)), texts.get(name))
-    return Source(ABOUT, cases, train, test=test)
+    notes = text_notes(cases, texts) if texts else []
+    if others := sorted(set(found) - set(images)):
+        some = ", ".join(str(path.relative_to(folder)) for path in others[:5])
+        notes.append(f"{len(others)} .tif without an annotation are left out: {some}")
+    return Source(replace(ABOUT, notes=tuple(notes)), cases, train, test=test)
 
 
 def rasterise(outlines: Path, image: Path) -> sitk.Image:
@@ -50,7 +58,8 @@ def rasterise(outlines: Path, image: Path) -> sitk.Image:
         regions = ElementTree.parse(outlines).iter("Region")
         for region in regions:
             points = np.array([(float(v.get("Y")), float(v.get("X"))) for v in region.iter("Vertex")]).reshape(-1, 2)
-            mask[polygon(*points.T, mask.shape)] = 1
+            if len(points):  # ImageScope leaves empty regions
+                mask[polygon(*points.T, mask.shape)] = 1
     except (ElementTree.ParseError, TypeError) as e:
         raise UserError(f"{outlines}: no annotation of Aperio ImageScope's ({e}): download it again") from None
     label = sitk.GetImageFromArray(mask)

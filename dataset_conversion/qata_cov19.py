@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas
+import SimpleITK as sitk
+from PIL import Image
 
-from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, read_gray
+from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, find_files, read_gray
 from nnunet_semiseg.errors import UserError
 
 ABOUT = About(
@@ -38,7 +43,7 @@ IMAGES, MASKS = ("Images", "img"), ("Ground-truths", "labelcol")
 def find_images(folder: Path, about: About) -> Source:
     """Cases by the folder that they lie in, with the texts of all tables below the folder."""
     images, masks, parts = [], [], {}
-    for path in folder.rglob("*.png"):
+    for path in find_files(folder, "*.png"):
         kind, part = path.parent.name, PARTS.get(path.parent.parent.name)
         if part and kind in IMAGES:
             images.append((_key(path.name), path))
@@ -49,15 +54,46 @@ def find_images(folder: Path, about: About) -> Source:
     cases = {}
     for name, path in by_name(images).items():
         mask = masks.get(name, path.parent.parent / MASKS[0] / f"mask_{path.name}")
-        cases[name] = Case(name, (Read(read_gray, (path,)),), Read(read_gray, (mask,)), texts.get(name))
+        cases[name] = Case(name, (_one_channel(path),), Read(read_mask, (mask,)), texts.get(name))
     by_part = {part: [n for n in cases if parts[n] == part] for part in ("train", "val", "test")}
+    about = replace(about, notes=(*about.notes, *text_notes(cases, texts)))
     return Source(about, cases, by_part["train"], by_part["val"], by_part["test"])
+
+
+def _one_channel(path: Path) -> Path | Read:
+    """The file itself where it has one channel, so that it is linked; only its header is looked at."""
+    try:
+        with Image.open(path) as image:
+            return path if image.mode in ("L", "I;16") else Read(read_gray, (path,))
+    except OSError:
+        return path  # damaged: reading it in a worker says so, of this case
+
+
+def read_mask(path: Path) -> sitk.Image | tuple[sitk.Image, str]:
+    """A mask of 0 and 255, or of 0 and 1; what a lossy copy has made of 0 and 255 is put right."""
+    mask = read_gray(path)
+    voxels = sitk.GetArrayViewFromImage(mask)
+    if voxels.max() < 128 or np.isin(voxels, (0, 255)).all():
+        return mask
+    clean = sitk.GetImageFromArray(np.where(voxels >= 128, 255, 0).astype(np.uint8))
+    return clean, f"the mask has values other than 0 and 255: cut at 128 ({path.name})"
+
+
+def text_notes(cases: Collection[str], texts: Mapping[str, str]) -> list[str]:
+    """What a user should know of images without a text, and of texts without an image."""
+    bare, alone = ([name for name in a if name not in b] for a, b in ((cases, texts), (texts, cases)))
+    notes = []
+    if bare:
+        notes.append(f"{len(bare)} of {len(cases)} images have no text: {', '.join(bare[:5])}")
+    if alone:
+        notes.append(f"{len(alone)} of {len(texts)} texts have no image: {', '.join(alone[:5])}")
+    return notes
 
 
 def read_texts(folder: Path) -> dict[str, str]:
     """Image to description, of every .xlsx; keys come with or without `mask_` and an ending."""
     texts: dict[str, str] = {}
-    for file in sorted(folder.rglob("*.xlsx")):
+    for file in find_files(folder, "*.xlsx"):
         table = pandas.read_excel(file, dtype=str)
         table.columns = [str(column).strip() for column in table.columns]
         if missing := {"Image", "Description"} - set(table.columns):
