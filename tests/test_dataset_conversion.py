@@ -14,8 +14,10 @@ from conftest import TinyDataset, in_threads
 from training import make_trainer
 
 from nnunet_semiseg import planning
-from nnunet_semiseg.conversion import published_split
+from nnunet_semiseg.conversion import Read, Source, assign, published_split
 from nnunet_semiseg.dataset_conversion import hecktor
+from nnunet_semiseg.dataset_conversion.pancreas_ct import choose_orientation
+from nnunet_semiseg.dataset_conversion.qata_cov19 import read_mask
 from nnunet_semiseg.discovery import load_module, module_names
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 
@@ -52,6 +54,17 @@ def read(file: Path) -> np.ndarray:
 def convert(name: str, download: Path, **kwargs) -> Path:
     kwargs = {"num_processes": 0, "show_progress_bar": False} | kwargs
     return load_module("dataset_conversion", name).convert(download, 801, **kwargs)
+
+
+def find(name: str, download: Path, **options) -> Source:
+    return load_module("dataset_conversion", name).find_cases(download, **options)
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Empty files, where only names matter."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
 
 def parts(dataset: Path) -> dict[str, set[str]]:
@@ -296,18 +309,19 @@ def test_la2018(tmp_path):
 def test_la2018_published_crop(tmp_path):
     download = tmp_path / "download"
     name = published_split("la2018")["train"][0]
-    image, _ = volume(0, shape=(100, 150, 160))
+    image, _ = volume(0, shape=(100, 200, 200))
     label = np.zeros(image.shape, np.uint8)
-    label[40:60, 70:75, 20:110] = 255  # z, y, x
+    label[40:60, 70:75, 20:140] = 255  # z, y, x
     save(image, download / name / "lgemri.nrrd", (0.625,) * 3)
     save(label, download / name / "laendo.nrrd", (0.625,) * 3)
     raw = convert("la2018", download, labeled=1, crop="published")
-    # x: 20 - 10 to 110 + 10 is 110, two short of 112; y: 25 is short by 87: 43 below, 44 above; z: 40, short by 40
-    expected = (slice(10, 90), slice(60 - 43, 85 + 44), slice(9, 121))
+    # x: 20 to 140 is more than 112, with the margin 5 to 155; y: 70 to 75 is grown by 107, 53 below and 54 above, to 17
+    # and 129, with the margin 2 to 144; z: whole
+    expected = (slice(None), slice(2, 144), slice(5, 155))
     assert np.array_equal(read(raw / "imagesTr" / f"{name}_0000.nrrd"), image[expected])
     assert np.array_equal(read(raw / "labelsTr" / f"{name}.nrrd"), label[expected] // 255)
     origin = sitk.ReadImage(str(raw / "labelsTr" / f"{name}.nrrd")).GetOrigin()
-    np.testing.assert_allclose(origin, (9 * 0.625, 17 * 0.625, 10 * 0.625))
+    np.testing.assert_allclose(origin, (5 * 0.625, 2 * 0.625, 0))
 
 
 def test_h5_keeps_values_spacing_and_axes(tmp_path):
@@ -338,6 +352,56 @@ def test_h5_of_an_unknown_set_asks_for_what_it_cannot_know(tmp_path):
     assert sitk.ReadImage(str(raw / "imagesTr" / "case0_0000.nii.gz")).GetSpacing() == (2, 2, 2)
 
 
+def h5_files(folder: Path, *names: str, **lists: list[str]) -> Path:
+    """Empty files with such names, and lists of cases."""
+    touch(folder, *names)
+    for part, cases in lists.items():
+        (folder / f"{part}.list").write_text("\n".join(cases))
+    return folder
+
+
+def test_h5_takes_the_lists_beside_the_files(tmp_path):
+    names = [f"BraTS19_2013_{i}_1" for i in range(5)]
+    lists = {"train": names[2::-1], "val": [names[3]], "test": [names[4]]}
+    found = find("h5", h5_files(tmp_path, *(f"data/{name}.h5" for name in names), **lists))
+    assert {"train": found.train, "val": found.val, "test": found.test} == lists
+    assert found.about.protocol == "the lists beside the files"
+    (tmp_path / "train.list").unlink()
+    assert find("h5", tmp_path).train == names[:3]  # all the others
+
+
+@pytest.mark.parametrize(
+    "split, file", [("la2018", "{}/mri_norm2.h5"), ("pancreas_ct", "Pancreas_h5/{}_norm.h5"), ("brats2019", "{}.h5")]
+)
+def test_h5_of_a_known_set_without_lists_keeps_to_the_published_ones(split, file, tmp_path):
+    published = published_split(split)
+    names = {part: published.get(part, [])[:3] for part in ("train", "val", "test")}
+    h5_files(tmp_path, *(file.format(name) for part in names.values() for name in part))
+    found = find("h5", tmp_path)
+    assigned = assign(found, 1, "published")
+    assert [name for name, part in assigned.items() if part == "test"] == names["test"]
+    assert [name for name, part in assigned.items() if part == "validation"] == names["val"]
+    assert found.about.protocol.startswith("no list beside the files, hence ")
+
+
+def test_h5_of_the_pancreas_has_voxels_of_a_millimetre(tmp_path):
+    found = find("h5", h5_files(tmp_path, "0001.h5", "0057.h5"))  # as CoraNet names them
+    assert found.cases["0057"].images[0].options["spacing"] == (1, 1, 1)
+    assert assign(found, 1, "published") == {"0057": "labeled", "0001": "test"}
+
+
+def test_h5_without_a_list_of_an_unknown_set_says_so(tmp_path):
+    found = find("h5", h5_files(tmp_path, "a.h5", "b.h5"), labels=["organ"], spacing=[1.0])
+    assert found.about.protocol == "no list beside the files: every case is for training"
+    assert found.train == ["a", "b"] and not found.test
+
+
+def test_h5_names_a_file_that_is_of_another_set(tmp_path):
+    h5_files(tmp_path, "0001.h5", "0002.h5", "0003.h5", "features.h5")
+    with pytest.raises(ValueError, match=r"features\.h5: not named like a case of PancreasCT"):
+        find("h5", tmp_path)
+
+
 def test_pancreas_labels_are_flipped_where_measured(tmp_path, capsys):
     download = tmp_path / "download"
     raw = convert("pancreas_ct", download, **pancreas_ct(download))
@@ -359,6 +423,78 @@ def test_pancreas_label_of_another_patient_is_refused(tmp_path):
     save(wrong, download / "TCIA_pancreas_labels" / f"label{number}.nii.gz")
     with pytest.raises(ValueError, match=f"label{number}.nii.gz: lies on no soft tissue"):
         convert("pancreas_ct", download, **options)
+
+
+def abdomen(mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """A pancreas of 85 HU in fat, in a body of soft tissue in air; at the mirrored place, tissue as given."""
+    rng = np.random.default_rng(0)
+    units = np.full((16, 60, 60), -1000.0)
+    units[:, 4:56, 4:56] = rng.normal(50, 12, (16, 52, 52))
+    units[:, 32:56, 4:56] = rng.normal(mean, std, (16, 24, 52))
+    units[2:14, 8:24, 8:42] = rng.normal(-100, 15, (12, 16, 34))
+    label = np.zeros(units.shape, np.uint8)
+    label[4:12, 11:21, 12:38] = 1
+    units[label > 0] = rng.normal(85, 45, (label > 0).sum())
+    return units.round().astype(np.int16), label
+
+
+@pytest.mark.parametrize(
+    "mirrored", [(55, 12), (40, 40), (-1000, 5)], ids=["homogeneous muscle", "noise of a body", "air"]
+)
+@pytest.mark.parametrize("flipped", [False, True])
+def test_pancreas_orientation_is_told_from_what_lies_at_the_mirrored_place(mirrored, flipped):
+    units, label = abdomen(*mirrored)
+    chosen, note = choose_orientation(units, label[:, ::-1] if flipped else label)
+    assert np.array_equal(chosen, label)
+    assert note.startswith("label flipped along y" if flipped else "label as it is")
+
+
+def test_pancreas_orientation_is_doubtful_without_a_border():
+    units, label = abdomen(50, 12)
+    units[:, 4:56, 4:56] = np.random.default_rng(1).normal(60, 20, (16, 52, 52))
+    chosen, note = choose_orientation(units, label)
+    assert chosen is not None and note.startswith("WARNING: undecided")
+
+
+def test_pancreas_label_must_lie_in_the_body():
+    units = np.full((8, 40, 40), -1000, np.int16)
+    units[:, 4:12, 4:36] = units[:, 28:36, 4:36] = 60  # two bodies, the label half in each
+    label = np.zeros(units.shape, np.uint8)
+    label[2:6, 6:10, 6:30] = label[2:6, 30:34, 6:30] = 1
+    assert choose_orientation(units, label)[0] is None
+    units[:, 4:36, 4], units[:, 4:36, 35] = 60, 60  # one body with gas in the middle
+    assert choose_orientation(units, label)[0] is not None
+
+
+def test_pancreas_label_covers_hardly_any_air():
+    units = np.full((8, 40, 40), 100, np.int16)
+    label = np.zeros(units.shape, np.uint8)
+    label[2:6, 10:30, 10:20] = 1
+    units[:, 26:28] = -900  # a tenth, which leaves the mean that of soft tissue
+    assert choose_orientation(units, label)[0] is None
+
+
+def test_pancreas_test_cases_are_for_testing(tmp_path):
+    published = published_split("pancreas_ct")
+    for name in (*published["train"][:2], *published["test"][:2]):
+        (tmp_path / name.replace("image", "PANCREAS_")).mkdir()
+    assigned = assign(find("pancreas_ct", tmp_path), 1, "published")
+    expected = dict.fromkeys(published["train"][:2], False) | dict.fromkeys(published["test"][:2], True)
+    assert {f"image{name[-4:]}": part == "test" for name, part in assigned.items()} == expected
+
+
+@pytest.mark.parametrize("name, options", [("brats2019", {"task": "regions"}), ("brats2020", {})])
+def test_brats_channels_and_regions(name, options, tmp_path):
+    case = f"{name.replace('brats20', 'BraTS')}_Training_001"
+    touch(tmp_path, *(f"{case}/{case}_{sequence}.nii.gz" for sequence in ("flair", "t1", "t1ce", "t2", "seg")))
+    found = find(name, tmp_path, **options)
+    endings = [path.name.removeprefix(case) for path in found.cases[case].images]
+    named = dict(zip(found.about.channels, endings, strict=True))
+    assert named == {"FLAIR": "_flair.nii.gz", "T1": "_t1.nii.gz", "T1CE": "_t1ce.nii.gz", "T2": "_t2.nii.gz"}
+    # in the source 1 is necrosis, 2 edema, 4 enhancing tumor
+    source_of = {value: key for key, value in found.about.label_values.items()}
+    regions = {r: {source_of[v] for v in values} for r, values in found.about.labels.items() if r != "background"}
+    assert regions == {"whole tumor": {1, 2, 4}, "tumor core": {1, 4}, "enhancing tumor": {4}}
 
 
 def test_brats2019_whole_tumour_and_regions(tmp_path):
@@ -386,6 +522,17 @@ def test_brats2020_finds_the_oddly_named_mask(tmp_path):
     assert read(raw / "labelsTr" / "BraTS20_Training_355.nii.gz").max() == 3
 
 
+def test_brats2020_validation_data_are_unlabeled(tmp_path):
+    own = [f"BraTS20_Training_{i:03d}" for i in range(1, 11)]
+    touch(tmp_path, *(f"MICCAI_BraTS2020_TrainingData/{name}/{name}_flair.nii" for name in own))
+    alone = assign(find("brats2020", tmp_path), None, "published")
+    others = [f"BraTS20_Validation_{i:03d}" for i in range(1, 11)]
+    touch(tmp_path, *(f"MICCAI_BraTS2020_ValidationData/{name}/{name}_flair.nii" for name in others))
+    found = find("brats2020", tmp_path)
+    assert assign(found, None, "published") == alone | dict.fromkeys(others, "unlabeled")
+    assert list(assign(found, "all", "published").values()).count("labeled") == 8
+
+
 def test_msd_lung_is_split_by_seed(tmp_path):
     raw = convert("msd_lung", tmp_path / "m", **msd_lung(tmp_path / "m"))
     assert {part: len(names) for part, names in parts(raw).items()} == {"Tr": 2, "Un": 3, "Ts": 1}
@@ -398,6 +545,27 @@ def test_lits_reads_both_batches(tmp_path):
     raw = convert("lits2017", tmp_path / "l", labeled="all", protocol="all")
     assert parts(raw) == {"Tr": {f"liver_{i:03d}" for i in (0, 1, 2, 10, 28, 130)}}
     assert set(np.unique(read(raw / "labelsTr" / "liver_130.nii"))) == {0, 1, 2}
+
+
+def test_lits_masks_may_lie_elsewhere_and_copies_do_not_count(tmp_path):
+    touch(tmp_path, "a/volume-1.nii", "a/volume-1 (copy).nii", "b/segmentation-1.nii", "a/volume-2.nii")
+    cases = find("lits2017", tmp_path).cases
+    assert {name: case.label for name, case in cases.items()} == {
+        "liver_001": tmp_path / "b" / "segmentation-1.nii",
+        "liver_002": tmp_path / "a" / "segmentation-2.nii",  # where it was looked for
+    }
+
+
+def test_acdc_patient_with_a_bad_info_fails_alone(tmp_path):
+    download = tmp_path / "download"
+    acdc(download)
+    bad = sorted((download / "training").iterdir())[0]
+    (bad / "Info.cfg").write_text("ED 1\n")
+    with pytest.raises(ValueError, match=rf"case {bad.name}_frame01: .*Info.cfg: no line `ED: NUMBER`") as error:
+        convert("acdc", download, labeled="all")
+    assert len(str(error.value).splitlines()) == 3  # both frames, and the dataset without them
+    converted = set().union(*parts(tmp_path / "raw" / "Dataset801_ACDC").values())
+    assert converted and not any(name.startswith(bad.name) for name in converted)
 
 
 def test_acdc_frames_are_end_diastole_and_end_systole(tmp_path):
@@ -425,9 +593,64 @@ def test_texts_come_with_their_images(name, count, tmp_path):
     assert set(np.unique(read(raw / "labelsTs" / f"{case}.png"))) == {0, 1}
 
 
+def test_qata_quarter_is_labeled(tmp_path):
+    pictures(tmp_path, {"Train Set": [f"a{i}" for i in range(8)], "Test Set": ["b1"]})
+    assigned = assign(find("qata_cov19", tmp_path), None, "published")
+    assert list(assigned.values()).count("labeled") == 2
+
+
+def test_gray_pictures_are_linked_and_others_read(tmp_path):
+    download = tmp_path / "download"
+    pictures(download, {"Train Set": ["a", "b", "c"]})
+    folder = download / "Train Set" / "Images"
+    save(np.repeat(read(folder / "b.png")[..., None], 3, -1), folder / "b.png", is_vector=True)
+    (folder / "c.png").write_bytes(b"no picture")
+    cases = find("qata_cov19", download).cases
+    assert cases["a"].images == (folder / "a.png",) and isinstance(cases["b"].images[0], Read)
+    assert cases["c"].images == (folder / "c.png",)  # refused when it is read
+    with pytest.raises(ValueError, match=r"case c: .*c\.png: cannot be read"):
+        convert("qata_cov19", download, labeled=1)
+    raw = tmp_path / "raw" / "Dataset801_QaTaCOV19"
+    assert (raw / "imagesTr" / "a_0000.png").samefile(folder / "a.png")
+    assert np.array_equal(read(raw / "imagesUn" / "b_0000.png"), volume(1, 255, (SIZE, SIZE))[0])
+
+
+def test_masks_of_a_lossy_copy_are_cut_at_half(tmp_path):
+    masks = {"good": [0, 255, 255, 0], "binary": [0, 1, 1, 0], "lossy": [3, 254, 255, 120], "classes": [0, 1, 2, 0]}
+    for name, values in masks.items():
+        save(np.array(values, np.uint8).reshape(2, 2), tmp_path / f"{name}.png")
+    found = {name: read_mask(tmp_path / f"{name}.png") for name in masks}
+    lossy, note = found.pop("lossy")
+    assert sitk.GetArrayFromImage(lossy).ravel().tolist() == [0, 255, 255, 0] and "lossy.png" in note
+    for name, mask in found.items():  # values that mean something else are left to the check of label values
+        assert sitk.GetArrayFromImage(mask).ravel().tolist() == masks[name]
+
+
+def test_images_without_text_and_texts_without_image_are_reported(tmp_path, capsys):
+    download = tmp_path / "download"
+    pictures(download, {"Train Set": ["a1", "a2"]})
+    texts(download / "train.xlsx", ["mask_a1.png", "z9"])
+    (download / "~$train.xlsx").write_bytes(b"Excel has it open")
+    convert("qata_cov19", download, dry_run=True)
+    printed = capsys.readouterr().out
+    assert "1 of 2 images have no text: a2" in printed and "1 of 2 texts have no image: z9" in printed
+
+
+def test_monuseg_takes_only_annotated_images(tmp_path):
+    touch(
+        tmp_path, "Tissue Images/a.tif", "MoNuSegTestData/b.tif", "mine/c.tif", "mine/c.xml", "mine/d.tif", "e.tif"
+    )  # fmt: skip
+    found = find("monuseg", tmp_path)
+    assert (found.train, found.test) == (["a"], ["b", "c"])
+    assert found.about.notes == ("2 .tif without an annotation are left out: e.tif, mine/d.tif",)
+
+
 def test_monuseg_polygons(tmp_path):
     download = tmp_path / "download"
-    raw = convert("monuseg", download, **monuseg(download))
+    options = monuseg(download)
+    empty = "<Region><Vertices/></Region>"
+    (download / "MoNuSegTestData" / "TCGA-T1.xml").write_text(XML.format(empty + SQUARE))
+    raw = convert("monuseg", download, **options)
     expected = np.zeros((SIZE, SIZE), np.uint8)
     expected[2:6, 4:10] = 1  # y from 2 to 5, x from 4 to 9, with their borders
     assert np.array_equal(read(raw / "labelsTs" / "TCGA-T1.tif"), expected)
@@ -444,3 +667,19 @@ def test_hecktor_pet_is_on_the_grid_of_the_ct(tmp_path):
     voxels = sitk.GetArrayFromImage(pet)
     assert voxels[4, 6, 8] == image[4, 6, 8]  # a point of both grids
     assert voxels[4, 6, 9] == pytest.approx((image[4, 6, 8] + image[4, 6, 10]) / 2)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("imagesTr/CHUM-001__CT.nii.gz", "imagesTr/CHUM-001__PT.nii.gz", "labelsTr/CHUM-001.nii.gz"),
+        ("CHUM-001/CHUM-001__CT.nii.gz", "CHUM-001/CHUM-001__PT.nii.gz", "CHUM-001/CHUM-001.nii.gz"),
+    ],
+    ids=["2022", "2025"],
+)
+def test_hecktor_channels(files, tmp_path):
+    touch(tmp_path, *files, "imagesTs/CHUM-002__CT.nii.gz")
+    ((name, case),) = find("hecktor", tmp_path).cases.items()
+    ct, pet, label = (tmp_path / file for file in files)
+    assert (name, case.images[0], case.label) == ("CHUM-001", ct, label)
+    assert case.images[1] == Read(hecktor.resample_to, (pet, ct))
