@@ -1,0 +1,289 @@
+"""`compare` with planted results, each wrong use, and one comparison for real, killed on its way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from training import PLANS, write_settings
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation import compare
+from nnunet_semiseg.evaluation.compare import Request
+from nnunet_semiseg.evaluation.runs import RECORD, Run
+from nnunet_semiseg.files import write_json
+
+TRAINERS = ("SupervisedTrainer", "MeanTeacherTrainer", "TextSemiSegTrainer")
+
+
+@pytest.fixture
+def planned(tiny_dataset):
+    dataset = tiny_dataset(labeled=3, test=4)
+    dataset.plan(preprocess=False)
+    return dataset
+
+
+def request(dataset, **changes) -> Request:
+    asked = {"configuration": "3d_fullres", "fold": "all", "trainers": TRAINERS, "plans": PLANS, "device": "cpu"}
+    return Request(dataset=dataset.id, num_processes=0, **{**asked, **changes})
+
+
+def pretend_trained(run: Run, iterations=6, dice=0.5, **configuration) -> None:
+    """The files that a training leaves, with next to nothing in them."""
+    run.write_plans()
+    plans = json.loads((Path(os.environ["nnUNet_preprocessed"], run.dataset) / f"{run.plans}.json").read_text())
+    plans["configurations"][run.configuration].update(configuration)
+    run.folder.mkdir(parents=True)
+    write_json(plans, run.model_folder / "plans.json")
+    shutil.copy(Path(os.environ["nnUNet_raw"], run.dataset, "dataset.json"), run.model_folder)
+    write_json({"num_epochs": "3", "num_iterations_per_epoch": str(iterations // 3)}, run.folder / "debug.json")
+    log = {"train_losses": [2.0, 1.0, 0.5], "val_losses": [2.0, 1.5, 1.0], "mean_fg_dice": [0, dice, dice]}
+    log |= {"ema_fg_dice": [0, dice, dice], "epoch_start_timestamps": [0, 1800, 5400]}
+    log |= {"epoch_end_timestamps": [1800, 3600, 7200], "loss/consistency": [0.1, 0.2, 0.3]}
+    torch.save({"network_weights": {"w": torch.zeros(5, 2)}, "logging": log}, run.checkpoint)
+
+
+@pytest.fixture
+def pretend_predicted(monkeypatch, planned):
+    """Predictions are the references, shifted by as many voxels as a trainer's name says in this dictionary."""
+    shifts = dict.fromkeys(TRAINERS, 0)
+
+    def do_all(jobs, devices, logs):
+        for job in jobs:
+            content = job.content
+            folder = Path(content["output"])
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            shift = next(s for trainer, s in shifts.items() if f"__{trainer}__" in folder.name)
+            for file in (planned.raw / "labelsTs").iterdir():
+                label = sitk.ReadImage(str(file))
+                noisy = content["noise"] * 10
+                moved = sitk.GetImageFromArray(np.roll(sitk.GetArrayFromImage(label), int(shift + noisy), axis=2))
+                moved.CopyInformation(label)
+                sitk.WriteImage(moved, str(folder / file.name))
+            write_json({"settings": content["settings"], "seconds_per_case": 1.5}, folder / RECORD)
+
+    monkeypatch.setattr(compare, "do_all", do_all)
+    return shifts
+
+
+def all_runs(asked: Request) -> list[Run]:
+    runs, upper_bound = compare.make_runs(asked)
+    return [*runs, *upper_bound]
+
+
+# ------------------------------------------------------------------------------------------------- known answers
+
+
+def test_a_planted_shift_is_found_and_a_copy_is_not(planned, pretend_predicted, tmp_path):
+    pretend_predicted["TextSemiSegTrainer"] = 1
+    asked = request(planned, seeds=2)
+    for run in all_runs(asked):
+        pretend_trained(run)
+    page = compare.compare(asked, tmp_path / "out")
+    html, markdown = page.read_text(), (tmp_path / "out" / "report.md").read_text()
+
+    sentence = next(line for line in markdown.splitlines() if line.startswith("Dice: "))
+    assert "MeanTeacherTrainer does not differ from SupervisedTrainer in any case." in sentence
+    assert re.search(r"TextSemiSegTrainer minus SupervisedTrainer: -0\.\d+ \(-0\.\d+ to -0\.\d+\)", sentence)
+    cases = pd.read_csv(tmp_path / "out" / "cases.csv")
+    assert len(cases) == 3 * 2 * 4 * 2  # methods, runs, cases, classes
+    of = cases.groupby("method")["dice"].mean()
+    assert of["SupervisedTrainer"] == of["MeanTeacherTrainer"] == 1 > of["TextSemiSegTrainer"]
+    assert (cases[cases["method"] == "TextSemiSegTrainer"]["hd95_voxels"] == 1).all()
+    runs = pd.read_csv(tmp_path / "out" / "runs.csv")
+    assert list(runs["run"]) == [f"{t}, seed {s}" for t in TRAINERS for s in (0, 1)]
+    assert (runs["training_hours"] == 5400 / 3600).all() and (runs["parameters"] == 10).all()
+    assert (runs["seconds_per_case"] == 1.5).all() and (runs["iterations"] == 6).all()
+    # one file that needs no other
+    assert "warning" not in html.partition("</style>")[2] and not re.search(r'(src|href)="(?!data:|#)', html)
+    assert html.count("<svg") == 3 and html.count("data:image/png") == 6
+    for title in ("Best case", "Median case", "Worst case", "Every run", "Training"):
+        assert title in html and title in markdown
+    for name in re.findall(r"\]\((.*?)\)", markdown):
+        assert (tmp_path / "out" / name).is_file()
+
+
+def test_unequal_conditions_are_said_in_red(planned, pretend_predicted, tmp_path):
+    asked = request(planned)
+    for run in all_runs(asked):
+        text = run.trainer == "TextSemiSegTrainer"
+        pretend_trained(run, iterations=6 if text else 9, **({"batch_size": 7} if text else {}))
+    html = compare.compare(asked, tmp_path / "out").read_text()
+    warnings = re.findall(r'<p class="warning">(.*?)</p>', html)
+    assert warnings == [
+        "TextSemiSegTrainer and SupervisedTrainer: 6 and 9 training iterations",
+        "TextSemiSegTrainer and SupervisedTrainer: the plans differ in batch_size",
+    ]
+
+
+def test_share_of_labels_upper_bound_and_noise(planned, pretend_predicted, tmp_path, tiny_dataset):
+    upper = tiny_dataset(labeled=4, dataset_id=902)
+    upper.plan(preprocess=False)
+    asked = request(
+        planned, trainers=TRAINERS[:2], labeled=(1, 2, None), upper_bound=902, noise=(0.1, 0.2), mirroring=False
+    )
+    pretend_predicted["MeanTeacherTrainer"] = 1
+    for run in all_runs(asked):
+        pretend_trained(run)
+    compare.compare(asked, tmp_path / "out")
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "| MeanTeacherTrainer | 2 | 0." in markdown and "| SupervisedTrainer | all | 1.000 |" in markdown
+    assert "SupervisedTrainer, all labels (Dataset902_Tiny)" in markdown
+    assert "| SupervisedTrainer | 0.2 | 0." in markdown and "without mirroring" in markdown
+    assert "share_of_labels.svg" in markdown and "noise.svg" in markdown
+
+
+def test_what_is_done_is_remembered_until_something_changes(planned, pretend_predicted, tmp_path, monkeypatch):
+    asked = request(planned, trainers=TRAINERS[:2])
+    for run in all_runs(asked):
+        pretend_trained(run)
+    compare.compare(asked, tmp_path / "out")
+    done, evaluated = [], []
+    do_all, evaluate = compare.do_all, compare.evaluate_folder
+    monkeypatch.setattr(compare, "do_all", lambda jobs, *rest: (done.extend(jobs), do_all(jobs, *rest)))
+    monkeypatch.setattr(compare, "evaluate_folder", lambda *a, **k: evaluated.append(a[0]) or evaluate(*a, **k))
+    compare.compare(asked, tmp_path / "out")
+    assert not done and not evaluated
+    os.utime(all_runs(asked)[0].checkpoint)
+    compare.compare(asked, tmp_path / "out")
+    assert [job.content["job"] for job in done] == ["predict"] and len(evaluated) == 1
+    compare.compare(request(planned, trainers=TRAINERS[:2], tolerance=1.0), tmp_path / "out")
+    assert len(evaluated) == 3
+
+
+# ------------------------------------------------------------------------------------------------------ wrong use
+
+
+def refused(asked: Request, words: str, output: Path, **kwargs) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        compare.compare(asked, output, **kwargs)
+    assert len(str(error.value).splitlines()) == 1 and not output.exists()
+
+
+def test_wrong_use_is_one_line(planned, tmp_path):
+    out = tmp_path / "out"
+    refused(request(planned), "not trained: SupervisedTrainer; MeanTeacherTrainer; .*checkpoint_final.*add --run", out)
+    refused(request(planned, trainers=["SupervizedTrainer"]), "no such trainer: use SupervisedTrainer", out)
+    refused(request(planned, trainers=2 * TRAINERS[:1]), "--trainers: .*name each once", out)
+    refused(request(planned, seeds=0), "--seeds 0: give at least 1", out)
+    refused(request(planned, fold="first"), "-f first: give the number of a fold, or all", out)
+    refused(request(planned, configuration="3d_lowres"), "-c 3d_lowres: nnUNetSemiSegSmallPlans has", out)
+    refused(request(planned, plans="Mine"), "Mine.json: no such file", out)
+    unknown = Request(dataset=77, configuration="2d", fold="0", trainers=TRAINERS)
+    refused(unknown, "dataset 77: no dataset has this number", out)
+    refused(request(planned, device="cuda"), "-device cuda: there is no GPU: use -device cpu", out)
+    refused(request(planned, gpus=[0]), "--gpus 0: only with -device cuda", out)
+    stock = request(planned, trainers=["nnUNetTrainer"], labeled=[2])
+    refused(stock, "nnUNetTrainer: cannot leave labels out; use SupervisedTrainer", out, run=True)
+
+
+def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = request(planned, device="cuda", gpus=[0, 2])
+    refused(asked, "--gpus 2: no such GPU: there are 2, numbered from 0", tmp_path / "o")
+    assert compare.find_devices(request(planned, device="cuda", gpus=[0, 1])) == ["0", "1"]
+
+
+def test_no_test_set_and_no_validation_fold(planned, tmp_path):
+    shutil.rmtree(planned.raw / "labelsTs")
+    out = tmp_path / "out"
+    refused(request(planned), "labelsTs: no .*, and fold all has no validation cases", out)
+    refused(request(planned, fold="0", noise=[0.1]), "--noise: needs a test set", out)
+    refused(request(planned, fold="7"), "splits_final.json: no validation cases for fold 7", out)
+
+
+def test_a_reference_without_an_image_and_predictions_that_do_not_fit(planned, pretend_predicted, tmp_path):
+    asked = request(planned, trainers=TRAINERS[:1])
+    pretend_trained(all_runs(asked)[0])
+    compare.compare(asked, tmp_path / "out")
+    (prediction,) = (tmp_path / "out" / "predictions").glob("*/ts_001.nii.gz")
+    image = sitk.ReadImage(str(prediction))
+    image.SetSpacing((1, 2, 3))
+    sitk.WriteImage(image, str(prediction))
+    with pytest.raises(UserError, match="ts_001.nii.gz: shape .* and spacing 3x2x1 mm, but .*labelsTs"):
+        compare.compare(asked, tmp_path / "out")
+    prediction.unlink()
+    with pytest.raises(UserError, match="ts_001.nii.gz: missing: predict this case"):
+        compare.compare(asked, tmp_path / "out")
+    planned.image("ts_002", folder="imagesTs").unlink()
+    with pytest.raises(UserError, match="labelsTs/ts_002.nii.gz: no image ts_002_0000.nii.gz in imagesTs"):
+        compare.compare(asked, tmp_path / "out")
+
+
+def test_the_upper_bound_must_not_have_seen_the_test_set(planned, tiny_dataset, tmp_path):
+    upper = tiny_dataset(labeled=4, dataset_id=902)
+    upper.plan(preprocess=False)
+    shutil.copy(planned.image("ts_001", folder="imagesTs"), upper.raw / "imagesTr")
+    asked = request(planned, upper_bound=902)
+    refused(asked, "--upper-bound: test case ts_001 is in .*902_Tiny/imagesTr", tmp_path / "o")
+
+
+def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
+    jobs = [compare.Job(f"j{i}", f"job {i}", {"job": "train", "words": [], "folder": str(tmp_path)}) for i in range(2)]
+    jobs[1] = compare.Job("j1", "job 1", {"job": "nonsense"})
+    with pytest.raises(UserError) as error:
+        compare.do_all(jobs, ["", ""], tmp_path)
+    lines = sorted(str(error.value).splitlines())
+    assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 2" in lines[0]
+    assert "KeyError: 'nonsense' (exit status 1; all it printed: " in lines[1] and "j1.txt" in lines[1]
+
+
+# -------------------------------------------------------------------------------------------------------- for real
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_goes_on(tiny_dataset, monkeypatch):
+    """Two trainers, two seeds, with nnU-Net's own commands; the parent is killed while the third run trains."""
+    dataset = tiny_dataset(labeled=3, test=2)
+    dataset.plan()
+    write_settings(dataset)
+    for variable, number in (("nnUNet_n_proc_DA", "0"), ("nnUNet_def_n_proc", "1"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(variable, number)
+    words = f"compare -d {dataset.id} -c 3d_fullres -f 0 -p {PLANS} -device cpu --seeds 2 --run --disable_tta"
+    words = [*words.split(), "--trainers", "SupervisedTrainer", "MeanTeacherTrainer"]
+    runs = all_runs(request(dataset, fold="0", seeds=2, trainers=TRAINERS[:2]))
+    parent = subprocess.Popen([sys.executable, "-m", "nnunet_semiseg.cli", *words])
+    while not runs[2].is_begun:
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    worker = f"{runs[2].plans}"
+    for _ in range(100):
+        if worker not in subprocess.run(["ps", "-ef"], capture_output=True, encoding="utf-8").stdout:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the training outlived the comparison")
+    files = [file for run in runs[:2] for file in run.model_folder.rglob("*") if file.is_file()]
+    finished = {file: file.stat().st_mtime_ns for file in files}
+    assert finished and not runs[3].folder.exists()
+
+    assert cli.main(words) == 0
+    assert all(run.is_trained for run in runs)
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    output = runs[0].model_folder.parent / "comparison" / "3d_fullres"
+    page = (output / "report.html").read_text()
+    assert 'class="warning"' not in page.partition("</style>")[2]
+    table = pd.read_csv(output / "runs.csv")
+    assert (table["peak_memory_mib"] > 100).all() and (table["memory"] == "RAM").all()
+    assert (table["iterations"] == 6).all() and (table["seconds_per_case"] > 0).all()
+    command = [Path(sys.executable).parent / "nnUNetv2_predict", "-i", dataset.raw / "imagesTs", "-o", output / "stock"]
+    command += ["-d", dataset.id, "-c", "3d_fullres", "-f", 0, "-tr", runs[3].trainer, "-p", runs[3].plans]
+    command += ["-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    for file in (output / "stock").glob("*.nii.gz"):
+        mine = compare.predictions_folder(runs[3], 0, output) / file.name
+        assert np.array_equal(*(sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (file, mine)))
