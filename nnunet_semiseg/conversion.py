@@ -251,7 +251,8 @@ def one_channel(image: sitk.Image, name: str) -> sitk.Image:
     if image.GetNumberOfComponentsPerPixel() == 1:
         return image
     voxels = sitk.GetArrayViewFromImage(image)
-    if not (voxels[..., :3] == voxels[..., :1]).all():
+    colours = 3 if image.GetNumberOfComponentsPerPixel() >= 3 else 1  # grey and alpha
+    if not (voxels[..., :colours] == voxels[..., :1]).all():
         raise UserError(f"{name}: a colour image, where a grey one belongs: save it so, or name all --channels")
     return sitk.VectorIndexSelectionCast(image, 0)
 
