@@ -175,20 +175,19 @@ def number(metric: str, value: float) -> str:
 
 
 def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
-    """Means, with the spread over runs apart from that over cases."""
+    """Means; with those that are tested the spread over runs, and apart from it that over cases."""
     rows: dict[str, list[str]] = {}
-    for metric in METRICS:
+    for metric in sorted(METRICS, key=lambda metric: metric not in COMPARED):
         for method, s in spreads(of_case, metric).iterrows():
-            row = rows.setdefault(method, [method, f"{s['runs']:.0f}", f"{s['cases']:.0f}"])
+            row = rows.setdefault(method, [method, f"{s['runs']:.0f}"])
             row.append(number(metric, s["mean"]))
             if metric in COMPARED:
-                row += [number(metric, s["over_runs"]), number(metric, s["over_cases"])]
-    headers = ["method", "runs", "cases"]
-    for metric, heading in METRICS.items():
-        headers.append(f"NSD at {tolerance:g} mm" if metric == "nsd" else heading)
-        if metric in COMPARED:
-            headers += ["± over runs", "± over cases"]
-    return Section("Result", [METRIC_NOTE], headers, list(rows.values()))
+                row[-1] += f" ± {number(metric, s['over_runs'])} / {number(metric, s['over_cases'])}"
+    headings = METRICS | {"nsd": f"NSD, {tolerance:g} mm"}
+    headers = ["method", "runs", *(f"{headings[m]}: ± runs / cases" for m in COMPARED)]
+    headers += [headings[m] for m in METRICS if m not in COMPARED]
+    note = f"± standard deviation over runs / over the {of_case['case'].nunique()} cases. {METRIC_NOTE}"
+    return Section("Result", [note], headers, list(rows.values()))
 
 
 def difference_section(baseline: str, compared: pd.DataFrame, metric: str) -> Section:
@@ -206,7 +205,8 @@ def difference_section(baseline: str, compared: pd.DataFrame, metric: str) -> Se
     ]
     share = "cases with a higher value" if metric in HIGHER_IS_BETTER else "cases with a larger distance"
     headers = ["method", "difference", "95 % interval", "effect d_z", share, "p", "p, Holm"]
-    return Section(f"{METRICS[metric]}: difference from {baseline}", [TEST_NOTE], headers, rows)
+    notes = [TEST_NOTE] if metric == COMPARED[0] else []
+    return Section(f"{METRICS[metric]}: difference from {baseline}", notes, headers, rows)
 
 
 def finding(baseline: str, compared: pd.DataFrame, metric: str) -> str:
@@ -217,8 +217,7 @@ def finding(baseline: str, compared: pd.DataFrame, metric: str) -> str:
             sentences.append(f"{method} does not differ from {baseline} in any case.")
             continue
         difference, low, high = (f"{d[key]:+.{DIGITS[metric]}f}" for key in ("difference", "low", "high"))
-        clear = "" if d["p_holm"] < 0.05 else ", which chance explains as well"
-        sentences.append(f"{method} minus {baseline}: {difference} ({low} to {high}){clear}.")
+        sentences.append(f"{method} minus {baseline}: {difference} ({low} to {high}; p = {d['p_holm']:.2g}).")
     return f"{METRICS[metric]}: " + " ".join(sentences)
 
 
