@@ -37,6 +37,7 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
     )
     parser.add_argument("--verify_dataset_integrity", action="store_true", help="recommended, once a dataset")
     parser.add_argument("--no_pp", action="store_true", help="end with the plans")
+    parser.add_argument("--labeled_only", action="store_true", help="there is no imagesUn: for the upper bound")
     _add_preprocessing_arguments(parser)
     _add_set_argument(parser)
 
@@ -55,6 +56,7 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
             verify_dataset_integrity=args.verify_dataset_integrity,
             clean=args.clean,
             preprocess=not args.no_pp,
+            labeled_only=args.labeled_only,
             settings=args.set,
             show_progress_bar=not args.no_pbar,
             verbose=args.verbose,

@@ -393,7 +393,7 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) ->
     if missing:
         print(f"WARNING: {len(missing)} cases of the published lists are not there: {_some(missing)}")
     if not count["unlabeled"]:
-        print("no unlabelled case: a dataset for nnU-Net's own commands (nnUNetv2_plan_and_preprocess)")
+        print("no unlabelled case: plan it with --labeled_only, or with nnUNetv2_plan_and_preprocess")
     left_out = sorted(set(source.cases) - set(parts))
     if left_out:
         print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {_some(left_out)}")

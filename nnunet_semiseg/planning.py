@@ -121,6 +121,7 @@ def plan_and_preprocess(
     verify_dataset_integrity: bool = False,
     clean: bool = False,
     preprocess: bool = True,
+    labeled_only: bool = False,
     settings: Iterable[str] = (),
     show_progress_bar: bool = True,
     verbose: bool = False,
@@ -133,6 +134,7 @@ def plan_and_preprocess(
         verify_dataset_integrity: nnU-Net's check of the labelled cases, and all unlabelled headers.
         clean: take the fingerprint and preprocess unlabelled cases anew, even where there is nothing new.
         preprocess: False ends with the plans.
+        labeled_only: there is no unlabelled case: for the upper bound, with plans like the others'.
         settings: `KEY=VALUE`, kept in the plans beside those that are already there.
 
     Raises:
@@ -147,7 +149,7 @@ def plan_and_preprocess(
         raise UserError(f"-np {' '.join(map(str, num_processes))}: give one number, or one for each of -c")
     dataset_ids = list(dataset_ids)
     for dataset_id in dataset_ids:
-        _check(dataset_id, verify_dataset_integrity)
+        _check(dataset_id, verify_dataset_integrity, labeled_only)
 
     for dataset_id in dataset_ids:
         preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
@@ -178,9 +180,10 @@ def plan_and_preprocess(
             preprocess_dataset(
                 dataset_id, plans_name, configurations, num_processes, verbose, show_progress_bar
             )
-            preprocess_unlabeled(
-                dataset_id, configurations, plans_name, num_processes, clean, show_progress_bar, verbose
-            )
+            if not labeled_only:
+                preprocess_unlabeled(
+                    dataset_id, configurations, plans_name, num_processes, clean, show_progress_bar, verbose
+                )
 
 
 def find_planner(name: str) -> type[ExperimentPlanner]:
@@ -232,11 +235,11 @@ def write_small_split(dataset_id: int) -> None:
     print(f"{splits_file}: {len(cases)} labelled cases, so {len(cases)} leave-one-out folds")
 
 
-def _check(dataset_id: int, headers: bool) -> None:
+def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
     read_prompts(dataset_json)
-    unlabeled = find_unlabeled_cases(raw, dataset_json)
+    unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
         raise UserError(

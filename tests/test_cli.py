@@ -87,7 +87,7 @@ def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):
     )
     command = "plan_and_preprocess -d 1 2 -c 2d 3d_fullres -np 3 4 -npfp 5 -pl P -gpu_memory_target 11"
     command += " -overwrite_target_spacing 3 2 1.5 -overwrite_plans_name N --verify_dataset_integrity"
-    command += " --clean --no_pp"
+    command += " --clean --no_pp --labeled_only"
     command += " --verbose --no_pbar --set a=1 b=2 --set c=3"
     assert cli.main(command.split()) == 0
     assert got == {
@@ -100,6 +100,7 @@ def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):
         "verify_dataset_integrity": True,
         "clean": True,
         "preprocess": False,
+        "labeled_only": True,
         "settings": ["a=1", "b=2", "c=3"],
         "show_progress_bar": False,
         "verbose": True,

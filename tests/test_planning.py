@@ -307,3 +307,12 @@ def test_what_can_be_checked_quickly_stops_before_any_work(tiny_dataset, change,
     with pytest.raises(UserError, match=rf"^.*{message}.*$"):
         plan_and_preprocess([dataset.id], ["3d_fullres"], **kwargs)
     assert not dataset.preprocessed.exists()
+
+
+def test_a_dataset_without_unlabelled_cases(tiny_dataset):
+    """For the upper bound: the plans of our planners, and nothing looked for in imagesUn."""
+    dataset = tiny_dataset(unlabeled=0)
+    plans = dataset.plan(labeled_only=True)
+    assert plans["plans_name"] == "nnUNetSemiSegSmallPlans"
+    assert sorted(f.stem for f in dataset.preprocessed.glob("*_3d_fullres/*.pkl")) == ["tr_000", "tr_001", "tr_002"]
+    assert not list(dataset.preprocessed.glob("*__unlabeled*"))

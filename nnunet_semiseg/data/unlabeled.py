@@ -72,7 +72,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     folder, ending = Path(raw_dataset_folder) / IMAGES_FOLDER, dataset_json["file_ending"]
     put = f"put the unlabelled images there, named CASE_0000{ending}"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: make it and {put}")
+        raise UserError(f"{folder}: no such folder: make it and {put} (with labelled cases alone: --labeled_only)")
     files = sorted(f.name for f in folder.iterdir() if not (f.is_dir() or f.name.startswith(".")))
     images = [name for name in files if name.endswith(ending)]
     if not images:
