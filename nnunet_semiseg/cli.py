@@ -224,6 +224,34 @@ def compare(parser: ArgumentParser) -> Command:
     return run
 
 
+def text_effect(parser: ArgumentParser) -> Command:
+    """What a trained model's predictions owe to its text: true, shuffled, noise and empty prompts."""
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION")
+    parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
+    parser.add_argument("-tr", default="TextSemiSegTrainer", metavar="TRAINER", help="default: %(default)s")
+    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
+    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring")
+    parser.add_argument("-o", metavar="FOLDER", help="default: text_effect/MODEL below the dataset's results")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.evaluation import compare, text_effect
+
+        request = compare.Request(
+            dataset=args.d,
+            configuration=args.c,
+            fold=args.f,
+            trainers=[args.tr],
+            plans=args.p,
+            device=args.device,
+            mirroring=not args.disable_tta,
+        )
+        print(text_effect.text_effect(request, args.o))
+
+    return run
+
+
 def demo(parser: ArgumentParser) -> Command:
     """Make a small data set, train with and without its unlabelled images, compare: minutes on a CPU."""
     parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: nnunet_semiseg_demo")
@@ -248,7 +276,7 @@ def env(parser: ArgumentParser) -> Command:
     return run
 
 
-COMMANDS = (convert, plan_and_preprocess, preprocess_unlabeled, train, compare, embed_prompts, demo, env)
+COMMANDS = (convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, embed_prompts, demo, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

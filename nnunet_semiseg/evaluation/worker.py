@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training_entry
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nnunet_semiseg.evaluation.runs import RECORD, RESOURCES
@@ -43,12 +44,14 @@ def predict(
     mirroring: bool,
     noise: float,
     settings: dict,
+    features: str | None = None,
 ) -> None:
     """nnU-Net's predictor on the last checkpoint.
 
     Args:
         images: the channels' files of every case.
         noise: standard deviation of the Gaussian noise on the normalised images.
+        features: a safetensors file of weights to take in place of the model's.
         settings: goes into the record, which says whether predictions are still those asked for.
     """
     folder = Path(output)
@@ -57,6 +60,9 @@ def predict(
     predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
     predictor.noise = noise
     predictor.initialize_from_trained_model_folder(model, (fold,), "checkpoint_final.pth")
+    if features:
+        for parameters in predictor.list_of_parameters:
+            parameters.update(load_file(features))
     ending = predictor.dataset_json["file_ending"]
     targets = [str(folder / Path(files[0]).name[: -len(ending) - 5]) for files in images]
     start = time.perf_counter()

@@ -1,0 +1,188 @@
+"""`nnunet_semiseg text_effect`: what a trained model's predictions owe to its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_semiseg.config import read_settings
+from nnunet_semiseg.discovery import find_class
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation import figures
+from nnunet_semiseg.evaluation.compare import (
+    Request,
+    TestSet,
+    do_all,
+    evaluate,
+    find_devices,
+    find_test_set,
+    is_predicted,
+    make_runs,
+    prediction_job,
+)
+from nnunet_semiseg.evaluation.metrics import METRICS
+from nnunet_semiseg.evaluation.report import Report, Section, number, write
+from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.evaluation.statistics import differences_from
+from nnunet_semiseg.text.encoder import load_text_tower
+from nnunet_semiseg.text.prompt_learner import PromptLearner
+from nnunet_semiseg.text.prompts import class_names
+
+FEATURES = "guidance.features"
+"""of the network's state: the text features (K, d) that the model predicts with"""
+LITTLE = 1e-3
+"""of the foreground's voxels: where fewer change, text changes nothing to speak of"""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Text features in place of the true ones, (K, d), and what they are."""
+
+    name: str
+    features: Tensor
+    meaning: str
+
+
+def text_effect(request: Request, output: str | Path | None = None) -> Path:
+    """Predict the test set with true, class-shuffled, noise and empty prompts, and report what changes.
+
+    Args:
+        request: with one trainer.
+        output: by default below the dataset's results.
+
+    Returns:
+        The report, a page of HTML.
+
+    Raises:
+        UserError: the model is not trained, or not guided by text; no test set; a prediction that failed.
+    """
+    (run,), _ = make_runs(request)
+    test_set = find_test_set(request, run)
+    if test_set.is_validation:
+        raise UserError(f"{run.dataset}: no test set: add imagesTs and labelsTs")
+    devices = find_devices(request)
+    if not run.is_trained:
+        raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
+    variants = make_variants(run)
+
+    output = Path(output).absolute() if output else run.model_folder.parent / "text_effect" / run.model_folder.name
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    jobs, folders = [], {}
+    for variant in variants:
+        job = prediction_job(run, 0, request, test_set, output)
+        file, folder = output / f"{variant.name}.safetensors", output / "predictions" / variant.name
+        save_file({FEATURES: variant.features.contiguous()}, file)
+        job.content.update(output=str(folder), features=str(file))
+        job.content["settings"]["features"] = variant.features.sum(1).tolist()
+        jobs.append((job, f"predict_{variant.name}", f"predicting with {variant.name} prompts"))
+        folders[variant.name] = folder
+    todo = [type(job)(name, title, job.content) for job, name, title in jobs if not is_predicted(job)]
+    do_all(todo, devices, output / "logs")
+    return write(make_report(request, run, test_set, variants, folders, output), output)
+
+
+def make_variants(run: Run) -> list[Prompts]:
+    """The features that the model was trained with, and three kinds of wrong ones.
+
+    Raises:
+        UserError: the model has no text features.
+    """
+    checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=False)
+    if FEATURES not in checkpoint["network_weights"]:
+        raise UserError(f"{run.checkpoint}: a model without text: give one that was trained with a text-guided trainer")
+    true = checkpoint["network_weights"][FEATURES].float()
+    noise = F.normalize(torch.randn(true.shape, generator=torch.Generator().manual_seed(0)), dim=1)
+    return [
+        Prompts("true", true, "those of the training"),
+        Prompts("shuffled", true.roll(1, 0), "every class has the text of another one"),
+        Prompts("noise", noise, "a random direction for every class"),
+        Prompts("empty", *empty_features(run, checkpoint, true)),
+    ]
+
+
+def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, str]:
+    """The features of empty texts with the learnt context; zeros where there is no text encoder to ask."""
+    plans = checkpoint["init_args"]["plans"]
+    settings = read_settings(find_class("trainers", run.trainer).settings_class, plans)
+    context = checkpoint["semiseg"]["auxiliary"].get("prompt_learner.ctx")
+    if context is None:
+        return torch.zeros_like(true), "zeros: the model was trained with embeddings, so that nothing embeds a text"
+    try:
+        tower = load_text_tower(settings.text_model, settings.text_pretrained, settings.text_cache_dir)
+    except UserError:
+        return torch.zeros_like(true), "zeros, as the text encoder's weights cannot be had here"
+    empty = {name: ("",) for name in class_names(checkpoint["init_args"]["dataset_json"])}
+    learner = PromptLearner(tower, empty, settings.n_ctx)
+    with torch.no_grad():
+        learner.ctx.data = context.to(learner.ctx)
+        return learner().cpu(), "an empty text for every class, with the learnt context"
+
+
+def make_report(
+    request: Request, run: Run, test_set: TestSet, variants: list[Prompts], folders: dict[str, Path], output: Path
+) -> Report:
+    tables = []
+    for name, folder in folders.items():
+        rows = evaluate(folder, test_set, request, output / "scores" / f"{name}.json")
+        tables.append(pd.DataFrame(rows).assign(method=name, run="the model"))
+    scores = pd.concat(tables, ignore_index=True)
+    of_case = scores.groupby(["method", "run", "case"], sort=False)[list(METRICS)].mean().reset_index()
+    changed = {name: changed_voxels(folders["true"], folder, test_set) for name, folder in folders.items()}
+    differences = differences_from("true", of_case, "dice")
+    rows = []
+    for variant in variants:
+        dice = of_case[of_case["method"] == variant.name]["dice"].mean()
+        d = None if variant.name == "true" else differences.loc[variant.name]
+        rows.append(
+            [
+                variant.name,
+                variant.meaning,
+                number("dice", dice),
+                "" if d is None else f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})",
+                "" if d is None else ("–" if np.isnan(d["p_holm"]) else f"{d['p_holm']:.2g}"),
+                f"{changed[variant.name].sum():,.0f}",
+                f"{share_of_foreground(changed[variant.name], folders['true'], test_set):.2%}",
+            ]
+        )
+    headers = ["prompts", "meaning", "Dice", "change (95 % interval)", "p, Holm", "voxels changed", "of the foreground"]
+    cases = pd.DataFrame(changed, index=list(test_set.images))
+    cases.to_csv(output / "voxels.csv", index_label="case")
+    of_case.drop(columns="run").to_csv(output / "cases.csv", index=False)
+    sections = [
+        Section("What the text changes", headers=headers, rows=rows),
+        Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"))}),
+    ]
+    facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {len(test_set.images)} test cases"}
+    shares = {n: share_of_foreground(c, folders["true"], test_set) for n, c in changed.items() if n != "true"}
+    return Report(f"What text changes in {run.title}", facts, sections, findings=[verdict(shares)])
+
+
+def verdict(shares: dict[str, float]) -> str:
+    """In plain words, from the shares of the foreground's voxels that change."""
+    most = max(shares, key=shares.get)
+    if shares[most] == 0:
+        return "Text changes nothing: with any prompts every voxel is predicted as with the true ones."
+    if shares[most] < LITTLE:
+        return f"Text changes next to nothing: at most {shares[most]:.3%} of the foreground's voxels ({most} prompts)."
+    listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return f"Text matters to this model: voxels that change, as a share of the foreground: {listed}."
+
+
+def changed_voxels(true: Path, other: Path, test_set: TestSet) -> np.ndarray:
+    """How many voxels of each case are predicted differently."""
+    ending, reader = test_set.file_ending, test_set.reader()
+    pairs = ((reader.read_seg(str(f / f"{case}{ending}"))[0] for f in (true, other)) for case in test_set.images)
+    return np.array([np.count_nonzero(a != b) for a, b in pairs])
+
+
+def share_of_foreground(changed: np.ndarray, true: Path, test_set: TestSet) -> float:
+    ending, reader = test_set.file_ending, test_set.reader()
+    foreground = sum(np.count_nonzero(reader.read_seg(str(true / f"{c}{ending}"))[0]) for c in test_set.images)
+    return float(changed.sum() / max(foreground, 1))

@@ -1,0 +1,92 @@
+"""What text changes: planted answers, and a trained model for real."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_compare import request
+from training import PLANS, make_trainer, settings_for
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation import text_effect
+from nnunet_semiseg.evaluation.compare import make_runs
+from nnunet_semiseg.files import write_json
+from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
+
+
+def test_the_verdict_is_plain():
+    shares = {"shuffled": 0.0, "noise": 0.0, "empty": 0.0}
+    assert text_effect.verdict(shares).startswith("Text changes nothing:")
+    few = text_effect.verdict(shares | {"noise": 0.0004})
+    assert few == "Text changes next to nothing: at most 0.040% of the foreground's voxels (noise prompts)."
+    much = text_effect.verdict(shares | {"shuffled": 0.25})
+    assert much.startswith("Text matters to this model:") and "shuffled 25.0%, noise 0.0%" in much
+
+
+@pytest.fixture
+def model(tiny_dataset):
+    """A run with the checkpoint of an untrained TextSemiSegTrainer."""
+    dataset = tiny_dataset(labeled=2, unlabeled=2, test=2)
+    dataset.plan()
+    (run,), _ = make_runs(request(dataset, trainers=["TextSemiSegTrainer"]))
+    write_json(dataset.plans(PLANS) | {"semiseg": settings_for(dataset)}, dataset.preprocessed / f"{PLANS}.json")
+    trainer = make_trainer(TextSemiSegTrainer, dataset)
+    trainer.initialize()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    trainer.save_checkpoint(str(run.checkpoint))
+    write_json(trainer.plans_manager.plans, run.model_folder / "plans.json")
+    write_json(trainer.dataset_json, run.model_folder / "dataset.json")
+    return dataset, run, trainer
+
+
+def test_the_prompts(model, monkeypatch):
+    _, run, trainer = model
+    true, shuffled, noise, empty = text_effect.make_variants(run)
+    with torch.no_grad():
+        learnt = trainer.prompt_learner().cpu()
+    torch.testing.assert_close(true.features, learnt)
+    torch.testing.assert_close(shuffled.features, learnt[[2, 0, 1]])
+    torch.testing.assert_close(noise.features.norm(dim=1), torch.ones(3))
+    assert empty.features.shape == true.features.shape and empty.meaning.startswith("an empty text")
+    # the learnt context of a class is all that still tells its text from another's
+    assert not torch.allclose(empty.features, true.features) and empty.features.norm(dim=1).allclose(torch.ones(3))
+
+    def no_weights(*_):
+        raise UserError("no internet")
+
+    monkeypatch.setattr(text_effect, "load_text_tower", no_weights)
+    *_, empty = text_effect.make_variants(run)
+    assert not empty.features.any() and "cannot be had here" in empty.meaning
+
+
+def test_wrong_use(model, tmp_path):
+    dataset, run, _ = model
+    checkpoint = torch.load(run.checkpoint, weights_only=False)
+    del checkpoint["network_weights"]["guidance.features"]
+    torch.save(checkpoint, run.checkpoint)
+    with pytest.raises(UserError, match="checkpoint_final.pth: a model without text"):
+        text_effect.text_effect(request(dataset, trainers=["TextSemiSegTrainer"]), tmp_path / "out")
+    run.checkpoint.unlink()
+    with pytest.raises(UserError, match="not trained: TextSemiSegTrainer"):
+        text_effect.text_effect(request(dataset, trainers=["TextSemiSegTrainer"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_command(model, tmp_path, monkeypatch):
+    """Random weights that make much of the text: wrong prompts change the prediction."""
+    dataset, run, _ = model
+    for variable in ("nnUNet_def_n_proc", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(variable, "1")
+    checkpoint = torch.load(run.checkpoint, weights_only=False)
+    for name, weight in checkpoint["network_weights"].items():
+        if "interaction" in name:
+            weight.mul_(20)
+    torch.save(checkpoint, run.checkpoint)
+    words = f"text_effect -d {dataset.id} -c 3d_fullres -f all -p {PLANS} -device cpu --disable_tta"
+    assert cli.main([*words.split(), "-o", str(tmp_path / "out")]) == 0
+    voxels = pd.read_csv(tmp_path / "out" / "voxels.csv", index_col="case")
+    assert list(voxels) == ["true", "shuffled", "noise", "empty"] and list(voxels.index) == ["ts_000", "ts_001"]
+    assert (voxels["true"] == 0).all() and np.all(voxels[["shuffled", "noise"]].sum() > 0)
+    assert "Text matters to this model" in (tmp_path / "out" / "report.md").read_text()
