@@ -61,14 +61,20 @@ def find_sequences(folder: Path, about: About, odd_labels: Mapping[str, str] | N
     return cases
 
 
+def with_own_ending(about: About, cases: Mapping[str, Case]) -> About:
+    """`.nii` where all images are: they are linked then, and not compressed for nothing."""
+    names = [path.name for case in cases.values() for path in case.images]
+    return replace(about, file_ending=".nii") if names and all(name.endswith(".nii") for name in names) else about
+
+
 def find_cases(folder: Path, task: str = "whole_tumor") -> Source:
     """
     Args:
         task: `whole_tumor`, the semi-supervised protocol (FLAIR alone), or `regions`, nnU-Net's, on four channels.
     """
     about = replace(ABOUT, **TASKS[task])
-    split = published_split("brats2019")
-    return Source(about, find_sequences(folder, about), split["train"], split["val"], split["test"])
+    cases, split = find_sequences(folder, about), published_split("brats2019")
+    return Source(with_own_ending(about, cases), cases, split["train"], split["val"], split["test"])
 
 
 def add_arguments(parser: ArgumentParser) -> None:

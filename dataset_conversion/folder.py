@@ -33,7 +33,7 @@ from nnunet_semiseg.files import read_json
 
 VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
 PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
-READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
+READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
 BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".xlsx", ".raw", ".zraw", ".gz")  # no images, and no surprise
 
 ABOUT = About(

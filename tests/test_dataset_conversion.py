@@ -497,6 +497,15 @@ def test_brats_channels_and_regions(name, options, tmp_path):
     assert regions == {"whole tumor": {1, 2, 4}, "tumor core": {1, 4}, "enhancing tumor": {4}}
 
 
+def test_brats_in_nii_stays_nii(tmp_path):
+    touch(tmp_path, *(f"c1/c1_{sequence}.nii" for sequence in ("flair", "t1", "t1ce", "t2", "seg")))
+    for name in ("brats2019", "brats2020"):
+        assert find(name, tmp_path).about.file_ending == ".nii"
+    touch(tmp_path, *(f"c2/c2_{sequence}.nii.gz" for sequence in ("flair", "t1", "t1ce", "t2", "seg")))
+    for name in ("brats2019", "brats2020"):
+        assert find(name, tmp_path).about.file_ending == ".nii.gz"
+
+
 def test_brats2019_whole_tumour_and_regions(tmp_path):
     download = tmp_path / "download"
     split = published_split("brats2019")
