@@ -241,11 +241,10 @@ def _most_common_dimension(paths: Sequence[Path]) -> int:
 def _file_ending(paths: Sequence[Path], dims: int) -> str:
     """The images' own, where all have the same and nnU-Net reads it; else one that keeps every voxel."""
     pictures = all(path.name.lower().endswith(PICTURES) for path in paths)
+    own = [e for e in READABLE if all(path.name.endswith(e) and not path.is_dir() for path in paths)]
     if dims == 2 and pictures:
-        own = [ending for ending in READABLE if all(path.name.endswith(ending) for path in paths)]
         has_tiff = any(path.name.lower().endswith((".tif", ".tiff")) for path in paths)
         return own[0] if own else ".tif" if has_tiff else ".png"
-    own = [ending for ending in READABLE if all(path.name.endswith(ending) for path in paths)]
     return own[0] if own and not pictures else ".nii.gz"
 
 
