@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -121,13 +122,14 @@ def find_cases(
 
 
 def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
-    """A TIFF stack with the voxel size of the file NAME.json beside it, as nnU-Net has them (z y x), or with `spacing`.
+    """A TIFF stack with the voxel size of the file CASE.json beside it, as nnU-Net has them (z y x), or with `spacing`.
 
     Raises:
         UserError: neither is there.
     """
-    volume, beside = sitk.ReadImage(path), path.with_suffix(".json")
-    if beside.is_file():
+    volume = sitk.ReadImage(path)
+    beside = next((f for s in (path.stem, path.stem[:-5]) if (f := path.with_name(f"{s}.json")).is_file()), None)
+    if beside:
         spacing = read_json(beside, 'write {"spacing": [z, y, x]}, in mm')["spacing"][::-1]
     if not spacing:
         raise UserError(f"{path}: a volume without a voxel size: give it with --spacing X Y Z (mm)")
@@ -281,11 +283,13 @@ def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
     lists = read_json(file, mend)
     if not isinstance(lists, dict) or "train" not in lists or lists.keys() - {"train", "val", "test"}:
         raise UserError(f"{file}: {mend}")
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists.values()):
+        raise UserError(f"{file}: {mend}")
     for part, names in lists.items():
-        for name in names if isinstance(names, list) else [names]:
+        for name in names:
             if name not in cases:
-                near = [case for case in cases if str(name).startswith(f"{case}.")]
-                near += difflib.get_close_matches(str(name), cases, n=1)
+                near = [case for case in cases if name.startswith(f"{case}.")]
+                near += difflib.get_close_matches(name, cases, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"the first is {next(iter(cases))}"
                 raise UserError(f"{file}: {part}: there is no case {name}: {hint}")
     return [lists.get(part, []) for part in ("train", "val", "test")]
@@ -299,7 +303,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="of the dataset; default: %(default)s")
     parser.add_argument("--split", metavar="FILE", help='JSON: {"train": [case, ...], "val": [...], "test": [...]}')
-    parser.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="x y z, of TIFF volumes")
+    parser.add_argument("--spacing", type=_millimetres, nargs=3, metavar="MM", help="x y z, of TIFF volumes")
+
+
+def _millimetres(text: str) -> float:
+    """Raises ValueError, which argparse shows, for what is no length."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
 
 
 convert = partial(convert_dataset, find_cases)

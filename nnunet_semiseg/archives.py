@@ -17,12 +17,12 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
 @contextlib.contextmanager
-def unpacked(archive: Path, parent: Path) -> Iterator[Path]:
+def unpacked(archive: Path, parent: Path, purpose: str) -> Iterator[Path]:
     """A folder below `parent` with what is in the archive; it is there for the time of the context.
 
-    Its name is the archive's, so that the next run removes what a killed one has left.
+    Its name is that of archive and purpose, so that the next run removes what a killed one has left.
     """
-    folder = parent / f".unpacked_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
+    folder = parent / f".unpacked_{purpose}_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:

@@ -181,9 +181,11 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
     Links to folders are followed. What a Mac or an office program leaves beside files is not found: `__MACOSX`, `._x`,
     `~$x`, and all that is hidden.
     """
-    found = []
+    found, seen = [], {os.path.realpath(folder)}
     for directory, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(JUNK)]
+        real = {name: os.path.realpath(os.path.join(directory, name)) for name in folders}
+        folders[:] = [name for name in folders if not name.startswith(JUNK) and real[name] not in seen]
+        seen |= {real[name] for name in folders}  # a link may lead back to where it lies
         paths = (Path(directory, name) for name in (*folders, *files) if not name.startswith(JUNK))
         found += [path for path in paths if path.match(pattern)]
     return sorted(found)
@@ -222,22 +224,29 @@ def read_dicom_series(folder: Path) -> sitk.Image:
 
 def _in_order(files: Sequence[str], folder: Path) -> list[str]:
     """Slices by their position. ITK reads what is missing or there twice as a volume with another spacing."""
-    heights = {}
+    heights, origins = {}, {}
     for file in files:
         header = sitk.ImageFileReader()
         header.SetFileName(file)
         header.ReadImageInformation()
         origin, direction = header.GetOrigin(), np.reshape(header.GetDirection(), (3, 3))
         heights[file] = float(np.dot(origin, direction[:, 2]))
+        origins[file] = origin - heights[file] * direction[:, 2]
     ordered = sorted(files, key=heights.get)
+    if len(ordered) == 1:
+        return ordered
     gaps = np.diff([heights[file] for file in ordered])
-    if len(gaps) and gaps.min() < 1e-3:
+    usual = float(np.median(gaps))
+    if gaps.min() < 1e-3:
         raise UserError(f"{folder}: slices are there twice, at {heights[ordered[gaps.argmin()]]:g} mm: remove copies")
-    if len(gaps) and gaps.max() > 1.1 * np.median(gaps):
+    odd = np.abs(gaps - usual).argmax()
+    if abs(gaps[odd] - usual) > max(0.1 * usual, 0.11):  # positions are often rounded to 0.1 mm
         raise UserError(
-            f"{folder}: slices are {np.median(gaps):g} mm apart, but {gaps.max():g} mm at"
-            f" {heights[ordered[gaps.argmax()]]:g} mm: some are missing, download it again"
+            f"{folder}: slices are {usual:g} mm apart, but {gaps[odd]:g} mm at {heights[ordered[odd]]:g} mm: some are"
+            f" missing, or of another series"
         )
+    if np.ptp(list(origins.values()), axis=0).max() > 1:
+        raise UserError(f"{folder}: slices are shifted against each other (a tilted gantry): resample the volume first")
     return ordered
 
 
@@ -302,7 +311,7 @@ def convert_dataset(
         except OSError as e:
             raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to a folder") from None
         if source.is_file() and source.name.lower().endswith(ARCHIVES):
-            folder = stack.enter_context(unpacked(source, raw))
+            folder = stack.enter_context(unpacked(source, raw, f"for_{dataset_id}"))
         elif not source.is_dir():
             kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
             raise UserError(f"{source}: {kind}: give the download with -i")
@@ -316,16 +325,17 @@ def convert_dataset(
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
             raise UserError(f"--name {found.about.name}: letters, digits, - and _ only")
         target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
-        if source == target or target in source.parents or source in target.parents:
-            raise UserError(f"{target}: the dataset and its source -i {source} must not lie in each other: move one")
+        refuse_own_source(found, [source, *(Path(o) for o in options.values() if isinstance(o, (str, Path)))], target)
         request = {"source": str(source), "parts": parts, "labeled": labeled, "protocol": protocol, "crop": crop}
         request |= {"options": {key: str(value) for key, value in options.items()}}
+        form = [found.about.file_ending, found.about.dimension, *map(str, (found.about.labels, found.about.channels))]
+        request |= {"form": form, "stamps": {n: stamp(found.cases[n], part, source) for n, part in parts.items()}}
         report(found, parts, target, crop)
         begun = beginning(target, request, overwrite)
         if not dry_run:
             if target.exists() and begun is None:
                 shutil.rmtree(target)
-            _take_back(target, begun or {}, parts)
+            _take_back(target, begun or {}, request, found.about.file_ending)
             _convert(found, folder, target, request, num_processes, show_progress_bar)
     return target
 
@@ -341,6 +351,7 @@ def assign(source: Source, labeled: int | float | str | None, protocol: str) -> 
     """
     present = source.cases.keys()
     lists = {"train": source.train, "val": source.val, "test": source.test}
+    lists = {part: list(dict.fromkeys(names)) for part, names in lists.items()}
     for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
         if both := sorted(set(names) & set(others)):
             raise UserError(f"case {_some(both)} is in the {one} and in the {other} list: take it out of one")
@@ -405,8 +416,37 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def beginning(target: Path, request: dict, overwrite: bool) -> dict[str, str] | None:
-    """The parts of this very conversion, where it was begun and not finished; None: begin.
+def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
+    """Raises UserError where making or replacing the target would touch what it is made of, through links, too."""
+    here = target.resolve()
+    for case in found.cases.values():
+        for source in (*case.images, case.label):
+            sources = [*sources, *_paths(source)]
+    for path in sources:
+        real = path.resolve()
+        if real == here or here in real.parents or (path.is_dir() and real in here.parents):
+            raise UserError(f"{target}: the dataset and its source {path} must not lie in each other: move one")
+    if target.is_symlink():
+        raise UserError(f"{target}: is a link: remove it, or choose another number with -d")
+
+
+def stamp(case: Case, part: str, source: Path) -> list:
+    """Sizes and times of the files that a case is made of, or of the archive that they come from."""
+    label = () if part == "unlabeled" else (case.label,)
+    files = [path for image in (*case.images, *label) for path in _paths(image)]
+    if source.is_file():
+        about = source.stat()
+        return [len(files), about.st_size, about.st_mtime_ns]
+    files = [f for path in files for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _paths(source: Path | Read | None) -> tuple[Path, ...]:
+    return () if source is None else source.paths if isinstance(source, Read) else (source,)
+
+
+def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
+    """What was asked for when this very conversion was begun, where it is not finished; None: begin.
 
     Raises:
         UserError: the number or the folder is in use.
@@ -420,20 +460,22 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict[str, str] | 
     if not begun.is_file():
         raise UserError(f"{target}: exists already: replace it with --overwrite, or choose another number with -d")
     before = read_json(begun, "begin anew with --overwrite")
-    parts = before.pop("parts")
-    if before != {key: value for key, value in request.items() if key != "parts"}:
+    asked = ("source", "labeled", "protocol", "crop", "options")
+    if any(before.get(key) != request[key] for key in asked):
         raise UserError(f"{target}: was begun with other options: repeat those, or begin anew with --overwrite")
-    return parts
+    # a case that was taken out may have decided on the kind of file that all are written as
+    return before if before.get("form") == request["form"] else None
 
 
-def _take_back(target: Path, begun: Mapping[str, str], parts: Mapping[str, str]) -> None:
-    """Remove cases that were begun and are no longer there, or now belong to another part."""
-    for name, part in begun.items():
-        if parts.get(name) != part:
+def _take_back(target: Path, begun: Mapping, request: Mapping, ending: str) -> None:
+    """Remove cases that were begun and are gone since, have changed, or now belong to another part."""
+    for name, part in begun.get("parts", {}).items():
+        if request["parts"].get(name) != part or begun["stamps"][name] != request["stamps"][name]:
             (target / STATE / f"case_{name}.json").unlink(missing_ok=True)
-            for file in (*target.glob(f"images{SUBSETS[part]}/*"), *target.glob(f"labels{SUBSETS[part]}/*")):
-                if re.fullmatch(rf"{re.escape(name)}(_\d{{4}})?\.[^.]*(\.gz)?", file.name):
-                    file.unlink()
+            (target / f"labels{SUBSETS[part]}" / f"{name}{ending}").unlink(missing_ok=True)
+            for image in target.glob(f"images{SUBSETS[part]}/*"):
+                if re.fullmatch(rf"{re.escape(name)}_\d{{4}}{re.escape(ending)}", image.name):
+                    image.unlink()
 
 
 def _convert(source: Source, folder: Path, target: Path, request: dict, num_processes, show_progress_bar) -> None:
@@ -483,6 +525,8 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
         for note in record["notes"]:
             print(f"case {name}: {note}")
     labeled, validation = ([n for n in whole if request["parts"][n] == part] for part in ("labeled", "validation"))
+    for file in ("splits_final.json", "texts.json"):  # of a beginning with other cases
+        (target / file).unlink(missing_ok=True)
     if validation:
         write_json([{"train": labeled, "val": validation}], target / "splits_final.json")
     if texts := {name: source.cases[name].text for name in whole if source.cases[name].text}:
@@ -533,7 +577,7 @@ def convert_case(
         labels = () if case.label is None or subset == "Un" else (case.label,)
         sources = {}
         for source in (*case.images, *labels):
-            for path in source.paths if isinstance(source, Read) else (source,):
+            for path in _paths(source):
                 sources[os.path.relpath(path, folder)] = _sha256(path)
         write_json({"sources": sources, "notes": notes}, target / STATE / f"case_{case.name}.json")
     except Exception as e:  # readers raise of many kinds
@@ -611,6 +655,8 @@ def _map_label(label: sitk.Image, values: Mapping[int, int], name: str) -> sitk.
     if unknown := [f"{v:g}" for v in present if v not in values]:
         known = ", ".join(map(str, values))
         raise UserError(f"{name}: label value {_some(unknown)}, known are {known}: correct it, or name all its labels")
+    if {1, 255} <= set(present.tolist()) and values[1] == values[255]:
+        raise UserError(f"{name}: label values 1 and 255 at once, and 255 is read as 1: leave one")
     if np.issubdtype(voxels.dtype, np.integer) and all(values[int(v)] == v for v in present):
         return label
     mapped = np.zeros(voxels.shape, np.uint8)

@@ -44,6 +44,8 @@ def read_json(file: Path, mend: str) -> dict:
         return json.loads(file.read_bytes())  # as bytes: always UTF-8, whatever the locale (reading DICOM changes it)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file: {mend}") from None
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror}): {mend}") from None
     except ValueError as e:  # no JSON, or no UTF-8
         raise UserError(f"{file}: not valid JSON ({e}): {mend}") from None
 

@@ -412,19 +412,73 @@ def test_a_bad_case_may_be_taken_out_and_another_put_in(download, raw):
     assert files(raw) == expected | {"imagesUn/c3_0000.nii.gz", "dataset.json"}
 
 
-def test_while_a_case_fails_there_is_no_old_dataset_json(download, raw):
-    convert(download, 801, **OPTIONS)
-    state = raw / ".conversion"
-    state.mkdir()
-    request = {"source": str(download), "labeled": None, "protocol": "published", "crop": "none"}
-    options = {key: str(value) for key, value in (("labels", OPTIONS["labels"]),)}
-    parts = {f"c{i}": "labeled" if i < 3 else "unlabeled" for i in range(5)}
-    (state / "request.json").write_text(json.dumps(request | {"options": options, "parts": parts}))
+def test_without_a_labelled_case_no_old_dataset_json_is_left(download, raw):
+    truncate(download / "images" / "c4.nii.gz")
+    with pytest.raises(ValueError, match="case c4"):
+        convert(download, 801, **OPTIONS)
+    assert (raw / "dataset.json").exists()
     for i in range(3):
         truncate(download / "labels" / f"c{i}.nii.gz")
     with pytest.raises(ValueError, match="no labelled case is whole"):
         convert(download, 801, **OPTIONS)
     assert not (raw / "dataset.json").exists()
+
+
+def test_a_source_is_not_removed_through_links(download, raw, tmp_path):
+    inside = raw / "src"
+    shutil.copytree(download, inside)
+    (tmp_path / "link").symlink_to(inside)
+    (tmp_path / "parts").mkdir()
+    for kind in ("images", "labels"):
+        (tmp_path / "parts" / kind).symlink_to(inside / kind)
+    before = files(raw)
+    for source in (tmp_path / "link", tmp_path / "parts", raw.parent / ".." / "raw" / raw.name / "src"):
+        with pytest.raises(ValueError, match="must not lie in each other"):
+            convert(source, 801, **OPTIONS, overwrite=True)
+        assert files(raw) == before
+
+
+def test_a_case_taken_out_may_change_what_all_are_written_as(tmp_path, raw):
+    for name in ("a", "b"):
+        save(cuboid(0)[0], tmp_path / "d" / "images" / f"{name}.nrrd")
+    save(cuboid(0)[1], tmp_path / "d" / "labels" / "a.nrrd")
+    picture(tmp_path / "d" / "images" / "thumb.png", GRAY)
+    with pytest.raises(ValueError, match="case thumb"):
+        convert(tmp_path / "d", 801, **OPTIONS)
+    (tmp_path / "d" / "images" / "thumb.png").unlink()
+    convert(tmp_path / "d", 801, **OPTIONS)
+    assert files(raw) == {"imagesTr/a_0000.nrrd", "imagesUn/b_0000.nrrd", "labelsTr/a.nrrd", "dataset.json"}
+    assert json.loads((raw / "dataset.json").read_text())["file_ending"] == ".nrrd"
+
+
+def test_taking_a_case_out_leaves_others_with_its_name_before_theirs(tmp_path, raw):
+    for name in ("img", "img_0001", "img_0002"):
+        save(cuboid(0)[0], tmp_path / "d" / "images" / f"{name}.nii.gz")
+        save(cuboid(0)[1], tmp_path / "d" / "labels" / f"{name}.nii.gz")
+    truncate(tmp_path / "d" / "labels" / "img.nii.gz")
+    with pytest.raises(ValueError, match="case img: "):
+        convert(tmp_path / "d", 801, **OPTIONS)
+    for kind in ("images", "labels"):
+        (tmp_path / "d" / kind / "img.nii.gz").unlink()
+    convert(tmp_path / "d", 801, **OPTIONS)
+    kept = {f"{kind}Tr/img_000{i}{c}.nii.gz" for i in (1, 2) for kind, c in (("images", "_0000"), ("labels", ""))}
+    assert files(raw) == kept | {"dataset.json"}
+
+
+def test_what_has_changed_since_is_made_anew(download, raw, tmp_path):
+    split = tmp_path / "split.json"
+    split.write_text('{"train": ["c0", "c3", "c4"], "val": ["c1"], "test": ["c2"]}')
+    truncate(download / "images" / "c4.nii.gz")
+    with pytest.raises(ValueError, match="case c4"):
+        convert(download, 801, **OPTIONS, split=split)
+    assert (raw / "splits_final.json").exists()
+    (download / "images" / "c0.nii.gz").unlink()  # the dataset's is a link to it
+    save(cuboid(7)[0], download / "images" / "c0.nii.gz")
+    (download / "labels" / "c2.nii.gz").unlink()
+    split.write_text('{"train": ["c0", "c1", "c3"], "test": ["c2"]}')
+    convert(download, 801, **OPTIONS, split=split)
+    assert np.array_equal(voxels(raw / "imagesTr" / "c0_0000.nii.gz"), cuboid(7)[0])
+    assert not (raw / "splits_final.json").exists() and not (raw / "labelsTs" / "c2.nii.gz").exists()
 
 
 def test_a_killed_worker_is_reported(download, raw, monkeypatch):
@@ -514,6 +568,14 @@ def test_masks_of_many_kinds(kind, pictures, raw):
     assert written.shape == (4, 6) and np.array_equal(written, MASK)
 
 
+def test_1_and_255_at_once_are_refused(pictures):
+    mask = MASK.copy()
+    mask[0, 0] = 255
+    picture(pictures / "labels" / "a.png", mask)
+    with pytest.raises(ValueError, match="a.png: label values 1 and 255 at once"):
+        convert(pictures, 801, **OPTIONS)
+
+
 def test_a_coloured_mask_is_refused(pictures):
     picture(pictures / "labels" / "a.png", np.stack([MASK, MASK, 0 * MASK], -1))
     with pytest.raises(ValueError, match="a.png: a colour image, where a grey one belongs"):
@@ -582,14 +644,15 @@ def test_tiff_volumes_need_a_voxel_size(tmp_path, raw):
     assert np.allclose(spacing, (0.8, 0.7, 4))
 
 
-def write_dicom(folder: Path, heights, uid="1.2.3", start=0) -> None:
+def write_dicom(folder: Path, heights, uid="1.2.3", start=0, shift=0.0) -> None:
     """A slice of 4 x 5 at each height, its voxels 10 times the height; the file names are in no order."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, height in enumerate(heights, start):
-        image = sitk.GetImageFromArray(np.full((1, 4, 5), 10 * height, np.int16))
+        image = sitk.GetImageFromArray(np.full((1, 4, 5), round(10 * height), np.int16))
         image.SetSpacing((0.5, 0.5, 2))
-        image.SetOrigin((0, 0, height))
-        tags = {"0020|000e": uid, "0008|0060": "CT", "0020|0032": f"0\\0\\{height}", "0020|0013": str(i)}
+        image.SetOrigin((0, shift * height, height))
+        tags = {"0020|000e": uid, "0008|0060": "CT", "0020|0013": str(i)}
+        tags |= {"0020|0032": f"0\\{shift * height}\\{height}"}
         tags |= {"0020|0037": "1\\0\\0\\0\\1\\0", "0020|000d": "1.2", "0008|0018": f"1.2.{uid}.{i}"}
         for tag, value in tags.items():
             image.SetMetaData(tag, value)
@@ -617,6 +680,7 @@ def test_dicom_series_in_one_folder_or_in_several(tmp_path, raw):
     [
         ([0, 2, 4, 8, 10], ["1.2.3"], "slices are 2 mm apart, but 4 mm at 4 mm: some are missing"),
         ([0, 2, 2, 4], ["1.2.3"], "slices are there twice, at 2 mm"),
+        ([0, 3, 6, 9, 10.5, 12], ["1.2.3"], "slices are 3 mm apart, but 1.5 mm at 9 mm"),
         ([0, 2, 4], ["1.2.3", "1.2.4"], "2 DICOM series: leave exactly one there"),
         ([], [], "no DICOM series"),
     ],
@@ -627,6 +691,14 @@ def test_dicom_that_is_not_one_whole_series(heights, uids, words, tmp_path):
         write_dicom(tmp_path / "a" / uid, heights, uid)
     with pytest.raises(ValueError, match=words):
         conversion.read_dicom_series(tmp_path / "a")
+
+
+def test_rounded_positions_are_no_gaps_and_a_tilted_gantry_is_refused(tmp_path):
+    write_dicom(tmp_path / "a", [0, 0.6, 1.2, 1.9, 2.5, 3.1])
+    assert conversion.read_dicom_series(tmp_path / "a").GetSize() == (5, 4, 6)
+    write_dicom(tmp_path / "b", [0, 2, 4], shift=1)
+    with pytest.raises(ValueError, match="b: slices are shifted against each other"):
+        conversion.read_dicom_series(tmp_path / "b")
 
 
 def test_a_folder_of_dicom_may_have_any_name(tmp_path, raw):
@@ -687,7 +759,10 @@ def test_names_that_make_no_sense(options, words, download):
         ({"val": ["c0"]}, 'split.json: write {"train"'),
         ({"train": ["c0"], "tset": ["c1"]}, 'split.json: write {"train"'),
         ({"train": ["c0", "c1.nii.gz"]}, "split.json: train: there is no case c1.nii.gz: did you mean c1"),
-        ({"train": ["c0", 1]}, "split.json: train: there is no case 1"),
+        ({"train": ["c0", 1]}, 'split.json: write {"train"'),
+        ({"train": "c0"}, 'split.json: write {"train"'),
+        ({"train": ["c0"], "val": "c1"}, 'split.json: write {"train"'),
+        ({"train": [["c0"]]}, 'split.json: write {"train"'),
         ({"train": ["c0", "c1"], "test": ["c1"]}, "case c1 is in the train and in the test list"),
     ],
 )
@@ -771,7 +846,7 @@ def test_archives_are_unpacked_for_the_time_of_the_conversion(kind, download, ra
     else:
         with tarfile.open(archive, "w:gz") as file:
             file.add(download, ".")
-    with unpacked(archive, raw.parent) as left:  # a killed run has left it
+    with unpacked(archive, raw.parent, "for_801") as left:  # a killed run has left it
         shutil.copytree(left, tmp_path / "left")
     shutil.copytree(tmp_path / "left", left)
     convert(archive, 801, **OPTIONS)

@@ -54,7 +54,7 @@ def geometry_difference(image, expected) -> str | None:
 
 def nifti_damage(image: str | Path) -> str | None:
     """What ITK hides: it reads zeros where a NIfTI file ends early, and in place of NaN and infinity."""
-    if not str(image).endswith((".nii", ".nii.gz")):
+    if not str(image).lower().endswith((".nii", ".nii.gz")):
         return None
     try:
         voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()
