@@ -177,10 +177,7 @@ def convert(parser: ArgumentParser) -> Command:
 
 def compare(parser: ArgumentParser) -> Command:
     """Compare trainers on one dataset: train what is missing, predict, evaluate, write a report."""
-    parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name")
-    parser.add_argument("-c", required=True, metavar="CONFIGURATION")
-    parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
-    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
+    _add_model_arguments(parser)
     parser.add_argument("--trainers", nargs="+", required=True, metavar="TRAINER", help="the first is the baseline")
     parser.add_argument("--run", action="store_true", dest="train", help="train what is missing, or go on with it")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each trainer; default: one, without a seed")
@@ -191,9 +188,7 @@ def compare(parser: ArgumentParser) -> Command:
     parser.add_argument(
         "--noise", type=float, nargs="+", default=[], metavar="SIGMA", help="on the normalised test images"
     )
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
     parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="one process on each")
-    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring")
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the NSD; default: %(default)s")
     parser.add_argument(
         "-np", type=_at_least(0), default=_cores(8), metavar="N", help="processes for the evaluation"
@@ -226,13 +221,8 @@ def compare(parser: ArgumentParser) -> Command:
 
 def text_effect(parser: ArgumentParser) -> Command:
     """What a trained model's predictions owe to its text: true, shuffled, noise and empty prompts."""
-    parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name")
-    parser.add_argument("-c", required=True, metavar="CONFIGURATION")
-    parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
+    _add_model_arguments(parser)
     parser.add_argument("-tr", default="TextSemiSegTrainer", metavar="TRAINER", help="default: %(default)s")
-    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
-    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring")
     parser.add_argument("-o", metavar="FOLDER", help="default: text_effect/MODEL below the dataset's results")
 
     def run(args: Namespace) -> None:
@@ -314,6 +304,15 @@ def _add_preprocessing_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--clean", action="store_true", help="redo what is there already")
     parser.add_argument("--no_pbar", action="store_true", help="no progress bar")
     parser.add_argument("--verbose", action="store_true")
+
+
+def _add_model_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION")
+    parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
+    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
+    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring")
 
 
 def _add_conversion_arguments(parser: ArgumentParser) -> None:

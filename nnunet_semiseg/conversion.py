@@ -325,7 +325,8 @@ def convert_dataset(
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
             raise UserError(f"--name {found.about.name}: letters, digits, - and _ only")
         target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
-        refuse_own_source(found, [source, *(Path(o) for o in options.values() if isinstance(o, (str, Path)))], target)
+        given = (Path(option) for option in options.values() if isinstance(option, (str, Path)))
+        refuse_own_source(found, [source, *(path for path in given if path.is_file())], target)
         request = {"source": str(source), "parts": parts, "labeled": labeled, "protocol": protocol, "crop": crop}
         request |= {"options": {key: str(value) for key, value in options.items()}}
         form = [found.about.file_ending, found.about.dimension, *map(str, (found.about.labels, found.about.channels))]
@@ -419,10 +420,8 @@ def _some(names: Sequence[str]) -> str:
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
     """Raises UserError where making or replacing the target would touch what it is made of, through links, too."""
     here = target.resolve()
-    for case in found.cases.values():
-        for source in (*case.images, case.label):
-            sources = [*sources, *_paths(source)]
-    for path in sources:
+    parts = (part for case in found.cases.values() for part in (*case.images, case.label))
+    for path in (*sources, *(path for part in parts for path in _paths(part))):
         real = path.resolve()
         if real == here or here in real.parents or (path.is_dir() and real in here.parents):
             raise UserError(f"{target}: the dataset and its source {path} must not lie in each other: move one")
@@ -437,8 +436,16 @@ def stamp(case: Case, part: str, source: Path) -> list:
     if source.is_file():
         about = source.stat()
         return [len(files), about.st_size, about.st_mtime_ns]
-    files = [f for path in files for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    about = ((file, file.stat()) for path in files for file in _files_of(path))
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in about]
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file, or a header and its data, or all files in a folder (a DICOM series), by the order of their names."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if path.name.lower().endswith((".mhd", ".nhdr")):
+        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    return [file for file in files if file.is_file()]
 
 
 def _paths(source: Path | Read | None) -> tuple[Path, ...]:
@@ -684,14 +691,9 @@ def _name(source: Path | Read) -> str:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, of a header with its data, or of all files in a folder (a DICOM series), by the order of names."""
     digest = hashlib.sha256()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    if path.name.lower().endswith((".mhd", ".nhdr")):  # only the header: the voxels are in a file beside it
-        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
-    for file in files:
-        if file.is_file():
-            with open(file, "rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
+    for file in _files_of(path):
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()

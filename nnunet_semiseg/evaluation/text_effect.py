@@ -135,6 +135,8 @@ def make_report(
     scores = pd.concat(tables, ignore_index=True)
     of_case = scores.groupby(["method", "run", "case"], sort=False)[list(METRICS)].mean().reset_index()
     changed = {name: changed_voxels(folders["true"], folder, test_set) for name, folder in folders.items()}
+    foreground = foreground_voxels(folders["true"], test_set)
+    shares = {name: float(voxels.sum() / max(foreground, 1)) for name, voxels in changed.items()}
     differences = differences_from("true", of_case, "dice")
     rows = []
     for variant in variants:
@@ -148,7 +150,7 @@ def make_report(
                 "" if d is None else f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})",
                 "" if d is None else ("–" if np.isnan(d["p_holm"]) else f"{d['p_holm']:.2g}"),
                 f"{changed[variant.name].sum():,.0f}",
-                f"{share_of_foreground(changed[variant.name], folders['true'], test_set):.2%}",
+                f"{shares[variant.name]:.2%}",
             ]
         )
     headers = ["prompts", "meaning", "Dice", "change (95 % interval)", "p, Holm", "voxels changed", "of the foreground"]
@@ -160,7 +162,7 @@ def make_report(
         Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"))}),
     ]
     facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {len(test_set.images)} test cases"}
-    shares = {n: share_of_foreground(c, folders["true"], test_set) for n, c in changed.items() if n != "true"}
+    del shares["true"]
     return Report(f"What text changes in {run.title}", facts, sections, findings=[verdict(shares)])
 
 
@@ -182,7 +184,6 @@ def changed_voxels(true: Path, other: Path, test_set: TestSet) -> np.ndarray:
     return np.array([np.count_nonzero(a != b) for a, b in pairs])
 
 
-def share_of_foreground(changed: np.ndarray, true: Path, test_set: TestSet) -> float:
+def foreground_voxels(folder: Path, test_set: TestSet) -> int:
     ending, reader = test_set.file_ending, test_set.reader()
-    foreground = sum(np.count_nonzero(reader.read_seg(str(true / f"{c}{ending}"))[0]) for c in test_set.images)
-    return float(changed.sum() / max(foreground, 1))
+    return sum(np.count_nonzero(reader.read_seg(str(folder / f"{case}{ending}"))[0]) for case in test_set.images)
