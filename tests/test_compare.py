@@ -164,6 +164,22 @@ def test_what_is_done_is_remembered_until_something_changes(planned, pretend_pre
     assert len(evaluated) == 3
 
 
+def test_validation_cases_without_a_test_set_and_nnunets_own_trainer(planned, tmp_path):
+    shutil.rmtree(planned.raw / "labelsTs")
+    shutil.copytree(planned.raw / "labelsTr", planned.preprocessed / "gt_segmentations")
+    asked = request(planned, fold="0", trainers=["nnUNetTrainer", "SupervisedTrainer"])
+    (case,) = json.loads((planned.preprocessed / "splits_final.json").read_text())[0]["val"]
+    for run in all_runs(asked):
+        pretend_trained(run)
+        (run.folder / "validation").mkdir()
+        shutil.copy(planned.raw / "labelsTr" / f"{case}.nii.gz", run.folder / "validation")
+    compare.compare(asked, tmp_path / "out")
+    cases = pd.read_csv(tmp_path / "out" / "cases.csv")
+    assert set(cases["case"]) == {case} and set(cases["method"]) == {"nnUNetTrainer", "SupervisedTrainer"}
+    assert (cases["dice"] == 1).all()
+    assert "1 validation cases of the fold" in (tmp_path / "out" / "report.md").read_text()
+
+
 # ------------------------------------------------------------------------------------------------------ wrong use
 
 
