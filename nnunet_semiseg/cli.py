@@ -184,6 +184,9 @@ def compare(parser: ArgumentParser) -> Command:
     parser.add_argument(
         "--labeled", type=_size, nargs="+", default=[], metavar="N", help="sizes of the labelled set: numbers, all"
     )
+    parser.add_argument(
+        "--curve", nargs="+", metavar="TRAINER", help="those trained at every size; default: all; others: at the first"
+    )
     parser.add_argument("--upper-bound", metavar="ID", help="dataset with all labels, for the first trainer")
     parser.add_argument(
         "--noise", type=float, nargs="+", default=[], metavar="SIGMA", help="on the normalised test images"
@@ -206,6 +209,7 @@ def compare(parser: ArgumentParser) -> Command:
             plans=args.p,
             seeds=args.seeds,
             labeled=args.labeled,
+            curve=args.curve,
             upper_bound=args.upper_bound,
             noise=args.noise,
             device=args.device,

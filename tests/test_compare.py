@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from training import PLANS, write_settings
 
 from nnunet_semiseg import cli
@@ -144,6 +145,23 @@ def test_share_of_labels_upper_bound_and_noise(planned, pretend_predicted, tmp_p
     assert "SupervisedTrainer, all labels (Dataset902_Tiny)" in markdown
     assert "| SupervisedTrainer | 0.2 | 0." in markdown and "without mirroring" in markdown
     assert "share_of_labels.svg" in markdown and "noise.svg" in markdown
+    cases = pd.read_csv(tmp_path / "out" / "cases.csv", dtype={"labeled": str})
+    assert set(cases[cases["noise"] > 0]["labeled"]) == {"1", "all"}  # the first size, and the upper bound
+    assert cases[(cases["noise"] > 0) & (cases["labeled"] == "all")]["is_upper_bound"].all()
+    # the noise table is that of the first size alone: with it, predictions are shifted by whole voxels
+    means = cases[cases["labeled"] == "1"].groupby(["method", "noise"])["dice"].mean()
+    assert f"| SupervisedTrainer | 0.1 | {means['SupervisedTrainer', 0.1]:.3f} |" in markdown
+
+
+def test_the_curve_can_be_of_some_trainers_alone(planned, pretend_predicted, tmp_path):
+    asked = request(planned, labeled=(1, 2), curve=TRAINERS[:1])
+    assert [(r.trainer, r.num_labeled) for r in all_runs(asked)] == [*((t, 1) for t in TRAINERS), (TRAINERS[0], 2)]
+    for run in all_runs(asked):
+        pretend_trained(run)
+    compare.compare(asked, tmp_path / "out")
+    share = (tmp_path / "out" / "report.md").read_text().partition("## Share of labels")[2].partition("##")[0]
+    rows = re.findall(r"^\| (\w+Trainer) \| (\d)", share, re.MULTILINE)
+    assert rows == [(TRAINERS[0], "1"), (TRAINERS[0], "2"), (TRAINERS[1], "1"), (TRAINERS[2], "1")]
 
 
 def test_what_is_done_is_remembered_until_something_changes(planned, pretend_predicted, tmp_path, monkeypatch):
@@ -180,6 +198,15 @@ def test_validation_cases_without_a_test_set_and_nnunets_own_trainer(planned, tm
     assert "1 validation cases of the fold" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_hold_out(tiny_dataset):
+    dataset = tiny_dataset(labeled=6)
+    dataset.plan(preprocess=False)
+    asked = request(dataset, fold="1")
+    held_out = generate_crossval_split([f"tr_{i:03d}" for i in range(6)])[1]["val"]
+    assert not (dataset.preprocessed / "splits_final.json").exists()
+    assert list(compare.find_test_set(asked, all_runs(asked)[0]).images) == sorted(held_out)
+
+
 # ------------------------------------------------------------------------------------------------------ wrong use
 
 
@@ -194,6 +221,8 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned), "not trained: SupervisedTrainer; MeanTeacherTrainer; .*checkpoint_final.*add --run", out)
     refused(request(planned, trainers=["SupervizedTrainer"]), "no such trainer: use SupervisedTrainer", out)
     refused(request(planned, trainers=2 * TRAINERS[:1]), "--trainers: .*name each once", out)
+    refused(request(planned, curve=TRAINERS[:1]), "--curve SupervisedTrainer: .* several sizes with --labeled", out)
+    refused(request(planned, labeled=(1, 2), curve=["nnUNetTrainer"]), "--curve nnUNetTrainer: name some", out)
     refused(request(planned, seeds=0), "--seeds 0: give at least 1", out)
     refused(request(planned, fold="first"), "-f first: give the number of a fold, or all", out)
     refused(request(planned, configuration="3d_lowres"), "-c 3d_lowres: nnUNetSemiSegSmallPlans has", out)

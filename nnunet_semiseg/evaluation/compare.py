@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
@@ -22,6 +23,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.metrics import evaluate_folder
 from nnunet_semiseg.evaluation.runs import RECORD, Run, unequal_conditions
 from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
+from nnunet_semiseg.planning import NUM_FOLDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Request:
         trainers: the first is the baseline.
         seeds: how many runs of each trainer, with the seeds 0, 1, ...; None: one, with what the plans say.
         labeled: sizes of the labelled set, None for all labels; without any, the set is what it is.
+        curve: trainers that are trained at every size; the others at the first alone. None: all of them.
         upper_bound: a dataset with all the labels, for the baseline's trainer.
         noise: standard deviations of noise on the normalised test images.
         gpus: the numbers of those that train and predict at the same time; none: the one that `device` means.
@@ -48,6 +51,7 @@ class Request:
     plans: str = "nnUNetSemiSegPlans"
     seeds: int | None = None
     labeled: Sequence[int | None] = ()
+    curve: Sequence[str] | None = None
     upper_bound: int | str | None = None
     noise: Sequence[float] = ()
     device: str = "cuda"
@@ -55,6 +59,11 @@ class Request:
     mirroring: bool = True
     tolerance: float = 2.0
     num_processes: int = 2
+
+    @property
+    def main_size(self) -> int | None:
+        """The size of the labelled set that tables and pictures are about; the others are points of the curve."""
+        return self.labeled[0] if self.labeled else None
 
 
 @dataclass(frozen=True)
@@ -143,8 +152,11 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     logs.mkdir(parents=True, exist_ok=True)
     do_all([training_job(r, request.device) for r in missing], devices, logs)
     if not test_set.is_validation:
-        levels = (0, *request.noise)
-        jobs = [prediction_job(r, noise, request, test_set, output) for r in everything for noise in levels]
+        jobs = [
+            prediction_job(r, noise, request, test_set, output)
+            for r in everything
+            for noise in noise_levels(request, r, upper_bound)
+        ]
         do_all([job for job in jobs if not is_predicted(job)], devices, logs)
     return write_report(collect(request, runs, upper_bound, test_set, output), output)
 
@@ -160,13 +172,18 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     """
     for trainer in request.trainers:
         check_trainer(trainer)
-    for name, values in (("--trainers", request.trainers), ("--labeled", request.labeled)):
+    for name, values in (
+        ("--trainers", request.trainers), ("--labeled", request.labeled), ("--curve", request.curve or ()),
+    ):  # fmt: skip
         if len(set(values)) < len(values):
             raise UserError(f"{name}: {' '.join(map(str, values))}: name each once")
     if request.seeds is not None and request.seeds < 1:
         raise UserError(f"--seeds {request.seeds}: give at least 1")
     if not (request.fold == "all" or request.fold.isdecimal()):
         raise UserError(f"-f {request.fold}: give the number of a fold, or all")
+    for trainer in request.curve or ():
+        if trainer not in request.trainers or len(request.labeled) < 2:
+            raise UserError(f"--curve {trainer}: name some of --trainers, and several sizes with --labeled")
     seeds = [None] if request.seeds is None else range(request.seeds)
 
     def make(dataset: int | str, trainers: Iterable[str], sizes: Iterable[int | None]) -> list[Run]:
@@ -174,7 +191,8 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
         shared = name, request.configuration, request.fold
         return [Run(*shared, t, request.plans, seed, size) for size in sizes for t in trainers for seed in seeds]
 
-    runs = make(request.dataset, request.trainers, request.labeled or [None])
+    runs = make(request.dataset, request.trainers, [request.main_size])
+    runs += make(request.dataset, request.trainers if request.curve is None else request.curve, request.labeled[1:])
     upper_bound = [] if request.upper_bound is None else make(request.upper_bound, request.trainers[:1], [None])
     return runs, upper_bound
 
@@ -212,10 +230,13 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             f"{raw / 'labelsTs'}: no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
             f" labelsTs, or compare a numbered fold with -f"
         )
-    splits = read_json(preprocessed / "splits_final.json", "plan, or train a fold first")
+    images, splits_file = cases_of(raw / "imagesTr"), preprocessed / "splits_final.json"
+    if splits_file.is_file() or len(images) < NUM_FOLDS:
+        splits = read_json(splits_file, "plan first with nnunet_semiseg plan_and_preprocess")
+    else:  # nothing is trained yet; the first training writes this
+        splits = generate_crossval_split(sorted(images))
     if int(request.fold) >= len(splits) or not splits[int(request.fold)]["val"]:
-        raise UserError(f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}")
-    images = cases_of(raw / "imagesTr")
+        raise UserError(f"{splits_file}: no validation cases for fold {request.fold}")
     chosen = {case: images[case] for case in sorted(splits[int(request.fold)]["val"]) if case in images}
     return TestSet(chosen, preprocessed / "gt_segmentations", True, *about)
 
@@ -272,6 +293,12 @@ def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, 
     }
     suffix = f", noise {noise:g}" if noise else ""
     return Job(f"predict_{folder.name}", f"predicting with {run.title}{suffix} ({run.dataset})", content)
+
+
+def noise_levels(request: Request, run: Run, upper_bound: Sequence[Run]) -> tuple[float, ...]:
+    """Of a run's predictions; only those that the report shows."""
+    noisy = run in upper_bound or run.num_labeled == request.main_size
+    return (0.0, *request.noise) if noisy else (0.0,)
 
 
 def predictions_folder(run: Run, noise: float, output: Path) -> Path:
@@ -346,17 +373,17 @@ def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) ->
 def collect(request: Request, runs: list[Run], upper_bound: list[Run], test_set: TestSet, output: Path) -> Results:
     everything = [*runs, *upper_bound]
     folders = {
-        run: run.folder / "validation" if test_set.is_validation else predictions_folder(run, 0, output)
+        run: run.folder / "validation" if test_set.is_validation else predictions_folder(run, 0.0, output)
         for run in everything
     }
     tables = []
     for i, run in enumerate(everything):
-        for noise in (0, *request.noise):
+        for noise in noise_levels(request, run, upper_bound):
             folder = predictions_folder(run, noise, output) if noise else folders[run]
             print(f"evaluating {run.title}{f', noise {noise:g}' if noise else ''} ({run.dataset})", flush=True)
             cache = output / "scores" / f"{predictions_folder(run, noise, output).name}.json"
             rows = evaluate(folder, test_set, request, cache)
-            tables.append(pd.DataFrame(rows).assign(run=i, noise=float(noise)))
+            tables.append(pd.DataFrame(rows).assign(run=i, noise=noise))
     return Results(
         request, runs, upper_bound, test_set, pd.concat(tables, ignore_index=True), unequal_conditions(runs), folders
     )

@@ -101,20 +101,23 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def write_report(results: Results, output: Path) -> Path:
     """The report of `compare`; `cases.csv` and `runs.csv` hold every number of it."""
     scores = tidy(results)
+    scores.to_csv(output / "cases.csv", index=False)
     clean = scores[scores["noise"] == 0]
-    clean.drop(columns="noise").to_csv(output / "cases.csv", index=False)
-    runs = run_table(results, clean)
+    runs = run_table(results)
     runs.to_csv(output / "runs.csv", index=False)
 
     request = results.request
-    size = request.labeled[0] if request.labeled else None
-    main = clean[(clean["labeled"] == size_name(size)) | clean["is_upper_bound"]]
+    size = request.main_size
+    scores = scores[(scores["labeled"] == size_name(size)) | scores["is_upper_bound"]]
+    main = scores[scores["noise"] == 0]
     of_case = per_case(main)
     compared = of_case[~of_case["is_upper_bound"]]
     baseline = request.trainers[0]
+    tested = COMPARED if len(request.trainers) > 1 else ()
+    differences = {metric: differences_from(baseline, compared, metric) for metric in tested}
     sections = [
         summary_section(of_case, request.tolerance),
-        *(difference_section(baseline, compared, metric) for metric in COMPARED if len(request.trainers) > 1),
+        *(difference_section(baseline, table, metric) for metric, table in differences.items()),
         class_section(main),
         runs_section(runs),
         Section(
@@ -123,7 +126,7 @@ def write_report(results: Results, output: Path) -> Path:
         ),
     ]
     if len(request.labeled) > 1:
-        sections.append(share_section(per_case(clean), request.labeled))
+        sections.append(share_section(per_case(clean)))
     if request.noise:
         sections.append(noise_section(per_case(scores)))
     logs = {run.title: TrainedRun(run).curves for run in results.everything if run.num_labeled == size}
@@ -140,7 +143,7 @@ def write_report(results: Results, output: Path) -> Path:
         "made with": " ".join(["nnunet_semiseg", *sys.argv[1:]]),
     }
     title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
-    findings = [finding(baseline, compared, m) for m in COMPARED if len(request.trainers) > 1]
+    findings = [finding(baseline, table, metric) for metric, table in differences.items()]
     return write(Report(title, facts, sections, results.warnings, findings), output)
 
 
@@ -190,8 +193,7 @@ def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
     return Section("Result", [note], headers, list(rows.values()))
 
 
-def difference_section(baseline: str, compared: pd.DataFrame, metric: str) -> Section:
-    table = differences_from(baseline, compared, metric)
+def difference_section(baseline: str, differences: pd.DataFrame, metric: str) -> Section:
     rows = [
         [
             method,
@@ -201,7 +203,7 @@ def difference_section(baseline: str, compared: pd.DataFrame, metric: str) -> Se
             f"{d['better']:.0%}",
             *("–" if np.isnan(p) else f"{p:.2g}" for p in (d["p"], d["p_holm"])),
         ]
-        for method, d in table.iterrows()
+        for method, d in differences.iterrows()
     ]
     share = "cases with a higher value" if metric in HIGHER_IS_BETTER else "cases with a larger distance"
     headers = ["method", "difference", "95 % interval", "effect d_z", share, "p", "p, Holm"]
@@ -209,10 +211,10 @@ def difference_section(baseline: str, compared: pd.DataFrame, metric: str) -> Se
     return Section(f"{METRICS[metric]}: difference from {baseline}", notes, headers, rows)
 
 
-def finding(baseline: str, compared: pd.DataFrame, metric: str) -> str:
-    """The tables in a sentence a method."""
+def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
+    """The table in a sentence a method."""
     sentences = []
-    for method, d in differences_from(baseline, compared, metric).iterrows():
+    for method, d in differences.iterrows():
         if np.isnan(d["p"]):
             sentences.append(f"{method} does not differ from {baseline} in any case.")
             continue
@@ -228,7 +230,7 @@ def class_section(main: pd.DataFrame) -> Section:
     return Section("Every class", headers=["method", "class", *METRICS.values()], rows=rows)
 
 
-def run_table(results: Results, clean: pd.DataFrame) -> pd.DataFrame:
+def run_table(results: Results) -> pd.DataFrame:
     """A row for each run: its means and what it took."""
     rows = []
     for i, run in enumerate(results.everything):
@@ -277,47 +279,49 @@ def runs_section(runs: pd.DataFrame) -> Section:
     return Section("Every run", [note], ["run", *METRICS.values(), *resources], rows)
 
 
-def share_section(of_case: pd.DataFrame, sizes: Sequence[int | None]) -> Section:
-    """Dice against the number of labelled cases; the upper bound's mean as a line."""
-    bound = of_case[of_case["is_upper_bound"]]
-    numbers = sorted(size for size in sizes if size is not None)
-    lines, rows = {}, []
-    for method, group in of_case[~of_case["is_upper_bound"]].groupby("method", sort=False):
-        points = []
-        for size in [*numbers, *([None] if None in sizes else [])]:
-            s = spreads(group[group["labeled"] == size_name(size)], "dice").iloc[0]
-            rows.append([method, size_name(size), *(number("dice", s[k]) for k in ("mean", "over_runs", "over_cases"))])
-            if size is not None:
-                points.append((size, s["mean"], s["over_runs"]))
-        lines[method] = tuple(zip(*points, strict=True)) if points else ((), (), ())
-    reference = None
-    if len(bound):
-        reference = bound["method"].iloc[0], bound["dice"].mean()
-    elif None in sizes:
-        first = of_case[(of_case["labeled"] == "all") & (of_case["method"] == of_case["method"].iloc[0])]
-        reference = f"{first['method'].iloc[0]}, all labels", first["dice"].mean()
-    figure = figures.curves(lines, "labelled cases", "Dice", reference)
+def curve_points(of_case: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean Dice and its spreads for each method and each value of `column`."""
+    groups = of_case.groupby(["method", column], sort=False)
+    return pd.concat([spreads(g, "dice").assign(x=x) for (_, x), g in groups]).rename_axis("method").reset_index()
+
+
+def curve_section(
+    title: str, note: str, points: pd.DataFrame, xlabel: str, line_at: tuple[str, float] | None = None
+) -> Section:
+    """Dice against something: a table, and a figure of those points whose `x` is a number."""
+    rows = [
+        [p["method"], f"{p['x']}", *(number("dice", p[k]) for k in ("mean", "over_runs", "over_cases"))]
+        for _, p in points.iterrows()
+    ]
+    drawn = points.assign(x=pd.to_numeric(points["x"], errors="coerce")).dropna(subset="x").sort_values("x")
+    lines = {m: (g["x"], g["mean"], g["over_runs"]) for m, g in drawn.groupby("method", sort=False)}
+    figure = figures.to_svg(figures.curves(lines, xlabel, "Dice", line_at))
+    headers = ["method", xlabel, "Dice", "± over runs", "± over cases"]
+    return Section(title, [note], headers, rows, {title.lower().replace(" ", "_"): figure})
+
+
+def share_section(of_case: pd.DataFrame) -> Section:
+    """Dice against the number of labelled cases; all labels are a line, of the upper bound or of the size `all`."""
+    is_bound = of_case["is_upper_bound"]
+    points = curve_points(of_case[~is_bound], "labeled")
+    all_labels = curve_points(of_case[is_bound], "labeled") if is_bound.any() else points[points["x"] == "all"]
+    line_at = None
+    if len(all_labels):
+        name = all_labels["method"].iloc[0]
+        line_at = name if is_bound.any() else f"{name}, all labels", all_labels["mean"].iloc[0]
     note = (
         "The plans, and with them the intensity statistics, are those of all labelled cases of the dataset, at every"
         " size. Cases without their label are unlabelled ones. Bars: spread over runs."
     )
-    headers = ["method", "labelled cases", "Dice", "± over runs", "± over cases"]
-    return Section("Share of labels", [note], headers, rows, {"share_of_labels": figures.to_svg(figure)})
+    return curve_section("Share of labels", note, points, "labelled cases", line_at)
 
 
 def noise_section(of_case: pd.DataFrame) -> Section:
-    lines, rows = {}, []
-    for method, group in of_case.groupby("method", sort=False):
-        points = []
-        for sigma, some in group.groupby("noise"):
-            s = spreads(some, "dice").iloc[0]
-            points.append((sigma, s["mean"], s["over_runs"]))
-            rows.append([method, f"{sigma:g}", *(number("dice", s[k]) for k in ("mean", "over_runs", "over_cases"))])
-        lines[method] = tuple(zip(*points, strict=True))
-    figure = figures.curves(lines, "standard deviation of the noise on the normalised image", "Dice")
-    note = "Gaussian noise, the same for all methods, on the test images as nnU-Net has normalised and resampled them."
-    headers = ["method", "noise", "Dice", "± over runs", "± over cases"]
-    return Section("Noise", [note], headers, rows, {"noise": figures.to_svg(figure)})
+    note = (
+        "Gaussian noise, the same for all methods, on the test images as nnU-Net has normalised and resampled them; its"
+        " standard deviation is in units of the normalised image. Bars: spread over runs."
+    )
+    return curve_section("Noise", note, curve_points(of_case, "noise"), "standard deviation of the noise")
 
 
 def overlay_sections(results: Results, compared: pd.DataFrame, size: int | None) -> list[Section]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @torch.no_grad()
@@ -29,3 +31,24 @@ def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
 def probabilities(logits: Tensor, label_manager) -> Tensor:
     """(B, heads, *S) logits to float32 probabilities: softmax over classes, or sigmoid per region."""
     return logits.float().sigmoid() if label_manager.has_regions else logits.float().softmax(1)
+
+
+def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """nnU-Net's Dice + CE with a weight for each voxel.
+
+    Dice: each of its three sums over voxels is weighted. CE: weighted, then the mean over *all* voxels, so that a
+    smaller weight is a smaller loss. Targets are not touched.
+
+    Args:
+        loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
+        logits: (B, heads, *S).
+        target: as `hard_pseudo_label` returns it.
+        weight: (B, 1, *S), at least 0.
+    """
+    heads = logits.shape[1]
+    if isinstance(loss, DC_and_BCE_loss):
+        target = target[:, :heads]  # without the channel of the ignore label
+        ce = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight)
+    else:
+        ce = (F.cross_entropy(logits, target[:, 0].long(), reduction="none") * weight[:, 0]).mean()
+    return loss.weight_ce * ce + loss.weight_dice * loss.dc(logits, target, loss_mask=weight)

@@ -1,0 +1,107 @@
+"""Two streams through one U-Net: mixed features and dropped channels (STLU-Net)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BLOCK_SIZE = 7
+"""of dropblock, as in its paper; smaller where a feature map is"""
+
+
+def similarity_weights(a: Tensor, b: Tensor) -> Tensor:
+    """w = clamp(cos(relu(a), relu(b)), 0, 1) per sample and channel, with space flattened.
+
+    Source: STLU-Net, whose cosines we take after a ReLU: after an instance norm and a LeakyReLU they are often
+    negative, and a weight of 0 exchanges the channel whole. A channel that is nowhere positive has w = 0.
+
+    Args:
+        a, b: features (B, C, *s).
+
+    Returns:
+        (B, C, 1, ..., 1), float32, detached.
+    """
+    with torch.no_grad():
+        flat = (x.float().relu().flatten(2) for x in (a, b))
+        return F.cosine_similarity(*flat, dim=2).clamp(0, 1).unflatten(1, (-1, *[1] * (a.ndim - 2)))
+
+
+def mix(a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(w a + (1 - w) b, w b + (1 - w) a): each keeps w of its own."""
+    weight = weight.to(a.dtype)
+    return torch.lerp(b, a, weight), torch.lerp(a, b, weight)
+
+
+def drop_blocks(x: Tensor, p: float) -> Tensor:
+    """DropBlock (Ghiasi et al., NeurIPS 2018) on features (B, C, *s), in 2d or 3d."""
+    from torchvision.ops import drop_block2d, drop_block3d  # slow to import
+
+    size = min(BLOCK_SIZE, *x.shape[2:])
+    return (drop_block2d if x.ndim == 4 else drop_block3d)(x, p, size - 1 + size % 2)
+
+
+def drop_channels(x: Tensor, p: float) -> Tensor:
+    """Whole channels of (B, C, *s) set to 0 with probability p, the others divided by 1 - p."""
+    return (F.dropout2d if x.ndim == 4 else F.dropout3d)(x, p)
+
+
+def mixing_points(n_stages: int) -> dict[str, int]:
+    """The last stage of each group: S, the first half of the stages before the bottleneck, I, the others, and B.
+
+    Five stages, as in the paper's V-Net: S are the first two, I the next two. With two stages there is no I.
+    """
+    shallow = n_stages // 2
+    return {"S": shallow - 1, **({"I": n_stages - 2} if n_stages > 2 else {}), "B": n_stages - 1}
+
+
+class FeatureMixingUNet(nn.Module):
+    """nnU-Net's network, whose encoder can run as two streams that share every weight.
+
+    `forward(x)` is the plain network. Its state_dict is that of the plans' network.
+
+    Args:
+        network: a PlainConvUNet or ResidualEncoderUNet.
+        mixing: `similarity` (w from the features), `weight` (w is given) or `dropblock` (no mixing).
+        dropout: p of the other stream's channel dropout, and of dropblock.
+    """
+
+    def __init__(self, network: nn.Module, mixing: str, dropout: float):
+        super().__init__()
+        self.encoder, self.decoder = network.encoder, network.decoder
+        self.mixing, self.dropout = mixing, dropout
+
+    def forward(self, x: Tensor, points: Sequence[int] = (), weight: Tensor | None = None):
+        """
+        Args:
+            x: (2 B, C, *S), the labelled samples and then their partners; without `points` any batch.
+            points: the stages after which features are mixed and channels dropped, ascending.
+            weight: w, where the features do not give it.
+
+        Returns:
+            Without points, the decoder's output. With them: the mixing stream's output, the dropout stream's (each
+            for all of x), and with `similarity` a list of the weights (B, C, 1, ..., 1) at each point, else [].
+        """
+        if not points:
+            return self.decoder(self.encoder(x))
+        if (stem := getattr(self.encoder, "stem", None)) is not None:
+            x = stem(x)
+        streams, skips, weights = [x], ([], []), []
+        for i, stage in enumerate(self.encoder.stages):
+            streams = [stage(x) for x in streams]
+            if i in points:
+                mixed, dropped = streams[0], streams[-1]  # the same tensor at the first point: computed once
+                if self.mixing == "dropblock":
+                    mixed = drop_blocks(mixed, self.dropout)
+                else:
+                    labeled, unlabeled = mixed.chunk(2)
+                    if self.mixing == "similarity":
+                        weight = similarity_weights(labeled, unlabeled)
+                        weights.append(weight)
+                    mixed = torch.cat(mix(labeled, unlabeled, weight))
+                streams = [mixed, drop_channels(dropped, self.dropout)]
+            skips[0].append(streams[0])
+            skips[1].append(streams[-1])
+        return self.decoder(skips[0]), self.decoder(skips[1]), weights

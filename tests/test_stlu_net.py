@@ -1,0 +1,281 @@
+"""STLU-Net: its equations on arrays small enough to work out by hand, and its options."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import nn
+from training import make_trainer
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, weighted_loss
+from nnunet_semiseg.networks.feature_mixing import (
+    FeatureMixingUNet,
+    drop_blocks,
+    drop_channels,
+    mix,
+    mixing_points,
+    similarity_weights,
+)
+from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, confident, draw_beta
+from nnunet_semiseg.training.schedules import gaussian_ramp
+
+CLASSES = LabelManager({"background": 0, "a": 1}, None)
+REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
+
+
+# ------------------------------------------------------------------------------------------------------ equations
+
+
+def channels(*values):
+    return torch.tensor(values, dtype=torch.float32)[None]
+
+
+def test_similarity_weights_of_identical_orthogonal_and_opposite_features():
+    a = channels([3.0, 4.0], [1.0, 0.0]).requires_grad_()
+    assert similarity_weights(a, a).tolist() == [[[1.0], [1.0]]]
+    orthogonal = channels([4.0, -3.0], [0.0, 2.0])
+    # relu(4, -3) = (4, 0): cos = 12 / (5 * 4) = 0.6, where the features' own cosine is 0
+    torch.testing.assert_close(similarity_weights(a, orthogonal), torch.tensor([[[0.6], [0.0]]]))
+    assert similarity_weights(a, -a).tolist() == [[[0.0], [0.0]]]
+    w = similarity_weights(torch.rand(2, 3, 4, 5, 6).half().requires_grad_(), torch.rand(2, 3, 4, 5, 6).half())
+    assert w.shape == (2, 3, 1, 1, 1) and w.dtype == torch.float32 and not w.requires_grad
+    assert ((0 <= w) & (w <= 1)).all()
+
+
+def test_both_mixes():
+    a, b = channels([8.0, 0.0], [1.0, 2.0]), channels([0.0, 4.0], [3.0, 6.0])
+    weight = torch.tensor([[[0.75], [0.0]]])
+    mixed_a, mixed_b = mix(a, b, weight)
+    assert mixed_a.tolist() == [[[6.0, 1.0], [3.0, 6.0]]]  # 0.75 a + 0.25 b; a channel with w = 0 is exchanged
+    assert mixed_b.tolist() == [[[2.0, 3.0], [1.0, 2.0]]]
+    assert mix(a, b, torch.ones(()))[0].equal(a)
+
+
+def test_gamma():
+    assert gaussian_ramp(0.2) == pytest.approx(math.exp(-5 * 0.64)) and gaussian_ramp(1) == 1
+
+
+def test_groups_of_stages():
+    assert mixing_points(5) == {"S": 1, "I": 3, "B": 4}  # two, two, one
+    assert mixing_points(6) == {"S": 2, "I": 4, "B": 5}
+    assert mixing_points(3) == {"S": 0, "I": 1, "B": 2} and mixing_points(2) == {"S": 0, "B": 1}
+
+
+def test_dropped_channels_and_blocks():
+    torch.manual_seed(0)
+    for ndim in (2, 3):
+        x = torch.ones(4, 32, *[9] * ndim)
+        dropped = drop_channels(x, 0.5).flatten(2)
+        assert set(dropped.unique().tolist()) == {0.0, 2.0}
+        assert (dropped == dropped[..., :1]).all()  # whole channels
+        blocks = drop_blocks(x, 0.3)
+        zeros = (blocks == 0).flatten(2).float().mean(2)
+        assert 0 < zeros.mean() < 0.6 and ((0 < zeros) & (zeros < 1)).any()
+        assert drop_channels(x, 0.0).equal(x)
+        assert drop_blocks(torch.ones(1, 1, *[4] * ndim), 0.5).shape == (1, 1, *[4] * ndim)
+
+
+def test_confidence_by_hand():
+    logits = torch.log(torch.tensor([[0.9, 0.4], [0.1, 0.6]])).view(1, 2, 2)
+    assert confident(logits, CLASSES, 0.7).tolist() == [[[1.0, 0.0]]]
+    logits = torch.logit(torch.tensor([[0.9, 0.1], [0.2, 0.6]])).view(1, 2, 2)
+    assert confident(logits, REGIONS, 0.7).tolist() == [[[1.0, 0.0]]]  # 0.2 decides for "no" with 0.8
+
+
+def nnunet_loss(regions: bool, **weights):
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": regions, "ddp": False}
+    if regions:
+        return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss, **weights)
+    return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss, **weights)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_loss_with_equal_weights_is_nnunets(regions):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 2, 8, 8, 8)
+    target = hard_pseudo_label(torch.randn(2, 2, 8, 8, 8), REGIONS if regions else CLASSES)
+    loss = nnunet_loss(regions)
+    torch.testing.assert_close(weighted_loss(loss, logits, target, torch.ones(2, 1, 8, 8, 8)), loss(logits, target))
+    with_ignore = torch.cat((target, torch.zeros_like(target[:, :1])), 1) if regions else target
+    torch.testing.assert_close(
+        weighted_loss(loss, logits, with_ignore, torch.ones(2, 1, 8, 8, 8)), loss(logits, target)
+    )
+
+
+def test_a_weighted_loss_by_hand():
+    """Two voxels, P(a) = 0.8 where a is right, 0.4 where background is; the second counts 0.3."""
+    p = torch.tensor([0.8, 0.4])
+    logits = torch.stack((torch.log(1 - p), torch.log(p))).view(1, 2, 2, 1)
+    target, weight = torch.tensor([1, 0]).view(1, 1, 2, 1), torch.tensor([1.0, 0.3]).view(1, 1, 2, 1)
+    ce = (-math.log(0.8) - 0.3 * math.log(0.6)) / 2
+    dice = -(2 * 0.8 + 1e-5) / (1 + (0.8 + 0.3 * 0.4) + 1e-5)
+    assert weighted_loss(nnunet_loss(False), logits, target, weight).item() == pytest.approx(ce + dice, abs=1e-6)
+    only_dice = nnunet_loss(False, weight_ce=0)
+    assert weighted_loss(only_dice, logits, target, weight).item() == pytest.approx(dice, abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- network
+
+
+def unet(kind=PlainConvUNet, ndim=2, **kwargs):
+    conv = (nn.Conv2d, nn.Conv3d)[ndim - 2]
+    norm = (nn.InstanceNorm2d, nn.InstanceNorm3d)[ndim - 2]
+    blocks = {"n_conv_per_stage": 1} if kind is PlainConvUNet else {"n_blocks_per_stage": 1}
+    return kind(
+        1, 3, (4, 8, 8), conv, 3, (1, 2, 2), num_classes=2, n_conv_per_stage_decoder=1, conv_bias=True, norm_op=norm,
+        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, **blocks, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_streams(kind, ndim):
+    torch.manual_seed(0)
+    plain = unet(kind, ndim)
+    network = FeatureMixingUNet(plain, "weight", dropout=0.0)
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(4, 1, *[8] * ndim)
+    out = plain(x)
+    assert network(x).equal(out)
+    # w = 1 and no dropout: both streams are the plain network
+    mixed, dropped, weights = network(x, (0, 1, 2), torch.ones(()))
+    torch.testing.assert_close(mixed, out)
+    torch.testing.assert_close(dropped, out)
+    assert weights == []
+    # w = 0 at the first stage: the partners change places in the mixing stream
+    mixed, dropped, _ = network(x, (0,), torch.zeros(()))
+    torch.testing.assert_close(mixed, torch.cat((out[2:], out[:2])))
+    torch.testing.assert_close(dropped, out)
+    # similarity: what the deeper stages see is mixed with the weights that are returned
+    mixed, _, weights = FeatureMixingUNet(plain, "similarity", dropout=0.5)(x, (1, 2))
+    assert [w.shape for w in weights] == [(2, 8, *[1] * ndim)] * 2
+    assert not torch.allclose(mixed, out)
+
+
+def test_what_both_streams_share_is_computed_once():
+    network = FeatureMixingUNet(unet(), "similarity", dropout=0.5)
+    calls = {0: 0, 1: 0, 2: 0}
+    for i, stage in enumerate(network.encoder.stages):
+        stage.register_forward_hook(lambda *_, i=i: calls.update({i: calls[i] + 1}))
+    network(torch.randn(2, 1, 8, 8), (1,))
+    assert calls == {0: 1, 1: 1, 2: 2}
+
+
+# -------------------------------------------------------------------------------------------------------- trainer
+
+
+@pytest.fixture
+def ready(tiny_dataset, monkeypatch):
+    torch.set_num_threads(1)
+
+    def make(**kwargs):
+        dataset = tiny_dataset(**kwargs)
+        dataset.plan()
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        return dataset
+
+    return make
+
+
+def test_losses_are_those_of_the_paper(ready):
+    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), confidence_threshold=None, channel_dropout=0.0)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    labeled, unlabeled = trainer.forward_streams(batch)
+    trainer.step = 3  # of 6
+    (p_ml, p_dl), (p_mu, p_du) = labeled, unlabeled
+    supervised = trainer.supervised_losses(labeled, batch)
+    assert supervised["supervised_mixing"] == trainer.loss(p_ml, batch["target"])
+    assert supervised["supervised_enhancement"] == trainer.loss(p_dl, batch["target"])
+    semi = trainer.semi_losses(labeled, unlabeled, batch)
+    gamma, loss = math.exp(-1.25), trainer.loss.loss
+    torch.testing.assert_close(
+        semi["unsupervised_enhancement"], gamma * loss(p_du[0], p_mu[0].argmax(1, keepdim=True))
+    )
+    torch.testing.assert_close(semi["unsupervised_mixing"], gamma * loss(p_mu[0], p_du[0].argmax(1, keepdim=True)))
+    grads = torch.autograd.grad(semi["unsupervised_mixing"], [p_mu[0], p_du[0]], allow_unused=True)
+    assert grads[0].abs().sum() > 0 and grads[1] is None  # a pseudo-label has no gradient
+
+
+OPTIONS = [
+    dict(mixing="scalar", mixing_weight=0.3),
+    dict(mixing="scalar", mixing_beta=0.5, mixing_groups="BI"),
+    dict(mixing="mixup"),
+    dict(mixing="dropblock", loss="dice"),
+    dict(mixing="off", channel_dropout=0, mixing_groups="S"),
+    dict(supervision="mixing", confidence_threshold=0.6),
+    dict(supervision="enhancement", loss="dice"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("kind", [dict(dims=2, size=32), dict(dims=3, regions=True)], ids=["2d", "3d regions"])
+def test_every_option_trains(options, kind, ready):
+    trainer = make_trainer(STLUNetTrainer, ready(**kind), **options)
+    trainer.on_train_start()
+    trainer.network.train()
+    before = [p.detach().clone() for p in trainer.trainable]
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert all(torch.isfinite(v) for v in out.values())
+    only = options.get("supervision")
+    expected = {f"{part}_{s}" for part in ("supervised", "unsupervised") for s in ("mixing", "enhancement")}
+    assert set(out) - {"loss"} == {name for name in expected if only is None or name.endswith(f"_{only}")}
+    assert any(not torch.equal(p, old) for p, old in zip(trainer.trainable, before, strict=True))
+    assert trainer.finest_loss.weight_ce == (options.get("loss") != "dice")
+
+
+def test_mixup_mixes_the_labels_too(ready, monkeypatch):
+    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), mixing="mixup")
+    trainer.on_train_start()
+    monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(0.2))
+    batch = next(trainer.dataloader_train)
+    labeled, unlabeled = trainer.forward_streams(batch)
+    assert trainer.weight.item() == pytest.approx(0.8)  # a sample keeps the larger part of its own
+    trainer.step = 6
+    y, loss = batch["target"], trainer.loss.loss
+    pseudo = unlabeled[1][0].argmax(1, keepdim=True)
+    torch.testing.assert_close(
+        trainer.supervised_losses(labeled, batch)["supervised_mixing"], 0.8 * trainer.loss(labeled[0], y)
+    )
+    torch.testing.assert_close(
+        trainer.semi_losses(labeled, unlabeled, batch)["unsupervised_mixing"],
+        0.8 * loss(unlabeled[0][0], pseudo) + 0.2 * (loss(labeled[0][0], pseudo) + trainer.loss(unlabeled[0], y)),
+    )
+
+
+def test_a_drawn_weight_lies_between_0_and_1():
+    drawn = torch.stack([draw_beta(0.5) for _ in range(50)])
+    assert ((0 <= drawn) & (drawn <= 1)).all() and drawn.std() > 0.2
+
+
+def test_the_histogram_of_the_weights_is_logged(ready):
+    trainer = make_trainer(STLUNetTrainer, ready(), mixing_groups="IB")
+    trainer.run_training()
+    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
+    lines = re.findall(r"similarity weights after stage (\d), .*: ([\d. ]+)$", log, re.MULTILINE)
+    assert [int(stage) for stage, _ in lines] == list(trainer.points) * 3
+    for _, shares in lines:
+        values = [float(v) for v in shares.split()]
+        assert len(values) == 10 and sum(values) == pytest.approx(1, abs=0.06)
+
+
+def test_refusals(ready):
+    dataset = ready()
+    for settings, words in (
+        (dict(unlabeled_batch_size=5), "unlabeled_batch_size=5: STLU-Net pairs each of the"),
+        (dict(mixing_groups="SX"), "mixing_groups=SX: must be letters of SIB"),
+        (dict(mixing_groups=""), "mixing_groups=: must be letters of SIB"),
+        (dict(mixing_groups="SS"), "mixing_groups=SS: must be letters of SIB"),
+        (dict(mixing="cutmix"), "mixing=.cutmix.: must be similarity or scalar or mixup"),
+        (dict(channel_dropout=1.0), "channel_dropout=1.0: must be at least 0 and at most 0.99"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_trainer(STLUNetTrainer, dataset, **settings)
+    assert not dataset.results.exists()

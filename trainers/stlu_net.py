@@ -1,0 +1,193 @@
+"""STLU-Net."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from nnunet_semiseg.config import SemiSupervisedSettings, read_settings, require
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.networks.feature_mixing import FeatureMixingUNet, mixing_points
+from nnunet_semiseg.training.schedules import gaussian_ramp
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+
+HISTOGRAM_BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class STLUNetSettings(SemiSupervisedSettings):
+    mixing_groups: str = "SIB"
+    """the groups of encoder stages to mix after: any of S (shallow), I (intermediate), B (bottleneck)"""
+    mixing: Literal["similarity", "scalar", "mixup", "dropblock", "off"] = "similarity"
+    """mixup is manifold mixup, which mixes the labels, too; dropblock drops blocks and mixes nothing"""
+    mixing_weight: float = 0.5
+    """of a sample's own features, for scalar"""
+    mixing_beta: float | None = None
+    """draw the weight from Beta(b, b) at every step, for scalar; mixup always does, with 1 by default"""
+    channel_dropout: float = 0.5
+    """p of the semantic enhancement stream, and of dropblock; 0 is off"""
+    supervision: Literal["symmetric", "mixing", "enhancement"] = "symmetric"
+    """which streams learn: both, or one"""
+    confidence_threshold: float | None = None
+    """voxels whose pseudo-label has a smaller probability count nothing; None: all count"""
+    stlu_weight: float = 1.0
+    """gamma at the end of the ramp, which is as long as the training"""
+    loss: Literal["dice_ce", "dice"] = "dice_ce"
+    """nnU-Net's, or its Dice alone, as the paper has it"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.mixing_groups or len(set(self.mixing_groups) & set("SIB")) < len(self.mixing_groups):
+            raise UserError(f"setting mixing_groups={self.mixing_groups}: must be letters of SIB, each at most once")
+        require(self, "mixing_weight", minimum=0, maximum=1)
+        require(self, "mixing_beta", minimum=1e-3)
+        require(self, "channel_dropout", minimum=0, maximum=0.99)
+        require(self, "confidence_threshold", minimum=0, maximum=1)
+        require(self, "stlu_weight", minimum=0)
+
+
+class STLUNetTrainer(SemiSupervisedTrainer):
+    """Enhancing semi-supervised medical image segmentation via semantic transfer (Pattern Recognition, 2026).
+
+    One network, two streams that share every weight (`FeatureMixingUNet`); labelled sample i is paired with
+    unlabelled sample i. After the last stage of each group of encoder stages,
+
+    - the feature mixing stream m has, per sample and channel, w = clamp(cos(x^u, x^l), 0, 1),
+      x_m^u = w x^u + (1 - w) x^l, x_m^l = w x^l + (1 - w) x^u: alike channels align, others are perturbed in a
+      structured way; each sample keeps its own label;
+    - the semantic enhancement stream d has channel dropout with p = 0.5.
+
+    L_sup = L(p_d^l, y) + L(p_m^l, y); L_unsup = L(p_d^u, argmax p_m^u) + L(p_m^u, argmax p_d^u);
+    L = L_sup + gamma(t) L_unsup. Inference has neither mixing nor dropout.
+
+    There is no public code. Where the source is silent: w and pseudo-labels are detached; w is taken after a ReLU
+    (see `similarity_weights`), its histogram is logged every epoch; what was mixed or dropped goes to the next stage
+    and to the decoder's skip; each group mixes once, after its last stage, since mixing twice with w = 0 would undo
+    itself; stages before the first mixing are computed once for both streams; gamma is a Gaussian ramp to 1 over
+    the training; L is nnU-Net's Dice + CE with deep supervision, on pseudo-labels at full resolution alone
+    (`loss=dice`: Dice alone, the paper's).
+
+    The paper's comparisons: `mixing_groups`; `mixing=scalar` (a fixed weight, or one drawn from Beta(b, b));
+    `mixing=mixup`, after Verma et al. (ICML 2019), at one of the groups' stages drawn anew in each step, with a
+    weight above 1/2, each sample supervised with both labels in proportion (labelled with pseudo-labels under gamma);
+    `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other;
+    `confidence_threshold`.
+    """
+
+    settings_class = STLUNetSettings
+
+    @staticmethod
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels: int,
+                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        settings = read_settings(STLUNetSettings, plans_manager.plans)
+        own = settings.mixing in ("similarity", "dropblock")
+        return FeatureMixingUNet(network, settings.mixing if own else "weight", settings.channel_dropout)
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        plans = super().prepare(plans, configuration, fold, dataset_json)
+        manager = PlansManager(plans).get_configuration(configuration)
+        if self.settings.unlabeled_batch_size not in (None, manager.batch_size):
+            raise UserError(
+                f"setting unlabeled_batch_size={self.settings.unlabeled_batch_size}: STLU-Net pairs each of the"
+                f" {manager.batch_size} labelled samples of a batch with one unlabelled: set it to null"
+            )
+        known = mixing_points(manager.network_arch_init_kwargs["n_stages"])
+        if missing := set(self.settings.mixing_groups) - set(known):
+            raise UserError(
+                f"setting mixing_groups={self.settings.mixing_groups}: a network of"
+                f" {manager.network_arch_init_kwargs['n_stages']} stages has no {min(missing)}: use {''.join(known)}"
+            )
+        self.points = tuple(sorted(known[group] for group in self.settings.mixing_groups))
+        return plans
+
+    def initialize(self):
+        super().initialize()
+        self.histogram = torch.zeros(len(self.points), HISTOGRAM_BINS, device=self.device)
+
+    def _build_loss(self):
+        loss = super()._build_loss()
+        if self.settings.loss == "dice":
+            (loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss).weight_ce = 0
+        return loss
+
+    def draw(self) -> tuple[tuple[int, ...], Tensor | None]:
+        """The stages to mix after, and the weight where the features do not give it."""
+        mixing, beta = self.settings.mixing, self.settings.mixing_beta
+        if mixing == "mixup":
+            point = self.points[int(torch.randint(len(self.points), ()))]
+            weight = draw_beta(beta or 1.0)
+            return (point,), torch.maximum(weight, 1 - weight).to(self.device, non_blocking=True)
+        if mixing == "scalar":
+            weight = torch.tensor(self.settings.mixing_weight) if beta is None else draw_beta(beta)
+            return self.points, weight.to(self.device, non_blocking=True)
+        return self.points, torch.ones((), device=self.device) if mixing == "off" else None
+
+    def forward_streams(self, batch: dict):
+        """Per half of the batch a pair: the outputs of the mixing stream and of the enhancement stream."""
+        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
+        points, self.weight = self.draw()
+        *outputs, weights = self.network(images, points, self.weight)
+        for counts, w in zip(self.histogram, weights, strict=False):
+            counts += torch.histc(w, HISTOGRAM_BINS, 0, 1)
+        return split_streams(outputs, len(batch["data"]))
+
+    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
+        own = self.weight if self.settings.mixing == "mixup" else 1
+        terms = {}
+        if self.settings.supervision != "enhancement":
+            terms["supervised_mixing"] = own * self.loss(labeled[0], batch["target"])
+        if self.settings.supervision != "mixing":
+            terms["supervised_enhancement"] = self.loss(labeled[1], batch["target"])
+        return terms
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        gamma = self.settings.stlu_weight * gaussian_ramp(self.progress)
+        mixed, enhanced = (self.finest(output) for output in unlabeled)
+        terms = {}
+        if self.settings.supervision != "enhancement":
+            loss = self.pseudo_loss(mixed, enhanced)
+            if self.settings.mixing == "mixup":
+                others = self.pseudo_loss(self.finest(labeled[0]), enhanced) + self.loss(unlabeled[0], batch["target"])
+                loss = self.weight * loss + (1 - self.weight) * others
+            terms["unsupervised_mixing"] = gamma * loss
+        if self.settings.supervision != "mixing":
+            terms["unsupervised_enhancement"] = gamma * self.pseudo_loss(enhanced, mixed)
+        return terms
+
+    def pseudo_loss(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of these logits towards the decisions of the others, which get no gradient."""
+        target = hard_pseudo_label(teacher, self.label_manager)
+        threshold = self.settings.confidence_threshold
+        if threshold is None:
+            return self.finest_loss(logits, target)
+        return weighted_loss(self.finest_loss, logits, target, confident(teacher, self.label_manager, threshold))
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        super().on_train_epoch_end(train_outputs)
+        if self.settings.mixing == "similarity":
+            for point, counts in zip(self.points, self.histogram.cpu(), strict=True):
+                shares = " ".join(f"{share:.2f}" for share in counts / counts.sum())
+                self.print_to_log_file(f"similarity weights after stage {point}, shares in tenths of 0 to 1: {shares}")
+        self.histogram.zero_()
+
+
+def draw_beta(concentration: float) -> Tensor:
+    return torch.distributions.Beta(concentration, concentration).sample()
+
+
+@torch.no_grad()
+def confident(logits: Tensor, label_manager, threshold: float) -> Tensor:
+    """(B, 1, *S), 1 where the decision has at least this probability; of regions, each of the decisions."""
+    p = probabilities(logits, label_manager)
+    p = torch.maximum(p, 1 - p).amin(1, keepdim=True) if label_manager.has_regions else p.amax(1, keepdim=True)
+    return (p >= threshold).float()
