@@ -281,8 +281,12 @@ def runs_section(runs: pd.DataFrame) -> Section:
 
 def curve_points(of_case: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean Dice and its spreads for each method and each value of `column`."""
-    groups = of_case.groupby(["method", column], sort=False)
-    return pd.concat([spreads(g, "dice").assign(x=x) for (_, x), g in groups]).rename_axis("method").reset_index()
+    points = [
+        spreads(group, "dice").assign(x=x)
+        for _, of_method in of_case.groupby("method", sort=False)
+        for x, group in of_method.groupby(column, sort=False)
+    ]
+    return pd.concat(points).rename_axis("method").reset_index()
 
 
 def curve_section(
