@@ -14,7 +14,7 @@ from torch import nn
 from training import make_trainer
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, weighted_loss
+from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
 from nnunet_semiseg.networks.feature_mixing import (
     FeatureMixingUNet,
     drop_blocks,
@@ -23,7 +23,7 @@ from nnunet_semiseg.networks.feature_mixing import (
     mixing_points,
     similarity_weights,
 )
-from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, confident, draw_beta
+from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, draw_beta
 from nnunet_semiseg.training.schedules import gaussian_ramp
 
 CLASSES = LabelManager({"background": 0, "a": 1}, None)
@@ -83,10 +83,10 @@ def test_dropped_channels_and_blocks():
 
 
 def test_confidence_by_hand():
-    logits = torch.log(torch.tensor([[0.9, 0.4], [0.1, 0.6]])).view(1, 2, 2)
-    assert confident(logits, CLASSES, 0.7).tolist() == [[[1.0, 0.0]]]
-    logits = torch.logit(torch.tensor([[0.9, 0.1], [0.2, 0.6]])).view(1, 2, 2)
-    assert confident(logits, REGIONS, 0.7).tolist() == [[[1.0, 0.0]]]  # 0.2 decides for "no" with 0.8
+    p = torch.tensor([[0.9, 0.4], [0.1, 0.6]]).view(1, 2, 2)
+    torch.testing.assert_close(confidence(p, CLASSES), torch.tensor([[[0.9, 0.6]]]))
+    p = torch.tensor([[0.9, 0.1], [0.2, 0.6]]).view(1, 2, 2)
+    torch.testing.assert_close(confidence(p, REGIONS), torch.tensor([[[0.8, 0.6]]]))  # 0.2 decides for "no" with 0.8
 
 
 def nnunet_loss(regions: bool, **weights):

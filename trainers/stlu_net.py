@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnunet_semiseg.config import SemiSupervisedSettings, read_settings, require
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_mixing import FeatureMixingUNet, mixing_points
 from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
@@ -170,7 +170,8 @@ class STLUNetTrainer(SemiSupervisedTrainer):
         threshold = self.settings.confidence_threshold
         if threshold is None:
             return self.finest_loss(logits, target)
-        return weighted_loss(self.finest_loss, logits, target, confident(teacher, self.label_manager, threshold))
+        sure = confidence(probabilities(teacher.detach(), self.label_manager), self.label_manager) >= threshold
+        return weighted_loss(self.finest_loss, logits, target, sure.float())
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
@@ -183,11 +184,3 @@ class STLUNetTrainer(SemiSupervisedTrainer):
 
 def draw_beta(concentration: float) -> Tensor:
     return torch.distributions.Beta(concentration, concentration).sample()
-
-
-@torch.no_grad()
-def confident(logits: Tensor, label_manager, threshold: float) -> Tensor:
-    """(B, 1, *S), 1 where the decision has at least this probability; of regions, each of the decisions."""
-    p = probabilities(logits, label_manager)
-    p = torch.maximum(p, 1 - p).amin(1, keepdim=True) if label_manager.has_regions else p.amax(1, keepdim=True)
-    return (p >= threshold).float()

@@ -33,6 +33,13 @@ def probabilities(logits: Tensor, label_manager) -> Tensor:
     return logits.float().sigmoid() if label_manager.has_regions else logits.float().softmax(1)
 
 
+def confidence(p: Tensor, label_manager) -> Tensor:
+    """The probability of the decision, (B, 1, *S), from probabilities (B, heads, *S); of regions the least one."""
+    if label_manager.has_regions:
+        return torch.maximum(p, 1 - p).amin(1, keepdim=True)
+    return p.amax(1, keepdim=True)
+
+
 def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """nnU-Net's Dice + CE with a weight for each voxel.
 

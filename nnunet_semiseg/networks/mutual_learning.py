@@ -1,0 +1,181 @@
+"""An encoder and a decoder for each of two modalities, with attention between them at the bottleneck (Semi-CML)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HEAD_WIDTH = 32
+"""channels of an attention head, where there are so many"""
+
+
+class ChannelGroups(nn.Module):
+    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S)."""
+
+    def __init__(self, groups: Sequence[Sequence[int]]):
+        super().__init__()
+        self.groups = tuple(tuple(group) for group in groups)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x[:, list(group)] for group in self.groups]
+
+
+class Views(nn.Module):
+    """Two views of a single channel in place of two modalities: (B, 1, *S) to two of the same shape."""
+
+    def __init__(self, views: Sequence[Callable[[Tensor], Tensor]]):
+        super().__init__()
+        self.views = tuple(views)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [view(x) for view in self.views]
+
+
+class Window:
+    """A CT window on an image that nnU-Net has normalised: level -+ width / 2 becomes -1 and 1, clipped.
+
+    Args:
+        level, width: HU.
+        mean, std: of nnU-Net's `CTNormalization`, HU.
+    """
+
+    def __init__(self, level: float, width: float, mean: float, std: float):
+        self.centre, self.half_width = (level - mean) / std, width / (2 * std)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ((x - self.centre) / self.half_width).clamp(-1, 1)
+
+
+class ContrastCurve:
+    """2 sigmoid(x)^gamma - 1 of z-scores: a gamma below 1 spreads what is dark, one above 1 what is bright."""
+
+    def __init__(self, gamma: float):
+        self.gamma = gamma
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * x.sigmoid() ** self.gamma - 1
+
+
+class CrossModalFusion(nn.Module):
+    """Each modality's bottleneck voxels query the other's; then a convolution makes one of both.
+
+    F_i' = F_i + Attention(query LN(F_i), key and value LN(F_j)); fused = conv_1([F_a', F_b']).
+
+    Shape: two (B, C, *s) -> (B, C, *s)
+    """
+
+    def __init__(self, channels: int, conv_op: type[nn.Module]):
+        super().__init__()
+        heads = next(h for h in range(max(1, channels // HEAD_WIDTH), 0, -1) if channels % h == 0)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(channels, heads, batch_first=True) for _ in range(2))
+        self.fuse = conv_op(2 * channels, channels, 1)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        tokens = [x.flatten(2).transpose(1, 2) for x in (a, b)]
+        normed = [norm(t) for norm, t in zip(self.norms, tokens, strict=True)]
+        attended = []
+        for i, attention in enumerate(self.attentions):
+            other = normed[1 - i]
+            attended.append(tokens[i] + attention(normed[i], other, other, need_weights=False)[0])
+        return self.fuse(torch.cat([t.transpose(1, 2).unflatten(2, a.shape[2:]) for t in attended], 1))
+
+
+class Decoders(nn.ModuleList):
+    """Decoders whose deep supervision nnU-Net switches as if they were one."""
+
+    @property
+    def deep_supervision(self) -> bool:
+        return self[0].deep_supervision
+
+    @deep_supervision.setter
+    def deep_supervision(self, enabled: bool) -> None:
+        for decoder in self:
+            decoder.deep_supervision = enabled
+
+
+class MutualLearningUNet(nn.Module):
+    """`forward(x)` is the mean of both decoders' probabilities, as logits.
+
+    Args:
+        networks: nnU-Net's, one a modality, of the same shape but for the input channels.
+        modalities: makes two images of one.
+        regions: sigmoid heads instead of softmax.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], modalities: nn.Module, regions: bool):
+        super().__init__()
+        self.modalities, self.regions = modalities, regions
+        self.encoder = nn.ModuleList(network.encoder for network in networks)
+        self.decoder = Decoders(network.decoder for network in networks)
+        for decoder in self.decoder:
+            decoder.encoder = None  # registered again, its weights would be counted and saved twice
+        encoder = self.encoder[0]
+        self.fusion = CrossModalFusion(encoder.output_channels[-1], encoder.conv_op)
+
+    def forward(self, x: Tensor, branches: bool = False, passes: int | None = None, dropout: float = 0.0):
+        """
+        Args:
+            x: (B, C, *S).
+            branches: the outputs of both decoders in place of their mean.
+            passes: with branches, of Monte-Carlo dropout on the features that the decoders read; the encoders run once.
+            dropout: its p.
+
+        Returns:
+            Without branches logits (B, heads, *S), or with deep supervision a list from fine to coarse; with them a
+            list of two such. With passes: that list, the logits of the mean as without branches, and those of
+            the mean over passes and decoders (B, heads, *S), None for 0 passes.
+        """
+        images = self.modalities(x)
+        features = [encoder(image) for encoder, image in zip(self.encoder, images, strict=True)]
+        fused = self.fusion(features[0][-1], features[1][-1])
+        skips = [[*f[:-1], fused] for f in features]
+        outputs = self.decode(skips)
+        if branches and passes is None:
+            return outputs
+        weights = presence(images)
+        if self.decoder.deep_supervision:
+            mean = [average_logits(pair, self.regions, weights) for pair in zip(*outputs, strict=True)]
+        else:
+            mean = average_logits(outputs, self.regions, weights)
+        if not branches:
+            return mean
+        sampled = []
+        for _ in range(passes):
+            logits = self.decode([[F.dropout(f, dropout) for f in s] for s in skips])
+            sampled.append(average_logits(logits, self.regions, weights))
+        return outputs, mean, average_logits(sampled, self.regions) if sampled else None
+
+    def decode(self, skips: Sequence[Sequence[Tensor]]) -> list:
+        return [decoder(s) for decoder, s in zip(self.decoder, skips, strict=True)]
+
+
+def presence(images: Sequence[Tensor]) -> Tensor:
+    """Weights of the modalities for a mean, (2, B): a modality that is 0 everywhere has none, unless both are."""
+    present = torch.stack([(image != 0).flatten(1).any(1) for image in images]).float()
+    present = torch.where(present.sum(0) > 0, present, 1.0)
+    return present / present.sum(0)
+
+
+def average_logits(logits: Sequence[Tensor], regions: bool, weights: Tensor | None = None) -> Tensor:
+    """The logits whose probabilities are the weighted mean of those of `logits`, in float32.
+
+    Args:
+        logits: k times (B, heads, *S).
+        regions: probabilities by sigmoid, else by softmax.
+        weights: (k, B), a sum of 1 for each sample; None: equal.
+    """
+    stacked = torch.stack([x.float() for x in logits])
+    if weights is None:
+        weights = stacked.new_full(stacked.shape[:2], 1 / len(stacked))
+    log_weights = weights.log().view(*weights.shape, *[1] * (stacked.ndim - 2))  # of an absent one: -inf
+
+    def log_mean(log_p: Tensor) -> Tensor:
+        return (log_p + log_weights).logsumexp(0)
+
+    if regions:
+        return log_mean(F.logsigmoid(stacked)) - log_mean(F.logsigmoid(-stacked))
+    return log_mean(stacked.log_softmax(2))

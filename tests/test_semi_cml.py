@@ -1,0 +1,364 @@
+"""Semi-CML: its equations on arrays small enough to work out by hand, its modalities, phases and teachers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch.nn import functional as F
+from training import make_trainer
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.networks.mutual_learning import ContrastCurve, Window, average_logits, presence
+from nnunet_semiseg.trainers.semi_cml import (
+    SemiCMLTrainer,
+    area_similarity,
+    area_similarity_contrast,
+    certainty,
+    disagree,
+    draw_present,
+    dynamic_threshold,
+    halves,
+    pseudo_dice,
+)
+
+CLASSES = LabelManager({"background": 0, "a": 1}, None)
+REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
+
+
+# ------------------------------------------------------------------------------------------------------ equations
+
+
+def test_area_similarity_by_hand():
+    # one class, two voxels: P_1 = (1, 0), P_2 = (1, 1), P_3 = (0, 0.5)
+    p = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.5]])[:, None]
+    expected = [[1, 2 / 3, 0], [2 / 3, 1, 2 * 0.5 / 2.5], [0, 2 * 0.5 / 2.5, 0.5]]
+    torch.testing.assert_close(area_similarity(p), torch.tensor(expected), atol=1e-4, rtol=0)
+    two_classes = torch.cat((p, torch.ones(3, 1, 2)), 1)  # the second class is everywhere the same
+    torch.testing.assert_close(area_similarity(two_classes)[0, 1].item(), (2 / 3 + 1) / 2, atol=1e-4, rtol=0)
+
+
+def test_area_similarity_contrast_of_a_batch_of_two():
+    """Samples 1 and 2, modalities a and b: a1, a2, b1, b2."""
+    s = torch.tensor([[9, 0.1, 0.8, 0.2], [0.1, 9, 0.3, 0.6], [0.8, 0.3, 9, 0.4], [0.2, 0.6, 0.4, 9]])
+    e = math.exp
+    terms = [
+        -math.log(e(0.8) / (e(0.1) + e(0.8) + e(0.2))),
+        -math.log(e(0.6) / (e(0.1) + e(0.3) + e(0.6))),
+        -math.log(e(0.8) / (e(0.8) + e(0.3) + e(0.4))),
+        -math.log(e(0.6) / (e(0.2) + e(0.6) + e(0.4))),
+    ]
+    assert area_similarity_contrast(s).item() == pytest.approx(sum(terms) / 4)
+
+
+def test_threshold_at_its_start_in_the_middle_and_at_its_end():
+    assert dynamic_threshold(0, 0.7) == pytest.approx(0.7)
+    assert dynamic_threshold(0.5, 0.7) == pytest.approx(0.85)
+    assert dynamic_threshold(0.9, 0.7) == dynamic_threshold(1, 0.7) == dynamic_threshold(25, 0.7) == pytest.approx(0.97)
+
+
+def test_certainty_by_hand():
+    p = torch.tensor([[0.5, 1.0, 0.75], [0.5, 0.0, 0.25]])[None]
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    torch.testing.assert_close(certainty(p, CLASSES), torch.tensor([[[0.0, 1.0, 1 - entropy / math.log(2)]]]))
+    regions = torch.tensor([[0.5, 1.0], [0.5, 0.5]])[None]
+    torch.testing.assert_close(certainty(regions, REGIONS), torch.tensor([[[0.0, 0.5]]]))
+
+
+def test_disagreement():
+    a = torch.tensor([[2.0, 0.0], [0.0, 2.0]])[None]
+    assert disagree(a, torch.zeros(1, 2, 2) + a, CLASSES).tolist() == [[[False, False]]]
+    assert disagree(a, torch.tensor([[2.0, 2.0], [0.0, 0.0]])[None], CLASSES).tolist() == [[[False, True]]]
+    assert disagree(a - 1, -(a - 1), REGIONS).tolist() == [[[True, True]]]
+    assert disagree(a - 1, torch.tensor([[1.0, -1.0], [1.0, 1.0]])[None], REGIONS).tolist() == [[[True, False]]]
+
+
+def logits_of(*p):
+    p = torch.tensor(p).view(1, 1, -1, 1, 1)
+    return torch.log(torch.cat((1 - p, p), 1))
+
+
+def relearning(student, branches, mean, sampled=None, progress=0.5, **settings):
+    """`relearning_loss` without a training; the weight's parts are what matters."""
+    from types import SimpleNamespace
+
+    own = dict(relearning_start=0.5, threshold_warmup=0.1, threshold=0.7, disagreement_weight=0.3) | settings
+    loss = DC_and_CE_loss(
+        {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_dice=0,
+        dice_class=MemoryEfficientSoftDiceLoss,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        settings=SimpleNamespace(**own), progress=progress, label_manager=CLASSES, finest_loss=loss,
+        probabilities=lambda x: x.softmax(1),
+    )  # fmt: skip
+    return SemiCMLTrainer.relearning_loss(trainer, student, branches, mean, sampled).item()
+
+
+def test_disagreement_weighs_the_loss_and_not_the_label():
+    """Three voxels: the modalities agree, differ, and the third is below tau = 0.7. Labels: a, a, (background)."""
+    student = logits_of(0.6, 0.2, 0.9)
+    a, b, mean = logits_of(0.9, 0.9, 0.4), logits_of(0.9, 0.4, 0.4), logits_of(0.9, 0.8, 0.4)
+    expected = (-math.log(0.6) - 0.3 * math.log(0.2)) / 3  # had the label been scaled, the second were background's
+    assert relearning([student], [a, b], mean) == pytest.approx(expected, abs=1e-6)
+    assert relearning([student, student], [a, b], mean) == pytest.approx(2 * expected, abs=1e-6)
+    # after the warm-up tau is 0.97: nothing counts
+    assert relearning([student], [a, b], mean, progress=0.7) == 0
+    # in the middle of it tau is 0.85: the first voxel alone
+    assert relearning([student], [a, b], mean, progress=0.55) == pytest.approx(-math.log(0.6) / 3, abs=1e-6)
+
+
+def test_uncertain_voxels_weigh_less():
+    student, sure = logits_of(0.6, 0.6), logits_of(0.9, 0.9)
+    sampled = logits_of(0.5, 0.75)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    expected = (0 + (1 - entropy / math.log(2)) * -math.log(0.6)) / 2
+    assert relearning([student], [sure, sure], sure, sampled) == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ modalities
+
+
+def test_the_mean_of_logits_is_that_of_their_probabilities():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 8, 8, 8), torch.randn(2, 3, 8, 8, 8)
+    torch.testing.assert_close(average_logits([a, b], False).softmax(1), (a.softmax(1) + b.softmax(1)) / 2)
+    torch.testing.assert_close(average_logits([a, b], True).sigmoid(), (a.sigmoid() + b.sigmoid()) / 2)
+    weights = torch.tensor([[0.5, 1.0], [0.5, 0.0]])  # the second sample lacks the second modality
+    mean = average_logits([a, b], True, weights)
+    torch.testing.assert_close(mean[1], a[1])
+    torch.testing.assert_close(average_logits([a, b], False, weights)[1].softmax(0), a[1].softmax(0))
+
+
+def test_presence():
+    some, none = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    a, b = torch.cat((some, some, none, none)), torch.cat((some, none, some, none))
+    assert presence([a, b]).tolist() == [[0.5, 1.0, 0.0, 0.5], [0.5, 0.0, 1.0, 0.5]]
+
+
+def test_windows_and_contrast_curves():
+    window = Window(level=50, width=300, mean=90, std=40)
+    hu = torch.tensor([-1000.0, -100.0, 50.0, 125.0, 200.0, 900.0])
+    torch.testing.assert_close(window((hu - 90) / 40), torch.tensor([-1.0, -1.0, 0.0, 0.5, 1.0, 1.0]))
+    x = torch.tensor([0.0, math.log(3.0)])  # sigmoid: 0.5, 0.75
+    torch.testing.assert_close(ContrastCurve(2.0)(x), torch.tensor([-0.5, 0.125]))
+    torch.testing.assert_close(ContrastCurve(0.5)(x), 2 * torch.tensor([0.5, 0.75]).sqrt() - 1)
+
+
+def test_halves_of_the_channels():
+    assert halves(2) == ((0,), (1,)) and halves(4) == ((0, 1), (2, 3)) and halves(3) == ((0,), (1, 2))
+
+
+def test_dropped_modalities():
+    torch.manual_seed(0)
+    keep = draw_present(((0, 2), (1,)), torch.empty(4000, 3, 2, 2), 0.4)
+    assert keep.shape == (4000, 3, 1, 1)
+    rows = keep.flatten(1)
+    assert torch.equal(rows[:, 0], rows[:, 2]) and (rows.sum(1) > 0).all()
+    assert (1 - rows[:, 0]).mean().item() == pytest.approx(0.2, abs=0.03)
+    assert (1 - rows[:, 1]).mean().item() == pytest.approx(0.2, abs=0.03)
+
+
+# --------------------------------------------------------------------------------------------------------- trainer
+
+
+@pytest.fixture
+def ready(tiny_dataset, monkeypatch):
+    torch.set_num_threads(1)
+
+    def make(**kwargs):
+        dataset = tiny_dataset(**kwargs)
+        dataset.plan()
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        return dataset
+
+    return make
+
+
+def started(dataset, **settings):
+    trainer = make_trainer(SemiCMLTrainer, dataset, **settings)
+    trainer.on_train_start()
+    trainer.network.train()
+    return trainer
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_both_halves_cost_less_than_what_the_plan_budgeted(ready):
+    dataset = ready()
+    half = started(dataset)
+    assert [e.output_channels for e in half.network.encoder] == [[8, 16, 32]] * 2
+    full = started(dataset, width="full")
+    assert [e.output_channels for e in full.network.encoder] == [[16, 32, 64]] * 2
+    assert parameters(half.network) < 0.3 * parameters(full.network)
+
+
+def test_single_channels_have_two_views(ready):
+    mr = started(ready())
+    assert [type(v).__name__ for v in mr.network.modalities.views] == ["ContrastCurve"] * 2
+    dataset = ready(dataset_id=902, channel_names={"0": "CT"})
+    ct = started(dataset, ct_windows=[[40, 80], [0, 500]])
+    first, _ = ct.network.modalities.views
+    about = ct.plans_manager.foreground_intensity_properties_per_channel["0"]
+    assert isinstance(first, Window) and first.centre == pytest.approx((40 - about["mean"]) / about["std"])
+    assert isinstance(started(dataset, modality_views="contrast").network.modalities.views[0], ContrastCurve)
+
+
+def test_channel_groups(ready):
+    dataset = ready(channels=3)
+    x = torch.randn(1, 3, 16, 16, 16)
+    default = started(dataset).network
+    assert [m.shape[1] for m in default.modalities(x)] == [1, 2]
+    chosen = started(dataset, modalities=[[0, 2], [1]]).network
+    a, b = chosen.modalities(x)
+    assert a.equal(x[:, [0, 2]]) and b.equal(x[:, [1]])
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_case_that_lacks_a_modality(regions, ready):
+    trainer = started(ready(channels=2, regions=regions), modality_dropout=1.0, relearning_start=0.0)
+    batch = next(trainer.dataloader_train)
+    out = trainer.train_step(batch)
+    assert all(torch.isfinite(v) for v in out.values())
+    trainer.network.eval()
+    trainer.set_deep_supervision_enabled(False)
+    x = batch["data"].clone()
+    x[:, 1] = 0
+    with torch.no_grad():
+        mean, branches = trainer.network(x), trainer.network(x, branches=True)
+    p = trainer.probabilities
+    torch.testing.assert_close(p(mean), p(branches[0]))  # the missing one has no share
+    assert torch.isfinite(trainer.network(torch.zeros_like(x))).all()
+
+
+def test_losses(ready):
+    trainer = started(ready(dims=2, size=32, channels=2))
+    batch = next(trainer.dataloader_train)
+    labeled, unlabeled = trainer.forward_streams(batch)
+    trainer.step = 2  # of 6: before re-learning
+    terms = trainer.semi_losses(labeled, unlabeled, batch)
+    assert list(terms) == ["inter", "contrast", "intra", "relearning"] and terms["relearning"] == 0
+    ramp = math.exp(-5 * (2 / 3) ** 2)
+    a, b = (torch.cat((x[0], y[0])).softmax(1) for x, y in zip(labeled, unlabeled, strict=True))
+    foreground = a[:, 1:].flatten(2), b[:, 1:].flatten(2)
+    dice = 2 * (foreground[0] * foreground[1]).sum(2) / (foreground[0].sum(2) + foreground[1].sum(2))
+    torch.testing.assert_close(terms["inter"], 0.5 * ramp * (1 - dice.mean()), rtol=1e-3, atol=1e-5)
+    teacher = trainer.teacher(batch["unlabeled"]["weak"], branches=True)
+    n = len(batch["data"])
+    mse = sum(F.mse_loss(p[n:], t.softmax(1)) for p, t in zip((a, b), teacher, strict=True))
+    torch.testing.assert_close(terms["intra"], 0.1 * ramp * mse)
+    trainer.step = 3
+    assert trainer.semi_losses(labeled, unlabeled, batch)["relearning"] != 0
+
+
+def test_dropout_passes_leave_the_encoder_alone_and_differ(ready):
+    trainer = started(ready())
+    calls = []
+    trainer.teacher.encoder[0].register_forward_hook(lambda *_: calls.append(1))
+    images = next(trainer.dataloader_train)["unlabeled"]["weak"]
+    outputs, mean, sampled = trainer.predict(trainer.teacher, images, 3)
+    assert len(calls) == 1 and not sampled.equal(mean)
+    torch.testing.assert_close(mean, trainer.teacher(images))
+    again = trainer.predict(trainer.teacher, images, 3)
+    assert again[1].equal(mean) and not again[2].equal(sampled)
+    assert trainer.predict(trainer.teacher, images, 0)[2] is None
+    without = trainer.teacher(images, branches=True, passes=2, dropout=0.0)[2]
+    torch.testing.assert_close(without.softmax(1), mean.softmax(1))
+
+
+OFF = dict(inter_weight=0, contrast_weight=0, intra_weight=0, relearning_weight=0)
+
+
+@pytest.mark.parametrize("term", ["inter", "contrast", "intra", "relearning"])
+def test_each_loss_alone(term, ready):
+    settings = OFF | {f"{term}_weight": 1.0}
+    trainer = started(ready(dims=2, size=32), relearning_start=0.0, mc_passes=0, **settings)
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert set(out) == {"loss", "supervised_a", "supervised_b", term} and torch.isfinite(out["loss"])
+
+
+def test_resume_across_the_phases_with_a_pool(ready):
+    dataset = ready(dims=2, size=32, channels=2)
+    settings = dict(teacher="best_pool", pool_size=2, relearning_start=0.5, mc_passes=1)
+    straight = make_trainer(SemiCMLTrainer, dataset, **settings)
+    straight.run_training()
+    dice, branch = straight.method_state["pool_dice"], straight.method_state["pool_branch"]
+    assert (dice >= 0).all() and set(branch.tolist()) <= {0, 1}
+
+    class Killed(Exception):
+        pass
+
+    broken = make_trainer(SemiCMLTrainer, dataset, **settings)
+    step = broken.train_step
+
+    def dies(batch):
+        if broken.step == 3:  # re-learning has just begun
+            raise Killed
+        return step(batch)
+
+    broken.train_step = dies
+    with pytest.raises(Killed):
+        broken.run_training()
+    resumed = make_trainer(SemiCMLTrainer, dataset, **settings)
+    resumed.load_checkpoint(resumed.output_folder + "/checkpoint_latest.pth")
+    assert resumed.current_epoch == 1
+    resumed.run_training()
+    assert torch.equal(dice, resumed.method_state["pool_dice"])
+    for a, b in ((straight.network, resumed.network), (straight.auxiliary, resumed.auxiliary)):
+        b = b.state_dict()
+        assert all(torch.equal(v, b[k]) for k, v in a.state_dict().items())
+    relearned = straight.logger.get_value("loss/relearning", None)
+    assert relearned[0] == 0 != relearned[2]
+
+
+def test_the_pool_keeps_the_best_and_labels_with_their_better_decoder(ready):
+    trainer = started(ready(), teacher="best_pool", pool_size=2, mc_passes=0)
+    images = next(trainer.dataloader_train)["unlabeled"]["weak"]
+    assert trainer.predict_with_pool(images) is None
+    kept = []
+    for dice, branch in ((0.5, 0), (0.3, 1), (0.2, 0), (0.7, 1)):
+        with torch.no_grad():
+            for p in trainer.network.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+        trainer.offer_to_pool(dice, branch)
+        kept.append(trainer.predict(trainer.auxiliary["pool"][0], images, 0) if dice == 0.5 else None)
+    assert sorted(trainer.method_state["pool_dice"].tolist()) == pytest.approx([0.5, 0.7])
+    best, worst = trainer.auxiliary["pool"][1], trainer.auxiliary["pool"][0]
+    (_, mean, sampled) = trainer.predict_with_pool(images)
+    expected = average_logits([worst(images, branches=True)[0], best(images, branches=True)[1]], False)
+    torch.testing.assert_close(mean, expected)
+    assert sampled is None
+    torch.testing.assert_close(kept[0][0][0], worst(images, branches=True)[0])  # the first offer is still there
+
+
+def test_the_decoders_are_judged_apart_on_validation_patches(ready):
+    trainer = started(ready(), teacher="best_pool")
+    trainer.network.eval()
+    out = trainer.validation_step(next(trainer.dataloader_val))
+    assert {"tp_hard", "tp_hard_a", "tp_hard_b", "loss"} <= set(out)
+    assert trainer.network is trainer.bare_network
+    counts = {"tp_hard_a": np.array([3, 0]), "fp_hard_a": np.array([1, 0]), "fn_hard_a": np.array([1, 0])}
+    assert pseudo_dice([counts, counts], "a") == pytest.approx(6 / 8)  # a class that is nowhere does not count
+    assert pseudo_dice([{k: 0 * v for k, v in counts.items()}], "a") == 0
+
+
+def test_refusals(ready):
+    single, double = ready(), ready(dataset_id=902, channels=2)
+    for dataset, settings, words in (
+        (single, dict(modalities=[[0], [1]]), "modalities, modality_dropout: not for a dataset with a single channel"),
+        (single, dict(modality_dropout=0.5), "not for a dataset with a single channel"),
+        (single, dict(modality_views="ct_windows"), "modality_views=ct_windows: the images are not CT"),
+        (double, dict(modalities=[[0], [2]]), "two lists of different channels from 0 to 1"),
+        (double, dict(modalities=[[0], [0, 1]]), "two lists of different channels from 0 to 1"),
+        (double, dict(modalities=[[0, 1]]), "modalities=.*: must have two entries"),
+        (double, dict(ct_windows=[[40, 400], [40]]), "ct_windows=.*: must have two entries of level and width"),
+        (double, dict(contrast_gammas=[0.5, -1]), "gammas must be above 0"),
+        (double, dict(threshold=1.5), "threshold=1.5: must be at least 0 and at most 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_trainer(SemiCMLTrainer, dataset, **settings)
+    assert not single.results.exists() and not double.results.exists()

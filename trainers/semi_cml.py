@@ -1,0 +1,364 @@
+"""Semi-CML: mutual learning of two modalities, with pseudo-label re-learning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_semiseg.config import PLANS_KEY, TeacherSettings, read_settings, require
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.networks.mutual_learning import (
+    ChannelGroups,
+    ContrastCurve,
+    MutualLearningUNet,
+    Views,
+    Window,
+    average_logits,
+)
+from nnunet_semiseg.training.schedules import gaussian_ramp
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.training.teacher import make_teacher
+
+BRANCHES = ("a", "b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiCMLSettings(TeacherSettings):
+    modalities: tuple[tuple[int, ...], ...] | None = None
+    """two groups of channels; None: the first half of the channels, and the others"""
+    modality_views: Literal["auto", "ct_windows", "contrast"] = "auto"
+    """of a single channel, in place of modalities; auto: windows for CT, else contrast curves"""
+    ct_windows: tuple[tuple[float, ...], ...] = ((50, 350), (0, 2000))
+    """level and width, HU"""
+    contrast_gammas: tuple[float, ...] = (0.5, 2.0)
+    width: Literal["half", "full"] = "half"
+    """of each modality's encoder and decoder, as a share of the plans'"""
+    modality_dropout: float = 0.0
+    """probability that a training sample is shown to the student without one of its modalities"""
+    inter_weight: float = 0.5
+    """of the soft Dice between the modalities, at the end of the ramp; 0 is off"""
+    contrast_weight: float = 0.4
+    """of the area-similarity contrast; 0 is off"""
+    intra_weight: float = 0.1
+    """of the consistency with the EMA teacher, at the end of the ramp; 0 is off"""
+    relearning_weight: float = 1.0
+    """of the re-learning from pseudo-labels, at the end of the ramp; 0 is off"""
+    relearning_start: float = 0.5
+    """share of the training before it begins"""
+    threshold: float = 0.7
+    """tau0: the least probability of a pseudo-label that counts, when re-learning begins"""
+    threshold_warmup: float = 0.02
+    """share of the training over which tau rises"""
+    mc_passes: int = 4
+    """of Monte-Carlo dropout; 0: no weights by uncertainty"""
+    mc_dropout: float = 0.2
+    disagreement_weight: float = 0.3
+    """of a voxel's loss where the modalities' decisions differ"""
+    teacher: Literal["ema", "best_pool"] = "ema"
+    """what labels the unlabelled images; best_pool: the better modality of the best epochs on the fold's validation"""
+    pool_size: int = 3
+    has_regions: bool | None = None
+    """found by the trainer and kept in its plans, for the predictor"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        shares = "modality_dropout", "relearning_start", "threshold", "threshold_warmup", "disagreement_weight"
+        for name in shares:
+            require(self, name, minimum=0, maximum=1)
+        for name in ("inter_weight", "contrast_weight", "intra_weight", "relearning_weight", "mc_passes"):
+            require(self, name, minimum=0)
+        require(self, "mc_dropout", minimum=0, maximum=0.99)
+        require(self, "pool_size", minimum=1)
+        for name, size in (("modalities", None), ("ct_windows", 2), ("contrast_gammas", None)):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 2 or (size and any(len(v) != size for v in value))):
+                raise UserError(f"setting {name}={value}: must have two entries{size and ' of level and width' or ''}")
+        if min(width for _, width in self.ct_windows) <= 0 or min(self.contrast_gammas) <= 0:
+            raise UserError("settings ct_windows and contrast_gammas: widths and gammas must be above 0")
+
+
+class SemiCMLTrainer(SemiSupervisedTrainer):
+    """Multi-modal contrastive mutual learning and pseudo-label re-learning (Medical Image Analysis 2023).
+
+    One encoder and one decoder a modality, joined at the bottleneck (`MutualLearningUNet`). Two accounts of the method
+    differ in their losses; both are here. With P_a, P_b the probabilities of the two decoders:
+
+    - supervised: nnU-Net's loss for each decoder, throughout the training (the public code drops it later);
+    - `inter`: 1 - 2 |P_a P_b| / (|P_a| + |P_b|), `area_similarity` of a sample's two predictions;
+    - `contrast`: `area_similarity_contrast` over all predictions of a batch. The paper has 3.5 of it beside 10 BCE + 7
+      Dice, and we 0.4 beside CE + Dice;
+    - `intra`: MSE between student and EMA teacher, each decoder with its own, on unlabelled samples;
+    - `relearning`, from `relearning_start` on: the loss of both decoders towards the teacher's decision, where its
+      probability is at least tau(t) (`dynamic_threshold`), weighted (`weighted_loss`) with 1 - entropy / its maximum
+      over Monte-Carlo dropout passes, and with 0.3 where the modalities' decisions differ. It is the loss that is
+      weighted: the page that retells the method scales the label, which turns foreground into background.
+
+    inter, intra and relearning have a Gaussian ramp over the training. The teacher sees weak views, the student strong
+    ones. `teacher=best_pool`: the mean of the better decoders of the epochs with the best pseudo Dice on nnU-Net's
+    validation patches, which are the fold's own (with fold `all`: training cases), never a test set's.
+
+    Where the sources are silent: dropout acts on the features that decoders read, as nnU-Net's networks have none, so
+    that a pass costs no encoder; the contrast has no temperature; its classes are the foreground's; a modality
+    is missing where all of it is 0, and then has no share in the deployed mean. A single channel has two views of
+    it for modalities: CT windows or contrast curves, part of the network.
+    """
+
+    settings_class = SemiCMLSettings
+    views = ("weak", "strong")
+
+    @staticmethod
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels: int,
+                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+        settings = read_settings(SemiCMLSettings, plans_manager.plans)
+        if num_input_channels > 1:
+            groups = settings.modalities or halves(num_input_channels)
+            modalities, channels = ChannelGroups(groups), [len(group) for group in groups]
+        else:
+            modalities, channels = make_views(settings, plans_manager, configuration_manager), [1, 1]
+        kwargs = dict(configuration_manager.network_arch_init_kwargs)
+        if settings.width == "half":
+            kwargs["features_per_stage"] = [max(1, features // 2) for features in kwargs["features_per_stage"]]
+        networks = [
+            get_network_from_plans(
+                configuration_manager.network_arch_class_name, kwargs,
+                configuration_manager.network_arch_init_kwargs_req_import, count, num_output_channels,
+                allow_init=True, deep_supervision=enable_deep_supervision,
+            )
+            for count in channels
+        ]  # fmt: skip
+        return MutualLearningUNet(networks, modalities, bool(settings.has_regions))
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        plans = super().prepare(plans, configuration, fold, dataset_json)
+        n_channels = len(dataset_json["channel_names"])
+        groups = self.settings.modalities
+        if n_channels == 1:
+            if groups or self.settings.modality_dropout:
+                raise UserError("settings modalities, modality_dropout: not for a dataset with a single channel")
+            configuration_manager = PlansManager(plans).get_configuration(configuration)
+            if self.settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
+                raise UserError("setting modality_views=ct_windows: the images are not CT; use contrast")
+        elif groups:
+            listed = [channel for group in groups for channel in group]
+            if not all(groups) or len(set(listed)) < len(listed) or not set(listed) <= set(range(n_channels)):
+                raise UserError(
+                    f"setting modalities={[list(group) for group in groups]}: must be two lists of different channels"
+                    f" from 0 to {n_channels - 1}"
+                )
+        has_regions = PlansManager(plans).get_label_manager(dataset_json).has_regions
+        return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "has_regions": has_regions}}
+
+    def initialize(self):
+        super().initialize()
+        if self.settings.teacher == "best_pool":
+            # frozen, and saved with what else is not deployed
+            pool = [make_teacher(self.bare_network) for _ in range(self.settings.pool_size)]
+            self.auxiliary["pool"] = nn.ModuleList(pool)
+            self.method_state["pool_dice"] = torch.full((self.settings.pool_size,), -1.0)
+            self.method_state["pool_branch"] = torch.zeros(self.settings.pool_size, dtype=torch.long)
+
+    # ------------------------------------------------------------------------------------------------------- losses
+
+    def forward_streams(self, batch: dict):
+        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
+        if self.settings.modality_dropout:
+            groups = self.bare_network.modalities.groups
+            images = images * draw_present(groups, images, self.settings.modality_dropout)
+        return split_streams(self.network(images, branches=True), len(batch["data"]))
+
+    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
+        return {f"supervised_{n}": self.loss(x, batch["target"]) for n, x in zip(BRANCHES, labeled, strict=True)}
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        settings, ramp, terms = self.settings, gaussian_ramp(self.progress), {}
+        labeled, unlabeled = ([self.finest(output) for output in outputs] for outputs in (labeled, unlabeled))
+        both = [self.probabilities(torch.cat(pair)) for pair in zip(labeled, unlabeled, strict=True)]
+        if settings.inter_weight or settings.contrast_weight:
+            first = 0 if self.label_manager.has_regions else 1
+            similarity = area_similarity(torch.cat(both)[:, first:])
+        if settings.inter_weight:
+            terms["inter"] = settings.inter_weight * ramp * (1 - similarity.diagonal(len(both[0])).mean())
+        if settings.contrast_weight:
+            terms["contrast"] = settings.contrast_weight * area_similarity_contrast(similarity)
+
+        relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
+        weak = batch["unlabeled"]["weak"]
+        if settings.intra_weight or relearns and settings.teacher == "ema":
+            taught = self.predict(self.teacher, weak, settings.mc_passes if relearns else 0)
+        if settings.intra_weight:
+            own = (p[len(batch["data"]) :] for p in both)
+            consistency = sum(F.mse_loss(p, q) for p, q in zip(own, map(self.probabilities, taught[0]), strict=True))
+            terms["intra"] = settings.intra_weight * ramp * consistency
+        if settings.relearning_weight:
+            if relearns:
+                if settings.teacher == "best_pool":
+                    taught = self.predict_with_pool(weak) or self.predict(self.teacher, weak, settings.mc_passes)
+                relearning = self.relearning_loss(unlabeled, *taught)
+            else:
+                relearning = unlabeled[0].new_zeros(())
+            terms["relearning"] = settings.relearning_weight * ramp * relearning
+        return terms
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return probabilities(logits, self.label_manager)
+
+    @torch.no_grad()
+    def predict(self, network: nn.Module, images: Tensor, passes: int):
+        """Logits of both decoders, of their mean, and of the mean over dropout passes, None for 0 passes."""
+        return network(images, branches=True, passes=passes, dropout=self.settings.mc_dropout)
+
+    def relearning_loss(self, student: list[Tensor], branches: list[Tensor], mean: Tensor, sampled: Tensor | None):
+        """Both decoders' loss towards the decision of `mean`; the rest says how much a voxel counts."""
+        settings = self.settings
+        with torch.no_grad():
+            t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
+            tau = dynamic_threshold(t, settings.threshold)
+            weight = (confidence(self.probabilities(mean), self.label_manager) >= tau).float()
+            weight *= torch.where(disagree(*branches, self.label_manager), settings.disagreement_weight, 1.0)
+            if sampled is not None:
+                weight *= certainty(self.probabilities(sampled), self.label_manager)
+            target = hard_pseudo_label(mean, self.label_manager)
+        return sum(weighted_loss(self.finest_loss, x, target, weight) for x in student)
+
+    # ----------------------------------------------------------------------------------------------------- best pool
+
+    @torch.no_grad()
+    def predict_with_pool(self, images: Tensor):
+        """As `predict`: decoders averaged over the pool, the mean of the better ones; None where the pool is empty."""
+        predictions = [
+            (self.predict(network, images, self.settings.mc_passes), int(branch))
+            for network, branch, dice in zip(
+                self.auxiliary["pool"], self.method_state["pool_branch"], self.method_state["pool_dice"], strict=True
+            )
+            if dice >= 0
+        ]
+        if not predictions:
+            return None
+        regions = self.label_manager.has_regions
+        branches = [average_logits([p[0][i] for p, _ in predictions], regions) for i in range(2)]
+        mean = average_logits([p[0][branch] for p, branch in predictions], regions)
+        sampled = average_logits([p[2] for p, _ in predictions], regions) if self.settings.mc_passes else None
+        return branches, mean, sampled
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, and for a pool once more for each decoder alone."""
+        outputs = super().validation_step(batch)
+        if self.settings.teacher == "best_pool":
+            network = self.network
+            for name, branch in zip(BRANCHES, range(2), strict=True):
+                self.network = lambda x, branch=branch: network(x, branches=True)[branch]
+                counts = super().validation_step(batch)
+                outputs |= {f"{key}_{name}": counts[key] for key in ("tp_hard", "fp_hard", "fn_hard")}
+            self.network = network
+        return outputs
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        super().on_validation_epoch_end(val_outputs)
+        if self.settings.teacher == "best_pool":
+            dice = [pseudo_dice(val_outputs, name) for name in BRANCHES]
+            self.offer_to_pool(max(dice), dice.index(max(dice)))
+
+    def offer_to_pool(self, dice: float, branch: int) -> None:
+        """Take this epoch's weights in place of the worst of the pool, if they are better."""
+        worst = int(self.method_state["pool_dice"].argmin())
+        if dice > self.method_state["pool_dice"][worst]:
+            self.auxiliary["pool"][worst].load_state_dict(self.bare_network.state_dict())
+            self.method_state["pool_dice"][worst] = dice
+            self.method_state["pool_branch"][worst] = branch
+
+
+def pseudo_dice(val_outputs: list[dict], name: str) -> float:
+    """nnU-Net's pseudo Dice, the mean over the classes that occur, of one decoder; 0 where none does."""
+    tp, fp, fn = (np.sum([o[f"{key}_hard_{name}"] for o in val_outputs], 0) for key in ("tp", "fp", "fn"))
+    total = 2 * tp + fp + fn
+    return float((2 * tp / np.maximum(total, 1))[total > 0].mean()) if total.any() else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+def area_similarity(p: Tensor) -> Tensor:
+    """Soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of every pair of predictions, the mean over classes.
+
+    Args:
+        p: (M, classes, *S), float32 probabilities.
+
+    Returns:
+        (M, M), in 0 to 1.
+    """
+    with torch.autocast(p.device.type, enabled=False):  # sums over many thousands of voxels
+        flat = p.float().flatten(2)
+        area = flat.sum(2)
+        overlap = torch.einsum("icv,jcv->ijc", flat, flat)
+        return ((2 * overlap + 1e-5) / (area[:, None] + area[None] + 1e-5)).mean(2)
+
+
+def area_similarity_contrast(similarity: Tensor) -> Tensor:
+    """Cross-entropy that picks, among all predictions of a batch but itself, the other modality's of the same sample.
+
+    Mean over i of -log(exp(s_ij) / sum_(k != i) exp(s_ik)), j the partner of i.
+
+    Args:
+        similarity: (2 N, 2 N), the N samples' predictions of one modality and then of the other.
+    """
+    m = len(similarity)
+    itself = torch.eye(m, dtype=torch.bool, device=similarity.device)
+    partner = torch.arange(m, device=similarity.device).roll(-m // 2)
+    return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), partner)
+
+
+def dynamic_threshold(t: float, tau0: float) -> float:
+    """tau(t) = tau0 + (1 - tau0) min(0.9, t), t = 0 at the start of the re-learning and 1 after the warm-up."""
+    return tau0 + (1 - tau0) * min(0.9, t)
+
+
+def certainty(p: Tensor, label_manager) -> Tensor:
+    """1 - entropy / its maximum, (B, 1, *S), of probabilities (B, heads, *S); of regions the mean over them."""
+    if label_manager.has_regions:
+        return 1 - torch.special.entr(torch.stack((p, 1 - p))).sum(0).mean(1, keepdim=True) / math.log(2)
+    return 1 - torch.special.entr(p).sum(1, keepdim=True) / math.log(p.shape[1])
+
+
+def disagree(a: Tensor, b: Tensor, label_manager) -> Tensor:
+    """Where the decisions of two logits (B, heads, *S) differ, in any region: (B, 1, *S), bool."""
+    a, b = (hard_pseudo_label(x, label_manager) for x in (a, b))
+    return (a != b).any(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- modalities
+
+
+def halves(n_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    middle = n_channels // 2
+    return tuple(range(middle)), tuple(range(middle, n_channels))
+
+
+def is_ct(configuration_manager) -> bool:
+    return configuration_manager.normalization_schemes[0] == "CTNormalization"
+
+
+def make_views(settings: SemiCMLSettings, plans_manager, configuration_manager) -> Views:
+    kind = settings.modality_views
+    if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
+        about = plans_manager.foreground_intensity_properties_per_channel["0"]
+        return Views([Window(*window, about["mean"], about["std"]) for window in settings.ct_windows])
+    return Views([ContrastCurve(gamma) for gamma in settings.contrast_gammas])
+
+
+def draw_present(groups, images: Tensor, p: float) -> Tensor:
+    """(B, C, 1, ..., 1) of 0 and 1: with probability p a sample is without one group of channels, either alike."""
+    drawn = torch.rand(len(images), device=images.device)
+    keep = images.new_ones(images.shape[:2])
+    for i, group in enumerate(groups):
+        lost = (i * p / 2 <= drawn) & (drawn < (i + 1) * p / 2)
+        keep[:, list(group)] = (~lost).to(keep.dtype)[:, None]
+    return keep.view(*keep.shape, *[1] * (images.ndim - 2))
