@@ -110,11 +110,12 @@ def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: s
         for (left, right), (run, log) in zip(axes, logs.items(), strict=True):
             terms = {"training": log["train_losses"], "validation": log["val_losses"]}
             terms |= {key.removeprefix(prefix): value for key, value in log.items() if key.startswith(prefix)}
+            marker = "." if len(log["train_losses"]) == 1 else ""  # a line of one point is not seen
             for i, (name, values) in enumerate(terms.items()):
                 style = "-" if name in ("training", "validation") else "--"
-                left.plot(values, style, color=COLORS[i % len(COLORS)], label=name, linewidth=1.2)
-            right.plot(log["mean_fg_dice"], color=COLORS[0], linewidth=0.8, alpha=0.5)
-            right.plot(log["ema_fg_dice"], color=COLORS[0], linewidth=1.4)
+                left.plot(values, marker + style, color=COLORS[i % len(COLORS)], label=name, linewidth=1.2)
+            right.plot(log["mean_fg_dice"], marker + "-", color=COLORS[0], linewidth=0.8, alpha=0.5)
+            right.plot(log["ema_fg_dice"], marker + "-", color=COLORS[0], linewidth=1.4)
             left.set_title(run, loc="left", fontsize=9)
             left.legend(frameon=False, fontsize=7, ncols=2)
             right.set_title("pseudo Dice on validation patches", loc="left", fontsize=9)

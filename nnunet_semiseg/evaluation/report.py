@@ -120,6 +120,7 @@ def write_report(results: Results, output: Path) -> Path:
         *(difference_section(baseline, table, metric) for metric, table in differences.items()),
         class_section(main),
         runs_section(runs),
+        cost_section(runs),
         Section(
             "Every case",
             svgs={f"cases_{m}": figures.to_svg(figures.box_plots(main, m, METRICS[m])) for m in COMPARED},
@@ -256,13 +257,17 @@ def run_table(results: Results) -> pd.DataFrame:
 
 
 def runs_section(runs: pd.DataFrame) -> Section:
+    rows = [[r["run"], *(number(m, r[m]) for m in METRICS)] for _, r in runs.iterrows()]
+    return Section("Every run", headers=["run", *METRICS.values()], rows=rows)
+
+
+def cost_section(runs: pd.DataFrame) -> Section:
     def missing_or(form: Callable[[float], str], value: float) -> str:
         return "–" if np.isnan(value) else form(value)
 
     rows = [
         [
             r["run"],
-            *(number(m, r[m]) for m in METRICS),
             f"{r['iterations']:,}",
             f"{r['training_hours']:.2f}",
             missing_or(lambda v, r=r: f"{v:,.0f} ({r['memory']})", r["peak_memory_mib"]),
@@ -271,12 +276,12 @@ def runs_section(runs: pd.DataFrame) -> Section:
         ]
         for _, r in runs.iterrows()
     ]
-    resources = ["iterations", "hours", "peak memory, MiB", "parameters, 10⁶", "prediction, s a case"]
+    headers = ["run", "iterations", "hours", "peak memory, MiB", "parameters, 10⁶", "prediction, s a case"]
     note = (
         "Hours are those of the epochs. Memory is what the training process held at most, on the GPU or, without one,"
         " in RAM; – where the training was not started by this command. Parameters are those of the deployed network."
     )
-    return Section("Every run", [note], ["run", *METRICS.values(), *resources], rows)
+    return Section("What every run took", [note], headers, rows)
 
 
 def curve_points(of_case: pd.DataFrame, column: str) -> pd.DataFrame:
