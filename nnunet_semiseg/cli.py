@@ -178,6 +178,7 @@ def convert(parser: ArgumentParser) -> Command:
 def compare(parser: ArgumentParser) -> Command:
     """Compare trainers on one dataset: train what is missing, predict, evaluate, write a report."""
     _add_model_arguments(parser)
+    _add_prediction_arguments(parser)
     parser.add_argument("--trainers", nargs="+", required=True, metavar="TRAINER", help="the first is the baseline")
     parser.add_argument("--run", action="store_true", dest="train", help="train what is missing, or go on with it")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each trainer; default: one, without a seed")
@@ -226,6 +227,7 @@ def compare(parser: ArgumentParser) -> Command:
 def text_effect(parser: ArgumentParser) -> Command:
     """What a trained model's predictions owe to its text: true, shuffled, noise and empty prompts."""
     _add_model_arguments(parser)
+    _add_prediction_arguments(parser)
     parser.add_argument("-tr", default="TextSemiSegTrainer", metavar="TRAINER", help="default: %(default)s")
     parser.add_argument("-o", metavar="FOLDER", help="default: text_effect/MODEL below the dataset's results")
 
@@ -242,6 +244,38 @@ def text_effect(parser: ArgumentParser) -> Command:
             mirroring=not args.disable_tta,
         )
         print(text_effect.text_effect(request, args.o))
+
+    return run
+
+
+def distill(parser: ArgumentParser) -> Command:
+    """Teach a trained model to the plans' stock network, for machines without this package."""
+    _add_model_arguments(parser)
+    parser.add_argument("-tr", required=True, metavar="TRAINER", help="of the model")
+    _add_device_argument(parser)
+    _add_set_argument(parser)
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.deployment import distillation
+
+        stock = distillation.distill(_trained_run(args), args.set, args.device)
+        plans = stock.name.split("__")[1]
+        print(f"{stock}\nnnUNetv2_predict -d {args.d} -c {args.c} -f {args.f} -p {plans} -i IMAGES -o PREDICTIONS")
+
+    return run
+
+
+def export(parser: ArgumentParser) -> Command:
+    """Write the network of a trained model as ONNX, checked against torch."""
+    _add_model_arguments(parser)
+    parser.add_argument("-tr", required=True, metavar="TRAINER", help="of the model; nnU-Net's own, too")
+    parser.add_argument("--onnx", required=True, metavar="FILE")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.deployment.onnx_export import export_onnx
+
+        difference = export_onnx(_trained_run(args), args.onnx)
+        print(f"{args.onnx}: differs from torch by at most {difference:.1e} of the largest logit")
 
     return run
 
@@ -270,7 +304,10 @@ def env(parser: ArgumentParser) -> Command:
     return run
 
 
-COMMANDS = (convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, embed_prompts, demo, env)
+COMMANDS = (
+    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, export, embed_prompts,
+    demo, env,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -315,8 +352,24 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-c", required=True, metavar="CONFIGURATION")
     parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
     parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
+
+
+def _trained_run(args: Namespace):
+    from nnunet_semiseg.discovery import check_trainer
+    from nnunet_semiseg.evaluation.runs import Run
+    from nnunet_semiseg.files import dataset_folder
+
+    check_trainer(args.tr)
+    return Run(dataset_folder("nnUNet_results", args.d).name, args.c, args.f, args.tr, args.p)
+
+
+def _add_prediction_arguments(parser: ArgumentParser) -> None:
+    _add_device_argument(parser)
     parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring")
+
+
+def _add_device_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
 
 
 def _add_conversion_arguments(parser: ArgumentParser) -> None:

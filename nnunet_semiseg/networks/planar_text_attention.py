@@ -32,7 +32,7 @@ class TextCrossAttention(nn.Module):
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
         x = self.norm_self(tokens)
         tokens = tokens + self.self_attention(x, x, x, need_weights=False)[0]
-        text = self.norm_text(text).expand(len(tokens), -1, -1)
+        text = self.norm_text(text).expand(tokens.shape[0], -1, -1)  # len() would fix the batch in an ONNX file
         tokens = tokens + self.cross_attention(self.norm_cross(tokens), text, text, need_weights=False)[0]
         return tokens + self.mlp(tokens)
 

@@ -1,0 +1,155 @@
+"""`nnunet_semiseg distill`: a trained model of any trainer, taught to the plans' stock network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, parse_assignments, require, update_settings
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+
+STOCK_TRAINER = "nnUNetTrainer"
+STOCK_KEYS = (
+    "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
+    "inference_allowed_mirroring_axes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings(SemiSupervisedSettings):
+    temperature: float = 2.0
+    distillation_weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "temperature", minimum=1e-3)
+        require(self, "distillation_weight", minimum=0)
+
+
+class DistillationTrainer(SemiSupervisedTrainer):
+    """Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (arXiv 1503.02531).
+
+    L = nnU-Net's loss on the labelled patches + w `soft_target_loss` on both streams, at full resolution. The model
+    that teaches sees the weak view of an unlabelled patch, the stock network the strong one. It is not in `trainers/`,
+    as it cannot be trained by name: it needs a model.
+    """
+
+    settings_class = DistillationSettings
+    views = ("weak", "strong")
+    model: nn.Module
+    """what is distilled: images to logits; to be set before the training"""
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        with torch.no_grad():
+            taught = self.model(torch.cat((batch["data"], batch["unlabeled"]["weak"])))
+        own = torch.cat((self.finest(labeled), self.finest(unlabeled)))
+        loss = soft_target_loss(own, taught, self.settings.temperature, self.label_manager.has_regions)
+        return {"distillation": self.settings.distillation_weight * loss}
+
+
+def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float, regions: bool) -> Tensor:
+    """T^2 KL(teacher || student) of the probabilities at temperature T, the mean over voxels (and over regions).
+
+    Args:
+        student, teacher: logits (B, heads, *S); the teacher's get no gradient.
+        regions: sigmoid heads, each with its own KL; else a softmax over the heads.
+    """
+    student, teacher = student.float() / temperature, teacher.detach().float() / temperature
+    if regions:
+        p = teacher.sigmoid()
+        cross_entropy = F.binary_cross_entropy_with_logits(student, p)
+        entropy = torch.special.entr(torch.stack((p, 1 - p))).sum(0).mean()
+        return temperature**2 * (cross_entropy - entropy)
+    kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
+    return temperature**2 * kl.sum(1).mean()
+
+
+def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Path:
+    """Train the plans' stock network on what a model says, and make a stock model of it, as of `nnUNetTrainer`.
+
+    Interrupted, it goes on; finished, it is left alone. The plans get the name PLANS_from_TRAINER.
+
+    Args:
+        run: trained.
+        settings: `KEY=VALUE`, of the distillation (`DistillationSettings`); what is not given is as in the plans.
+
+    Returns:
+        The stock model's folder.
+
+    Raises:
+        UserError: the model is not trained; a setting that does not exist; no unlabelled data.
+    """
+    if not run.is_trained:
+        raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
+    plans = read_json(run.model_folder / "plans.json", "train this model again")
+    plans = with_settings(plans, parse_assignments(settings)) | {"plans_name": f"{run.plans}_from_{run.trainer}"}
+    stock = run.model_folder.parent / f"{STOCK_TRAINER}__{plans['plans_name']}__{run.configuration}"
+    if (stock / run.folder.name / "checkpoint_final.pth").is_file():
+        print(f"{stock / run.folder.name}: is there already; remove it to distil again")
+        return stock
+
+    if device == "cuda":  # as nnU-Net's training command does
+        torch.set_num_threads(1)
+        torch.backends.cudnn.benchmark = True
+    dataset_json = read_json(run.model_folder / "dataset.json", "train this model again")
+    fold = run.fold if run.fold == "all" else int(run.fold)
+    begun = Run(run.dataset, run.configuration, run.fold, DistillationTrainer.__name__, plans["plans_name"]).is_begun
+    # nnU-Net's own key, as its command sets it
+    trainer = DistillationTrainer(
+        plans | {"continue_training": begun}, run.configuration, fold, dataset_json, torch.device(device)
+    )
+    trainer.model = load_model(run, trainer.device, trainer.settings.bfloat16_on_cpu)
+    maybe_load_checkpoint(trainer, begun, False)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    publish(Path(trainer.output_folder), stock)
+    return stock
+
+
+def with_settings(plans: dict, changes: dict) -> dict:
+    """The plans with these settings, the distillation's own among them."""
+    own = {key: changes.pop(key) for key in ("temperature", "distillation_weight") if key in changes}
+    plans = update_settings(plans, changes)
+    return {**plans, PLANS_KEY: {**plans[PLANS_KEY], **own}}
+
+
+def load_model(run: Run, device: torch.device, bfloat16: bool = False) -> nn.Module:
+    """The network that a trained model predicts with, frozen, in eval mode and without deep supervision."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,), "checkpoint_final.pth")
+    network = predictor.network.requires_grad_(False).eval().to(device)
+    if bfloat16 and device.type == "cpu":
+        run_in_bfloat16(network)
+    return network
+
+
+def publish(trained: Path, stock: Path) -> None:
+    """A stock model from a distillation's fold; its checkpoint comes last, for it says that all is there."""
+    fold = stock / trained.name
+    shutil.copytree(trained, fold, ignore=shutil.ignore_patterns("*.pth"), dirs_exist_ok=True)
+    for name in ("dataset.json", "dataset_fingerprint.json"):
+        if (trained.parent / name).is_file():
+            shutil.copy(trained.parent / name, stock)
+    plans = read_json(trained.parent / "plans.json", "distil again")
+    write_json(without_settings(plans), stock / "plans.json")
+    checkpoint = torch.load(trained / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    checkpoint = {key: checkpoint[key] for key in STOCK_KEYS} | {"trainer_name": STOCK_TRAINER}
+    checkpoint["init_args"]["plans"] = without_settings(checkpoint["init_args"]["plans"])
+    torch.save(checkpoint, fold / "checkpoint_final.tmp")
+    (fold / "checkpoint_final.tmp").rename(fold / "checkpoint_final.pth")
+
+
+def without_settings(plans: dict) -> dict:
+    return {key: value for key, value in plans.items() if key != PLANS_KEY}

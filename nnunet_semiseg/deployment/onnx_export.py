@@ -1,0 +1,84 @@
+"""`nnunet_semiseg export`: the network of a trained model as an ONNX file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.runs import Run
+
+TOLERANCE = 1e-3
+"""of the logits, relative to their largest value: ONNX sums in another order"""
+
+
+def export_onnx(run: Run, file: str | Path) -> float:
+    """Write the network of a trained model, images (batch, C, *patch) to logits (batch, heads, *patch).
+
+    The batch is dynamic, the patch is the plans'. What is around the network in nnU-Net (resampling, normalisation, the
+    sliding window, mirroring) is not in it; what one needs to do the same is in the file's metadata, as JSON.
+
+    Args:
+        run: trained; of our trainers or of nnU-Net's.
+        file: is replaced.
+
+    Returns:
+        The largest difference from torch's logits, on noise, relative to the largest logit.
+
+    Raises:
+        UserError: not trained; onnx is not installed; the file's output differs from torch's.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise UserError(f"{error.name}: not installed: pip install 'nnunet-semiseg[onnx]'") from None
+    if not run.is_trained:
+        raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,), "checkpoint_final.pth")
+    network, patch = predictor.network.eval(), predictor.configuration_manager.patch_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, len(predictor.dataset_json["channel_names"]), *patch, generator=generator)
+    program = torch.onnx.export(
+        network, (images,), input_names=["image"], output_names=["logits"], dynamo=True, verbose=False,
+        dynamic_shapes=[{0: torch.export.Dim("batch")}],
+    )  # fmt: skip
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {"nnunet": json.dumps(metadata(predictor))})
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    with torch.no_grad():
+        for some in (images, images[:1]):
+            expected = network(some).numpy()
+            (got,) = session.run(None, {"image": some.numpy()})
+            worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
+    if not worst <= TOLERANCE:
+        raise UserError(f"{file}: not written: ONNX differs from torch by {worst:.1e} of the largest logit")
+    onnx.save(model, str(file))
+    return worst
+
+
+def metadata(predictor: nnUNetPredictor) -> dict:
+    """What stands around the network when nnU-Net predicts."""
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    return {
+        "patch_size": list(configuration.patch_size),
+        "spacing": list(configuration.spacing),
+        "normalization_schemes": configuration.normalization_schemes,
+        "use_mask_for_norm": configuration.use_mask_for_norm,
+        "foreground_intensity_properties_per_channel": plans.foreground_intensity_properties_per_channel,
+        "transpose_forward": list(plans.transpose_forward),
+        "transpose_backward": list(plans.transpose_backward),
+        "channel_names": predictor.dataset_json["channel_names"],
+        "labels": predictor.dataset_json["labels"],
+        "regions_class_order": predictor.dataset_json.get("regions_class_order"),
+        "mirroring_axes": predictor.allowed_mirroring_axes,
+        "trainer": predictor.trainer_name,
+    }

@@ -1,0 +1,193 @@
+"""Distillation to a stock model, and export to ONNX."""
+
+import builtins
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from test_contracts import every_trainer
+from training import PLANS, make_trainer, settings_for
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.config import update_settings
+from nnunet_semiseg.deployment import onnx_export
+from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, load_model, soft_target_loss
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.files import write_json
+from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.training.loss_term_logger import LossTermLogger
+
+
+def test_soft_target_loss_by_hand():
+    """One voxel, T = 2: logits halve before the softmax."""
+    student, teacher = torch.tensor([0.0, 2 * math.log(3.0)]), torch.tensor([0.0, 0.0])
+    # student's (1/4, 3/4), teacher's (1/2, 1/2): KL = ln(1/2) - (ln(1/4) + ln(3/4)) / 2
+    kl = math.log(0.5) - (math.log(0.25) + math.log(0.75)) / 2
+    s, t = student.view(1, 2, 1).requires_grad_(), teacher.view(1, 2, 1).requires_grad_()
+    loss = soft_target_loss(s, t, 2.0, regions=False)
+    assert loss.item() == pytest.approx(4 * kl, abs=1e-6)
+    loss.backward()
+    assert s.grad.abs().sum() > 0 and t.grad is None
+    # two regions: sigmoids of 0 and ln 3 are 1/2 and 3/4; only the second differs from the teacher's 1/2
+    loss = soft_target_loss(s, t, 2.0, regions=True)
+    assert loss.item() == pytest.approx(4 * (0 + kl) / 2, abs=1e-6)
+    for regions in (False, True):
+        assert soft_target_loss(s, s, 3.0, regions).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture
+def trained(tiny_dataset, monkeypatch):
+    """A factory of runs with the checkpoint of an untrained model."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(LossTermLogger, "plot_progress_png", lambda self, folder: None)
+
+    def make(trainer_class, **kwargs):
+        dataset = tiny_dataset(**{"labeled": 2, "unlabeled": 2, "test": 1} | kwargs)
+        dataset.plan()
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        plans = update_settings(dataset.plans(PLANS), settings_for(dataset))
+        (dataset.preprocessed / f"{PLANS}.json").write_text(json.dumps(plans))
+        trainer = make_trainer(trainer_class, dataset)
+        trainer.initialize()
+        run = Run(dataset.name, dataset.configuration, "all", trainer_class.__name__, PLANS)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(str(run.checkpoint))
+        write_json(trainer.plans_manager.plans, run.model_folder / "plans.json")
+        write_json(trainer.dataset_json, run.model_folder / "dataset.json")
+        return dataset, run
+
+    return make
+
+
+@pytest.mark.slow
+@every_trainer
+@pytest.mark.parametrize("kind", [dict(channels=2), dict(regions=True)], ids=["2 channels", "regions"])
+def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, trained, tmp_path):
+    dataset, run = trained(trainer_class, **kind)
+    stock = distill(run, ["num_epochs=1", "distillation_weight=0.5"], "cpu")
+    assert stock.name == f"nnUNetTrainer__{PLANS}_from_{trainer_class.__name__}__3d_fullres"
+    checkpoint = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "nnUNetTrainer" and not {"teacher", "semiseg"} & set(checkpoint)
+    assert "semiseg" not in json.loads((stock / "plans.json").read_text())
+
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "nnunet_semiseg.py").write_text("raise ImportError('not on this machine')")
+    environment = {**os.environ, "PYTHONPATH": str(blocked), "nnUNet_def_n_proc": "1"}
+    words = ["-d", dataset.id, "-c", "3d_fullres", "-f", "all", "-p", f"{PLANS}_from_{trainer_class.__name__}"]
+    words += ["-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "-device", "cpu", "-npp", 1, "-nps", 1]
+    command = [Path(sys.executable).parent / "nnUNetv2_predict", *words]
+    subprocess.run([*map(str, command)], env=environment, check=True, capture_output=True)
+    predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "ts_000.nii.gz")))
+    assert predicted.shape == (24, 24, 24)
+    command[0] = Path(sys.executable).parent / "nnUNetv2_export_model_to_zip"
+    words = words[:8] + ["-o", tmp_path / "model.zip"]
+    subprocess.run([*map(str, [command[0], *words])], env=environment, check=True, capture_output=True)
+
+
+def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, monkeypatch):
+    dataset, run = trained(SemiCMLTrainer)
+    dataset_plans = (dataset.preprocessed / f"{PLANS}.json").read_bytes()
+
+    class Killed(Exception):
+        pass
+
+    step = DistillationTrainer.train_step
+
+    def dies(self, batch):
+        if self.step == 3:
+            raise Killed
+        return step(self, batch)
+
+    monkeypatch.setattr(DistillationTrainer, "train_step", dies)
+    with pytest.raises(Killed):
+        distill(run, ["temperature=3"], "cpu")
+    steps = []
+    monkeypatch.setattr(DistillationTrainer, "train_step", lambda s, b: (steps.append(s.step), step(s, b))[1])
+    stock = distill(run, ["temperature=3"], "cpu")
+    assert steps == [2, 3, 4, 5]
+    file = stock / "fold_all" / "checkpoint_final.pth"
+    before = file.stat()
+    assert distill(run, [], "cpu") == stock and file.stat() == before and len(steps) == 4
+    assert (dataset.preprocessed / f"{PLANS}.json").read_bytes() == dataset_plans
+    log = torch.load(file, weights_only=False)["logging"]["loss/distillation"]
+    assert len(log) == 3 and all(value > 0 for value in log)
+    # a stock trainer takes it for its own
+    plans = json.loads((stock / "plans.json").read_text()) | {"continue_training": True}
+    theirs = nnUNetTrainer(plans, "3d_fullres", "all", json.loads((stock / "dataset.json").read_text()),
+                           torch.device("cpu"))
+    theirs.load_checkpoint(str(file))
+    assert theirs.current_epoch == 3
+    student = load_model(Run(run.dataset, run.configuration, "all", "nnUNetTrainer", plans["plans_name"]),
+                         torch.device("cpu"))
+    assert torch.equal(next(student.parameters()), next(theirs.network.parameters()).cpu())
+
+
+def test_the_taught_network_comes_nearer_to_its_teacher(trained):
+    _, run = trained(SemiCMLTrainer, dims=2, size=32)
+    stock = distill(run, ["num_epochs=6", "num_iterations_per_epoch=5", "distillation_weight=10"], "cpu")
+    terms = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)["logging"]["loss/distillation"]
+    assert terms[-1] < 0.5 * terms[0]
+
+
+@pytest.mark.slow
+@every_trainer
+@pytest.mark.parametrize("kind", [dict(regions=True), dict(dims=2, size=32, channels=2)], ids=["3d regions", "2d"])
+def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
+    dataset, run = trained(trainer_class, **kind)
+    file = tmp_path / "model.onnx"
+    assert onnx_export.export_onnx(run, file) <= onnx_export.TOLERANCE
+    about = json.loads({p.key: p.value for p in onnx.load(str(file)).metadata_props}["nnunet"])
+    assert about["trainer"] == trainer_class.__name__ and about["labels"] == json.loads(
+        (dataset.raw / "dataset.json").read_text()
+    )["labels"]
+    x = np.random.default_rng(0).normal(size=(3, len(about["channel_names"]), *about["patch_size"]))
+    (got,) = onnxruntime.InferenceSession(str(file)).run(None, {"image": x.astype(np.float32)})
+    with torch.no_grad():
+        expected = load_model(run, torch.device("cpu"))(torch.from_numpy(x).float())
+    np.testing.assert_allclose(got, expected.numpy(), atol=1e-3 * expected.abs().max().item())
+
+
+def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
+    _, run = trained(SupervisedTrainer, dims=2, size=32)
+    monkeypatch.setattr(onnx_export, "TOLERANCE", -1)
+    with pytest.raises(UserError, match="model.onnx: not written: ONNX differs from torch"):
+        onnx_export.export_onnx(run, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
+    dataset, run = trained(SemiCMLTrainer, dims=2, size=32)
+    model = ["-d", str(dataset.id), "-c", "2d", "-f", "all", "-p", PLANS]
+    for words, expected in (
+        (["distill", *model, "-tr", "MeanTeacherTrainer", "-device", "cpu"], "train MeanTeacherTrainer first"),
+        (["export", *model, "-tr", "MeanTeacherTrainer", "--onnx", "m.onnx"], "train MeanTeacherTrainer first"),
+        (["distill", *model, "-tr", "MeanTeacher"], "MeanTeacherTrainer"),
+        (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temprature=2"], "temprature"),
+        (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temperature=0"], "temperature=0"),
+    ):
+        assert cli.main(words) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error
+    assert not list(dataset.results.glob("*_from_*"))
+
+    def without_onnx(name, *rest, real=builtins.__import__):
+        if name == "onnxruntime":
+            raise ImportError("no", name="onnxruntime")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_onnx)
+    assert cli.main(["export", *model, "-tr", "SemiCMLTrainer", "--onnx", str(tmp_path / "m.onnx")]) == 1
+    assert "onnxruntime: not installed: pip install 'nnunet-semiseg[onnx]'" in capsys.readouterr().err
