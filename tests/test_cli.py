@@ -128,7 +128,7 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
     (line,) = error_lines(capsys, *command.split(), "--set", "num_epoks=3")
     assert line.startswith("error: unknown setting num_epoks") and len(called) == 1
     (line,) = error_lines(capsys, *command.replace("SupervisedTrainer", "SupervizedTrainer").split())
-    assert line.startswith("error: SupervizedTrainer: no such trainer: use SupervisedTrainer,")
+    assert line.startswith("error: SupervizedTrainer: no such trainer: use SupervisedTrainer")
     assert len(called) == 1
 
 
