@@ -280,6 +280,29 @@ def export(parser: ArgumentParser) -> Command:
     return run
 
 
+def pretrain_vlm(parser: ArgumentParser) -> Command:
+    """Vision-language pre-training on a dataset's images and texts (AMVLM); under torchrun on several GPUs."""
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name, with texts.json")
+    parser.add_argument("-c", default="2d", metavar="CONFIGURATION", help="default: %(default)s")
+    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument(
+        "--model", metavar="MODEL",
+        help="hf-hub:OWNER/NAME, NAME:TAG of open_clip's, or a folder; with :none untrained; default: BiomedCLIP",
+    )  # fmt: skip
+    parser.add_argument("-o", metavar="FOLDER", help="default: vlm/CONFIGURATION below the dataset's results")
+    _add_device_argument(parser)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the training")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.vlm import pretraining
+
+        model = args.model or pretraining.DEFAULT_MODEL
+        chosen = {"configuration": args.c, "plans": args.p, "device": args.device}
+        print(pretraining.pretrain(args.d, model, args.o, args.set, **chosen))
+
+    return run
+
+
 def demo(parser: ArgumentParser) -> Command:
     """Make a small data set, train with and without its unlabelled images, compare: minutes on a CPU."""
     parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: nnunet_semiseg_demo")
@@ -305,8 +328,8 @@ def env(parser: ArgumentParser) -> Command:
 
 
 COMMANDS = (
-    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, export, embed_prompts,
-    demo, env,
+    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, export, pretrain_vlm,
+    embed_prompts, demo, env,
 )  # fmt: skip
 
 

@@ -88,7 +88,18 @@ def read_settings(settings_class: type[S], plans: dict) -> S:
     foreign = set(given) - set(own)
     if foreign:
         _refuse_unknown(foreign, known={*own, *known_settings()})
-    return settings_class(**{k: _convert(k, v, own[k]) for k, v in given.items() if k in own})
+    return settings_from(settings_class, {k: v for k, v in given.items() if k in own})
+
+
+def settings_from(settings_class: type[S], given: dict[str, Any]) -> S:
+    """Settings from a dictionary of nothing else.
+
+    Raises:
+        UserError: an unknown key (names the nearest), a value of the wrong type or out of range.
+    """
+    own = _hints(settings_class)
+    _refuse_unknown(given, own)
+    return settings_class(**{k: _convert(k, v, own[k]) for k, v in given.items()})
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def test_cutting_the_padding_off_changes_nothing(tower):
 
 def test_placeholders_stand_between_start_and_text(tower):
     plain, ids = tower.tokenize(TEXTS), tower.tokenize(TEXTS, n_ctx=3)
-    assert tower.start == 1
+    assert tower.tokenize.start == 1
     assert torch.equal(ids[:, :1], plain[:, :1]) and torch.equal(ids[:, 4:], plain[:, 1:])
     assert (ids[:, 1:4] != 0).all()  # not padding, which some towers mask
     assert torch.equal(ids.argmax(1), plain.argmax(1) + 3)  # the end token, where CLIP pools
@@ -200,10 +200,17 @@ def test_too_long_prompts_are_refused_and_named(tower):
     assert tower.tokenize([fits]).shape == (1, CONTEXT)
     assert tower.tokenize(["a " * (CONTEXT - 6)], n_ctx=4).shape == (1, CONTEXT)
     for text, n_ctx in [(fits + "b", 0), (fits, 1), ("b " * 500, 0)]:
-        with pytest.raises(
-            UserError, match=f'prompt "{text[:70].strip()}.*too long.*{CONTEXT} tokens, {n_ctx} of'
-        ):
+        of_these = f", {n_ctx} of" if n_ctx else ";"
+        with pytest.raises(UserError, match=f'^"{text[:70].strip()}.*too long.*{CONTEXT} tokens{of_these}'):
             tower.tokenize(["liver", text], n_ctx)
+    with pytest.raises(UserError, match='^dataset.json: prompt "a a .* is too long: .*--set n_ctx=NUMBER'):
+        PromptLearner(tower, {"background": ("a",), "organ": (fits,)}, n_ctx=1)
+
+
+def test_words_are_neither_start_nor_end_nor_padding(tower):
+    ids = tower.tokenize(["liver", "a small liver"])
+    words = tower.tokenize.words(ids)
+    assert words.shape == ids.shape and words.sum(1).tolist() == [1, 3] and not words[:, 0].any()
 
 
 def test_an_untrained_tower_is_the_same_every_time(clip_folder):
@@ -267,7 +274,7 @@ def test_hugging_face_towers(tmp_path):
     whole = write_weights(str(folder))
     tower = load_text_tower(str(folder), None)
     ids = same_as_open_clip(whole, tower, open_clip.get_tokenizer(f"local-dir:{folder}"))
-    assert tower.start == 1 and ids.shape[1] == 8
+    assert tower.tokenize.start == 1 and ids.shape[1] == 8
     with pytest.raises(UserError, match="too long"):
         tower.tokenize(["a " * (CONTEXT - 1)])
     learner = PromptLearner(tower, {"background": ("x",), "liver": TEXTS[:2]}, n_ctx=2)
@@ -326,7 +333,7 @@ def test_a_cache_folder_filled_elsewhere_needs_no_internet(tmp_path, monkeypatch
 def test_the_cache_is_used_at_once_when_the_hub_does_not_answer(monkeypatch, status, offline):
     import huggingface_hub
 
-    from nnunet_semiseg.text.encoder import _hub_or_cache
+    from nnunet_semiseg.text.open_clip_models import _hub_or_cache
 
     class Session:
         def head(self, url, timeout):

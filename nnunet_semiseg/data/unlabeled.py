@@ -31,6 +31,7 @@ from nnunet_semiseg.data.image_problems import (
     nifti_damage,
     reading_problems,
 )
+from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
@@ -147,6 +148,8 @@ def preprocess_unlabeled(
     dataset_json = read_dataset_json(raw)
     cases = find_unlabeled_cases(raw, dataset_json)
 
+    if (raw / TEXTS_FILE).is_file():  # where training runs, there need not be any raw data
+        shutil.copy(raw / TEXTS_FILE, preprocessed)
     known = plans["configurations"]
     if not set(configurations) & set(known):
         raise UserError(

@@ -38,7 +38,10 @@ class PromptLearner(nn.Module):
         self._tower = (tower,)  # in a tuple, or nn.Module would register it
         self.trained = tower.trained
         owner = [k for k, texts in enumerate(prompts.values()) for _ in texts]
-        ids = tower.tokenize([text for texts in prompts.values() for text in texts], n_ctx)
+        try:
+            ids = tower.tokenize([text for texts in prompts.values() for text in texts], n_ctx)
+        except UserError as error:
+            raise UserError(f"dataset.json: prompt {error} (or try --set n_ctx=NUMBER)") from None
         embeddings = tower.embed_tokens(ids).detach()
         one_hot = F.one_hot(torch.tensor(owner), len(prompts)).T.float()
         device = embeddings.device
@@ -56,7 +59,7 @@ class PromptLearner(nn.Module):
         return self._tower[0]
 
     def forward(self) -> Tensor:
-        start, n_ctx = self.tower.start, self.ctx.shape[1]
+        start, n_ctx = self.tower.tokenize.start, self.ctx.shape[1]
         before, after = self.embeddings[:, :start], self.embeddings[:, start + n_ctx :]
         with torch.autocast(self.ctx.device.type, enabled=False):
             spliced = torch.cat([before, self.ctx[self.owner], after], dim=1)

@@ -1,0 +1,59 @@
+"""`texts.json`: a case's text, such as a report or a caption, for the methods that read one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json
+
+TEXTS_FILE = "texts.json"
+MEND = 'write {"case id": "text", ...} into it'
+
+
+def read_texts(
+    dataset_name: str, cases: Iterable[str], missing: Literal["error", "skip"] = "error"
+) -> dict[str, str]:
+    """The text of every case, from the raw dataset, or from the preprocessed one where that is all there is.
+
+    Args:
+        cases: those of the training, labelled and unlabelled; without file endings and channel numbers.
+        missing: what to do with a case that has no text, or an empty one: an error, or to leave it out.
+
+    Returns:
+        Case to text, without white space around it.
+
+    Raises:
+        UserError: no file; no text for a case; a name that is no case (names the nearest); a value that is no text.
+    """
+    folders = [Path(os.environ[v], dataset_name) for v in ("nnUNet_raw", "nnUNet_preprocessed") if os.environ.get(v)]
+    files = [folder / TEXTS_FILE for folder in folders]
+    file = next((f for f in files if f.is_file()), files[0])
+    content = read_json(file, MEND)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: no JSON object: {MEND}")
+    cases, known = set(cases), set(cases) | _test_cases(file.parent)
+    for name, text in content.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f": did you mean {' or '.join(near)}?" if near else ": remove it"
+            raise UserError(f'{file}: there is a text for "{name}", but no such case{hint}')
+        if not isinstance(text, str):
+            raise UserError(f'{file}: "{name}": {text!r} is no text: {MEND}')
+    texts = {case: content[case].strip() for case in sorted(cases) if content.get(case, "").strip()}
+    if missing == "error" and (without := sorted(cases - texts.keys())):
+        what = "an empty text" if without[0] in content else "no text"
+        more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
+        raise UserError(f'{file}: {what} for case "{without[0]}"{more}: add it, or --set missing_texts=skip')
+    if not texts:
+        raise UserError(f"{file}: no case has a text: {MEND}")
+    return texts
+
+
+def _test_cases(raw: Path) -> set[str]:
+    """Names in `imagesTs`, which may have texts, too."""
+    return {file.name.rpartition("_0000")[0] for file in (raw / "imagesTs").glob("*_0000.*")}

@@ -1,0 +1,199 @@
+"""open_clip's models: by name and tag, from the hub, from a folder, from a file, or untrained."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_semiseg.errors import UserError
+
+UNTRAINED = "none"
+"""as `pretrained`: random weights, the same ones every time"""
+
+TEXT_OPTIONS = {
+    "model": "--set text_model=",
+    "pretrained": "--set text_pretrained=",
+    "cache_dir": "--set text_cache_dir=",
+    "else": ", or run `nnunet_semiseg embed_prompts -d ID -o FILE.safetensors` elsewhere and bring its file"
+    " (--set text_embeddings=FILE.safetensors)",
+}
+
+
+def load_clip(
+    model: str, pretrained: str | None, cache_dir: str | None = None, options: Mapping[str, str] = TEXT_OPTIONS
+) -> tuple[nn.Module, Callable]:
+    """A model of open_clip's, `.visual` and `.text`, and its tokenizer.
+
+    Args:
+        model: a name of open_clip's (``ViT-B-32``), ``hf-hub:OWNER/NAME``, or a folder (``local-dir:PATH`` or
+            the path alone) with an ``open_clip_config.json``, and its weights beside it.
+        pretrained: a tag of open_clip's (``openai``), the path of a checkpoint, or ``"none"`` for random
+            weights drawn from a fixed seed. ``hf-hub:`` models and folders bring their own weights and pass
+            over a tag. A checkpoint does not tell the activation it was trained with: one trained with
+            QuickGELU needs a model that has it (``ViT-B-32-quickgelu``). Of a tag it is known, and of
+            OpenAI's own ``.pt`` files, which are TorchScript archives.
+        cache_dir: where to look for downloaded weights, and to keep them; default: the hub's own cache.
+        options: how messages call model, pretrained and cache_dir, and what else may help.
+
+    Raises:
+        UserError: unknown model or tag, a checkpoint of another model, weights that cannot be had.
+    """
+    import open_clip  # a prediction never gets here, and does without
+
+    model = _model_name(model, options)
+    is_hub, is_folder = model.startswith("hf-hub:"), model.startswith("local-dir:")
+    untrained = pretrained == UNTRAINED
+    file = pretrained if pretrained and Path(pretrained).is_file() else None
+    tag = None if is_hub or is_folder or untrained or file else _tag(model, pretrained, options)
+    is_archive = file is not None and _is_torchscript(file)
+    quick_gelu = is_archive or bool(tag and open_clip.get_pretrained_cfg(model, tag).get("quick_gelu"))
+    if untrained or file:
+        weights = {"load_weights": False, "pretrained_text": False}
+    else:
+        weights = {"pretrained": tag, "require_pretrained": True}
+    try:
+        needs_hub = tag or is_hub or _has_hf_text(model)
+        with _quiet(), _hub_or_cache(needs_hub), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # an untrained tower must be the same again when a training is resumed
+            # force_custom_text: the text half as one module, also where it is part of the model itself
+            clip = open_clip.create_model(
+                model, force_custom_text=True, force_quick_gelu=quick_gelu, cache_dir=cache_dir, **weights
+            )
+            if is_archive:
+                clip.load_state_dict(_archived(file, clip.state_dict()))
+            elif file:
+                open_clip.load_checkpoint(clip, file, weights_only=True)
+            tokenizer = open_clip.get_tokenizer(model, cache_dir=cache_dir)
+    except Exception as e:
+        raise UserError(_why(e, model, pretrained, file, quick_gelu, options)) from None
+    return clip, tokenizer
+
+
+def model_config(model: str, clip: nn.Module) -> dict:
+    """What `open_clip_config.json` says of a model that `load_clip` made: a folder with it builds the model again."""
+    import open_clip
+    from open_clip.transformer import QuickGELU
+
+    config = open_clip.get_model_config(_model_name(model, TEXT_OPTIONS))
+    if any(isinstance(module, QuickGELU) for module in clip.modules()):
+        config = config | {"quick_gelu": True}
+    return {"model_cfg": config, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}
+
+
+def _model_name(model: str, options: Mapping[str, str]) -> str:
+    import open_clip
+
+    if model.startswith("hf-hub:"):
+        return model
+    known = open_clip.list_models()
+    if model.replace("/", "-") in known:
+        return model.replace("/", "-")
+    folder = Path(model.removeprefix("local-dir:"))
+    if (folder / "open_clip_config.json").is_file():
+        return f"local-dir:{folder}"
+    if folder.is_dir():
+        about = _named(options, "model")
+        raise UserError(f"{about}{model}: the folder has no open_clip_config.json; name one that has")
+    near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists the names"
+    raise UserError(f"{_named(options, 'model')}{model}: neither a model of open_clip's nor a folder; {hint}")
+
+
+def _tag(model: str, tag: str | None, options: Mapping[str, str]) -> str:
+    import open_clip
+
+    if tag and open_clip.is_pretrained_cfg(model, tag):
+        return tag
+    tags = ", ".join([*open_clip.list_pretrained_tags_by_model(model), UNTRAINED])
+    raise UserError(f"{_named(options, 'pretrained')}{tag}: neither a file nor a tag of {model}; its tags are {tags}")
+
+
+def _has_hf_text(model: str) -> bool:
+    import open_clip
+
+    text = open_clip.get_model_config(model)["text_cfg"]
+    return "hf_model_name" in text or "hf_tokenizer_name" in text
+
+
+def _is_torchscript(file: str) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _archived(file: str, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The weights in a TorchScript archive; open_clip would have torch.load trust its pickles."""
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state = convert_to_custom_text_state_dict(torch.jit.load(file, map_location="cpu").state_dict())
+    return {key: state[key] for key in wanted if key in state}
+
+
+@contextmanager
+def _quiet():
+    """open_clip's log (random weights, retries, failures): what the user must know is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _hub_or_cache(needs_hub: object):
+    """Turn to the cache at once when the hub does not answer: huggingface_hub retries each file for 23 s."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    if needs_hub and not before:
+        try:
+            constants.HF_HUB_OFFLINE = get_session().head(constants.ENDPOINT, timeout=5).status_code >= 500
+        except Exception:  # requests, httpx and the system each have their own
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _named(options: Mapping[str, str], name: str) -> str:
+    return options[name].removeprefix("--set ")
+
+
+def _why(
+    error: Exception, model: str, pretrained: str | None, file: str | None, quick_gelu: bool, options: Mapping[str, str]
+) -> str:
+    import open_clip
+
+    reason = " ".join(str(error).split())
+    about, weights = _named(options, "model") + model, _named(options, "pretrained")
+    if "transformers" in reason and importlib.util.find_spec("transformers") is None:
+        return f"{about}: has a Hugging Face text tower, which needs `pip install transformers`"
+    reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
+    if file:
+        return (
+            f"{weights}{file}: no readable checkpoint of {model}; "
+            f"name the model it belongs to with {options['model']}MODEL [{reason}]"
+        )
+    local = f"{options['pretrained']}FILE"
+    if model.startswith("hf-hub:"):  # its configuration is on the hub as well
+        local = f"{options['model']}FOLDER"
+    elif quick_gelu and f"{model}-quickgelu" in open_clip.list_models():  # a bare file does not tell
+        local += f" {options['model']}{model}-quickgelu"
+    return (
+        f"{about}, {weights}{pretrained}: the weights cannot be had; use a local checkpoint ({local}), "
+        f"or a cache folder filled elsewhere ({options['cache_dir']}DIR){options.get('else', '')} [{reason}]"
+    )

@@ -1,0 +1,163 @@
+"""The losses of AMVLM's pre-training (IEEE TMI 2025, 10.1109/TMI.2025.3573018): pure functions, in float32.
+
+B samples, L tokens each (words or patches), d features. `valid` (B, L) is False at padding. A distribution is a pair of
+means and standard deviations of independent normal variables, (..., d) each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-6
+
+
+def info_nce(similarity: Tensor, temperature: float) -> Tensor:
+    """Mean of both directions' cross-entropies, the pairs being the diagonal.
+
+    Args:
+        similarity: (B, B), image to text.
+    """
+    return (one_way(similarity, temperature) + one_way(similarity.T, temperature)) / 2
+
+
+def one_way(similarity: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of each row (B, B), the diagonal being right."""
+    return F.cross_entropy(similarity / temperature, torch.arange(len(similarity), device=similarity.device))
+
+
+def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """W2^2 = ||mu_a - mu_b||^2 + ||sigma_a - sigma_b||^2 between all pairs, and its first summand.
+
+    The public code compares a token with itself only.
+
+    Args:
+        a, b: distributions (..., M, d) and (..., N, d).
+
+    Returns:
+        Two tensors (..., M, N), at least 0.
+    """
+    means, spreads = (_squared_distances(x, y) for x, y in zip(a, b, strict=True))
+    return means + spreads, means
+
+
+def constrained_similarity(similarity: Tensor, w2: Tensor, means: Tensor) -> Tensor:
+    """s' = 1 - (1 - s) c with c = sigmoid(W2^2 / max(||mu - mu'||^2, eps)).
+
+    Where distributions differ in more than their means, 1 - s counts in full; else by sigmoid(1) = 0.73.
+
+    Args:
+        similarity: cosines.
+        w2, means: as `wasserstein2` returns them, of the same shape.
+    """
+    return 1 - (1 - similarity) * torch.sigmoid(w2 / means.clamp_min(EPS))
+
+
+def token_weights(attention: Tensor, valid: Tensor) -> Tensor:
+    """Attention from CLS, clipped to the 10th and 90th percentile of the valid tokens, with a sum of 1 in each sample.
+
+    Args:
+        attention: (B, L), at least 0.
+
+    Returns:
+        (B, L), 0 at padding; detached.
+    """
+    attention = attention.detach().float().masked_fill(~valid, torch.nan)
+    low, high = torch.nanquantile(attention, attention.new_tensor([0.1, 0.9]), dim=1, keepdim=True)
+    clipped = attention.clamp(low, high).nan_to_num(0)
+    return clipped / clipped.sum(1, keepdim=True).clamp_min(EPS)
+
+
+def counterparts(tokens: Tensor, others: Tensor, others_valid: Tensor, temperature: float) -> Tensor:
+    """What each token finds in the other modality: sum_i softmax_i(token . other_i / T) other_i, normalised.
+
+    Args:
+        tokens: (B, L, d); others: (B, M, d); both normalised over d.
+
+    Returns:
+        (B, L, d), normalised.
+    """
+    scores = tokens @ others.transpose(1, 2) / temperature
+    weights = scores.masked_fill(~others_valid[:, None], -torch.inf).softmax(2)
+    return F.normalize(weights @ others, dim=2)
+
+
+def similarity_supervision(
+    tokens: Tensor,
+    found: Tensor,
+    distributions: tuple[Tensor, Tensor],
+    found_distributions: tuple[Tensor, Tensor],
+    weights: Tensor,
+    valid: Tensor,
+    temperature: float,
+) -> Tensor:
+    """L_CSS: cross-entropy that finds, among a sample's counterparts, each token's own in s' / tau.
+
+    Args:
+        tokens, found: (B, L, d), tokens and their counterparts, normalised.
+        distributions, found_distributions: of both, (B, L, d).
+        weights: (B, L), a sum of 1 in each sample (`token_weights`).
+    """
+    similarity = tokens @ found.transpose(1, 2)
+    logits = constrained_similarity(similarity, *wasserstein2(distributions, found_distributions)) / temperature
+    log_p = logits.masked_fill(~valid[:, None], -torch.inf).log_softmax(2)
+    return -(weights * log_p.diagonal(dim1=1, dim2=2).masked_fill(~valid, 0)).sum(1).mean()
+
+
+def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature: float) -> Tensor:
+    """L_local of one direction: each token picks its own sample's global feature of the other modality.
+
+    A token's weight is the inverse variance of its similarity to the *other* samples: one that is like some of them and
+    unlike others says little of its own. Weights have a sum of 1 in each sample, and no gradient.
+
+    Args:
+        tokens: (B, L, d); globals_: (B, d); both normalised.
+    """
+    similarity = torch.einsum("bld,kd->blk", tokens, globals_)
+    own = torch.eye(len(globals_), dtype=torch.bool, device=tokens.device)[:, None]
+    with torch.no_grad():
+        count = max(len(globals_) - 1, 1)
+        others = similarity.masked_fill(own, 0)
+        mean = others.sum(2, keepdim=True) / count
+        variance = ((others - mean) ** 2).masked_fill(own, 0).sum(2) / count
+        weights = (1 / (variance + 1e-3)).masked_fill(~valid, 0)  # 1e-3: a spread of 0.03 in a cosine is none
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(EPS)
+    log_p = (similarity / temperature).log_softmax(2)
+    own_log_p = log_p.masked_fill(~own, 0).sum(2)
+    return -(weights * own_log_p).sum(1).mean()
+
+
+def distribution_contrast(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+    """InfoNCE of images' and texts' CLS distributions (B, d) with the similarity (-W2^2 / 200 + 4) / tau."""
+    return info_nce(-wasserstein2(a, b)[0] / 200 + 4, temperature)
+
+
+def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Each token, drawn from its distribution, against the CLS of its own sample; the negatives are others' tokens.
+
+    Mean over tokens of -log(exp(c_b . z_bi / T) / (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))): a
+    sample's other tokens are neither, and padding takes no part. (The public code's "all but self" includes self.)
+
+    Args:
+        cls: (B, d); samples: (B, L, d); both normalised here.
+    """
+    cls, samples = F.normalize(cls.float(), dim=1), F.normalize(samples.float(), dim=2)
+    logits = torch.einsum("bd,kld->bkl", cls, samples) / temperature
+    own = torch.eye(len(cls), dtype=torch.bool, device=cls.device)[:, :, None]
+    negatives = logits.masked_fill(own | ~valid[None], -torch.inf).flatten(1).logsumexp(1)
+    positives = torch.einsum("bd,bld->bl", cls, samples) / temperature
+    loss = torch.logaddexp(positives, negatives[:, None]) - positives
+    return loss.masked_fill(~valid, 0).sum() / valid.sum().clamp_min(1)
+
+
+def draw(distribution: tuple[Tensor, Tensor]) -> Tensor:
+    """mu + sigma e, e a standard normal number for every element; gradients reach both."""
+    mean, std = distribution
+    return mean + std * torch.randn_like(mean)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.float(), b.float()
+    products = a @ b.transpose(-1, -2)
+    return (a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * products).clamp_min(0)

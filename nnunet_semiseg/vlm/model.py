@@ -1,0 +1,157 @@
+"""AMVLM's pre-training model: open_clip's two towers with token outputs, heads, and distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_semiseg.text.encoder import is_hf
+from nnunet_semiseg.text.tokenizer import Tokenizer
+
+HEADS = 4  # of the attention in front of the distributions
+LOG_STD_RANGE = (-5.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Of one modality.
+
+    Attributes:
+        cls: (B, d), normalised.
+        tokens: (B, L, d), normalised: words or patches.
+        valid: (B, L), False at padding.
+    """
+
+    cls: Tensor
+    tokens: Tensor
+    valid: Tensor
+
+
+class AMVLM(nn.Module):
+    """Both towers, a two-layer head for each of their outputs, and a distribution transformer a modality.
+
+    Args:
+        clip: of open_clip, with `.visual` (a ViT, its own or timm's) and `.text`.
+        tokenizer: from `open_clip.get_tokenizer`.
+        dim: d, of the joint space.
+        hidden: width of the heads.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: Callable, dim: int = 128, hidden: int = 2048):
+        super().__init__()
+        self.visual, self.text = clip.visual, clip.text
+        self.tokenize = Tokenizer(tokenizer, may_cut=False)  # one shape for all batches
+        if is_hf(self.text):
+            self.text.output_tokens = True
+        with torch.no_grad():
+            image = self.image_features(torch.zeros(1, 3, *self.image_size))
+            text = self.text_features(self.tokenize(["a"]))
+        heads = {"image_cls": image[0], "image_tokens": image[1], "text_cls": text[0], "text_tokens": text[1]}
+        self.heads = nn.ModuleDict({name: projection(x.shape[-1], hidden, dim) for name, x in heads.items()})
+        self.distributions = nn.ModuleDict({name: DistributionTransformer(dim) for name in ("image", "text")})
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size = self.visual.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        with torch.no_grad():
+            features = self.visual.forward_intermediates(
+                torch.zeros(1, 3, *self.image_size, device=next(self.parameters()).device), indices=1
+            )
+        return tuple(features["image_intermediates"][-1].shape[2:])
+
+    def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The tower's pooled (B, C) and patch (B, P, C') features of images as `to_tower` makes them."""
+        output = self.visual.forward_intermediates(
+            images, indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
+        return output["image_features"], output["image_intermediates"][-1]
+
+    def text_features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The tower's pooled (B, C) and token (B, L, C') features of ids from `tokenize`."""
+        if is_hf(self.text):
+            pooled, tokens = self.text(ids)
+            # open_clip leaves out a CLS token that it pools at
+            return pooled, F.pad(tokens, (0, 0, ids.shape[1] - tokens.shape[1], 0))
+        output = self.text.forward_intermediates(ids, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        return output["text_features"], output["text_intermediates"][-1]
+
+    def encode_image(self, images: Tensor) -> Encoding:
+        cls, tokens = self.image_features(images)
+        valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Encoding(self.project("image_cls", cls), self.project("image_tokens", tokens), valid)
+
+    def encode_text(self, ids: Tensor) -> Encoding:
+        cls, tokens = self.text_features(ids)
+        return Encoding(self.project("text_cls", cls), self.project("text_tokens", tokens), self.tokenize.words(ids))
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Encoding, Encoding]:
+        return self.encode_image(images), self.encode_text(ids)
+
+    def project(self, head: str, features: Tensor) -> Tensor:
+        return F.normalize(self.heads[head](features).float(), dim=-1)
+
+    def distribution(self, modality: str, cls: Tensor, tokens: Tensor, valid: Tensor):
+        """Means and standard deviations of CLS, (B, d) each, and of the tokens, (B, L, d) each."""
+        sequence = torch.cat((cls[:, None], tokens), 1)
+        mean, std = self.distributions[modality](sequence, F.pad(valid, (1, 0), value=True))
+        return (mean[:, 0], std[:, 0]), (mean[:, 1:], std[:, 1:])
+
+
+def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class DistributionTransformer(nn.Module):
+    """PDT: shared self-attention, whose value halves feed two MLPs: the mean and the log of the spread.
+
+    The mean is residual: it begins near the token itself.
+
+    Shape: tokens (B, L, d), valid (B, L) -> means and standard deviations (B, L, d)
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        self.heads = HEADS if dim % HEADS == 0 else 1
+        self.mean, self.log_std = (
+            nn.Sequential(nn.Linear(dim // 2, dim), nn.GELU(), nn.Linear(dim, dim)) for _ in range(2)
+        )
+
+    def forward(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm(tokens)
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
+        mean_half, std_half = attended.transpose(1, 2).flatten(2).chunk(2, 2)
+        log_std = self.log_std(std_half).float().clamp(*LOG_STD_RANGE)
+        return tokens.float() + self.mean(mean_half).float(), log_std.exp()
+
+
+def to_tower(images: Tensor, about: dict, size: tuple[int, int]) -> Tensor:
+    """Images as nnU-Net has normalised (and augmented) them, as a tower takes them.
+
+    Each image is z-scored, cut at 3 standard deviations, and mapped to 0 to 1: so none becomes black, whatever its
+    normalisation and augmentation were. A single channel is repeated, of more than three the mean is.
+
+    Args:
+        images: (B, C, H, W).
+        about: the tower's `preprocess_cfg`: mean and standard deviation of RGB values.
+        size: H, W that it takes.
+    """
+    images = images.float()
+    if images.shape[1] != 3:
+        images = images.mean(1, keepdim=True)
+    mean, std = images.mean((1, 2, 3), keepdim=True), images.std((1, 2, 3), keepdim=True)
+    images = (((images - mean) / (std + 1e-6)).clamp(-3, 3) + 3) / 6
+    images = F.interpolate(images, size=size, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+    rgb_mean, rgb_std = (images.new_tensor(about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (images - rgb_mean) / rgb_std
