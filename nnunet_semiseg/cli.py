@@ -440,7 +440,13 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 
 
 def _size(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    """Raises ArgumentTypeError for what is neither."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: give whole numbers, or all") from None
 
 
 def _add_set_argument(parser: ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare
 from nnunet_semiseg.evaluation.compare import Request
-from nnunet_semiseg.evaluation.runs import RECORD, Run
+from nnunet_semiseg.evaluation.runs import RECORD, Run, unequal_conditions
 from nnunet_semiseg.files import write_json
 
 TRAINERS = ("SupervisedTrainer", "MeanTeacherTrainer", "TextSemiSegTrainer")
@@ -54,6 +54,13 @@ def pretend_trained(run: Run, iterations=6, dice=0.5, **configuration) -> None:
     log |= {"ema_fg_dice": [0, dice, dice], "epoch_start_timestamps": [0, 1800, 5400]}
     log |= {"epoch_end_timestamps": [1800, 3600, 7200], "loss/consistency": [0.1, 0.2, 0.3]}
     torch.save({"network_weights": {"w": torch.zeros(5, 2)}, "logging": log}, run.checkpoint)
+
+
+def pretend_validated(run: Run, dataset, cases: list[str]) -> None:
+    run.validation.mkdir()
+    for case in cases:
+        shutil.copy(dataset.raw / "labelsTr" / f"{case}.nii.gz", run.validation)
+    write_json({}, run.validation / "summary.json")
 
 
 @pytest.fixture
@@ -98,7 +105,11 @@ def test_a_planted_shift_is_found_and_a_copy_is_not(planned, pretend_predicted, 
 
     sentence = next(line for line in markdown.splitlines() if line.startswith("Dice: "))
     assert "MeanTeacherTrainer does not differ from SupervisedTrainer in any case." in sentence
-    assert re.search(r"TextSemiSegTrainer minus SupervisedTrainer: -0\.\d+ \(-0\.\d+ to -0\.\d+; p = 0.12\)", sentence)
+    found = r"TextSemiSegTrainer minus SupervisedTrainer: -0\.\d+ \(-0\.\d+ to -0\.\d+; d_z = -\d\.\d+; p = 0.12\)"
+    assert re.search(found, sentence) and "Only 4 cases: p cannot be below 0.12" in markdown
+    differences = pd.read_csv(tmp_path / "out" / "differences.csv").set_index(["metric", "method"])
+    assert differences.loc[("dice", "TextSemiSegTrainer"), "difference"] < 0
+    assert "Contours: reference white, SupervisedTrainer blue, MeanTeacherTrainer vermilion" in markdown
     cases = pd.read_csv(tmp_path / "out" / "cases.csv")
     assert len(cases) == 3 * 2 * 4 * 2  # methods, runs, cases, classes
     of = cases.groupby("method")["dice"].mean()
@@ -130,6 +141,45 @@ def test_unequal_conditions_are_said_in_red(planned, pretend_predicted, tmp_path
     ]
 
 
+def change(run: Run, name: str, **changes) -> None:
+    file = run.model_folder / name
+    write_json(json.loads(file.read_text()) | changes, file)
+
+
+def test_whatever_is_unequal_is_found(planned, tiny_dataset):
+    upper = tiny_dataset(labeled=4, dataset_id=902)
+    upper.plan(preprocess=False)
+    asked = request(planned, trainers=TRAINERS[:2], upper_bound=902)
+    runs, bound = compare.make_runs(asked)
+    for run in (*runs, *bound):
+        pretend_trained(run)
+    assert unequal_conditions(runs, bound) == []
+    change(runs[1], "plans.json", transpose_forward=[2, 1, 0], foreground_intensity_properties_per_channel={})
+    change(runs[1], "dataset.json", numTraining=60)
+    change(runs[1], "plans.json", semiseg={"num_labeled": 1})
+    change(bound[0], "plans.json", semiseg={"bfloat16_on_cpu": True}, transpose_forward=[2, 1, 0])
+    write_json({"num_epochs": "9", "num_iterations_per_epoch": "9"}, bound[0].folder / "debug.json")
+    pair = "MeanTeacherTrainer and SupervisedTrainer"
+    other = "SupervisedTrainer (Dataset902_Tiny) and SupervisedTrainer"
+    assert unequal_conditions(runs, bound) == [
+        f"{pair}: the plans differ in foreground_intensity_properties_per_channel, transpose_forward",
+        f"{pair}: dataset.json was another one: numTraining",
+        f"{pair}: trained with 1 and all of the labels",
+        f"{other}: 81 and 6 training iterations",
+        f"{other}: one was trained in bfloat16",
+    ]
+
+
+def test_nnunets_own_trainer_leaves_no_label_out_and_has_no_seed(planned):
+    runs, _ = compare.make_runs(request(planned, trainers=["nnUNetTrainer", "SupervisedTrainer"], seeds=1))
+    for run in runs:
+        pretend_trained(run)
+        change(run, "plans.json", semiseg={"num_labeled": 2})
+    assert unequal_conditions(runs) == [
+        "SupervisedTrainer, seed 0 and nnUNetTrainer, run 0: trained with 2 and all of the labels"
+    ]
+
+
 def test_share_of_labels_upper_bound_and_noise(planned, pretend_predicted, tmp_path, tiny_dataset):
     upper = tiny_dataset(labeled=4, dataset_id=902)
     upper.plan(preprocess=False)
@@ -145,6 +195,10 @@ def test_share_of_labels_upper_bound_and_noise(planned, pretend_predicted, tmp_p
     assert "SupervisedTrainer, all labels (Dataset902_Tiny)" in markdown
     assert "| SupervisedTrainer | 0.2 | 0." in markdown and "without mirroring" in markdown
     assert "share_of_labels.svg" in markdown and "noise.svg" in markdown
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count(">SupervisedTrainer, all labels (Dataset902_Tiny)</text>") >= 2  # its own panel of curves, too
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
     cases = pd.read_csv(tmp_path / "out" / "cases.csv", dtype={"labeled": str})
     assert set(cases[cases["noise"] > 0]["labeled"]) == {"1", "all"}  # the first size, and the upper bound
     assert cases[(cases["noise"] > 0) & (cases["labeled"] == "all")]["is_upper_bound"].all()
@@ -180,6 +234,37 @@ def test_what_is_done_is_remembered_until_something_changes(planned, pretend_pre
     assert [job.content["job"] for job in done] == ["predict"] and len(evaluated) == 1
     compare.compare(request(planned, trainers=TRAINERS[:2], tolerance=1.0), tmp_path / "out")
     assert len(evaluated) == 3
+    next((tmp_path / "out" / "predictions").glob("*MeanTeacher*/ts_002.nii.gz")).unlink()
+    compare.compare(asked, tmp_path / "out")
+    assert len(done) == 2 and "MeanTeacher" in done[1].name
+
+
+def test_a_training_that_was_killed_in_its_validation_goes_on_with_it(planned, tmp_path, monkeypatch):
+    shutil.rmtree(planned.raw / "labelsTs")
+    shutil.copytree(planned.raw / "labelsTr", planned.preprocessed / "gt_segmentations")
+    (case,) = json.loads((planned.preprocessed / "splits_final.json").read_text())[0]["val"]
+    asked = request(planned, fold="0", trainers=TRAINERS[:2])
+    runs = all_runs(asked)
+    for run in runs:
+        pretend_trained(run)
+    pretend_validated(runs[0], planned, [case])
+    refused(asked, "not validated with the last checkpoint: MeanTeacherTrainer .*add --run", tmp_path / "out")
+    done = []
+
+    def do_all(jobs, *_):
+        done.extend(jobs)
+        if jobs:
+            pretend_validated(runs[1], planned, [case])
+
+    monkeypatch.setattr(compare, "do_all", do_all)
+    compare.compare(asked, tmp_path / "out", run=True)
+    assert [job.content["words"][-1] for job in done] == ["--val"] and "MeanTeacher" in done[0].name
+    os.utime(runs[0].validation / "summary.json", (0, 0))  # of a checkpoint before this one
+    refused(asked, "not validated with the last checkpoint: SupervisedTrainer ", tmp_path / "other")
+    os.utime(runs[0].validation / "summary.json")
+    (runs[0].validation / f"{case}.nii.gz").unlink()
+    with pytest.raises(UserError, match=f"{case}.nii.gz: missing: predict this case"):
+        compare.compare(asked, tmp_path / "out")
 
 
 def test_validation_cases_without_a_test_set_and_nnunets_own_trainer(planned, tmp_path):
@@ -189,8 +274,7 @@ def test_validation_cases_without_a_test_set_and_nnunets_own_trainer(planned, tm
     (case,) = json.loads((planned.preprocessed / "splits_final.json").read_text())[0]["val"]
     for run in all_runs(asked):
         pretend_trained(run)
-        (run.folder / "validation").mkdir()
-        shutil.copy(planned.raw / "labelsTr" / f"{case}.nii.gz", run.folder / "validation")
+        pretend_validated(run, planned, [case])
     compare.compare(asked, tmp_path / "out")
     cases = pd.read_csv(tmp_path / "out" / "cases.csv")
     assert set(cases["case"]) == {case} and set(cases["method"]) == {"nnUNetTrainer", "SupervisedTrainer"}
@@ -224,6 +308,18 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, curve=TRAINERS[:1]), "--curve SupervisedTrainer: .* several sizes with --labeled", out)
     refused(request(planned, labeled=(1, 2), curve=["nnUNetTrainer"]), "--curve nnUNetTrainer: name some", out)
     refused(request(planned, seeds=0), "--seeds 0: give at least 1", out)
+    refused(request(planned, noise=[0.1, 0.0]), "--noise 0: give numbers above 0", out)
+    refused(request(planned, noise=[float("nan")]), "--noise nan: give numbers above 0", out)
+    refused(request(planned, noise=[0.1, 0.1]), "--noise: 0.1 0.1: name each once", out)
+    refused(request(planned, tolerance=-1), "--tolerance -1: give a number of mm above 0", out)
+    refused(request(planned, labeled=[0]), "--labeled 0: give numbers from 1 on, or all", out)
+    refused(request(planned, labeled=[1, 9]), "--labeled 9: fold all of .*_Tiny has 3 labelled cases", out, run=True)
+    refused(request(planned, labeled=[1, 3], fold="0"), "--labeled 3: fold 0 of .*_Tiny has 2", out, run=True)
+    same = request(planned, labeled=[1, None], upper_bound=planned.id)
+    refused(same, "--upper-bound 901: is among the compared runs already", out, run=True)
+    fixed = json.loads((planned.preprocessed / f"{PLANS}.json").read_text()) | {"semiseg": {"num_labeled": 2}}
+    write_json(fixed | {"plans_name": "Fixed"}, planned.preprocessed / "Fixed.json")
+    refused(request(planned, labeled=[1, None], plans="Fixed"), "--labeled all: the plans Fixed say num_labeled=2", out)
     refused(request(planned, fold="first"), "-f first: give the number of a fold, or all", out)
     refused(request(planned, configuration="3d_lowres"), "-c 3d_lowres: nnUNetSemiSegSmallPlans has", out)
     refused(request(planned, plans="Mine"), "Mine.json: no such file", out)
@@ -239,7 +335,10 @@ def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     asked = request(planned, device="cuda", gpus=[0, 2])
     refused(asked, "--gpus 2: no such GPU: there are 2, numbered from 0", tmp_path / "o")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert compare.find_devices(request(planned, device="cuda", gpus=[0, 1])) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")  # numbers are of the GPUs that we were given
+    assert compare.find_devices(request(planned, device="cuda", gpus=[1])) == ["7"]
 
 
 def test_no_test_set_and_no_validation_fold(planned, tmp_path):
@@ -260,8 +359,20 @@ def test_a_reference_without_an_image_and_predictions_that_do_not_fit(planned, p
     sitk.WriteImage(image, str(prediction))
     with pytest.raises(UserError, match="ts_001.nii.gz: shape .* and spacing 3x2x1 mm, but .*labelsTs"):
         compare.compare(asked, tmp_path / "out")
-    prediction.unlink()
-    with pytest.raises(UserError, match="ts_001.nii.gz: missing: predict this case"):
+    prediction.unlink()  # it is made again
+    compare.compare(asked, tmp_path / "out")
+    (prediction,) = (tmp_path / "out" / "predictions").glob("*/ts_001.nii.gz")
+    reference = planned.raw / "labelsTs" / "ts_001.nii.gz"
+    image = sitk.ReadImage(str(reference))
+    image.SetOrigin((500.0, 0.0, 0.0))
+    sitk.WriteImage(image, str(reference))
+    shutil.copy(planned.raw / "labelsTs" / "ts_000.nii.gz", prediction)
+    with pytest.raises(UserError, match="ts_001.nii.gz: has another origin or other axes than .*labelsTs"):
+        compare.compare(asked, tmp_path / "out")
+    image.SetOrigin((0.0, 0.0, 0.0))
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(reference))
+    with pytest.raises(UserError, match="ts_001.nii.gz: has another origin or other axes than .*labelsTs"):
         compare.compare(asked, tmp_path / "out")
     planned.image("ts_002", folder="imagesTs").unlink()
     with pytest.raises(UserError, match="labelsTs/ts_002.nii.gz: no image ts_002_0000.nii.gz in imagesTs"):
@@ -274,6 +385,15 @@ def test_the_upper_bound_must_not_have_seen_the_test_set(planned, tiny_dataset, 
     shutil.copy(planned.image("ts_001", folder="imagesTs"), upper.raw / "imagesTr")
     asked = request(planned, upper_bound=902)
     refused(asked, "--upper-bound: test case ts_001 is in .*902_Tiny/imagesTr", tmp_path / "o")
+    # a fold's validation cases may be held out by the same fold there
+    shutil.rmtree(planned.raw / "labelsTs")
+    runs, bound = compare.make_runs(request(planned, fold="0", upper_bound=902))
+    test_set = compare.find_test_set(request(planned, fold="0"), runs[0])
+    compare.check_disjoint(test_set, bound[0])
+    splits = json.loads((upper.preprocessed / "splits_final.json").read_text())
+    write_json(splits[::-1], upper.preprocessed / "splits_final.json")
+    with pytest.raises(UserError, match=f"test case {next(iter(test_set.images))} is in .*902_Tiny"):
+        compare.check_disjoint(test_set, bound[0])
 
 
 def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
@@ -328,7 +448,7 @@ def test_killed_and_started_again_it_goes_on(tiny_dataset, monkeypatch):
     assert cli.main(words) == 0
     assert all(run.is_trained for run in runs)
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
-    output = runs[0].model_folder.parent / "comparison" / "3d_fullres"
+    output = runs[0].model_folder.parent / "comparison" / "3d_fullres__fold_0"
     page = (output / "report.html").read_text()
     assert 'class="warning"' not in page.partition("</style>")[2]
     table = pd.read_csv(output / "runs.csv")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nnunet_semiseg.evaluation.statistics import differences_from, holm, spreads
+from nnunet_semiseg.evaluation.statistics import caution, differences_from, holm, spreads
 
 
 def scores(**methods):
@@ -49,9 +49,21 @@ def test_pairs_are_cases_averaged_over_runs():
     assert table.loc["b", "effect"] == pytest.approx(0.2 / (np.sqrt(2) * 0.1))
 
 
-def test_a_constant_difference_has_no_interval_and_no_effect_size():
+def test_a_constant_difference_has_an_interval_of_no_width_and_an_infinite_effect():
     table = differences_from("a", scores(a=[0.25, 0.5, 0.75], b=[0.5, 0.75, 1.0]), "dice")
-    assert list(table.loc["b", ["difference", "low", "high"]]) == [0.25] * 3 and np.isnan(table.loc["b", "effect"])
+    assert list(table.loc["b", ["difference", "low", "high"]]) == [0.25] * 3 and table.loc["b", "effect"] == np.inf
+    table = differences_from("a", scores(a=[0.25, 0.5, 0.75], b=[0.0, 0.25, 0.5]), "dice")
+    assert table.loc["b", "effect"] == -np.inf
+
+
+def test_one_case_has_no_interval():
+    one = differences_from("a", scores(a=[0.5], b=[0.6]), "dice").loc["b"]
+    assert one["difference"] == pytest.approx(0.1) and np.isnan(one[["low", "high", "effect"]].astype(float)).all()
+    assert one["p"] == 1
+
+
+def test_few_cases_are_said_to_be_few():
+    assert caution(10) is None and "Only 4 cases: p cannot be below 0.12" in caution(4)
 
 
 def test_cases_that_one_method_lacks_are_no_pairs():

@@ -17,11 +17,17 @@ from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 
 def test_the_verdict_is_plain():
     shares = {"shuffled": 0.0, "noise": 0.0, "empty": 0.0}
-    assert text_effect.verdict(shares).startswith("Text changes nothing:")
-    few = text_effect.verdict(shares | {"noise": 0.0004})
+    same = pd.DataFrame({"low": 0.0, "high": 0.0}, index=list(shares))
+    assert text_effect.verdict(shares, same).startswith("Text changes nothing:")
+    few = text_effect.verdict(shares | {"noise": 0.0004}, same)
     assert few == "Text changes next to nothing: at most 0.040% of the foreground's voxels (noise prompts)."
-    much = text_effect.verdict(shares | {"shuffled": 0.25})
-    assert much.startswith("Text matters to this model:") and "shuffled 25.0%, noise 0.0%" in much
+    changed = shares | {"shuffled": 0.25}
+    much = text_effect.verdict(changed, same)
+    assert "shuffled 25.0%, noise 0.0%" in much and "does not matter to the result" in much
+    worse, better = same.copy(), same.copy()
+    worse.loc["shuffled"], better.loc["noise"] = (-0.2, -0.1), (0.01, 0.02)
+    assert text_effect.verdict(changed, worse).endswith("It matters: Dice falls with shuffled prompts.")
+    assert "no help: Dice is HIGHER with noise prompts" in text_effect.verdict(changed, better)
 
 
 @pytest.fixture
@@ -89,4 +95,4 @@ def test_the_command(model, tmp_path, monkeypatch):
     voxels = pd.read_csv(tmp_path / "out" / "voxels.csv", index_col="case")
     assert list(voxels) == ["true", "shuffled", "noise", "empty"] and list(voxels.index) == ["ts_000", "ts_001"]
     assert (voxels["true"] == 0).all() and np.all(voxels[["shuffled", "noise"]].sum() > 0)
-    assert "Text matters to this model" in (tmp_path / "out" / "report.md").read_text()
+    assert "Text changes what this model predicts" in (tmp_path / "out" / "report.md").read_text()

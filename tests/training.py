@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from safetensors.torch import save_file
 
 from nnunet_semiseg.config import update_settings
 from nnunet_semiseg.discovery import iter_classes
+from nnunet_semiseg.text.open_clip_models import load_clip
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.vlm.model import AMVLM
 
 TRAINERS = sorted(
     (t for t in iter_classes("trainers") if issubclass(t, SemiSupervisedTrainer)), key=lambda t: t.__name__
@@ -34,9 +37,23 @@ def write_text_tower(folder: Path) -> Path:
     return folder
 
 
+def write_vlm(folder: Path) -> Path:
+    """What `pretrain_vlm` leaves, of small towers with random weights."""
+    write_text_tower(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"] |= {"image_size": 32, "patch_size": 8}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    vlm = AMVLM(*load_clip(str(folder), "none"), dim=16, hidden=32)
+    save_file(vlm.state_dict(), folder / "vlm.safetensors")
+    (folder / "vlm.json").write_text(json.dumps({"settings": {"dim": 16, "hidden": 32}}))
+    return folder
+
+
 def settings_for(dataset, **settings) -> dict:
-    tower = write_text_tower(dataset.raw.parent / "text_tower")
-    return {**SHORT, "text_model": str(tower), "text_pretrained": "none", **settings}
+    base = dataset.raw.parent
+    tower = write_text_tower(base / "text_tower")
+    vlm = base / "vlm" if (base / "vlm").is_dir() else write_vlm(base / "vlm")
+    return {**SHORT, "text_model": str(tower), "text_pretrained": "none", "vlm": str(vlm), **settings}
 
 
 def make_trainer(trainer_class: type[nnUNetTrainer], dataset, fold="all", plans=PLANS, **settings) -> nnUNetTrainer:

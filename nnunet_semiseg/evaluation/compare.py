@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -18,6 +19,8 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
+from nnunet_semiseg.config import PLANS_KEY
+from nnunet_semiseg.data.unlabeled import labeled_images
 from nnunet_semiseg.discovery import check_trainer
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.metrics import evaluate_folder
@@ -134,20 +137,28 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     """
     from nnunet_semiseg.evaluation.report import write_report
 
+    check_numbers(request)
     runs, upper_bound = make_runs(request)
     test_set = find_test_set(request, runs[0])
+    check_sizes(request, runs[0])
     if upper_bound:
-        check_disjoint(test_set, upper_bound[0].dataset)
+        check_disjoint(test_set, upper_bound[0])
     devices = find_devices(request)
     everything = [*runs, *upper_bound]
-    missing = [r for r in everything if not r.is_trained]
+    # a test set needs no validation: it may have been interrupted, or be of another checkpoint
+    missing = [r for r in everything if not (r.is_validated if test_set.is_validation else r.is_trained)]
     if missing and not run:
         names = "; ".join(r.title for r in missing)
-        raise UserError(f"not trained: {names} (no {missing[0].checkpoint}): train with nnUNetv2_train, or add --run")
+        what, file = "not trained", missing[0].checkpoint
+        if missing[0].is_trained:
+            what, file = "not validated with the last checkpoint", missing[0].validation / "summary.json"
+        raise UserError(f"{what}: {names} (no {file}): train with nnUNetv2_train, or add --run")
     for r in missing:
         r.write_plans()
 
-    output = Path(output).absolute() if output else runs[0].model_folder.parent / "comparison" / runs[0].configuration
+    if output is None:
+        output = runs[0].model_folder.parent / "comparison" / f"{runs[0].configuration}__fold_{request.fold}"
+    output = Path(output).absolute()
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     do_all([training_job(r, request.device) for r in missing], devices, logs)
@@ -157,11 +168,50 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
             for r in everything
             for noise in noise_levels(request, r, upper_bound)
         ]
-        do_all([job for job in jobs if not is_predicted(job)], devices, logs)
+        do_all([job for job in jobs if not is_predicted(job, test_set)], devices, logs)
     return write_report(collect(request, runs, upper_bound, test_set, output), output)
 
 
 # ----------------------------------------------------------------------------------------------------- what to compare
+
+
+def check_numbers(request: Request) -> None:
+    """Raises UserError for numbers that make no sense, before hours of work."""
+    for sigma in request.noise:
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise UserError(f"--noise {sigma:g}: give numbers above 0; without noise is always among them")
+    if not (math.isfinite(request.tolerance) and request.tolerance > 0):
+        raise UserError(f"--tolerance {request.tolerance:g}: give a number of mm above 0")
+    for size in request.labeled:
+        if size is not None and size < 1:
+            raise UserError(f"--labeled {size}: give numbers from 1 on, or all")
+
+
+def check_sizes(request: Request, run: Run) -> None:
+    """Raises UserError where the labelled set has fewer cases than `--labeled` asks for, or where all is not all."""
+    if not request.labeled:
+        return
+    preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
+    plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
+    if None in request.labeled and fixed is not None:
+        mend = "--set num_labeled=null first"
+        raise UserError(f"--labeled all: the plans {request.plans} say num_labeled={fixed}: {mend}")
+    raw = dataset_folder("nnUNet_raw", request.dataset)
+    cases = labeled_images(raw, read_dataset_json(raw))
+    if request.fold != "all":
+        cases = [case for case in find_splits(preprocessed, cases)[int(request.fold)]["train"] if case in cases]
+    largest = max((size for size in request.labeled if size is not None), default=0)
+    if largest > len(cases):
+        raise UserError(f"--labeled {largest}: fold {request.fold} of {run.dataset} has {len(cases)} labelled cases")
+
+
+def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
+    """nnU-Net's folds; before the first training those that it will draw."""
+    file, cases = preprocessed / "splits_final.json", sorted(cases)
+    if file.is_file() or len(cases) < NUM_FOLDS:
+        return read_json(file, "plan first with nnunet_semiseg plan_and_preprocess")
+    return generate_crossval_split(cases)
 
 
 def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
@@ -174,6 +224,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
         check_trainer(trainer)
     for name, values in (
         ("--trainers", request.trainers), ("--labeled", request.labeled), ("--curve", request.curve or ()),
+        ("--noise", request.noise), ("--gpus", request.gpus),
     ):  # fmt: skip
         if len(set(values)) < len(values):
             raise UserError(f"{name}: {' '.join(map(str, values))}: name each once")
@@ -194,6 +245,8 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     runs = make(request.dataset, request.trainers, [request.main_size])
     runs += make(request.dataset, request.trainers if request.curve is None else request.curve, request.labeled[1:])
     upper_bound = [] if request.upper_bound is None else make(request.upper_bound, request.trainers[:1], [None])
+    if set(upper_bound) & set(runs):
+        raise UserError(f"--upper-bound {request.upper_bound}: is among the compared runs already: leave it out")
     return runs, upper_bound
 
 
@@ -230,21 +283,26 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             f"{raw / 'labelsTs'}: no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
             f" labelsTs, or compare a numbered fold with -f"
         )
-    images, splits_file = cases_of(raw / "imagesTr"), preprocessed / "splits_final.json"
-    if splits_file.is_file() or len(images) < NUM_FOLDS:
-        splits = read_json(splits_file, "plan first with nnunet_semiseg plan_and_preprocess")
-    else:  # nothing is trained yet; the first training writes this
-        splits = generate_crossval_split(sorted(images))
+    images = cases_of(raw / "imagesTr")
+    splits = find_splits(preprocessed, images)
     if int(request.fold) >= len(splits) or not splits[int(request.fold)]["val"]:
-        raise UserError(f"{splits_file}: no validation cases for fold {request.fold}")
-    chosen = {case: images[case] for case in sorted(splits[int(request.fold)]["val"]) if case in images}
-    return TestSet(chosen, preprocessed / "gt_segmentations", True, *about)
+        raise UserError(f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}")
+    cases = sorted(splits[int(request.fold)]["val"])
+    for case in cases:
+        if case not in images:
+            raise UserError(f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}")
+    return TestSet({case: images[case] for case in cases}, preprocessed / "gt_segmentations", True, *about)
 
 
-def check_disjoint(test_set: TestSet, dataset: str) -> None:
-    """Raises UserError where the upper bound was trained on a test case."""
-    raw = dataset_folder("nnUNet_raw", dataset)
-    for case in test_set.images:
+def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
+    """Raises UserError where the upper bound is trained on a test case."""
+    raw = dataset_folder("nnUNet_raw", upper_bound.dataset)
+    held_out: Iterable[str] = ()
+    if test_set.is_validation:  # its own fold may hold them out, too
+        preprocessed = dataset_folder("nnUNet_preprocessed", upper_bound.dataset)
+        splits = find_splits(preprocessed, labeled_images(raw, read_dataset_json(raw)))
+        held_out = splits[int(upper_bound.fold)]["val"] if int(upper_bound.fold) < len(splits) else ()
+    for case in set(test_set.images) - set(held_out):
         for folder in ("imagesTr", "imagesUn"):
             if any((raw / folder).glob(f"{case}_0000.*")):
                 raise UserError(f"--upper-bound: test case {case} is in {raw / folder}: take it out, and train again")
@@ -264,7 +322,10 @@ def find_devices(request: Request) -> list[str]:
     for gpu in request.gpus:
         if not 0 <= gpu < count:
             raise UserError(f"--gpus {gpu}: no such GPU: there are {count}, numbered from 0")
-    return [str(gpu) for gpu in request.gpus] or [""]
+    # numbers are those that this process sees: of the GPUs that it was given
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    return [names[gpu].strip() for gpu in request.gpus] or [""]
 
 
 # ----------------------------------------------------------------------------------------------- training, prediction
@@ -306,9 +367,12 @@ def predictions_folder(run: Run, noise: float, output: Path) -> Path:
     return output / "predictions" / f"{run.dataset}__{run.name}__fold_{run.fold}{suffix}"
 
 
-def is_predicted(job: Job) -> bool:
+def is_predicted(job: Job, test_set: TestSet) -> bool:
     """Whether the predictions are there, whole, of this checkpoint, these images and these settings."""
-    record = Path(job.content["output"], RECORD)
+    folder = Path(job.content["output"])
+    if not all((folder / f"{case}{test_set.file_ending}").is_file() for case in test_set.images):
+        return False
+    record = folder / RECORD
     return record.is_file() and json.loads(record.read_bytes())["settings"] == job.content["settings"]
 
 
@@ -373,7 +437,7 @@ def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) ->
 def collect(request: Request, runs: list[Run], upper_bound: list[Run], test_set: TestSet, output: Path) -> Results:
     everything = [*runs, *upper_bound]
     folders = {
-        run: run.folder / "validation" if test_set.is_validation else predictions_folder(run, 0.0, output)
+        run: run.validation if test_set.is_validation else predictions_folder(run, 0.0, output)
         for run in everything
     }
     tables = []
@@ -384,9 +448,8 @@ def collect(request: Request, runs: list[Run], upper_bound: list[Run], test_set:
             cache = output / "scores" / f"{predictions_folder(run, noise, output).name}.json"
             rows = evaluate(folder, test_set, request, cache)
             tables.append(pd.DataFrame(rows).assign(run=i, noise=noise))
-    return Results(
-        request, runs, upper_bound, test_set, pd.concat(tables, ignore_index=True), unequal_conditions(runs), folders
-    )
+    scores, warnings = pd.concat(tables, ignore_index=True), unequal_conditions(runs, upper_bound)
+    return Results(request, runs, upper_bound, test_set, scores, warnings, folders)
 
 
 def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> list[dict]:

@@ -31,21 +31,27 @@ def color_of(methods: Sequence[str]) -> dict[str, str]:
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 
-def to_svg(figure: Figure) -> str:
-    """An `<svg>` element that scales, with text in `currentColor`: right in light, dark and print."""
+def to_svg(figure: Figure, name: str) -> str:
+    """An `<svg>` element that scales, with text in `currentColor`: right in light, dark and print.
+
+    Args:
+        name: goes in front of every id, as a page has several figures.
+    """
     file = io.StringIO()
     with rc_context(_STYLE):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue().replace(_TEXT, "currentColor")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}_", text)
     return re.sub(r"(?s)^.*?<svg ", "<svg ", text)
 
 
 def box_plots(scores: pd.DataFrame, metric: str, heading: str) -> Figure:
-    """One box a method over the cases, every case a dot, one panel a label.
+    """One box a method over the cases, every case a dot, its mean over the method's runs; one panel a label.
 
     Args:
-        scores: columns `method`, `label`, `case`, `metric`.
+        scores: columns `method`, `label`, `case`, `metric`; a row a run.
     """
+    scores = scores.groupby(["method", "label", "case"], sort=False)[metric].mean().reset_index()
     methods, labels = list(scores["method"].unique()), list(scores["label"].unique())
     colors = color_of(methods)
     with rc_context(_STYLE):
@@ -61,7 +67,7 @@ def box_plots(scores: pd.DataFrame, metric: str, heading: str) -> Figure:
             )  # fmt: skip
             for i, (method, box, points) in enumerate(zip(methods, boxes["boxes"], values, strict=True)):
                 box.set(facecolor=colors[method], alpha=0.55)
-                spread = np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else [0]
+                spread = np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else np.zeros(len(points))
                 ax.plot(points, np.add(i + 1, spread), ".", color=colors[method], markersize=5, clip_on=False)
             ax.invert_yaxis()
             ax.grid(axis="x", color=_TEXT, alpha=0.15)

@@ -50,7 +50,9 @@ def segmentation_metrics(
 
     Distances are in mm and, with `_voxels`, in voxels of the image. Where nothing is segmented:
 
-    - prediction and reference both empty: every metric is nan, as in nnU-Net's own evaluation;
+    - prediction and reference both empty: overlaps and `nsd` are 1, distances 0, as in the BraTS challenges. nnU-Net's
+      own evaluation has nan there: means of different methods are then over different cases, and one that sees
+      something where nothing is would not even be compared with one that does not;
     - one of them empty: overlaps and `nsd` are 0, a distance is the image's diagonal, which no distance exceeds. With
       nan or infinity a method that finds nothing would leave the mean, or be all of it.
 
@@ -85,7 +87,7 @@ def segmentation_metrics(
 def _of_masks(p: torch.Tensor, r: torch.Tensor, spacing: list[float], tolerance: float) -> dict[str, float]:
     voxel = [1.0] * len(spacing)
     if not (p.any() or r.any()):
-        return dict.fromkeys(METRICS, float("nan"))
+        return {metric: float(metric in HIGHER_IS_BETTER) for metric in METRICS}
     if not (p.any() and r.any()):
         mm, voxels = (float(np.linalg.norm(np.multiply(p.shape[2:], unit))) for unit in (spacing, voxel))
         worst = {"hd95_mm": mm, "asd_mm": mm, "hd95_voxels": voxels, "asd_voxels": voxels}
@@ -110,7 +112,7 @@ def evaluate_case(
     """`segmentation_metrics` of two files.
 
     Raises:
-        UserError: the prediction is missing, or has another shape or spacing than the reference.
+        UserError: the prediction is missing, or does not lie where the reference does: shape, spacing, origin, axes.
     """
     if not prediction_file.is_file():
         raise UserError(f"{prediction_file}: missing: predict this case, or take its reference out")
@@ -120,7 +122,27 @@ def evaluate_case(
             f"{prediction_file}: shape {prediction.shape[1:]} and spacing {_listed(p)} mm, but {reference_file} has"
             f" {reference.shape[1:]} and {_listed(r)}: predict from the images that belong to the references"
         )
+    if not _same_place(p, r):
+        raise UserError(
+            f"{prediction_file}: has another origin or other axes than {reference_file}, so that one does not lie upon"
+            " the other: give images and references the same header"
+        )
     return segmentation_metrics(prediction[0], reference[0], labels, r["spacing"], tolerance)
+
+
+def _same_place(a: dict, b: dict) -> bool:
+    """By what nnU-Net's readers keep: origin within half a voxel, axes within about half a degree."""
+    if "sitk_stuff" in a and "sitk_stuff" in b:
+        a, b = a["sitk_stuff"], b["sitk_stuff"]
+        return np.allclose(a["origin"], b["origin"], rtol=0, atol=min(b["spacing"]) / 2) and np.allclose(
+            a["direction"], b["direction"], atol=0.01
+        )
+    if "nibabel_stuff" in a and "nibabel_stuff" in b:
+        a, b = a["nibabel_stuff"]["original_affine"], b["nibabel_stuff"]["original_affine"]
+        voxel = np.linalg.norm(b[:3, :3], axis=0)
+        same_axes = np.allclose(a[:3, :3] / voxel, b[:3, :3] / voxel, atol=0.01)
+        return same_axes and np.allclose(a[:3, 3], b[:3, 3], rtol=0, atol=voxel.min() / 2)
+    return True
 
 
 def evaluate_folder(

@@ -16,19 +16,24 @@ from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.compare import Results
 from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from nnunet_semiseg.evaluation.runs import RECORD, Run, TrainedRun
-from nnunet_semiseg.evaluation.statistics import differences_from, spreads
+from nnunet_semiseg.evaluation.statistics import caution, differences_from, spreads
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 
 DIGITS = {metric: 3 if metric in HIGHER_IS_BETTER else 2 for metric in METRICS}
+COLOR_NAMES = dict(zip(
+    (figures.REFERENCE_COLOR, *figures.COLORS),
+    ("white", "blue", "vermilion", "green", "pink", "orange", "sky blue", "brown", "grey"),
+    strict=True,
+))  # fmt: skip
 COMPARED = ("dice", "hd95_mm")
 """the metrics that are tested: few, as each further one is a further chance of a chance finding"""
 
 METRIC_NOTE = (
-    "Means over the classes of a case, then over cases. Where a class is in neither prediction nor reference it does"
-    " not count; where it is in one of them only, overlaps are 0 and distances are the image's diagonal. HD95: 95 %"
-    " Hausdorff distance; ASD: average distance of the prediction's surface to the reference's; NSD: share of both"
-    " surfaces within the tolerance. All from MONAI."
+    "Means over the classes of a case, then over cases. Where a class is in neither prediction nor reference overlaps"
+    " are 1 and distances 0; where it is in one of them only, overlaps are 0 and distances are the image's diagonal."
+    " HD95: 95 % Hausdorff distance; ASD: average distance of the prediction's surface to the reference's; NSD: share"
+    " of both surfaces within the tolerance. All from MONAI."
 )
 TEST_NOTE = (
     "The cases are the pairs, each the mean over a method's runs: Wilcoxon's signed-rank test, two-sided, corrected"
@@ -80,6 +85,8 @@ def write(report: Report, output: Path) -> Path:
         pictures = {f"{name}.svg": svg.encode() for name, svg in section.svgs.items()}
         for i, image in enumerate(section.images.values()):
             pictures[f"{section.title.lower().replace(' ', '_')}_{i}.png"] = base64.b64decode(image.partition(",")[2])
+        if section.legend:
+            markdown.append("Contours: " + ", ".join(f"{name} {COLOR_NAMES[c]}" for name, c in section.legend.items()))
         captions = [*section.svgs, *section.images]
         for (name, content), caption in zip(pictures.items(), captions, strict=True):
             (output / "figures").mkdir(exist_ok=True)
@@ -99,7 +106,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def write_report(results: Results, output: Path) -> Path:
-    """The report of `compare`; `cases.csv` and `runs.csv` hold every number of it."""
+    """The report of `compare`; `cases.csv`, `runs.csv` and `differences.csv` hold every number of it."""
     scores = tidy(results)
     scores.to_csv(output / "cases.csv", index=False)
     clean = scores[scores["noise"] == 0]
@@ -123,15 +130,20 @@ def write_report(results: Results, output: Path) -> Path:
         cost_section(runs),
         Section(
             "Every case",
-            svgs={f"cases_{m}": figures.to_svg(figures.box_plots(main, m, METRICS[m])) for m in COMPARED},
+            svgs={
+                f"cases_{m}": figures.to_svg(figures.box_plots(main, m, METRICS[m]), f"cases_{m}") for m in COMPARED
+            },
         ),
     ]
     if len(request.labeled) > 1:
         sections.append(share_section(per_case(clean)))
     if request.noise:
         sections.append(noise_section(per_case(scores)))
-    logs = {run.title: TrainedRun(run).curves for run in results.everything if run.num_labeled == size}
-    sections.append(Section("Training", svgs={"training": figures.to_svg(figures.training_curves(logs, PREFIX))}))
+    names = {run: run.title for run in results.runs if run.num_labeled == size}
+    names |= {run: f"{run.title}, all labels ({run.dataset})" for run in results.upper_bound}
+    logs = {name: TrainedRun(run).curves for run, name in names.items()}
+    training = figures.to_svg(figures.training_curves(logs, PREFIX), "training")
+    sections.append(Section("Training", svgs={"training": training}))
     sections += overlay_sections(results, compared, size)
     test = "validation cases of the fold" if results.test_set.is_validation else "test cases"
     facts = {
@@ -145,6 +157,9 @@ def write_report(results: Results, output: Path) -> Path:
     }
     title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
     findings = [finding(baseline, table, metric) for metric, table in differences.items()]
+    if differences:
+        pd.concat(differences, names=["metric", "method"]).to_csv(output / "differences.csv")
+        findings += [line for line in [caution(compared["case"].nunique())] if line]
     return write(Report(title, facts, sections, results.warnings, findings), output)
 
 
@@ -158,7 +173,7 @@ def tidy(results: Results) -> pd.DataFrame:
     about = pd.DataFrame(
         {
             "method": run.trainer if i < bound else f"{run.trainer}, all labels ({run.dataset})",
-            "run": f"seed {run.seed}" if run.seed is not None else "as in the plans",
+            "run": run.repetition,
             "labeled": size_name(run.num_labeled),
             "is_upper_bound": i >= bound,
         }
@@ -199,7 +214,7 @@ def difference_section(baseline: str, differences: pd.DataFrame, metric: str) ->
         [
             method,
             f"{d['difference']:+.{DIGITS[metric]}f}",
-            f"{d['low']:+.{DIGITS[metric]}f} to {d['high']:+.{DIGITS[metric]}f}",
+            interval(metric, d),
             "–" if np.isnan(d["effect"]) else f"{d['effect']:+.2f}",
             f"{d['better']:.0%}",
             *("–" if np.isnan(p) else f"{p:.2g}" for p in (d["p"], d["p_holm"])),
@@ -219,9 +234,18 @@ def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
         if np.isnan(d["p"]):
             sentences.append(f"{method} does not differ from {baseline} in any case.")
             continue
-        difference, low, high = (f"{d[key]:+.{DIGITS[metric]}f}" for key in ("difference", "low", "high"))
-        sentences.append(f"{method} minus {baseline}: {difference} ({low} to {high}; p = {d['p_holm']:.2g}).")
+        difference = f"{d['difference']:+.{DIGITS[metric]}f}"
+        effect = "" if np.isnan(d["effect"]) else f"d_z = {d['effect']:+.2f}; "
+        sentences.append(
+            f"{method} minus {baseline}: {difference} ({interval(metric, d)}; {effect}p = {d['p_holm']:.2g})."
+        )
     return f"{METRICS[metric]}: " + " ".join(sentences)
+
+
+def interval(metric: str, d: pd.Series) -> str:
+    if np.isnan(d["low"]):
+        return "no interval"
+    return " to ".join(f"{d[key]:+.{DIGITS[metric]}f}" for key in ("low", "high"))
 
 
 def class_section(main: pd.DataFrame) -> Section:
@@ -304,9 +328,10 @@ def curve_section(
     ]
     drawn = points.assign(x=pd.to_numeric(points["x"], errors="coerce")).dropna(subset="x").sort_values("x")
     lines = {m: (g["x"], g["mean"], g["over_runs"]) for m, g in drawn.groupby("method", sort=False)}
-    figure = figures.to_svg(figures.curves(lines, xlabel, "Dice", line_at))
+    name = title.lower().replace(" ", "_")
+    figure = figures.to_svg(figures.curves(lines, xlabel, "Dice", line_at), name)
     headers = ["method", xlabel, "Dice", "± over runs", "± over cases"]
-    return Section(title, [note], headers, rows, {title.lower().replace(" ", "_"): figure})
+    return Section(title, [note], headers, rows, {name: figure})
 
 
 def share_section(of_case: pd.DataFrame) -> Section:

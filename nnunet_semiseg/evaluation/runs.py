@@ -8,6 +8,7 @@ name. nnU-Net names its output folders after the plans, so that every run has on
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,9 +58,16 @@ class Run:
         return f"{self.trainer}__{self.plans}"
 
     @property
+    def repetition(self) -> str:
+        """Which of a trainer's runs; nnU-Net's own trainers do not know the seed that the plans hold."""
+        if self.seed is None:
+            return "as in the plans"
+        return f"{'seed' if has_settings(self.trainer) else 'run'} {self.seed}"
+
+    @property
     def title(self) -> str:
         parts = [f"{self.num_labeled} labelled"] if self.num_labeled is not None else []
-        parts += [f"seed {self.seed}"] if self.seed is not None else []
+        parts += [self.repetition] if self.seed is not None else []
         return ", ".join([self.trainer, *parts])
 
     @property
@@ -79,12 +87,25 @@ class Run:
         return self.checkpoint.is_file()
 
     @property
+    def validation(self) -> Path:
+        """nnU-Net's predictions of the fold's validation cases, made after the training."""
+        return self.folder / "validation"
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether they are there, whole, and of the last checkpoint: nnU-Net writes the summary last."""
+        summary = self.validation / "summary.json"
+        return self.is_trained and summary.is_file() and summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
+
+    @property
     def is_begun(self) -> bool:
         return any(self.folder.glob("checkpoint_*.pth"))
 
     def train_command(self, device: str) -> list[str]:
         """The words behind `nnUNetv2_train`."""
         words = [self.dataset, self.configuration, self.fold, "-tr", self.trainer, "-p", self.plans, "-device", device]
+        if self.is_trained:
+            return [*words, "--val"]
         return [*words, "--c"] if self.is_begun else words
 
     def write_plans(self) -> None:
@@ -96,12 +117,17 @@ class Run:
         preprocessed = base_folder("nnUNet_preprocessed") / self.dataset
         mend = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
         base = read_json(preprocessed / f"{self.base_plans}.json", mend)
-        if self.num_labeled is not None and not hasattr(find_class("trainers", self.trainer), "settings_class"):
+        if self.num_labeled is not None and not has_settings(self.trainer):
             raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
         if self.plans != self.base_plans and not self.is_begun:
             changes = {"seed": self.seed, "num_labeled": self.num_labeled}
             plans = update_settings(base, {key: value for key, value in changes.items() if value is not None})
             write_json({**plans, "plans_name": self.plans}, preprocessed / f"{self.plans}.json")
+
+
+def has_settings(trainer: str) -> bool:
+    """Whether this trainer knows what the plans hold under `semiseg`; nnU-Net's own do not."""
+    return hasattr(find_class("trainers", trainer), "settings_class")
 
 
 class TrainedRun:
@@ -160,31 +186,66 @@ class TrainedRun:
         return read_json(self.run.model_folder / "plans.json", "train this run again")
 
     @cached_property
-    def validated_cases(self) -> set[str]:
-        ending = read_json(self.run.model_folder / "dataset.json", "train this run again")["file_ending"]
-        return {file.name[: -len(ending)] for file in (self.run.folder / "validation").glob(f"*{ending}")}
+    def dataset_json(self) -> dict:
+        return read_json(self.run.model_folder / "dataset.json", "train this run again")
+
+    @property
+    def settings(self) -> dict:
+        """What the trainer took from the plans."""
+        return self.plans.get(PLANS_KEY, {}) if has_settings(self.run.trainer) else {}
+
+    @cached_property
+    def validated_cases(self) -> set[str] | None:
+        if not self.run.is_validated:
+            return None
+        ending = self.dataset_json["file_ending"]
+        return {file.name[: -len(ending)] for file in self.run.validation.glob(f"*{ending}")}
 
 
-def unequal_conditions(runs: list[Run]) -> list[str]:
-    """What is not the same for all runs and ought to be: iterations, plans, settings that all trainers share.
+PLANS_KEYS = ("foreground_intensity_properties_per_channel", "transpose_forward", "image_reader_writer")
+"""of the plans, beside the configuration: what a network sees depends on them"""
+DATASET_KEYS = ("channel_names", "labels", "regions_class_order", "numTraining")
+
+
+def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> list[str]:
+    """What is not the same for all runs and ought to be.
+
+    Compared runs: iterations, plans, the data set's description, bfloat16, the labels used, the split. The upper
+    bound's runs are on other data: iterations, the configuration in the plans, bfloat16.
 
     Returns:
         A sentence for each difference from the first run; none if the comparison is fair.
     """
-    first, *others = map(TrainedRun, runs)
+    first, *others = map(TrainedRun, (*runs, *upper_bound))
     found = []
     for other in others:
-        pair = f"{other.run.title} and {first.run.title}"
+        bound = other.run in upper_bound
+        pair = f"{other.run.title}{f' ({other.run.dataset})' if bound else ''} and {first.run.title}"
         if other.iterations != first.iterations:
             found.append(f"{pair}: {other.iterations} and {first.iterations} training iterations")
-        a, b = (t.plans["configurations"] for t in (other, first))
-        a, b = a[other.run.configuration], b[first.run.configuration]
-        keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+        a, b = (t.plans["configurations"][t.run.configuration] for t in (other, first))
+        keys = _different(a, b) - ({"data_identifier"} if bound else set())
+        if not bound:
+            keys |= {key for key in PLANS_KEYS if other.plans.get(key) != first.plans.get(key)}
         if keys:
-            found.append(f"{pair}: the plans differ in {', '.join(keys)}")
-        a, b = (t.plans.get(PLANS_KEY, {}).get("bfloat16_on_cpu", False) for t in (other, first))
+            found.append(f"{pair}: the plans differ in {', '.join(sorted(keys))}")
+        a, b = (t.settings.get("bfloat16_on_cpu", False) for t in (other, first))
         if a != b:
             found.append(f"{pair}: one was trained in bfloat16")
-        if other.run.fold != "all" and other.validated_cases != first.validated_cases:
-            found.append(f"{pair}: trained with different splits (their validation cases differ)")
+        if bound:
+            continue
+        keys = [key for key in DATASET_KEYS if other.dataset_json.get(key) != first.dataset_json.get(key)]
+        if keys:
+            found.append(f"{pair}: dataset.json was another one: {', '.join(keys)}")
+        if other.run.num_labeled == first.run.num_labeled:
+            a, b = (t.settings.get("num_labeled") or "all" for t in (other, first))
+            if a != b:
+                found.append(f"{pair}: trained with {a} and {b} of the labels")
+        if other.run.fold != "all" and None not in (other.validated_cases, first.validated_cases):
+            if other.validated_cases != first.validated_cases:
+                found.append(f"{pair}: trained with different splits (their validation cases differ)")
     return found
+
+
+def _different(a: dict, b: dict) -> set[str]:
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}

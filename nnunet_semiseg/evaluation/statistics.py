@@ -7,6 +7,8 @@ import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
+FEW = 10
+"""cases: with fewer, what a paired test and a bootstrap say is weak (see `caution`)"""
 
 
 def spreads(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -43,9 +45,9 @@ def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.Dat
 
     Returns:
         Index method; columns `difference` (mean, method minus baseline), `low`, `high` (95 % bootstrap interval of it,
-        percentiles of 9,999 resamples of the cases), `effect` (the standardised mean difference of the pairs, Cohen's
-        d_z: nan where all differences are the same), `better` (share of cases in which the value is larger), `p` (nan
-        where no case differs) and `p_holm`.
+        percentiles of 9,999 resamples of the cases; nan for one case), `effect` (the standardised mean difference of
+        the pairs, Cohen's d_z: infinite where all differences are the same, nan where they are 0), `better` (share of
+        cases in which the value is larger), `p` (nan where no case differs) and `p_holm`.
     """
     values = scores.groupby(["case", "method"])[metric].mean().unstack()
     rows = {}
@@ -55,6 +57,21 @@ def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.Dat
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["difference", "low", "high", "effect", "better", "p"])
     table["p_holm"] = holm(table["p"].to_numpy(dtype=float))
     return table
+
+
+def caution(n_cases: int) -> str | None:
+    """What one must know of the statistics of few cases, or None.
+
+    Wilcoxon's exact two-sided p is at least 2 / 2^n. Percentile bootstrap intervals that are meant to hold 95 % held
+    80 % with 4 normal differences, 83 % with 5 and 89 % with 10, in a simulation.
+    """
+    if n_cases >= FEW:
+        return None
+    least = min(1.0, 2 / 2**n_cases)
+    return (
+        f"Only {n_cases} cases: p cannot be below {least:.2g}, whatever the difference, and the intervals are too"
+        " narrow (with 4 cases they hold about 80 % instead of 95 %)."
+    )
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -69,10 +86,12 @@ def holm(p: np.ndarray) -> np.ndarray:
 def _paired(d: np.ndarray) -> list[float]:
     if len(d) == 0:
         return [np.nan] * 6
-    low = high = mean = d.mean()
-    spread = d.std(ddof=1) if len(d) > 1 else 0.0
+    mean = d.mean()
+    low = high = mean if len(d) > 1 else np.nan
+    spread = d.std(ddof=1) if len(d) > 1 else np.nan
     if spread > 0:
         interval = stats.bootstrap((d,), np.mean, confidence_level=CONFIDENCE, method="percentile", rng=0)
         low, high = interval.confidence_interval
     p = stats.wilcoxon(d).pvalue if d.any() else np.nan
-    return [mean, low, high, mean / spread if spread > 0 else np.nan, (d > 0).mean(), p]
+    effect = mean / spread if spread > 0 else np.copysign(np.inf, mean) if spread == 0 and mean else np.nan
+    return [mean, low, high, effect, (d > 0).mean(), p]

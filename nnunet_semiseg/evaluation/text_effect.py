@@ -30,7 +30,7 @@ from nnunet_semiseg.evaluation.compare import (
 from nnunet_semiseg.evaluation.metrics import METRICS
 from nnunet_semiseg.evaluation.report import Report, Section, number, write
 from nnunet_semiseg.evaluation.runs import Run
-from nnunet_semiseg.evaluation.statistics import differences_from
+from nnunet_semiseg.evaluation.statistics import caution, differences_from
 from nnunet_semiseg.text.encoder import load_text_tower
 from nnunet_semiseg.text.prompt_learner import PromptLearner
 from nnunet_semiseg.text.prompts import class_names
@@ -83,7 +83,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         job.content["settings"]["features"] = variant.features.sum(1).tolist()
         jobs.append((job, f"predict_{variant.name}", f"predicting with {variant.name} prompts"))
         folders[variant.name] = folder
-    todo = [type(job)(name, title, job.content) for job, name, title in jobs if not is_predicted(job)]
+    todo = [type(job)(name, title, job.content) for job, name, title in jobs if not is_predicted(job, test_set)]
     do_all(todo, devices, output / "logs")
     return write(make_report(request, run, test_set, variants, folders, output), output)
 
@@ -135,8 +135,9 @@ def make_report(
     scores = pd.concat(tables, ignore_index=True)
     of_case = scores.groupby(["method", "run", "case"], sort=False)[list(METRICS)].mean().reset_index()
     changed = {name: changed_voxels(folders["true"], folder, test_set) for name, folder in folders.items()}
-    foreground = foreground_voxels(folders["true"], test_set)
-    shares = {name: float(voxels.sum() / max(foreground, 1)) for name, voxels in changed.items()}
+    # of either prediction: where one sees nothing, the other's foreground is what changes
+    foreground = {name: foreground_voxels(folder, test_set) for name, folder in folders.items()}
+    shares = {n: float(v.sum() / max(foreground["true"], foreground[n], 1)) for n, v in changed.items()}
     differences = differences_from("true", of_case, "dice")
     rows = []
     for variant in variants:
@@ -159,22 +160,30 @@ def make_report(
     of_case.drop(columns="run").to_csv(output / "cases.csv", index=False)
     sections = [
         Section("What the text changes", headers=headers, rows=rows),
-        Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"))}),
+        Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"), "cases")}),
     ]
     facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {len(test_set.images)} test cases"}
     del shares["true"]
-    return Report(f"What text changes in {run.title}", facts, sections, findings=[verdict(shares)])
+    findings = [verdict(shares, differences), *(line for line in [caution(len(test_set.images))] if line)]
+    return Report(f"What text changes in {run.title}", facts, sections, findings=findings)
 
 
-def verdict(shares: dict[str, float]) -> str:
-    """In plain words, from the shares of the foreground's voxels that change."""
+def verdict(shares: dict[str, float], differences: pd.DataFrame) -> str:
+    """In plain words, from the shares of the foreground's voxels that change, and the change in Dice."""
     most = max(shares, key=shares.get)
     if shares[most] == 0:
         return "Text changes nothing: with any prompts every voxel is predicted as with the true ones."
     if shares[most] < LITTLE:
         return f"Text changes next to nothing: at most {shares[most]:.3%} of the foreground's voxels ({most} prompts)."
     listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-    return f"Text matters to this model: voxels that change, as a share of the foreground: {listed}."
+    sentence = f"Text changes what this model predicts: voxels, as a share of the foreground: {listed}."
+    worse = [name for name in shares if differences.loc[name, "high"] < 0]
+    better = [name for name in shares if differences.loc[name, "low"] > 0]
+    if better:
+        return f"{sentence} It is no help: Dice is HIGHER with {' and '.join(better)} prompts than with the true ones."
+    if not worse:
+        return f"{sentence} It does not matter to the result: no interval of the change in Dice excludes 0."
+    return f"{sentence} It matters: Dice falls with {' and '.join(worse)} prompts."
 
 
 def changed_voxels(true: Path, other: Path, test_set: TestSet) -> np.ndarray:

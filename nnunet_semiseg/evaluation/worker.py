@@ -55,6 +55,7 @@ def predict(
         settings: goes into the record, which says whether predictions are still those asked for.
     """
     folder = Path(output)
+    (folder / RECORD).unlink(missing_ok=True)  # first: what is left of an interrupted removal is not whole
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)

@@ -59,3 +59,18 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
     else:
         ce = (F.cross_entropy(logits, target[:, 0].long(), reduction="none") * weight[:, 0]).mean()
     return loss.weight_ce * ce + loss.weight_dice * loss.dc(logits, target, loss_mask=weight)
+
+
+def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:
+    """nnU-Net's Dice + CE towards probabilities instead of labels.
+
+    Args:
+        loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
+        logits, target: (B, heads, *S); the target gets no gradient.
+    """
+    target = target.detach()
+    if isinstance(loss, DC_and_BCE_loss):
+        ce = F.binary_cross_entropy_with_logits(logits, target)
+    else:
+        ce = F.cross_entropy(logits, target)
+    return loss.weight_ce * ce + loss.weight_dice * loss.dc(logits, target)

@@ -117,7 +117,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Args:
             labeled, unlabeled: what `forward_streams` returned.
-            batch: `data` (B, C, *S), `target` (nnU-Net's), `unlabeled` {view: (B_u, C, *S)}, on the device.
+            batch: `data` (B, C, *S), `target` (nnU-Net's), `unlabeled` {view: (B_u, C, *S)}, on the device;
+                `unlabeled_keys`, the names of the unlabelled cases.
         """
         raise NotImplementedError
 
@@ -199,8 +200,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """One step; returns every loss term as a tensor on the device, so that nothing waits for the GPU."""
-        batch = {k: batch[k] for k in ("data", "target", "unlabeled")}
-        batch = tree_map(lambda x: x.to(self.device, non_blocking=True), batch)
+        tensors = {k: batch[k] for k in ("data", "target", "unlabeled")}
+        tensors = tree_map(lambda x: x.to(self.device, non_blocking=True), tensors)
+        batch = tensors | {"unlabeled_keys": batch["unlabeled_keys"]}
 
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():

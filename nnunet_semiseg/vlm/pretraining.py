@@ -29,10 +29,11 @@ from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm import losses
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
+from nnunet_semiseg.vlm.text_masks import ABOUT, WEIGHTS
 
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
-ABOUT, WEIGHTS, STATE = "vlm.json", "vlm.safetensors", "training_state"
+STATE = "training_state"
 RECALLS = (1, 5)
 
 

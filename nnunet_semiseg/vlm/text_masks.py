@@ -1,0 +1,140 @@
+"""Masks from texts: where in an image a pre-trained AMVLM finds what a text says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json
+from nnunet_semiseg.networks.pamr import refine
+from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
+from nnunet_semiseg.vlm.losses import one_way
+from nnunet_semiseg.vlm.model import AMVLM, to_tower
+
+ABOUT, WEIGHTS = "vlm.json", "vlm.safetensors"
+RAW_SHARE = 0.3
+"""of the mask before PAMR, in the final one"""
+
+
+def load_vlm(folder: str | Path) -> AMVLM:
+    """A pre-trained model from the folder of `pretrain_vlm`, frozen and in eval mode; no internet is needed.
+
+    Raises:
+        UserError: no such folder, or not of `pretrain_vlm`.
+    """
+    folder = Path(folder)
+    mend = "name the folder that nnunet_semiseg pretrain_vlm made"
+    settings = read_json(folder / ABOUT, mend)["settings"]
+    clip, tokenizer = load_clip(str(folder), UNTRAINED)
+    vlm = AMVLM(clip, tokenizer, settings["dim"], settings["hidden"])
+    try:
+        vlm.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())[:200]}): {mend}") from None
+    return vlm.requires_grad_(False).eval()
+
+
+class UpBlock(nn.Module):
+    """(B, d, h, w) to twice the size: what is interpolated, and a gated convolution of it on top."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.convolve, self.gate = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
+        return x + self.gate(x).sigmoid() * F.leaky_relu(self.convolve(x), 0.01)
+
+
+class TextMaskGenerator(nn.Module):
+    """Patch features of a frozen AMVLM, lifted to 4 times their grid, and their cosine with texts.
+
+    raw = sigmoid(10 (cos - 0.25)); the mask is 0.3 raw + 0.7 PAMR(raw): probabilities in 0 to 1, with no further
+    sigmoid. The up-blocks are all that is trained and all that a checkpoint carries.
+    """
+
+    def __init__(self, vlm: AMVLM, dim: int):
+        super().__init__()
+        self._vlm = (vlm,)  # in a tuple, or nn.Module would register it
+        self.grid = vlm.grid
+        self.up = nn.Sequential(UpBlock(dim), UpBlock(dim))
+
+    @property
+    def tower(self) -> AMVLM:
+        return self._vlm[0]
+
+    def _apply(self, function, *args, **kwargs):
+        self.tower._apply(function, *args, **kwargs)
+        return super()._apply(function, *args, **kwargs)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """(N, d), normalised."""
+        device = next(self.parameters()).device
+        batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+        return torch.cat([self.tower.encode_text(self.tower.tokenize(b).to(device)).cls for b in batches])
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, d, 4 h, 4 w), normalised, of images (B, C, H, W) as nnU-Net has normalised them."""
+        tower = self.tower
+        with torch.no_grad():
+            taken = to_tower(images, tower.visual.preprocess_cfg, tower.image_size)
+            patches = tower.encode_image(taken).tokens.transpose(1, 2).unflatten(2, self.grid)
+        return F.normalize(self.up(patches).float(), dim=1)
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            images: (B, C, H, W).
+            texts: (B, K, d), normalised: of each image its own.
+
+        Returns:
+            Raw masks (B, K, 4 h, 4 w) with a gradient to the up-blocks; masks (B, K, H, W), detached; the features.
+        """
+        features = self.features(images)
+        cosine = torch.einsum("bdhw,bkd->bkhw", features, texts)
+        raw = (10 * (cosine - 0.25)).sigmoid()
+        with torch.no_grad():
+            grey = images.float().mean(1, keepdim=True)
+            # PAMR at the features' size: its dilations are meant for that
+            refined = refine(raw, F.interpolate(grey, size=raw.shape[2:], mode="bilinear", antialias=True))
+            masks = RAW_SHARE * raw + (1 - RAW_SHARE) * refined
+            masks = F.interpolate(masks, size=images.shape[2:], mode="bilinear").clamp(0, 1)
+        return raw, masks, features
+
+
+def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of what each image's mask collects, against its own text and the other images' texts.
+
+    Another image with the same text is no rival.
+
+    Args:
+        raw: masks (B, 1, h, w); features: (B, d, h, w); texts: (B, 1, d), normalised.
+    """
+    pooled, texts = collect(raw, features)[:, 0], texts[:, 0]
+    same = (texts @ texts.T > 1 - 1e-5) & ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
+    return one_way((pooled @ texts.T).masked_fill(same, -torch.inf), temperature)
+
+
+def contrast_between_classes(
+    raw: Tensor, features: Tensor, texts: Tensor, background: Tensor, temperature: float
+) -> Tensor:
+    """InfoNCE of what each class's mask collects, against the classes' texts; what no mask takes is background.
+
+    Args:
+        raw: masks (B, K, h, w); features: (B, d, h, w); texts: (K, d) and background: (d,), normalised.
+    """
+    masks = torch.cat((1 - raw.amax(1, keepdim=True), raw), 1)
+    all_texts = torch.cat((background[None], texts))
+    return torch.stack([one_way(p @ all_texts.T, temperature) for p in collect(masks, features)]).mean()
+
+
+def collect(masks: Tensor, features: Tensor) -> Tensor:
+    """The mean feature under each mask, normalised: (B, K, h, w) and (B, d, h, w) to (B, K, d)."""
+    pooled = torch.einsum("bkhw,bdhw->bkd", masks, features) / masks.sum((2, 3))[..., None].clamp_min(1e-6)
+    return F.normalize(pooled, dim=2)

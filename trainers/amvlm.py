@@ -1,0 +1,253 @@
+"""AMVLM: pseudo-labels from a teacher and from texts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from nnunet_semiseg.config import TeacherSettings, require
+from nnunet_semiseg.data.texts import read_texts
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
+from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
+from nnunet_semiseg.training.schedules import gaussian_ramp
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.vlm.text_masks import (
+    TextMaskGenerator,
+    contrast_between_classes,
+    contrast_between_images,
+    load_vlm,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AMVLMSettings(TeacherSettings):
+    vlm: str | None = None
+    """the folder of `nnunet_semiseg pretrain_vlm`"""
+    texts: Literal["auto", "cases", "classes"] = "auto"
+    """a text a case, of texts.json, or a prompt a class; auto: cases where there is a texts.json and one class"""
+    missing_texts: Literal["error", "skip"] = "error"
+    """skip: a case without a text has no text masks"""
+    teacher_supervision: bool = True
+    text_supervision: bool = True
+    average_supervision: bool = True
+    pseudo_weight: float = 1.0
+    """of each of the three supervisions, at the end of the ramp"""
+    mask_weight: float = 0.1
+    """of the mask generator's own loss"""
+    mask_temperature: float = 0.07
+    text_slices: int = 8
+    """slices of a 3d patch, drawn at every step, that get text masks"""
+    sides: Literal["keep", "swap"] = "keep"
+    """where texts name sides: no flips that make them false, or flips with the words exchanged"""
+    vertical_sides: tuple[tuple[str, ...], ...] = (("upper", "lower"), ("top", "bottom"), ("superior", "inferior"))
+    horizontal_sides: tuple[tuple[str, ...], ...] = (("left", "right"), ("leftmost", "rightmost"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("pseudo_weight", "mask_weight"):
+            require(self, name, minimum=0)
+        require(self, "mask_temperature", minimum=1e-6)
+        require(self, "text_slices", minimum=1)
+        for name in ("vertical_sides", "horizontal_sides"):
+            if any(len(pair) != 2 for pair in getattr(self, name)):
+                raise UserError(f"setting {name}={getattr(self, name)}: must be a list of pairs of words")
+
+
+class AMVLMTrainer(SemiSupervisedTrainer):
+    """Alignment-multiplicity aware vision-language model (IEEE TMI 2025, 10.1109/TMI.2025.3573018), second stage.
+
+    The student is the plans' network, the teacher its EMA (0.99), and `TextMaskGenerator`, on the frozen towers of
+    `pretrain_vlm`, says where in an unlabelled image its text is. Three pseudo-labels, all of them probabilities,
+    teach the student's strong view: the teacher's mask, the text mask, and their average (each can be off):
+
+        L = L_sup + lambda(t) (L_teacher + L_text + L_average) + 0.1 L_mask
+
+    with nnU-Net's Dice + CE, on soft labels at full resolution, lambda a Gaussian ramp over the training, and L_mask
+    the generator's own InfoNCE. Teacher and generator see the weak view.
+
+    With one class a case's own text of texts.json is taken, else a prompt a class, with a mask a class; the background
+    is what no mask takes: prod_k (1 - m_k). Of a volume `text_slices` slices along the patch's first axis get text
+    masks, others have the teacher's alone. A case without a text (`missing_texts=skip`) has the teacher's.
+
+    Text stays true under augmentation: where texts name sides (`vertical_sides`, `horizontal_sides`, extendable), flips
+    along that axis and rotations above 15 degrees are switched off, in prediction, too; with `sides=swap` a whole batch
+    is flipped, and the words of its texts are exchanged. At inference there is neither text nor tower.
+
+    Faults of the public code that are not repeated: file names in place of texts; a refined mask that is dropped; the
+    texts of a batch averaged; sigmoids of sigmoids; towers and teacher in training mode; images that become black.
+    """
+
+    settings_class = AMVLMSettings
+    views = ("weak", "strong")
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        plans = super().prepare(plans, configuration, fold, dataset_json)
+        if self.settings.vlm is None:
+            raise UserError(
+                "setting vlm: AMVLMTrainer needs a pre-trained model: run nnunet_semiseg pretrain_vlm, then"
+                " --set vlm=FOLDER"
+            )
+        check_prompts_are_current(plans["dataset_name"], dataset_json)
+        self.prompts = list(read_prompts(dataset_json).values())
+        self.case_texts = self.read_case_texts(plans["dataset_name"])
+        self.vlm = load_vlm(self.settings.vlm)
+        texts = self.case_texts.values() if self.case_texts else chain(*self.prompts[1:])
+        self.side_axes = named_sides(texts, self.settings)
+        return plans
+
+    def read_case_texts(self, dataset_name: str) -> dict[str, str]:
+        """Texts of the unlabelled cases, or none where prompts are asked for."""
+        if self.settings.texts == "classes" or (self.settings.texts == "auto" and len(self.prompts) > 2):
+            return {}
+        if len(self.prompts) > 2:
+            raise UserError("setting texts=cases: one text a case cannot tell several classes apart: use texts=classes")
+        try:
+            return read_texts(dataset_name, self.unlabeled_cases, self.settings.missing_texts)
+        except UserError as error:
+            if self.settings.texts == "auto" and "no such file" in str(error):
+                return {}
+            raise
+
+    def build_auxiliary(self) -> dict[str, nn.Module]:
+        dim = self.vlm.heads["text_cls"][-1].out_features
+        return {"text_masks": TextMaskGenerator(self.vlm, dim)}
+
+    def initialize(self):
+        super().initialize()
+        generator = self.auxiliary["text_masks"]
+        if self.case_texts:
+            # every text as it is when nothing, one axis or both are flipped
+            flips = [(v, h) for v in (False, True) for h in (False, True)] if self.swaps else [(False, False)]
+            self.row = {case: i for i, case in enumerate(self.case_texts)}
+            self.text_features = {
+                flip: generator.encode_texts([exchange(t, flip, self.settings) for t in self.case_texts.values()])
+                for flip in flips
+            }
+        else:
+            features = [generator.encode_texts(list(texts)).mean(0) for texts in self.prompts]
+            self.class_features = nn.functional.normalize(torch.stack(features), dim=1)
+        self.flip = (False, False)
+
+    @property
+    def swaps(self) -> bool:
+        return self.settings.sides == "swap" and bool(self.side_axes) and bool(self.case_texts)
+
+    # ------------------------------------------------------------------------------------------------- augmentation
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        """nnU-Net's, without what makes a text false. Rotations shrink; the larger initial patch does no harm."""
+        rotation, dummy_2d, patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if self.side_axes:
+            limit = math.radians(15)
+            rotation = (max(rotation[0], -limit), min(rotation[1], limit))
+            first = len(self.configuration_manager.patch_size) - 2  # in-plane axes are the last two
+            mirror_axes = tuple(axis for axis in mirror_axes if axis - first not in self.side_axes)
+            if self.swaps:
+                flipped = tuple(axis + first for axis in sorted(self.side_axes))
+                self.inference_allowed_mirroring_axes = tuple(sorted((*mirror_axes, *flipped)))
+            else:
+                self.inference_allowed_mirroring_axes = mirror_axes or None
+        return rotation, dummy_2d, patch_size, mirror_axes
+
+    def forward_streams(self, batch: dict):
+        if self.swaps:
+            drawn = torch.rand(2) < 0.5
+            self.flip = tuple(bool(drawn[axis]) and axis in self.side_axes for axis in (0, 1))
+            axes = [axis - 2 for axis in (0, 1) if self.flip[axis]]
+            if axes:
+                parts = ("data", "target", "unlabeled")
+                batch |= tree_map(lambda x: x.flip(axes), {part: batch[part] for part in parts})
+        return super().forward_streams(batch)
+
+    # ------------------------------------------------------------------------------------------------------- losses
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        settings, logits, weak = self.settings, self.finest(unlabeled), batch["unlabeled"]["weak"]
+        with torch.no_grad():
+            taught = probabilities(self.teacher(weak), self.label_manager)
+        to_slices, samples = self.draw_slices(weak)
+        masks, has_text, mask_loss = self.text_masks(to_slices(weak), [batch["unlabeled_keys"][i] for i in samples])
+        # without a text the teacher's word is all there is
+        text = torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), to_slices(taught))
+        terms = {}
+        if settings.teacher_supervision:
+            terms["teacher"] = soft_label_loss(self.finest_loss, logits, taught)
+        if settings.text_supervision:
+            terms["text"] = soft_label_loss(self.finest_loss, to_slices(logits), text)
+        if settings.average_supervision:
+            average = (text + to_slices(taught)) / 2
+            terms["average"] = soft_label_loss(self.finest_loss, to_slices(logits), average)
+        weight = settings.pseudo_weight * gaussian_ramp(self.progress)
+        return {name: weight * term for name, term in terms.items()} | {"mask": settings.mask_weight * mask_loss}
+
+    def draw_slices(self, images: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
+        """What takes (B, C, *S) to 2d images, and of each the sample it is of; 2d images are taken as they are."""
+        if images.ndim == 4:
+            return lambda x: x, list(range(len(images)))
+        drawn = torch.randperm(images.shape[2])[: self.settings.text_slices]
+        samples = [i for i in range(len(images)) for _ in drawn]
+        return lambda x: x[:, :, drawn].transpose(1, 2).flatten(0, 1), samples
+
+    def text_masks(self, images: Tensor, cases: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks (N, classes, H, W) of 2d images, which of them have a text, (N,), and the generator's own loss."""
+        generator, temperature = self.auxiliary["text_masks"], self.settings.mask_temperature
+        if not self.case_texts:
+            texts = self.class_features[1:]
+            raw, masks, features = generator(images, texts.expand(len(images), -1, -1))
+            loss = contrast_between_classes(raw, features, texts, self.class_features[0], temperature)
+            return masks, torch.ones(len(images), dtype=torch.bool, device=images.device), loss
+        known = [i for i, case in enumerate(cases) if case in self.row]
+        texts = self.text_features[self.flip][[self.row.get(case, 0) for case in cases]][:, None]
+        raw, masks, features = generator(images, texts)
+        has_text = torch.tensor([case in self.row for case in cases]).to(images.device, non_blocking=True)
+        if not known:
+            return masks, has_text, raw.sum() * 0
+        return masks, has_text, contrast_between_images(raw[known], features[known], texts[known], temperature)
+
+
+def with_background(masks: Tensor, label_manager) -> Tensor:
+    """Probabilities of nnU-Net's heads from the classes' masks: the background is what none takes, prod_k (1 - m_k).
+
+    Args:
+        masks: (B, K, H, W), in 0 to 1.
+
+    Returns:
+        (B, K + 1, H, W) with a sum of 1; for regions, which have no background head, the masks.
+    """
+    if label_manager.has_regions:
+        return masks
+    p = torch.cat(((1 - masks).prod(1, keepdim=True), masks), 1)
+    return p / p.sum(1, keepdim=True).clamp_min(1e-6)
+
+
+def named_sides(texts: Iterable[str], settings: AMVLMSettings) -> set[int]:
+    """Which in-plane axes texts speak of: 0 of upper and lower, 1 of left and right."""
+    words = set(re.findall(r"\w+", " ".join(texts).lower()))
+    pairs = settings.vertical_sides, settings.horizontal_sides
+    return {axis for axis in (0, 1) if words & {word.lower() for word in chain(*pairs[axis])}}
+
+
+def exchange(text: str, flip: tuple[bool, bool], settings: AMVLMSettings) -> str:
+    """The text of a flipped image: the words of each pair change places along a flipped axis."""
+    other = {}
+    for flipped, pairs in zip(flip, (settings.vertical_sides, settings.horizontal_sides), strict=True):
+        if flipped:
+            for a, b in pairs:
+                other |= {a.lower(): b, b.lower(): a}
+
+    def exchanged(match: re.Match) -> str:
+        word = other.get(match[0].lower(), match[0])
+        return word.capitalize() if match[0][0].isupper() else word
+
+    return re.sub(r"\w+", exchanged, text)
