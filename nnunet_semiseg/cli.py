@@ -303,6 +303,21 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
     return run
 
 
+def text_masks(parser: ArgumentParser) -> Command:
+    """Draw what a trained AMVLM takes its texts to mean: image, text, mask before and after PAMR."""
+    _add_model_arguments(parser, "2d")
+    parser.add_argument("-tr", default="AMVLMTrainer", metavar="TRAINER", help="default: %(default)s")
+    parser.add_argument("-o", required=True, metavar="FOLDER")
+    parser.add_argument("-n", type=_at_least(1), default=20, metavar="N", help="cases; default: %(default)s")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.vlm.overlays import write_text_masks
+
+        print(f"{args.o}: {len(write_text_masks(_trained_run(args), args.o, args.n))} pictures")
+
+    return run
+
+
 def demo(parser: ArgumentParser) -> Command:
     """Make a small data set, train with and without its unlabelled images, compare: minutes on a CPU."""
     parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: nnunet_semiseg_demo")
@@ -329,7 +344,7 @@ def env(parser: ArgumentParser) -> Command:
 
 COMMANDS = (
     convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, export, pretrain_vlm,
-    embed_prompts, demo, env,
+    text_masks, embed_prompts, demo, env,
 )  # fmt: skip
 
 
@@ -370,9 +385,9 @@ def _add_preprocessing_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true")
 
 
-def _add_model_arguments(parser: ArgumentParser) -> None:
+def _add_model_arguments(parser: ArgumentParser, configuration: str | None = None) -> None:
     parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name")
-    parser.add_argument("-c", required=True, metavar="CONFIGURATION")
+    parser.add_argument("-c", required=configuration is None, default=configuration, metavar="CONFIGURATION")
     parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
     parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
 

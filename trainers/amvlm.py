@@ -100,7 +100,11 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         self.prompts = list(read_prompts(dataset_json).values())
         self.case_texts = self.read_case_texts(plans["dataset_name"])
         self.vlm = load_vlm(self.settings.vlm)
-        texts = self.case_texts.values() if self.case_texts else chain(*self.prompts[1:])
+        texts = list(self.case_texts.values() if self.case_texts else chain(*self.prompts))
+        try:
+            self.vlm.tokenize(texts)
+        except UserError as error:
+            raise UserError(f"{'texts.json' if self.case_texts else 'dataset.json'}: {error}") from None
         self.side_axes = named_sides(texts, self.settings)
         return plans
 

@@ -43,8 +43,8 @@ class Pairs(Dataset):
         return to_tower(image[None], self.about, self.size)[0], self.ids[index]
 
 
-def open_cases(dataset_name: str, plans_name: str, configuration: str):
-    """nnU-Net's preprocessed labelled and unlabelled cases, as one dataset."""
+def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[JoinedDataset, list[str]]:
+    """nnU-Net's preprocessed labelled and unlabelled cases, as one dataset, and the names of the unlabelled ones."""
     base = dataset_folder("nnUNet_preprocessed", dataset_name)
     plans = read_json(base / f"{plans_name}.json", "plan first with nnunet_semiseg plan_and_preprocess")
     if configuration not in plans["configurations"]:
@@ -54,4 +54,4 @@ def open_cases(dataset_name: str, plans_name: str, configuration: str):
         raise UserError(f"{labeled}: no preprocessed cases: run nnunet_semiseg plan_and_preprocess")
     kind = infer_dataset_class(str(labeled))
     unlabeled, cases = load_manifest(base, plans, configuration, dataset_name)
-    return JoinedDataset(kind(str(labeled)), kind(unlabeled, cases))
+    return JoinedDataset(kind(str(labeled)), kind(unlabeled, cases)), cases

@@ -202,7 +202,7 @@ def pretrain(
     """
     chosen = settings_from(PretrainingSettings, parse_assignments(settings))
     name = dataset_folder("nnUNet_preprocessed", dataset).name
-    data = open_cases(name, plans, configuration)
+    data, _ = open_cases(name, plans, configuration)
     texts = read_texts(name, data.identifiers, chosen.missing_texts)
     if output is None:
         output = dataset_folder("nnUNet_results", dataset) / "vlm" / configuration
@@ -222,6 +222,9 @@ def pretrain(
     cases = np.random.default_rng(chosen.seed).permutation(sorted(texts)).tolist()
     n_held_out = round(chosen.held_out * len(cases))
     held_out, training = cases[:n_held_out], cases[n_held_out:]
+    if len(training) // int(os.environ.get("WORLD_SIZE", 1)) < chosen.batch_size:
+        few = f"{len(training)} pairs are too few for batches of {chosen.batch_size}"
+        raise UserError(f"{few}: --set batch_size=NUMBER")
     parts = [(training, True), (held_out, False)]
     try:
         train_pairs, held_out_pairs = (Pairs(data, texts, p, vlm, chosen.slice_axis, r) for p, r in parts)
@@ -269,9 +272,6 @@ class Pretraining:
         common = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
         common["pin_memory"] = device.type == "cuda"
         self.loader = DataLoader(pairs, shuffle=self.sampler is None, sampler=self.sampler, drop_last=True, **common)
-        if not len(self.loader):
-            few = f"{len(pairs)} pairs are too few for batches of {settings.batch_size}"
-            raise UserError(f"{few}: --set batch_size=NUMBER")
         self.held_out, self.held_out_texts = DataLoader(held_out, **common), held_out_texts
         decayed = {True: [], False: []}
         for p in model.parameters():
@@ -370,7 +370,7 @@ class Pretraining:
                 _, i, name = key.split(".")
                 state.setdefault(int(i), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": content["groups"]})
-        self.scheduler.load_state_dict(content["scheduler"])
+        self.scheduler.load_state_dict(content["scheduler"] | {"lr_lambdas": [None] * len(content["groups"])})
         self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.history = content["epoch"], content["history"]
         if self.rank:  # the state is that of the first process

@@ -1,0 +1,294 @@
+"""AMVLM's second stage: PAMR, text masks, sides, texts that are missing or wrong."""
+
+import json
+
+import pytest
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from training import make_trainer, settings_for, write_vlm
+
+from nnunet_semiseg.data.texts import read_texts
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
+from nnunet_semiseg.networks.pamr import neighbours, refine
+from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer, exchange, named_sides, with_background
+from nnunet_semiseg.vlm.model import to_tower
+from nnunet_semiseg.vlm.text_masks import (
+    TextMaskGenerator,
+    collect,
+    contrast_between_classes,
+    contrast_between_images,
+    load_vlm,
+)
+
+CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
+REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
+SETTINGS = AMVLMSettings()
+
+
+# ----------------------------------------------------------------------------------------------------------- PAMR
+
+
+def test_neighbours_are_all_but_the_pixel_itself():
+    x = torch.arange(25.0).view(1, 1, 5, 5)
+    around = neighbours(x, [1, 2])
+    assert around.shape == (1, 1, 16, 5, 5)
+    assert around[0, 0, :, 2, 2].tolist() == [6, 7, 8, 11, 13, 16, 17, 18, 0, 2, 4, 10, 14, 20, 22, 24]
+    assert around[0, 0, :8, 0, 0].tolist() == [0, 0, 1, 0, 1, 5, 5, 6]  # the border is repeated
+
+
+def test_a_mask_moves_to_the_edge_of_the_image():
+    """An edge at column 12; the mask ends at column 9, and after PAMR at the edge."""
+    image, mask = torch.zeros(1, 1, 24, 24), torch.zeros(1, 1, 24, 24)
+    image[..., 12:] = 1
+    mask[..., 9:] = 1
+    refined = refine(mask, image, dilations=(1, 2, 4))
+    columns = refined[0, 0, 4:-4].mean(0)
+    assert columns[12:].min() > 0.99  # beyond the edge all stays
+    assert columns[9:12].max() < 0.7 and (columns[9:12] < 1).all()  # what had crossed it is taken back
+    assert columns[:2].max() < 0.3
+    assert 0 <= refined.min() and refined.max() <= 1 + 1e-5
+
+
+def test_a_flat_image_gives_each_neighbour_the_same_weight():
+    mask = torch.rand(1, 2, 8, 8)
+    once = refine(mask, torch.ones(1, 1, 8, 8), iterations=1, dilations=(1,))
+    torch.testing.assert_close(once, neighbours(mask, [1]).mean(2))
+
+
+# ------------------------------------------------------------------------------------------------------ text masks
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    return load_vlm(write_vlm(tmp_path_factory.mktemp("vlm") / "vlm"))
+
+
+def test_the_towers_are_frozen_and_stay_in_eval_mode(vlm):
+    generator = TextMaskGenerator(vlm, 16).train()
+    assert not any(m.training for m in generator.tower.modules())
+    assert not any(p.requires_grad for p in generator.tower.parameters())
+    assert not any("visual" in key or "text" in key for key in generator.state_dict())
+
+
+def test_masks_are_probabilities_that_span_0_to_1_and_use_the_refined_mask(vlm, monkeypatch):
+    generator = TextMaskGenerator(vlm, 16)
+    images = torch.randn(2, 1, 40, 40)
+    texts = generator.encode_texts(["a lesion", "a kidney"])[:, None]
+    # features that are all that the text says, or its opposite
+    said = texts[:, 0, :, None, None].expand(-1, -1, 16, 8)
+    monkeypatch.setattr(generator, "features", lambda x: torch.cat((said, -said), 3))
+    raw, masks, _ = generator(images, texts)
+    sigmoid = 1 / (1 + torch.exp(torch.tensor(-7.5)))
+    torch.testing.assert_close(raw[0, 0, 0, 0], sigmoid)
+    assert raw.min() < 1e-5 and raw.max() > 0.999
+    assert masks.shape == (2, 1, 40, 40) and masks.min() < 0.05 and masks.max() > 0.9 and not masks.requires_grad
+    monkeypatch.setattr("nnunet_semiseg.vlm.text_masks.refine", lambda mask, image: torch.zeros_like(mask))
+    without = generator(images, texts)[1]
+    torch.testing.assert_close(without.max(), 0.3 * sigmoid, atol=1e-3, rtol=0)
+
+
+def test_each_image_has_its_own_text(vlm):
+    generator = TextMaskGenerator(vlm, 16)
+    images = torch.randn(1, 1, 40, 40).repeat(2, 1, 1, 1)
+    texts = generator.encode_texts(["one round lesion", "a kidney"])
+    raw = generator(images, texts[:, None])[0]
+    assert not torch.allclose(raw[0], raw[1])
+    alone = generator(images[:1], texts[:1, None])[0]
+    torch.testing.assert_close(raw[:1], alone)  # the other image's text does not matter
+
+
+def test_no_image_becomes_black(vlm):
+    about = vlm.visual.preprocess_cfg
+    mean, std = (torch.tensor(about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    for scale, shift in ((1, 0), (0.01, -40), (300, 900)):
+        x = torch.randn(1, 1, 40, 40)
+        taken = to_tower(scale * x + shift, about, (32, 32)) * std + mean
+        torch.testing.assert_close(taken, to_tower(x, about, (32, 32)) * std + mean, atol=1e-3, rtol=0)
+        assert 0 <= taken.min() and taken.max() <= 1 and taken.std() > 0.05
+        assert taken.mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_contrast_between_images_by_hand():
+    features = torch.eye(2).view(1, 2, 1, 2).repeat(3, 1, 1, 1)  # pixel 0 is e1, pixel 1 is e2
+    raw = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).view(3, 1, 1, 2)
+    assert collect(raw, features)[:, 0].tolist() == [[1, 0], [0, 1], [1, 0]]
+    texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])[:, None]  # the third has the first's text: no rival
+    e = torch.exp(torch.tensor(1.0)).item()
+    terms = [e / (e + 1), e / (e + 2), e / (e + 1)]
+    expected = -sum(torch.log(torch.tensor(t)).item() for t in terms) / 3
+    assert contrast_between_images(raw, features, texts, 1.0).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_contrast_between_classes_by_hand():
+    features = torch.eye(2).view(1, 2, 1, 2)
+    raw = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)  # the class is pixel 1, so that the background is pixel 0
+    e = torch.exp(torch.tensor(1.0)).item()
+    right = contrast_between_classes(raw, features, torch.tensor([[0.0, 1.0]]), torch.tensor([1.0, 0.0]), 1.0)
+    assert right.item() == pytest.approx(-torch.log(torch.tensor(e / (e + 1))).item())
+
+
+def test_background_is_what_no_mask_takes():
+    masks = torch.tensor([0.5, 0.0, 1.0, 0.0]).view(1, 2, 1, 2)
+    p = with_background(masks, CLASSES)
+    # pixel 0: (0.5 * 0, 0.5, 1) / 1.5, pixel 1: (1, 0, 0)
+    torch.testing.assert_close(p.flatten(), torch.tensor([0.0, 1.0, 1 / 3, 0.0, 2 / 3, 0.0]))
+    assert with_background(masks, REGIONS) is masks
+
+
+def test_a_loss_towards_soft_labels_that_are_hard_is_nnunets():
+    from test_stlu_net import nnunet_loss
+
+    logits, label = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 1, 8, 8))
+    one_hot = torch.zeros(2, 3, 8, 8).scatter_(1, label, 1)
+    loss = nnunet_loss(False)
+    torch.testing.assert_close(soft_label_loss(loss, logits, one_hot), loss(logits, label))
+    loss = nnunet_loss(True)
+    torch.testing.assert_close(soft_label_loss(loss, logits, one_hot), loss(logits, one_hot))
+
+
+# ------------------------------------------------------------------------------------------------------------ sides
+
+
+def test_sides_that_texts_name():
+    assert named_sides(["two lesions", "a bright spot"], SETTINGS) == set()
+    assert named_sides(["Left lung", "a spot"], SETTINGS) == {1}
+    assert named_sides(["the upper right lobe"], SETTINGS) == {0, 1}
+    assert named_sides(["leftover tissue"], SETTINGS) == set()  # a word, not a part of one
+    own = AMVLMSettings(horizontal_sides=(("links", "rechts"),))
+    assert named_sides(["im linken"], own) == set() and named_sides(["links unten"], own) == {1}
+
+
+def test_words_change_places_with_the_sides():
+    text = "Upper left and lower right, leftover: left"
+    assert exchange(text, (False, True), SETTINGS) == "Upper right and lower left, leftover: right"
+    assert exchange(text, (True, False), SETTINGS) == "Lower left and upper right, leftover: left"
+    assert exchange(exchange(text, (True, True), SETTINGS), (True, True), SETTINGS) == text
+
+
+@pytest.fixture
+def ready(tiny_dataset, monkeypatch):
+    torch.set_num_threads(1)
+
+    def make(texts=None, **kwargs):
+        labels = {"background": 0, "lesion": 1, "ignore": 2}
+        dataset = tiny_dataset(**{"dims": 2, "size": 32, "labels": labels} | kwargs)
+        if texts is not None:
+            content = texts if isinstance(texts, dict) else {f"un_{i:03d}": texts for i in range(4)}
+            (dataset.raw / "texts.json").write_text(json.dumps(content))
+        dataset.plan()
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        return dataset
+
+    return make
+
+
+def started(dataset, **settings):
+    trainer = make_trainer(AMVLMTrainer, dataset, **settings)
+    trainer.on_train_start()
+    trainer.network.train()
+    return trainer
+
+
+def augmentation(trainer):
+    rotation, _, _, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    return max(rotation), mirror_axes, trainer.inference_allowed_mirroring_axes
+
+
+def test_flips_that_make_a_text_false_are_off(ready):
+    free = started(ready("a lesion"))
+    assert augmentation(free) == (pytest.approx(3.14159, abs=1e-3), (0, 1), (0, 1))
+    sided = started(ready("a lesion on the left", dataset_id=902))
+    assert augmentation(sided) == (pytest.approx(0.2618, abs=1e-3), (0,), (0,))
+    both = started(ready("upper left lesion", dataset_id=903))
+    assert augmentation(both) == (pytest.approx(0.2618, abs=1e-3), (), None)
+    volume = started(ready("upper left lesion", dataset_id=904, dims=3, size=24))
+    assert augmentation(volume)[1:] == ((0,), (0,))  # through the slices one may
+
+
+def test_flips_with_the_words_exchanged(ready, monkeypatch):
+    trainer = started(ready("a lesion on the left"), sides="swap")
+    assert augmentation(trainer) == (pytest.approx(0.2618, abs=1e-3), (0,), (0, 1))
+    batch = next(trainer.dataloader_train)
+    before = batch["data"].clone(), batch["target"][0].clone(), batch["unlabeled"]["weak"].clone()
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.zeros(2))  # always
+    trainer.forward_streams(batch)
+    assert trainer.flip == (False, True)  # no text names upper or lower: that axis is the loader's
+    after = batch["data"], batch["target"][0], batch["unlabeled"]["weak"]
+    assert all(torch.equal(a, b.flip(-1)) for a, b in zip(after, before, strict=True))
+    generator = trainer.auxiliary["text_masks"]
+    swapped = generator.encode_texts(["a lesion on the right"])
+    torch.testing.assert_close(trainer.text_features[False, True][:1], swapped)
+
+
+# ------------------------------------------------------------------------------------------------------------ texts
+
+
+def test_a_case_has_its_own_text_and_without_one_the_teachers_word(ready):
+    texts = {"un_000": "one lesion", "un_001": "two lesions", "un_002": " "}
+    dataset = ready(texts)
+    with pytest.raises(UserError, match='texts.json: an empty text for case "un_002" .and 1 more.'):
+        make_trainer(AMVLMTrainer, dataset)
+    trainer = started(dataset, missing_texts="skip")
+    images = torch.randn(3, 1, 32, 32)
+    masks, has_text, loss = trainer.text_masks(images, ["un_001", "un_003", "un_000"])
+    assert has_text.tolist() == [True, False, True] and torch.isfinite(loss)
+    own = trainer.auxiliary["text_masks"].encode_texts(["two lesions"])
+    torch.testing.assert_close(masks[:1], trainer.auxiliary["text_masks"](images[:1], own[:, None])[1])
+    assert trainer.text_masks(images, ["un_003"] * 3)[2] == 0
+
+
+def test_what_is_wrong_with_texts_is_one_line(ready):
+    dataset = ready("a lesion")
+    file = dataset.raw / "texts.json"
+    cases = [f"un_{i:03d}" for i in range(4)]
+    for content, words in (
+        ({"un_00": "a"}, 'there is a text for "un_00", but no such case: did you mean un_00'),
+        ({"un_000": 3}, '"un_000": 3 is no text'),
+        ({c: "a" for c in cases[:3]}, 'no text for case "un_003": add it, or --set missing_texts=skip'),
+        ([1], "no JSON object"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words):
+            read_texts(dataset.name, cases)
+    file.write_text(json.dumps({c: "a" for c in cases} | {"un_000": "word " * 40}))
+    with pytest.raises(UserError, match='texts.json: "word .* is too long: the text encoder takes 24 tokens'):
+        make_trainer(AMVLMTrainer, dataset)
+    file.unlink()
+    (dataset.preprocessed / "texts.json").unlink()
+    with pytest.raises(UserError, match="texts.json: no such file"):
+        read_texts(dataset.name, cases)
+
+
+def test_refusals(ready):
+    dataset = ready(labels={"background": 0, "kidney": 1, "tumour": 2})
+    for settings, words in (
+        (dict(vlm=None), "setting vlm: AMVLMTrainer needs a pre-trained model: run nnunet_semiseg pretrain_vlm"),
+        (dict(vlm="/nowhere"), "vlm.json: no such file: name the folder that nnunet_semiseg pretrain_vlm made"),
+        (dict(texts="cases"), "texts=cases: one text a case cannot tell several classes apart"),
+        (dict(horizontal_sides=[["left"]]), "horizontal_sides=.*: must be a list of pairs of words"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_trainer(AMVLMTrainer, dataset, **settings)
+    assert not dataset.results.exists()
+
+
+@pytest.mark.parametrize("part", ["teacher", "text", "average"])
+def test_each_supervision_alone(part, ready):
+    off = {f"{name}_supervision": name == part for name in ("teacher", "text", "average")}
+    trainer = started(ready("a lesion"), **off)
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert set(out) == {"loss", "supervised", part, "mask"} and torch.isfinite(out["loss"])
+
+
+def test_slices_of_a_volume(ready):
+    trainer = started(ready(dims=3, size=24, labels={"background": 0, "kidney": 1, "tumour": 2}), text_slices=3)
+    to_slices, samples = trainer.draw_slices(torch.zeros(2, 1, 8, 16, 16))
+    x = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(2, 1, 8, 16, 16)
+    sliced = to_slices(x)
+    assert sliced.shape == (6, 1, 16, 16) and samples == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(sliced[:3], sliced[3:]) and len(sliced[:3, 0, 0, 0].unique()) == 3
+
+
+def test_the_settings_of_the_tests_have_a_pretrained_model(ready):
+    assert "vlm" in settings_for(ready())
