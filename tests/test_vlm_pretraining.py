@@ -19,6 +19,7 @@ from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.vlm import pretraining
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.overlays import write_text_masks
+from nnunet_semiseg.vlm.pairs import random_crop
 from nnunet_semiseg.vlm.pretraining import PretrainingSettings, PretrainingTask, pretrain, rate, retrieval, split_model
 from nnunet_semiseg.vlm.text_masks import load_vlm
 
@@ -177,6 +178,18 @@ def test_wrong_use_is_one_line_before_anything_is_written(dataset, towers, tmp_p
         error = capsys.readouterr().err
         assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error
     assert not out.exists()
+
+
+def test_crops_are_parts_of_the_image():
+    image = torch.arange(1600.0).view(1, 40, 40)
+    sizes = set()
+    for _ in range(30):
+        crop = random_crop(image, 0.8)
+        sizes.add(crop.shape[1])
+        assert crop.shape[1] == crop.shape[2] and 32 <= crop.shape[1] <= 40
+        top, left = divmod(int(crop[0, 0, 0]), 40)
+        assert torch.equal(crop, image[:, top : top + crop.shape[1], left : left + crop.shape[2]])
+    assert len(sizes) > 3 and torch.equal(random_crop(image, 1.0), image)
 
 
 @pytest.mark.slow

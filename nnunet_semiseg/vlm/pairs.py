@@ -23,11 +23,14 @@ class Pairs(Dataset):
 
     Args:
         data: nnU-Net's preprocessed cases.
-        random_slice: any slice of the volume, else the middle one.
+        crop: the least share of height and width that a random crop keeps, with any slice of a volume; None: the
+            whole image, the middle slice.
     """
 
-    def __init__(self, data, texts: dict[str, str], cases: Sequence[str], model: AMVLM, axis: int, random_slice: bool):
-        self.data, self.cases, self.axis, self.random_slice = data, list(cases), axis, random_slice
+    def __init__(
+        self, data, texts: dict[str, str], cases: Sequence[str], model: AMVLM, axis: int, crop: float | None = None
+    ):
+        self.data, self.cases, self.axis, self.crop = data, list(cases), axis, crop
         self.ids = model.tokenize([texts[case] for case in self.cases]) if cases else None
         self.size, self.about = model.image_size, model.visual.preprocess_cfg
 
@@ -38,9 +41,20 @@ class Pairs(Dataset):
         volume = self.data.load_case(self.cases[index])[0]
         axis = self.axis + 1 if volume.shape[1] > 1 else 1  # 2d cases have one slice
         depth = volume.shape[axis]
-        i = int(torch.randint(depth, ())) if self.random_slice else depth // 2
+        i = depth // 2 if self.crop is None else int(torch.randint(depth, ()))
         image = torch.from_numpy(np.ascontiguousarray(np.take(volume, i, axis), dtype=np.float32))
+        if self.crop is not None:
+            image = random_crop(image, self.crop)
         return to_tower(image[None], self.about, self.size)[0], self.ids[index]
+
+
+def random_crop(image: Tensor, least: float) -> Tensor:
+    """A part of (C, H, W), of one share of both sides between `least` and 1: too little to make a text false."""
+    share, *places = (least + (1 - least) * torch.rand(1), *torch.rand(2))
+    for dim, place in zip((1, 2), places, strict=True):
+        kept = max(1, round(float(share) * image.shape[dim]))
+        image = image.narrow(dim, round(float(place) * (image.shape[dim] - kept)), kept)
+    return image
 
 
 def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[JoinedDataset, list[str]]:

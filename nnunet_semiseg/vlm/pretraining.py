@@ -60,6 +60,8 @@ class PretrainingSettings:
     icl_weight: float = 0.1
     held_out: float = 0.1
     """share of the cases that retrieval is measured on"""
+    crop: float = 0.9
+    """least share of height and width that the random crop of a training image keeps; 1: no crop"""
     slice_axis: int = 0
     """of 3d volumes, after nnU-Net's transposition"""
     missing_texts: Literal["error", "skip"] = "error"
@@ -75,7 +77,7 @@ class PretrainingSettings:
             require(self, name, minimum=1e-12)
         for name in ("weight_decay", "itc_weight", "css_weight", "local_weight", "icl_weight", "num_workers", "seed"):
             require(self, name, minimum=0)
-        for name in ("warmup", "momentum"):
+        for name in ("warmup", "momentum", "crop"):
             require(self, name, minimum=0, maximum=1)
         require(self, "held_out", minimum=0, maximum=0.9)
         require(self, "slice_axis", minimum=0, maximum=2)
@@ -225,9 +227,9 @@ def pretrain(
     if len(training) // int(os.environ.get("WORLD_SIZE", 1)) < chosen.batch_size:
         few = f"{len(training)} pairs are too few for batches of {chosen.batch_size}"
         raise UserError(f"{few}: --set batch_size=NUMBER")
-    parts = [(training, True), (held_out, False)]
+    parts = [(training, chosen.crop), (held_out, None)]
     try:
-        train_pairs, held_out_pairs = (Pairs(data, texts, p, vlm, chosen.slice_axis, r) for p, r in parts)
+        train_pairs, held_out_pairs = (Pairs(data, texts, p, vlm, chosen.slice_axis, crop) for p, crop in parts)
     except UserError as error:
         raise UserError(f"texts.json of {name}: {error}") from None
     about |= {"trained": weights != UNTRAINED, "held_out": held_out}
