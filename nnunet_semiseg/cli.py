@@ -200,9 +200,10 @@ def compare(parser: ArgumentParser) -> Command:
     parser.add_argument("-o", metavar="FOLDER", help="default: comparison/CONFIGURATION below the dataset's results")
 
     def run(args: Namespace) -> None:
-        from nnunet_semiseg.evaluation import compare as comparison
+        from nnunet_semiseg.evaluation.compare import compare
+        from nnunet_semiseg.evaluation.request import Request
 
-        request = comparison.Request(
+        request = Request(
             dataset=args.d,
             configuration=args.c,
             fold=args.f,
@@ -219,7 +220,7 @@ def compare(parser: ArgumentParser) -> Command:
             tolerance=args.tolerance,
             num_processes=args.np,
         )
-        print(comparison.compare(request, args.o, args.train))
+        print(compare(request, args.o, args.train))
 
     return run
 
@@ -232,9 +233,10 @@ def text_effect(parser: ArgumentParser) -> Command:
     parser.add_argument("-o", metavar="FOLDER", help="default: text_effect/MODEL below the dataset's results")
 
     def run(args: Namespace) -> None:
-        from nnunet_semiseg.evaluation import compare, text_effect
+        from nnunet_semiseg.evaluation import text_effect
+        from nnunet_semiseg.evaluation.request import Request
 
-        request = compare.Request(
+        request = Request(
             dataset=args.d,
             configuration=args.c,
             fold=args.f,

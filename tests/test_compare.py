@@ -22,7 +22,7 @@ from training import PLANS, write_settings
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare
-from nnunet_semiseg.evaluation.compare import Request
+from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.runs import RECORD, Run, unequal_conditions
 from nnunet_semiseg.files import write_json
 
@@ -88,7 +88,7 @@ def pretend_predicted(monkeypatch, planned):
 
 
 def all_runs(asked: Request) -> list[Run]:
-    runs, upper_bound = compare.make_runs(asked)
+    runs, upper_bound = make_runs(asked)
     return [*runs, *upper_bound]
 
 
@@ -150,7 +150,7 @@ def test_whatever_is_unequal_is_found(planned, tiny_dataset):
     upper = tiny_dataset(labeled=4, dataset_id=902)
     upper.plan(preprocess=False)
     asked = request(planned, trainers=TRAINERS[:2], upper_bound=902)
-    runs, bound = compare.make_runs(asked)
+    runs, bound = make_runs(asked)
     for run in (*runs, *bound):
         pretend_trained(run)
     assert unequal_conditions(runs, bound) == []
@@ -171,7 +171,7 @@ def test_whatever_is_unequal_is_found(planned, tiny_dataset):
 
 
 def test_nnunets_own_trainer_leaves_no_label_out_and_has_no_seed(planned):
-    runs, _ = compare.make_runs(request(planned, trainers=["nnUNetTrainer", "SupervisedTrainer"], seeds=1))
+    runs, _ = make_runs(request(planned, trainers=["nnUNetTrainer", "SupervisedTrainer"], seeds=1))
     for run in runs:
         pretend_trained(run)
         change(run, "plans.json", semiseg={"num_labeled": 2})
@@ -288,7 +288,7 @@ def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_h
     asked = request(dataset, fold="1")
     held_out = generate_crossval_split([f"tr_{i:03d}" for i in range(6)])[1]["val"]
     assert not (dataset.preprocessed / "splits_final.json").exists()
-    assert list(compare.find_test_set(asked, all_runs(asked)[0]).images) == sorted(held_out)
+    assert list(find_test_set(asked, all_runs(asked)[0]).images) == sorted(held_out)
 
 
 # ------------------------------------------------------------------------------------------------------ wrong use
@@ -336,9 +336,9 @@ def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
     asked = request(planned, device="cuda", gpus=[0, 2])
     refused(asked, "--gpus 2: no such GPU: there are 2, numbered from 0", tmp_path / "o")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert compare.find_devices(request(planned, device="cuda", gpus=[0, 1])) == ["0", "1"]
+    assert find_devices(request(planned, device="cuda", gpus=[0, 1])) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")  # numbers are of the GPUs that we were given
-    assert compare.find_devices(request(planned, device="cuda", gpus=[1])) == ["7"]
+    assert find_devices(request(planned, device="cuda", gpus=[1])) == ["7"]
 
 
 def test_no_test_set_and_no_validation_fold(planned, tmp_path):
@@ -387,13 +387,13 @@ def test_the_upper_bound_must_not_have_seen_the_test_set(planned, tiny_dataset, 
     refused(asked, "--upper-bound: test case ts_001 is in .*902_Tiny/imagesTr", tmp_path / "o")
     # a fold's validation cases may be held out by the same fold there
     shutil.rmtree(planned.raw / "labelsTs")
-    runs, bound = compare.make_runs(request(planned, fold="0", upper_bound=902))
-    test_set = compare.find_test_set(request(planned, fold="0"), runs[0])
-    compare.check_disjoint(test_set, bound[0])
+    runs, bound = make_runs(request(planned, fold="0", upper_bound=902))
+    test_set = find_test_set(request(planned, fold="0"), runs[0])
+    check_disjoint(test_set, bound[0])
     splits = json.loads((upper.preprocessed / "splits_final.json").read_text())
     write_json(splits[::-1], upper.preprocessed / "splits_final.json")
     with pytest.raises(UserError, match=f"test case {next(iter(test_set.images))} is in .*902_Tiny"):
-        compare.check_disjoint(test_set, bound[0])
+        check_disjoint(test_set, bound[0])
 
 
 def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):

@@ -10,7 +10,7 @@ from training import PLANS, make_trainer, settings_for
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import text_effect
-from nnunet_semiseg.evaluation.compare import make_runs
+from nnunet_semiseg.evaluation.request import make_runs
 from nnunet_semiseg.files import write_json
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 

@@ -16,19 +16,10 @@ from nnunet_semiseg.config import read_settings
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import figures
-from nnunet_semiseg.evaluation.compare import (
-    Request,
-    TestSet,
-    do_all,
-    evaluate,
-    find_devices,
-    find_test_set,
-    is_predicted,
-    make_runs,
-    prediction_job,
-)
+from nnunet_semiseg.evaluation.compare import do_all, evaluate, is_predicted, prediction_job
 from nnunet_semiseg.evaluation.metrics import METRICS
 from nnunet_semiseg.evaluation.report import Report, Section, number, write
+from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.evaluation.statistics import caution, differences_from
 from nnunet_semiseg.text.encoder import load_text_tower

@@ -1,0 +1,235 @@
+"""What a comparison is asked for: runs, test set, GPUs; and what makes no sense, refused before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+
+from nnunet_semiseg.config import PLANS_KEY
+from nnunet_semiseg.data.unlabeled import labeled_images
+from nnunet_semiseg.discovery import check_trainer
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json
+from nnunet_semiseg.planning import NUM_FOLDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is compared.
+
+    Attributes:
+        dataset: number or name.
+        fold: a number, or `all`.
+        trainers: the first is the baseline.
+        seeds: how many runs of each trainer, with the seeds 0, 1, ...; None: one, with what the plans say.
+        labeled: sizes of the labelled set, None for all labels; without any, the set is what it is.
+        curve: trainers that are trained at every size; the others at the first alone. None: all of them.
+        upper_bound: a dataset with all the labels, for the baseline's trainer.
+        noise: standard deviations of noise on the normalised test images.
+        gpus: the numbers of those that train and predict at the same time; none: the one that `device` means.
+        tolerance: of the normalised surface distance, in mm.
+        num_processes: for the evaluation.
+    """
+
+    dataset: int | str
+    configuration: str
+    fold: str
+    trainers: Sequence[str]
+    plans: str = "nnUNetSemiSegPlans"
+    seeds: int | None = None
+    labeled: Sequence[int | None] = ()
+    curve: Sequence[str] | None = None
+    upper_bound: int | str | None = None
+    noise: Sequence[float] = ()
+    device: str = "cuda"
+    gpus: Sequence[int] = ()
+    mirroring: bool = True
+    tolerance: float = 2.0
+    num_processes: int = 2
+
+    @property
+    def main_size(self) -> int | None:
+        """The size of the labelled set that tables and pictures are about; the others are points of the curve."""
+        return self.labeled[0] if self.labeled else None
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Images with references: `imagesTs` and `labelsTs`, or a fold's validation cases.
+
+    Attributes:
+        images: the channels' files of every case.
+        references: the folder of the reference labels.
+        is_validation: nnU-Net has predicted these cases at the end of the training.
+        labels: as in dataset.json.
+        reader: nnU-Net's, for images and labels.
+    """
+
+    images: dict[str, list[str]]
+    references: Path
+    is_validation: bool
+    labels: dict
+    file_ending: str
+    reader: type
+
+
+def check_numbers(request: Request) -> None:
+    """Raises UserError for numbers that make no sense, before hours of work."""
+    for sigma in request.noise:
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise UserError(f"--noise {sigma:g}: give numbers above 0; without noise is always among them")
+    if not (math.isfinite(request.tolerance) and request.tolerance > 0):
+        raise UserError(f"--tolerance {request.tolerance:g}: give a number of mm above 0")
+    for size in request.labeled:
+        if size is not None and size < 1:
+            raise UserError(f"--labeled {size}: give numbers from 1 on, or all")
+
+
+def check_sizes(request: Request, run: Run) -> None:
+    """Raises UserError where the labelled set has fewer cases than `--labeled` asks for, or where all is not all."""
+    if not request.labeled:
+        return
+    preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
+    plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
+    if None in request.labeled and fixed is not None:
+        mend = "--set num_labeled=null first"
+        raise UserError(f"--labeled all: the plans {request.plans} say num_labeled={fixed}: {mend}")
+    raw = dataset_folder("nnUNet_raw", request.dataset)
+    cases = labeled_images(raw, read_dataset_json(raw))
+    if request.fold != "all":
+        cases = [case for case in find_splits(preprocessed, cases)[int(request.fold)]["train"] if case in cases]
+    largest = max((size for size in request.labeled if size is not None), default=0)
+    if largest > len(cases):
+        raise UserError(f"--labeled {largest}: fold {request.fold} of {run.dataset} has {len(cases)} labelled cases")
+
+
+def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
+    """nnU-Net's folds; before the first training those that it will draw."""
+    file, cases = preprocessed / "splits_final.json", sorted(cases)
+    if file.is_file() or len(cases) < NUM_FOLDS:
+        return read_json(file, "plan first with nnunet_semiseg plan_and_preprocess")
+    return generate_crossval_split(cases)
+
+
+def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
+    """The compared runs and those of the upper bound.
+
+    Raises:
+        UserError: a trainer that does not exist or is named twice, no such dataset, seeds or sizes that make no sense.
+    """
+    for trainer in request.trainers:
+        check_trainer(trainer)
+    for name, values in (
+        ("--trainers", request.trainers), ("--labeled", request.labeled), ("--curve", request.curve or ()),
+        ("--noise", request.noise), ("--gpus", request.gpus),
+    ):  # fmt: skip
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}: {' '.join(map(str, values))}: name each once")
+    if request.seeds is not None and request.seeds < 1:
+        raise UserError(f"--seeds {request.seeds}: give at least 1")
+    if not (request.fold == "all" or request.fold.isdecimal()):
+        raise UserError(f"-f {request.fold}: give the number of a fold, or all")
+    for trainer in request.curve or ():
+        if trainer not in request.trainers or len(request.labeled) < 2:
+            raise UserError(f"--curve {trainer}: name some of --trainers, and several sizes with --labeled")
+    seeds = [None] if request.seeds is None else range(request.seeds)
+
+    def make(dataset: int | str, trainers: Iterable[str], sizes: Iterable[int | None]) -> list[Run]:
+        name = dataset_folder("nnUNet_preprocessed", dataset).name
+        shared = name, request.configuration, request.fold
+        return [Run(*shared, t, request.plans, seed, size) for size in sizes for t in trainers for seed in seeds]
+
+    runs = make(request.dataset, request.trainers, [request.main_size])
+    runs += make(request.dataset, request.trainers if request.curve is None else request.curve, request.labeled[1:])
+    upper_bound = [] if request.upper_bound is None else make(request.upper_bound, request.trainers[:1], [None])
+    if set(upper_bound) & set(runs):
+        raise UserError(f"--upper-bound {request.upper_bound}: is among the compared runs already: leave it out")
+    return runs, upper_bound
+
+
+def find_test_set(request: Request, run: Run) -> TestSet:
+    """The test set, if there is one with references, else the fold's validation cases.
+
+    Raises:
+        UserError: neither; a reference without an image; noise without a test set.
+    """
+    raw = dataset_folder("nnUNet_raw", request.dataset)
+    preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
+    dataset_json = read_dataset_json(raw)
+    ending = dataset_json["file_ending"]
+    plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    if request.configuration not in plans["configurations"]:
+        raise UserError(f"-c {request.configuration}: {request.plans} has {' and '.join(plans['configurations'])}")
+    about = dataset_json["labels"], ending, PlansManager(plans).image_reader_writer_class
+
+    def cases_of(folder: Path) -> dict[str, list[str]]:
+        lists = create_lists_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else []
+        return {Path(files[0]).name[: -len(ending) - 5]: files for files in lists}
+
+    references = sorted(file.name[: -len(ending)] for file in (raw / "labelsTs").glob(f"*{ending}"))
+    if references:
+        images = cases_of(raw / "imagesTs")
+        for case in references:
+            if case not in images:
+                raise UserError(f"{raw / 'labelsTs' / case}{ending}: no image {case}_0000{ending} in imagesTs: add it")
+        return TestSet({case: images[case] for case in references}, raw / "labelsTs", False, *about)
+    if request.noise:
+        raise UserError(f"--noise: needs a test set, and {raw / 'labelsTs'} has no *{ending}")
+    if request.fold == "all":
+        raise UserError(
+            f"{raw / 'labelsTs'}: no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
+            f" labelsTs, or compare a numbered fold with -f"
+        )
+    images = cases_of(raw / "imagesTr")
+    splits = find_splits(preprocessed, images)
+    if int(request.fold) >= len(splits) or not splits[int(request.fold)]["val"]:
+        raise UserError(f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}")
+    cases = sorted(splits[int(request.fold)]["val"])
+    for case in cases:
+        if case not in images:
+            raise UserError(f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}")
+    return TestSet({case: images[case] for case in cases}, preprocessed / "gt_segmentations", True, *about)
+
+
+def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
+    """Raises UserError where the upper bound is trained on a test case."""
+    raw = dataset_folder("nnUNet_raw", upper_bound.dataset)
+    held_out: Iterable[str] = ()
+    if test_set.is_validation:  # its own fold may hold them out, too
+        preprocessed = dataset_folder("nnUNet_preprocessed", upper_bound.dataset)
+        splits = find_splits(preprocessed, labeled_images(raw, read_dataset_json(raw)))
+        held_out = splits[int(upper_bound.fold)]["val"] if int(upper_bound.fold) < len(splits) else ()
+    for case in set(test_set.images) - set(held_out):
+        for folder in ("imagesTr", "imagesUn"):
+            if any((raw / folder).glob(f"{case}_0000.*")):
+                raise UserError(f"--upper-bound: test case {case} is in {raw / folder}: take it out, and train again")
+
+
+def find_devices(request: Request) -> list[str]:
+    """The value of CUDA_VISIBLE_DEVICES for each of the processes at a time; '' leaves it as it is.
+
+    Raises:
+        UserError: a GPU that is not there.
+    """
+    if request.gpus and request.device != "cuda":
+        raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: only with -device cuda")
+    count = torch.cuda.device_count()
+    if request.device == "cuda" and not count:
+        raise UserError("-device cuda: there is no GPU: use -device cpu")
+    for gpu in request.gpus:
+        if not 0 <= gpu < count:
+            raise UserError(f"--gpus {gpu}: no such GPU: there are {count}, numbered from 0")
+    # numbers are those that this process sees: of the GPUs that it was given
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    return [names[gpu].strip() for gpu in request.gpus] or [""]
