@@ -51,7 +51,6 @@ def test_soft_target_loss_by_hand():
 def trained(tiny_dataset, monkeypatch):
     """A factory of runs with the checkpoint of an untrained model."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(LossTermLogger, "plot_progress_png", lambda self, folder: None)
 
     def make(trainer_class, **kwargs):
         dataset = tiny_dataset(**{"labeled": 2, "unlabeled": 2, "test": 1} | kwargs)
@@ -69,6 +68,11 @@ def trained(tiny_dataset, monkeypatch):
         return dataset, run
 
     return make
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(LossTermLogger, "plot_progress_png", lambda self, folder: None)
 
 
 @pytest.mark.slow
@@ -97,7 +101,7 @@ def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, tr
     subprocess.run([*map(str, [command[0], *words])], env=environment, check=True, capture_output=True)
 
 
-def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, monkeypatch):
+def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no_plots, monkeypatch):
     dataset, run = trained(SemiCMLTrainer)
     dataset_plans = (dataset.preprocessed / f"{PLANS}.json").read_bytes()
 
@@ -135,7 +139,7 @@ def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, mo
     assert torch.equal(next(student.parameters()), next(theirs.network.parameters()).cpu())
 
 
-def test_the_taught_network_comes_nearer_to_its_teacher(trained):
+def test_the_taught_network_comes_nearer_to_its_teacher(trained, no_plots):
     _, run = trained(SemiCMLTrainer, dims=2, size=32)
     stock = distill(run, ["num_epochs=6", "num_iterations_per_epoch=5", "distillation_weight=10"], "cpu")
     terms = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)["logging"]["loss/distillation"]
