@@ -197,7 +197,9 @@ def compare(parser: ArgumentParser) -> Command:
     parser.add_argument(
         "-np", type=_at_least(0), default=_cores(8), metavar="N", help="processes for the evaluation"
     )
-    parser.add_argument("-o", metavar="FOLDER", help="default: comparison/CONFIGURATION below the dataset's results")
+    parser.add_argument(
+        "-o", metavar="FOLDER", help="default: comparison/CONFIGURATION__fold_FOLD below the dataset's results"
+    )
 
     def run(args: Namespace) -> None:
         from nnunet_semiseg.evaluation.compare import compare

@@ -194,4 +194,4 @@ def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", without_onnx)
     assert cli.main(["export", *model, "-tr", "SemiCMLTrainer", "--onnx", str(tmp_path / "m.onnx")]) == 1
-    assert "onnxruntime: not installed: pip install 'nnunet-semiseg[onnx]'" in capsys.readouterr().err
+    assert "onnxruntime: not installed: pip install onnx onnxruntime onnxscript" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_one_case_has_no_interval():
 
 
 def test_few_cases_are_said_to_be_few():
-    assert caution(10) is None and "Only 4 cases: p cannot be below 0.12" in caution(4)
+    assert caution(10) == [] and "Only 4 cases: p cannot be below 0.12" in caution(4)[0]
 
 
 def test_cases_that_one_method_lacks_are_no_pairs():

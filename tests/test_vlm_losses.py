@@ -32,8 +32,8 @@ def test_w2_between_all_pairs():
     a = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     b = torch.tensor([[0.0, 0.0], [0.0, 4.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0], [4.0, 2.0]])
     w2, means = wasserstein2(a, b)
-    assert means.tolist() == [[0, 16, 9], [25, 9, 16]]
-    assert w2.tolist() == [[0, 16, 9 + 10], [25 + 2, 9 + 2, 16 + 4]]  # off the diagonal, too
+    torch.testing.assert_close(means, torch.tensor([[0.0, 16, 9], [25, 9, 16]]))
+    torch.testing.assert_close(w2, torch.tensor([[0.0, 16, 9 + 10], [25 + 2, 9 + 2, 16 + 4]]))  # off the diagonal, too
 
 
 def test_similarity_constraint():

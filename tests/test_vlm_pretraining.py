@@ -20,7 +20,7 @@ from nnunet_semiseg.vlm import pretraining
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.overlays import write_text_masks
 from nnunet_semiseg.vlm.pairs import random_crop
-from nnunet_semiseg.vlm.pretraining import PretrainingSettings, PretrainingTask, pretrain, rate, retrieval, split_model
+from nnunet_semiseg.vlm.pretraining import PretrainingSettings, PretrainingTask, pretrain, retrieval, split_model
 from nnunet_semiseg.vlm.text_masks import load_vlm
 
 PLANS = "nnUNetSemiSegSmallPlans"
@@ -35,10 +35,6 @@ def test_retrieval_by_hand():
     assert result["image_to_text_recall@1"] == 1 and result["text_to_image_recall@1"] == pytest.approx(2 / 3)
     assert result["image_to_text_recall@5"] == result["text_to_image_recall@5"] == 1
     assert retrieval(image, text, ["a", "a", "c"])["text_to_image_recall@1"] == 1  # the same text is as right
-
-
-def test_the_learning_rate_rises_and_falls():
-    assert [rate(p, 0.1) for p in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 def test_models_by_name_tag_and_path():

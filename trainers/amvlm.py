@@ -183,15 +183,15 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         to_slices, samples = self.draw_slices(weak)
         masks, has_text, mask_loss = self.text_masks(to_slices(weak), [batch["unlabeled_keys"][i] for i in samples])
         # without a text the teacher's word is all there is
-        text = torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), to_slices(taught))
+        logits_2d, taught_2d = to_slices(logits), to_slices(taught)
+        text = torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught_2d)
         terms = {}
         if settings.teacher_supervision:
             terms["teacher"] = soft_label_loss(self.finest_loss, logits, taught)
         if settings.text_supervision:
-            terms["text"] = soft_label_loss(self.finest_loss, to_slices(logits), text)
+            terms["text"] = soft_label_loss(self.finest_loss, logits_2d, text)
         if settings.average_supervision:
-            average = (text + to_slices(taught)) / 2
-            terms["average"] = soft_label_loss(self.finest_loss, to_slices(logits), average)
+            terms["average"] = soft_label_loss(self.finest_loss, logits_2d, (text + taught_2d) / 2)
         weight = settings.pseudo_weight * gaussian_ramp(self.progress)
         return {name: weight * term for name, term in terms.items()} | {"mask": settings.mask_weight * mask_loss}
 
@@ -216,7 +216,7 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         raw, masks, features = generator(images, texts)
         has_text = torch.tensor([case in self.row for case in cases]).to(images.device, non_blocking=True)
         if not known:
-            return masks, has_text, raw.sum() * 0
+            return masks, has_text, raw.new_zeros(())
         return masks, has_text, contrast_between_images(raw[known], features[known], texts[known], temperature)
 
 

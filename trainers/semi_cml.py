@@ -192,20 +192,21 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
 
         relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
         weak = batch["unlabeled"]["weak"]
-        if settings.intra_weight or relearns and settings.teacher == "ema":
-            taught = self.predict(self.teacher, weak, settings.mc_passes if relearns else 0)
+        pooled = self.predict_with_pool(weak) if relearns and settings.teacher == "best_pool" else None
+        taught, branches = pooled, None
+        if relearns and pooled is None:
+            taught = self.predict(self.teacher, weak, settings.mc_passes)
+            branches = taught[0]
         if settings.intra_weight:
+            if branches is None:
+                with torch.no_grad():
+                    branches = self.teacher(weak, branches=True)
             own = (p[len(batch["data"]) :] for p in both)
-            consistency = sum(F.mse_loss(p, q) for p, q in zip(own, map(self.probabilities, taught[0]), strict=True))
+            consistency = sum(F.mse_loss(p, q) for p, q in zip(own, map(self.probabilities, branches), strict=True))
             terms["intra"] = settings.intra_weight * ramp * consistency
         if settings.relearning_weight:
-            if relearns:
-                if settings.teacher == "best_pool":
-                    taught = self.predict_with_pool(weak) or self.predict(self.teacher, weak, settings.mc_passes)
-                relearning = self.relearning_loss(unlabeled, *taught)
-            else:
-                relearning = unlabeled[0].new_zeros(())
-            terms["relearning"] = settings.relearning_weight * ramp * relearning
+            loss = self.relearning_loss(unlabeled, *taught) if relearns else unlabeled[0].new_zeros(())
+            terms["relearning"] = settings.relearning_weight * ramp * loss
         return terms
 
     def probabilities(self, logits: Tensor) -> Tensor:

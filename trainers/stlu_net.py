@@ -77,8 +77,8 @@ class STLUNetTrainer(SemiSupervisedTrainer):
     The paper's comparisons: `mixing_groups`; `mixing=scalar` (a fixed weight, or one drawn from Beta(b, b));
     `mixing=mixup`, after Verma et al. (ICML 2019), at one of the groups' stages drawn anew in each step, with a
     weight above 1/2, each sample supervised with both labels in proportion (labelled with pseudo-labels under gamma);
-    `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other;
-    `confidence_threshold`.
+    `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other (whose
+    labelled half is then computed for nothing); `confidence_threshold`.
     """
 
     settings_class = STLUNetSettings
@@ -90,8 +90,8 @@ class STLUNetTrainer(SemiSupervisedTrainer):
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
         settings = read_settings(STLUNetSettings, plans_manager.plans)
-        own = settings.mixing in ("similarity", "dropblock")
-        return FeatureMixingUNet(network, settings.mixing if own else "weight", settings.channel_dropout)
+        mixing = "weight" if settings.mixing in ("scalar", "mixup") else settings.mixing
+        return FeatureMixingUNet(network, mixing, settings.channel_dropout)
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         plans = super().prepare(plans, configuration, fold, dataset_json)
@@ -130,7 +130,7 @@ class STLUNetTrainer(SemiSupervisedTrainer):
         if mixing == "scalar":
             weight = torch.tensor(self.settings.mixing_weight) if beta is None else draw_beta(beta)
             return self.points, weight.to(self.device, non_blocking=True)
-        return self.points, torch.ones((), device=self.device) if mixing == "off" else None
+        return self.points, None
 
     def forward_streams(self, batch: dict):
         """Per half of the batch a pair: the outputs of the mixing stream and of the enhancement stream."""

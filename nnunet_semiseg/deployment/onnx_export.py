@@ -37,7 +37,7 @@ def export_onnx(run: Run, file: str | Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
-        raise UserError(f"{error.name}: not installed: pip install 'nnunet-semiseg[onnx]'") from None
+        raise UserError(f"{error.name}: not installed: pip install onnx onnxruntime onnxscript") from None
     if not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)

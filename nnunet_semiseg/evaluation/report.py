@@ -159,7 +159,7 @@ def write_report(results: Results, output: Path) -> Path:
     findings = [finding(baseline, table, metric) for metric, table in differences.items()]
     if differences:
         pd.concat(differences, names=["metric", "method"]).to_csv(output / "differences.csv")
-        findings += [line for line in [caution(compared["case"].nunique())] if line]
+        findings += caution(compared["case"].nunique())
     return write(Report(title, facts, sections, results.warnings, findings), output)
 
 

@@ -59,19 +59,19 @@ def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.Dat
     return table
 
 
-def caution(n_cases: int) -> str | None:
-    """What one must know of the statistics of few cases, or None.
+def caution(n_cases: int) -> list[str]:
+    """What one must know of the statistics of few cases: a line, or none.
 
     Wilcoxon's exact two-sided p is at least 2 / 2^n. Percentile bootstrap intervals that are meant to hold 95 % held
-    80 % with 4 normal differences, 83 % with 5 and 89 % with 10, in a simulation.
+    81 % with 4 normal differences, 84 % with 5 and 90 % with 10, in 4,000 simulations each.
     """
     if n_cases >= FEW:
-        return None
+        return []
     least = min(1.0, 2 / 2**n_cases)
-    return (
+    return [
         f"Only {n_cases} cases: p cannot be below {least:.2g}, whatever the difference, and the intervals are too"
         " narrow (with 4 cases they hold about 80 % instead of 95 %)."
-    )
+    ]
 
 
 def holm(p: np.ndarray) -> np.ndarray:

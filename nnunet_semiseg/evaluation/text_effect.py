@@ -155,7 +155,7 @@ def make_report(
     ]
     facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {len(test_set.images)} test cases"}
     del shares["true"]
-    findings = [verdict(shares, differences), *(line for line in [caution(len(test_set.images))] if line)]
+    findings = [verdict(shares, differences), *caution(len(test_set.images))]
     return Report(f"What text changes in {run.title}", facts, sections, findings=findings)
 
 

@@ -64,7 +64,7 @@ class FeatureMixingUNet(nn.Module):
 
     Args:
         network: a PlainConvUNet or ResidualEncoderUNet.
-        mixing: `similarity` (w from the features), `weight` (w is given) or `dropblock` (no mixing).
+        mixing: `similarity` (w from the features), `weight` (w is given), `dropblock` or `off`.
         dropout: p of the other stream's channel dropout, and of dropblock.
     """
 
@@ -95,7 +95,7 @@ class FeatureMixingUNet(nn.Module):
                 mixed, dropped = streams[0], streams[-1]  # the same tensor at the first point: computed once
                 if self.mixing == "dropblock":
                     mixed = drop_blocks(mixed, self.dropout)
-                else:
+                elif self.mixing != "off":
                     labeled, unlabeled = mixed.chunk(2)
                     if self.mixing == "similarity":
                         weight = similarity_weights(labeled, unlabeled)

@@ -38,7 +38,7 @@ def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Te
     Returns:
         Two tensors (..., M, N), at least 0.
     """
-    means, spreads = (_squared_distances(x, y) for x, y in zip(a, b, strict=True))
+    means, spreads = (torch.cdist(x.float(), y.float()).square() for x, y in zip(a, b, strict=True))
     return means + spreads, means
 
 
@@ -155,9 +155,3 @@ def draw(distribution: tuple[Tensor, Tensor]) -> Tensor:
     """mu + sigma e, e a standard normal number for every element; gradients reach both."""
     mean, std = distribution
     return mean + std * torch.randn_like(mean)
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.float(), b.float()
-    products = a @ b.transpose(-1, -2)
-    return (a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * products).clamp_min(0)

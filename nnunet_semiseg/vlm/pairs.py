@@ -42,7 +42,8 @@ class Pairs(Dataset):
         axis = self.axis + 1 if volume.shape[1] > 1 else 1  # 2d cases have one slice
         depth = volume.shape[axis]
         i = depth // 2 if self.crop is None else int(torch.randint(depth, ()))
-        image = torch.from_numpy(np.ascontiguousarray(np.take(volume, i, axis), dtype=np.float32))
+        part = volume[(slice(None),) * axis + (i,)]  # of a compressed volume this reads the slice alone
+        image = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
         if self.crop is not None:
             image = random_crop(image, self.crop)
         return to_tower(image[None], self.about, self.size)[0], self.ids[index]

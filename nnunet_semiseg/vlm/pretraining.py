@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
@@ -49,7 +51,7 @@ class PretrainingSettings:
     learning_rate: float = 1e-4
     weight_decay: float = 0.05
     warmup: float = 0.05
-    """share of the training over which the learning rate rises; then it falls as a cosine"""
+    """share of the training over which the learning rate rises; then it falls (torch's OneCycleLR)"""
     temperature: float = 0.07
     momentum: float = 0.995
     dim: int = 128
@@ -144,8 +146,8 @@ class PretrainingTask(nn.Module):
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        online, averaged = list(self.model.parameters()), list(self.momentum.parameters())
-        torch._foreach_lerp_(averaged, online, 1 - self.settings.momentum)
+        average = get_ema_multi_avg_fn(self.settings.momentum)
+        average(list(self.momentum.parameters()), list(self.model.parameters()), None)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -166,7 +168,8 @@ def retrieval(image: Tensor, text: Tensor, texts: Sequence[str]) -> dict[str, fl
         texts: a pair with the same text as the query's is as right as its own, and no rival.
     """
     similarity = image @ text.T
-    same = torch.tensor([[a == b for b in texts] for a in texts], device=image.device)
+    number = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(image.device)
+    same = number[:, None] == number
     result = {}
     for name, s in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         best = s.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
@@ -282,7 +285,9 @@ class Pretraining:
         groups = [{"params": decayed[True], "weight_decay": settings.weight_decay}, {"params": decayed[False]}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
         steps = settings.num_epochs * math.ceil(len(self.loader) / settings.accumulation)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: rate(i / steps, settings.warmup))
+        self.scheduler = OneCycleLR(
+            self.optimizer, settings.learning_rate, steps, pct_start=settings.warmup, cycle_momentum=False
+        )
         self.scaler = torch.amp.GradScaler(enabled=device.type == "cuda")
         self.history: dict[str, list[float]] = {}
         self.epoch = 0
@@ -350,7 +355,7 @@ class Pretraining:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         content = {
             "epoch": self.epoch, "history": self.history, "groups": optimizer["param_groups"],
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         save_whole(tensors, self.output / f"{STATE}.safetensors", {"state": json.dumps(content)})
@@ -372,7 +377,7 @@ class Pretraining:
                 _, i, name = key.split(".")
                 state.setdefault(int(i), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": content["groups"]})
-        self.scheduler.load_state_dict(content["scheduler"] | {"lr_lambdas": [None] * len(content["groups"])})
+        self.scheduler.load_state_dict(content["scheduler"])
         self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.history = content["epoch"], content["history"]
         if self.rank:  # the state is that of the first process
@@ -381,13 +386,6 @@ class Pretraining:
         torch.set_rng_state(tensors["random.cpu"].cpu())
         if "random.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"].cpu())
-
-
-def rate(progress: float, warmup: float) -> float:
-    """Of the learning rate: up in a line, down in a cosine."""
-    if progress < warmup:
-        return progress / warmup
-    return (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9))) / 2
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
