@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: arrays are tiny, and pytest's workers share the cores
 
 
 @dataclass(frozen=True)
@@ -155,3 +158,28 @@ def _ellipsoids(rng: np.random.Generator, shape: list[int], channels: int) -> tu
     )
     image = image.clip(1, 255)
     return image.astype(np.uint8 if len(shape) == 2 else np.float32), label
+
+
+@pytest.fixture
+def ready(tiny_dataset, monkeypatch):
+    """A factory of planned and preprocessed tiny data sets."""
+
+    def make(**kwargs) -> TinyDataset:
+        dataset = tiny_dataset(**kwargs)
+        dataset.plan()
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner would not survive it
+        return dataset
+
+    return make
+
+
+@pytest.fixture
+def trained(ready):
+    """A factory of trainers with the checkpoint of an untrained model: gives data set, `Run`, trainer."""
+    from training import save_untrained
+
+    def make(trainer_class, **kwargs):
+        dataset = ready(**{"labeled": 2, "unlabeled": 2, "test": 1} | kwargs)
+        return dataset, *save_untrained(trainer_class, dataset)
+
+    return make

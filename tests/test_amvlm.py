@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import make_trainer, settings_for, write_vlm
+from training import make_trainer, nnunet_loss, settings_for, write_vlm
 
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
@@ -137,8 +137,6 @@ def test_background_is_what_no_mask_takes():
 
 
 def test_a_loss_towards_soft_labels_that_are_hard_is_nnunets():
-    from test_stlu_net import nnunet_loss
-
     logits, label = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 1, 8, 8))
     one_hot = torch.zeros(2, 3, 8, 8).scatter_(1, label, 1)
     loss = nnunet_loss(False)
@@ -167,17 +165,15 @@ def test_words_change_places_with_the_sides():
 
 
 @pytest.fixture
-def ready(tiny_dataset, monkeypatch):
-    torch.set_num_threads(1)
+def lesions(ready):
+    """A factory of data sets with one lesion, and with texts for the unlabelled cases."""
 
     def make(texts=None, **kwargs):
         labels = {"background": 0, "lesion": 1, "ignore": 2}
-        dataset = tiny_dataset(**{"dims": 2, "size": 32, "labels": labels} | kwargs)
+        dataset = ready(**{"dims": 2, "size": 32, "labels": labels} | kwargs)
         if texts is not None:
             content = texts if isinstance(texts, dict) else {f"un_{i:03d}": texts for i in range(4)}
             (dataset.raw / "texts.json").write_text(json.dumps(content))
-        dataset.plan()
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
         return dataset
 
     return make
@@ -195,19 +191,19 @@ def augmentation(trainer):
     return max(rotation), mirror_axes, trainer.inference_allowed_mirroring_axes
 
 
-def test_flips_that_make_a_text_false_are_off(ready):
-    free = started(ready("a lesion"))
+def test_flips_that_make_a_text_false_are_off(lesions):
+    free = started(lesions("a lesion"))
     assert augmentation(free) == (pytest.approx(3.14159, abs=1e-3), (0, 1), (0, 1))
-    sided = started(ready("a lesion on the left", dataset_id=902))
+    sided = started(lesions("a lesion on the left", dataset_id=902))
     assert augmentation(sided) == (pytest.approx(0.2618, abs=1e-3), (0,), (0,))
-    both = started(ready("upper left lesion", dataset_id=903))
+    both = started(lesions("upper left lesion", dataset_id=903))
     assert augmentation(both) == (pytest.approx(0.2618, abs=1e-3), (), None)
-    volume = started(ready("upper left lesion", dataset_id=904, dims=3, size=24))
+    volume = started(lesions("upper left lesion", dataset_id=904, dims=3, size=24))
     assert augmentation(volume)[1:] == ((0,), (0,))  # through the slices one may
 
 
-def test_flips_with_the_words_exchanged(ready, monkeypatch):
-    trainer = started(ready("a lesion on the left"), sides="swap")
+def test_flips_with_the_words_exchanged(lesions, monkeypatch):
+    trainer = started(lesions("a lesion on the left"), sides="swap")
     assert augmentation(trainer) == (pytest.approx(0.2618, abs=1e-3), (0,), (0, 1))
     batch = next(trainer.dataloader_train)
     before = batch["data"].clone(), batch["target"][0].clone(), batch["unlabeled"]["weak"].clone()
@@ -224,9 +220,9 @@ def test_flips_with_the_words_exchanged(ready, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ texts
 
 
-def test_a_case_has_its_own_text_and_without_one_the_teachers_word(ready):
+def test_a_case_has_its_own_text_and_without_one_the_teachers_word(lesions):
     texts = {"un_000": "one lesion", "un_001": "two lesions", "un_002": " "}
-    dataset = ready(texts)
+    dataset = lesions(texts)
     with pytest.raises(UserError, match='texts.json: an empty text for case "un_002" .and 1 more.'):
         make_trainer(AMVLMTrainer, dataset)
     trainer = started(dataset, missing_texts="skip")
@@ -238,8 +234,8 @@ def test_a_case_has_its_own_text_and_without_one_the_teachers_word(ready):
     assert trainer.text_masks(images, ["un_003"] * 3)[2] == 0
 
 
-def test_what_is_wrong_with_texts_is_one_line(ready):
-    dataset = ready("a lesion")
+def test_what_is_wrong_with_texts_is_one_line(lesions):
+    dataset = lesions("a lesion")
     file = dataset.raw / "texts.json"
     cases = [f"un_{i:03d}" for i in range(4)]
     for content, words in (
@@ -260,8 +256,8 @@ def test_what_is_wrong_with_texts_is_one_line(ready):
         read_texts(dataset.name, cases)
 
 
-def test_refusals(ready):
-    dataset = ready(labels={"background": 0, "kidney": 1, "tumour": 2})
+def test_refusals(lesions):
+    dataset = lesions(labels={"background": 0, "kidney": 1, "tumour": 2})
     for settings, words in (
         (dict(vlm=None), "setting vlm: AMVLMTrainer needs a pre-trained model: run nnunet_semiseg pretrain_vlm"),
         (dict(vlm="/nowhere"), "vlm.json: no such file: name the folder that nnunet_semiseg pretrain_vlm made"),
@@ -274,15 +270,15 @@ def test_refusals(ready):
 
 
 @pytest.mark.parametrize("part", ["teacher", "text", "average"])
-def test_each_supervision_alone(part, ready):
+def test_each_supervision_alone(part, lesions):
     off = {f"{name}_supervision": name == part for name in ("teacher", "text", "average")}
-    trainer = started(ready("a lesion"), **off)
+    trainer = started(lesions("a lesion"), **off)
     out = trainer.train_step(next(trainer.dataloader_train))
     assert set(out) == {"loss", "supervised", part, "mask"} and torch.isfinite(out["loss"])
 
 
-def test_slices_of_a_volume(ready):
-    trainer = started(ready(dims=3, size=24, labels={"background": 0, "kidney": 1, "tumour": 2}), text_slices=3)
+def test_slices_of_a_volume(lesions):
+    trainer = started(lesions(dims=3, size=24, labels={"background": 0, "kidney": 1, "tumour": 2}), text_slices=3)
     to_slices, samples = trainer.draw_slices(torch.zeros(2, 1, 8, 16, 16))
     x = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(2, 1, 8, 16, 16)
     sliced = to_slices(x)
@@ -290,5 +286,5 @@ def test_slices_of_a_volume(ready):
     assert torch.equal(sliced[:3], sliced[3:]) and len(sliced[:3, 0, 0, 0].unique()) == 3
 
 
-def test_the_settings_of_the_tests_have_a_pretrained_model(ready):
-    assert "vlm" in settings_for(ready())
+def test_the_settings_of_the_tests_have_a_pretrained_model(lesions):
+    assert "vlm" in settings_for(lesions())

@@ -24,22 +24,8 @@ every_trainer = pytest.mark.parametrize("trainer_class", TRAINERS, ids=lambda t:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    torch.set_num_threads(1)
+def no_curves(monkeypatch):
     monkeypatch.setattr(LossTermLogger, "plot_progress_png", lambda self, folder: None)
-
-
-@pytest.fixture
-def ready(tiny_dataset, monkeypatch):
-    """A factory of planned and preprocessed tiny data sets."""
-
-    def make(**kwargs):
-        dataset = tiny_dataset(**kwargs)
-        dataset.plan()
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner would not survive it
-        return dataset
-
-    return make
 
 
 def started(trainer_class, dataset, **settings):

@@ -16,15 +16,13 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_contracts import every_trainer
-from training import PLANS, make_trainer, settings_for
+from training import PLANS
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.config import update_settings
 from nnunet_semiseg.deployment import onnx_export
 from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, load_model, soft_target_loss
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
-from nnunet_semiseg.files import write_json
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
@@ -48,29 +46,6 @@ def test_soft_target_loss_by_hand():
 
 
 @pytest.fixture
-def trained(tiny_dataset, monkeypatch):
-    """A factory of runs with the checkpoint of an untrained model."""
-    torch.set_num_threads(1)
-
-    def make(trainer_class, **kwargs):
-        dataset = tiny_dataset(**{"labeled": 2, "unlabeled": 2, "test": 1} | kwargs)
-        dataset.plan()
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-        plans = update_settings(dataset.plans(PLANS), settings_for(dataset))
-        (dataset.preprocessed / f"{PLANS}.json").write_text(json.dumps(plans))
-        trainer = make_trainer(trainer_class, dataset)
-        trainer.initialize()
-        run = Run(dataset.name, dataset.configuration, "all", trainer_class.__name__, PLANS)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(str(run.checkpoint))
-        write_json(trainer.plans_manager.plans, run.model_folder / "plans.json")
-        write_json(trainer.dataset_json, run.model_folder / "dataset.json")
-        return dataset, run
-
-    return make
-
-
-@pytest.fixture
 def no_plots(monkeypatch):
     monkeypatch.setattr(LossTermLogger, "plot_progress_png", lambda self, folder: None)
 
@@ -79,7 +54,7 @@ def no_plots(monkeypatch):
 @every_trainer
 @pytest.mark.parametrize("kind", [dict(channels=2), dict(regions=True)], ids=["2 channels", "regions"])
 def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, trained, tmp_path):
-    dataset, run = trained(trainer_class, **kind)
+    dataset, run, _ = trained(trainer_class, **kind)
     stock = distill(run, ["num_epochs=1", "distillation_weight=0.5"], "cpu")
     assert stock.name == f"nnUNetTrainer__{PLANS}_from_{trainer_class.__name__}__3d_fullres"
     checkpoint = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)
@@ -102,7 +77,7 @@ def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, tr
 
 
 def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no_plots, monkeypatch):
-    dataset, run = trained(SemiCMLTrainer)
+    dataset, run, _ = trained(SemiCMLTrainer)
     dataset_plans = (dataset.preprocessed / f"{PLANS}.json").read_bytes()
 
     class Killed(Exception):
@@ -140,7 +115,7 @@ def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no
 
 
 def test_the_taught_network_comes_nearer_to_its_teacher(trained, no_plots):
-    _, run = trained(SemiCMLTrainer, dims=2, size=32)
+    _, run, _ = trained(SemiCMLTrainer, dims=2, size=32)
     stock = distill(run, ["num_epochs=6", "num_iterations_per_epoch=5", "distillation_weight=10"], "cpu")
     terms = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)["logging"]["loss/distillation"]
     assert terms[-1] < 0.5 * terms[0]
@@ -150,7 +125,7 @@ def test_the_taught_network_comes_nearer_to_its_teacher(trained, no_plots):
 @every_trainer
 @pytest.mark.parametrize("kind", [dict(regions=True), dict(dims=2, size=32, channels=2)], ids=["3d regions", "2d"])
 def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
-    dataset, run = trained(trainer_class, **kind)
+    dataset, run, _ = trained(trainer_class, **kind)
     file = tmp_path / "model.onnx"
     assert onnx_export.export_onnx(run, file) <= onnx_export.TOLERANCE
     about = json.loads({p.key: p.value for p in onnx.load(str(file)).metadata_props}["nnunet"])
@@ -165,7 +140,7 @@ def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
 
 
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
-    _, run = trained(SupervisedTrainer, dims=2, size=32)
+    _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
     monkeypatch.setattr(onnx_export, "TOLERANCE", -1)
     with pytest.raises(UserError, match="model.onnx: not written: ONNX differs from torch"):
         onnx_export.export_onnx(run, tmp_path / "model.onnx")
@@ -173,7 +148,7 @@ def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
 
 
 def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
-    dataset, run = trained(SemiCMLTrainer, dims=2, size=32)
+    dataset, run, _ = trained(SemiCMLTrainer, dims=2, size=32)
     model = ["-d", str(dataset.id), "-c", "2d", "-f", "all", "-p", PLANS]
     for words, expected in (
         (["distill", *model, "-tr", "MeanTeacherTrainer", "-device", "cpu"], "train MeanTeacherTrainer first"),

@@ -164,19 +164,6 @@ def test_dropped_modalities():
 # --------------------------------------------------------------------------------------------------------- trainer
 
 
-@pytest.fixture
-def ready(tiny_dataset, monkeypatch):
-    torch.set_num_threads(1)
-
-    def make(**kwargs):
-        dataset = tiny_dataset(**kwargs)
-        dataset.plan()
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-        return dataset
-
-    return make
-
-
 def started(dataset, **settings):
     trainer = make_trainer(SemiCMLTrainer, dataset, **settings)
     trainer.on_train_start()

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
-from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
-from training import make_trainer
+from training import make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
@@ -89,13 +87,6 @@ def test_confidence_by_hand():
     torch.testing.assert_close(confidence(p, REGIONS), torch.tensor([[[0.8, 0.6]]]))  # 0.2 decides for "no" with 0.8
 
 
-def nnunet_loss(regions: bool, **weights):
-    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": regions, "ddp": False}
-    if regions:
-        return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss, **weights)
-    return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss, **weights)
-
-
 @pytest.mark.parametrize("regions", [False, True])
 def test_a_loss_with_equal_weights_is_nnunets(regions):
     torch.manual_seed(0)
@@ -169,19 +160,6 @@ def test_what_both_streams_share_is_computed_once():
 
 
 # -------------------------------------------------------------------------------------------------------- trainer
-
-
-@pytest.fixture
-def ready(tiny_dataset, monkeypatch):
-    torch.set_num_threads(1)
-
-    def make(**kwargs):
-        dataset = tiny_dataset(**kwargs)
-        dataset.plan()
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-        return dataset
-
-    return make
 
 
 def test_losses_are_those_of_the_paper(ready):

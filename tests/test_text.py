@@ -29,14 +29,6 @@ LABELS = {"labels": {"background": 0, "liver": 1, "spleen": 2}}
 DIM, WIDTH, CONTEXT = 6, 32, 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_model(folder, text=(), **model):
     """A folder with the configuration of a tiny model, in open_clip's format."""
     vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1}

@@ -5,13 +5,11 @@ import pandas as pd
 import pytest
 import torch
 from test_compare import request
-from training import PLANS, make_trainer, settings_for
+from training import PLANS
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import text_effect
-from nnunet_semiseg.evaluation.request import make_runs
-from nnunet_semiseg.files import write_json
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 
 
@@ -31,19 +29,8 @@ def test_the_verdict_is_plain():
 
 
 @pytest.fixture
-def model(tiny_dataset):
-    """A run with the checkpoint of an untrained TextSemiSegTrainer."""
-    dataset = tiny_dataset(labeled=2, unlabeled=2, test=2)
-    dataset.plan()
-    (run,), _ = make_runs(request(dataset, trainers=["TextSemiSegTrainer"]))
-    write_json(dataset.plans(PLANS) | {"semiseg": settings_for(dataset)}, dataset.preprocessed / f"{PLANS}.json")
-    trainer = make_trainer(TextSemiSegTrainer, dataset)
-    trainer.initialize()
-    run.folder.mkdir(parents=True, exist_ok=True)
-    trainer.save_checkpoint(str(run.checkpoint))
-    write_json(trainer.plans_manager.plans, run.model_folder / "plans.json")
-    write_json(trainer.dataset_json, run.model_folder / "dataset.json")
-    return dataset, run, trainer
+def model(trained):
+    return trained(TextSemiSegTrainer, test=2)
 
 
 def test_the_prompts(model, monkeypatch):

@@ -101,12 +101,8 @@ def test_largest_component_of_every_region():
 
 
 @pytest.fixture
-def dataset(tiny_dataset, monkeypatch):
-    dataset = tiny_dataset()
-    dataset.plan()
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    torch.set_num_threads(1)
-    return dataset
+def dataset(ready):
+    return ready()
 
 
 def started(dataset, **settings):

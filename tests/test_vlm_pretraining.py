@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_deployment import trained  # noqa: F401  a fixture
 from training import write_text_tower
 
 from nnunet_semiseg import cli
@@ -20,7 +19,8 @@ from nnunet_semiseg.vlm import pretraining
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.overlays import write_text_masks
 from nnunet_semiseg.vlm.pairs import random_crop
-from nnunet_semiseg.vlm.pretraining import PretrainingSettings, PretrainingTask, pretrain, retrieval, split_model
+from nnunet_semiseg.vlm.pretraining import pretrain, split_model
+from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
 from nnunet_semiseg.vlm.text_masks import load_vlm
 
 PLANS = "nnUNetSemiSegSmallPlans"
@@ -199,10 +199,10 @@ def test_two_processes_under_torchrun(dataset, towers, tmp_path):
     assert done.stdout.count("epoch 3 of 3") == 1 and load_vlm(tmp_path / "out") is not None
 
 
-def test_text_masks_can_be_looked_at(trained, tmp_path):  # noqa: F811
-    _, model = trained(AMVLMTrainer, dims=2, size=32)
+def test_text_masks_can_be_looked_at(trained, tmp_path):
+    _, model, _ = trained(AMVLMTrainer, dims=2, size=32)
     files = write_text_masks(model, tmp_path / "masks", n_cases=1)
     assert [file.name for file in files] == ["un_000.png"] and files[0].stat().st_size > 5000
-    _, other = trained(SupervisedTrainer, dims=2, size=32, dataset_id=902)
+    _, other, _ = trained(SupervisedTrainer, dims=2, size=32, dataset_id=902)
     with pytest.raises(UserError, match="has no text masks"):
         write_text_masks(other, tmp_path / "none")

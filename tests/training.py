@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from safetensors.torch import save_file
 
 from nnunet_semiseg.config import update_settings
 from nnunet_semiseg.discovery import iter_classes
+from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.files import write_json
 from nnunet_semiseg.text.open_clip_models import load_clip
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 from nnunet_semiseg.vlm.model import AMVLM
@@ -69,3 +73,23 @@ def write_settings(dataset, plans=PLANS, **settings) -> None:
     file = dataset.preprocessed / f"{plans}.json"
     changed = update_settings(json.loads(file.read_text()), settings_for(dataset, **settings))
     file.write_text(json.dumps(changed))
+
+
+def nnunet_loss(regions: bool, **weights):
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": regions, "ddp": False}
+    if regions:
+        return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss, **weights)
+    return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss, **weights)
+
+
+def save_untrained(trainer_class: type[nnUNetTrainer], dataset) -> tuple[Run, nnUNetTrainer]:
+    """What is left of a training that ended at once: a model folder with the last checkpoint."""
+    write_settings(dataset)
+    trainer = make_trainer(trainer_class, dataset)
+    trainer.initialize()
+    run = Run(dataset.name, dataset.configuration, "all", trainer_class.__name__, PLANS)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    trainer.save_checkpoint(str(run.checkpoint))
+    write_json(trainer.plans_manager.plans, run.model_folder / "plans.json")
+    write_json(trainer.dataset_json, run.model_folder / "dataset.json")
+    return run, trainer

@@ -1,31 +1,24 @@
-"""A report: its content, made once, written as one page of HTML, as Markdown and as CSV."""
+"""The report of a comparison: its tables, tests, figures and findings."""
 
 from __future__ import annotations
 
-import base64
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 
 from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.compare import Results
 from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
+from nnunet_semiseg.evaluation.page import Report, Section, write
 from nnunet_semiseg.evaluation.runs import RECORD, Run, TrainedRun
 from nnunet_semiseg.evaluation.statistics import caution, differences_from, spreads
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 
 DIGITS = {metric: 3 if metric in HIGHER_IS_BETTER else 2 for metric in METRICS}
-COLOR_NAMES = dict(zip(
-    (figures.REFERENCE_COLOR, *figures.COLORS),
-    ("white", "blue", "vermilion", "green", "pink", "orange", "sky blue", "brown", "grey"),
-    strict=True,
-))  # fmt: skip
 COMPARED = ("dice", "hd95_mm")
 """the metrics that are tested: few, as each further one is a further chance of a chance finding"""
 
@@ -41,68 +34,6 @@ TEST_NOTE = (
     " the mean difference over its standard deviation (0.2 small, 0.5 medium, 0.8 large). They speak of other cases"
     " for these trained models; what training once more would give, the spread over runs tells."
 )
-
-
-@dataclass
-class Section:
-    """One heading with what belongs to it; what it does not have is empty.
-
-    Attributes:
-        rows: of a table, strings.
-        svgs: by file name.
-        legend: name to colour, of the images.
-        images: caption to data URI.
-    """
-
-    title: str
-    notes: Sequence[str] = ()
-    headers: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    svgs: Mapping[str, str] = field(default_factory=dict)
-    legend: Mapping[str, str] = field(default_factory=dict)
-    images: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Report:
-    title: str
-    facts: Mapping[str, str]
-    sections: list[Section]
-    warnings: Sequence[str] = ()
-    findings: Sequence[str] = ()
-
-
-def write(report: Report, output: Path) -> Path:
-    """`report.html`, which needs no other file, and `report.md` with its figures beside it."""
-    environment = Environment(loader=PackageLoader("nnunet_semiseg.evaluation"), autoescape=True)
-    html = environment.get_template("report.html").render(report=report)
-    markdown = [f"# {report.title}", *(f"- {name}: {fact}" for name, fact in report.facts.items())]
-    markdown += [f"**{line}**" for line in report.warnings] + list(report.findings)
-    for section in report.sections:
-        markdown += [f"## {section.title}", *section.notes]
-        if section.rows:
-            markdown.append(markdown_table(section.headers, section.rows))
-        pictures = {f"{name}.svg": svg.encode() for name, svg in section.svgs.items()}
-        for i, image in enumerate(section.images.values()):
-            pictures[f"{section.title.lower().replace(' ', '_')}_{i}.png"] = base64.b64decode(image.partition(",")[2])
-        if section.legend:
-            markdown.append("Contours: " + ", ".join(f"{name} {COLOR_NAMES[c]}" for name, c in section.legend.items()))
-        captions = [*section.svgs, *section.images]
-        for (name, content), caption in zip(pictures.items(), captions, strict=True):
-            (output / "figures").mkdir(exist_ok=True)
-            (output / "figures" / name).write_bytes(content)
-            markdown.append(f"![{caption}](figures/{name})")
-    (output / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
-    (output / "report.html").write_text(html, encoding="utf-8")
-    return output / "report.html"
-
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-# ------------------------------------------------------------------------------------------ the report of a comparison
 
 
 def write_report(results: Results, output: Path) -> Path:

@@ -18,7 +18,8 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.compare import do_all, evaluate, is_predicted, prediction_job
 from nnunet_semiseg.evaluation.metrics import METRICS
-from nnunet_semiseg.evaluation.report import Report, Section, number, write
+from nnunet_semiseg.evaluation.page import Report, Section, write
+from nnunet_semiseg.evaluation.report import number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.evaluation.statistics import caution, differences_from

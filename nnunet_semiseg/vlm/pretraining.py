@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,167 +16,23 @@ from safetensors.torch import load_file, save
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from nnunet_semiseg.config import parse_assignments, require, settings_from
+from nnunet_semiseg.config import parse_assignments, settings_from
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config
 from nnunet_semiseg.training.random_state import seed_everything
-from nnunet_semiseg.vlm import losses
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
+from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
 from nnunet_semiseg.vlm.text_masks import ABOUT, WEIGHTS
 
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
 STATE = "training_state"
-RECALLS = (1, 5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingSettings:
-    """Of `pretrain_vlm`; the weights are those of L = L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL."""
-
-    num_epochs: int = 30
-    batch_size: int = 32
-    """of a process; what is contrasted with each other"""
-    accumulation: int = 1
-    """batches a step"""
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    """share of the training over which the learning rate rises; then it falls (torch's OneCycleLR)"""
-    temperature: float = 0.07
-    momentum: float = 0.995
-    dim: int = 128
-    hidden: int = 2048
-    itc_weight: float = 1.0
-    css_weight: float = 0.5
-    local_weight: float = 0.1
-    icl_weight: float = 0.1
-    held_out: float = 0.1
-    """share of the cases that retrieval is measured on"""
-    crop: float = 0.9
-    """least share of height and width that the random crop of a training image keeps; 1: no crop"""
-    slice_axis: int = 0
-    """of 3d volumes, after nnU-Net's transposition"""
-    missing_texts: Literal["error", "skip"] = "error"
-    cache_dir: str | None = None
-    num_workers: int = 4
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("num_epochs", "accumulation", "dim", "hidden"):
-            require(self, name, minimum=1)
-        require(self, "batch_size", minimum=2)
-        for name in ("learning_rate", "temperature"):
-            require(self, name, minimum=1e-12)
-        for name in ("weight_decay", "itc_weight", "css_weight", "local_weight", "icl_weight", "num_workers", "seed"):
-            require(self, name, minimum=0)
-        for name in ("warmup", "momentum", "crop"):
-            require(self, name, minimum=0, maximum=1)
-        require(self, "held_out", minimum=0, maximum=0.9)
-        require(self, "slice_axis", minimum=0, maximum=2)
-
-
-# ---------------------------------------------------------------------------------------------------------------- loss
-
-
-class PretrainingTask(nn.Module):
-    """What one step computes: the model, its momentum copy, and the weighted terms of the loss.
-
-    The momentum copy gives the keys of L_itc; all other terms are of the online model, which every gradient reaches.
-    """
-
-    def __init__(self, model: AMVLM, settings: PretrainingSettings):
-        super().__init__()
-        self.model, self.settings = model, settings
-        self.momentum = deepcopy(model).requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> PretrainingTask:
-        super().train(mode)
-        self.momentum.eval()
-        return self
-
-    def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        s, t = self.settings, self.settings.temperature
-        image, text = self.model(images, ids)
-        with torch.no_grad():
-            image_key, text_key = self.momentum(images, ids)
-        image_cls, text_cls = gather(image.cls), gather(text.cls)
-        terms = {}
-        if s.itc_weight:
-            to_text, to_image = image_cls @ gather(text_key.cls).T, text_cls @ gather(image_key.cls).T
-            terms["itc"] = s.itc_weight * (losses.one_way(to_text, t) + losses.one_way(to_image, t)) / 2
-        if s.local_weight:
-            local = losses.local_contrast(image.tokens, image.valid, text.cls, t)
-            local = local + losses.local_contrast(text.tokens, text.valid, image.cls, t)
-            terms["local"] = s.local_weight * local / 2
-        if s.css_weight or s.icl_weight:
-            image_of, text_of = (
-                self.model.distribution(name, encoding.cls, encoding.tokens, encoding.valid)
-                for name, encoding in (("image", image), ("text", text))
-            )
-        if s.css_weight:
-            css = self.supervision("image", image, text, image_of[1])
-            css = css + self.supervision("text", text, image, text_of[1])
-            terms["css"] = s.css_weight * css / 2
-        if s.icl_weight:
-            icl = losses.distribution_contrast(*(tuple(map(gather, of[0])) for of in (image_of, text_of)), t)
-            for encoding, of in ((image, image_of), (text, text_of)):
-                icl = icl + losses.intra_modal_contrast(encoding.cls, losses.draw(of[1]), encoding.valid, t)
-            terms["icl"] = s.icl_weight * icl
-        return terms
-
-    def supervision(self, name: str, own, other, distribution) -> Tensor:
-        """L_CSS of one modality's tokens and what they find in the other."""
-        t = self.settings.temperature
-        found = losses.counterparts(own.tokens, other.tokens, other.valid, t)
-        found_of = self.model.distribution(name, other.cls, found, own.valid)[1]
-        attention = torch.einsum("bld,bd->bl", own.tokens, own.cls) / t
-        attention = attention.masked_fill(~own.valid, -torch.inf).softmax(1)
-        weights = losses.token_weights(attention, own.valid)
-        return losses.similarity_supervision(own.tokens, found, distribution, found_of, weights, own.valid, t)
-
-    @torch.no_grad()
-    def update_momentum(self) -> None:
-        average = get_ema_multi_avg_fn(self.settings.momentum)
-        average(list(self.momentum.parameters()), list(self.model.parameters()), None)
-
-
-def gather(x: Tensor) -> Tensor:
-    """Of all processes, with gradients."""
-    if not distributed.is_initialized():
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x))
-
-
-@torch.no_grad()
-def retrieval(image: Tensor, text: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """Share of queries whose partner is among the first k, image to text and text to image.
-
-    Args:
-        image, text: CLS (N, d), normalised, of N pairs.
-        texts: a pair with the same text as the query's is as right as its own, and no rival.
-    """
-    similarity = image @ text.T
-    number = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(image.device)
-    same = number[:, None] == number
-    result = {}
-    for name, s in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        best = s.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
-        rivals = ((s > best) & ~same).sum(1)
-        result |= {f"{name}_recall@{k}": float((rivals < k).float().mean()) for k in RECALLS}
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 
 def pretrain(

@@ -1,0 +1,77 @@
+"""A report's page: its content, made once, written as one file of HTML and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+
+from nnunet_semiseg.evaluation import figures
+
+COLOR_NAMES = dict(zip(
+    (figures.REFERENCE_COLOR, *figures.COLORS),
+    ("white", "blue", "vermilion", "green", "pink", "orange", "sky blue", "brown", "grey"),
+    strict=True,
+))  # fmt: skip
+
+
+@dataclass
+class Section:
+    """One heading with what belongs to it; what it does not have is empty.
+
+    Attributes:
+        rows: of a table, strings.
+        svgs: by file name.
+        legend: name to colour, of the images.
+        images: caption to data URI.
+    """
+
+    title: str
+    notes: Sequence[str] = ()
+    headers: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    svgs: Mapping[str, str] = field(default_factory=dict)
+    legend: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    title: str
+    facts: Mapping[str, str]
+    sections: list[Section]
+    warnings: Sequence[str] = ()
+    findings: Sequence[str] = ()
+
+
+def write(report: Report, output: Path) -> Path:
+    """`report.html`, which needs no other file, and `report.md` with its figures beside it."""
+    environment = Environment(loader=PackageLoader("nnunet_semiseg.evaluation"), autoescape=True)
+    html = environment.get_template("report.html").render(report=report)
+    markdown = [f"# {report.title}", *(f"- {name}: {fact}" for name, fact in report.facts.items())]
+    markdown += [f"**{line}**" for line in report.warnings] + list(report.findings)
+    for section in report.sections:
+        markdown += [f"## {section.title}", *section.notes]
+        if section.rows:
+            markdown.append(markdown_table(section.headers, section.rows))
+        pictures = {f"{name}.svg": svg.encode() for name, svg in section.svgs.items()}
+        for i, image in enumerate(section.images.values()):
+            pictures[f"{section.title.lower().replace(' ', '_')}_{i}.png"] = base64.b64decode(image.partition(",")[2])
+        if section.legend:
+            markdown.append("Contours: " + ", ".join(f"{name} {COLOR_NAMES[c]}" for name, c in section.legend.items()))
+        captions = [*section.svgs, *section.images]
+        for (name, content), caption in zip(pictures.items(), captions, strict=True):
+            (output / "figures").mkdir(exist_ok=True)
+            (output / "figures" / name).write_bytes(content)
+            markdown.append(f"![{caption}](figures/{name})")
+    (output / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    (output / "report.html").write_text(html, encoding="utf-8")
+    return output / "report.html"
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
