@@ -65,6 +65,40 @@ class TeacherSettings(SemiSupervisedSettings):
         require(self, "ema_decay", minimum=0, maximum=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(SemiSupervisedSettings):
+    """Settings of a method that is guided by class prompts."""
+
+    text_model: str = "ViT-B-32"
+    """an open_clip model, `hf-hub:NAME`, or the path of a folder with `open_clip_config.json`"""
+    text_pretrained: str = "openai"
+    """a tag of open_clip, the path of a checkpoint, or `none` for an untrained encoder"""
+    text_cache_dir: str | None = None
+    text_embeddings: str | None = None
+    """a file of `nnunet_semiseg embed_prompts`, in place of an encoder"""
+    n_ctx: int = 4
+    """learnable context tokens a class"""
+    tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
+    csa: bool = True
+    text_shape: tuple[int, ...] | None = None
+    """(K, d), found by the trainer and kept in its plans, for the predictor"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "n_ctx", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalTextSettings(TextSettings):
+    """Settings of a method that Text-SemiSeg's text module can be added to (TMR in the network, CSA as a loss)."""
+
+    text: bool = False
+
+
+def uses_text(settings: TrainingSettings) -> bool:
+    return getattr(settings, "text", isinstance(settings, TextSettings))
+
+
 S = TypeVar("S", bound=TrainingSettings)
 
 

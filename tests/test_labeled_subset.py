@@ -1,5 +1,5 @@
 import pytest
-from test_contracts import every_trainer, one_thread, ready, started  # noqa: F401
+from test_contracts import every_trainer, started
 from training import make_trainer
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
@@ -18,13 +18,13 @@ def test_the_first_cases_in_the_published_order_keep_their_label():
         take_labeled(training, [], 5, {})
 
 
-def test_the_baseline_sees_the_labelled_ones_only(ready):  # noqa: F811
+def test_the_baseline_sees_the_labelled_ones_only(ready):
     trainer = make_trainer(SupervisedTrainer, ready(labeled=3), num_labeled=2)
     assert [sorted(part) for part in trainer.do_split()] == 2 * [["tr_000", "tr_001"]]
 
 
 @every_trainer
-def test_the_others_are_unlabelled_and_no_label_leaks(trainer_class, ready):  # noqa: F811
+def test_the_others_are_unlabelled_and_no_label_leaks(trainer_class, ready):
     dataset = ready(labeled=3, unlabeled=1)
     batches = []
     for _ in range(2):

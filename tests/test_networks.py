@@ -5,7 +5,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from nnunet_semiseg.networks.dual_decoder import DualDecoderUNet, InterpolationUpsampling
+from nnunet_semiseg.networks.multi_decoder import InterpolationUpsampling, MultiDecoderUNet, extra_decoder
 from nnunet_semiseg.networks.planar_text_attention import MultiplanarTextAttention, TextCopy
 from nnunet_semiseg.networks.text_guidance import TextGuidance
 
@@ -42,13 +42,14 @@ def unet(ndim=3, residual=False, deep_supervision=True, stages=3):
 
 def dual(ndim=3, residual=False, tmr="multiplanar", deep_supervision=True):
     network = unet(ndim, residual, deep_supervision)
-    return DualDecoderUNet(network, [1, 1], deep_supervision, TextGuidance(network.encoder, (K, D), tmr))
+    second = extra_decoder(network, [1, 1], deep_supervision, "linear")
+    return MultiDecoderUNet(network, [second], TextGuidance(network.encoder, (K, D), tmr))
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("tmr", ["multiplanar", "copy", "off"])
-def test_dual_decoder_shapes(ndim, residual, tmr):
+def test_multi_decoder_shapes(ndim, residual, tmr):
     network = dual(ndim, residual, tmr)
     x, text = torch.randn(2, 1, *[16] * ndim), torch.randn(K, D)
     outputs, features = network(x, text, (0, 1))
@@ -70,12 +71,12 @@ def test_deep_supervision_is_switched_as_nnunet_does():
 
 def test_second_decoder_has_weights_of_its_own_and_no_encoder():
     network = dual()
-    assert network.second_decoder.encoder is None
+    assert network.other_decoders[0].encoder is None
     names = [n for n, _ in network.named_parameters()]
-    assert len(names) == len(set(names)) and not any("second_decoder.encoder" in n for n in names)
+    assert len(names) == len(set(names)) and not any("other_decoders.0.encoder" in n for n in names)
     # the stock network's first decoder holds the encoder a second time in its state_dict; the second must not
-    assert not any(n.startswith("second_decoder.encoder") for n in network.state_dict())
-    assert all(isinstance(t, InterpolationUpsampling) for t in network.second_decoder.transpconvs)
+    assert not any(n.startswith("other_decoders.0.encoder") for n in network.state_dict())
+    assert all(isinstance(t, InterpolationUpsampling) for t in network.other_decoders[0].transpconvs)
     x, text = torch.randn(1, 1, 16, 16, 16), torch.randn(K, D)
     (first, second), _ = network(x, text, (0, 1))
     assert not torch.allclose(first[0], second[0])
@@ -83,10 +84,12 @@ def test_second_decoder_has_weights_of_its_own_and_no_encoder():
     torch.testing.assert_close(only[0], second[0])
 
 
-def test_interpolation_before_or_after_the_convolution_is_the_same():
-    up = InterpolationUpsampling(nn.Conv3d, 3, 2, (1, 2, 2), True)
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+def test_interpolation_before_or_after_the_convolution_is_the_same(mode):
+    up = InterpolationUpsampling(nn.Conv3d, 3, 2, (1, 2, 2), True, mode)
     x = torch.randn(1, 3, 4, 4, 4)
-    after = up[0](nn.functional.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear"))
+    interpolation = "trilinear" if mode == "linear" else mode
+    after = up[0](nn.functional.interpolate(x, scale_factor=(1, 2, 2), mode=interpolation))
     torch.testing.assert_close(up(x), after)
 
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch.nn import functional as F
-from training import make_trainer
+from training import CLASSES, REGIONS, make_trainer
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks.mutual_learning import ContrastCurve, Window, average_logits, presence
@@ -24,10 +23,6 @@ from nnunet_semiseg.trainers.semi_cml import (
     halves,
     pseudo_dice,
 )
-
-CLASSES = LabelManager({"background": 0, "a": 1}, None)
-REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
-
 
 # ------------------------------------------------------------------------------------------------------ equations
 

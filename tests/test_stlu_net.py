@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
-from training import make_trainer, nnunet_loss
+from training import CLASSES, REGIONS, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
@@ -23,10 +22,6 @@ from nnunet_semiseg.networks.feature_mixing import (
 )
 from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, draw_beta
 from nnunet_semiseg.training.schedules import gaussian_ramp
-
-CLASSES = LabelManager({"background": 0, "a": 1}, None)
-REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
-
 
 # ------------------------------------------------------------------------------------------------------ equations
 

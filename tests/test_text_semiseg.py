@@ -11,7 +11,8 @@ from training import make_trainer
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
-from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer, category_alignment_loss, mix
+from nnunet_semiseg.losses.text_alignment import category_alignment_loss
+from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer, mix
 from nnunet_semiseg.training.schedules import gaussian_ramp
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -133,7 +134,7 @@ def test_dca_begins_when_it_should_and_teaches_the_decoder_with_the_higher_loss(
     asked = []
     forward = trainer.network.forward
 
-    def recording(x, text=None, decoders=(0,)):
+    def recording(x, text=None, decoders=None):
         asked.append(decoders)
         return forward(x, text, decoders)
 

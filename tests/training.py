@@ -9,6 +9,7 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from safetensors.torch import save_file
 
 from nnunet_semiseg.config import update_settings
@@ -27,6 +28,9 @@ TRAINERS = sorted(
 SHORT = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every": 1, "seed": 7}
 
 PLANS = "nnUNetSemiSegSmallPlans"
+
+CLASSES = LabelManager({"background": 0, "a": 1}, None)
+REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
 
 
 def write_text_tower(folder: Path) -> Path:

@@ -53,7 +53,7 @@ def main() -> None:
         checkpoint = torch.load(file, map_location="cpu", weights_only=False)
         predictor.list_of_parameters = [checkpoint["network_weights"]]
         cells = []
-        for decoder in (network.decoder, network.second_decoder):
+        for decoder in (network.decoder, network.other_decoders[0]):
             network.forward = decode_with(network, decoder)
             dice, volume = [], []
             for image, properties, label in cases:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nnunet_semiseg.config import PLANS_KEY, TeacherSettings, read_settings, require
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.mutual_learning import (
     ChannelGroups,
     ContrastCurve,
@@ -324,9 +324,8 @@ def dynamic_threshold(t: float, tau0: float) -> float:
 
 def certainty(p: Tensor, label_manager) -> Tensor:
     """1 - entropy / its maximum, (B, 1, *S), of probabilities (B, heads, *S); of regions the mean over them."""
-    if label_manager.has_regions:
-        return 1 - torch.special.entr(torch.stack((p, 1 - p))).sum(0).mean(1, keepdim=True) / math.log(2)
-    return 1 - torch.special.entr(p).sum(1, keepdim=True) / math.log(p.shape[1])
+    regions = label_manager.has_regions
+    return 1 - entropy(p, regions).mean(1, keepdim=True) / math.log(2 if regions else p.shape[1])
 
 
 def disagree(a: Tensor, b: Tensor, label_manager) -> Tensor:

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from nnunet_semiseg.config import SemiSupervisedSettings, read_settings, require
+from nnunet_semiseg.config import SemiSupervisedSettings, require
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_mixing import FeatureMixingUNet, mixing_points
@@ -83,13 +82,8 @@ class STLUNetTrainer(SemiSupervisedTrainer):
 
     settings_class = STLUNetSettings
 
-    @staticmethod
-    def build_network_architecture(plans_manager, configuration_manager, num_input_channels: int,
-                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
-        network = nnUNetTrainer.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
-        settings = read_settings(STLUNetSettings, plans_manager.plans)
+    @classmethod
+    def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         mixing = "weight" if settings.mixing in ("scalar", "mixup") else settings.mixing
         return FeatureMixingUNet(network, mixing, settings.channel_dropout)
 

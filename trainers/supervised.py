@@ -27,7 +27,7 @@ class SupervisedTrainer(nnUNetTrainer):
 
     def initialize(self):
         super().initialize()
-        apply_network_settings(self, self.settings)
+        apply_network_settings(self.network, self.device, self.settings)
 
     def do_split(self):
         return take_labeled(*super().do_split(), self.settings.num_labeled, self.dataset_json)[:2]

@@ -6,36 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from monai.transforms import KeepLargestConnectedComponent
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, read_settings, require
-from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
-from nnunet_semiseg.networks.dual_decoder import DualDecoderUNet
-from nnunet_semiseg.networks.text_guidance import TextGuidance
-from nnunet_semiseg.text.prompt_learner import build_prompt_learner
-from nnunet_semiseg.text.prompts import check_prompts_are_current
+from nnunet_semiseg.config import TextSettings, require
+from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, keep_largest_component
+from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
+from nnunet_semiseg.networks.text_guidance import text_guidance_for
+from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSemiSegSettings(SemiSupervisedSettings):
-    text_model: str = "ViT-B-32"
-    """an open_clip model, `hf-hub:NAME`, or the path of a folder with `open_clip_config.json`"""
-    text_pretrained: str = "openai"
-    """a tag of open_clip, the path of a checkpoint, or `none` for an untrained encoder"""
-    text_cache_dir: str | None = None
-    text_embeddings: str | None = None
-    """a file of `nnunet_semiseg embed_prompts`, in place of an encoder"""
-    n_ctx: int = 4
-    """learnable context tokens a class"""
-    tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
-    csa: bool = True
+class TextSemiSegSettings(TextSettings):
     dca: Literal["complementary", "foreground", "off"] = "complementary"
     """the masks of the mixes: one and its complement, or each image's own foreground, as the paper has it"""
     dca_start: float = 0.2
@@ -44,12 +27,8 @@ class TextSemiSegSettings(SemiSupervisedSettings):
     """lambda of the cross pseudo supervision, at the end of the ramp"""
     largest_component: bool = False
     """keep the largest component of a class's pseudo-label: right for one organ, wrong for lesions"""
-    text_shape: tuple[int, ...] | None = None
-    """(K, d), found by the trainer and kept in its plans, for the predictor"""
-
     def __post_init__(self):
         super().__post_init__()
-        require(self, "n_ctx", minimum=1)
         require(self, "dca_start", minimum=0, maximum=1)
         require(self, "unsupervised_weight", minimum=0)
 
@@ -82,33 +61,15 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
 
     settings_class = TextSemiSegSettings
 
-    @staticmethod
-    def build_network_architecture(plans_manager, configuration_manager, num_input_channels: int,
-                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
-        network = nnUNetTrainer.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
-        settings = read_settings(TextSemiSegSettings, plans_manager.plans)
-        return DualDecoderUNet(
-            network,
-            configuration_manager.network_arch_init_kwargs["n_conv_per_stage_decoder"],
-            enable_deep_supervision,
-            TextGuidance(network.encoder, settings.text_shape, settings.tmr),
-        )
+    @classmethod
+    def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+        second = extra_decoder(network, arch_kwargs["n_conv_per_stage_decoder"], deep_supervision, "linear")
+        return MultiDecoderUNet(network, [second], text_guidance_for(network, settings))
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
-        plans = super().prepare(plans, configuration, fold, dataset_json)
-        batch_size = PlansManager(plans).get_configuration(configuration).batch_size
-        unlabeled = self.settings.unlabeled_batch_size
-        if self.settings.dca != "off" and unlabeled is not None and unlabeled < batch_size:
-            raise UserError(
-                f"setting unlabeled_batch_size={unlabeled}: DCA mixes each of the {batch_size} labelled samples of a"
-                f" batch with an unlabelled one; set it to {batch_size} or more, or --set dca=off"
-            )
-        check_prompts_are_current(plans["dataset_name"], dataset_json)
-        self.prompt_learner = build_prompt_learner(self.settings, dataset_json)
-        shape = list(self.prompt_learner.feature_shape)
-        return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "text_shape": shape}}
+        if self.settings.dca != "off":
+            check_there_are_pairs(self.settings, plans, configuration, "DCA", "or --set dca=off")
+        return super().prepare(plans, configuration, fold, dataset_json)
 
     def initialize(self):
         super().initialize()
@@ -117,18 +78,8 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
         if self.device.type == "cuda":  # a copy into pinned memory does not make the CPU wait
             self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
 
-    def build_auxiliary(self) -> dict[str, nn.Module]:
-        if not self.prompt_learner.trained:
-            self.print_to_log_file("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
-        return {"prompt_learner": self.prompt_learner}
-
-    def refresh_network(self) -> None:
-        with torch.no_grad():
-            self.bare_network.guidance.features.copy_(self.prompt_learner())
-
     def forward_streams(self, batch: dict):
         """Per stream a pair: the outputs of both decoders, and the aligned features (B, d, *s)."""
-        self.text = self.prompt_learner()
         images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
         return split_streams(self.network(images, self.text, (0, 1)), len(batch["data"]))
 
@@ -167,18 +118,9 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
         loss = self.finest_loss(logits[: len(x_l)], mix_l[1]) + self.finest_loss(logits[len(x_l) :], mix_u[1])
         return loss + self.alignment(features, logits) if self.settings.csa else loss
 
-    def alignment(self, features: Tensor, logits: Tensor) -> Tensor:
-        text = self.text[1:] if self.label_manager.has_regions else self.text  # regions have no background head
-        return category_alignment_loss(features, probabilities(logits, self.label_manager), text)
-
     def pseudo_label(self, logits: Tensor) -> Tensor:
         label = hard_pseudo_label(logits, self.label_manager)
-        if self.settings.largest_component:  # on the CPU, one sample after the other
-            # regions have no background channel, which MONAI would leave out
-            regions = range(self.label_manager.num_segmentation_heads) if self.label_manager.has_regions else None
-            keep = KeepLargestConnectedComponent(regions, is_onehot=self.label_manager.has_regions)
-            label = torch.stack([keep(sample).as_tensor() for sample in label]).to(label)
-        return label
+        return keep_largest_component(label, self.label_manager) if self.settings.largest_component else label
 
     def foreground(self, target: Tensor) -> Tensor:
         """m = [y > 0], (B, 1, *S), of a target as nnU-Net's loss takes it; what is ignored is no foreground."""
@@ -188,24 +130,6 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
         if self.label_manager.has_ignore_label:
             foreground &= target != self.label_manager.ignore_label
         return foreground
-
-
-def category_alignment_loss(features: Tensor, probs: Tensor, text: Tensor) -> Tensor:
-    """CSA: mean over classes (and samples) of ||F_t^k - v_k||^2, v_k = sum(F_v y_k) / sum(y_k).
-
-    Source: Text-SemiSeg, category-aware semantic alignment. The published code normalises along the width axis
-    instead of the channels and averages over all voxels; we follow the paper.
-
-    Args:
-        features: (B, d, *s), float32, F_v, normalised over d.
-        probs: (B, K, *S), float32 probabilities, brought to the features' grid s by averaging.
-        text: (K, d), float32, F_t, normalised over d.
-    """
-    with torch.autocast(features.device.type, enabled=False):  # sums over thousands of voxels
-        weights = F.interpolate(probs, size=features.shape[2:], mode="area").flatten(2)
-        sums = torch.einsum("bdn,bkn->bkd", features.flatten(2), weights)
-        prototypes = sums / weights.sum(2, keepdim=True).clamp_min(1e-6)
-        return (text - prototypes).square().sum(2).mean()
 
 
 def mix(mask: Tensor, x: Tensor, x_other: Tensor, y: Tensor, y_other: Tensor):

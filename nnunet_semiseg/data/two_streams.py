@@ -77,32 +77,41 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
 
 class TwoStreamLoader(SlimDataLoaderBase):
-    """Adds `unlabeled: {view: (B_u, C, *S)}` and `unlabeled_keys` to every labelled batch."""
+    """Adds `unlabeled: {view: (B_u, C, *S)}`, `unlabeled_keys` and `targets` to every labelled batch.
 
-    def __init__(self, labeled: nnUNetDataLoader, unlabeled: UnlabeledDataLoader):
+    Args:
+        labeled, unlabeled: loaders; the images of the second one are its views, stacked along the channels.
+        views: their names.
+        make_targets: called with both loaders' batches, returns further targets by name.
+    """
+
+    def __init__(self, labeled: nnUNetDataLoader, unlabeled: nnUNetDataLoader, views: Sequence[str], make_targets):
         super().__init__(None, labeled.batch_size)
-        self.labeled, self.unlabeled = labeled, unlabeled
+        self.labeled, self.unlabeled, self.views, self.make_targets = labeled, unlabeled, views, make_targets
 
     def generate_train_batch(self) -> dict:
         batch, unlabeled = next(self.labeled), next(self.unlabeled)
-        views = self.unlabeled.transforms.views
-        batch["unlabeled"] = dict(zip(views, unlabeled["data"].chunk(len(views), dim=1), strict=True))
+        batch["unlabeled"] = dict(zip(self.views, unlabeled["data"].chunk(len(self.views), dim=1), strict=True))
+        batch["targets"] = self.make_targets(batch, unlabeled)
         batch["unlabeled_keys"] = unlabeled["keys"]
         return batch
 
 
-def add_unlabeled_stream(augmenter, make_unlabeled_loader) -> None:
+def add_unlabeled_stream(augmenter, make_unlabeled_loader, views: Sequence[str], make_targets) -> None:
     """Give the augmenter that nnU-Net built (its labelled loader inside) the two-stream loader.
 
     Args:
         augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter; running workers are stopped.
         make_unlabeled_loader: called with the labelled loader, returns the unlabelled one.
+        views, make_targets: see `TwoStreamLoader`.
     """
     if isinstance(augmenter, SingleThreadedAugmenter):
-        augmenter.data_loader = TwoStreamLoader(augmenter.data_loader, make_unlabeled_loader(augmenter.data_loader))
+        name = "data_loader"
     else:
         augmenter._finish()
-        augmenter.generator = TwoStreamLoader(augmenter.generator, make_unlabeled_loader(augmenter.generator))
+        name = "generator"
+    labeled = getattr(augmenter, name)
+    setattr(augmenter, name, TwoStreamLoader(labeled, make_unlabeled_loader(labeled), views, make_targets))
 
 
 def seed_workers(augmenter, seed: int | None, step: int) -> None:

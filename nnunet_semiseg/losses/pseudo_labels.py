@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from monai.transforms import KeepLargestConnectedComponent
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,9 +29,33 @@ def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
     return regions
 
 
+def keep_largest_component(label: Tensor, label_manager) -> Tensor:
+    """A pseudo-label with the largest component of each class or region, on the CPU, one sample after the other."""
+    # regions have no background channel, which MONAI would leave out
+    regions = range(label_manager.num_segmentation_heads) if label_manager.has_regions else None
+    keep = KeepLargestConnectedComponent(regions, is_onehot=label_manager.has_regions)
+    return torch.stack([keep(sample).as_tensor() for sample in label]).to(label)
+
+
 def probabilities(logits: Tensor, label_manager) -> Tensor:
     """(B, heads, *S) logits to float32 probabilities: softmax over classes, or sigmoid per region."""
     return logits.float().sigmoid() if label_manager.has_regions else logits.float().softmax(1)
+
+
+def entropy(p: Tensor, regions: bool) -> Tensor:
+    """-sum p log p over classes, (B, 1, *S), or of each region and its complement, (B, heads, *S)."""
+    if regions:
+        return torch.special.entr(p) + torch.special.entr(1 - p)
+    return torch.special.entr(p).sum(1, keepdim=True)
+
+
+def has_label(target: Tensor, label_manager) -> Tensor:
+    """(B, 1, *S), bool: False where a target, as nnU-Net's losses take it, has the ignore label."""
+    if not label_manager.has_ignore_label:
+        return torch.ones_like(target[:, :1], dtype=torch.bool)
+    if label_manager.has_regions:
+        return target[:, label_manager.num_segmentation_heads :][:, :1] < 0.5
+    return target != label_manager.ignore_label
 
 
 def confidence(p: Tensor, label_manager) -> Tensor:
@@ -52,13 +77,25 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
         target: as `hard_pseudo_label` returns it.
         weight: (B, 1, *S), at least 0.
     """
-    heads = logits.shape[1]
-    if isinstance(loss, DC_and_BCE_loss):
-        target = target[:, :heads]  # without the channel of the ignore label
-        ce = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight)
-    else:
-        ce = (F.cross_entropy(logits, target[:, 0].long(), reduction="none") * weight[:, 0]).mean()
+    regions = isinstance(loss, DC_and_BCE_loss)
+    if regions:
+        target = target[:, : logits.shape[1]]  # without the channel of the ignore label
+    ce = cross_entropy(logits, target, regions, weight)
     return loss.weight_ce * ce + loss.weight_dice * loss.dc(logits, target, loss_mask=weight)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:
+    """The mean over voxels of the cross-entropy, or over regions of the binary one, each voxel times its weight.
+
+    Args:
+        logits: (B, heads, *S).
+        target: as `hard_pseudo_label` returns it.
+        weight: (B, 1, *S); None: 1.
+    """
+    if regions:
+        return F.binary_cross_entropy_with_logits(logits, target[:, : logits.shape[1]].to(logits.dtype), weight)
+    losses = F.cross_entropy(logits, target[:, 0].long(), reduction="none")
+    return (losses if weight is None else losses * weight[:, 0]).mean()
 
 
 def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_semiseg.networks.feature_perturbation import drop_channels
+
 BLOCK_SIZE = 7
 """of dropblock, as in its paper; smaller where a feature map is"""
 
@@ -41,11 +43,6 @@ def drop_blocks(x: Tensor, p: float) -> Tensor:
 
     size = min(BLOCK_SIZE, *x.shape[2:])
     return (drop_block2d if x.ndim == 4 else drop_block3d)(x, p, size - 1 + size % 2)
-
-
-def drop_channels(x: Tensor, p: float) -> Tensor:
-    """Whole channels of (B, C, *s) set to 0 with probability p, the others divided by 1 - p."""
-    return (F.dropout2d if x.ndim == 4 else F.dropout3d)(x, p)
 
 
 def mixing_points(n_stages: int) -> dict[str, int]:

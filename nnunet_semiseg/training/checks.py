@@ -53,3 +53,20 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
 
 def _id(dataset_name: str) -> int:
     return int(dataset_name[len("Dataset"):][:3])
+
+
+def check_there_are_pairs(settings, plans: dict, configuration: str, what: str, or_else: str = "") -> None:
+    """Refuse fewer unlabelled than labelled samples in a batch, for a method that mixes one with the other.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    unlabeled = settings.unlabeled_batch_size
+    if configuration not in plans["configurations"] or unlabeled is None:
+        return
+    batch_size = PlansManager(plans).get_configuration(configuration).batch_size
+    if unlabeled < batch_size:
+        raise UserError(
+            f"setting unlabeled_batch_size={unlabeled}: {what} mixes each of the {batch_size} labelled samples of a"
+            f" batch with an unlabelled one; set it to {batch_size} or more{f', {or_else}' if or_else else ''}"
+        )

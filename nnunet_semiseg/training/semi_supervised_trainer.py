@@ -15,11 +15,15 @@ from torch import Tensor, autocast, distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.config import SemiSupervisedSettings, TeacherSettings, read_settings
+from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, TeacherSettings, read_settings, uses_text
 from nnunet_semiseg.data.labeled_subset import JoinedDataset, take_labeled
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream, seed_workers
 from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.losses.text_alignment import category_alignment_loss
+from nnunet_semiseg.text.prompt_learner import build_prompt_learner
+from nnunet_semiseg.text.prompts import check_prompts_are_current
 from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
 from nnunet_semiseg.training.checks import check_labeled_cases
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
@@ -33,10 +37,10 @@ def apply_training_settings(trainer: nnUNetTrainer, settings) -> None:
         setattr(trainer, name, getattr(settings, name))
 
 
-def apply_network_settings(trainer: nnUNetTrainer, settings) -> None:
-    """The same for what concerns the network, once that is built."""
-    if settings.bfloat16_on_cpu and trainer.device.type == "cpu":
-        run_in_bfloat16(trainer.network)
+def apply_network_settings(network: nn.Module, device: torch.device, settings) -> None:
+    """The same for a network, once that is built."""
+    if settings.bfloat16_on_cpu and device.type == "cpu":
+        run_in_bfloat16(network)
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
@@ -55,6 +59,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")):
+        self.prompt_learner: nn.Module | None = None
+        self.text: Tensor | None = None
         # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
         self.settings = read_settings(self.settings_class, plans)
         if self.settings.seed is not None:
@@ -63,6 +69,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         apply_training_settings(self, self.settings)
         self.logger.local_logger = LossTermLogger()
+        self.aligned: list[tuple[Tensor, Tensor]] = []
         self.auxiliary = nn.ModuleDict()  # trained, but not deployed: outside self.network
         self.teacher: nn.Module | None = None
         self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
@@ -93,11 +100,41 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         base = join(nnUNet_preprocessed, plans["dataset_name"])
         self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
         check_labeled_cases(base, plans, configuration, fold)
-        return plans
+        if not uses_text(self.settings):
+            return plans
+        check_prompts_are_current(plans["dataset_name"], dataset_json)
+        self.prompt_learner = build_prompt_learner(self.settings, dataset_json)
+        shape = list(self.prompt_learner.feature_shape)
+        return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "text_shape": shape}}
+
+    @classmethod
+    def adapt_network(cls, network: nn.Module, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+        """What the method makes of the plans' network.
+
+        Args:
+            network: nnU-Net's.
+            arch_kwargs: those of the plans.
+            deep_supervision: whether decoders have several outputs.
+        """
+        return network
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
         """Modules that are trained with the network but not deployed, by name."""
-        return {}
+        if self.prompt_learner is None:
+            return {}
+        if not self.prompt_learner.trained:
+            self.print_to_log_file("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
+        return {"prompt_learner": self.prompt_learner}
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager, configuration_manager, num_input_channels: int,
+                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        settings = read_settings(cls.settings_class, plans_manager.plans)
+        kwargs = configuration_manager.network_arch_init_kwargs
+        return cls.adapt_network(network, settings, kwargs, enable_deep_supervision)
 
     def forward_streams(self, batch: dict):
         """One forward over labelled and unlabelled together.
@@ -117,13 +154,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Args:
             labeled, unlabeled: what `forward_streams` returned.
-            batch: `data` (B, C, *S), `target` (nnU-Net's), `unlabeled` {view: (B_u, C, *S)}, on the device;
-                `unlabeled_keys`, the names of the unlabelled cases.
+            batch: `data` (B, C, *S), `target` (nnU-Net's), `unlabeled` {view: (B_u, C, *S)}, `targets` (what
+                `target_maker` makes), on the device; `unlabeled_keys`, the names of the unlabelled cases.
         """
         raise NotImplementedError
 
+    def target_maker(self):
+        """A function that makes further targets of both loaders' batches, by name, in the loader's processes."""
+        return no_targets
+
     def refresh_network(self) -> None:
         """Bring what the network stores, beside its weights, up to date: called before it is used or saved."""
+        if self.prompt_learner is not None:
+            with torch.no_grad():
+                self.bare_network.guidance.features.copy_(self.prompt_learner())
 
     # ------------------------------------------------------------------------------------- what a method can use
 
@@ -141,6 +185,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """The full-resolution logits of an output with or without deep supervision."""
         return output[0] if isinstance(output, (list, tuple)) else output
 
+    def decode(self, network, images: Tensor, decoders=(0,), perturbations=()) -> list:
+        """The outputs of a `MultiDecoderUNet`'s decoders, guided by text and to be aligned with it, if there is any."""
+        if self.text is None:
+            return network(images, None, decoders, perturbations)
+        outputs, aligned = network(images, self.text, decoders, perturbations)
+        self.aligned += [(aligned, self.finest(output)) for output in outputs]
+        return outputs
+
+    def alignment(self, features: Tensor, logits: Tensor) -> Tensor:
+        """CSA of the aligned features (B, d, *s) and the logits (B, heads, *S) with the text of this step."""
+        text = self.text[1:] if self.label_manager.has_regions else self.text  # regions have no background head
+        logits = logits[:, : self.label_manager.num_segmentation_heads]  # another task's heads come after these
+        return category_alignment_loss(features, probabilities(logits, self.label_manager), text)
+
     @property
     def finest_loss(self) -> nn.Module:
         """nnU-Net's loss for the full resolution alone."""
@@ -152,7 +210,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # before super(): it makes the optimizer
         self.auxiliary = nn.ModuleDict(self.build_auxiliary()).to(self.device)
         super().initialize()
-        apply_network_settings(self, self.settings)
+        apply_network_settings(self.network, self.device, self.settings)
         if isinstance(self.settings, TeacherSettings):
             self.teacher = make_teacher(self.bare_network)
             if self._do_i_compile():
@@ -180,18 +238,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
-        add_unlabeled_stream(train, self._make_unlabeled_loader)
+        add_unlabeled_stream(train, self._make_unlabeled_loader, self.views, self.target_maker())
         seed_workers(train, self.settings.seed, self.step)
         next(train)  # starts the workers here, as nnU-Net does
         if self._resume_random_state is not None:  # only now: making the loaders has drawn from the generators
             set_random_state(self._resume_random_state)
+            self._resume_random_state = None
         return train, val
+
+    def unlabeled_dataset(self) -> JoinedDataset:
+        """The preprocessed unlabelled cases, and the labelled ones whose labels must not be seen."""
+        sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
+        return JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
 
     def _make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader:
         sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
-        sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
         return UnlabeledDataLoader(
-            JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items())),
+            self.unlabeled_dataset(),
             self.settings.unlabeled_batch_size or self.batch_size,
             *sizes,
             self.label_manager,
@@ -200,14 +263,19 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """One step; returns every loss term as a tensor on the device, so that nothing waits for the GPU."""
-        tensors = {k: batch[k] for k in ("data", "target", "unlabeled")}
+        tensors = {k: batch[k] for k in ("data", "target", "unlabeled", "targets")}
         tensors = tree_map(lambda x: x.to(self.device, non_blocking=True), tensors)
         batch = tensors | {"unlabeled_keys": batch["unlabeled_keys"]}
 
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            if self.prompt_learner is not None:
+                self.text = self.prompt_learner()
             labeled, unlabeled = self.forward_streams(batch)
             terms = {**self.supervised_losses(labeled, batch), **self.semi_losses(labeled, unlabeled, batch)}
+            if self.aligned and self.settings.csa:
+                terms["cog"] = sum(self.alignment(*pair) for pair in self.aligned)
+            self.aligned.clear()
             loss = sum(terms.values())
 
         if self.grad_scaler is not None:
@@ -285,6 +353,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             _bare(self.teacher).load_state_dict(checkpoint["teacher"])
         self._resume_student = state["student"]
         self._resume_random_state = state["random_state"]
+
+
+def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
+    return {}
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -1,0 +1,77 @@
+"""Perturbations of a network's features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def drop_channels(x: Tensor, p: float) -> Tensor:
+    """Whole channels of (B, C, *s) set to 0 with probability p, the others divided by 1 - p."""
+    return (F.dropout2d if x.ndim == 4 else F.dropout3d)(x, p)
+
+
+def feature_noise(x: Tensor, bound: float = 0.3) -> Tensor:
+    """x + x N with N uniform in -bound to bound, one N for all samples (CCT's F-Noise)."""
+    noise = torch.empty_like(x[:1]).uniform_(-bound, bound)
+    return x + x * noise
+
+
+def feature_drop(x: Tensor, low: float = 0.6, high: float = 0.9) -> Tensor:
+    """x where its attention is below a threshold drawn from low to high, else 0 (CCT's F-Drop).
+
+    The attention is the mean over channels, of each sample scaled to 0 to 1, so that the most active places go.
+    """
+    attention = x.detach().mean(1, keepdim=True)
+    axes = tuple(range(1, x.ndim))
+    least, most = attention.amin(axes, keepdim=True), attention.amax(axes, keepdim=True)
+    attention = (attention - least) / (most - least).clamp_min(1e-6)
+    threshold = torch.empty((), device=x.device).uniform_(low, high)
+    return x * (attention < threshold)
+
+
+def mask_object(x: Tensor, foreground: Tensor) -> Tensor:
+    """x without what is foreground (CCT's Obj-Msk).
+
+    Args:
+        x: (B, C, *s).
+        foreground: (B, 1, *S), bool, on the image's grid.
+    """
+    return x * ~on_grid_of(x, foreground)
+
+
+def mask_context(x: Tensor, foreground: Tensor) -> Tensor:
+    """x where it is foreground, else 0 (CCT's Con-Msk)."""
+    return x * on_grid_of(x, foreground)
+
+
+def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
+    """x without a box, drawn within the bounding box of the foreground, of this share of its sides (CCT's G-Cutout)."""
+    foreground = on_grid_of(x, foreground)
+    box = torch.ones_like(foreground)
+    for axis in range(2, x.ndim):
+        others = tuple(a for a in range(1, x.ndim) if a != axis)
+        line = foreground.any(others[0], keepdim=True)
+        for other in others[1:]:
+            line = line.any(other, keepdim=True)
+        places = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.ndim - 1 - axis))
+        first = torch.where(line, places, x.shape[axis]).amin(axis, keepdim=True)
+        length = torch.where(line, places, -1).amax(axis, keepdim=True) + 1 - first
+        start = first + torch.rand(first.shape, device=x.device) * (1 - share) * length
+        box = box & (places >= start) & (places < start + share * length)
+    return x * ~box
+
+
+def on_grid_of(x: Tensor, mask: Tensor) -> Tensor:
+    """A mask (B, 1, *S) on the grid of x (B, C, *s), by nearest neighbours."""
+    return F.interpolate(mask.float(), x.shape[2:]) > 0.5
+
+
+def draw_box(x: Tensor, share: float) -> Tensor:
+    """(1, 1, *s), bool, True in a box at a random place with this share of each side of x (B, C, *s)."""
+    box = torch.zeros((1, 1, *x.shape[2:]), dtype=torch.bool, device=x.device)
+    sides = [round(share * n) for n in x.shape[2:]]
+    starts = [int(torch.randint(n - side + 1, ())) for n, side in zip(x.shape[2:], sides, strict=True)]  # on the CPU
+    box[(..., *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))] = True
+    return box

@@ -1,0 +1,114 @@
+"""nnU-Net's network with more decoders on the same encoder, perturbed features, and text at the bottleneck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from torch import Tensor, nn
+
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+Perturbation = Callable[[list[Tensor], list], list[Tensor]]
+"""makes other features of the encoder's (fine to coarse) and the outputs of the decoders that ran before"""
+
+
+class InterpolationUpsampling(nn.Sequential):
+    """Interpolation and a 1x1 convolution, in place of a transposed convolution.
+
+    The two commute (interpolation weights sum to one), so the convolution runs first, on the smaller grid.
+
+    Shape: (B, C_in, *S) -> (B, C_out, *(S * stride))
+    """
+
+    def __init__(self, conv_op: type[nn.Module], in_channels: int, out_channels: int, stride, bias: bool, mode: str):
+        if mode == "linear":
+            mode = LINEAR[convert_conv_op_to_dim(conv_op)]
+        scale = tuple(float(s) for s in stride)
+        super().__init__(conv_op(in_channels, out_channels, 1, bias=bias), nn.Upsample(scale_factor=scale, mode=mode))
+
+
+def extra_decoder(
+    network: nn.Module,
+    n_conv_per_stage,
+    deep_supervision: bool,
+    upsampling: Literal["transposed", "linear", "nearest"] = "transposed",
+) -> UNetDecoder:
+    """One more decoder for a PlainConvUNet or ResidualEncoderUNet, with weights of its own.
+
+    Args:
+        network: holds the `encoder` whose skips all decoders read, and the first `decoder`.
+        n_conv_per_stage: as in the plans (`n_conv_per_stage_decoder`).
+        deep_supervision: without it there is no head but the finest.
+
+    Returns:
+        A decoder with `.encoder` None: registered again, the encoder's weights would be counted, saved and
+        initialised a second time.
+    """
+    encoder = network.encoder
+    decoder = UNetDecoder(encoder, network.decoder.num_classes, n_conv_per_stage, deep_supervision)
+    decoder.encoder = None
+    if not deep_supervision:
+        decoder.seg_layers = decoder.seg_layers[-1:]
+    if upsampling != "transposed":
+        for i, transposed in enumerate(decoder.transpconvs):
+            decoder.transpconvs[i] = InterpolationUpsampling(
+                encoder.conv_op,
+                transposed.in_channels,
+                transposed.out_channels,
+                transposed.stride,
+                transposed.bias is not None,
+                upsampling,
+            )
+    decoder.apply(network.initialize)
+    return decoder
+
+
+class MultiDecoderUNet(nn.Module):
+    """nnU-Net's network, with further decoders, perturbations of the features, and text, each where it is wanted.
+
+    `forward(x)` is the main decoder's output, as nnU-Net's validation, prediction and deep supervision expect.
+
+    Args:
+        network: the plans' network, a PlainConvUNet or ResidualEncoderUNet.
+        others: further decoders (`extra_decoder`). nnU-Net switches the deep supervision of the first alone.
+        guidance: text guidance, applied once, before all decoders; None: no text.
+    """
+
+    def __init__(self, network: nn.Module, others: Sequence[UNetDecoder] = (), guidance: nn.Module | None = None):
+        super().__init__()
+        self.encoder = network.encoder
+        self.decoder = network.decoder
+        self.other_decoders = nn.ModuleList(others)
+        self.guidance = guidance
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor | None = None,
+        decoders: Sequence[int] | None = None,
+        perturbations: Sequence[Perturbation | None] = (),
+    ):
+        """
+        Args:
+            x: (B, C, *S).
+            text: (K, d) text features with their graph, in training; None: the stored ones.
+            decoders: which decoders to run, in training, 0 the main one.
+            perturbations: of the features that each of them reads; (): none.
+
+        Returns:
+            Without `decoders`, logits (B, heads, *S) of the main decoder, or with deep supervision a list of logits
+            from fine to coarse. With them a list with such an output per decoder; and with text a pair: that list,
+            and the aligned features F_v (B, d, *s) of the bottleneck before the text was added to it (so that
+            aligning them shapes the encoder, instead of finding the text that was just put in).
+        """
+        *skips, bottleneck = self.encoder(x)
+        skips.append(bottleneck if self.guidance is None else self.guidance(bottleneck, text))
+        if decoders is None:
+            return self.decoder(skips)
+        outputs = []
+        for i, perturb in zip(decoders, perturbations or [None] * len(decoders), strict=True):
+            decoder = self.decoder if i == 0 else self.other_decoders[i - 1]
+            outputs.append(decoder(skips if perturb is None else perturb(skips, outputs)))
+        return outputs if text is None else (outputs, self.guidance.align(bottleneck))

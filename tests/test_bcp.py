@@ -1,0 +1,98 @@
+import math
+
+import pytest
+import torch
+from training import CLASSES, make_trainer, nnunet_loss
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.networks.feature_perturbation import draw_box
+from nnunet_semiseg.trainers.bcp import BCPTrainer, paste
+
+BOX = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
+BOX[:, :, :2] = True  # a quarter
+
+
+class Trainer:
+    settings, label_manager, first_step, step, box = BCPTrainer.settings_class(bcp_weight=0.5), CLASSES, 0, 1, BOX
+    finest, finest_loss, loss_where = staticmethod(lambda x: x), nnunet_loss(False), BCPTrainer.loss_where
+
+
+def of_probability(*slices):
+    """Logits whose probability of class 1 differs from slice to slice."""
+    logits = torch.zeros(1, 2, 8, 8, 8)
+    for i, p in enumerate(slices):
+        logits[:, 1, i] = math.log(p / (1 - p))
+    return logits
+
+
+def loss_by_hand(p):
+    """Dice + CE of a volume that is class 1 everywhere, where class 1 has this probability."""
+    return -2 * p / (1 + p) - math.log(p)
+
+
+def test_a_box_of_two_thirds_at_a_random_place():
+    boxes = [draw_box(torch.zeros(2, 1, 6, 9, 12), 2 / 3) for _ in range(10)]
+    assert all(box.shape == (1, 1, 6, 9, 12) and box.sum() == 4 * 6 * 8 for box in boxes)
+    assert len({tuple(box.nonzero()[0].tolist()) for box in boxes}) > 1
+    assert draw_box(torch.zeros(1, 1, 8, 8), 0).sum() == 0 and draw_box(torch.zeros(1, 1, 8, 8), 1).all()
+
+
+def test_paste_on_every_grid():
+    fine = paste(BOX, torch.ones(2, 1, 8, 8, 8), torch.zeros(2, 1, 8, 8, 8))
+    assert fine[:, 0, :, 0, 0].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]] * 2
+    coarse = paste(BOX, torch.ones(2, 1, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4))
+    assert coarse[:, 0, :, 0, 0].tolist() == [[1, 0, 0, 0]] * 2
+
+
+def test_the_losses_by_hand():
+    """X_in is labelled around the box, X_out within it; everything is class 1, p differs within and around."""
+    inwards = of_probability(*[0.9] * 2, *[0.6] * 6)
+    outwards = of_probability(*[0.7] * 2, *[0.8] * 6)
+    trainer, ones = Trainer(), torch.ones(1, 1, 8, 8, 8)
+    supervised = BCPTrainer.supervised_losses(trainer, (inwards, outwards), {"target": ones})["supervised"]
+    assert supervised.item() == pytest.approx(loss_by_hand(0.6) + loss_by_hand(0.7), abs=1e-4)
+    trainer.teacher = lambda x: of_probability(*[0.9] * 8)  # says class 1
+    batch = {"data": torch.zeros(1, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
+    pseudo = BCPTrainer.semi_losses(trainer, None, (inwards, outwards), batch)["pseudo"]
+    assert pseudo.item() == pytest.approx(0.5 * (loss_by_hand(0.9) + loss_by_hand(0.8)), abs=1e-4)
+
+
+def test_what_the_network_sees(ready):
+    trainer = make_trainer(BCPTrainer, ready(), pretraining=0.5)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    batch["data"] = torch.zeros_like(batch["data"]) + torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1)
+    batch["unlabeled"]["strong"] = torch.zeros_like(batch["data"]) + torch.tensor([3.0, 4.0]).view(2, 1, 1, 1, 1)
+    seen = []
+    trainer.network.forward = lambda x: (seen.append(x), x)[1]
+    trainer.step = 2
+    trainer.forward_streams(batch)
+    inside = trainer.box.expand(2, 1, *trainer.box.shape[2:])
+    assert [seen[0][i][inside[i]].unique().tolist() for i in (0, 1)] == [[2], [1]]
+    assert [seen[0][i][~inside[i]].unique().tolist() for i in (0, 1)] == [[1], [2]]
+    trainer.step = 3
+    with torch.no_grad():
+        for p in trainer.network.parameters():
+            p.fill_(0.25)
+    trainer.forward_streams(batch)
+    assert all((p == 0.25).all() for p in trainer.teacher.parameters())  # the teacher begins as the pre-training's end
+    inside = trainer.box.expand(4, 1, *trainer.box.shape[2:])
+    assert [seen[1][i][inside[i]].unique().tolist() for i in range(4)] == [[3], [4], [1], [2]]
+    assert [seen[1][i][~inside[i]].unique().tolist() for i in range(4)] == [[1], [2], [4], [3]]
+
+
+def test_ignored_voxels_do_not_count(ready):
+    trainer = make_trainer(BCPTrainer, ready(labels={"background": 0, "kidney": 1, "ignore": 2}))
+    trainer.on_train_start()
+    logits = torch.randn(2, 2, 8, 8, 8)
+    target = torch.zeros(2, 1, 8, 8, 8)
+    target[:, :, 4:] = 2
+    other = logits.clone()
+    other[:, :, 4:] += 5
+    everywhere = torch.ones_like(BOX)
+    assert trainer.loss_where(everywhere, logits, target) == trainer.loss_where(everywhere, other, target)
+
+
+def test_it_needs_pairs(ready):
+    with pytest.raises(UserError, match="unlabeled_batch_size=1: BCP mixes each of the 2 labelled samples"):
+        make_trainer(BCPTrainer, ready(), unlabeled_batch_size=1)

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from training import CLASSES, make_trainer
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.networks import feature_perturbation as perturbation
+from nnunet_semiseg.trainers.cct import PERTURBATIONS, CCTTrainer
+
+X = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(1, 2, 8, 8, 8)
+
+
+def test_the_consistency_by_hand():
+    """The main decoder says 1/2; one auxiliary decoder as well, another 0.8 and 0.2: (0 + 0.09) / 2."""
+
+    class Trainer:
+        settings, progress, label_manager = CCTTrainer.settings_class(), 1.0, CLASSES
+        finest = staticmethod(lambda x: x)
+
+    same, other = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
+    other[:, 0] = torch.logit(torch.tensor(0.8))
+    loss = CCTTrainer.semi_losses(Trainer(), None, (same, [same, other]), {})["consistency"]
+    assert loss.item() == pytest.approx(0.1 * 0.09 / 2)
+
+
+def test_noise_is_in_proportion_and_bounded():
+    noisy = perturbation.feature_noise(X.repeat(2, 1, 1, 1, 1))
+    assert torch.equal(noisy[0], noisy[1]) and (noisy[:, :, 0] == 0).all()
+    ratio = noisy[:, :, 1:] / X[:, :, 1:]
+    assert 0.7 <= ratio.min() < 0.75 and 1.25 < ratio.max() <= 1.3
+
+
+def test_drop_takes_the_most_active_places():
+    """Attention is 0 to 1 in steps of 1/7: a threshold of 0.6 to 0.9 keeps the first 5, 6 or 7 of 8 slices."""
+    for _ in range(20):
+        kept = (perturbation.feature_drop(X) == X).all((0, 1, 3, 4))
+        assert kept.sum() in (5, 6, 7) and kept[: kept.sum()].all()
+
+
+def test_masks_of_object_and_context():
+    foreground = torch.zeros(1, 1, 16, 16, 16, dtype=torch.bool)
+    foreground[:, :, 4:8] = True  # slices 2 and 3 of 8
+    without, only = perturbation.mask_object(X, foreground), perturbation.mask_context(X, foreground)
+    assert torch.equal(without + only, X)
+    assert only[0, 0, :, 0, 0].tolist() == [0, 0, 2, 3, 0, 0, 0, 0]
+
+
+def test_cutout_stays_within_the_object():
+    """The object is 5 voxels long on every axis: a box of 0.4 of it is 2 voxels or, by where it begins, 2 or 3."""
+    x = torch.ones(1, 1, 8, 8, 8)
+    foreground = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
+    foreground[:, :, 2:7, 1:6, 3:8] = True
+    for _ in range(20):
+        cut = perturbation.guided_cutout(x, foreground) == 0
+        assert 1 <= cut.sum() <= 27 and not (cut & ~foreground).any()
+    assert (perturbation.guided_cutout(x, foreground & False) == 1).all()  # no object, no box
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_every_perturbation_trains(ready, ndim):
+    trainer = make_trainer(
+        CCTTrainer, ready(dims=ndim, size=32 if ndim == 2 else 24), perturbations=sorted(PERTURBATIONS)
+    )
+    trainer.on_train_start()
+    trainer.network.train()
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert torch.isfinite(out["loss"]) and len(trainer.network.other_decoders) == len(PERTURBATIONS)
+    assert out["consistency"] > 0
+
+
+def test_unknown_perturbations_are_refused(ready):
+    with pytest.raises(UserError, match="perturbations=.'vat'.: must be one or more of noise, drop"):
+        make_trainer(CCTTrainer, ready(), perturbations=["vat"])

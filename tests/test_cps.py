@@ -1,0 +1,52 @@
+import math
+
+import pytest
+import torch
+from training import CLASSES, REGIONS, make_trainer
+
+from nnunet_semiseg.trainers.cps import CPSTrainer
+
+
+class Trainer:
+    settings, progress = CPSTrainer.settings_class(cps_weight=0.2), 1.0
+    finest = staticmethod(lambda x: x)
+
+
+def of_probability(p, heads=2):
+    logits = torch.zeros(1, heads, 8, 8, 8)
+    logits[:, 1] = math.log(p / (1 - p))
+    return logits
+
+
+def test_each_network_learns_the_others_decision():
+    """Network 1 says class 1 with 0.8, network 2 with 0.4, so decides for 0: CE -log 0.2 of one, -log 0.4 of two."""
+    trainer = Trainer()
+    trainer.label_manager = CLASSES
+    first, second = of_probability(0.8), of_probability(0.4)
+    loss = CPSTrainer.semi_losses(trainer, (first, second), (first, second), {})["cps"]
+    assert loss.item() == pytest.approx(0.2 * -(math.log(0.2) + math.log(0.4)))
+
+
+def test_regions_one_by_one():
+    """Region 0: both say 1/2, which is no; region 1 as above."""
+    trainer = Trainer()
+    trainer.label_manager = REGIONS
+    first, second = of_probability(0.8), of_probability(0.4)
+    loss = CPSTrainer.semi_losses(trainer, (first, second), (first, second), {})["cps"]
+    region_0, region_1 = -2 * math.log(0.5), -(math.log(0.2) + math.log(0.4))
+    assert loss.item() == pytest.approx(0.2 * (region_0 + region_1) / 2)
+
+
+def test_two_networks_of_their_own(ready):
+    trainer = make_trainer(CPSTrainer, ready(dims=2, size=32))
+    trainer.on_train_start()
+    first, second = trainer.network, trainer.auxiliary["second"]
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+    assert first.state_dict().keys() == second.state_dict().keys()
+    weights = zip(first.parameters(), second.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in weights)
+    before = [p.clone() for p in second.parameters()]
+    first.train()
+    trainer.train_step(next(trainer.dataloader_train))
+    moved = [not torch.equal(p, old) for p, old in zip(second.parameters(), before, strict=True)]
+    assert sum(moved) > 0.9 * len(moved)

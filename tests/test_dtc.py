@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+from training import CLASSES, REGIONS, make_trainer
+
+from nnunet_semiseg.trainers.dtc import DTCTrainer, add_level_sets, level_set
+
+
+def test_a_level_set_by_hand():
+    """Voxels 2 to 5 of 8 are inside: distances 2 1 | 1 2 2 1 | 1 2 over 2, and 0 on the inner boundary."""
+    mask = np.zeros((8, 8, 8), dtype=bool)
+    mask[2:6] = True
+    values = level_set(mask)
+    assert values.dtype == np.float32 and (values == values[:, :1, :1]).all()
+    assert values[:, 0, 0].tolist() == [1, 0.5, 0, -1, -1, 0, 0.5, 1]
+
+
+def test_what_is_not_there_is_outside():
+    assert (level_set(np.zeros((8, 8, 8), bool)) == 1).all() and (level_set(np.ones((8, 8, 8), bool)) == -1).all()
+
+
+def test_level_sets_of_classes_and_regions():
+    target = torch.zeros(1, 1, 8, 8, 8)
+    target[:, :, 2:6] = 1
+    sets = add_level_sets({"target": [target, target]}, {}, CLASSES)["level_sets"]
+    assert sets.shape == (1, 2, 8, 8, 8)
+    assert sets[0, 1, :, 0, 0].tolist() == [1, 0.5, 0, -1, -1, 0, 0.5, 1]
+    assert sets[0, 0, :, 0, 0].tolist() == [-1, 0, 0.5, 1, 1, 0.5, 0, -1]
+    regions = torch.cat((target, torch.zeros_like(target)), 1)
+    sets = add_level_sets({"target": regions}, {}, REGIONS)["level_sets"]
+    assert sets[0, 0, :, 0, 0].tolist() == [1, 0.5, 0, -1, -1, 0, 0.5, 1] and (sets[0, 1] == 1).all()
+
+
+class Trainer:
+    settings, progress, label_manager = DTCTrainer.settings_class(), 1.0, CLASSES
+    finest = staticmethod(lambda x: x)
+
+    def loss(self, output, target):
+        return torch.tensor(7.0)
+
+
+def test_both_tasks_agree_where_the_sign_is_right():
+    """p is 1/2 everywhere; sigmoid(-1500 z) is 1 for z = -0.1, 0 for 0.1: (1/2)^2; 1/2 for z = 0: no difference."""
+    z = torch.full((1, 2, 8, 8, 8), 0.1)
+    z[:, :, :4] = -0.1
+    z[:, :, 2:6] = 0
+    flat = torch.zeros(1, 2, 8, 8, 8)
+    loss = DTCTrainer.semi_losses(Trainer(), (flat, z), (flat, z), {})["dtc"]
+    assert loss.item() == pytest.approx(0.25 / 2)
+
+
+def test_the_supervised_loss_of_level_sets():
+    """A quarter of the voxels is wrong by 0.5: 0.3 * 0.25 / 4."""
+    z, true = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
+    true[:, :, :2] = 0.5
+    target = torch.zeros(1, 1, 8, 8, 8)
+    terms = DTCTrainer.supervised_losses(Trainer(), (None, z), {"target": target, "targets": {"level_sets": true}})
+    assert terms["supervised"] == 7 and terms["level_sets"].item() == pytest.approx(0.3 * 0.25 / 4)
+
+
+def test_the_loader_makes_level_sets_of_the_augmented_labels(ready):
+    trainer = make_trainer(DTCTrainer, ready())
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    again = add_level_sets(batch, {}, trainer.label_manager)["level_sets"]
+    assert torch.equal(batch["targets"]["level_sets"], again) and again.min() == -1 and again.max() == 1
+    x = batch["data"]
+    trainer.network.eval()
+    (both,) = trainer.network(x, None, (0,))
+    for deployed, output in zip(trainer.network(x), both, strict=True):
+        assert torch.equal(deployed, output[:, :3]) and output.shape[1] == 6

@@ -1,0 +1,28 @@
+import math
+
+import pytest
+import torch
+from training import CLASSES, REGIONS
+
+from nnunet_semiseg.trainers.fixmatch import FixMatchTrainer
+
+
+@pytest.mark.parametrize("labels", [CLASSES, REGIONS])
+def test_only_certain_voxels_teach(labels):
+    """The weak view says class 1 with 0.96 in one slice of eight, else with 0.9; the strong one says 0.75."""
+    weak, strong = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
+    weak[:, 1], strong[:, 1] = math.log(0.9 / 0.1), math.log(0.75 / 0.25)
+    weak[:, 1, 0] = math.log(0.96 / 0.04)
+    regions = labels is REGIONS
+    if regions:  # the other region must be certain, too: it is not there
+        weak[:, 0] = -10
+
+    class Trainer:
+        settings, label_manager = FixMatchTrainer.settings_class(match_weight=3.0), labels
+        finest = staticmethod(lambda x: x)
+        network = staticmethod(lambda x: weak)
+
+    loss = FixMatchTrainer.semi_losses(Trainer(), None, strong, {"unlabeled": {"weak": None}})["unsupervised"]
+    one = -math.log(0.75)
+    expected = (one - math.log(0.5)) / 2 if regions else one  # region 0: strong says 1/2
+    assert loss.item() == pytest.approx(3 * expected / 8)

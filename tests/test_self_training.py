@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from training import make_trainer
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.trainers.self_training import RestartingPolyLR, SelfTrainingTrainer
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(dims=2, size=32), dict(regions=True)], ids=["3d", "2d", "regions"])
+def test_pseudo_labels_lie_on_disk_and_are_what_is_trained_on(ready, kind):
+    dataset = ready(**kind)
+    trainer = make_trainer(SelfTrainingTrainer, dataset, num_epochs=2, num_iterations_per_epoch=1)
+    losses, step = [], trainer.train_step
+
+    def recording(batch):
+        if trainer.round:
+            target = batch["targets"]["pseudo"]
+            assert len(target[0]) == 2 and set(batch["unlabeled_keys"]) <= {f"un_{i:03d}" for i in range(4)}
+        losses.append(step(batch))
+        return losses[-1]
+
+    trainer.train_step = recording
+    first = {}
+
+    def remember():
+        first["weights"] = [p.clone() for p in trainer.network.parameters()]
+        start_again()
+
+    start_again, trainer.start_again = trainer.start_again, remember
+    trainer.run_training()
+    assert losses[0]["pseudo"] == 0 and losses[1]["pseudo"] != 0
+    folder = trainer.folder(1)
+    ending = dataset.dataset_json["file_ending"]
+    for i in range(4):
+        image = sitk.ReadImage(str(dataset.image(f"un_{i:03d}")))
+        label = sitk.ReadImage(str(folder / f"un_{i:03d}{ending}"))
+        assert label.GetSize() == image.GetSize()
+        assert set(np.unique(sitk.GetArrayFromImage(label))) <= {0, 1, 2}
+        assert "class_locations" in load_pickle(str(folder / f"un_{i:03d}.pkl"))
+    assert any(not torch.equal(p, old) for p, old in zip(trainer.network.parameters(), first["weights"], strict=True))
+
+
+def test_a_pseudo_label_is_the_networks_decision(ready):
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2)
+    trainer.on_train_start()
+    trainer.current_epoch = 1
+    trainer.network.forward = lambda x: torch.stack((0.5 + 0 * x[:, 0], x[:, 0] > 0, -x[:, 0].abs()), 1).float()
+    trainer.label_unlabeled()
+    del trainer.network.forward
+    loader = trainer._make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
+    for case in loader._data.identifiers:
+        data, label, _, properties = loader._data.load_case(case)
+        assert np.array_equal(label[:][0], (data[:][0] > 0).astype(np.int8))
+        assert len(properties["class_locations"][1]) and not len(properties["class_locations"][2])
+
+
+def test_interrupted_while_it_labels_it_goes_on(ready):
+    dataset = ready()
+    settings = dict(num_epochs=2, num_iterations_per_epoch=1)
+    straight = make_trainer(SelfTrainingTrainer, dataset, **settings)
+    straight.run_training()
+    broken = make_trainer(SelfTrainingTrainer, dataset, **settings, save_every=50)
+    dataset_of, count = broken.unlabeled_dataset, []
+
+    class Killed(Exception):
+        pass
+
+    def dies_at_the_third_case():
+        dataset = dataset_of()
+        load = dataset.load_case
+
+        def load_case(case):
+            count.append(case)
+            if broken.round and len(count) > 2:
+                raise Killed
+            return load(case)
+
+        if broken.round:
+            count.clear()
+            dataset.load_case = load_case
+        return dataset
+
+    broken.unlabeled_dataset = dies_at_the_third_case
+    with pytest.raises(Killed):
+        broken.run_training()
+    resumed = make_trainer(SelfTrainingTrainer, dataset, **settings, save_every=50)
+    resumed.load_checkpoint(resumed.output_folder + "/checkpoint_latest.pth")
+    assert resumed.current_epoch == 1
+    done = {f: f.stat().st_mtime_ns for f in resumed.folder(1).glob("*.pkl")}
+    assert len(done) == 2
+    resumed.run_training()
+    assert all(f.stat().st_mtime_ns == t for f, t in done.items()) and len(list(resumed.folder(1).glob("*.pkl"))) == 4
+    for a, b in zip(straight.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_pseudo_label_that_is_gone_is_missed(ready):
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=4)
+    trainer.initialize()
+    trainer.current_epoch = 3
+    with pytest.raises(UserError, match="un_000.pkl: the pseudo-label is gone: train again, without --c"):
+        trainer.on_train_start()
+
+
+def test_labels_of_an_older_training_are_not_used(ready):
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2)
+    trainer.initialize()
+    trainer.folder(1).mkdir(parents=True)
+    (trainer.folder(1) / "un_000.pkl").write_bytes(b"old")
+    trainer.on_train_start()
+    assert not trainer.folder(1).exists()
+
+
+def test_rounds_and_their_learning_rates(ready):
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=9, rounds=2)
+    assert trainer.starts == [0, 3, 6]
+    rounds = []
+    for trainer.current_epoch in range(9):
+        rounds.append(trainer.round)
+    assert rounds == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+    schedule, rates = RestartingPolyLR(optimizer, 1.0, [0, 2, 6]), []
+    for epoch in range(6):
+        schedule.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1, 0.5**0.9, 1, 0.75**0.9, 0.5**0.9, 0.25**0.9])
+
+
+def test_too_short_for_its_rounds(ready):
+    with pytest.raises(UserError, match="num_epochs=2: too short for rounds=2; give it at least 3"):
+        make_trainer(SelfTrainingTrainer, ready(), num_epochs=2, rounds=2)

@@ -1,0 +1,64 @@
+"""Text-SemiSeg's text module in other methods: `--set text=true`."""
+
+import pytest
+import torch
+from training import TRAINERS, make_trainer
+
+from nnunet_semiseg.config import OptionalTextSettings
+from nnunet_semiseg.losses.text_alignment import category_alignment_loss
+
+WITH_TEXT = [t for t in TRAINERS if issubclass(t.settings_class, OptionalTextSettings)]
+every_trainer_with_text = pytest.mark.parametrize("trainer_class", WITH_TEXT, ids=lambda t: t.__name__)
+
+
+def test_those_that_the_paper_extended():
+    assert {t.__name__ for t in WITH_TEXT} == {"UAMTTrainer", "DTCTrainer", "MCNetTrainer", "CPSTrainer"}
+
+
+@every_trainer_with_text
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_module_is_trained_and_a_checkpoint_holds_what_prediction_needs(trainer_class, ready, regions):
+    dataset = ready(dims=2, size=32, regions=regions)
+    trainer = make_trainer(trainer_class, dataset, text=True)
+    trainer.on_train_start()
+    trainer.network.train()
+    learner, guidance = trainer.auxiliary["prompt_learner"], trainer.network.guidance
+    before = [p.clone() for p in (learner.ctx, guidance.project.weight, guidance.interaction.class_embedding)]
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert list(out)[-1] == "cog" and out["cog"] > 0
+    after = (learner.ctx, guidance.project.weight, guidance.interaction.class_embedding)
+    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    file = str(dataset.results / "checkpoint.pth")
+    trainer.save_checkpoint(file)
+    saved = torch.load(file, weights_only=False)
+    torch.testing.assert_close(saved["network_weights"]["guidance.features"], learner().detach())
+    assert saved["init_args"]["plans"]["semiseg"]["text_shape"] == [2 + (not regions) if not regions else 3, 16]
+
+
+@every_trainer_with_text
+def test_cog_is_the_alignment_of_every_output(trainer_class, ready, monkeypatch):
+    trainer = make_trainer(trainer_class, ready(dims=2, size=32), text=True)
+    trainer.on_train_start()
+    trainer.network.train()
+    seen = []
+
+    def recording(features, p, text):
+        seen.append((features.shape[0], p.shape[1], text.shape[0]))
+        return category_alignment_loss(features, p, text)
+
+    monkeypatch.setattr("nnunet_semiseg.training.semi_supervised_trainer.category_alignment_loss", recording)
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(batch)
+    outputs = {"CPSTrainer": 2, "MCNetTrainer": 3}.get(trainer_class.__name__, 1)
+    assert seen == [(2 * len(batch["data"]), 3, 3)] * outputs
+
+
+@every_trainer_with_text
+@pytest.mark.parametrize("settings", [dict(text=True, csa=False), dict(text=False)])
+def test_without(trainer_class, ready, settings):
+    trainer = make_trainer(trainer_class, ready(dims=2, size=32), **settings)
+    trainer.on_train_start()
+    trainer.network.train()
+    assert "cog" not in trainer.train_step(next(trainer.dataloader_train))
+    assert (trainer.network.guidance is None) != settings["text"]
+    assert ("prompt_learner" in trainer.auxiliary) == settings["text"]

@@ -1,0 +1,130 @@
+"""Dual-task consistency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+from skimage.segmentation import find_boundaries
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from nnunet_semiseg.config import OptionalTextSettings, require
+from nnunet_semiseg.losses.pseudo_labels import has_label, probabilities
+from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
+from nnunet_semiseg.networks.text_guidance import text_guidance_for
+from nnunet_semiseg.training.schedules import gaussian_ramp
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+
+STEEPNESS = 1500
+"""k of the smooth Heaviside function"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DTCSettings(OptionalTextSettings):
+    level_set_weight: float = 0.3
+    """beta of the level sets' supervised loss"""
+    dtc_weight: float = 1.0
+    """of the consistency between the tasks, at the end of the ramp"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("level_set_weight", "dtc_weight"):
+            require(self, name, minimum=0)
+
+
+class DualTaskUNet(MultiDecoderUNet):
+    """The decoder has twice the heads, a level set for each; alone, `forward(x)` gives the segmentation's."""
+
+    def forward(self, x: Tensor, text=None, decoders=None, perturbations=()):
+        output = super().forward(x, text, decoders, perturbations)
+        return output if decoders else tree_map(lambda t: t[:, : t.shape[1] // 2], output)
+
+
+class DTCTrainer(SemiSupervisedTrainer):
+    """Luo et al., "Semi-supervised medical image segmentation through dual-task consistency" (AAAI 2021, 2009.04448).
+
+    One network predicts classes and, by tanh, level sets z: signed distances to the boundary, negative inside and
+    scaled to -1 to 1 (eq. 1).
+
+    - eq. 3: z becomes a soft segmentation by the smooth Heaviside function sigmoid(-k z), k = 1500;
+    - eq. 4: L_DTC = mean ||sigmoid(-k z) - p||^2, over labelled and unlabelled samples;
+    - eq. 5: L_LSF = mean ||z - T(y)||^2 on the labelled ones;
+    - eq. 6: L = L_seg + 0.3 L_LSF + lambda(t) L_DTC, lambda a Gaussian ramp to 1 over the training.
+
+    The paper has one organ; here each class (background, too) or region has a level set of its own. One that is not
+    in a patch is outside everywhere (1). The distances are computed in the loader's processes, after augmentation.
+    L_LSF and L_DTC act at full resolution, L_seg is nnU-Net's; with deep supervision the coarser outputs' level sets
+    are not used.
+    """
+
+    settings_class = DTCSettings
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager, configuration_manager, num_input_channels: int,
+                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+        return super().build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, 2 * num_output_channels, enable_deep_supervision
+        )
+
+    @classmethod
+    def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+        return DualTaskUNet(network, guidance=text_guidance_for(network, settings))
+
+    def target_maker(self):
+        return partial(add_level_sets, label_manager=self.label_manager)
+
+    def forward_streams(self, batch: dict):
+        """Per stream the segmentation's output and the level sets (B, heads, *S)."""
+        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
+        (output,) = self.decode(self.network, images)
+        heads = self.label_manager.num_segmentation_heads
+        level_sets = self.finest(output)[:, heads:].float().tanh()
+        return split_streams((tree_map(lambda t: t[:, :heads], output), level_sets), len(batch["data"]))
+
+    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
+        output, level_sets = labeled
+        known = has_label(self.finest(batch["target"]), self.label_manager)
+        squared = (level_sets - batch["targets"]["level_sets"]).square() * known
+        return {
+            "supervised": self.loss(output, batch["target"]),
+            "level_sets": self.settings.level_set_weight * squared.mean(),
+        }
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        p = probabilities(torch.cat((self.finest(labeled[0]), self.finest(unlabeled[0]))), self.label_manager)
+        from_level_sets = (-STEEPNESS * torch.cat((labeled[1], unlabeled[1]))).sigmoid()
+        weight = self.settings.dtc_weight * gaussian_ramp(self.progress)
+        return {"dtc": weight * F.mse_loss(from_level_sets, p)}
+
+
+def add_level_sets(labeled: dict, unlabeled: dict, label_manager) -> dict[str, Tensor]:
+    """The level sets (B, heads, *S) of a batch's labels; see `level_set`."""
+    target = labeled["target"]
+    target = (target[0] if isinstance(target, (list, tuple)) else target).numpy()
+    heads = range(label_manager.num_segmentation_heads)
+    masks = target[:, heads] > 0 if label_manager.has_regions else np.concatenate([target == c for c in heads], 1)
+    return {"level_sets": torch.from_numpy(np.stack([[level_set(mask) for mask in sample] for sample in masks]))}
+
+
+def level_set(mask: np.ndarray) -> np.ndarray:
+    """T(y): the distance to the boundary, over its maximum; negative inside, 0 on the inner boundary.
+
+    Source: eq. 1. Each side has a maximum of its own. Without an inside it is 1, without an outside -1.
+
+    Args:
+        mask: (*S), bool.
+
+    Returns:
+        (*S), float32, in -1 to 1.
+    """
+    if mask.all() or not mask.any():
+        return np.where(mask, np.float32(-1), np.float32(1))
+    outside, inside = distance_transform_edt(~mask), distance_transform_edt(mask)
+    result = outside / outside.max() - inside / inside.max()
+    result[find_boundaries(mask, mode="inner")] = 0
+    return result.astype(np.float32)

@@ -1,0 +1,47 @@
+"""FixMatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.losses.pseudo_labels import confidence, cross_entropy, hard_pseudo_label, probabilities
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixMatchSettings(SemiSupervisedSettings):
+    match_weight: float = 1.0
+    """lambda_u, of the unsupervised loss"""
+    match_threshold: float = 0.95
+    """tau: pseudo-labels with a lower probability do not count"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "match_weight", minimum=0)
+        require(self, "match_threshold", minimum=0, maximum=1)
+
+
+class FixMatchTrainer(SemiSupervisedTrainer):
+    """Sohn et al., "FixMatch: simplifying semi-supervised learning with consistency and confidence" (NeurIPS 2020).
+
+    arXiv 2001.07685, for voxels. Eq. 4: L_u = mean over all voxels of 1(max q >= 0.95) CE(p(strong), argmax q),
+    q the network's own probabilities on the weak view, without gradient; L = L_s + lambda_u L_u, lambda_u = 1 with no
+    ramp, as the threshold is one. L_s is nnU-Net's loss, the strong view nnU-Net's intensity augmentation: views share
+    the geometry, so that voxels correspond. A region's pseudo-label counts where all regions are certain.
+    """
+
+    settings_class = FixMatchSettings
+    views = ("weak", "strong")
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        with torch.no_grad():
+            weak = self.finest(self.network(batch["unlabeled"]["weak"]))
+            certain = confidence(probabilities(weak, self.label_manager), self.label_manager)
+            weight = (certain >= self.settings.match_threshold).float()
+        target = hard_pseudo_label(weak, self.label_manager)
+        loss = cross_entropy(self.finest(unlabeled), target, self.label_manager.has_regions, weight)
+        return {"unsupervised": self.settings.match_weight * loss}

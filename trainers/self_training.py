@@ -1,0 +1,218 @@
+"""Self-training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from torch import Tensor
+
+from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTrainingSettings(SemiSupervisedSettings):
+    rounds: int = 1
+    """how often the unlabelled cases are labelled, and a new training begins, on both"""
+    pseudo_weight: float = 1.0
+    """of the loss on pseudo-labels"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "rounds", minimum=1)
+        require(self, "pseudo_weight", minimum=0)
+
+
+class SelfTrainingTrainer(SemiSupervisedTrainer):
+    """Train on the labelled cases, label the unlabelled ones, train again from scratch on both.
+
+    What nnU-Net's maintainers advise to do by hand (MIC-DKFZ/nnUNet, issue 2338); pseudo-labelling after Lee,
+    "Pseudo-label" (ICML workshops 2013). The epochs are divided alike among the first training and the `rounds` after
+    it, each with nnU-Net's learning rate schedule and new weights. Whole cases are labelled with nnU-Net's own sliding
+    window. A batch holds as many patches with labels as with pseudo-labels, both with all of nnU-Net's
+    augmentation, foreground sampling and deep supervision (by hand, all cases are alike, so that a few labelled
+    ones would hardly be seen).
+
+    `pseudo_labels/round_N` in the training's folder holds the pseudo-labels in the images' geometry, for review, and
+    as they are trained on. Interrupted while it labels, the training goes on with the cases that have none.
+    """
+
+    settings_class = SelfTrainingSettings
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        if self.settings.num_epochs <= self.settings.rounds:
+            raise UserError(
+                f"setting num_epochs={self.settings.num_epochs}: too short for rounds={self.settings.rounds}; give it"
+                f" at least {self.settings.rounds + 1}"
+            )
+        return super().prepare(plans, configuration, fold, dataset_json)
+
+    # -------------------------------------------------------------------------------------------------- the rounds
+
+    @property
+    def starts(self) -> list[int]:
+        """The first epoch of every training."""
+        return [self.num_epochs * i // (self.settings.rounds + 1) for i in range(self.settings.rounds + 1)]
+
+    @property
+    def round(self) -> int:
+        """0 while only labels are trained on."""
+        return sum(self.current_epoch >= start for start in self.starts[1:])
+
+    def folder(self, number: int) -> Path:
+        return Path(self.output_folder) / "pseudo_labels" / f"round_{number}"
+
+    def configure_optimizers(self):
+        optimizer, _ = super().configure_optimizers()
+        return optimizer, RestartingPolyLR(optimizer, self.initial_lr, [*self.starts, self.num_epochs])
+
+    def on_train_start(self):
+        begun = self.round - (self.current_epoch in self.starts)  # whose labels were made by a network of the past
+        for number in range(begun + 1, self.settings.rounds + 1):
+            if not (number == self.round and self.current_epoch in self.starts):
+                shutil.rmtree(self.folder(number), ignore_errors=True)
+        super().on_train_start()
+
+    def on_train_epoch_start(self):
+        if self.current_epoch in self.starts[1:]:
+            self.label_unlabeled()
+            self.start_again()
+        super().on_train_epoch_start()
+
+    def on_epoch_end(self):
+        every = self.save_every
+        if self.current_epoch + 1 in self.starts:
+            self.save_every = 1  # the checkpoint that goes on with the labelling, if that is interrupted
+        super().on_epoch_end()
+        self.save_every = every
+
+    def label_unlabeled(self) -> None:
+        """The decision of the network on every unlabelled case that has none, written to this round's folder."""
+        folder = self.folder(self.round)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.set_deep_supervision_enabled(False)
+        predictor = nnUNetPredictor(device=self.device, perform_everything_on_device=True, allow_tqdm=False)
+        predictor.manual_initialization(
+            self.network, self.plans_manager, self.configuration_manager, None, self.dataset_json,
+            type(self).__name__, self.inference_allowed_mirroring_axes,
+        )  # fmt: skip
+        dataset = self.unlabeled_dataset()
+        todo = [case for case in dataset.identifiers if not is_labeled(folder, case)]
+        self.print_to_log_file(f"round {self.round}: labelling {len(todo)} unlabelled cases: {folder}")
+        for case in todo:
+            data, _, _, properties = dataset.load_case(case)
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
+            label = np.asarray(self.label_manager.convert_logits_to_segmentation(logits))
+            export_prediction_from_logits(
+                logits, properties, self.configuration_manager, self.plans_manager, self.dataset_json,
+                str(folder / case),
+            )  # fmt: skip
+            write_pseudo_label(label, folder, case, self.label_manager)
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
+    def start_again(self) -> None:
+        """New weights, a new optimizer, and loaders with the new labels."""
+        fresh = self.build_network_architecture(
+            self.plans_manager, self.configuration_manager, self.num_input_channels,
+            self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
+        )  # fmt: skip
+        self.bare_network.load_state_dict(fresh.state_dict())
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+
+    # ---------------------------------------------------------------------------------------------------- a step
+
+    def _make_unlabeled_loader(self, labeled):
+        if not self.round:
+            return super()._make_unlabeled_loader(labeled)
+        folder, dataset = self.folder(self.round), self.unlabeled_dataset()
+        if missing := [case for case in dataset.identifiers if not is_labeled(folder, case)]:
+            if self.current_epoch in self.starts:  # they are made next, and the loaders anew
+                return super()._make_unlabeled_loader(labeled)
+            raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is gone: train again, without --c")
+        sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
+        loader = nnUNetDataLoader(
+            PseudoLabeledDataset(dataset, folder),
+            self.settings.unlabeled_batch_size or self.batch_size,
+            *sizes,
+            self.label_manager,
+            self.oversample_foreground_percent,
+            probabilistic_oversampling=self.probabilistic_oversampling,
+            transforms=labeled.transforms,
+        )
+        loader.has_ignore = False  # a pseudo-label ignores nothing
+        return loader
+
+    def target_maker(self):
+        return take_pseudo_label
+
+    def forward_streams(self, batch: dict):
+        if self.round:
+            return super().forward_streams(batch)
+        return self.network(batch["data"]), None
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        if unlabeled is None:
+            return {"pseudo": self.finest(labeled).new_zeros(())}
+        return {"pseudo": self.settings.pseudo_weight * self.loss(unlabeled, batch["targets"]["pseudo"])}
+
+
+class RestartingPolyLR(PolyLRScheduler):
+    """nnU-Net's schedule, anew in each of several trainings.
+
+    Args:
+        starts: the first epoch of each training, and the end of the last.
+    """
+
+    def __init__(self, optimizer, initial_lr: float, starts: list[int]):
+        self.starts = starts
+        super().__init__(optimizer, initial_lr, starts[1])
+
+    def step(self, current_step=None):
+        epoch = current_step or 0
+        start, end = next((a, b) for a, b in zip(self.starts, self.starts[1:], strict=False) if epoch < b)
+        self.max_steps = end - start
+        super().step(epoch - start)
+
+
+class PseudoLabeledDataset:
+    """Preprocessed cases with the pseudo-labels of a folder; what else the cases know of labels is not looked at."""
+
+    def __init__(self, dataset, folder: Path):
+        self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
+
+    def load_case(self, identifier: str):
+        data, _, previous, properties = self.dataset.load_case(identifier)
+        label = blosc2.open(str(self.folder / f"{identifier}.b2nd"), mode="r", dparams={"nthreads": 1})
+        return data, label, previous, properties | load_pickle(str(self.folder / f"{identifier}.pkl"))
+
+
+def take_pseudo_label(labeled: dict, unlabeled: dict) -> dict:
+    return {"pseudo": unlabeled["target"]} if "target" in unlabeled else {}
+
+
+def is_labeled(folder: Path, case: str) -> bool:
+    return (folder / f"{case}.pkl").is_file()
+
+
+def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager) -> None:
+    """The label map (*S) for the loader, and where its classes are; the latter comes last and makes the case done."""
+    label = label.astype(np.int16 if max(label_manager.all_labels) > 127 else np.int8)[None]
+    blosc2.asarray(np.ascontiguousarray(label), urlpath=str(folder / f"{case}.b2nd"), mode="w")
+    classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+    locations = DefaultPreprocessor._sample_foreground_locations(label, classes)
+    write_pickle({"class_locations": locations}, str(folder / f"{case}.tmp"))
+    os.replace(folder / f"{case}.tmp", folder / f"{case}.pkl")

@@ -1,0 +1,74 @@
+"""Uncertainty rectified pyramid consistency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.networks.multi_decoder import LINEAR
+from nnunet_semiseg.training.schedules import gaussian_ramp
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class URPCSettings(SemiSupervisedSettings):
+    consistency_weight: float = 0.1
+    """lambda, at the end of the ramp"""
+    ramp_length: float = 0.4
+    """of the consistency's weight, as a share of the training"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "consistency_weight", minimum=0)
+        require(self, "ramp_length", minimum=1e-6, maximum=1)
+
+
+class URPCTrainer(SemiSupervisedTrainer):
+    """Luo et al., "Efficient semi-supervised gross target volume segmentation by uncertainty rectified pyramid
+    consistency" (URPC; MICCAI 2021, arXiv 2012.07042; Medical Image Analysis 2022).
+
+    The outputs p_s of nnU-Net's deep supervision, all brought to full resolution, have to agree on unlabelled
+    samples with their mean p_c:
+
+    - eq. 3: D_s = sum over classes of p_s log(p_s / p_c), a scale's uncertainty in one forward pass;
+    - eq. 4: L_unsup = 1/S sum_s [sum_v ||p_s - p_c||^2 w_s / sum_v w_s] + 1/S sum_s mean D_s, w_s = exp(-D_s);
+    - L = L_sup + lambda(t) L_unsup, with a Gaussian ramp to lambda = 0.1.
+
+    L_sup is nnU-Net's, whose coarser outputs count less (in the paper all alike); the coarsest one, which it does not
+    train, is left out. Without deep supervision there is one output, and L_unsup is 0.
+    """
+
+    settings_class = URPCSettings
+
+    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+        outputs = list(unlabeled[:-1]) if self.enable_deep_supervision else [unlabeled]
+        size = outputs[0].shape[2:]
+        p = [
+            probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in outputs
+        ]
+        weight = self.settings.consistency_weight * gaussian_ramp(self.progress / self.settings.ramp_length)
+        return {"pyramid": weight * pyramid_consistency(p, self.label_manager.has_regions)}
+
+
+def pyramid_consistency(p: Sequence[Tensor], regions: bool) -> Tensor:
+    """Eq. 4, of S probabilities (B, heads, *S); a region is a class and its complement, of a D_s of its own."""
+    scales = torch.stack(list(p))
+    mean = scales.mean(0, keepdim=True)
+
+    def relative(p: Tensor, q: Tensor) -> Tensor:
+        return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
+
+    if regions:
+        divergence = relative(scales, mean) + relative(1 - scales, 1 - mean)
+    else:
+        divergence = relative(scales, mean).sum(2, keepdim=True)
+    weight = (-divergence).exp()
+    axes = tuple(range(1, scales.ndim))
+    distance = ((scales - mean).square() * weight).mean(axes) / weight.mean(axes)
+    return (distance + divergence.mean(axes)).mean()
