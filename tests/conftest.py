@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ import pytest
 import SimpleITK as sitk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: arrays are tiny, and pytest's workers share the cores
+
+
+PLACES = ("raw", "preprocessed", "results")
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,7 @@ def tiny_dataset(tmp_path, monkeypatch):
         **dataset_json,
     ) -> TinyDataset:
         name = f"Dataset{dataset_id:03d}_Tiny"
-        folders = {v: tmp_path / v for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        for variable, folder in folders.items():
-            folder.mkdir(exist_ok=True)
-            monkeypatch.setenv(variable, str(folder))
-        raw, preprocessed, results = (folder / name for folder in folders.values())
+        raw, preprocessed, results = (folder / name for folder in set_folders(tmp_path, monkeypatch))
 
         ending = ".nii.gz" if dims == 3 else ".png"
         rng = np.random.default_rng(seed)
@@ -134,6 +134,15 @@ def tiny_dataset(tmp_path, monkeypatch):
     return make
 
 
+def set_folders(base: Path, monkeypatch) -> list[Path]:
+    """nnU-Net's three folders below this one, in its variables."""
+    folders = [base / f"nnUNet_{place}" for place in PLACES]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setenv(folder.name, str(folder))
+    return folders
+
+
 def write_image(array: np.ndarray, file: Path, spacing=(1.0, 1.0, 1.5), origin=None, direction=None) -> None:
     image = sitk.GetImageFromArray(array)
     if file.name.endswith(".nii.gz"):
@@ -160,13 +169,31 @@ def _ellipsoids(rng: np.random.Generator, shape: list[int], channels: int) -> tu
     return image.astype(np.uint8 if len(shape) == 2 else np.float32), label
 
 
+@pytest.fixture(scope="session")
+def planned_before(tmp_path_factory):
+    """Data sets that `ready` has planned before, by how they were asked for."""
+    return {}, tmp_path_factory.mktemp("planned")
+
+
 @pytest.fixture
-def ready(tiny_dataset, monkeypatch):
-    """A factory of planned and preprocessed tiny data sets."""
+def ready(tiny_dataset, planned_before, tmp_path, monkeypatch):
+    """A factory of planned and preprocessed tiny data sets: copies, as planning takes longer than most tests."""
+    known, cache = planned_before
 
     def make(**kwargs) -> TinyDataset:
-        dataset = tiny_dataset(**kwargs)
-        dataset.plan()
+        key = json.dumps(kwargs, sort_keys=True)
+        if key in known:
+            stored = known[key]
+            set_folders(tmp_path, monkeypatch)
+            dataset = replace(stored, **{p: tmp_path / f"nnUNet_{p}" / stored.name for p in PLACES})
+            shutil.copytree(stored.raw, dataset.raw)
+            shutil.copytree(stored.preprocessed, dataset.preprocessed)
+        else:
+            dataset = tiny_dataset(**kwargs)
+            dataset.plan()
+            known[key] = stored = replace(dataset, **{p: cache / str(len(known)) / p for p in PLACES})
+            shutil.copytree(dataset.raw, stored.raw)
+            shutil.copytree(dataset.preprocessed, stored.preprocessed)
         monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner would not survive it
         return dataset
 

@@ -112,6 +112,28 @@ def test_trains_on_residual_encoder_plans(trainer_class, tiny_dataset, monkeypat
     assert all(torch.isfinite(v) for v in out.values())
 
 
+@pytest.mark.slow
+@every_trainer
+def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(trainer_class, ready):
+    """Dynamo without inductor: a break raises, and a step that changes a shape or a function would add a graph."""
+    trainer = started(trainer_class, ready(dims=2, size=32), mc_passes=2)
+    trainer.network.train()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    trainer.network = torch.compile(trainer.network, backend=count, fullgraph=True)
+    if trainer.teacher is not None:
+        trainer.teacher = torch.compile(trainer.teacher, backend=count, fullgraph=True)
+    for trainer.step in (0, 3, 0, 3):  # methods change in mid-training
+        before = len(graphs)
+        trainer.train_step(next(trainer.dataloader_train))
+    assert len(graphs) == before > 0
+
+
 @every_trainer
 def test_teacher_follows_by_ema(trainer_class, ready):
     trainer = started(trainer_class, ready())

@@ -15,14 +15,14 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from test_contracts import every_trainer
-from training import PLANS
+from training import PLANS, TRAINERS
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.deployment import onnx_export
 from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, load_model, soft_target_loss
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.trainers.dtc import DTCTrainer
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
@@ -50,9 +50,15 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(LossTermLogger, "plot_progress_png", lambda self, folder: None)
 
 
+REGIONS = dict(regions=True)
+
+
 @pytest.mark.slow
-@every_trainer
-@pytest.mark.parametrize("kind", [dict(channels=2), dict(regions=True)], ids=["2 channels", "regions"])
+@pytest.mark.parametrize(
+    "trainer_class, kind",
+    [*((t, dict(channels=2)) for t in TRAINERS), (SemiCMLTrainer, REGIONS)],
+    ids=[*(t.__name__ for t in TRAINERS), "SemiCMLTrainer-regions"],
+)
 def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, trained, tmp_path):
     dataset, run, _ = trained(trainer_class, **kind)
     stock = distill(run, ["num_epochs=1", "distillation_weight=0.5"], "cpu")
@@ -122,8 +128,11 @@ def test_the_taught_network_comes_nearer_to_its_teacher(trained, no_plots):
 
 
 @pytest.mark.slow
-@every_trainer
-@pytest.mark.parametrize("kind", [dict(regions=True), dict(dims=2, size=32, channels=2)], ids=["3d regions", "2d"])
+@pytest.mark.parametrize(
+    "trainer_class, kind",
+    [*((t, dict(dims=2, size=32, channels=2)) for t in TRAINERS), (SemiCMLTrainer, REGIONS), (DTCTrainer, REGIONS)],
+    ids=[*(t.__name__ for t in TRAINERS), "SemiCMLTrainer-3d-regions", "DTCTrainer-3d-regions"],
+)
 def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
     dataset, run, _ = trained(trainer_class, **kind)
     file = tmp_path / "model.onnx"

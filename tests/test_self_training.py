@@ -6,7 +6,8 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from training import make_trainer
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.trainers.self_training import RestartingPolyLR, SelfTrainingTrainer
+from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
+from nnunet_semiseg.training.schedules import RestartingPolyLR
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(dims=2, size=32), dict(regions=True)], ids=["3d", "2d", "regions"])

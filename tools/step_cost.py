@@ -5,7 +5,9 @@
 
 The trainers take turns, so that a machine whose speed drifts is as unfair to all; medians are printed. A trainer
 is timed at the beginning and, as methods switch terms on later, at the end of its training. Loading is the time
-one process needs to make a batch; forward includes the losses, update the clipping, the optimiser and the EMA.
+one process needs to make a batch; forward includes the losses, update the clipping, the optimiser and the EMA. The
+peak is that of the tensors alive in a step, weights and optimiser included: of CUDA's allocator, or on the CPU, in
+a step of its own, of what every operation makes.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from unittest import mock
+from weakref import WeakSet, finalize
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnunet_semiseg.config import parse_assignments, update_settings
 from nnunet_semiseg.files import dataset_folder
@@ -63,7 +68,40 @@ def timed_step(trainer, device: str) -> dict[str, float]:
     marks["update"] = now()
     ends = [start, *(marks[k] for k in ("load", "forward", "backward", "update"))]
     seconds = dict(zip(("load", "forward", "backward", "update"), (b - a for a, b in pairwise(ends)), strict=True))
-    return {**seconds, "MiB": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")}
+    return {**seconds, "MiB": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else seconds
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are still alive: now, and at the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                finalize(storage, self.free, storage.nbytes())
+        return result
+
+    def free(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def peak_on_cpu(trainer) -> float:
+    """MiB of a step, weights and the optimiser's state included."""
+    batch = next(trainer.dataloader_train)
+    modules = [trainer.network, getattr(trainer, "auxiliary", None), getattr(trainer, "teacher", None)]
+    kept = [p for module in modules if module is not None for p in (*module.parameters(), *module.buffers())]
+    kept += [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    with LiveMemory() as memory:
+        trainer.train_step(batch)
+    return (memory.peak + sum(x.nbytes for x in kept)) / 2**20
 
 
 def main() -> None:
@@ -96,12 +134,18 @@ def main() -> None:
                     row = timed_step(trainer, args.device)
                     if i >= 2:  # the first are for warming up
                         rows.setdefault((name, phase), []).append(row)
+        if args.device == "cpu":
+            for (name, phase), measured in rows.items():
+                trainer = trainers[name]
+                if phase == "end":
+                    trainer.step = trainer.num_epochs * trainer.num_iterations_per_epoch - 1
+                measured[0]["MiB"] = peak_on_cpu(trainer)
 
     reference = None
     print("| trainer | at its | step, s | ratio | forward | backward | update | loading / step | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (name, phase), measured in rows.items():
-        part = {k: median(m[k] for m in measured) for k in measured[0]}
+        part = {k: median(m[k] for m in measured if k in m) for k in measured[0]}
         step = median(m["forward"] + m["backward"] + m["update"] for m in measured)
         reference = reference or step
         shares = " | ".join(f"{part[k] / step:.0%}" for k in ("forward", "backward", "update", "load"))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import blosc2
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor
 
 from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.data.pseudo_labels import (
+    PseudoLabeledDataset,
+    is_labeled,
+    take_pseudo_label,
+    write_pseudo_label,
+)
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.training.schedules import RestartingPolyLR
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 
 
@@ -168,51 +170,3 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
         if unlabeled is None:
             return {"pseudo": self.finest(labeled).new_zeros(())}
         return {"pseudo": self.settings.pseudo_weight * self.loss(unlabeled, batch["targets"]["pseudo"])}
-
-
-class RestartingPolyLR(PolyLRScheduler):
-    """nnU-Net's schedule, anew in each of several trainings.
-
-    Args:
-        starts: the first epoch of each training, and the end of the last.
-    """
-
-    def __init__(self, optimizer, initial_lr: float, starts: list[int]):
-        self.starts = starts
-        super().__init__(optimizer, initial_lr, starts[1])
-
-    def step(self, current_step=None):
-        epoch = current_step or 0
-        start, end = next((a, b) for a, b in zip(self.starts, self.starts[1:], strict=False) if epoch < b)
-        self.max_steps = end - start
-        super().step(epoch - start)
-
-
-class PseudoLabeledDataset:
-    """Preprocessed cases with the pseudo-labels of a folder; what else the cases know of labels is not looked at."""
-
-    def __init__(self, dataset, folder: Path):
-        self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
-
-    def load_case(self, identifier: str):
-        data, _, previous, properties = self.dataset.load_case(identifier)
-        label = blosc2.open(str(self.folder / f"{identifier}.b2nd"), mode="r", dparams={"nthreads": 1})
-        return data, label, previous, properties | load_pickle(str(self.folder / f"{identifier}.pkl"))
-
-
-def take_pseudo_label(labeled: dict, unlabeled: dict) -> dict:
-    return {"pseudo": unlabeled["target"]} if "target" in unlabeled else {}
-
-
-def is_labeled(folder: Path, case: str) -> bool:
-    return (folder / f"{case}.pkl").is_file()
-
-
-def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager) -> None:
-    """The label map (*S) for the loader, and where its classes are; the latter comes last and makes the case done."""
-    label = label.astype(np.int16 if max(label_manager.all_labels) > 127 else np.int8)[None]
-    blosc2.asarray(np.ascontiguousarray(label), urlpath=str(folder / f"{case}.b2nd"), mode="w")
-    classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    locations = DefaultPreprocessor._sample_foreground_locations(label, classes)
-    write_pickle({"class_locations": locations}, str(folder / f"{case}.tmp"))
-    os.replace(folder / f"{case}.tmp", folder / f"{case}.pkl")
