@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,11 +16,17 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from training import PLANS, TRAINERS
+from training import CLASSES, PLANS, TRAINERS
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.deployment import onnx_export
-from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, load_model, soft_target_loss
+from nnunet_semiseg.deployment.distillation import (
+    DistillationSettings,
+    DistillationTrainer,
+    distill,
+    load_model,
+    soft_target_loss,
+)
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.trainers.dtc import DTCTrainer
@@ -43,6 +50,20 @@ def test_soft_target_loss_by_hand():
     assert loss.item() == pytest.approx(4 * (0 + kl) / 2, abs=1e-6)
     for regions in (False, True):
         assert soft_target_loss(s, s, 3.0, regions).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_teaches_on_both_halves_from_the_weak_view_at_the_settings_temperature():
+    """One voxel a sample, T = 3; the model's logits are 0 and the image, which is 0 in all but the strong view."""
+    trainer = DistillationTrainer.__new__(DistillationTrainer)
+    trainer.settings, trainer.label_manager = DistillationSettings(temperature=3.0, distillation_weight=0.5), CLASSES
+    trainer.model = lambda x: torch.cat((torch.zeros_like(x), x), 1)
+    image = torch.zeros(1, 1, 1, 1)
+    same, other = (torch.tensor([0.0, 3 * math.log(odds)]).view(1, 2, 1, 1) for odds in (1.0, 3.0))
+    batch = {"data": image, "unlabeled": {"weak": image, "strong": image + 9}}
+    kl = math.log(0.5) - (math.log(0.25) + math.log(0.75)) / 2  # of (1/4, 3/4) from (1/2, 1/2); that of `same` is 0
+    for labeled, unlabeled in ((same, other), (other, same)):
+        terms = trainer.semi_losses(labeled, unlabeled, batch)
+        assert terms["distillation"].item() == pytest.approx(0.5 * 9 * (0 + kl) / 2, abs=1e-6)
 
 
 @pytest.fixture
@@ -146,6 +167,25 @@ def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
     with torch.no_grad():
         expected = load_model(run, torch.device("cpu"))(torch.from_numpy(x).float())
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-3 * expected.abs().max().item())
+
+
+def test_an_export_says_what_stands_around_the_network():
+    plans = dict(
+        foreground_intensity_properties_per_channel={"0": {"mean": 90.0}},
+        transpose_forward=(1, 0, 2), transpose_backward=(1, 2, 0),
+    )  # fmt: skip
+    configuration = dict(
+        patch_size=(8, 16, 32), spacing=(3.0, 0.7, 0.8), normalization_schemes=["ZScoreNormalization"],
+        use_mask_for_norm=[True],
+    )  # fmt: skip
+    dataset_json = dict(channel_names={"0": "T1"}, labels={"background": 0, "both": [1, 2]}, regions_class_order=[1, 2])
+    predictor = SimpleNamespace(
+        plans_manager=SimpleNamespace(**plans), configuration_manager=SimpleNamespace(**configuration),
+        dataset_json=dataset_json, allowed_mirroring_axes=(0, 2), trainer_name="DTCTrainer",
+    )  # fmt: skip
+    about = json.loads(json.dumps(onnx_export.metadata(predictor)))
+    expected = plans | configuration | dataset_json | dict(mirroring_axes=(0, 2), trainer="DTCTrainer")
+    assert about == json.loads(json.dumps(expected))
 
 
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):

@@ -1,18 +1,27 @@
 """Semi-CML: its equations on arrays small enough to work out by hand, its modalities, phases and teachers."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import nn
 from torch.nn import functional as F
-from training import CLASSES, REGIONS, make_trainer
+from training import CLASSES, REGIONS, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.networks.mutual_learning import ContrastCurve, Window, average_logits, presence
+from nnunet_semiseg.networks.mutual_learning import (
+    ContrastCurve,
+    CrossModalFusion,
+    Window,
+    average_logits,
+    presence,
+)
 from nnunet_semiseg.trainers.semi_cml import (
+    SemiCMLSettings,
     SemiCMLTrainer,
     area_similarity,
     area_similarity_contrast,
@@ -78,8 +87,6 @@ def logits_of(*p):
 
 def relearning(student, branches, mean, sampled=None, progress=0.5, **settings):
     """`relearning_loss` without a training; the weight's parts are what matters."""
-    from types import SimpleNamespace
-
     own = dict(relearning_start=0.5, threshold_warmup=0.1, threshold=0.7, disagreement_weight=0.3) | settings
     loss = DC_and_CE_loss(
         {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_dice=0,
@@ -111,6 +118,82 @@ def test_uncertain_voxels_weigh_less():
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     expected = (0 + (1 - entropy / math.log(2)) * -math.log(0.6)) / 2
     assert relearning([student], [sure, sure], sure, sampled) == pytest.approx(expected, abs=1e-6)
+
+
+def bare_trainer(label_manager=CLASSES, progress=(1, 2), **settings):
+    """What the losses need, without a data set; the loss is CE alone."""
+    trainer = SemiCMLTrainer.__new__(SemiCMLTrainer)
+    trainer.settings, trainer.label_manager = SemiCMLSettings(**settings), label_manager
+    trainer.loss, trainer.enable_deep_supervision = nnunet_loss(label_manager.has_regions, weight_dice=0), False
+    trainer.step, trainer.num_epochs, trainer.num_iterations_per_epoch = *progress, 1
+    return trainer
+
+
+def test_the_first_region_is_compared_too():
+    """The modalities differ in the first region and agree in the second."""
+    a, b = torch.tensor([[[[30.0]], [[30.0]]], [[[-30.0]], [[30.0]]]])[:, None]
+    trainer = bare_trainer(REGIONS, (1, 1), inter_weight=1.0, contrast_weight=0, intra_weight=0, relearning_weight=0)
+    terms = trainer.semi_losses([a, b], [a, b], {"data": a, "unlabeled": {"weak": a}})
+    assert terms["inter"].item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_relearning_asks_the_teacher_for_its_passes_and_is_weighted_and_ramped():
+    asked = []
+
+    def teacher(images, branches=False, passes=None, dropout=0.0):
+        asked.append((passes, dropout))
+        sure = logits_of(0.999)
+        return [sure, sure], sure, None
+
+    trainer = bare_trainer(
+        progress=(3, 4), relearning_weight=0.6, mc_passes=3, mc_dropout=0.35,
+        inter_weight=0, contrast_weight=0, intra_weight=0,
+    )  # fmt: skip
+    trainer.teacher = teacher
+    a, b, weak = logits_of(0.5), logits_of(0.8), torch.zeros(1, 2, 1, 1, 1)
+    terms = trainer.semi_losses([a, b], [a, b], {"data": weak, "unlabeled": {"weak": weak}})
+    expected = 0.6 * math.exp(-5 / 16) * -(math.log(0.5) + math.log(0.8))  # one voxel, both decoders
+    assert terms["relearning"].item() == pytest.approx(expected, abs=1e-6)
+    assert asked == [(3, 0.35)]
+
+
+def test_a_pool_of_two_by_hand():
+    """P(a) of decoders a and b and over dropout passes; the first network's better decoder is a, the second's b."""
+
+    def network(a, b, sampled):
+        return lambda *_, **__: ([logits_of(a), logits_of(b)], None, logits_of(sampled))
+
+    trainer = bare_trainer(teacher="best_pool", mc_passes=2)
+    trainer.auxiliary = {"pool": [network(0.2, 0.6, 0.3), network(0.4, 0.8, 0.6)]}
+    trainer.method_state = {"pool_dice": torch.tensor([0.5, 0.7]), "pool_branch": torch.tensor([0, 1])}
+    branches, mean, sampled = trainer.predict_with_pool(torch.zeros(1))
+    p = [x.softmax(1)[:, 1].item() for x in (*branches, mean, sampled)]
+    assert p == pytest.approx([(0.2 + 0.4) / 2, (0.6 + 0.8) / 2, (0.2 + 0.8) / 2, (0.3 + 0.6) / 2])
+
+
+def test_the_student_lacks_a_modality_of_each_sample():
+    trainer = bare_trainer(modality_dropout=1.0)
+    seen = []
+    trainer.network = lambda images, branches: seen.append(images) or [images, images]
+    trainer.network.modalities = SimpleNamespace(groups=((0, 2), (1,)))
+    ones = torch.ones(10, 3, 2, 2)
+    trainer.forward_streams({"data": ones, "unlabeled": {"weak": ones, "strong": ones}})
+    (images,) = seen
+    assert set(map(tuple, images[..., 0, 0].tolist())) == {(0.0, 1.0, 0.0), (1.0, 0.0, 1.0)} and len(images) == 20
+
+
+def test_each_modality_takes_the_others_voxels_and_keeps_its_own():
+    """One voxel, so all attention is on it; with projections of 1 it is LN of the other modality."""
+    fusion = CrossModalFusion(2, nn.Conv2d)
+    with torch.no_grad():
+        for attention in fusion.attentions:
+            attention.in_proj_weight.copy_(torch.eye(2).repeat(3, 1))
+            attention.out_proj.weight.copy_(torch.eye(2))
+        fusion.fuse.weight.copy_(torch.cat((torch.eye(2), 10 * torch.eye(2)), 1)[..., None, None])
+        fusion.fuse.bias.zero_()
+    a, b = torch.tensor([[0.0, 2.0], [5.0, 3.0]]).view(2, 1, 2, 1, 1)
+    # LN(a) = (-1, 1), LN(b) = (1, -1): a' = (0 + 1, 2 - 1), b' = (5 - 1, 3 + 1), fused = a' + 10 b'
+    torch.testing.assert_close(fusion(a, b).flatten(), torch.tensor([41.0, 41.0]), atol=1e-3, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------ modalities
@@ -212,8 +295,10 @@ def test_a_case_that_lacks_a_modality(regions, ready):
     x[:, 1] = 0
     with torch.no_grad():
         mean, branches = trainer.network(x), trainer.network(x, branches=True)
+        sampled = trainer.network(x, branches=True, passes=1, dropout=0.0)[2]
     p = trainer.probabilities
     torch.testing.assert_close(p(mean), p(branches[0]))  # the missing one has no share
+    torch.testing.assert_close(p(sampled), p(branches[0]))
     assert torch.isfinite(trainer.network(torch.zeros_like(x))).all()
 
 
@@ -229,6 +314,8 @@ def test_losses(ready):
     foreground = a[:, 1:].flatten(2), b[:, 1:].flatten(2)
     dice = 2 * (foreground[0] * foreground[1]).sum(2) / (foreground[0].sum(2) + foreground[1].sum(2))
     torch.testing.assert_close(terms["inter"], 0.5 * ramp * (1 - dice.mean()), rtol=1e-3, atol=1e-5)
+    similarity = area_similarity(torch.cat((a, b))[:, 1:])
+    torch.testing.assert_close(terms["contrast"], 0.4 * area_similarity_contrast(similarity))  # without a ramp
     teacher = trainer.teacher(batch["unlabeled"]["weak"], branches=True)
     n = len(batch["data"])
     mse = sum(F.mse_loss(p[n:], t.softmax(1)) for p, t in zip((a, b), teacher, strict=True))
@@ -323,6 +410,13 @@ def test_the_decoders_are_judged_apart_on_validation_patches(ready):
     out = trainer.validation_step(next(trainer.dataloader_val))
     assert {"tp_hard", "tp_hard_a", "tp_hard_b", "loss"} <= set(out)
     assert trainer.network is trainer.bare_network
+    with torch.no_grad():  # now a says background everywhere, b the first class
+        for decoder, head in zip(trainer.network.decoder, (0, 1), strict=True):
+            decoder.seg_layers[-1].bias[head] = 1000
+    out = trainer.validation_step(next(trainer.dataloader_val))
+    assert out["tp_hard_a"].sum() == out["fp_hard_a"].sum() == 0 < out["tp_hard_b"][0] and out["fn_hard_b"][0] == 0
+    trainer.on_validation_epoch_end([out])
+    assert trainer.method_state["pool_branch"][0] == 1 and trainer.method_state["pool_dice"][0] > 0
     counts = {"tp_hard_a": np.array([3, 0]), "fp_hard_a": np.array([1, 0]), "fn_hard_a": np.array([1, 0])}
     assert pseudo_dice([counts, counts], "a") == pytest.approx(6 / 8)  # a class that is nowhere does not count
     assert pseudo_dice([{k: 0 * v for k, v in counts.items()}], "a") == 0

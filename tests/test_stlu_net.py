@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from nnunet_semiseg.networks.feature_mixing import (
     mixing_points,
     similarity_weights,
 )
-from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, draw_beta
+from nnunet_semiseg.trainers.stlu_net import STLUNetSettings, STLUNetTrainer, draw_beta
 from nnunet_semiseg.training.schedules import gaussian_ramp
 
 # ------------------------------------------------------------------------------------------------------ equations
@@ -154,7 +155,99 @@ def test_what_both_streams_share_is_computed_once():
     assert calls == {0: 1, 1: 1, 2: 2}
 
 
+# Three stages that pass on what they get and a decoder that returns the skips, so that the streams can be seen.
+TRANSPARENT = SimpleNamespace(encoder=SimpleNamespace(stages=[nn.Identity()] * 3), decoder=lambda skips: skips)
+
+
+def test_the_enhancement_stream_drops_channels_after_each_point():
+    torch.manual_seed(0)
+    _, dropped, _ = FeatureMixingUNet(TRANSPARENT, "weight", dropout=0.75)(
+        torch.ones(2, 1000, 2, 2), (1, 2), torch.tensor(0.5)
+    )
+    assert dropped[0].eq(1).all()
+    assert set(dropped[1].unique().tolist()) == {0.0, 4.0} and set(dropped[2].unique().tolist()) == {0.0, 16.0}
+    assert (dropped[1] == 0).float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropblock_drops_its_share_of_the_mixing_stream(p):
+    torch.manual_seed(0)
+    x = torch.ones(2, 2000, 1, 1)  # of a map of one voxel, a block is that voxel
+    mixed, _, weights = FeatureMixingUNet(TRANSPARENT, "dropblock", dropout=p)(x, (1,))
+    assert (mixed[1] == 0).float().mean().item() == pytest.approx(p, abs=0.03) and weights == []
+    assert mixed[0].equal(x) and mixed[2].equal(mixed[1])
+
+
+def test_without_mixing_the_stream_is_the_plain_network():
+    x = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
+    mixed, _, weights = FeatureMixingUNet(TRANSPARENT, "off", dropout=0.5)(x, (0, 1, 2))
+    assert all(skip.equal(x) for skip in mixed) and weights == []
+
+
 # -------------------------------------------------------------------------------------------------------- trainer
+
+
+def bare_trainer(points=(0, 1, 2), **settings):
+    """What a step's methods need, without a data set: the transparent network, the end of the ramp, CE alone."""
+    trainer = STLUNetTrainer.__new__(STLUNetTrainer)
+    trainer.settings = STLUNetSettings(**settings)
+    trainer.points, trainer.device, trainer.label_manager = points, torch.device("cpu"), CLASSES
+    trainer.histogram = torch.zeros(len(points), 10)
+    trainer.network = STLUNetTrainer.adapt_network(TRANSPARENT, trainer.settings, {}, False)
+    trainer.loss, trainer.enable_deep_supervision = nnunet_loss(False, weight_dice=0), False
+    trainer.step = trainer.num_epochs = trainer.num_iterations_per_epoch = 1
+    return trainer
+
+
+def mixed_features(trainer):
+    """After each stage, the labelled sample in the mixing stream: it is 1, and its partner 0."""
+    one = torch.ones(1, 1, 1, 1)
+    labeled, unlabeled = trainer.forward_streams({"data": one, "unlabeled": {"strong": 0 * one}})
+    after = [skip.item() for skip in labeled[0]]
+    assert [1 - skip.item() for skip in unlabeled[0]] == pytest.approx(after)
+    return after
+
+
+def test_a_scalar_weight_is_the_settings_or_drawn_with_their_beta(monkeypatch):
+    monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(b / 10))
+    fixed = bare_trainer((2,), mixing="scalar", mixing_weight=0.3)
+    assert mixed_features(fixed) == pytest.approx([1, 1, 0.3])
+    drawn = bare_trainer((0,), mixing="scalar", mixing_weight=0.3, mixing_beta=4.0)
+    assert mixed_features(drawn) == pytest.approx([0.4, 0.4, 0.4])
+
+
+def test_mixup_mixes_after_any_one_of_the_points_with_a_weight_from_its_beta(monkeypatch):
+    monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(b / 10))
+    torch.manual_seed(0)
+    trainer = bare_trainer((0, 2), mixing="mixup", mixing_beta=2.0)
+    seen = {tuple(round(x, 4) for x in mixed_features(trainer)) for _ in range(30)}
+    assert seen == {(0.8, 0.8, 0.8), (1.0, 1.0, 0.8)}
+    assert mixed_features(bare_trainer((0,), mixing="mixup")) == pytest.approx([0.9] * 3)  # Beta(1, 1)
+
+
+def test_channel_dropout_is_the_settings():
+    torch.manual_seed(0)
+    trainer = bare_trainer((0,), channel_dropout=0.2)
+    x = torch.ones(1, 1000, 1, 1)
+    (_, dropped), _ = trainer.forward_streams({"data": x, "unlabeled": {"strong": x}})
+    assert set(dropped[0].unique().tolist()) == {0.0, 1.25}
+
+
+def test_pseudo_losses_by_hand():
+    """Two voxels, with P(a) of 0.9 and 0.6 in the mixing stream, of 0.8 and 0.3 in the other."""
+    p = torch.tensor([[0.9, 0.6], [0.8, 0.3]])
+    unlabeled = torch.stack((1 - p, p), 1).log()[:, None, :, :, None]
+
+    def losses(**settings):
+        terms = bare_trainer(stlu_weight=0.5, **settings).semi_losses(None, unlabeled, {})
+        return terms["unsupervised_mixing"].item(), terms["unsupervised_enhancement"].item()
+
+    # labels: the mixing stream's a and a, the other's a and background
+    expected = -0.5 * math.log(0.9 * 0.4) / 2, -0.5 * math.log(0.8 * 0.3) / 2
+    assert losses() == pytest.approx(expected, abs=1e-6)
+    # in both the first alone is sure: 0.9 and 0.6, 0.8 and 0.7
+    expected = -0.5 * math.log(0.9) / 2, -0.5 * math.log(0.8) / 2
+    assert losses(confidence_threshold=0.75) == pytest.approx(expected, abs=1e-6)
 
 
 def test_losses_are_those_of_the_paper(ready):
@@ -233,7 +326,7 @@ def test_the_histogram_of_the_weights_is_logged(ready):
     trainer.run_training()
     log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
     lines = re.findall(r"similarity weights after stage (\d), .*: ([\d. ]+)$", log, re.MULTILINE)
-    assert [int(stage) for stage, _ in lines] == list(trainer.points) * 3
+    assert [int(stage) for stage, _ in lines] == [1, 2] * 3  # I and B
     for _, shares in lines:
         values = [float(v) for v in shares.split()]
         assert len(values) == 10 and sum(values) == pytest.approx(1, abs=0.06)
