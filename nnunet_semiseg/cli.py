@@ -100,6 +100,12 @@ def train(parser: ArgumentParser) -> Command:
         parser.add_argument(option, default=default, help="as in nnUNetv2_train")
     for flag in flags:
         parser.add_argument(flag, action="store_true", help="as in nnUNetv2_train")
+    parser.add_argument(
+        "--as",
+        dest="copy",
+        metavar="NAME",
+        help="train with a copy of the plans, of this name: another experiment on the same preprocessed data",
+    )
     _add_set_argument(parser)
 
     def run(args: Namespace) -> None:
@@ -108,22 +114,27 @@ def train(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.config import parse_assignments
         from nnunet_semiseg.discovery import check_trainer
         from nnunet_semiseg.files import dataset_folder
-        from nnunet_semiseg.planning import write_settings
+        from nnunet_semiseg.planning import copy_plans, write_settings
 
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
         dataset_folder("nnUNet_results", args.dataset_name_or_id)
         check_trainer(args.tr)
         plans_file = preprocessed / f"{args.p}.json"
-        before = plans_file.read_bytes() if plans_file.is_file() else None
-        write_settings(plans_file, parse_assignments(args.set))
+        if args.copy:
+            plans_file, args.p = copy_plans(plans_file, args.copy), args.copy
+        before = None if args.copy or not plans_file.is_file() else plans_file.read_bytes()
         given = {key: getattr(args, key.lstrip("-")) for key in (*options, *flags)}
         sys.argv = ["nnUNetv2_train", *(getattr(args, name) for name in names)]
         sys.argv += [word for option in options if given[option] for word in (option, given[option])]
         sys.argv += [flag for flag in flags if given[flag]]
         try:
+            write_settings(plans_file, parse_assignments(args.set))
             run_training_entry()
         except UserError:  # raised before training only
-            plans_file.write_bytes(before)
+            if args.copy:
+                plans_file.unlink()
+            elif before is not None:
+                plans_file.write_bytes(before)
             raise
 
     return run

@@ -207,6 +207,11 @@ def write_settings(plans_file: Path, changes: dict) -> None:
     plans = read_json(
         plans_file, "plan first with nnunet_semiseg plan_and_preprocess, or name others with -p"
     )
+    if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after the former
+        raise UserError(
+            f"{plans_file}: its plans_name is {plans['plans_name']}, so that a training would replace that model: copy"
+            " plans with nnunet_semiseg train ... --as NAME"
+        )
     before = plans.get(PLANS_KEY, {})
     for key, value in changes.items():
         old = before.get(key, "(default)")
@@ -214,6 +219,20 @@ def write_settings(plans_file: Path, changes: dict) -> None:
             print(f"{plans_file}: {key} {old} -> {value}, for every trainer with these plans")
     if changes:
         write_json(update_settings(plans, changes), plans_file)
+
+
+def copy_plans(plans_file: Path, name: str) -> Path:
+    """Plans of another name for the same preprocessed data, beside the first ones.
+
+    Raises:
+        UserError: no such plans; there are plans of that name.
+    """
+    plans = read_json(plans_file, "plan first with nnunet_semiseg plan_and_preprocess, or name others with -p")
+    copy = plans_file.with_name(f"{name}.json")
+    if copy.exists():
+        raise UserError(f"{copy}: is there already: go on with -p {name}, or choose another name")
+    write_json({**plans, "plans_name": name}, copy)
+    return copy
 
 
 def write_small_split(dataset_id: int) -> None:

@@ -111,7 +111,7 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
     dataset = tiny_dataset(size=6)
     dataset.preprocessed.mkdir(parents=True)
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
-    plans_file.write_text(json.dumps({"semiseg": {"num_epochs": 9}}))
+    plans_file.write_text(json.dumps({"plans_name": "nnUNetSemiSegPlans", "semiseg": {"num_epochs": 9}}))
     called = []
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv[1:]))
     monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
@@ -132,11 +132,35 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
     assert len(called) == 1
 
 
+def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
+    dataset = tiny_dataset(size=6)
+    dataset.preprocessed.mkdir(parents=True)
+    base = {"plans_name": "P", "configurations": {"2d": {"data_identifier": "P_2d"}}}
+    (dataset.preprocessed / "P.json").write_text(json.dumps(base))
+    called = []
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    command = "train 901 2d all -p P -tr STLUNetTrainer --as off --set".split()
+    assert cli.main([*command, "mixing=off"]) == 0
+    assert called[0][-2:] == ["-p", "off"]
+    assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"mixing": "off"}}
+    assert dataset.plans("P") == base
+    (line,) = error_lines(capsys, *command, "mixing=off")
+    assert line.endswith("off.json: is there already: go on with -p off, or choose another name")
+    (line,) = error_lines(capsys, *"train 901 2d all -p P -tr STLUNetTrainer --as new --set mixin=off".split())
+    assert "unknown setting mixin" in line and not (dataset.preprocessed / "new.json").exists()
+    # a copy by hand, in which the name was forgotten
+    (dataset.preprocessed / "hand.json").write_text(json.dumps(base))
+    (line,) = error_lines(capsys, *"train 901 2d all -p hand -tr STLUNetTrainer".split())
+    assert "its plans_name is P, so that a training would replace that model" in line and len(called) == 1
+
+
 def test_a_refused_training_leaves_the_plans_as_they_were(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
     dataset.preprocessed.mkdir(parents=True)
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
-    plans_file.write_text('{"semiseg": {"num_epochs": 9}}')
+    before = json.dumps({"plans_name": "nnUNetSemiSegPlans", "semiseg": {"num_epochs": 9}})
+    plans_file.write_text(before)
 
     def refuse():
         assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 3}
@@ -146,7 +170,7 @@ def test_a_refused_training_leaves_the_plans_as_they_were(tiny_dataset, monkeypa
     monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
     command = "train 901 3d_fullres all -p nnUNetSemiSegPlans -tr MeanTeacherTrainer --set num_epochs=3"
     assert error_lines(capsys, *command.split()) == ["error: too few"]
-    assert plans_file.read_text() == '{"semiseg": {"num_epochs": 9}}'
+    assert plans_file.read_text() == before
 
 
 def test_train_takes_every_option_of_nnunet(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import builtins
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,66 @@ def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no
     assert torch.equal(next(student.parameters()), next(theirs.network.parameters()).cpu())
 
 
+def test_removed_it_is_distilled_again_and_another_model_or_setting_is_not_mixed_in(trained, no_plots, monkeypatch):
+    dataset, run, trainer = trained(SupervisedTrainer, dims=2, size=32)
+    settings = ["num_epochs=3", "save_every=1"]
+    end = DistillationTrainer.on_epoch_end
+
+    def dies(self):
+        end(self)
+        if self.current_epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DistillationTrainer, "on_epoch_end", dies)
+    with pytest.raises(KeyboardInterrupt):
+        distill(run, settings, "cpu")
+    with pytest.raises(UserError, match="a distillation that was begun, but temperature changed since: remove that"):
+        distill(run, [*settings, "temperature=3"], "cpu")
+    monkeypatch.setattr(DistillationTrainer, "on_epoch_end", end)
+    stock = distill(run, settings, "cpu")
+    first = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    shutil.rmtree(stock)
+    stock = distill(run, [*settings, "temperature=7", "distillation_weight=50"], "cpu")
+    again = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert any(not torch.equal(first[k], again[k]) for k in first)
+
+
+def test_another_model_is_not_gone_on_with(trained, no_plots, monkeypatch):
+    _, run, trainer = trained(SupervisedTrainer, dims=2, size=32)
+    monkeypatch.setattr(DistillationTrainer, "perform_actual_validation", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distill(run, ["num_epochs=1"], "cpu")
+    torch.nn.init.normal_(next(trainer.network.parameters()))
+    trainer.save_checkpoint(str(run.checkpoint))
+    with pytest.raises(UserError, match="but the trained model changed since"):
+        distill(run, ["num_epochs=1"], "cpu")
+
+
+def test_a_model_that_knows_sides_teaches_no_flips(trained, no_plots, monkeypatch):
+    _, run, trainer = trained(SupervisedTrainer, dims=2, size=32)
+    trainer.inference_allowed_mirroring_axes = (0,)
+    trainer.save_checkpoint(str(run.checkpoint))
+    seen = []
+    ranges = DistillationTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size
+    monkeypatch.setattr(
+        DistillationTrainer,
+        "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
+        lambda self: seen.append(ranges(self)) or seen[-1],
+    )
+    stock = distill(run, ["num_epochs=1"], "cpu")
+    rotation, _, _, axes = seen[0]
+    assert axes == (0,) and max(map(abs, rotation)) == pytest.approx(math.radians(15))
+    checkpoint = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] == (0,)
+
+
+def test_the_mend_names_the_plans_that_there_are(trained):
+    dataset, run, _ = trained(SupervisedTrainer, dims=2, size=32)
+    shutil.copy(dataset.image("un_000"), dataset.image("un_009"))
+    with pytest.raises(UserError, match=f"preprocess_unlabeled -d 901 -c 2d -plans_name {PLANS}$"):
+        distill(run, [], "cpu")
+
+
 def test_the_taught_network_comes_nearer_to_its_teacher(trained, no_plots):
     _, run, _ = trained(SemiCMLTrainer, dims=2, size=32)
     stock = distill(run, ["num_epochs=6", "num_iterations_per_epoch=5", "distillation_weight=10"], "cpu")
@@ -179,13 +240,23 @@ def test_an_export_says_what_stands_around_the_network():
         use_mask_for_norm=[True],
     )  # fmt: skip
     dataset_json = dict(channel_names={"0": "T1"}, labels={"background": 0, "both": [1, 2]}, regions_class_order=[1, 2])
+    resampling = {"resampling_fn_data": "resample_data_or_seg_to_shape", "resampling_fn_data_kwargs": {"order": 3}}
+    manager = SimpleNamespace(**configuration, configuration=configuration | resampling)
     predictor = SimpleNamespace(
-        plans_manager=SimpleNamespace(**plans), configuration_manager=SimpleNamespace(**configuration),
-        dataset_json=dataset_json, allowed_mirroring_axes=(0, 2), trainer_name="DTCTrainer",
+        plans_manager=SimpleNamespace(**plans), configuration_manager=manager, dataset_json=dataset_json,
+        allowed_mirroring_axes=(0, 2), trainer_name="DTCTrainer", tile_step_size=0.5, use_gaussian=True,
     )  # fmt: skip
     about = json.loads(json.dumps(onnx_export.metadata(predictor)))
     expected = plans | configuration | dataset_json | dict(mirroring_axes=(0, 2), trainer="DTCTrainer")
+    expected |= dict(resampling=resampling, tile_step_size=0.5, use_gaussian=True)
     assert about == json.loads(json.dumps(expected))
+
+
+def test_an_export_into_no_folder_is_refused_at_once(trained, tmp_path, monkeypatch):
+    _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
+    monkeypatch.setattr(torch.onnx, "export", None)
+    with pytest.raises(UserError, match="model.onnx: there is no folder .*: make it, or choose another"):
+        onnx_export.export_onnx(run, tmp_path / "nosuch" / "model.onnx")
 
 
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):

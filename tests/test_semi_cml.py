@@ -242,6 +242,18 @@ def test_dropped_modalities():
 # --------------------------------------------------------------------------------------------------------- trainer
 
 
+@pytest.mark.parametrize("before, after", [({}, {"width": "full"}), ({}, {"teacher": "best_pool"})])
+def test_a_setting_that_changed_before_going_on_is_named(ready, before, after):
+    dataset = ready(channels=2)
+    trainer = make_trainer(SemiCMLTrainer, dataset, **before)
+    trainer.initialize()
+    file = str(dataset.results / "checkpoint.pth")
+    trainer.save_checkpoint(file)
+    (name, value), *_ = after.items()
+    with pytest.raises(UserError, match=f"its training cannot go on, since {name} was .* and is {value}: set it back"):
+        make_trainer(SemiCMLTrainer, dataset, **after).load_checkpoint(file)
+
+
 def started(dataset, **settings):
     trainer = make_trainer(SemiCMLTrainer, dataset, **settings)
     trainer.on_train_start()
@@ -353,6 +365,7 @@ def test_each_loss_alone(term, ready):
 def test_resume_across_the_phases_with_a_pool(ready):
     dataset = ready(dims=2, size=32, channels=2)
     settings = dict(teacher="best_pool", pool_size=2, relearning_start=0.5, mc_passes=1)
+    settings |= dict(threshold=0.0, threshold_warmup=1.0)  # in so short a training nothing is certain
     straight = make_trainer(SemiCMLTrainer, dataset, **settings)
     straight.run_training()
     dice, branch = straight.method_state["pool_dice"], straight.method_state["pool_branch"]

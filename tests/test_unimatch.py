@@ -10,7 +10,7 @@ from nnunet_semiseg.trainers.unimatch import BOX_VOLUME, UniMatchTrainer
 def test_the_losses_by_hand():
     """The weak view says class 1, with 0.96 in the first of two samples, else with 0.9, which does not count.
 
-    CE: -log 0.75 over half of the voxels. Dice over the first sample: 2 * 0.75 / 1.75, and 1 - 1 = nothing over the
+    CE: -log 0.75 over half of the voxels. Dice over the first sample: 2 * 0.75 / 1.75, nothing over the
     other. In the second strong view the samples are exchanged in all of the volume.
     """
     weak = torch.zeros(2, 2, 8, 8, 8)
@@ -28,7 +28,7 @@ def test_the_losses_by_hand():
     swapped = strong.clone()
     swapped[0, 1] = -20  # in the second it is the first sample's
     terms = UniMatchTrainer.semi_losses(Trainer(), None, (weak, half, swapped, half), {})
-    dice = (2 * 0.75 / 1.75 + 1) / 2  # nothing of nothing is right
+    dice = (2 * 0.75 / 1.75 + 0) / 2
     one = -math.log(0.75) / 2 - dice
     expected = {"feature": 0.5, "strong_1": 0.25, "strong_2": 0.25}
     for name, weight in expected.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
+from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 from nnunet_semiseg.vlm.text_masks import (
@@ -153,8 +153,7 @@ class AMVLMTrainer(SemiSupervisedTrainer):
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
         if self.side_axes:
-            limit = math.radians(15)
-            rotation = (max(rotation[0], -limit), min(rotation[1], limit))
+            rotation = limited(rotation)
             first = len(self.configuration_manager.patch_size) - 2  # in-plane axes are the last two
             mirror_axes = tuple(axis for axis in mirror_axes if axis - first not in self.side_axes)
             if self.swaps:

@@ -8,12 +8,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.config import PLANS_KEY, TeacherSettings, read_settings, require
+from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels, values_of_nothing
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.mutual_learning import (
@@ -108,8 +111,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
 
     Where the sources are silent: dropout acts on the features that decoders read, as nnU-Net's networks have none, so
     that a pass costs no encoder; the contrast has no temperature; its classes are the foreground's; a modality
-    is missing where all of it is 0, and then has no share in the deployed mean. A single channel has two views of
-    it for modalities: CT windows or contrast curves, part of the network.
+    is missing where all of it is empty (0 in the file), and then has no share in the deployed mean. A single channel
+    has two views of it for modalities: CT windows or contrast curves, part of the network.
     """
 
     settings_class = SemiCMLSettings
@@ -121,7 +124,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
         settings = read_settings(SemiCMLSettings, plans_manager.plans)
         if num_input_channels > 1:
             groups = settings.modalities or halves(num_input_channels)
-            modalities, channels = ChannelGroups(groups), [len(group) for group in groups]
+            nothing = values_of_nothing(plans_manager, configuration_manager)
+            modalities, channels = ChannelGroups(groups, nothing), [len(group) for group in groups]
         else:
             modalities, channels = make_views(settings, plans_manager, configuration_manager), [1, 1]
         kwargs = dict(configuration_manager.network_arch_init_kwargs)
@@ -156,6 +160,14 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
                 )
         has_regions = PlansManager(plans).get_label_manager(dataset_json).has_regions
         return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "has_regions": has_regions}}
+
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's; a channel that a case lacks stays empty under them."""
+        transforms = super().get_training_transforms(*args, **kwargs)
+        if self.num_input_channels == 1:
+            return transforms
+        nothing = values_of_nothing(self.plans_manager, self.configuration_manager)
+        return ComposeTransforms([RememberEmptyChannels(nothing), *transforms.transforms, EmptyChannels()])
 
     def initialize(self):
         super().initialize()
@@ -252,15 +264,18 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's, and for a pool once more for each decoder alone."""
-        outputs = super().validation_step(batch)
-        if self.settings.teacher == "best_pool":
-            network = self.network
-            for name, branch in zip(BRANCHES, range(2), strict=True):
-                self.network = lambda x, branch=branch: network(x, branches=True)[branch]
-                counts = super().validation_step(batch)
-                outputs |= {f"{key}_{name}": counts[key] for key in ("tp_hard", "fp_hard", "fn_hard")}
-            self.network = network
-        return outputs
+        if self.settings.teacher != "best_pool":
+            return super().validation_step(batch)
+        network, results = self.network, []
+        with torch.no_grad(), autocast("cuda") if self.device.type == "cuda" else dummy_context():
+            branches, mean, _ = network(batch["data"].to(self.device, non_blocking=True), branches=True, passes=0)
+        for output in (mean, *branches):  # nnU-Net's own counting, three times, of one forward
+            self.network = lambda x, output=output: output
+            results.append(super().validation_step(batch))
+        self.network = network
+        counts = ("tp_hard", "fp_hard", "fn_hard")
+        of_branches = zip(BRANCHES, results[1:], strict=True)
+        return results[0] | {f"{key}_{name}": result[key] for name, result in of_branches for key in counts}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)

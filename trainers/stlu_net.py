@@ -114,8 +114,8 @@ class STLUNetTrainer(SemiSupervisedTrainer):
             (loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss).weight_ce = 0
         return loss
 
-    def draw(self) -> tuple[tuple[int, ...], Tensor | None]:
-        """The stages to mix after, and the weight where the features do not give it."""
+    def draw(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
+        """The stages to mix after, None for all points, and the weight where the features do not give it."""
         mixing, beta = self.settings.mixing, self.settings.mixing_beta
         if mixing == "mixup":
             point = self.points[int(torch.randint(len(self.points), ()))]
@@ -123,14 +123,14 @@ class STLUNetTrainer(SemiSupervisedTrainer):
             return (point,), torch.maximum(weight, 1 - weight).to(self.device, non_blocking=True)
         if mixing == "scalar":
             weight = torch.tensor(self.settings.mixing_weight) if beta is None else draw_beta(beta)
-            return self.points, weight.to(self.device, non_blocking=True)
-        return self.points, None
+            return None, weight.to(self.device, non_blocking=True)
+        return None, None
 
     def forward_streams(self, batch: dict):
         """Per half of the batch a pair: the outputs of the mixing stream and of the enhancement stream."""
         images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        points, self.weight = self.draw()
-        *outputs, weights = self.network(images, points, self.weight)
+        mixed_at, self.weight = self.draw()
+        *outputs, weights = self.network(images, self.points, self.weight, mixed_at)
         for counts, w in zip(self.histogram, weights, strict=False):
             counts += torch.histc(w, HISTOGRAM_BINS, 0, 1)
         return split_streams(outputs, len(batch["data"]))

@@ -24,6 +24,7 @@ class UAMTSettings(OptionalTextSettings, TeacherSettings):
     ramp_length: float = 0.4
     """of the consistency's weight and of the threshold, as a share of the training"""
     mc_passes: int = 8
+    """0: everywhere is certain"""
     mc_dropout: float = 0.5
     """of the bottleneck, in the student and in the teacher's passes"""
     input_noise: float = 0.1
@@ -34,7 +35,7 @@ class UAMTSettings(OptionalTextSettings, TeacherSettings):
         for name in ("consistency_weight", "input_noise"):
             require(self, name, minimum=0)
         require(self, "ramp_length", minimum=1e-6, maximum=1)
-        require(self, "mc_passes", minimum=1)
+        require(self, "mc_passes", minimum=0)
         require(self, "mc_dropout", minimum=0, maximum=0.99)
 
 
@@ -73,9 +74,10 @@ class UAMTTrainer(SemiSupervisedTrainer):
         with torch.no_grad():
             images, regions = batch["unlabeled"]["weak"], self.label_manager.has_regions
             teacher = probabilities(self.teacher(images), self.label_manager)
-            mean = sum(self.sample(images) for _ in range(self.settings.mc_passes)) / self.settings.mc_passes
-            greatest = math.log(2 if regions else mean.shape[1])
-            certain = entropy(mean, regions) < (0.75 + 0.25 * ramp) * greatest
+            samples = [self.sample(images) for _ in range(self.settings.mc_passes)]
+            uncertainty = entropy(sum(samples) / len(samples), regions) if samples else torch.zeros_like(teacher[:, :1])
+            greatest = math.log(2 if regions else teacher.shape[1])
+            certain = uncertainty < (0.75 + 0.25 * ramp) * greatest
         student = probabilities(self.finest(unlabeled), self.label_manager)
         weight = self.settings.consistency_weight * ramp
         return {"consistency": weight * masked_mse(student, teacher, certain)}

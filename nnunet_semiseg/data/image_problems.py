@@ -64,7 +64,7 @@ def nifti_damage(image: str | Path) -> str | None:
 
 
 def intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
-    """Channels (C, *S), as read, that are constant or not finite, or of a wrong number."""
+    """Channels (C, *S), as read, that are constant or not finite, or of a wrong number; see `missing_channels`."""
     if len(data) != len(channels):
         return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {TAKE_OUT}"]
     problems = []
@@ -72,7 +72,7 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
         file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
         if damage := _not_finite(channel):
             problems.append(f"{file}: {damage}: {TAKE_OUT}")
-        if channel.min() == channel.max():
+        if channel.min() == channel.max() and name not in missing_channels(data, channels):
             problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {TAKE_OUT}")
     return problems
 
@@ -80,6 +80,14 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
 def _not_finite(voxels: np.ndarray) -> str | None:
     bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
     return f"{bad} voxels are NaN or infinite" if bad else None
+
+
+def missing_channels(data: np.ndarray, channels: list[str]) -> list[str]:
+    """The names of channels that are 0 everywhere, where others are not: modalities that this case lacks."""
+    constant = [channel.min() == channel.max() for channel in data]
+    if all(constant):
+        return []
+    return [name for name, channel, is_it in zip(channels, data, constant, strict=True) if is_it and not channel.any()]
 
 
 def reading_problems(images: list[str], reader: type) -> list[str]:

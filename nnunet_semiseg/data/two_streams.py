@@ -17,6 +17,13 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels
+
+SHARED = (
+    RememberEmptyChannels, Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform,
+)  # fmt: skip
+"""what all views of a patch have in common"""
+
 
 class ViewsTransform(BasicTransform):
     """Views of one unlabelled patch, taken from nnU-Net's own training transforms.
@@ -39,11 +46,9 @@ class ViewsTransform(BasicTransform):
             inner = transform.transform if isinstance(transform, RandomTransform) else transform
             if isinstance(inner, ImageOnlyTransform):
                 intensity.append(transform)
-            elif isinstance(inner, MaskImageTransform):
+            elif isinstance(inner, (MaskImageTransform, EmptyChannels)):
                 masking.append(transform)
-            elif isinstance(
-                inner, (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
-            ):
+            elif isinstance(inner, SHARED):
                 spatial.append(transform)
         self.spatial, self.intensity, self.masking = map(ComposeTransforms, (spatial, intensity, masking))
 
@@ -53,7 +58,7 @@ class ViewsTransform(BasicTransform):
         The views are stacked along the channels, because nnU-Net's loader carries one image.
         """
         data_dict["segmentation"].clamp_(max=0)  # a labelled case that is used as an unlabelled one has labels there
-        if not self.masking.transforms:
+        if not any(isinstance(transform, MaskImageTransform) for transform in self.masking.transforms):
             data_dict.pop("segmentation")  # nothing reads it: spare its interpolation
         data_dict = self.spatial(**data_dict)
         images = []

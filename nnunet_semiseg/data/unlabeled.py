@@ -28,6 +28,7 @@ from nnunet_semiseg.data.image_problems import (
     TAKE_OUT,
     header_problems,
     intensity_problems,
+    missing_channels,
     nifti_damage,
     reading_problems,
 )
@@ -262,13 +263,14 @@ def _preprocess_configuration(
         for case in todo
     ]
     problems: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
     try:
         with contextlib.closing(run_jobs(_preprocess_case, jobs, num_processes)) as results:
-            for case, lines in tqdm(
+            for case, lines, channels in tqdm(
                 results, "Unlabelled cases", len(jobs), disable=not (jobs and show_progress_bar)
             ):
-                problems[case] = lines
+                problems[case], missing[case] = lines, channels
     except BrokenProcessPool:
         raise UserError(
             f"{folder}: a preprocessing worker was killed, probably for want of memory: run the same command "
@@ -279,6 +281,8 @@ def _preprocess_configuration(
     lines = [line for case in sorted(problems) for line in problems[case]]
     if lines:
         raise UserError("\n".join(lines))
+    for case in sorted(case for case, channels in missing.items() if channels):
+        print(f"{case}: {', '.join(missing[case])} is 0 everywhere: taken for a channel that this case lacks")
     images = {case: stamps[case]["images"] for case in sorted(cases)}
     write_json({"plans_hash": digest, "cases": images}, manifest_file)
 
@@ -293,21 +297,23 @@ def _preprocess_case(
     configuration: str,
     dataset_json: dict,
     verbose: bool,
-) -> tuple[str, list[str]]:
-    """Preprocess one case; the second result says what is wrong with its images, one line each."""
+) -> tuple[str, list[str], list[str]]:
+    """Preprocess one case; then what is wrong with its images, one line each, and the names of channels it lacks."""
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
     reader = plans_manager.image_reader_writer_class
     problems = header_problems(images, reader)
     problems = problems or [f"{i}: {damage}: {TAKE_OUT}" for i in images if (damage := nifti_damage(i))]
+    missing: list[str] = []
     if problems:
-        return case, problems
+        return case, problems, missing
 
     class Unlabeled(configuration_manager.preprocessor_class):
         def run_case_npy(self, data, *args, **kwargs):
             problems.extend(intensity_problems(data, images, channel_names(dataset_json)))
             if problems:
                 raise UserError(problems[0])
+            missing.extend(missing_channels(data, channel_names(dataset_json)))
             data, seg, properties = super().run_case_npy(data, *args, **kwargs)
             return data, seg, {**properties, "class_locations": {}, PROPERTIES_KEY: stamp}
 
@@ -330,7 +336,7 @@ def _preprocess_case(
             raise  # not the images' fault
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return case, problems
+    return case, problems, missing
 
 
 def _signature(images: list[str]) -> list[list]:

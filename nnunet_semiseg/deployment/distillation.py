@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, parse_assignments, require, update_settings
+from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
-from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.files import dataset_folder, read_json, write_json
+from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"
+SOURCE = "distilled_from"
+"""in the plans: the hash of the checkpoint"""
 STOCK_KEYS = (
     "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
     "inference_allowed_mirroring_axes",
@@ -50,6 +55,17 @@ class DistillationTrainer(SemiSupervisedTrainer):
     views = ("weak", "strong")
     model: nn.Module
     """what is distilled: images to logits; to be set before the training"""
+    mirroring_axes: Sequence[int] | None
+    """those that the model may be mirrored along when it predicts; the same"""
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        """nnU-Net's, without what the model was not taught: it may tell left from right."""
+        rotation, dummy_2d, patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        allowed = tuple(axis for axis in axes if axis in (self.mirroring_axes or ()))
+        if allowed != axes:
+            rotation = limited(rotation)
+        self.inference_allowed_mirroring_axes = allowed or None
+        return rotation, dummy_2d, patch_size, allowed
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -95,27 +111,52 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
         raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
     plans = read_json(run.model_folder / "plans.json", "train this model again")
     plans = with_settings(plans, parse_assignments(settings)) | {"plans_name": f"{run.plans}_from_{run.trainer}"}
+    with open(run.checkpoint, "rb") as file:
+        plans[SOURCE] = hashlib.file_digest(file, "sha256").hexdigest()
     stock = run.model_folder.parent / f"{STOCK_TRAINER}__{plans['plans_name']}__{run.configuration}"
+    training = Run(run.dataset, run.configuration, run.fold, DistillationTrainer.__name__, plans["plans_name"])
     if (stock / run.folder.name / "checkpoint_final.pth").is_file():
+        shutil.rmtree(training.folder, ignore_errors=True)  # it was published
         print(f"{stock / run.folder.name}: is there already; remove it to distil again")
         return stock
+    if training.is_begun:
+        check_it_goes_on(plans, training)
 
     if device == "cuda":  # as nnU-Net's training command does
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
     dataset_json = read_json(run.model_folder / "dataset.json", "train this model again")
     fold = run.fold if run.fold == "all" else int(run.fold)
-    begun = Run(run.dataset, run.configuration, run.fold, DistillationTrainer.__name__, plans["plans_name"]).is_begun
+    begun = training.is_begun
+    # the trainer asks for them, too, but a refusal should name the plans that there are
+    load_manifest(dataset_folder("nnUNet_preprocessed", run.dataset), plans | {"plans_name": run.plans},
+                  run.configuration, run.dataset)  # fmt: skip
     # nnU-Net's own key, as its command sets it
     trainer = DistillationTrainer(
         plans | {"continue_training": begun}, run.configuration, fold, dataset_json, torch.device(device)
     )
     trainer.model = load_model(run, trainer.device, trainer.settings.bfloat16_on_cpu)
+    checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=False)
+    trainer.mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
     maybe_load_checkpoint(trainer, begun, False)
     trainer.run_training()
     trainer.perform_actual_validation()
     publish(Path(trainer.output_folder), stock)
+    shutil.rmtree(training.folder)
     return stock
+
+
+def check_it_goes_on(plans: dict, training: Run) -> None:
+    """Refuse to go on with a distillation of another model, or with other settings."""
+    before = read_json(training.model_folder / "plans.json", f"remove {training.folder}")
+    old, new = before.get(PLANS_KEY, {}), plans[PLANS_KEY]
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changed += ["the trained model"] if before.get(SOURCE) != plans[SOURCE] else []
+    if changed:
+        raise UserError(
+            f"{training.folder}: a distillation that was begun, but {', '.join(changed)} changed since: remove that"
+            " folder to begin anew"
+        )
 
 
 def with_settings(plans: dict, changes: dict) -> dict:
@@ -152,4 +193,4 @@ def publish(trained: Path, stock: Path) -> None:
 
 
 def without_settings(plans: dict) -> dict:
-    return {key: value for key, value in plans.items() if key != PLANS_KEY}
+    return {key: value for key, value in plans.items() if key not in (PLANS_KEY, SOURCE)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,9 @@ def export_onnx(run: Run, file: str | Path) -> float:
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise UserError(f"{error.name}: not installed: pip install onnx onnxruntime onnxscript") from None
+    file = Path(file)
+    if not file.parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}: make it, or choose another with --onnx FILE")
     if not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
@@ -61,7 +65,9 @@ def export_onnx(run: Run, file: str | Path) -> float:
             worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
     if not worst <= TOLERANCE:
         raise UserError(f"{file}: not written: ONNX differs from torch by {worst:.1e} of the largest logit")
-    onnx.save(model, str(file))
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    onnx.save(model, str(unfinished))
+    os.replace(unfinished, file)
     return worst
 
 
@@ -80,5 +86,8 @@ def metadata(predictor: nnUNetPredictor) -> dict:
         "labels": predictor.dataset_json["labels"],
         "regions_class_order": predictor.dataset_json.get("regions_class_order"),
         "mirroring_axes": predictor.allowed_mirroring_axes,
+        "tile_step_size": predictor.tile_step_size,
+        "use_gaussian": predictor.use_gaussian,
+        "resampling": {key: value for key, value in configuration.configuration.items() if "resampling" in key},
         "trainer": predictor.trainer_name,
     }

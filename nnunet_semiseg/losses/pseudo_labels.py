@@ -69,7 +69,7 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
     """nnU-Net's Dice + CE with a weight for each voxel.
 
     Dice: each of its three sums over voxels is weighted. CE: weighted, then the mean over *all* voxels, so that a
-    smaller weight is a smaller loss. Targets are not touched.
+    smaller weight is a smaller loss. Targets are not touched. A sample in which nothing counts has no loss.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
@@ -81,7 +81,10 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
     if regions:
         target = target[:, : logits.shape[1]]  # without the channel of the ignore label
     ce = cross_entropy(logits, target, regions, weight)
-    return loss.weight_ce * ce + loss.weight_dice * loss.dc(logits, target, loss_mask=weight)
+    counts = weight.flatten(1).any(1)
+    # where nothing counts, nnU-Net's Dice is -1 by its smoothing alone: its best value
+    empty = (~(counts.any() if loss.dc.batch_dice else counts)).float().mean()
+    return loss.weight_ce * ce + loss.weight_dice * (loss.dc(logits, target, loss_mask=weight) + empty)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:

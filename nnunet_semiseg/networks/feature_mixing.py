@@ -70,11 +70,14 @@ class FeatureMixingUNet(nn.Module):
         self.encoder, self.decoder = network.encoder, network.decoder
         self.mixing, self.dropout = mixing, dropout
 
-    def forward(self, x: Tensor, points: Sequence[int] = (), weight: Tensor | None = None):
+    def forward(
+        self, x: Tensor, points: Sequence[int] = (), weight: Tensor | None = None, mixed_at: Sequence[int] | None = None
+    ):
         """
         Args:
             x: (2 B, C, *S), the labelled samples and then their partners; without `points` any batch.
             points: the stages after which features are mixed and channels dropped, ascending.
+            mixed_at: those of them after which features are mixed; None: all.
             weight: w, where the features do not give it.
 
         Returns:
@@ -92,13 +95,15 @@ class FeatureMixingUNet(nn.Module):
                 mixed, dropped = streams[0], streams[-1]  # the same tensor at the first point: computed once
                 if self.mixing == "dropblock":
                     mixed = drop_blocks(mixed, self.dropout)
-                elif self.mixing != "off":
+                elif self.mixing != "off" and (mixed_at is None or i in mixed_at):
                     labeled, unlabeled = mixed.chunk(2)
                     if self.mixing == "similarity":
                         weight = similarity_weights(labeled, unlabeled)
                         weights.append(weight)
                     mixed = torch.cat(mix(labeled, unlabeled, weight))
-                streams = [mixed, drop_channels(dropped, self.dropout)]
+                dropped = drop_channels(dropped, self.dropout) if self.dropout else dropped
+                streams = [mixed] if mixed is dropped else [mixed, dropped]  # nothing mixed, nothing dropped
             skips[0].append(streams[0])
             skips[1].append(streams[-1])
-        return self.decoder(skips[0]), self.decoder(skips[1]), weights
+        mixed = self.decoder(skips[0])
+        return mixed, mixed if len(streams) == 1 else self.decoder(skips[1]), weights

@@ -8,18 +8,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_semiseg.data.empty_channels import empty_channels
+
 HEAD_WIDTH = 32
 """channels of an attention head, where there are so many"""
 
 
 class ChannelGroups(nn.Module):
-    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S)."""
+    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S); an empty channel becomes 0.
 
-    def __init__(self, groups: Sequence[Sequence[int]]):
+    Args:
+        groups: the channels of each.
+        nothing: of each channel, see `values_of_nothing`.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], nothing: Sequence[float]):
         super().__init__()
         self.groups = tuple(tuple(group) for group in groups)
+        self.register_buffer("nothing", torch.tensor(nothing), persistent=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        empty = empty_channels(x, self.nothing)
+        x = x.masked_fill(empty.view(*empty.shape, *[1] * (x.ndim - 2)), 0)
         return [x[:, list(group)] for group in self.groups]
 
 

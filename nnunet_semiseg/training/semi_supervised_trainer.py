@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import fields
 from os.path import join
 
 import numpy as np
@@ -342,17 +343,37 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         os.replace(filename + ".tmp", filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
         checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
         state = checkpoint["semiseg"]
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except RuntimeError:
+            self._explain_other_settings(filename_or_checkpoint, checkpoint)
+            raise
         self.step = self.current_epoch * self.num_iterations_per_epoch
-        self.auxiliary.load_state_dict(state["auxiliary"])
-        for name, value in state["method_state"].items():
-            self.method_state[name].copy_(value)
+        try:
+            self.auxiliary.load_state_dict(state["auxiliary"])
+            for name in self.method_state.keys() | state["method_state"].keys():
+                self.method_state[name].copy_(state["method_state"][name])
+        except (RuntimeError, KeyError):
+            self._explain_other_settings(filename_or_checkpoint, checkpoint)
+            raise
         if self.teacher is not None:
             _bare(self.teacher).load_state_dict(checkpoint["teacher"])
         self._resume_student = state["student"]
         self._resume_random_state = state["random_state"]
+
+    def _explain_other_settings(self, filename: str, checkpoint: dict) -> None:
+        """Refuse a checkpoint that does not fit, where settings changed since."""
+        old, new = (plans.get(PLANS_KEY, {}) for plans in (checkpoint["init_args"]["plans"], self.plans_manager.plans))
+        hints = fields(self.settings_class)
+        now = {f.name: (old.get(f.name, f.default), new.get(f.name, f.default)) for f in hints}
+        changed = [f"{name} was {a} and is {b}" for name, (a, b) in now.items() if a != b]
+        if changed:
+            raise UserError(
+                f"{filename}: its training cannot go on, since {'; '.join(changed)}: set it back with --set, or train"
+                " again without --c"
+            ) from None
 
 
 def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
