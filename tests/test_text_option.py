@@ -6,6 +6,7 @@ from training import TRAINERS, make_trainer
 
 from nnunet_semiseg.config import OptionalTextSettings
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
+from nnunet_semiseg.trainers.ua_mt import UAMTTrainer
 
 WITH_TEXT = [t for t in TRAINERS if issubclass(t.settings_class, OptionalTextSettings)]
 every_trainer_with_text = pytest.mark.parametrize("trainer_class", WITH_TEXT, ids=lambda t: t.__name__)
@@ -62,3 +63,16 @@ def test_without(trainer_class, ready, settings):
     assert "cog" not in trainer.train_step(next(trainer.dataloader_train))
     assert (trainer.network.guidance is None) != settings["text"]
     assert ("prompt_learner" in trainer.auxiliary) == settings["text"]
+
+
+def test_the_teacher_has_the_text_of_the_step_before(ready):
+    trainer = make_trainer(UAMTTrainer, ready(dims=2, size=32), text=True)
+    trainer.on_train_start()
+    first = trainer.prompt_learner().detach()
+    torch.testing.assert_close(trainer.teacher.guidance.features, first)
+    trainer.network.train()
+    for _ in range(2):
+        before = trainer.prompt_learner().detach()
+        trainer.train_step(next(trainer.dataloader_train))
+        torch.testing.assert_close(trainer.teacher.guidance.features, before)
+    assert not torch.equal(before, first)

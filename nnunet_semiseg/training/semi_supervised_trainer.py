@@ -229,6 +229,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # until here the network is what is deployed, for a checkpoint may be loaded only to be validated
         if self._resume_student is not None and self.current_epoch < self.num_epochs:
             self.bare_network.load_state_dict(self._resume_student)
+        self.refresh_network()
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
             update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)
 
@@ -272,6 +273,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             if self.prompt_learner is not None:
                 self.text = self.prompt_learner()
+                self.bare_network.guidance.features.copy_(self.text.detach())  # for passes that do not train the text
             labeled, unlabeled = self.forward_streams(batch)
             terms = {**self.supervised_losses(labeled, batch), **self.semi_losses(labeled, unlabeled, batch)}
             if self.aligned and self.settings.csa:
