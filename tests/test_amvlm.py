@@ -173,7 +173,8 @@ def lesions(ready):
         dataset = ready(**{"dims": 2, "size": 32, "labels": labels} | kwargs)
         if texts is not None:
             content = texts if isinstance(texts, dict) else {f"un_{i:03d}": texts for i in range(4)}
-            (dataset.raw / "texts.json").write_text(json.dumps(content))
+            for folder in (dataset.raw, dataset.preprocessed):  # where planning copies it
+                (folder / "texts.json").write_text(json.dumps(content))
         return dataset
 
     return make
