@@ -345,3 +345,24 @@ def test_refusals(ready):
         with pytest.raises(UserError, match=words):
             make_trainer(STLUNetTrainer, dataset, **settings)
     assert not dataset.results.exists()
+
+
+def test_mixup_mixes_at_one_point_and_drops_channels_at_all(ready):
+    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), mixing="mixup")
+    trainer.on_train_start()
+    dropped = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunet_semiseg.networks.feature_mixing.drop_channels", lambda x, p: (dropped.append(p), x)[1])
+        trainer.network.train()
+        trainer.forward_streams(next(trainer.dataloader_train))
+    assert dropped == [0.5] * len(trainer.points) and len(trainer.points) > 1
+
+
+def test_streams_that_are_the_same_are_computed_once(ready):
+    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), mixing="off", channel_dropout=0.0)
+    trainer.on_train_start()
+    trainer.network.train()
+    calls = []
+    trainer.network.decoder.register_forward_hook(lambda *args: calls.append(1))
+    mixed, enhanced = trainer.forward_streams(next(trainer.dataloader_train))[0]
+    assert len(calls) == 1 and all(torch.equal(a, b) for a, b in zip(mixed, enhanced, strict=True))
