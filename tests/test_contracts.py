@@ -321,14 +321,14 @@ def test_what_is_not_supported_says_so_before_anything_is_written(trainer_class,
 def test_no_label_of_an_unlabelled_case_is_read(trainer_class, tiny_dataset, monkeypatch):
     """Labels where hidden ones might be looked for change not one bit of fingerprint, plans, batches, weights."""
     results = []
-    for noise in (None, 1, 2):
+    for noise in (None, 1):
         dataset = tiny_dataset(dataset_id=910 + (noise or 0))
         if noise is not None:
             hide_labels(dataset, noise)
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
         plans = dataset.plan()
         monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-        trainer = make_trainer(trainer_class, dataset, dca_start=0.0)
+        trainer = make_trainer(trainer_class, dataset, dca_start=0.0, num_epochs=2, num_iterations_per_epoch=1)
         batches, step = [], trainer.train_step
 
         def recording(batch, batches=batches, step=step):
@@ -340,11 +340,11 @@ def test_no_label_of_an_unlabelled_case_is_read(trainer_class, tiny_dataset, mon
         plans.pop("dataset_name")
         fingerprint = (dataset.preprocessed / "dataset_fingerprint.json").read_bytes()
         results.append((plans, fingerprint, batches, trainer.network.state_dict()))
-    for plans, fingerprint, batches, weights in results[1:]:
-        assert plans == results[0][0] and fingerprint == results[0][1]
-        for a, b in zip(batches, results[0][2], strict=True):
-            assert_same(a, b)
-        assert_same(weights, results[0][3])
+    (plans, fingerprint, batches, weights), other = results
+    assert plans == other[0] and fingerprint == other[1]
+    for a, b in zip(batches, other[2], strict=True):
+        assert_same(a, b)
+    assert_same(weights, other[3])
 
 
 def hide_labels(dataset, seed: int) -> None:
