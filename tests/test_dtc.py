@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import CLASSES, REGIONS, make_trainer
 
 from nnunet_semiseg.trainers.dtc import DTCTrainer, add_level_sets, level_set
@@ -56,6 +57,22 @@ def test_the_supervised_loss_of_level_sets():
     target = torch.zeros(1, 1, 8, 8, 8)
     terms = DTCTrainer.supervised_losses(Trainer(), (None, z), {"target": target, "targets": {"level_sets": true}})
     assert terms["supervised"] == 7 and terms["level_sets"].item() == pytest.approx(0.3 * 0.25 / 4)
+
+
+def test_a_patch_with_ignored_voxels_has_no_level_sets():
+    """Of two samples that are wrong by 0.5 and by 1 one has an ignored voxel: 0.3 * 0.25."""
+
+    class WithIgnore(Trainer):
+        label_manager = LabelManager({"background": 0, "a": 1, "ignore": 2}, None)
+
+    z, true = torch.zeros(2, 2, 8, 8, 8), torch.tensor([0.5, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 8, 8, 8)
+    target = torch.zeros(2, 1, 8, 8, 8)
+    target[1, 0, 0, 0, 0] = 2
+    batch = {"target": target, "targets": {"level_sets": true}}
+    loss = DTCTrainer.supervised_losses(WithIgnore(), (None, z), batch)["level_sets"]
+    assert loss.item() == pytest.approx(0.3 * 0.25)
+    target[:] = 2
+    assert DTCTrainer.supervised_losses(WithIgnore(), (None, z), batch)["level_sets"] == 0
 
 
 def test_the_loader_makes_level_sets_of_the_augmented_labels(ready):

@@ -27,8 +27,9 @@ def test_pseudo_labels_lie_on_disk_and_are_what_is_trained_on(ready, kind):
     first = {}
 
     def remember():
-        first["weights"] = [p.clone() for p in trainer.network.parameters()]
+        first["weights"] = [p.clone() for p in trainer.network.parameters() if p.ndim > 1]
         start_again()
+        first["fresh"] = [p.clone() for p in trainer.network.parameters() if p.ndim > 1]
 
     start_again, trainer.start_again = trainer.start_again, remember
     trainer.run_training()
@@ -41,7 +42,7 @@ def test_pseudo_labels_lie_on_disk_and_are_what_is_trained_on(ready, kind):
         assert label.GetSize() == image.GetSize()
         assert set(np.unique(sitk.GetArrayFromImage(label))) <= {0, 1, 2}
         assert "class_locations" in load_pickle(str(folder / f"un_{i:03d}.pkl"))
-    assert any(not torch.equal(p, old) for p, old in zip(trainer.network.parameters(), first["weights"], strict=True))
+    assert all((old != new).all() for old, new in zip(first["weights"], first["fresh"], strict=True))  # from scratch
 
 
 def test_a_pseudo_label_is_the_networks_decision(ready):
@@ -96,6 +97,38 @@ def test_interrupted_while_it_labels_it_goes_on(ready):
     assert all(f.stat().st_mtime_ns == t for f, t in done.items()) and len(list(resumed.folder(1).glob("*.pkl"))) == 4
     for a, b in zip(straight.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_is_outside_of_the_nonzero_mask_stays_marked(ready, monkeypatch):
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2)
+    trainer.on_train_start()
+    trainer.current_epoch = 1
+    dataset = trainer.unlabeled_dataset()
+    load = dataset.load_case
+
+    def with_an_outside(case):
+        data, seg, previous, properties = load(case)
+        seg = seg[:]
+        seg[:, :5] = -1
+        return data, seg, previous, properties
+
+    dataset.load_case = with_an_outside
+    trainer.unlabeled_dataset = lambda: dataset
+    trainer.label_unlabeled()
+    loader = trainer._make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
+    _, label, _, _ = loader._data.load_case("un_000")
+    assert (label[:][0, :5] == -1).all() and label[:][0, 5:].min() >= 0
+
+
+@pytest.mark.parametrize("changed", [dict(num_epochs=5), dict(rounds=2)])
+def test_rounds_that_changed_are_refused(ready, changed):
+    dataset = ready()
+    trainer = make_trainer(SelfTrainingTrainer, dataset, num_epochs=4)
+    trainer.initialize()
+    file = str(dataset.results / "checkpoint.pth")
+    trainer.save_checkpoint(file)
+    with pytest.raises(UserError, match="its training cannot go on, since .*(num_epochs|rounds)"):
+        make_trainer(SelfTrainingTrainer, dataset, **dict(num_epochs=4) | changed).load_checkpoint(file)
 
 
 def test_a_pseudo_label_that_is_gone_is_missed(ready):

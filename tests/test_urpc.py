@@ -37,7 +37,7 @@ def test_equal_scales_have_no_loss():
     assert pyramid_consistency(two_scales(0.8, 0.8), False).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_all_scales_but_the_coarsest(ready, monkeypatch):
+def test_all_scales_are_supervised_and_compared(ready, monkeypatch):
     trainer = make_trainer(URPCTrainer, ready())
     trainer.on_train_start()
     seen = []
@@ -48,5 +48,6 @@ def test_all_scales_but_the_coarsest(ready, monkeypatch):
     trainer.network.train()
     batch = next(trainer.dataloader_train)
     trainer.train_step(batch)
-    n = len(batch["target"]) - 1
-    assert n >= 1 and seen == [[(2, 3, *trainer.configuration_manager.patch_size)] * n]
+    n = len(batch["target"])
+    assert trainer.loss.weight_factors == pytest.approx([2 / 3, 1 / 3])
+    assert n == 2 and seen == [[(2, 3, *trainer.configuration_manager.patch_size)] * n]

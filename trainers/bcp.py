@@ -52,9 +52,10 @@ class BCPTrainer(SemiSupervisedTrainer):
     - before that, a phase of pre-training on mixes of two labelled samples; the teacher begins as its end.
 
     Where we depart: the pre-training's last weights go on (theirs: the best on the test set), with the same optimizer
-    and learning rate schedule; the teacher sees weak views, the mixes are of strong ones; labels have nnU-Net's deep
-    supervision while all of the mix is labelled, and the full resolution alone from then on; the largest component is
-    a setting (theirs: always), as it is wrong for lesions and costs time on the CPU.
+    and learning rate schedule; the teacher sees weak views, the mixes are of strong ones; X_in and X_out have the same
+    x_l; labels have nnU-Net's deep supervision, pseudo-labels the full resolution alone; the largest component is
+    a setting (theirs: always), as it is wrong for lesions and costs time on the CPU. Unlabelled samples beyond as many
+    as there are labelled ones are not used.
     """
 
     settings_class = BCPSettings

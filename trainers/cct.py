@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nnunet_semiseg.config import SemiSupervisedSettings, require
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.networks import feature_perturbation
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
 from nnunet_semiseg.training.schedules import gaussian_ramp
@@ -35,7 +35,7 @@ class CCTSettings(SemiSupervisedSettings):
     """one auxiliary decoder for each: noise, drop, dropout, object_mask, context_mask, cutout"""
     consistency_weight: float = 0.1
     """of the consistency, at the end of the ramp"""
-    ramp_length: float = 0.4
+    ramp_length: float = 1.0
     """of the consistency's weight, as a share of the training"""
 
     def __post_init__(self):
@@ -54,8 +54,8 @@ class CCTTrainer(SemiSupervisedTrainer):
     A shared encoder, a main decoder that learns from the labels, and auxiliary decoders, each of which reads the
     features of unlabelled samples under a perturbation of its own and has to agree with the main one:
 
-    - eq. 1: L_u = 1/K sum_k MSE(p_k, p_main), the main decoder's output without gradient;
-    - eq. 2: L = L_s + w_u(t) L_u, only the main decoder in L_s.
+    - L_u = 1/K sum_k MSE(p_k, p_main), the main decoder's output without gradient;
+    - L = L_s + w_u(t) L_u, only the main decoder in L_s.
 
     Perturbations are those of the paper's section 3.2: noise, drop (of the most active regions), dropout (of whole
     channels), masks of the object or of its context, and cutout within the object's bounding box. The default
@@ -85,9 +85,8 @@ class CCTTrainer(SemiSupervisedTrainer):
         """The unlabelled samples' features, perturbed on every level."""
         arguments = ()
         if name in GUIDED:
-            p = probabilities(self.finest(outputs[0])[n:].detach(), self.label_manager)
-            # a map of foreground, on the grid of each level
-            arguments = (p.amax(1, keepdim=True) > 0.5 if self.label_manager.has_regions else p[:, :1] < 0.5,)
+            decision = hard_pseudo_label(self.finest(outputs[0])[n:], self.label_manager)
+            arguments = ((decision > 0).any(1, keepdim=True),)  # where anything is
         return [PERTURBATIONS[name](skip[n:], *arguments) for skip in skips]
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:

@@ -39,9 +39,9 @@ class CPSTrainer(SemiSupervisedTrainer):
     - eq. 2 and 3: L_cps = CE(p_1, y_2) + CE(p_2, y_1), y the other's decision, the mean over labelled and
       unlabelled samples, at full resolution.
 
-    The paper's lambda is 1.5 from the first step, of networks pre-trained on ImageNet. From random weights that
-    would teach noise: we take the 0.1 with a Gaussian ramp over the training that is usual for volumes. The
-    first network is deployed; the second is trained beside it and saved for resuming.
+    The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step, of networks pre-trained on ImageNet. From
+    random weights that would teach noise: we take the 0.1 with a Gaussian ramp over the training that is usual for
+    volumes. The first network is deployed; the second is trained beside it and saved for resuming.
     """
 
     settings_class = CPSSettings

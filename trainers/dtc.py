@@ -56,10 +56,10 @@ class DTCTrainer(SemiSupervisedTrainer):
     - eq. 5: L_LSF = mean ||z - T(y)||^2 on the labelled ones;
     - eq. 6: L = L_seg + 0.3 L_LSF + lambda(t) L_DTC, lambda a Gaussian ramp to 1 over the training.
 
-    The paper has one organ; here each class (background, too) or region has a level set of its own. One that is not
-    in a patch is outside everywhere (1). The distances are computed in the loader's processes, after augmentation.
-    L_LSF and L_DTC act at full resolution, L_seg is nnU-Net's; with deep supervision the coarser outputs' level sets
-    are not used.
+    The paper has one organ; here each class (background, too) or region has a level set of its own. One that is not in
+    a patch is outside everywhere (1). A patch with ignored voxels has no L_LSF. The distances are computed in the
+    loader's processes, after augmentation (a second for each head of a patch of 128^3). L_LSF and L_DTC act at full
+    resolution, L_seg is nnU-Net's; with deep supervision the coarser outputs' level sets are not used.
     """
 
     settings_class = DTCSettings
@@ -88,11 +88,12 @@ class DTCTrainer(SemiSupervisedTrainer):
 
     def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
         output, level_sets = labeled
-        known = has_label(self.finest(batch["target"]), self.label_manager)
-        squared = (level_sets - batch["targets"]["level_sets"]).square() * known
+        # distances are known where the whole patch is: an ignored voxel may hold the nearest boundary
+        known = has_label(self.finest(batch["target"]), self.label_manager).flatten(1).all(1).float()
+        squared = (level_sets - batch["targets"]["level_sets"]).square().flatten(1).mean(1)
         return {
             "supervised": self.loss(output, batch["target"]),
-            "level_sets": self.settings.level_set_weight * squared.mean(),
+            "level_sets": self.settings.level_set_weight * (squared * known).sum() / known.sum().clamp_min(1),
         }
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:

@@ -47,8 +47,9 @@ class MCNetTrainer(SemiSupervisedTrainer):
     - L_mc = sum over decoders i != j of MSE(p_i, p*_j), over labelled and unlabelled samples;
     - L = lambda sum_i L_seg(i) + beta L_mc, lambda = 0.5, beta a Gaussian ramp to 1 over the training.
 
-    Where the source is silent, or its code differs: p* gets no gradient, as it stands for a label; L_seg is
-    nnU-Net's (their code: Dice alone). The decoder with transposed convolutions is deployed.
+    Where the source is silent, or its code differs: p* gets no gradient, as it stands for a label; L_seg is nnU-Net's
+    (their code: Dice alone); the ramp is as long as the training (their code: 40 % of it). The decoder with transposed
+    convolutions is deployed.
     """
 
     settings_class = MCNetSettings

@@ -77,6 +77,18 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
     def folder(self, number: int) -> Path:
         return Path(self.output_folder) / "pseudo_labels" / f"round_{number}"
 
+    def initialize(self):
+        super().initialize()
+        self.method_state["starts"] = torch.tensor([*self.starts, self.num_epochs])
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        if self.method_state["starts"].tolist() != [*self.starts, self.num_epochs]:
+            raise UserError(
+                f"{filename_or_checkpoint}: its training cannot go on, since num_epochs or rounds changed: set them"
+                " back with --set, or train again without --c"
+            )
+
     def configure_optimizers(self):
         optimizer, _ = super().configure_optimizers()
         return optimizer, RestartingPolyLR(optimizer, self.initial_lr, [*self.starts, self.num_epochs])
@@ -84,8 +96,9 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
     def on_train_start(self):
         begun = self.round - (self.current_epoch in self.starts)  # whose labels were made by a network of the past
         for number in range(begun + 1, self.settings.rounds + 1):
-            if not (number == self.round and self.current_epoch in self.starts):
-                shutil.rmtree(self.folder(number), ignore_errors=True)
+            goes_on = number == self.round and self.current_epoch in self.starts
+            if self.folder(number).exists() and not goes_on:
+                shutil.rmtree(self.folder(number))
         super().on_train_start()
 
     def on_train_epoch_start(self):
@@ -115,13 +128,14 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
         todo = [case for case in dataset.identifiers if not is_labeled(folder, case)]
         self.print_to_log_file(f"round {self.round}: labelling {len(todo)} unlabelled cases: {folder}")
         for case in todo:
-            data, _, _, properties = dataset.load_case(case)
+            data, outside, _, properties = dataset.load_case(case)
             logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
             label = np.asarray(self.label_manager.convert_logits_to_segmentation(logits))
             export_prediction_from_logits(
                 logits, properties, self.configuration_manager, self.plans_manager, self.dataset_json,
                 str(folder / case),
             )  # fmt: skip
+            label = np.where(outside[:][0] < 0, -1, label)  # nnU-Net's mark of what is outside of the nonzero mask
             write_pseudo_label(label, folder, case, self.label_manager)
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
@@ -132,6 +146,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
             self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
         )  # fmt: skip
         self.bare_network.load_state_dict(fresh.state_dict())
+        self._best_ema = None  # of `checkpoint_best.pth`: another network's
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
 

@@ -21,7 +21,7 @@ from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTraine
 class UAMTSettings(OptionalTextSettings, TeacherSettings):
     consistency_weight: float = 0.1
     """of the consistency, at the end of the ramp"""
-    ramp_length: float = 0.4
+    ramp_length: float = 1.0
     """of the consistency's weight and of the threshold, as a share of the training"""
     mc_passes: int = 8
     """0: everywhere is certain"""
@@ -49,7 +49,8 @@ class UAMTTrainer(SemiSupervisedTrainer):
     - eq. 3: L_c = sum 1(u < H) ||p_student - p_teacher||^2 / sum 1(u < H), over the unlabelled samples, with the
       threshold H from 3/4 to all of the greatest entropy, by the same Gaussian ramp as the weight of L_c.
 
-    The student sees the strong view, the teacher the weak one; in the paper both see the same with other noise. Their
+    The student sees the strong view, the teacher the weak one, for its target without noise and dropout; in the paper
+    both see the same with other noise. There labelled samples take part in L_c. Their
     V-Net has dropout at the bottleneck and before the head: nnU-Net's networks have none, so it is put on the
     bottleneck. For more than two classes the distance is the mean over them; a region is judged by its own entropy.
     """
@@ -74,8 +75,9 @@ class UAMTTrainer(SemiSupervisedTrainer):
         with torch.no_grad():
             images, regions = batch["unlabeled"]["weak"], self.label_manager.has_regions
             teacher = probabilities(self.teacher(images), self.label_manager)
-            samples = [self.sample(images) for _ in range(self.settings.mc_passes)]
-            uncertainty = entropy(sum(samples) / len(samples), regions) if samples else torch.zeros_like(teacher[:, :1])
+            passes = self.settings.mc_passes
+            mean = sum(self.sample(images) for _ in range(passes)) / max(passes, 1)
+            uncertainty = entropy(mean, regions) if passes else torch.zeros_like(teacher[:, :1])
             greatest = math.log(2 if regions else teacher.shape[1])
             certain = uncertainty < (0.75 + 0.25 * ramp) * greatest
         student = probabilities(self.finest(unlabeled), self.label_manager)

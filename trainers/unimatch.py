@@ -43,13 +43,14 @@ class UniMatchTrainer(SemiSupervisedTrainer):
     CVPR 2023, arXiv 2208.09910. FixMatch with two strong views of each sample and a stream whose features, of the
     weak view, are perturbed by channel dropout (eq. 3 to 6):
 
-        L = L_x + 1/2 (1/2 L(fp) + 1/4 (L(s1) + L(s2))) with `match_weight=0.5`; the default has L_x + (...),
+        L = L_x + L_u, L_u = 1/2 L(fp) + 1/4 (L(s1) + L(s2)) (there half of it),
 
     L(.) the loss towards the decision on the weak view, where its probability is at least 0.95. Strong views have
     nnU-Net's intensity augmentation and CutMix, the pseudo-labels are cut alike. All of a step's images go through
     the encoder once and together; the weak view's output is both pseudo-label (without gradient) and source of
     the feature stream. L is Dice + CE, each voxel weighted by whether it is certain (paper: CE; their medical code:
-    Dice). A box has the patch's aspect, and is the same for all samples of a view.
+    Dice). A box has the patch's aspect, and is the same for all samples of a view; with a single unlabelled
+    sample in a batch nothing is mixed.
     """
 
     settings_class = UniMatchSettings

@@ -20,7 +20,7 @@ from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTraine
 class URPCSettings(SemiSupervisedSettings):
     consistency_weight: float = 0.1
     """lambda, at the end of the ramp"""
-    ramp_length: float = 0.4
+    ramp_length: float = 1.0
     """of the consistency's weight, as a share of the training"""
 
     def __post_init__(self):
@@ -40,14 +40,22 @@ class URPCTrainer(SemiSupervisedTrainer):
     - eq. 4: L_unsup = 1/S sum_s [sum_v ||p_s - p_c||^2 w_s / sum_v w_s] + 1/S sum_s mean D_s, w_s = exp(-D_s);
     - L = L_sup + lambda(t) L_unsup, with a Gaussian ramp to lambda = 0.1.
 
-    L_sup is nnU-Net's, whose coarser outputs count less (in the paper all alike); the coarsest one, which it does not
-    train, is left out. Without deep supervision there is one output, and L_unsup is 0.
+    The squares are the mean over classes, as in their code. L_sup is nnU-Net's, whose coarser outputs count half each
+    (in the paper all alike); the coarsest, which nnU-Net leaves out, is supervised, too. Without deep supervision
+    there is one output, and L_unsup is 0.
     """
 
     settings_class = URPCSettings
 
+    def _build_loss(self):
+        loss = super()._build_loss()
+        if self.enable_deep_supervision:
+            weights = [0.5**i for i in range(len(loss.weight_factors))]
+            loss.weight_factors = tuple(weight / sum(weights) for weight in weights)
+        return loss
+
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        outputs = list(unlabeled[:-1]) if self.enable_deep_supervision else [unlabeled]
+        outputs = unlabeled if self.enable_deep_supervision else [unlabeled]
         size = outputs[0].shape[2:]
         p = [
             probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in outputs

@@ -25,7 +25,8 @@ class PseudoLabeledDataset:
 
 def take_pseudo_label(labeled: dict, unlabeled: dict) -> dict:
     """The targets that a `nnUNetDataLoader` of pseudo-labelled cases made."""
-    return {"pseudo": unlabeled["target"]} if "target" in unlabeled else {}
+    target = unlabeled["target"]
+    return {"pseudo": target} if isinstance(target, list) or target.numel() else {}  # views have no target
 
 
 def is_labeled(folder: Path, case: str) -> bool:
