@@ -35,6 +35,54 @@ def test_the_losses_by_hand():
         assert terms[name].item() == pytest.approx(2 * weight * one, abs=1e-3)
 
 
+def test_pseudo_labels_are_cut_as_their_views_are():
+    """Certain of class 1 in the first of two samples, of 0 in the other; the first view's box is a quarter.
+
+    Class 1 has 0.75 in the first sample, 0.6 in the other. First view: labelled 1 are the first's three quarters
+    around the box, and the other's box; second view: all of the first and nothing of the other.
+    """
+    weak, strong = torch.zeros(2, 2, 8, 8, 8), torch.zeros(2, 2, 8, 8, 8)
+    weak[0, 1], weak[1, 0] = 5, 5
+    strong[0, 1], strong[1, 1] = math.log(0.75 / 0.25), math.log(0.6 / 0.4)
+    quarter, nothing = torch.zeros(2, 1, 1, 8, 8, 8, dtype=torch.bool)
+    quarter[:, :, :2] = True
+
+    class Trainer:
+        settings, label_manager = UniMatchTrainer.settings_class(match_weight=2.0), CLASSES
+        finest_loss, boxes, cut_mix = nnunet_loss(False), [quarter, nothing], UniMatchTrainer.cut_mix
+
+    terms = UniMatchTrainer.semi_losses(Trainer(), None, (weak, strong, strong, strong), {})
+    ce = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25) + 0.25 * math.log(0.6) + 0.75 * math.log(0.4)) / 2
+    dice = (2 * 0.75 * 0.75 / (0.75 + 0.75) + 2 * 0.25 * 0.6 / (0.25 + 0.6)) / 2
+    assert terms["strong_1"].item() == pytest.approx(2 * 0.25 * (ce - dice), abs=1e-3)
+    ce, dice = -(math.log(0.75) + math.log(0.4)) / 2, (2 * 0.75 / 1.75 + 0) / 2
+    assert terms["strong_2"].item() == pytest.approx(2 * 0.25 * (ce - dice), abs=1e-3)
+    assert terms["feature"].item() == pytest.approx(2 * 0.5 * (ce - dice), abs=1e-3)
+
+
+def test_strong_views_are_cut():
+    """Every image has a value of its own; the network gives them back."""
+
+    class Trainer:
+        settings = UniMatchTrainer.settings_class(cutmix=1.0, feature_dropout=0.0)
+        draw_box, cut_mix = UniMatchTrainer.draw_box, UniMatchTrainer.cut_mix
+        finest = staticmethod(lambda x: x)
+
+        def network(self, images, text, decoders, perturbations):
+            return perturbations[0]([images], [])
+
+    data, weak, first, second = (torch.tensor([i, i + 1.0]).view(2, 1, 1, 1, 1).expand(2, 1, 16, 16, 16)
+                                 for i in (1, 3, 5, 7))  # fmt: skip
+    trainer = Trainer()
+    batch = {"data": data, "unlabeled": {"weak": weak, "strong_1": first, "strong_2": second}}
+    labeled, (of_weak, *strong, perturbed) = UniMatchTrainer.forward_streams(trainer, batch)
+    assert torch.equal(labeled, data) and torch.equal(of_weak, weak) and torch.equal(perturbed, weak)
+    for seen, box, (one, other) in zip(strong, trainer.boxes, ((5, 6), (7, 8)), strict=True):
+        assert box.any() and not box.all()
+        assert [x[box[0]].unique().tolist() for x in seen] == [[other], [one]]
+        assert [x[~box[0]].unique().tolist() for x in seen] == [[one], [other]]
+
+
 def test_one_pass_of_the_encoder_and_a_decoder_for_five(ready):
     trainer = make_trainer(UniMatchTrainer, ready(), feature_dropout=0.9, cutmix=0.0)
     trainer.on_train_start()
