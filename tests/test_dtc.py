@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,39 @@ def test_both_tasks_agree_where_the_sign_is_right():
     flat = torch.zeros(1, 2, 8, 8, 8)
     loss = DTCTrainer.semi_losses(Trainer(), (flat, z), (flat, z), {})["dtc"]
     assert loss.item() == pytest.approx(0.25 / 2)
+
+
+def test_tasks_agree_in_both_streams_by_a_ramp():
+    """Labelled: p is 1/2, the level sets say 1; unlabelled: p is 0.2 and 0.8, they say 0. The ramp at 0.2."""
+    trainer = Trainer()
+    trainer.progress = 0.2
+    flat, other = torch.zeros(2, 2, 2, 8, 8, 8)
+    other[:, 1] = math.log(0.8 / 0.2)
+    z = torch.full((2, 2, 8, 8, 8), 0.1)
+    loss = DTCTrainer.semi_losses(trainer, (flat, -z), (other, z), {})["dtc"]
+    assert loss.item() == pytest.approx(math.exp(-5 * 0.8**2) * (0.5**2 + (0.2**2 + 0.8**2) / 2) / 2)
+
+
+def test_each_task_learns_from_the_other():
+    p, z = torch.zeros(2, 2, 2, 8, 8, 8)
+    z[:, 0] = -0.001
+    p.requires_grad_(), z.requires_grad_()
+    DTCTrainer.semi_losses(Trainer(), (p, z), (p, z), {})["dtc"].backward()
+    assert p.grad.all() and z.grad[:, 0].all()
+
+
+def test_level_sets_are_the_second_half_of_the_heads_by_tanh():
+    class Streams(Trainer):
+        network, student_view = None, "strong"
+        finest = staticmethod(lambda x: x[0])
+
+        def decode(self, network, images):
+            return [[torch.cat((images, 2 * images, 3 * images, 4 * images), 1)]]
+
+    batch = {"data": torch.full((2, 1, 8, 8, 8), 0.5), "unlabeled": {"strong": torch.full((2, 1, 8, 8, 8), -0.25)}}
+    for (output, z), x in zip(DTCTrainer.forward_streams(Streams(), batch), (0.5, -0.25), strict=True):
+        assert output[0][1, :, 0, 0, 0].tolist() == [x, 2 * x]
+        assert z[1, :, 0, 0, 0].tolist() == pytest.approx([math.tanh(3 * x), math.tanh(4 * x)])
 
 
 def test_the_supervised_loss_of_level_sets():
