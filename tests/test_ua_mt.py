@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import CLASSES, REGIONS, make_trainer
 
 from nnunet_semiseg.losses.pseudo_labels import entropy
@@ -55,11 +57,50 @@ def test_the_consistency_of_a_step(regions, certain):
     assert loss.item() == pytest.approx(0.1 * math.exp(-5) * (p - 0.5) ** 2 * certain, rel=1e-4)
 
 
+def of_slices(*probabilities):
+    """Logits (2, 3, 8, 8, 8) whose probabilities differ between the slices 0 and 1, 2 and 3, 4 and 5, 6 and 7."""
+    logits = torch.tensor(probabilities).log().repeat_interleave(2, 0).T
+    return logits.view(1, 3, 8, 1, 1).expand(2, 3, 8, 8, 8)
+
+
+@pytest.mark.parametrize("passes", [0, 3])
+def test_where_the_teacher_is_certain(passes):
+    """Halfway in its ramp (0.29) H is 0.75 + 0.25 * 0.29, 0.82, of log 3: 0.90.
+
+    Entropies of the passes' mean: 0.88 in the first slices, 0.95, 1.10 (each pass is sure of another class), and 0.10.
+    The first and last count, or all where there are no passes; towards what the teacher says without dropout.
+    """
+    sure = [[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.01, 0.01, 0.98]]
+    dropped = [of_slices([0.66, 0.17, 0.17], [0.6, 0.2, 0.2], sure[i], sure[0]) for i in range(3)]
+    says = [0.5, 0.3, 0.2]
+    student = [[0.4, 0.4, 0.2], [0.1, 0.1, 0.8], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]]
+
+    class Trainer:
+        settings = UAMTTrainer.settings_class(mc_passes=passes, input_noise=0.0, ramp_length=0.4, consistency_weight=2)
+        label_manager = LabelManager({"background": 0, "a": 1, "b": 2}, None)
+        drop, sample, progress = None, UAMTTrainer.sample, 0.2
+        finest, of_passes = staticmethod(lambda x: x), iter(dropped)
+
+        def teacher(self, x, text=None, decoders=None, perturbations=()):
+            return of_slices(*[says] * 4) if decoders is None else [next(self.of_passes)]
+
+    batch = {"unlabeled": {"weak": torch.zeros(2, 1, 8, 8, 8)}}
+    loss = UAMTTrainer.semi_losses(Trainer(), None, of_slices(*student), batch)["consistency"]
+    distances = [sum((a - b) ** 2 for a, b in zip(p, says, strict=True)) / 3 for p in student]
+    count = distances[::3] if passes else distances
+    assert loss.item() == pytest.approx(2 * math.exp(-1.25) * sum(count) / len(count), rel=1e-4)
+
+
 def test_passes_differ_by_dropout_and_noise(ready):
     trainer = make_trainer(UAMTTrainer, ready(dims=2, size=32))
     trainer.on_train_start()
     x = torch.randn(1, 1, *trainer.configuration_manager.patch_size)
-    assert not torch.equal(trainer.sample(x), trainer.sample(x))
+    settings = trainer.settings
+    for off in ({"input_noise": 0.0}, {"mc_dropout": 0.0}):  # either is enough
+        trainer.settings = replace(settings, **off)
+        assert not torch.equal(trainer.sample(x), trainer.sample(x))
+    trainer.settings = replace(settings, input_noise=0.0, mc_dropout=0.0)
+    assert torch.equal(trainer.sample(x), trainer.sample(x))
     assert torch.equal(trainer.teacher(x), trainer.teacher(x))
     trainer.network.eval()
     assert torch.equal(trainer.network(x)[0], trainer.network(x)[0])  # no dropout is left when it predicts
