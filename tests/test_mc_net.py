@@ -28,6 +28,30 @@ def test_decoders_approach_each_others_sharpened_output(labels):
     assert loss.item() == pytest.approx(2 * expected * (0.5 if labels is REGIONS else 1))
 
 
+def test_consistency_of_both_streams_by_a_ramp():
+    """Decoders: 0.6, 0.5, 0.5 where there are labels, as above; 0.8, 0.5, 0.5 elsewhere; the ramp at 0.2."""
+
+    class Trainer:
+        settings, progress = MCNetTrainer.settings_class(sharpening=0.5, mutual_weight=2.0), 0.2
+        finest, label_manager = staticmethod(lambda x: x), CLASSES
+
+    labeled, unlabeled = (torch.zeros(3, 2, 2, 8, 8, 8) for _ in range(2))
+    labeled[0, :, 1], unlabeled[0, :, 1] = math.log(0.6 / 0.4), math.log(0.8 / 0.2)
+    loss = MCNetTrainer.semi_losses(Trainer(), tuple(labeled), tuple(unlabeled), {})["mutual"]
+    of_labeled = 2 * 0.1**2 + 2 * (0.36 / 0.52 - 0.5) ** 2
+    of_unlabeled = 2 * 0.3**2 + 2 * (0.64 / 0.68 - 0.5) ** 2
+    assert loss.item() == pytest.approx(2 * math.exp(-5 * 0.8**2) * (of_labeled + of_unlabeled) / 2)
+
+
+def test_each_decoder_learns_the_labels():
+    class Trainer:
+        settings = MCNetTrainer.settings_class(supervised_weight=0.25)
+        loss = staticmethod(lambda output, target: output + target)
+
+    terms = MCNetTrainer.supervised_losses(Trainer(), (1.0, 2.0, 3.0), {"target": 5.0})
+    assert terms == {"supervised_1": 1.5, "supervised_2": 1.75, "supervised_3": 2.0}
+
+
 def test_labels_of_the_others_get_no_gradient():
     class Trainer:
         settings, progress, label_manager = MCNetTrainer.settings_class(), 1.0, CLASSES
