@@ -27,6 +27,16 @@ def test_each_network_learns_the_others_decision():
     assert loss.item() == pytest.approx(0.2 * -(math.log(0.2) + math.log(0.4)))
 
 
+def test_both_streams_count_by_a_ramp():
+    """Labelled as above; elsewhere network 1 says class 1 with 0.9, network 2 with 0.3; the ramp at 0.2."""
+    trainer = Trainer()
+    trainer.label_manager, trainer.progress = CLASSES, 0.2
+    labeled, unlabeled = ([of_probability(p).repeat(2, 1, 1, 1, 1) for p in ps] for ps in ((0.8, 0.4), (0.9, 0.3)))
+    loss = CPSTrainer.semi_losses(trainer, labeled, unlabeled, {})["cps"]
+    both = -(math.log(0.2) + math.log(0.4)) - (math.log(0.1) + math.log(0.3))
+    assert loss.item() == pytest.approx(0.2 * math.exp(-5 * 0.8**2) * both / 2)
+
+
 def test_regions_one_by_one():
     """Region 0: both say 1/2, which is no; region 1 as above."""
     trainer = Trainer()
