@@ -57,6 +57,36 @@ def test_the_losses_by_hand():
     assert pseudo.item() == pytest.approx(0.5 * (loss_by_hand(0.9) + loss_by_hand(0.8)), abs=1e-4)
 
 
+def test_pseudo_labels_go_with_their_images():
+    """The teacher says class 1 of the first of two samples and 0 of the other; outwards they are exchanged.
+
+    Where the label is 0 everywhere Dice is 0. The labelled parts, of 0.01, do not matter.
+    """
+    inwards = torch.cat([of_probability(*[p] * 2, *[0.01] * 6) for p in (0.9, 0.2)])
+    outwards = torch.cat([of_probability(*[0.01] * 2, *[p] * 6) for p in (0.3, 0.8)])
+    trainer = Trainer()
+    trainer.teacher = lambda x: torch.cat((of_probability(*[0.9] * 8), of_probability(*[0.1] * 8)))
+    batch = {"data": torch.zeros(2, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(2, 1, 8, 8, 8)}}
+    pseudo = BCPTrainer.semi_losses(trainer, None, (inwards, outwards), batch)["pseudo"]
+    inside, around = (loss_by_hand(0.9) - math.log(0.8)) / 2, (loss_by_hand(0.8) - math.log(0.7)) / 2
+    assert pseudo.item() == pytest.approx(0.5 * (inside + around), abs=1e-4)
+
+
+def test_pretraining_mixes_images_and_labels_alike():
+    class Pretraining(Trainer):
+        settings, step, first_step = BCPTrainer.settings_class(box=0.5), 0, 1
+        network = staticmethod(lambda x: x)
+        loss = staticmethod(lambda output, targets: [output, *targets])
+
+    x = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1).expand(2, 1, 8, 8, 8)
+    trainer, batch = Pretraining(), {"data": x, "target": [x, x[:, :, ::2, ::2, ::2]]}
+    labeled, unlabeled = BCPTrainer.forward_streams(trainer, batch)
+    image, fine, coarse = BCPTrainer.supervised_losses(trainer, labeled, batch)["supervised"]
+    assert unlabeled is None and torch.equal(image, fine)
+    for mixed in (fine, coarse):  # an eighth is of the other sample
+        assert [(sample == other).float().mean() for sample, other in zip(mixed, (2, 1), strict=True)] == [0.125] * 2
+
+
 def test_what_the_network_sees(ready):
     trainer = make_trainer(BCPTrainer, ready(), pretraining=0.5)
     trainer.on_train_start()
