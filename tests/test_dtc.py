@@ -53,14 +53,16 @@ def test_both_tasks_agree_where_the_sign_is_right():
 
 
 def test_tasks_agree_in_both_streams_by_a_ramp():
-    """Labelled: p is 1/2, the level sets say 1; unlabelled: p is 0.2 and 0.8, they say 0. The ramp at 0.2."""
+    """Labelled: p is 1/2, the level sets say 1; unlabelled: p is 0.2 and 0.8, they say 0 and 1. The ramp at 0.2."""
     trainer = Trainer()
     trainer.progress = 0.2
     flat, other = torch.zeros(2, 2, 2, 8, 8, 8)
     other[:, 1] = math.log(0.8 / 0.2)
-    z = torch.full((2, 2, 8, 8, 8), 0.1)
-    loss = DTCTrainer.semi_losses(trainer, (flat, -z), (other, z), {})["dtc"]
-    assert loss.item() == pytest.approx(math.exp(-5 * 0.8**2) * (0.5**2 + (0.2**2 + 0.8**2) / 2) / 2)
+    inside = torch.full((2, 2, 8, 8, 8), -0.1)
+    z = inside.clone()
+    z[:, 0] = 0.1
+    loss = DTCTrainer.semi_losses(trainer, (flat, inside), (other, z), {})["dtc"]
+    assert loss.item() == pytest.approx(math.exp(-5 * 0.8**2) * (0.5**2 + 0.2**2) / 2)
 
 
 def test_each_task_learns_from_the_other():
