@@ -5,8 +5,8 @@ BIN := .venv/bin
 .PHONY: test demo lint
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m slow
 
 demo: .venv/installed
 	$(BIN)/nnunet_semiseg demo
