@@ -135,6 +135,16 @@ def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(trainer_class
 
 
 @every_trainer
+def test_the_predictors_network_takes_the_weights(trainer_class, ready):
+    """Prediction builds the network without deep supervision, and by the class alone."""
+    trainer = make_trainer(trainer_class, ready(dims=2, size=32))
+    trainer.initialize()
+    about = trainer.plans_manager, trainer.configuration_manager, trainer.num_input_channels
+    network = trainer_class.build_network_architecture(*about, trainer.label_manager.num_segmentation_heads, False)
+    network.load_state_dict(trainer.network.state_dict())
+
+
+@every_trainer
 def test_teacher_follows_by_ema(trainer_class, ready):
     trainer = started(trainer_class, ready())
     if trainer.teacher is None:

@@ -70,7 +70,8 @@ class CCTTrainer(SemiSupervisedTrainer):
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         convolutions = arch_kwargs["n_conv_per_stage_decoder"]
-        return MultiDecoderUNet(network, [extra_decoder(network, convolutions, False) for _ in settings.perturbations])
+        others = [extra_decoder(network, convolutions, False, finest_only=True) for _ in settings.perturbations]
+        return MultiDecoderUNet(network, others)
 
     def forward_streams(self, batch: dict):
         """The main decoder's output for each stream; for the unlabelled one also the auxiliary decoders' logits."""

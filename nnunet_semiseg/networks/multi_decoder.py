@@ -34,13 +34,15 @@ def extra_decoder(
     n_conv_per_stage,
     deep_supervision: bool,
     upsampling: Literal["transposed", "linear", "nearest"] = "transposed",
+    finest_only: bool = False,
 ) -> UNetDecoder:
     """One more decoder for a PlainConvUNet or ResidualEncoderUNet, with weights of its own.
 
     Args:
         network: holds the `encoder` whose skips all decoders read, and the first `decoder`.
         n_conv_per_stage: as in the plans (`n_conv_per_stage_decoder`).
-        deep_supervision: without it there is no head but the finest.
+        deep_supervision: whether it gives several outputs; the heads are there in any case, as in nnU-Net.
+        finest_only: there is no head but the finest.
 
     Returns:
         A decoder with `.encoder` None: registered again, the encoder's weights would be counted, saved and
@@ -49,7 +51,7 @@ def extra_decoder(
     encoder = network.encoder
     decoder = UNetDecoder(encoder, network.decoder.num_classes, n_conv_per_stage, deep_supervision)
     decoder.encoder = None
-    if not deep_supervision:
+    if finest_only:
         decoder.seg_layers = decoder.seg_layers[-1:]
     if upsampling != "transposed":
         for i, transposed in enumerate(decoder.transpconvs):
