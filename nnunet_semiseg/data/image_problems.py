@@ -67,12 +67,12 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
     """Channels (C, *S), as read, that are constant or not finite, or of a wrong number; see `missing_channels`."""
     if len(data) != len(channels):
         return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {TAKE_OUT}"]
-    problems = []
+    problems, missing = [], missing_channels(data, channels)
     for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
         file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
         if damage := _not_finite(channel):
             problems.append(f"{file}: {damage}: {TAKE_OUT}")
-        if channel.min() == channel.max() and name not in missing_channels(data, channels):
+        if name not in missing and channel.min() == channel.max():
             problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {TAKE_OUT}")
     return problems
 

@@ -111,15 +111,15 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
         raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
     plans = read_json(run.model_folder / "plans.json", "train this model again")
     plans = with_settings(plans, parse_assignments(settings)) | {"plans_name": f"{run.plans}_from_{run.trainer}"}
-    with open(run.checkpoint, "rb") as file:
-        plans[SOURCE] = hashlib.file_digest(file, "sha256").hexdigest()
+    plans[SOURCE] = hashlib.sha256(Path(run.checkpoint).read_bytes()).hexdigest()
     stock = run.model_folder.parent / f"{STOCK_TRAINER}__{plans['plans_name']}__{run.configuration}"
     training = Run(run.dataset, run.configuration, run.fold, DistillationTrainer.__name__, plans["plans_name"])
     if (stock / run.folder.name / "checkpoint_final.pth").is_file():
         shutil.rmtree(training.folder, ignore_errors=True)  # it was published
         print(f"{stock / run.folder.name}: is there already; remove it to distil again")
         return stock
-    if training.is_begun:
+    begun = training.is_begun
+    if begun:
         check_it_goes_on(plans, training)
 
     if device == "cuda":  # as nnU-Net's training command does
@@ -127,7 +127,6 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
         torch.backends.cudnn.benchmark = True
     dataset_json = read_json(run.model_folder / "dataset.json", "train this model again")
     fold = run.fold if run.fold == "all" else int(run.fold)
-    begun = training.is_begun
     # the trainer asks for them, too, but a refusal should name the plans that there are
     load_manifest(dataset_folder("nnUNet_preprocessed", run.dataset), plans | {"plans_name": run.plans},
                   run.configuration, run.dataset)  # fmt: skip
