@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from torch import Tensor
 
 TOLERANCE = 0.01
@@ -14,17 +15,12 @@ TOLERANCE = 0.01
 def values_of_nothing(plans_manager, configuration_manager) -> list[float]:
     """What a voxel of 0 becomes in a channel that is 0 everywhere, for each channel.
 
-    nnU-Net normalises by the image itself, which gives 0, but for CT, where it is by the dataset.
+    By nnU-Net's own normalisation: 0, but for CT, where it is by the dataset instead of the image.
     """
-    values = []
-    for channel, scheme in enumerate(configuration_manager.normalization_schemes):
-        value = 0.0
-        if scheme == "CTNormalization":
-            about = plans_manager.foreground_intensity_properties_per_channel[str(channel)]
-            clipped = np.clip(0, about["percentile_00_5"], about["percentile_99_5"])
-            value = float((clipped - about["mean"]) / max(about["std"], 1e-8))
-        values.append(value)
-    return values
+    nothing = np.zeros((len(configuration_manager.normalization_schemes), 1, 1, 1), np.float32)
+    about = plans_manager.foreground_intensity_properties_per_channel
+    normalized = DefaultPreprocessor(verbose=False)._normalize(nothing, nothing[:1], configuration_manager, about)
+    return normalized.flatten().tolist()
 
 
 def empty_channels(x: Tensor, nothing: Tensor) -> Tensor:
