@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.training.schedules import gaussian_ramp
 
 PLANS_KEY = "semiseg"
 
@@ -63,6 +64,25 @@ class TeacherSettings(SemiSupervisedSettings):
     def __post_init__(self):
         super().__post_init__()
         require(self, "ema_decay", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencySettings(SemiSupervisedSettings):
+    """Settings of a method with one consistency term under a Gaussian ramp."""
+
+    consistency_weight: float = 0.1
+    """of the consistency, at the end of the ramp"""
+    ramp_length: float = 1.0
+    """of the consistency's weight, as a share of the training"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "consistency_weight", minimum=0)
+        require(self, "ramp_length", minimum=1e-6, maximum=1)
+
+    def ramp(self, progress: float) -> float:
+        """The share of the consistency's weight at this share of the training."""
+        return gaussian_ramp(progress / self.ramp_length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,8 +137,8 @@ def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no
                            torch.device("cpu"))
     theirs.load_checkpoint(str(file))
     assert theirs.current_epoch == 3
-    student = load_model(Run(run.dataset, run.configuration, "all", "nnUNetTrainer", plans["plans_name"]),
-                         torch.device("cpu"))
+    student, _ = load_model(Run(run.dataset, run.configuration, "all", "nnUNetTrainer", plans["plans_name"]),
+                            torch.device("cpu"))
     assert torch.equal(next(student.parameters()), next(theirs.network.parameters()).cpu())
 
 
@@ -226,7 +226,7 @@ def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
     x = np.random.default_rng(0).normal(size=(3, len(about["channel_names"]), *about["patch_size"]))
     (got,) = onnxruntime.InferenceSession(str(file)).run(None, {"image": x.astype(np.float32)})
     with torch.no_grad():
-        expected = load_model(run, torch.device("cpu"))(torch.from_numpy(x).float())
+        expected = load_model(run, torch.device("cpu"))[0](torch.from_numpy(x).float())
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-3 * expected.abs().max().item())
 
 

@@ -109,6 +109,7 @@ def test_killed_in_mid_epoch_and_continued(trainer_class, ready, tmp_path):
         for where in (straight, killed)
     )
     assert a["current_epoch"] == b["current_epoch"] == 3
+    assert a["logging"]["train_losses"] == b["logging"]["train_losses"]  # says in which epoch they part
     assert_same(a["network_weights"], b["network_weights"])
     assert (a["teacher"] is None) == (b["teacher"] is None)
     if a["teacher"] is not None:

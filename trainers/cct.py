@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.config import ConsistencySettings
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.networks import feature_perturbation
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
 
 PERTURBATIONS = {
@@ -30,18 +29,12 @@ GUIDED = {"object_mask", "context_mask", "cutout"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CCTSettings(SemiSupervisedSettings):
+class CCTSettings(ConsistencySettings):
     perturbations: tuple[str, ...] = ("noise", "drop", "dropout")
     """one auxiliary decoder for each: noise, drop, dropout, object_mask, context_mask, cutout"""
-    consistency_weight: float = 0.1
-    """of the consistency, at the end of the ramp"""
-    ramp_length: float = 1.0
-    """of the consistency's weight, as a share of the training"""
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "consistency_weight", minimum=0)
-        require(self, "ramp_length", minimum=1e-6, maximum=1)
         if not self.perturbations or set(self.perturbations) - set(PERTURBATIONS):
             raise UserError(
                 f"setting perturbations={list(self.perturbations)}: must be one or more of {', '.join(PERTURBATIONS)}"
@@ -93,5 +86,5 @@ class CCTTrainer(SemiSupervisedTrainer):
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
         main = probabilities(self.finest(unlabeled[0]).detach(), self.label_manager)
         distances = [F.mse_loss(probabilities(other, self.label_manager), main) for other in unlabeled[1]]
-        weight = self.settings.consistency_weight * gaussian_ramp(self.progress / self.settings.ramp_length)
+        weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
         return {"consistency": weight * sum(distances) / len(distances)}

@@ -8,23 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import TeacherSettings, require
+from nnunet_semiseg.config import ConsistencySettings, TeacherSettings
 from nnunet_semiseg.losses.pseudo_labels import probabilities
-from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanTeacherSettings(TeacherSettings):
-    consistency_weight: float = 0.1
-    """of the consistency, at the end of the ramp"""
+class MeanTeacherSettings(ConsistencySettings, TeacherSettings):
     ramp_length: float = 0.4
     """of the consistency's weight, as a share of the training"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "consistency_weight", minimum=0)
-        require(self, "ramp_length", minimum=1e-6, maximum=1)
 
 
 class MeanTeacherTrainer(SemiSupervisedTrainer):
@@ -43,5 +35,5 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
         with torch.no_grad():
             teacher = probabilities(self.teacher(batch["unlabeled"]["weak"]), self.label_manager)
         student = probabilities(self.finest(unlabeled), self.label_manager)
-        weight = self.settings.consistency_weight * gaussian_ramp(self.progress / self.settings.ramp_length)
+        weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
         return {"consistency": weight * F.mse_loss(student, teacher)}

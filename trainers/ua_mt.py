@@ -9,20 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import OptionalTextSettings, TeacherSettings, require
+from nnunet_semiseg.config import ConsistencySettings, OptionalTextSettings, TeacherSettings, require
 from nnunet_semiseg.losses.pseudo_labels import entropy, probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.networks.text_guidance import text_guidance_for
-from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
 
 
 @dataclass(frozen=True, kw_only=True)
-class UAMTSettings(OptionalTextSettings, TeacherSettings):
-    consistency_weight: float = 0.1
-    """of the consistency, at the end of the ramp"""
-    ramp_length: float = 1.0
-    """of the consistency's weight and of the threshold, as a share of the training"""
+class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings):
     mc_passes: int = 8
     """0: everywhere is certain"""
     mc_dropout: float = 0.5
@@ -32,10 +27,8 @@ class UAMTSettings(OptionalTextSettings, TeacherSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("consistency_weight", "input_noise"):
+        for name in ("input_noise", "mc_passes"):
             require(self, name, minimum=0)
-        require(self, "ramp_length", minimum=1e-6, maximum=1)
-        require(self, "mc_passes", minimum=0)
         require(self, "mc_dropout", minimum=0, maximum=0.99)
 
 
@@ -71,7 +64,7 @@ class UAMTTrainer(SemiSupervisedTrainer):
         return split_streams(output, len(batch["data"]))
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        ramp = gaussian_ramp(self.progress / self.settings.ramp_length)
+        ramp = self.settings.ramp(self.progress)
         with torch.no_grad():
             images, regions = batch["unlabeled"]["weak"], self.label_manager.has_regions
             teacher = probabilities(self.teacher(images), self.label_manager)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.config import require
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import draw_box, drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
+from nnunet_semiseg.trainers.fixmatch import FixMatchSettings
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 
 BOX_VOLUME = (0.02, 0.4)
@@ -19,11 +20,7 @@ BOX_VOLUME = (0.02, 0.4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniMatchSettings(SemiSupervisedSettings):
-    match_weight: float = 1.0
-    """of the unsupervised loss"""
-    match_threshold: float = 0.95
-    """tau: pseudo-labels with a lower probability do not count"""
+class UniMatchSettings(FixMatchSettings):
     feature_dropout: float = 0.5
     """p of the channel dropout of the feature stream"""
     cutmix: float = 0.5
@@ -31,10 +28,8 @@ class UniMatchSettings(SemiSupervisedSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "match_weight", minimum=0)
         require(self, "feature_dropout", minimum=0, maximum=0.99)
-        for name in ("match_threshold", "cutmix"):
-            require(self, name, minimum=0, maximum=1)
+        require(self, "cutmix", minimum=0, maximum=1)
 
 
 class UniMatchTrainer(SemiSupervisedTrainer):

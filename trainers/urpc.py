@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.config import ConsistencySettings
 from nnunet_semiseg.losses.pseudo_labels import probabilities
 from nnunet_semiseg.networks.multi_decoder import LINEAR
-from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class URPCSettings(SemiSupervisedSettings):
-    consistency_weight: float = 0.1
-    """lambda, at the end of the ramp"""
-    ramp_length: float = 1.0
-    """of the consistency's weight, as a share of the training"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "consistency_weight", minimum=0)
-        require(self, "ramp_length", minimum=1e-6, maximum=1)
 
 
 class URPCTrainer(SemiSupervisedTrainer):
@@ -45,7 +30,7 @@ class URPCTrainer(SemiSupervisedTrainer):
     there is one output, and L_unsup is 0.
     """
 
-    settings_class = URPCSettings
+    settings_class = ConsistencySettings
 
     def _build_loss(self):
         loss = super()._build_loss()
@@ -60,7 +45,7 @@ class URPCTrainer(SemiSupervisedTrainer):
         p = [
             probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in outputs
         ]
-        weight = self.settings.consistency_weight * gaussian_ramp(self.progress / self.settings.ramp_length)
+        weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
         return {"pyramid": weight * pyramid_consistency(p, self.label_manager.has_regions)}
 
 

@@ -134,9 +134,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     trainer = DistillationTrainer(
         plans | {"continue_training": begun}, run.configuration, fold, dataset_json, torch.device(device)
     )
-    trainer.model = load_model(run, trainer.device, trainer.settings.bfloat16_on_cpu)
-    checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=False)
-    trainer.mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+    trainer.model, trainer.mirroring_axes = load_model(run, trainer.device, trainer.settings.bfloat16_on_cpu)
     maybe_load_checkpoint(trainer, begun, False)
     trainer.run_training()
     trainer.perform_actual_validation()
@@ -165,14 +163,15 @@ def with_settings(plans: dict, changes: dict) -> dict:
     return {**plans, PLANS_KEY: {**plans[PLANS_KEY], **own}}
 
 
-def load_model(run: Run, device: torch.device, bfloat16: bool = False) -> nn.Module:
-    """The network that a trained model predicts with, frozen, in eval mode and without deep supervision."""
+def load_model(run: Run, device: torch.device, bfloat16: bool = False) -> tuple[nn.Module, Sequence[int] | None]:
+    """What a trained model predicts with: the network, frozen, in eval mode and without deep supervision, and the axes
+    that it may be mirrored along."""
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,), "checkpoint_final.pth")
     network = predictor.network.requires_grad_(False).eval().to(device)
     if bfloat16 and device.type == "cpu":
         run_in_bfloat16(network)
-    return network
+    return network, predictor.allowed_mirroring_axes
 
 
 def publish(trained: Path, stock: Path) -> None:
