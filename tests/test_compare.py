@@ -23,8 +23,9 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare
 from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
-from nnunet_semiseg.evaluation.runs import RECORD, Run, unequal_conditions
+from nnunet_semiseg.evaluation.runs import RECORD, Run, TrainedRun, unequal_conditions
 from nnunet_semiseg.files import write_json
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 TRAINERS = ("SupervisedTrainer", "MeanTeacherTrainer", "TextSemiSegTrainer")
 
@@ -126,6 +127,11 @@ def test_a_planted_shift_is_found_and_a_copy_is_not(planned, pretend_predicted, 
         assert title in html and title in markdown
     for name in re.findall(r"\]\((.*?)\)", markdown):
         assert (tmp_path / "out" / name).is_file()
+
+
+def test_a_weight_is_counted_once_though_it_has_several_names(trained):
+    _, run, trainer = trained(SupervisedTrainer, dims=2, size=32)
+    assert TrainedRun(run).parameters == sum(p.numel() for p in trainer.network.parameters())
 
 
 def test_unequal_conditions_are_said_in_red(planned, pretend_predicted, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import blosc2
 import numpy as np
 import onnx
 import onnxruntime
@@ -25,9 +26,9 @@ from nnunet_semiseg.deployment.distillation import (
     DistillationSettings,
     DistillationTrainer,
     distill,
-    load_model,
     soft_target_loss,
 )
+from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.trainers.dtc import DTCTrainer
@@ -127,7 +128,8 @@ def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no
     assert steps == [2, 3, 4, 5]
     file = stock / "fold_all" / "checkpoint_final.pth"
     before = file.stat()
-    assert distill(run, [], "cpu") == stock and file.stat() == before and len(steps) == 4
+    assert distill(run, ["temperature=3"], "cpu") == stock and file.stat() == before and len(steps) == 4
+    assert not list(dataset.results.glob("DistillationTrainer__*"))
     assert (dataset.preprocessed / f"{PLANS}.json").read_bytes() == dataset_plans
     log = torch.load(file, weights_only=False)["logging"]["loss/distillation"]
     assert len(log) == 3 and all(value > 0 for value in log)
@@ -137,8 +139,7 @@ def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no
                            torch.device("cpu"))
     theirs.load_checkpoint(str(file))
     assert theirs.current_epoch == 3
-    student, _ = load_model(Run(run.dataset, run.configuration, "all", "nnUNetTrainer", plans["plans_name"]),
-                            torch.device("cpu"))
+    student = load_predictor(Run(run.dataset, run.configuration, "all", "nnUNetTrainer", plans["plans_name"])).network
     assert torch.equal(next(student.parameters()), next(theirs.network.parameters()).cpu())
 
 
@@ -159,6 +160,8 @@ def test_removed_it_is_distilled_again_and_another_model_or_setting_is_not_mixed
         distill(run, [*settings, "temperature=3"], "cpu")
     monkeypatch.setattr(DistillationTrainer, "on_epoch_end", end)
     stock = distill(run, settings, "cpu")
+    with pytest.raises(UserError, match="a distillation that was finished, but temperature changed since"):
+        distill(run, [*settings, "temperature=3"], "cpu")
     first = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)["network_weights"]
     shutil.rmtree(stock)
     stock = distill(run, [*settings, "temperature=7", "distillation_weight=50"], "cpu")
@@ -168,13 +171,37 @@ def test_removed_it_is_distilled_again_and_another_model_or_setting_is_not_mixed
 
 def test_another_model_is_not_gone_on_with(trained, no_plots, monkeypatch):
     _, run, trainer = trained(SupervisedTrainer, dims=2, size=32)
+    validate = DistillationTrainer.perform_actual_validation
     monkeypatch.setattr(DistillationTrainer, "perform_actual_validation", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         distill(run, ["num_epochs=1"], "cpu")
     torch.nn.init.normal_(next(trainer.network.parameters()))
     trainer.save_checkpoint(str(run.checkpoint))
-    with pytest.raises(UserError, match="but the trained model changed since"):
+    with pytest.raises(UserError, match="was begun, but the trained model changed since"):
         distill(run, ["num_epochs=1"], "cpu")
+    monkeypatch.setattr(DistillationTrainer, "perform_actual_validation", validate)
+    for folder in run.model_folder.parent.glob("DistillationTrainer__*"):
+        shutil.rmtree(folder)
+    distill(run, ["num_epochs=1"], "cpu")
+    torch.nn.init.normal_(next(trainer.network.parameters()))
+    trainer.save_checkpoint(str(run.checkpoint))
+    with pytest.raises(UserError, match="was finished, but the trained model changed since"):
+        distill(run, ["num_epochs=1"], "cpu")
+
+
+def test_what_a_case_lacks_is_not_shown_to_the_model_as_noise(trained, no_plots, monkeypatch):
+    """A channel that is 0 in the file stays 0 under augmentation, in every view."""
+    dataset, run, _ = trained(SemiCMLTrainer, dims=2, size=32, channels=2)
+    for file in dataset.preprocessed.rglob("*.b2nd"):
+        if "_seg" not in file.name:
+            blosc2.open(str(file), mode="a")[1] = 0
+    seen = []
+    step = DistillationTrainer.train_step
+    monkeypatch.setattr(DistillationTrainer, "train_step", lambda s, b: (seen.append(b), step(s, b))[1])
+    distill(run, ["num_epochs=3"], "cpu")
+    for batch in seen:
+        for images in (batch["data"], *batch["unlabeled"].values()):
+            assert (images[:, 1] == 0).all() and (images[:, 0] != 0).any()
 
 
 def test_a_model_that_knows_sides_teaches_no_flips(trained, no_plots, monkeypatch):
@@ -226,7 +253,7 @@ def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
     x = np.random.default_rng(0).normal(size=(3, len(about["channel_names"]), *about["patch_size"]))
     (got,) = onnxruntime.InferenceSession(str(file)).run(None, {"image": x.astype(np.float32)})
     with torch.no_grad():
-        expected = load_model(run, torch.device("cpu"))[0](torch.from_numpy(x).float())
+        expected = load_predictor(run).network(torch.from_numpy(x).float())
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-3 * expected.abs().max().item())
 
 
@@ -257,6 +284,16 @@ def test_an_export_into_no_folder_is_refused_at_once(trained, tmp_path, monkeypa
     monkeypatch.setattr(torch.onnx, "export", None)
     with pytest.raises(UserError, match="model.onnx: there is no folder .*: make it, or choose another"):
         onnx_export.export_onnx(run, tmp_path / "nosuch" / "model.onnx")
+    with pytest.raises(UserError, match=": is a folder: give the name of a file with --onnx FILE"):
+        onnx_export.export_onnx(run, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_said_to_be_one(trained, tmp_path):
+    _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
+    for use in (lambda: onnx_export.export_onnx(run, tmp_path / "model.onnx"), lambda: distill(run, [], "cpu")):
+        with pytest.raises(UserError, match="checkpoint_final.pth: cannot be read .*: remove it and train on"):
+            use()
 
 
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
@@ -276,6 +313,9 @@ def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
         (["distill", *model, "-tr", "MeanTeacher"], "MeanTeacherTrainer"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temprature=2"], "temprature"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temperature=0"], "temperature=0"),
+        (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "width=full"], "setting width"),
+        (["distill", *model, "-tr", "SemiCMLTrainer"], "-device cuda: there is no GPU: use -device cpu"),
+        (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "mps"], "-device mps: only on a Mac"),
     ):
         assert cli.main(words) == 1
         error = capsys.readouterr().err

@@ -26,11 +26,13 @@ from nnunet_semiseg.trainers.semi_cml import (
     area_similarity,
     area_similarity_contrast,
     certainty,
+    check_windows,
     disagree,
     draw_present,
     dynamic_threshold,
     halves,
     pseudo_dice,
+    two_thirds,
 )
 
 # ------------------------------------------------------------------------------------------------------ equations
@@ -225,13 +227,31 @@ def test_windows_and_contrast_curves():
     torch.testing.assert_close(ContrastCurve(0.5)(x), 2 * torch.tensor([0.5, 0.75]).sqrt() - 1)
 
 
+def test_windows_of_a_range_differ_within_it():
+    assert two_thirds(-20, 100) == [(20, 80), (60, 80)]  # -20 to 60, 20 to 100
+    check_windows([(20, 80), (60, 80)], -20, 100)
+    check_windows([(40, 1000), (60, 80)], -20, 100)
+    for windows in ([(50, 350), (0, 2000)], [(20, 80), (400, 100)]):
+        with pytest.raises(UserError, match="nnU-Net keeps -20 to 100 HU .*, of which both windows show all, or one"):
+            check_windows(windows, -20, 100)
+
+
 def test_halves_of_the_channels():
     assert halves(2) == ((0,), (1,)) and halves(4) == ((0, 1), (2, 3)) and halves(3) == ((0,), (1, 2))
 
 
+def test_what_is_the_only_modality_is_not_dropped():
+    images = torch.ones(3, 3, 2, 2)
+    images[0, 1], images[1, [0, 2]] = 0, 0
+    for _ in range(20):
+        keep = draw_present(((0, 2), (1,)), images, 1.0).flatten(1)
+        assert keep[0].tolist() in ([1, 1, 1], [1, 0, 1]) and keep[1].tolist() in ([1, 1, 1], [0, 1, 0])
+        assert keep[2].tolist() in ([1, 0, 1], [0, 1, 0])
+
+
 def test_dropped_modalities():
     torch.manual_seed(0)
-    keep = draw_present(((0, 2), (1,)), torch.empty(4000, 3, 2, 2), 0.4)
+    keep = draw_present(((0, 2), (1,)), torch.ones(4000, 3, 2, 2), 0.4)
     assert keep.shape == (4000, 3, 1, 1)
     rows = keep.flatten(1)
     assert torch.equal(rows[:, 0], rows[:, 2]) and (rows.sum(1) > 0).all()
@@ -278,10 +298,17 @@ def test_single_channels_have_two_views(ready):
     mr = started(ready())
     assert [type(v).__name__ for v in mr.network.modalities.views] == ["ContrastCurve"] * 2
     dataset = ready(dataset_id=902, channel_names={"0": "CT"})
-    ct = started(dataset, ct_windows=[[40, 80], [0, 500]])
-    first, _ = ct.network.modalities.views
+    ct = started(dataset)
+    x = next(ct.dataloader_val)["data"]
+    a, b = (view(x) for view in ct.network.modalities.views)
+    assert (a == 1).any() and (b == -1).any() and not a.equal(b)
     about = ct.plans_manager.foreground_intensity_properties_per_channel["0"]
-    assert isinstance(first, Window) and first.centre == pytest.approx((40 - about["mean"]) / about["std"])
+    low, high = about["percentile_00_5"], about["percentile_99_5"]
+    middle = (low + high) / 2
+    first, _ = started(dataset, ct_windows=[[middle, 1], [middle, 10]]).network.modalities.views
+    assert isinstance(first, Window) and first.centre == pytest.approx((middle - about["mean"]) / about["std"])
+    with pytest.raises(UserError, match="ct_windows=.*of which both windows show all"):
+        make_trainer(SemiCMLTrainer, dataset, ct_windows=[[middle, 5000], [middle, 6000]])
     assert isinstance(started(dataset, modality_views="contrast").network.modalities.views[0], ContrastCurve)
 
 
@@ -311,6 +338,11 @@ def test_a_case_that_lacks_a_modality(regions, ready):
     p = trainer.probabilities
     torch.testing.assert_close(p(mean), p(branches[0]))  # the missing one has no share
     torch.testing.assert_close(p(sampled), p(branches[0]))
+    assert disagree(*branches, trainer.label_manager).any()
+    # nor has its decoder a say in what is taught
+    taught, _, _ = trainer.predict(trainer.network, x, 0)
+    assert taught[0].equal(branches[0]) and not disagree(*taught, trainer.label_manager).any()
+    torch.testing.assert_close(p(taught[1]), p(branches[0]))
     assert torch.isfinite(trainer.network(torch.zeros_like(x))).all()
 
 
@@ -417,6 +449,17 @@ def test_the_pool_keeps_the_best_and_labels_with_their_better_decoder(ready):
     torch.testing.assert_close(kept[0][0][0], worst(images, branches=True)[0])  # the first offer is still there
 
 
+def test_the_pool_does_not_label_with_the_decoder_of_a_modality_that_is_not_there(ready):
+    trainer = started(ready(channels=2), teacher="best_pool", pool_size=1, mc_passes=0)
+    trainer.offer_to_pool(0.9, 1)
+    images = next(trainer.dataloader_train)["unlabeled"]["weak"].clone()
+    images[0, 1] = 0
+    branches, mean, _ = trainer.predict_with_pool(images)
+    a, b = trainer.auxiliary["pool"][0](images, branches=True)
+    torch.testing.assert_close(mean.softmax(1), torch.stack((a[0], b[1])).softmax(1))
+    torch.testing.assert_close(branches[1].softmax(1), mean.softmax(1))
+
+
 def test_the_decoders_are_judged_apart_on_validation_patches(ready):
     trainer = started(ready(), teacher="best_pool")
     trainer.network.eval()
@@ -444,6 +487,7 @@ def test_refusals(ready):
         (double, dict(modalities=[[0], [2]]), "two lists of different channels from 0 to 1"),
         (double, dict(modalities=[[0], [0, 1]]), "two lists of different channels from 0 to 1"),
         (double, dict(modalities=[[0, 1]]), "modalities=.*: must have two entries"),
+        (double, dict(modality_views="contrast"), "modality_views=contrast: the dataset has 2 channels, which are the"),
         (double, dict(ct_windows=[[40, 400], [40]]), "ct_windows=.*: must have two entries of level and width"),
         (double, dict(contrast_gammas=[0.5, -1]), "gammas must be above 0"),
         (double, dict(threshold=1.5), "threshold=1.5: must be at least 0 and at most 1"),

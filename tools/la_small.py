@@ -64,6 +64,7 @@ def write_plans(args, env: dict, seed: int) -> str:
 
     folder = Path(env["nnUNet_preprocessed"], DATASET)
     name = f"{PLANS}_{args.name}{args.iterations}_seed{seed}"
+    file = folder / f"{name}.json"
     settings = {
         "num_epochs": args.iterations // ITERATIONS_PER_EPOCH,
         "num_iterations_per_epoch": ITERATIONS_PER_EPOCH,
@@ -75,7 +76,10 @@ def write_plans(args, env: dict, seed: int) -> str:
         **parse_assignments(args.set),
     }
     plans = update_settings(json.loads((folder / f"{PLANS}.json").read_text()), settings)
-    (folder / f"{name}.json").write_text(json.dumps({**plans, "plans_name": name}))
+    plans["plans_name"] = name
+    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(plans)):
+        sys.exit(f"error: {file}: there are runs with other settings under this name: choose another --name")
+    file.write_text(json.dumps(plans))
     return name
 
 

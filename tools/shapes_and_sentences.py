@@ -1,10 +1,11 @@
 """A synthetic 2d data set with a sentence for every image, and small untrained towers to learn from it.
 
-    python tools/shapes_and_sentences.py WORK [--pairs 400] [--labeled 40] [--test 100]
+    python tools/shapes_and_sentences.py WORK [--pairs 400] [--labeled 40] [--test 100] [--shuffled]
 
 writes WORK/raw/Dataset520_Sentences: images of one to three lesions of two shapes in the quadrants, among distractors,
 and texts.json, such as "two lesions: a round one at the upper left, a long one at the lower right"; and WORK/towers, a
-small model of open_clip's with no weights. What it then runs is in docs/results.md.
+small model of open_clip's with no weights. `--shuffled` writes the same images as Dataset521_Shuffled, each with the
+sentence of another: the control. What is run with them is in docs/results.md.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ def ellipse(center, radii, angle) -> np.ndarray:
 
 def make_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
     """An image, its label and its sentence; distractors are as bright as lesions, and smaller."""
-    image = np.full((SIZE, SIZE), 90.0) + 12 * rng.standard_normal((SIZE, SIZE))
+    image = np.full((SIZE, SIZE), 90.0) + 8 * rng.standard_normal((SIZE, SIZE))
     label = np.zeros((SIZE, SIZE), np.uint8)
-    for _ in range(6):
-        image[ellipse(rng.uniform(4, SIZE - 4, 2), rng.uniform(1.5, 2.5, 2), 0)] += rng.uniform(25, 60)
+    for _ in range(4):
+        image[ellipse(rng.uniform(4, SIZE - 4, 2), rng.uniform(1.5, 2.5, 2), 0)] += rng.uniform(40, 70)
     chosen = [list(QUADRANTS)[i] for i in sorted(rng.permutation(4)[: rng.integers(1, 4)])]
     parts = []
     for quadrant in chosen:
         shape = str(rng.choice(list(SHAPES)))
         center = SIZE / 2 + np.multiply(QUADRANTS[quadrant], rng.uniform(11, 20, 2))
         inside = ellipse(center, rng.uniform(5, 7) * np.array(SHAPES[shape]), rng.uniform(0, np.pi))
-        image[inside] += rng.uniform(25, 60)
+        image[inside] += rng.uniform(40, 70)
         label[inside] = 1
         parts.append(f"a {shape} one at the {quadrant}")
     return image.clip(0, 255).astype(np.uint8), label, f"{NUMBERS[len(chosen)]}: {', '.join(parts)}"
@@ -53,8 +54,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--labeled", type=int, default=40)
     parser.add_argument("--test", type=int, default=100)
+    parser.add_argument("--shuffled", action="store_true")
     args = parser.parse_args()
-    raw = args.work / "raw" / "Dataset520_Sentences"
+    raw = args.work / "raw" / ("Dataset521_Shuffled" if args.shuffled else "Dataset520_Sentences")
     for folder in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs"):
         (raw / folder).mkdir(parents=True, exist_ok=True)
     texts = {}
@@ -67,6 +69,8 @@ def main() -> None:
             imsave(raw / f"labels{part}" / f"{case}.png", label, check_contrast=False)
         if part != "Ts":
             texts[case] = text
+    if args.shuffled:  # each text moves on by one
+        texts = dict(zip(texts, [*list(texts.values())[1:], texts["pair_0000"]], strict=True))
     (raw / "texts.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
     content = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "lesion": 1}}
     content |= {"numTraining": args.labeled, "file_ending": ".png"}
@@ -74,8 +78,8 @@ def main() -> None:
     (raw / "dataset.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     model = {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": SIZE, "layers": 4, "width": 128, "patch_size": 8, "head_width": 32},
-        "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
+        "vision_cfg": {"image_size": SIZE, "layers": 3, "width": 96, "patch_size": 8, "head_width": 32},
+        "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1},
     }
     (args.work / "towers").mkdir(exist_ok=True)
     (args.work / "towers" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))

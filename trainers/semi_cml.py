@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -16,7 +15,7 @@ from torch import Tensor, autocast, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.config import PLANS_KEY, TeacherSettings, read_settings, require
-from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels, values_of_nothing
+from nnunet_semiseg.data.empty_channels import keep_empty, values_of_nothing
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.mutual_learning import (
@@ -40,8 +39,8 @@ class SemiCMLSettings(TeacherSettings):
     """two groups of channels; None: the first half of the channels, and the others"""
     modality_views: Literal["auto", "ct_windows", "contrast"] = "auto"
     """of a single channel, in place of modalities; auto: windows for CT, else contrast curves"""
-    ct_windows: tuple[tuple[float, ...], ...] = ((50, 350), (0, 2000))
-    """level and width, HU"""
+    ct_windows: tuple[tuple[float, ...], ...] | None = None
+    """level and width of each, HU; None: the lower and the upper two thirds of the range that nnU-Net does not clip"""
     contrast_gammas: tuple[float, ...] = (0.5, 2.0)
     width: Literal["half", "full"] = "half"
     """of each modality's encoder and decoder, as a share of the plans'"""
@@ -85,7 +84,7 @@ class SemiCMLSettings(TeacherSettings):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or (size and any(len(v) != size for v in value))):
                 raise UserError(f"setting {name}={value}: must have two entries{size and ' of level and width' or ''}")
-        if min(width for _, width in self.ct_windows) <= 0 or min(self.contrast_gammas) <= 0:
+        if min(self.contrast_gammas) <= 0 or self.ct_windows and min(width for _, width in self.ct_windows) <= 0:
             raise UserError("settings ct_windows and contrast_gammas: widths and gammas must be above 0")
 
 
@@ -111,8 +110,9 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
 
     Where the sources are silent: dropout acts on the features that decoders read, as nnU-Net's networks have none, so
     that a pass costs no encoder; the contrast has no temperature; its classes are the foreground's; a modality
-    is missing where all of it is empty (0 in the file), and then has no share in the deployed mean. A single channel
-    has two views of it for modalities: CT windows or contrast curves, part of the network.
+    is missing where all of it is empty (0 in the file), and then has no share in the deployed mean, and its decoder no
+    say in what is taught. A single channel has two views of it for modalities, part of the network: contrast curves,
+    or CT windows, within what nnU-Net's normalisation has not clipped.
     """
 
     settings_class = SemiCMLSettings
@@ -148,9 +148,17 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
         if n_channels == 1:
             if groups or self.settings.modality_dropout:
                 raise UserError("settings modalities, modality_dropout: not for a dataset with a single channel")
-            configuration_manager = PlansManager(plans).get_configuration(configuration)
+            manager = PlansManager(plans)
+            configuration_manager = manager.get_configuration(configuration)
             if self.settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
                 raise UserError("setting modality_views=ct_windows: the images are not CT; use contrast")
+            if self.settings.ct_windows and is_ct(configuration_manager):
+                check_windows(self.settings.ct_windows, *kept_range(manager))
+        elif self.settings.modality_views != "auto":
+            raise UserError(
+                f"setting modality_views={self.settings.modality_views}: the dataset has {n_channels} channels, which"
+                " are the modalities: set it to auto"
+            )
         elif groups:
             listed = [channel for group in groups for channel in group]
             if not all(groups) or len(set(listed)) < len(listed) or not set(listed) <= set(range(n_channels)):
@@ -164,10 +172,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's; a channel that a case lacks stays empty under them."""
         transforms = super().get_training_transforms(*args, **kwargs)
-        if self.num_input_channels == 1:
-            return transforms
-        nothing = values_of_nothing(self.plans_manager, self.configuration_manager)
-        return ComposeTransforms([RememberEmptyChannels(nothing), *transforms.transforms, EmptyChannels()])
+        return keep_empty(transforms, self.plans_manager, self.configuration_manager)
 
     def initialize(self):
         super().initialize()
@@ -211,8 +216,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
             branches = taught[0]
         if settings.intra_weight:
             if branches is None:
-                with torch.no_grad():
-                    branches = self.teacher(weak, branches=True)
+                branches = self.predict(self.teacher, weak, 0)[0]
             own = (p[len(batch["data"]) :] for p in both)
             consistency = sum(F.mse_loss(p, q) for p, q in zip(own, map(self.probabilities, branches), strict=True))
             terms["intra"] = settings.intra_weight * ramp * consistency
@@ -361,19 +365,46 @@ def is_ct(configuration_manager) -> bool:
     return configuration_manager.normalization_schemes[0] == "CTNormalization"
 
 
+def kept_range(plans_manager) -> tuple[float, float]:
+    """The intensities, HU, that nnU-Net's CT normalisation does not clip."""
+    about = plans_manager.foreground_intensity_properties_per_channel["0"]
+    return about["percentile_00_5"], about["percentile_99_5"]
+
+
+def two_thirds(low: float, high: float) -> list[tuple[float, float]]:
+    """Level and width of the lower and of the upper two thirds of a range."""
+    third = (high - low) / 3
+    return [(low + third, 2 * third), (high - third, 2 * third)]
+
+
+def check_windows(windows, low: float, high: float) -> None:
+    """Refuse windows that show all of what there is, and so the same, or nothing of it."""
+    bounds = [(level - width / 2, level + width / 2) for level, width in windows]
+    if all(a <= low and high <= b for a, b in bounds) or any(b <= low or high <= a for a, b in bounds):
+        raise UserError(
+            f"setting ct_windows={[list(window) for window in windows]}: nnU-Net keeps {low:g} to {high:g} HU of these"
+            " images, of which both windows show all, or one nothing: choose narrower ones, or null"
+        )
+
+
 def make_views(settings: SemiCMLSettings, plans_manager, configuration_manager) -> Views:
     kind = settings.modality_views
     if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
         about = plans_manager.foreground_intensity_properties_per_channel["0"]
-        return Views([Window(*window, about["mean"], about["std"]) for window in settings.ct_windows])
+        windows = settings.ct_windows or two_thirds(*kept_range(plans_manager))
+        return Views([Window(*window, about["mean"], about["std"]) for window in windows])
     return Views([ContrastCurve(gamma) for gamma in settings.contrast_gammas])
 
 
 def draw_present(groups, images: Tensor, p: float) -> Tensor:
-    """(B, C, 1, ..., 1) of 0 and 1: with probability p a sample is without one group of channels, either alike."""
+    """(B, C, 1, ..., 1) of 0 and 1: with probability p a sample is without one group of channels, either alike.
+
+    A sample that has one group only, the other being 0, keeps it.
+    """
     drawn = torch.rand(len(images), device=images.device)
     keep = images.new_ones(images.shape[:2])
     for i, group in enumerate(groups):
-        lost = (i * p / 2 <= drawn) & (drawn < (i + 1) * p / 2)
+        has_other = (images[:, list(groups[1 - i])] != 0).flatten(1).any(1)
+        lost = (i * p / 2 <= drawn) & (drawn < (i + 1) * p / 2) & has_other
         keep[:, list(group)] = (~lost).to(keep.dtype)[:, None]
     return keep.view(*keep.shape, *[1] * (images.ndim - 2))

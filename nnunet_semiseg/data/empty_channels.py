@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from torch import Tensor
 
@@ -32,6 +33,14 @@ def empty_channels(x: Tensor, nothing: Tensor) -> Tensor:
     """
     nothing = nothing.to(x).view(-1, *[1] * (x.ndim - 2))
     return (((x - nothing).abs() < TOLERANCE) | (x == 0)).flatten(2).all(2)
+
+
+def keep_empty(transforms: ComposeTransforms, plans_manager, configuration_manager) -> ComposeTransforms:
+    """These transforms, under which a channel that a case lacks stays empty: it becomes 0."""
+    nothing = values_of_nothing(plans_manager, configuration_manager)
+    if len(nothing) == 1:
+        return transforms
+    return ComposeTransforms([RememberEmptyChannels(nothing), *transforms.transforms, EmptyChannels()])
 
 
 class RememberEmptyChannels(BasicTransform):

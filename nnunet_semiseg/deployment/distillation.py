@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, parse_assignments, require, update_settings
+from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, parse_assignments, require, settings_from
+from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.deployment.trained_model import load_predictor
+from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
@@ -24,8 +26,8 @@ from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"
-SOURCE = "distilled_from"
-"""in the plans: the hash of the checkpoint"""
+ORIGIN = "distillation.json"
+"""in a fold: of what checkpoint it is, and with what settings"""
 STOCK_KEYS = (
     "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
     "inference_allowed_mirroring_axes",
@@ -67,6 +69,11 @@ class DistillationTrainer(SemiSupervisedTrainer):
         self.inference_allowed_mirroring_axes = allowed or None
         return rotation, dummy_2d, patch_size, allowed
 
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's; what a case lacks must not become noise that the model takes for an image."""
+        transforms = super().get_training_transforms(*args, **kwargs)
+        return keep_empty(transforms, self.plans_manager, self.configuration_manager)
+
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
         with torch.no_grad():
             taught = self.model(torch.cat((batch["data"], batch["unlabeled"]["weak"])))
@@ -105,22 +112,25 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
         The stock model's folder.
 
     Raises:
-        UserError: the model is not trained; a setting that does not exist; no unlabelled data.
+        UserError: the model is not trained, or its checkpoint is damaged; a setting that the distillation has not; no
+            unlabelled data; no such device; another distillation, in whose place this one would be.
     """
-    if not run.is_trained:
-        raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
+    check_device(device)
+    predictor = load_predictor(run)
     plans = read_json(run.model_folder / "plans.json", "train this model again")
     plans = with_settings(plans, parse_assignments(settings)) | {"plans_name": f"{run.plans}_from_{run.trainer}"}
-    plans[SOURCE] = hashlib.sha256(Path(run.checkpoint).read_bytes()).hexdigest()
+    digest = hashlib.sha256(run.checkpoint.read_bytes()).hexdigest()
+    origin = {"checkpoint": digest, "settings": plans[PLANS_KEY]}
     stock = run.model_folder.parent / f"{STOCK_TRAINER}__{plans['plans_name']}__{run.configuration}"
     training = Run(run.dataset, run.configuration, run.fold, DistillationTrainer.__name__, plans["plans_name"])
     if (stock / run.folder.name / "checkpoint_final.pth").is_file():
-        shutil.rmtree(training.folder, ignore_errors=True)  # it was published
+        check_same(origin, stock / run.folder.name / ORIGIN, "finished")
+        discard(training)  # it was published
         print(f"{stock / run.folder.name}: is there already; remove it to distil again")
         return stock
     begun = training.is_begun
     if begun:
-        check_it_goes_on(plans, training)
+        check_same(origin, training.folder / ORIGIN, "begun")
 
     if device == "cuda":  # as nnU-Net's training command does
         torch.set_num_threads(1)
@@ -134,44 +144,46 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     trainer = DistillationTrainer(
         plans | {"continue_training": begun}, run.configuration, fold, dataset_json, torch.device(device)
     )
-    trainer.model, trainer.mirroring_axes = load_model(run, trainer.device, trainer.settings.bfloat16_on_cpu)
+    trainer.model, trainer.mirroring_axes = predictor.network.to(trainer.device), predictor.allowed_mirroring_axes
+    if trainer.settings.bfloat16_on_cpu and device == "cpu":
+        run_in_bfloat16(trainer.model)
+    write_json(origin, Path(trainer.output_folder) / ORIGIN)
     maybe_load_checkpoint(trainer, begun, False)
     trainer.run_training()
     trainer.perform_actual_validation()
     publish(Path(trainer.output_folder), stock)
-    shutil.rmtree(training.folder)
+    discard(training)
     return stock
 
 
-def check_it_goes_on(plans: dict, training: Run) -> None:
-    """Refuse to go on with a distillation of another model, or with other settings."""
-    before = read_json(training.model_folder / "plans.json", f"remove {training.folder}")
-    old, new = before.get(PLANS_KEY, {}), plans[PLANS_KEY]
+def check_same(origin: dict, file: Path, state: str) -> None:
+    """Refuse to take a distillation of another model, or with other settings, for this one."""
+    before = read_json(file, f"remove {file.parent} to distil again")
+    old, new = before["settings"], origin["settings"]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed += ["the trained model"] if before.get(SOURCE) != plans[SOURCE] else []
+    changed += ["the trained model"] if before["checkpoint"] != origin["checkpoint"] else []
     if changed:
         raise UserError(
-            f"{training.folder}: a distillation that was begun, but {', '.join(changed)} changed since: remove that"
+            f"{file.parent}: a distillation that was {state}, but {', '.join(changed)} changed since: remove that"
             " folder to begin anew"
         )
 
 
+def discard(training: Run) -> None:
+    """Remove a fold that was published, and what is around it with the last one."""
+    shutil.rmtree(training.folder, ignore_errors=True)
+    if not any(training.model_folder.glob("fold_*")):
+        shutil.rmtree(training.model_folder, ignore_errors=True)
+
+
 def with_settings(plans: dict, changes: dict) -> dict:
-    """The plans with these settings, the distillation's own among them."""
-    own = {key: changes.pop(key) for key in ("temperature", "distillation_weight") if key in changes}
-    plans = update_settings(plans, changes)
-    return {**plans, PLANS_KEY: {**plans[PLANS_KEY], **own}}
+    """The plans with these settings of the distillation.
 
-
-def load_model(run: Run, device: torch.device, bfloat16: bool = False) -> tuple[nn.Module, Sequence[int] | None]:
-    """What a trained model predicts with: the network, frozen, in eval mode and without deep supervision, and the axes
-    that it may be mirrored along."""
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,), "checkpoint_final.pth")
-    network = predictor.network.requires_grad_(False).eval().to(device)
-    if bfloat16 and device.type == "cpu":
-        run_in_bfloat16(network)
-    return network, predictor.allowed_mirroring_axes
+    Raises:
+        UserError: a setting that is not its own, such as one of the trained model's; a wrong value.
+    """
+    settings_from(DistillationSettings, changes)
+    return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
 
 
 def publish(trained: Path, stock: Path) -> None:
@@ -191,4 +203,4 @@ def publish(trained: Path, stock: Path) -> None:
 
 
 def without_settings(plans: dict) -> dict:
-    return {key: value for key, value in plans.items() if key not in (PLANS_KEY, SOURCE)}
+    return {key: value for key, value in plans.items() if key != PLANS_KEY}

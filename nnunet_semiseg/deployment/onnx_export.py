@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
 
@@ -31,7 +32,8 @@ def export_onnx(run: Run, file: str | Path) -> float:
         The largest difference from torch's logits, on noise, relative to the largest logit.
 
     Raises:
-        UserError: not trained; onnx is not installed; the file's output differs from torch's.
+        UserError: not trained, or the checkpoint is damaged; onnx is not installed; the file is a folder, or its folder
+            does not exist; its output differs from torch's.
     """
     try:
         import onnx
@@ -42,11 +44,10 @@ def export_onnx(run: Run, file: str | Path) -> float:
     file = Path(file)
     if not file.parent.is_dir():
         raise UserError(f"{file}: there is no folder {file.parent}: make it, or choose another with --onnx FILE")
-    if not run.is_trained:
-        raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,), "checkpoint_final.pth")
-    network, patch = predictor.network.eval(), predictor.configuration_manager.patch_size
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder: give the name of a file with --onnx FILE")
+    predictor = load_predictor(run)
+    network, patch = predictor.network, predictor.configuration_manager.patch_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, len(predictor.dataset_json["channel_names"]), *patch, generator=generator)
     program = torch.onnx.export(
@@ -66,8 +67,11 @@ def export_onnx(run: Run, file: str | Path) -> float:
     if not worst <= TOLERANCE:
         raise UserError(f"{file}: not written: ONNX differs from torch by {worst:.1e} of the largest logit")
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    onnx.save(model, str(unfinished))
-    os.replace(unfinished, file)
+    try:
+        onnx.save(model, str(unfinished))
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return worst
 
 

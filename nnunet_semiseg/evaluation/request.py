@@ -15,6 +15,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_semiseg.config import PLANS_KEY
 from nnunet_semiseg.data.unlabeled import labeled_images
+from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import check_trainer
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
@@ -223,9 +224,8 @@ def find_devices(request: Request) -> list[str]:
     """
     if request.gpus and request.device != "cuda":
         raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: only with -device cuda")
+    check_device(request.device)
     count = torch.cuda.device_count()
-    if request.device == "cuda" and not count:
-        raise UserError("-device cuda: there is no GPU: use -device cpu")
     for gpu in request.gpus:
         if not 0 <= gpu < count:
             raise UserError(f"--gpus {gpu}: no such GPU: there are {count}, numbered from 0")

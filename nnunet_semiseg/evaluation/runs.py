@@ -97,6 +97,19 @@ class Run:
         summary = self.validation / "summary.json"
         return self.is_trained and summary.is_file() and summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
+    def load_checkpoint(self) -> dict:
+        """The last checkpoint; its tensors stay on the disk until they are used.
+
+        Raises:
+            UserError: a damaged file.
+        """
+        try:
+            return torch.load(self.checkpoint, map_location="cpu", weights_only=False, mmap=True)
+        except Exception as e:  # a damaged checkpoint raises nearly anything
+            raise UserError(
+                f"{self.checkpoint}: cannot be read ({type(e).__name__}): remove it and train on"
+            ) from None
+
     @property
     def is_begun(self) -> bool:
         return any(self.folder.glob("checkpoint_*.pth"))
@@ -138,18 +151,14 @@ class TrainedRun:
 
     @cached_property
     def _checkpoint(self) -> dict:
-        try:
-            checkpoint = torch.load(self.run.checkpoint, map_location="cpu", weights_only=False)
-            # the weights are large and there may be many runs
-            weights = checkpoint["network_weights"]
-            return {"logging": checkpoint["logging"], "parameters": sum(w.numel() for w in weights.values())}
-        except Exception as e:  # a damaged checkpoint raises nearly anything
-            file = self.run.checkpoint
-            raise UserError(f"{file}: cannot be read ({type(e).__name__}): remove it and train on") from None
+        checkpoint = self.run.load_checkpoint()
+        # nnU-Net's networks list a weight under several names; only numbers are kept, for there may be many runs
+        sizes = {w.data_ptr(): w.numel() for w in checkpoint["network_weights"].values()}
+        return {"logging": checkpoint["logging"], "parameters": sum(sizes.values())}
 
     @property
     def parameters(self) -> int:
-        """Values in the weights of the deployed network."""
+        """Values in the weights of the deployed network, each counted once."""
         return self._checkpoint["parameters"]
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.empty_channels import empty_channels
 
@@ -136,8 +138,9 @@ class MutualLearningUNet(nn.Module):
 
         Returns:
             Without branches logits (B, heads, *S), or with deep supervision a list from fine to coarse; with them a
-            list of two such. With passes: that list, the logits of the mean as without branches, and those of
-            the mean over passes and decoders (B, heads, *S), None for 0 passes.
+            list of two such. With passes: that list, in which a decoder whose modality a sample lacks says what the
+            mean does; the logits of the mean, as without branches; and those of the mean over passes and decoders
+            (B, heads, *S), None for 0 passes.
         """
         images = self.modalities(x)
         features = [encoder(image) for encoder, image in zip(self.encoder, images, strict=True)]
@@ -153,6 +156,10 @@ class MutualLearningUNet(nn.Module):
             mean = average_logits(outputs, self.regions, weights)
         if not branches:
             return mean
+        outputs = [
+            tree_map(partial(where_present, weight), output, mean)
+            for weight, output in zip(weights, outputs, strict=True)
+        ]
         sampled = []
         for _ in range(passes):
             logits = self.decode([[F.dropout(f, dropout) for f in s] for s in skips])
@@ -168,6 +175,11 @@ def presence(images: Sequence[Tensor]) -> Tensor:
     present = torch.stack([(image != 0).flatten(1).any(1) for image in images]).float()
     present = torch.where(present.sum(0) > 0, present, 1.0)
     return present / present.sum(0)
+
+
+def where_present(weight: Tensor, logits: Tensor, others: Tensor) -> Tensor:
+    """The logits (B, heads, *S) of samples whose weight (B,) is above 0, of the rest the others."""
+    return torch.where(weight.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, others)
 
 
 def average_logits(logits: Sequence[Tensor], regions: bool, weights: Tensor | None = None) -> Tensor:

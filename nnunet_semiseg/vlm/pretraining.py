@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from nnunet_semiseg.config import parse_assignments, settings_from
 from nnunet_semiseg.data.texts import read_texts
+from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config
@@ -108,8 +109,7 @@ def split_model(model: str) -> tuple[str, str | None]:
 
 def set_up(device: str) -> tuple[int, torch.device]:
     """This process's rank and device; joins the group that torchrun made."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: there is no GPU: use -device cpu")
+    check_device(device)
     if "LOCAL_RANK" not in os.environ:
         return 0, torch.device(device)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -1,0 +1,13 @@
+"""What `-device` may be on this machine."""
+
+import torch
+
+from nnunet_semiseg.errors import UserError
+
+
+def check_device(device: str) -> None:
+    """Raises UserError unless this machine has a device of this kind: cuda, cpu or mps."""
+    if device == "cuda" and not torch.cuda.device_count():
+        raise UserError("-device cuda: there is no GPU: use -device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device mps: only on a Mac with Apple silicon: use -device cpu")
