@@ -183,7 +183,7 @@ def test_another_model_is_not_gone_on_with(trained, no_plots, monkeypatch):
     for folder in run.model_folder.parent.glob("DistillationTrainer__*"):
         shutil.rmtree(folder)
     distill(run, ["num_epochs=1"], "cpu")
-    torch.nn.init.normal_(next(trainer.network.parameters()))
+    torch.nn.init.zeros_(next(trainer.network.parameters()))
     trainer.save_checkpoint(str(run.checkpoint))
     with pytest.raises(UserError, match="was finished, but the trained model changed since"):
         distill(run, ["num_epochs=1"], "cpu")
