@@ -6,9 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from PIL import Image
 from torch import nn
+from training import make_trainer
 
+from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.random_state import get_random_state, seed_everything, set_random_state
 from nnunet_semiseg.training.semi_supervised_trainer import split_streams
@@ -101,3 +105,14 @@ def test_loss_terms_are_kept_from_the_epoch_they_appear_in_and_drawn(tmp_path, m
 def test_other_keys_are_refused_as_in_nnunet():
     with pytest.raises(AssertionError):
         LossTermLogger().log("no such key", 1.0, 0)
+
+
+@pytest.mark.parametrize("trainer_class", [SupervisedTrainer, MeanTeacherTrainer])
+def test_with_a_seed_blur_is_computed_in_one_way(trainer_class, ready):
+    """nnU-Net's takes the algorithm that was faster when it was tried: with another load other last digits."""
+    dataset = ready(dims=2, size=32)
+    for seed in (7, None):
+        trainer = make_trainer(trainer_class, dataset, seed=seed)
+        transforms = trainer.get_training_transforms((32, 32), (0, 0), None, (0, 1), False).transforms
+        (blur,) = [t.transform for t in transforms if isinstance(getattr(t, "transform", None), GaussianBlurTransform)]
+        assert blur.benchmark == (seed is None)

@@ -8,6 +8,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_semiseg.config import TrainingSettings, read_settings
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.two_streams import seed_workers
+from nnunet_semiseg.training.augmentation import repeatable
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.training.semi_supervised_trainer import apply_network_settings, apply_training_settings
 
@@ -28,6 +29,10 @@ class SupervisedTrainer(nnUNetTrainer):
     def initialize(self):
         super().initialize()
         apply_network_settings(self.network, self.device, self.settings)
+
+    def get_training_transforms(self, *args, **kwargs):
+        transforms = super().get_training_transforms(*args, **kwargs)
+        return transforms if self.settings.seed is None else repeatable(transforms)
 
     def do_split(self):
         return take_labeled(*super().do_split(), self.settings.num_labeled, self.dataset_json)[:2]

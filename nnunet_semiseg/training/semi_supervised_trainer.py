@@ -25,6 +25,7 @@ from nnunet_semiseg.losses.pseudo_labels import probabilities
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
 from nnunet_semiseg.text.prompt_learner import build_prompt_learner
 from nnunet_semiseg.text.prompts import check_prompts_are_current
+from nnunet_semiseg.training.augmentation import repeatable
 from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
 from nnunet_semiseg.training.checks import check_labeled_cases
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
@@ -237,6 +238,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         split = super().do_split()
         training, validation, self.hidden_cases = take_labeled(*split, self.settings.num_labeled, self.dataset_json)
         return training, validation
+
+    def get_training_transforms(self, *args, **kwargs):
+        transforms = super().get_training_transforms(*args, **kwargs)
+        return transforms if self.settings.seed is None else repeatable(transforms)
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
