@@ -1,6 +1,7 @@
 """AMVLM's second stage: PAMR, text masks, sides, texts that are missing or wrong."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
 from nnunet_semiseg.networks.pamr import neighbours, refine
-from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer, exchange, named_sides, with_background
+from nnunet_semiseg.trainers.amvlm import (
+    AMVLMSettings,
+    AMVLMTrainer,
+    axes_of_sides,
+    exchange,
+    is_flat,
+    named_sides,
+    with_background,
+)
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.text_masks import (
     TextMaskGenerator,
@@ -149,12 +158,29 @@ def test_a_loss_towards_soft_labels_that_are_hard_is_nnunets():
 
 
 def test_sides_that_texts_name():
-    assert named_sides(["two lesions", "a bright spot"], SETTINGS) == set()
-    assert named_sides(["Left lung", "a spot"], SETTINGS) == {1}
-    assert named_sides(["the upper right lobe"], SETTINGS) == {0, 1}
-    assert named_sides(["leftover tissue"], SETTINGS) == set()  # a word, not a part of one
+    assert named_sides(["two lesions", "a bright spot"], SETTINGS) == []
+    assert named_sides(["Left lung", "a spot"], SETTINGS) == named_sides(["kidney_left"], SETTINGS) == [1]
+    assert named_sides(["the upper right lobe"], SETTINGS) == [0, 1]
+    assert named_sides(["leftover tissue"], SETTINGS) == []  # a word, not a part of one
     own = AMVLMSettings(horizontal_sides=(("links", "rechts"),))
-    assert named_sides(["im linken"], own) == set() and named_sides(["links unten"], own) == {1}
+    assert named_sides(["im linken"], own) == [] and named_sides(["links unten"], own) == [1]
+
+
+@pytest.mark.parametrize(
+    "order, median, n_dims, vertical, horizontal",
+    [
+        ([0, 1, 2], [1, 64, 64], 2, (0,), (1,)),  # a picture: y, x
+        ([0, 2, 1], [1, 64, 64], 2, (1,), (0,)),  # the same, transposed
+        ([0, 1, 2], [30, 64, 64], 3, (0, 1), (2,)),  # a volume: z and y, x
+        ([2, 0, 1], [64, 30, 64], 3, (1, 2), (0,)),  # sagittal first: x, z, y
+        ([2, 0, 1], [64, 30, 64], 2, (0, 1), ()),  # its slices: z, y; x is never flipped
+        ([0, 1, 2], [30, 64, 64], 2, (0,), (1,)),
+    ],
+)
+def test_the_axes_of_sides_are_those_of_the_image(order, median, n_dims, vertical, horizontal):
+    plans = {"transpose_forward": order, "original_median_shape_after_transp": median}
+    assert axes_of_sides(plans, n_dims) == (vertical, horizontal)
+    assert is_flat(plans) == (1 in median)
 
 
 def test_words_change_places_with_the_sides():
@@ -199,8 +225,10 @@ def test_flips_that_make_a_text_false_are_off(lesions):
     assert augmentation(sided) == (pytest.approx(0.2618, abs=1e-3), (0,), (0,))
     both = started(lesions("upper left lesion", dataset_id=903))
     assert augmentation(both) == (pytest.approx(0.2618, abs=1e-3), (), None)
-    volume = started(lesions("upper left lesion", dataset_id=904, dims=3, size=24))
-    assert augmentation(volume)[1:] == ((0,), (0,))  # through the slices one may
+    volume = started(lesions("left lesion", dataset_id=904, dims=3, size=24))
+    assert augmentation(volume)[1:] == ((0, 1), (0, 1))
+    upper = started(lesions("upper lesion", dataset_id=905, dims=3, size=24), sides="swap")
+    assert augmentation(upper)[1:] == ((2,), (2,)) and upper.flips == [(False, False)]  # z or y? neither
 
 
 def test_flips_with_the_words_exchanged(lesions, monkeypatch):
@@ -219,6 +247,21 @@ def test_flips_with_the_words_exchanged(lesions, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ texts
+
+
+def test_labelled_and_test_cases_may_have_texts_and_hidden_ones_need_theirs(lesions):
+    unlabeled = {f"un_{i:03d}": "a lesion" for i in range(4)}
+    dataset = lesions(unlabeled | {"tr_000": "a labelled lesion"}, test=1)
+    assert list(make_trainer(AMVLMTrainer, dataset).case_texts) == list(unlabeled)
+    with pytest.raises(UserError, match='no text for case "tr_001"'):
+        make_trainer(AMVLMTrainer, dataset, num_labeled=1)
+    texts = unlabeled | {f"tr_{i:03d}": "a labelled lesion" for i in range(3)} | {"ts_000": "a test"}
+    for folder in (dataset.raw, dataset.preprocessed):
+        (folder / "texts.json").write_text(json.dumps(texts))
+    trainer = started(dataset, num_labeled=1)
+    assert set(trainer.hidden_cases) < set(trainer.row) and "ts_000" not in trainer.row
+    shutil.rmtree(dataset.raw)  # where preprocessed data are all there is, nobody knows the test cases
+    assert set(read_texts(dataset.name, list(unlabeled))) == set(unlabeled)
 
 
 def test_a_case_has_its_own_text_and_without_one_the_teachers_word(lesions):
@@ -251,6 +294,11 @@ def test_what_is_wrong_with_texts_is_one_line(lesions):
     file.write_text(json.dumps({c: "a" for c in cases} | {"un_000": "word " * 40}))
     with pytest.raises(UserError, match='texts.json: "word .* is too long: the text encoder takes 24 tokens'):
         make_trainer(AMVLMTrainer, dataset)
+    # long when its words are exchanged
+    file.write_text(json.dumps({c: "a" for c in cases} | {"un_000": "left " * 20}))
+    settings = dict(sides="swap", horizontal_sides=[["left", "on the other side"]])
+    with pytest.raises(UserError, match='texts.json: "on the other side .* is too long'):
+        make_trainer(AMVLMTrainer, dataset, **settings)
     file.unlink()
     (dataset.preprocessed / "texts.json").unlink()
     with pytest.raises(UserError, match="texts.json: no such file"):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Literal
 
 import torch
+from batchgenerators.utilities.file_and_folder_operations import join
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.config import TeacherSettings, require
-from nnunet_semiseg.data.texts import read_texts
+from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
@@ -26,6 +30,11 @@ from nnunet_semiseg.vlm.text_masks import (
     contrast_between_images,
     load_vlm,
 )
+
+VERTICAL, HORIZONTAL = SIDES = (0, 1)
+
+WORD = r"[^\W_]+"
+"""in kidney_left, too"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +57,13 @@ class AMVLMSettings(TeacherSettings):
     """slices of a 3d patch, drawn at every step, that get text masks"""
     sides: Literal["keep", "swap"] = "keep"
     """where texts name sides: no flips that make them false, or flips with the words exchanged"""
-    vertical_sides: tuple[tuple[str, ...], ...] = (("upper", "lower"), ("top", "bottom"), ("superior", "inferior"))
-    horizontal_sides: tuple[tuple[str, ...], ...] = (("left", "right"), ("leftmost", "rightmost"))
+    vertical_sides: tuple[tuple[str, ...], ...] = (
+        ("upper", "lower"), ("uppermost", "lowermost"), ("top", "bottom"), ("topmost", "bottommost"),
+        ("above", "below"), ("superior", "inferior"), ("anterior", "posterior"),
+    )  # fmt: skip
+    horizontal_sides: tuple[tuple[str, ...], ...] = (
+        ("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward"),
+    )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,8 +93,9 @@ class AMVLMTrainer(SemiSupervisedTrainer):
     masks, others have the teacher's alone. A case without a text (`missing_texts=skip`) has the teacher's.
 
     Text stays true under augmentation: where texts name sides (`vertical_sides`, `horizontal_sides`, extendable), flips
-    along that axis and rotations above 15 degrees are switched off, in prediction, too; with `sides=swap` a whole batch
-    is flipped, and the words of its texts are exchanged. At inference there is neither text nor tower.
+    along their axes and rotations above 15 degrees are switched off, in prediction, too; with `sides=swap` a whole
+    batch is flipped, and the words of its texts are exchanged. Vertical words of volumes can mean two axes: along
+    neither is flipped, with `swap`, too. At inference there is neither text nor tower.
 
     Faults of the public code that are not repeated: file names in place of texts; a refined mask that is dropped; the
     texts of a batch averaged; sigmoids of sigmoids; towers and teacher in training mode; images that become black.
@@ -98,28 +113,35 @@ class AMVLMTrainer(SemiSupervisedTrainer):
             )
         check_prompts_are_current(plans["dataset_name"], dataset_json)
         self.prompts = list(read_prompts(dataset_json).values())
-        self.case_texts = self.read_case_texts(plans["dataset_name"])
+        self.case_texts = self.read_case_texts(plans, configuration)
         self.vlm = load_vlm(self.settings.vlm)
         texts = list(self.case_texts.values() if self.case_texts else chain(*self.prompts))
+        n_dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
+        named, axes = named_sides(texts, self.settings), axes_of_sides(plans, n_dims)
+        self.side_axes = {side: axes[side] for side in named}
+        exchanged = [side == HORIZONTAL or is_flat(plans) for side in (VERTICAL, HORIZONTAL)]
+        self.swapped = [side for side in named if self.settings.sides == "swap" and self.case_texts and exchanged[side]]
+        # every text as it is when nothing, one axis or both are flipped
+        self.flips = list(product(*((False, True) if side in self.swapped else (False,) for side in SIDES)))
         try:
-            self.vlm.tokenize(texts)
+            self.vlm.tokenize([exchange(text, flip, self.settings) for flip in self.flips for text in texts])
         except UserError as error:
             raise UserError(f"{'texts.json' if self.case_texts else 'dataset.json'}: {error}") from None
-        self.side_axes = named_sides(texts, self.settings)
         return plans
 
-    def read_case_texts(self, dataset_name: str) -> dict[str, str]:
+    def read_case_texts(self, plans: dict, configuration: str) -> dict[str, str]:
         """Texts of the unlabelled cases, or none where prompts are asked for."""
-        if self.settings.texts == "classes" or (self.settings.texts == "auto" and len(self.prompts) > 2):
+        name, one_class = plans["dataset_name"], len(self.prompts) == 2
+        if self.settings.texts == "classes" or self.settings.texts == "auto" and not (one_class and has_texts(name)):
             return {}
-        if len(self.prompts) > 2:
+        if not one_class:
             raise UserError("setting texts=cases: one text a case cannot tell several classes apart: use texts=classes")
-        try:
-            return read_texts(dataset_name, self.unlabeled_cases, self.settings.missing_texts)
-        except UserError as error:
-            if self.settings.texts == "auto" and "no such file" in str(error):
-                return {}
-            raise
+        cases = list(self.unlabeled_cases)
+        if self.settings.num_labeled is not None:  # which of the labelled ones are to be unlabelled the fold says later
+            manager = PlansManager(plans).get_configuration(configuration)
+            folder = join(nnUNet_preprocessed, name, manager.data_identifier)
+            cases += infer_dataset_class(folder).get_identifiers(folder)
+        return read_texts(name, cases, self.settings.missing_texts)
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
         dim = self.vlm.heads["text_cls"][-1].out_features
@@ -129,21 +151,15 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         super().initialize()
         generator = self.auxiliary["text_masks"]
         if self.case_texts:
-            # every text as it is when nothing, one axis or both are flipped
-            flips = [(v, h) for v in (False, True) for h in (False, True)] if self.swaps else [(False, False)]
             self.row = {case: i for i, case in enumerate(self.case_texts)}
             self.text_features = {
                 flip: generator.encode_texts([exchange(t, flip, self.settings) for t in self.case_texts.values()])
-                for flip in flips
+                for flip in self.flips
             }
         else:
             features = [generator.encode_texts(list(texts)).mean(0) for texts in self.prompts]
             self.class_features = nn.functional.normalize(torch.stack(features), dim=1)
         self.flip = (False, False)
-
-    @property
-    def swaps(self) -> bool:
-        return self.settings.sides == "swap" and bool(self.side_axes) and bool(self.case_texts)
 
     # ------------------------------------------------------------------------------------------------- augmentation
 
@@ -154,20 +170,17 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         )
         if self.side_axes:
             rotation = limited(rotation)
-            first = len(self.configuration_manager.patch_size) - 2  # in-plane axes are the last two
-            mirror_axes = tuple(axis for axis in mirror_axes if axis - first not in self.side_axes)
-            if self.swaps:
-                flipped = tuple(axis + first for axis in sorted(self.side_axes))
-                self.inference_allowed_mirroring_axes = tuple(sorted((*mirror_axes, *flipped)))
-            else:
-                self.inference_allowed_mirroring_axes = mirror_axes or None
+            false = set(chain(*self.side_axes.values()))
+            mirror_axes = tuple(axis for axis in mirror_axes if axis not in false)
+            swapped = chain(*(self.side_axes[side] for side in self.swapped))
+            self.inference_allowed_mirroring_axes = tuple(sorted((*mirror_axes, *swapped))) or None
         return rotation, dummy_2d, patch_size, mirror_axes
 
     def forward_streams(self, batch: dict):
-        if self.swaps:
+        if self.swapped:
             drawn = torch.rand(2) < 0.5
-            self.flip = tuple(bool(drawn[axis]) and axis in self.side_axes for axis in (0, 1))
-            axes = [axis - 2 for axis in (0, 1) if self.flip[axis]]
+            self.flip = tuple(bool(drawn[side]) and side in self.swapped for side in SIDES)
+            axes = [axis + 2 for side in SIDES if self.flip[side] for axis in self.side_axes[side]]
             if axes:
                 parts = ("data", "target", "unlabeled")
                 batch |= tree_map(lambda x: x.flip(axes), {part: batch[part] for part in parts})
@@ -234,11 +247,28 @@ def with_background(masks: Tensor, label_manager) -> Tensor:
     return p / p.sum(1, keepdim=True).clamp_min(1e-6)
 
 
-def named_sides(texts: Iterable[str], settings: AMVLMSettings) -> set[int]:
-    """Which in-plane axes texts speak of: 0 of upper and lower, 1 of left and right."""
-    words = set(re.findall(r"\w+", " ".join(texts).lower()))
+def named_sides(texts: Iterable[str], settings: AMVLMSettings) -> list[int]:
+    """Which sides texts speak of, of VERTICAL and HORIZONTAL."""
+    words = set(re.findall(WORD, " ".join(texts).lower()))
     pairs = settings.vertical_sides, settings.horizontal_sides
-    return {axis for axis in (0, 1) if words & {word.lower() for word in chain(*pairs[axis])}}
+    return [side for side in SIDES if words & {word.lower() for word in chain(*pairs[side])}]
+
+
+def is_flat(plans: dict) -> bool:
+    """Whether the images are 2d; nnU-Net reads them as volumes of one slice."""
+    return plans["original_median_shape_after_transp"][list(plans["transpose_forward"]).index(0)] == 1
+
+
+def axes_of_sides(plans: dict, n_dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a patch that vertical words, and those that horizontal ones are about.
+
+    nnU-Net reads images as (z, y, x), and then transposes them by the plans. Left and right are along x; upper and
+    lower of a 2d image along y, of a volume along z or (anterior, posterior) y: which one is meant nobody knows.
+    """
+    order = list(plans["transpose_forward"])
+    first = len(order) - n_dims  # the first axis of a volume is not in a 2d patch
+    sides = ((1,) if is_flat(plans) else (0, 1)), (2,)
+    return tuple(tuple(sorted(order.index(a) - first for a in axes if order.index(a) >= first)) for axes in sides)
 
 
 def exchange(text: str, flip: tuple[bool, bool], settings: AMVLMSettings) -> str:
@@ -253,4 +283,4 @@ def exchange(text: str, flip: tuple[bool, bool], settings: AMVLMSettings) -> str
         word = other.get(match[0].lower(), match[0])
         return word.capitalize() if match[0][0].isupper() else word
 
-    return re.sub(r"\w+", exchanged, text)
+    return re.sub(WORD, exchanged, text)

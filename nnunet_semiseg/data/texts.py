@@ -18,27 +18,28 @@ MEND = 'write {"case id": "text", ...} into it'
 def read_texts(
     dataset_name: str, cases: Iterable[str], missing: Literal["error", "skip"] = "error"
 ) -> dict[str, str]:
-    """The text of every case, from the raw dataset, or from the preprocessed one where that is all there is.
+    """The texts of these cases, from the raw dataset, or from the preprocessed one where that is all there is.
 
     Args:
-        cases: those of the training, labelled and unlabelled; without file endings and channel numbers.
-        missing: what to do with a case that has no text, or an empty one: an error, or to leave it out.
+        cases: without file endings and channel numbers; other cases of the dataset may have texts, too.
+        missing: what to do with one of them that has no text, or an empty one: an error, or to leave it out.
 
     Returns:
         Case to text, without white space around it.
 
     Raises:
-        UserError: no file; no text for a case; a name that is no case (names the nearest); a value that is no text.
+        UserError: no file; no text for a case; a name that is no case of the raw dataset (names the nearest); a value
+            that is no text.
     """
-    folders = [Path(os.environ[v], dataset_name) for v in ("nnUNet_raw", "nnUNet_preprocessed") if os.environ.get(v)]
-    files = [folder / TEXTS_FILE for folder in folders]
-    file = next((f for f in files if f.is_file()), files[0])
+    file = _texts_file(dataset_name)
     content = read_json(file, MEND)
     if not isinstance(content, dict):
         raise UserError(f"{file}: no JSON object: {MEND}")
-    cases, known = set(cases), set(cases) | _test_cases(file.parent)
+    cases = set(cases)
+    images = _raw_cases(file.parent)
+    known = cases | images
     for name, text in content.items():
-        if name not in known:
+        if images and name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f": did you mean {' or '.join(near)}?" if near else ": remove it"
             raise UserError(f'{file}: there is a text for "{name}", but no such case{hint}')
@@ -54,6 +55,17 @@ def read_texts(
     return texts
 
 
-def _test_cases(raw: Path) -> set[str]:
-    """Names in `imagesTs`, which may have texts, too."""
-    return {file.name.rpartition("_0000")[0] for file in (raw / "imagesTs").glob("*_0000.*")}
+def has_texts(dataset_name: str) -> bool:
+    return _texts_file(dataset_name).is_file()
+
+
+def _texts_file(dataset_name: str) -> Path:
+    folders = [Path(os.environ[v], dataset_name) for v in ("nnUNet_raw", "nnUNet_preprocessed") if os.environ.get(v)]
+    files = [folder / TEXTS_FILE for folder in folders]
+    return next((f for f in files if f.is_file()), files[0])
+
+
+def _raw_cases(raw: Path) -> set[str]:
+    """All cases of a raw dataset; none where this is a preprocessed one."""
+    parts = ("imagesTr", "imagesUn", "imagesTs")
+    return {file.name.rpartition("_0000")[0] for part in parts for file in (raw / part).glob("*_0000.*")}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_semiseg.config import read_settings
-from nnunet_semiseg.data.texts import read_texts
+from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
@@ -66,12 +66,8 @@ def write_text_masks(run: Run, output: str | Path, n_cases: int = 20) -> list[Pa
 def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[str, dict[str, list[str]]]:
     """Of each case the texts of every mask, by the mask's name."""
     names, prompts = class_names(dataset_json), read_prompts(dataset_json)
-    if settings.texts != "classes" and len(names) == 2:
-        try:
-            return {case: {names[1]: [text]} for case, text in read_texts(run.dataset, cases, "skip").items()}
-        except UserError:
-            if settings.texts == "cases":
-                raise
+    if settings.texts == "cases" or settings.texts == "auto" and len(names) == 2 and has_texts(run.dataset):
+        return {case: {names[1]: [text]} for case, text in read_texts(run.dataset, cases, "skip").items()}
     return {case: {name: list(prompts[name]) for name in names[1:]} for case in cases}
 
 
