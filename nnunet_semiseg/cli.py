@@ -313,7 +313,9 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
 
         model = args.model or pretraining.DEFAULT_MODEL
         chosen = {"configuration": args.c, "plans": args.p, "device": args.device}
-        print(pretraining.pretrain(args.d, model, args.o, args.set, **chosen))
+        output = pretraining.pretrain(args.d, model, args.o, args.set, **chosen)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
+            print(output)
 
     return run
 

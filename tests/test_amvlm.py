@@ -1,6 +1,7 @@
 """AMVLM's second stage: PAMR, text masks, sides, texts that are missing or wrong."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -316,6 +317,49 @@ def test_refusals(lesions):
         with pytest.raises(UserError, match=words):
             make_trainer(AMVLMTrainer, dataset, **settings)
     assert not dataset.results.exists()
+
+
+def test_the_three_supervisions_by_hand():
+    """One voxel: the teacher says 0.6 of the weak view, the text 0.8 of the first sample; the second has no text."""
+
+    def logits_of(*p):
+        p = torch.tensor(p).view(-1, 1, 1, 1)
+        return torch.log(torch.cat((1 - p, p), 1))
+
+    trainer = AMVLMTrainer.__new__(AMVLMTrainer)
+    trainer.settings = AMVLMSettings(pseudo_weight=0.5, mask_weight=2.0)
+    trainer.label_manager = LabelManager({"background": 0, "a": 1}, None)
+    trainer.loss, trainer.enable_deep_supervision = nnunet_loss(False, weight_dice=0), False
+    trainer.step, trainer.num_epochs, trainer.num_iterations_per_epoch = 1, 2, 1
+    trainer.teacher = lambda x: logits_of(*(0.6 + x.flatten()).tolist())
+    asked = []
+
+    def text_masks(images, cases):
+        asked.append((images, cases))
+        return torch.tensor([0.8, 0.99]).view(2, 1, 1, 1), torch.tensor([True, False]), torch.tensor(3.0)
+
+    trainer.text_masks = text_masks
+    weak = torch.zeros(2, 1, 1, 1)
+    batch = {"unlabeled": {"weak": weak, "strong": weak + 0.3}, "unlabeled_keys": ["b", "a"]}
+    terms = trainer.semi_losses(None, logits_of(0.5, 0.9), batch)
+
+    def ce(q, p):
+        return -(q * math.log(p) + (1 - q) * math.log(1 - p))
+
+    weight = 0.5 * math.exp(-5 / 4)  # half way
+    expected = {
+        "teacher": weight * (ce(0.6, 0.5) + ce(0.6, 0.9)) / 2,
+        "text": weight * (ce(0.8, 0.5) + ce(0.6, 0.9)) / 2,
+        "average": weight * (ce(0.7, 0.5) + ce(0.6, 0.9)) / 2,
+        "mask": 2.0 * 3.0,
+    }
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-5)
+    assert asked[0][1] == ["b", "a"] and torch.equal(asked[0][0], weak)
+
+
+def test_sides_of_class_prompts_count(ready):
+    trainer = started(ready(dims=2, size=32, labels={"background": 0, "kidney_left": 1, "kidney_right": 2}))
+    assert augmentation(trainer) == (pytest.approx(0.2618, abs=1e-3), (0,), (0,))
 
 
 @pytest.mark.parametrize("part", ["teacher", "text", "average"])

@@ -1,21 +1,24 @@
 """Vision-language pre-training: retrieval, momentum, gradients, resume, wrong use, and what comes after it."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import write_text_tower
+from training import write_text_tower, write_vlm
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.open_clip_models import load_clip
 from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
-from nnunet_semiseg.vlm import pretraining
+from nnunet_semiseg.vlm import losses, pretraining
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.overlays import write_text_masks
 from nnunet_semiseg.vlm.pairs import random_crop
@@ -40,6 +43,7 @@ def test_retrieval_by_hand():
 def test_models_by_name_tag_and_path():
     assert split_model("ViT-B-32:openai") == ("ViT-B-32", "openai")
     assert split_model("hf-hub:a/b") == ("hf-hub:a/b", None)
+    assert split_model("hf-hub:a/b:none") == ("hf-hub:a/b", "none")
     assert split_model("/a/folder") == ("/a/folder", None) and split_model("/a/folder:none") == ("/a/folder", "none")
 
 
@@ -147,8 +151,122 @@ def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset
     vlm = load_vlm(resumed)
     saved = load_file(resumed / "vlm.safetensors")["heads.text_cls.0.weight"]
     assert torch.equal(vlm.heads["text_cls"][0].weight, saved)
-    with pytest.raises(UserError, match="killed: holds a pre-training with other settings"):
-        run(dataset, towers, tmp_path / "killed", "accumulation=1")
+    killed = tmp_path / "killed"
+    with pytest.raises(UserError, match="killed: holds a pre-training of before accumulation, crop changed: remove it"):
+        run(dataset, towers, killed, "accumulation=1", "crop=1")
+    assert run(dataset, towers, killed, "accumulation=2", "num_workers=1") == killed  # no result depends on that
+    texts = json.loads((dataset.raw / "texts.json").read_text())
+    (dataset.raw / "texts.json").write_text(json.dumps(texts | {"un_000": "another text"}))
+    with pytest.raises(UserError, match="killed: holds a pre-training of before texts changed"):
+        run(dataset, towers, killed, "accumulation=2")
+    (dataset.raw / "texts.json").write_text(json.dumps(texts))
+    state = killed / "training_state.safetensors"
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(UserError, match="training_state.safetensors: cannot be read .*: remove .* to begin anew"):
+        run(dataset, towers, killed, "accumulation=2")
+
+
+def test_a_damaged_model_is_said_to_be_one(tmp_path):
+    folder = write_vlm(tmp_path / "vlm")
+    weights = folder / "vlm.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="vlm.safetensors: cannot be read .*: name the folder that"):
+        load_vlm(folder)
+    (folder / "vlm.json").write_text("{}")
+    with pytest.raises(UserError, match="vlm.json: not of a pre-training: name the folder that"):
+        load_vlm(folder)
+
+
+def test_a_hugging_face_text_tower_comes_back_without_what_it_was_made_of(dataset, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    vision = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "head_width": 16}
+    text = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "hf_proj_type": "mlp", "context_length": 12}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "0", "1", "2", "lesions", "dark", "spots"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    transformers.BertConfig(vocab_size=len(words), **sizes).save_pretrained(folder)
+    output = run(dataset, folder, tmp_path / "out", "num_epochs=1")
+    before = load_vlm(output)
+    shutil.rmtree(folder)
+    after = load_vlm(output.rename(tmp_path / "moved"))
+    ids = before.tokenize(["2 dark spots"])
+    assert torch.equal(ids, after.tokenize(["2 dark spots"])) and len(set(ids[0].tolist())) > 4
+    assert torch.equal(before.encode_text(ids).cls, after.encode_text(ids).cls)
+
+
+@pytest.mark.parametrize("epochs, warmup", [(10, 0.1), (2, 0.5), (1, 0.0), (3, 1.0)])
+def test_a_warmup_as_long_as_a_step_or_as_all(epochs, warmup, dataset, towers, tmp_path):
+    settings = f"num_epochs={epochs}", f"warmup={warmup}", "batch_size=7"  # one step an epoch
+    assert (run(dataset, towers, tmp_path / "out", *settings) / "vlm.safetensors").is_file()
+
+
+def test_a_last_short_window_counts_as_much():
+    """Three batches in windows of two: gradients are the mean of two, and then of one."""
+
+    class Task(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Linear(1, 1, bias=False)
+
+        def forward(self, x, _):
+            return {"itc": (self.model.weight * x).sum()}
+
+        def update_momentum(self):
+            pass
+
+    seen, task = [], Task()
+    weight = task.model.weight
+    optimizer = SimpleNamespace(
+        step=lambda: seen.append(weight.grad.item()), zero_grad=lambda set_to_none: setattr(weight, "grad", None)
+    )
+    loader = [(torch.tensor([x]), torch.zeros(1)) for x in (0.1, 0.3, 0.5)]
+    own = SimpleNamespace(
+        settings=SimpleNamespace(accumulation=2), task=task, sampler=None, epoch=0, rank=0, loader=loader,
+        device=torch.device("cpu"), scaler=torch.amp.GradScaler(enabled=False), optimizer=optimizer,
+        scheduler=SimpleNamespace(step=lambda: None),
+    )  # fmt: skip
+    pretraining.Pretraining.train_epoch(own, task)
+    assert seen == pytest.approx([0.2, 0.5])
+
+
+def test_itc_has_the_momentum_towers_keys(towers):
+    """With momentum towers that know one direction only, what is contrasted is the same for all."""
+    task = make_task(towers, itc_weight=1, css_weight=0, local_weight=0, icl_weight=0).eval()
+    images, ids = torch.randn(3, 3, 32, 32), task.model.tokenize(["one lesion", "two", "a b c d"])
+    with torch.no_grad():
+        for head in task.momentum.heads.values():
+            head[-1].weight.zero_()
+            head[-1].bias.fill_(1.0)
+    assert task(images, ids)["itc"].item() == pytest.approx(math.log(3), abs=1e-5)
+
+
+def test_within_a_modality_gradients_reach_both_towers_and_padding_none(towers):
+    """L_ICL without its part between the distributions."""
+    task = make_task(towers, itc_weight=0, css_weight=0, local_weight=0, icl_weight=1)
+    images, ids = torch.randn(3, 3, 32, 32), task.model.tokenize(["one lesion", "two", "a b c d"])
+    calls = []
+    intra = losses.intra_modal_contrast
+
+    def recorded(cls, tokens, valid, t):
+        calls.append((cls.requires_grad, tokens.requires_grad, valid))
+        return intra(cls, tokens, valid, t)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "intra_modal_contrast", recorded)
+        task(images, ids)
+    (_, _, all_patches), (_, _, of_words) = calls
+    assert all(cls and tokens for cls, tokens, _ in calls) and all_patches.all()
+    assert torch.equal(of_words, task.model.tokenize.words(ids)) and not of_words.all()
+
+
+def test_the_default_weights_are_the_papers():
+    s = PretrainingSettings()
+    assert (s.itc_weight, s.css_weight, s.local_weight, s.icl_weight) == (1.0, 0.5, 0.1, 0.1)
 
 
 def test_volumes_are_learnt_from_slice_by_slice(tiny_dataset, towers, tmp_path):
@@ -169,6 +287,11 @@ def test_wrong_use_is_one_line_before_anything_is_written(dataset, towers, tmp_p
         (["--model", f"{towers}:none", "-c", "3d_fullres"], "-c 3d_fullres: nnUNetSemiSegSmallPlans has 2d"),
         (["--model", "ViT-B-33:openai"], "--model ViT-B-33"),
         (["--model", str(tmp_path)], "the folder has no open_clip_config.json"),
+        (["--model", f"{towers}:none", "--set", "dim=5"], "setting dim=5: must be even"),
+        (["--model", f"{towers}:none", "--set", "seed=5000000000"], "seed=5000000000: must be"),
+        (["--model", f"{towers}:none", "--set", *(f"{n}_weight=0" for n in ("itc", "css", "local", "icl"))], "above 0"),
+        (["--model", "RN50:none"], "no patch tokens: choose one with a ViT"),
+        (["--model", f"{towers}:none", "-o", str(dataset.raw / "dataset.json")], "dataset.json: is a file: name a"),
     ):
         assert cli.main([*common, *words]) == 1
         error = capsys.readouterr().err
@@ -203,6 +326,8 @@ def test_text_masks_can_be_looked_at(trained, tmp_path):
     _, model, _ = trained(AMVLMTrainer, dims=2, size=32)
     files = write_text_masks(model, tmp_path / "masks", n_cases=1)
     assert [file.name for file in files] == ["un_000.png"] and files[0].stat().st_size > 5000
+    with pytest.raises(UserError, match="is a file: name a folder"):
+        write_text_masks(model, files[0])
     _, other, _ = trained(SupervisedTrainer, dims=2, size=32, dataset_id=902)
     with pytest.raises(UserError, match="has no text masks"):
         write_text_masks(other, tmp_path / "none")

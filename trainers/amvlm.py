@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, product
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,12 +20,14 @@ from torch.utils._pytree import tree_map
 from nnunet_semiseg.config import TeacherSettings, require
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 from nnunet_semiseg.vlm.text_masks import (
+    ABOUT,
     TextMaskGenerator,
     contrast_between_classes,
     contrast_between_images,
@@ -95,7 +98,8 @@ class AMVLMTrainer(SemiSupervisedTrainer):
     Text stays true under augmentation: where texts name sides (`vertical_sides`, `horizontal_sides`, extendable), flips
     along their axes and rotations above 15 degrees are switched off, in prediction, too; with `sides=swap` a whole
     batch is flipped, and the words of its texts are exchanged. Vertical words of volumes can mean two axes: along
-    neither is flipped, with `swap`, too. At inference there is neither text nor tower.
+    neither is flipped, with `swap`, too. What a text says of the whole image (a count, a place) can still be false of a
+    patch of it: plan a patch as large as the image. At inference there is neither text nor tower.
 
     Faults of the public code that are not repeated: file names in place of texts; a refined mask that is dropped; the
     texts of a batch averaged; sigmoids of sigmoids; towers and teacher in training mode; images that become black.
@@ -117,6 +121,12 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         self.vlm = load_vlm(self.settings.vlm)
         texts = list(self.case_texts.values() if self.case_texts else chain(*self.prompts))
         n_dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
+        axis = read_json(Path(self.settings.vlm) / ABOUT, "")["settings"].get("slice_axis", 0)
+        if n_dims == 3 and axis != 0:
+            raise UserError(
+                f"setting vlm={self.settings.vlm}: was pre-trained on slices across axis {axis}, and text masks are of"
+                " slices across the first: pre-train with slice_axis=0"
+            )
         named, axes = named_sides(texts, self.settings), axes_of_sides(plans, n_dims)
         self.side_axes = {side: axes[side] for side in named}
         exchanged = [side == HORIZONTAL or is_flat(plans) for side in (VERTICAL, HORIZONTAL)]

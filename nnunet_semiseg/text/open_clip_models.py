@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_semiseg.errors import UserError
 
+HF_CONFIG = "config.json"
 UNTRAINED = "none"
 """as `pretrained`: random weights, the same ones every time"""
 
@@ -60,8 +61,13 @@ def load_clip(
         weights = {"load_weights": False, "pretrained_text": False}
     else:
         weights = {"pretrained": tag, "require_pretrained": True}
+    local = Path(model.removeprefix("local-dir:"))
+    has_text_config = is_folder and (local / HF_CONFIG).is_file()  # as `save_text_config` leaves it
+    if has_text_config:
+        own = {"hf_model_name": str(local), "hf_model_pretrained": False}  # its weights are the whole model's
+        weights["text_cfg"] = open_clip.get_model_config(model)["text_cfg"] | own
     try:
-        needs_hub = tag or is_hub or _has_hf_text(model)
+        needs_hub = tag or is_hub or (_has_hf_text(model) and not has_text_config)
         with _quiet(), _hub_or_cache(needs_hub), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an untrained tower must be the same again when a training is resumed
             # force_custom_text: the text half as one module, also where it is part of the model itself
@@ -87,6 +93,13 @@ def model_config(model: str, clip: nn.Module) -> dict:
     if any(isinstance(module, QuickGELU) for module in clip.modules()):
         config = config | {"quick_gelu": True}
     return {"model_cfg": config, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}
+
+
+def save_text_config(clip: nn.Module, tokenizer: Callable, folder: Path) -> None:
+    """What a Hugging Face text tower needs beside `open_clip_config.json`, to be built again without the hub."""
+    if hasattr(clip.text, "transformer") and hasattr(clip.text.transformer, "config"):
+        clip.text.transformer.config.save_pretrained(folder)
+        tokenizer.tokenizer.save_pretrained(folder)
 
 
 def _model_name(model: str, options: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.tokenizer import Tokenizer
 
@@ -48,7 +49,10 @@ class AMVLM(nn.Module):
         if is_hf(self.text):
             self.text.output_tokens = True
         with torch.no_grad():
-            image = self.image_features(torch.zeros(1, 3, *self.image_size))
+            try:
+                image = self.image_features(torch.zeros(1, 3, *self.image_size))
+            except AssertionError:  # of open_clip or timm: a convolutional tower has no (N, L, C) output
+                raise UserError("the model's image half has no patch tokens: choose one with a ViT") from None
             text = self.text_features(self.tokenize(["a"]))
         heads = {"image_cls": image[0], "image_tokens": image[1], "text_cls": text[0], "text_tokens": text[1]}
         self.heads = nn.ModuleDict({name: projection(x.shape[-1], hidden, dim) for name, x in heads.items()})

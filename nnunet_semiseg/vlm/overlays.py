@@ -49,6 +49,8 @@ def write_text_masks(run: Run, output: str | Path, n_cases: int = 20) -> list[Pa
     data, unlabeled = open_cases(run.dataset, run.plans, run.configuration)
     texts = texts_of(run, unlabeled, settings, dataset_json)
     output = Path(output)
+    if output.is_file():
+        raise UserError(f"-o {output}: is a file: name a folder")
     output.mkdir(parents=True, exist_ok=True)
     files = []
     for case in [case for case in unlabeled if case in texts][:n_cases]:
@@ -80,6 +82,6 @@ def draw(image: Tensor, raw: Tensor, masks: Tensor, texts: list[str]) -> Figure:
             ax.imshow(image, cmap="gray")
             if mask is not None:
                 ax.imshow(mask, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
-            ax.set_title(title, fontsize=8, wrap=True)
+            ax.set_title(title, fontsize=8, wrap=True, parse_math=False)
             ax.axis("off")
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +26,7 @@ from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
-from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config
+from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config, save_text_config
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
@@ -34,6 +36,8 @@ from nnunet_semiseg.vlm.text_masks import ABOUT, WEIGHTS
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
 STATE = "training_state"
+HARMLESS = ("num_workers", "cache_dir")
+"""settings that no result depends on"""
 
 
 def pretrain(
@@ -67,12 +71,12 @@ def pretrain(
     if output is None:
         output = dataset_folder("nnUNet_results", dataset) / "vlm" / configuration
     output = Path(output).absolute()
+    if output.is_file():
+        raise UserError(f"-o {output}: is a file: name a folder")
     about = {"model": model, "dataset": name, "configuration": configuration, "plans": plans}
-    about["settings"] = asdict(chosen)
-    if (output / ABOUT).is_file():
-        before = read_json(output / ABOUT, "remove the folder")
-        if any(before[key] != about[key] for key in about):
-            raise UserError(f"{output}: holds a pre-training with other settings: remove it, or choose another with -o")
+    about["texts"] = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+    about["settings"] = json.loads(json.dumps(asdict(chosen)))
+    check_goes_on(about, output)
 
     rank, device = set_up(device)
     seed_everything(chosen.seed)
@@ -94,13 +98,28 @@ def pretrain(
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         write_json(model_config(base, clip), output / "open_clip_config.json")
+        save_text_config(clip, tokenizer, output)
         write_json(about, output / ABOUT)
     Pretraining(vlm, chosen, train_pairs, held_out_pairs, [texts[c] for c in held_out], output, device, rank).run()
     return output
 
 
+def check_goes_on(about: dict, output: Path) -> None:
+    """Refuse to go on with a pre-training of another model, other texts or other settings that change a result."""
+    if not (output / ABOUT).is_file():
+        return
+    before = read_json(output / ABOUT, "remove the folder")
+    flat = [{**a, **a.get("settings", {})} for a in (before, about)]
+    keys = (about.keys() | about["settings"].keys()) - {"settings", *HARMLESS}
+    if changed := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
+        other = f"holds a pre-training of before {', '.join(changed)} changed"
+        raise UserError(f"{output}: {other}: remove it, or choose another folder with -o")
+
+
 def split_model(model: str) -> tuple[str, str | None]:
     """`NAME:TAG` to name and tag; what has no tag brings its own weights."""
+    if model.endswith(f":{UNTRAINED}"):
+        return model.removesuffix(f":{UNTRAINED}"), UNTRAINED
     if model.startswith(("hf-hub:", "local-dir:")) or ":" not in model:
         return model, None
     name, _, tag = model.rpartition(":")
@@ -139,8 +158,11 @@ class Pretraining:
         groups = [{"params": decayed[True], "weight_decay": settings.weight_decay}, {"params": decayed[False]}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
         steps = settings.num_epochs * math.ceil(len(self.loader) / settings.accumulation)
+        warmup = min(settings.warmup, 1 - 1 / steps)
+        if warmup * steps <= 1:  # OneCycleLR divides by the length of its parts, less one step
+            warmup = 0.0
         self.scheduler = OneCycleLR(
-            self.optimizer, settings.learning_rate, steps, pct_start=settings.warmup, cycle_momentum=False
+            self.optimizer, settings.learning_rate, steps, pct_start=warmup, cycle_momentum=False
         )
         self.scaler = torch.amp.GradScaler(enabled=device.type == "cuda")
         self.history: dict[str, list[float]] = {}
@@ -165,17 +187,21 @@ class Pretraining:
         self.task.train()
         if self.sampler:
             self.sampler.set_epoch(self.epoch)
+            # each process its own crops and noise
+            torch.manual_seed(self.settings.seed + 1000 * self.epoch + self.rank)
         totals: dict[str, Tensor] = {}
+        accumulation = self.settings.accumulation
         bar = tqdm(self.loader, desc=f"epoch {self.epoch + 1}", disable=self.rank > 0, leave=False)
         for i, batch in enumerate(bar, 1):
             images, ids = (x.to(self.device, non_blocking=True) for x in batch)
             with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
                 terms = task(images, ids)
             loss = sum(terms.values())
-            self.scaler.scale(loss / self.settings.accumulation).backward()
+            window = (i - 1) // accumulation * accumulation
+            self.scaler.scale(loss / min(accumulation, len(self.loader) - window)).backward()
             for name, value in (terms | {"loss": loss}).items():
                 totals[name] = totals.get(name, 0) + value.detach()
-            if i % self.settings.accumulation == 0 or i == len(self.loader):
+            if i % accumulation == 0 or i == len(self.loader):
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.task.model.parameters(), 1.0)
                 self.scaler.step(self.optimizer)
@@ -219,11 +245,12 @@ class Pretraining:
         file = self.output / f"{STATE}.safetensors"
         if not file.is_file():
             return
-        from safetensors import safe_open
-
-        with safe_open(str(file), "pt") as opened:
-            content = json.loads(opened.metadata()["state"])
-        tensors = load_file(file, device=str(self.device))
+        try:
+            with safe_open(str(file), "pt") as opened:
+                content = json.loads(opened.metadata()["state"])
+            tensors = load_file(file, device=str(self.device))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read ({error}): remove {self.output} to begin anew") from None
         self.task.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("task.")})
         state: dict[int, dict] = {}
         for key, value in tensors.items():
@@ -234,8 +261,7 @@ class Pretraining:
         self.scheduler.load_state_dict(content["scheduler"])
         self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.history = content["epoch"], content["history"]
-        if self.rank:  # the state is that of the first process
-            torch.manual_seed(self.settings.seed + 1000 * self.epoch + self.rank)
+        if self.sampler:  # seeded anew in every epoch
             return
         torch.set_rng_state(tensors["random.cpu"].cpu())
         if "random.cuda" in tensors and self.device.type == "cuda":

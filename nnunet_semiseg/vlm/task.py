@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnunet_semiseg.config import require
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.vlm import losses
 from nnunet_semiseg.vlm.model import AMVLM
 
@@ -25,7 +26,7 @@ class PretrainingSettings:
 
     num_epochs: int = 30
     batch_size: int = 32
-    """of a process; what is contrasted with each other"""
+    """of a process: what is contrasted with each other, by L_itc and between distributions over all processes"""
     accumulation: int = 1
     """batches a step"""
     learning_rate: float = 1e-4
@@ -52,9 +53,15 @@ class PretrainingSettings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_epochs", "accumulation", "dim", "hidden"):
+        for name in ("num_epochs", "accumulation", "hidden"):
             require(self, name, minimum=1)
-        require(self, "batch_size", minimum=2)
+        for name in ("batch_size", "dim"):
+            require(self, name, minimum=2)
+        if self.dim % 2:
+            raise UserError(f"setting dim={self.dim}: must be even: half is for means, half for spreads")
+        require(self, "seed", maximum=2**32 - 1)
+        if not (self.itc_weight or self.css_weight or self.local_weight or self.icl_weight):
+            raise UserError("settings itc_weight, css_weight, local_weight, icl_weight: one must be above 0")
         for name in ("learning_rate", "temperature"):
             require(self, name, minimum=1e-12)
         for name in ("weight_decay", "itc_weight", "css_weight", "local_weight", "icl_weight", "num_workers", "seed"):

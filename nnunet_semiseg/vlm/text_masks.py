@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,12 +30,18 @@ def load_vlm(folder: str | Path) -> AMVLM:
     """
     folder = Path(folder)
     mend = "name the folder that nnunet_semiseg pretrain_vlm made"
-    settings = read_json(folder / ABOUT, mend)["settings"]
-    clip, tokenizer = load_clip(str(folder), UNTRAINED)
+    about = read_json(folder / ABOUT, mend)
+    if not isinstance(about, dict) or "settings" not in about:
+        raise UserError(f"{folder / ABOUT}: not of a pre-training: {mend}")
+    settings = about["settings"]
+    try:
+        clip, tokenizer = load_clip(str(folder), UNTRAINED)
+    except UserError as error:
+        raise UserError(f"{folder}: its towers cannot be built: {mend} [{error}]") from None
     vlm = AMVLM(clip, tokenizer, settings["dim"], settings["hidden"])
     try:
         vlm.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())[:200]}): {mend}") from None
     return vlm.requires_grad_(False).eval()
 
