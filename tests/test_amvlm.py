@@ -60,6 +60,13 @@ def test_a_mask_moves_to_the_edge_of_the_image():
     assert 0 <= refined.min() and refined.max() <= 1 + 1e-5
 
 
+def test_the_dilations_are_the_papers():
+    torch.manual_seed(0)
+    masks, images = torch.rand(1, 1, 56, 56), torch.rand(1, 1, 56, 56)
+    refined = refine(masks, images)
+    assert refined.equal(refine(masks, images, iterations=10, dilations=(1, 2, 4, 8, 12, 24)))
+
+
 def test_a_flat_image_gives_each_neighbour_the_same_weight():
     mask = torch.rand(1, 2, 8, 8)
     once = refine(mask, torch.ones(1, 1, 8, 8), iterations=1, dilations=(1,))

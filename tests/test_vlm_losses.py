@@ -47,7 +47,9 @@ def test_similarity_constraint():
 def test_token_weights_under_padding():
     attention = torch.tensor([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 50.0, 50.0]])
     valid = torch.arange(13)[None] < 11
-    weights = token_weights(attention, valid)
+    weights = token_weights(attention.requires_grad_(), valid)
+    assert not weights.requires_grad
+    attention = attention.detach()
     # of 0, 0.1, ..., 1 the 10th percentile is 0.1 and the 90th 0.9
     clipped = torch.tensor([0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9])
     torch.testing.assert_close(weights[0, :11], clipped / clipped.sum())

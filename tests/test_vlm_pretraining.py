@@ -20,10 +20,10 @@ from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.vlm import losses, pretraining
 from nnunet_semiseg.vlm.model import AMVLM
-from nnunet_semiseg.vlm.overlays import write_text_masks
-from nnunet_semiseg.vlm.pairs import random_crop
+from nnunet_semiseg.vlm.overlays import draw, write_text_masks
+from nnunet_semiseg.vlm.pairs import Pairs, random_crop
 from nnunet_semiseg.vlm.pretraining import pretrain, split_model
-from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
+from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, gather, retrieval
 from nnunet_semiseg.vlm.text_masks import load_vlm
 
 PLANS = "nnUNetSemiSegSmallPlans"
@@ -262,6 +262,57 @@ def test_within_a_modality_gradients_reach_both_towers_and_padding_none(towers):
     (_, _, all_patches), (_, _, of_words) = calls
     assert all(cls and tokens for cls, tokens, _ in calls) and all_patches.all()
     assert torch.equal(of_words, task.model.tokenize.words(ids)) and not of_words.all()
+
+
+def test_tokens_and_what_they_find_have_distributions_of_their_own_and_weights_from_cls(towers):
+    task = make_task(towers, css_weight=1, itc_weight=0, local_weight=0, icl_weight=0).eval()
+    images, ids = torch.randn(2, 3, 32, 32), task.model.tokenize(["one lesion", "a b c d"])
+    image, text = task.model(images, ids)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "similarity_supervision", lambda *args: seen.append(args) or torch.zeros(()))
+        task(images, ids)
+    t = task.settings.temperature
+    for (name, own, other), args in zip((("image", image, text), ("text", text, image)), seen, strict=True):
+        tokens, found, of_tokens, of_found, weights, valid, temperature = args
+        torch.testing.assert_close(found, losses.counterparts(own.tokens, other.tokens, other.valid, t))
+        expected = task.model.distribution(name, other.cls, found, own.valid)[1]
+        torch.testing.assert_close(of_found, expected)
+        assert not torch.allclose(of_tokens[0], of_found[0])
+        scores = (own.tokens @ own.cls[..., None])[..., 0] / t
+        attention = scores.masked_fill(~own.valid, -torch.inf).softmax(1)
+        torch.testing.assert_close(weights, losses.token_weights(attention, own.valid))
+        assert torch.equal(tokens, own.tokens) and torch.equal(valid, own.valid) and temperature == t
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_are_taken_across_the_axis_that_was_asked_for(axis, towers):
+    """A volume that changes along one axis only: its slices across that axis are flat."""
+    shape = [1, 5, 6, 7]
+    along = torch.arange(float(shape[axis + 1])).view(*[-1 if i == axis else 1 for i in range(3)])
+    data = SimpleNamespace(load_case=lambda case: (along.expand(shape).numpy(),))
+    model = AMVLM(*load_clip(str(towers), "none"), 16, 32)
+    for crop in (None, 0.9):
+        flat = [Pairs(data, {"a": "b"}, ["a"], model, other, crop)[0][0].std((1, 2)).max() < 1e-3 for other in range(3)]
+        assert flat == [other == axis for other in range(3)]
+
+
+def test_gradients_come_back_from_all_processes(tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        x = torch.ones(2, 3, requires_grad=True)
+        (2 * gather(x)).sum().backward()
+        assert x.grad is not None and (x.grad == 2).all()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_overlay_shows_the_mask_before_and_after_pamr():
+    image, raw, mask = torch.zeros(4, 4), torch.full((1, 4, 4), 0.25), torch.full((1, 4, 4), 0.75)
+    text, before, after = draw(image, raw, mask, ["costs $^$ two"]).axes
+    assert text.get_title() == "costs $^$ two" and len(text.images) == 1
+    assert (before.images[1].get_array() == 0.25).all() and (after.images[1].get_array() == 0.75).all()
 
 
 def test_the_default_weights_are_the_papers():
