@@ -348,16 +348,16 @@ def test_the_three_supervisions_by_hand():
     trainer.text_masks = text_masks
     weak = torch.zeros(2, 1, 1, 1)
     batch = {"unlabeled": {"weak": weak, "strong": weak + 0.3}, "unlabeled_keys": ["b", "a"]}
-    terms = trainer.semi_losses(None, logits_of(0.5, 0.9), batch)
+    terms = trainer.semi_losses(None, logits_of(0.3, 0.9), batch)
 
     def ce(q, p):
         return -(q * math.log(p) + (1 - q) * math.log(1 - p))
 
     weight = 0.5 * math.exp(-5 / 4)  # half way
     expected = {
-        "teacher": weight * (ce(0.6, 0.5) + ce(0.6, 0.9)) / 2,
-        "text": weight * (ce(0.8, 0.5) + ce(0.6, 0.9)) / 2,
-        "average": weight * (ce(0.7, 0.5) + ce(0.6, 0.9)) / 2,
+        "teacher": weight * (ce(0.6, 0.3) + ce(0.6, 0.9)) / 2,
+        "text": weight * (ce(0.8, 0.3) + ce(0.6, 0.9)) / 2,
+        "average": weight * (ce(0.7, 0.3) + ce(0.6, 0.9)) / 2,
         "mask": 2.0 * 3.0,
     }
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-5)
