@@ -97,9 +97,8 @@ def model_config(model: str, clip: nn.Module) -> dict:
 
 def save_text_config(clip: nn.Module, tokenizer: Callable, folder: Path) -> None:
     """What a Hugging Face text tower needs beside `open_clip_config.json`, to be built again without the hub."""
-    if hasattr(clip.text, "transformer") and hasattr(clip.text.transformer, "config"):
-        clip.text.transformer.config.save_pretrained(folder)
-        tokenizer.tokenizer.save_pretrained(folder)
+    clip.text.transformer.config.save_pretrained(folder)
+    tokenizer.tokenizer.save_pretrained(folder)
 
 
 def _model_name(model: str, options: Mapping[str, str]) -> str:

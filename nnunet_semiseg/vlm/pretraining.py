@@ -26,6 +26,7 @@ from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
+from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config, save_text_config
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
@@ -98,7 +99,8 @@ def pretrain(
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         write_json(model_config(base, clip), output / "open_clip_config.json")
-        save_text_config(clip, tokenizer, output)
+        if is_hf(clip.text):
+            save_text_config(clip, tokenizer, output)
         write_json(about, output / ABOUT)
     Pretraining(vlm, chosen, train_pairs, held_out_pairs, [texts[c] for c in held_out], output, device, rank).run()
     return output
