@@ -25,6 +25,7 @@ from nnunet_semiseg.trainers.amvlm import (
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.text_masks import (
     TextMaskGenerator,
+    UpBlock,
     collect,
     contrast_between_classes,
     contrast_between_images,
@@ -103,6 +104,14 @@ def test_masks_are_probabilities_that_span_0_to_1_and_use_the_refined_mask(vlm, 
     monkeypatch.setattr("nnunet_semiseg.vlm.text_masks.refine", lambda mask, image: torch.zeros_like(mask))
     without = generator(images, texts)[1]
     torch.testing.assert_close(without.max(), 0.3 * sigmoid, atol=1e-3, rtol=0)
+
+
+def test_the_first_masks_are_the_towers_own(vlm):
+    block = UpBlock(16)
+    x = torch.randn(2, 16, 3, 5)
+    assert torch.equal(block(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear"))
+    block(x).square().sum().backward()  # and they are learnt from there
+    assert block.convolve.weight.grad.abs().sum() > 0
 
 
 def test_each_image_has_its_own_text(vlm):

@@ -1,11 +1,12 @@
 """A synthetic 2d data set with a sentence for every image, and small untrained towers to learn from it.
 
-    python tools/shapes_and_sentences.py WORK [--pairs 400] [--labeled 40] [--test 100] [--shuffled]
+    python tools/shapes_and_sentences.py WORK [--pairs 400] [--labeled 40] [--test 100] [--faint] [--shuffled]
 
 writes WORK/raw/Dataset520_Sentences: images of one to three lesions of two shapes in the quadrants, among distractors,
 and texts.json, such as "two lesions: a round one at the upper left, a long one at the lower right"; and WORK/towers, a
-small model of open_clip's with no weights. `--shuffled` writes the same images as Dataset521_Shuffled, each with the
-sentence of another: the control. What is run with them is in docs/results.md.
+small model of open_clip's with no weights. `--faint` drowns the lesions in noise: a tenth of the labels does not
+suffice then. `--shuffled` writes the same images as Dataset521_Shuffled, each with the sentence of another: the
+control. What is run with them is in docs/results.md.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def ellipse(center, radii, angle) -> np.ndarray:
     return (u / radii[0]) ** 2 + (v / radii[1]) ** 2 < 1
 
 
-def make_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
-    """An image, its label and its sentence; distractors are as bright as lesions, and smaller."""
-    image = np.full((SIZE, SIZE), 90.0) + 8 * rng.standard_normal((SIZE, SIZE))
+def make_pair(rng: np.random.Generator, faint: bool = False) -> tuple[np.ndarray, np.ndarray, str]:
+    """An image, its label and its sentence; distractors are smaller than lesions, and at least as bright."""
+    noise, contrast = (30, (15, 45)) if faint else (8, (40, 70))
+    image = np.full((SIZE, SIZE), 90.0) + noise * rng.standard_normal((SIZE, SIZE))
     label = np.zeros((SIZE, SIZE), np.uint8)
     for _ in range(4):
         image[ellipse(rng.uniform(4, SIZE - 4, 2), rng.uniform(1.5, 2.5, 2), 0)] += rng.uniform(40, 70)
@@ -42,7 +44,7 @@ def make_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
         shape = str(rng.choice(list(SHAPES)))
         center = SIZE / 2 + np.multiply(QUADRANTS[quadrant], rng.uniform(11, 20, 2))
         inside = ellipse(center, rng.uniform(5, 7) * np.array(SHAPES[shape]), rng.uniform(0, np.pi))
-        image[inside] += rng.uniform(40, 70)
+        image[inside] += rng.uniform(*contrast)
         label[inside] = 1
         parts.append(f"a {shape} one at the {quadrant}")
     return image.clip(0, 255).astype(np.uint8), label, f"{NUMBERS[len(chosen)]}: {', '.join(parts)}"
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--labeled", type=int, default=40)
     parser.add_argument("--test", type=int, default=100)
+    parser.add_argument("--faint", action="store_true")
     parser.add_argument("--shuffled", action="store_true")
     args = parser.parse_args()
     raw = args.work / "raw" / ("Dataset521_Shuffled" if args.shuffled else "Dataset520_Sentences")
@@ -61,7 +64,7 @@ def main() -> None:
         (raw / folder).mkdir(parents=True, exist_ok=True)
     texts = {}
     for i in range(args.pairs + args.test):
-        image, label, text = make_pair(np.random.default_rng([520, i]))
+        image, label, text = make_pair(np.random.default_rng([520, i]), args.faint)
         part = "Tr" if i < args.labeled else "Un" if i < args.pairs else "Ts"
         case = f"pair_{i:04d}"
         imsave(raw / f"images{part}" / f"{case}_0000.png", image, check_contrast=False)

@@ -47,11 +47,16 @@ def load_vlm(folder: str | Path) -> AMVLM:
 
 
 class UpBlock(nn.Module):
-    """(B, d, h, w) to twice the size: what is interpolated, and a gated convolution of it on top."""
+    """(B, d, h, w) to twice the size: what is interpolated, and a gated convolution of it on top.
+
+    The convolution begins at 0, so that the first masks are the towers' own, not blurred by random weights.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.convolve, self.gate = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.convolve.weight)
+        nn.init.zeros_(self.convolve.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
