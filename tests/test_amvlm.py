@@ -171,6 +171,32 @@ def test_a_loss_towards_soft_labels_that_are_hard_is_nnunets():
     torch.testing.assert_close(soft_label_loss(loss, logits, one_hot), loss(logits, one_hot))
 
 
+def test_soft_labels_by_hand_and_that_they_are_their_own_minimum():
+    # one class; p = (0.5, 0.5), t = (0.4, 0.8): 2 (0.4 + 0.5) / (1 + 1.2); background (0.5 + 0.2) of 1 + 0.8
+    p, t = torch.tensor([0.5, 0.5]), torch.tensor([0.4, 0.8])
+    as_heads = lambda x: torch.stack((1 - x, x)).view(1, 2, 1, 2)  # noqa: E731
+    loss = nnunet_loss(False)
+    ce = -(0.5 * math.log(0.5) + 0.5 * math.log(0.5))
+    assert soft_label_loss(loss, as_heads(p).log(), as_heads(t)).item() == pytest.approx(ce - 1.8 / 2.2, abs=1e-4)
+    for regions in (False, True):
+        loss, target = nnunet_loss(regions), torch.full((1, 2, 4, 4), 0.4)
+        if not regions:
+            target[:, 0] = 0.6
+        at = {q: soft_label_loss(loss, heads(q, regions), target).item() for q in (0.2, 0.4, 0.6, 0.999)}
+        assert min(at, key=at.get) == 0.4, at
+        dice = {q: loss.dc(heads(q, regions), target).item() for q in at}
+        assert min(dice, key=dice.get) == 0.999  # nnU-Net's own would have painted everything
+
+
+def heads(q: float, regions: bool) -> torch.Tensor:
+    """Logits (1, 2, 4, 4) of the probability q of the foreground."""
+    p = torch.full((1, 2, 4, 4), q)
+    if regions:
+        return p.logit()
+    p[:, 0] = 1 - q
+    return p.log()
+
+
 # ------------------------------------------------------------------------------------------------------------ sides
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from monai.losses import DiceLoss
 from monai.transforms import KeepLargestConnectedComponent
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from torch import Tensor
@@ -102,15 +103,21 @@ def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor 
 
 
 def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:
-    """nnU-Net's Dice + CE towards probabilities instead of labels.
+    """nnU-Net's Dice + CE towards probabilities instead of labels; the least where the two are equal.
+
+    nnU-Net's Dice is not: a network that is taught 0.4 everywhere does best with 1 everywhere. So its overlap, the sum of
+    p t, is replaced by that of min(p, t), as in Wang et al., "Dice semimetric losses" (MICCAI 2023), which MONAI has.
+    Towards hard labels this is nnU-Net's loss.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
         logits, target: (B, heads, *S); the target gets no gradient.
     """
-    target = target.detach()
+    target, dc = target.detach(), loss.dc
     if isinstance(loss, DC_and_BCE_loss):
         ce = F.binary_cross_entropy_with_logits(logits, target)
     else:
         ce = F.cross_entropy(logits, target)
-    return loss.weight_ce * ce + loss.weight_dice * loss.dc(logits, target)
+    smooth = {"smooth_nr": dc.smooth, "smooth_dr": dc.smooth}
+    dice = DiceLoss(dc.do_bg, other_act=dc.apply_nonlin, batch=dc.batch_dice, soft_label=True, **smooth)
+    return loss.weight_ce * ce + loss.weight_dice * (dice(logits, target) - 1)
