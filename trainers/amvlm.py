@@ -88,8 +88,8 @@ class AMVLMTrainer(SemiSupervisedTrainer):
 
         L = L_sup + lambda(t) (L_teacher + L_text + L_average) + 0.1 L_mask
 
-    with nnU-Net's Dice + CE, on soft labels at full resolution (`soft_label_loss`), lambda a Gaussian ramp over the training, and L_mask
-    the generator's own InfoNCE. Teacher and generator see the weak view.
+    with nnU-Net's Dice + CE, on soft labels at full resolution (`soft_label_loss`), lambda a Gaussian ramp over the
+    training, and L_mask the generator's own InfoNCE. Teacher and generator see the weak view.
 
     With one class a case's own text of texts.json is taken, else a prompt a class, with a mask a class; the background
     is what no mask takes: prod_k (1 - m_k). Of a volume `text_slices` slices along the patch's first axis get text

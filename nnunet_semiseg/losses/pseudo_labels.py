@@ -105,9 +105,9 @@ def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor 
 def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:
     """nnU-Net's Dice + CE towards probabilities instead of labels; the least where the two are equal.
 
-    nnU-Net's Dice is not: a network that is taught 0.4 everywhere does best with 1 everywhere. So its overlap, the sum of
-    p t, is replaced by that of min(p, t), as in Wang et al., "Dice semimetric losses" (MICCAI 2023), which MONAI has.
-    Towards hard labels this is nnU-Net's loss.
+    nnU-Net's Dice is not: a network that is taught 0.4 everywhere does best with 1 everywhere. So its overlap, the sum
+    of p t, is replaced by that of min(p, t), as in Wang et al., "Dice semimetric losses" (MICCAI 2023), which MONAI
+    has. Towards hard labels this is nnU-Net's loss.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
