@@ -321,16 +321,20 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
 
 
 def text_masks(parser: ArgumentParser) -> Command:
-    """Draw what a trained AMVLM takes its texts to mean: image, text, mask before and after PAMR."""
+    """Draw what a trained AMVLM takes its texts to mean, and say how well its masks find the labels."""
     _add_model_arguments(parser, "2d")
     parser.add_argument("-tr", default="AMVLMTrainer", metavar="TRAINER", help="default: %(default)s")
     parser.add_argument("-o", required=True, metavar="FOLDER")
     parser.add_argument("-n", type=_at_least(1), default=20, metavar="N", help="cases; default: %(default)s")
 
     def run(args: Namespace) -> None:
-        from nnunet_semiseg.vlm.overlays import write_text_masks
+        from nnunet_semiseg.vlm.overlays import how_well_labels_are_found, load_text_masks, write_text_masks
 
-        print(f"{args.o}: {len(write_text_masks(_trained_run(args), args.o, args.n))} pictures")
+        trained = load_text_masks(_trained_run(args))
+        print(f"{args.o}: {len(write_text_masks(trained, args.o, args.n))} pictures")
+        found = how_well_labels_are_found(trained, args.n)
+        areas = ", ".join(f"{area:.3f} {name}" for name, area in found.items())
+        print(f"the labels' pixels above others (ROC AUC; 0.5 is chance): {areas or 'no labelled case has a text'}")
 
     return run
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.vlm import losses, pretraining
 from nnunet_semiseg.vlm.model import AMVLM
-from nnunet_semiseg.vlm.overlays import draw, write_text_masks
+from nnunet_semiseg.vlm.overlays import draw, how_well_labels_are_found, load_text_masks, write_text_masks
 from nnunet_semiseg.vlm.pairs import Pairs, random_crop
 from nnunet_semiseg.vlm.pretraining import pretrain, split_model
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, gather, retrieval
@@ -315,6 +316,39 @@ def test_an_overlay_shows_the_mask_before_and_after_pamr():
     assert (before.images[1].get_array() == 0.25).all() and (after.images[1].get_array() == 0.75).all()
 
 
+def test_how_well_labels_are_found_by_hand():
+    """Slices of 2 x 2; the label is the first pixel, and pixel 3 of the first case is ignored."""
+    image = np.array([[[[0.9, 0.1], [0.5, 1.0]]]])
+    labels = {"a": [[1, 0], [0, 2]], "b": [[1, 0], [0, 0]], "c": [[0, 0], [0, 0]]}
+    trained = SimpleNamespace(
+        data=SimpleNamespace(load_case=lambda case: (image, [[labels[case]]])),
+        labeled=list(labels), texts={case: {"lesion": [case]} for case in "ab"} | {"c": {"lesion": ["a"]}},
+        labels=[1], ignore_label=2,
+        # the text "a" means the image, "b" its opposite; before PAMR there is nothing
+        of=lambda image, texts: (torch.zeros_like(image), image if texts["lesion"] == ["a"] else -image),
+    )  # fmt: skip
+    found = how_well_labels_are_found(trained)
+    # case a: 0.9 is above 0.1 and 0.5; case b: -0.9 is above -1.0 alone, one pair of three; case c has no label
+    assert found["before PAMR"] == 0.5 and found["after it"] == pytest.approx((1 + 1 / 3) / 2)
+    # case a with "b": below both; case b with "a": above two of three
+    assert found["with the next case's text"] == pytest.approx((0 + 2 / 3) / 2)
+    assert how_well_labels_are_found(SimpleNamespace(labeled=["x"], texts={})) == {}
+
+
+def test_the_largest_slice_of_a_volume_is_looked_at_and_every_region_counts():
+    label = np.zeros((1, 3, 2, 2), int)
+    label[0, 2], label[0, 1, 0, 0] = [[1, 2], [0, 0]], 1
+    image = np.zeros((1, 3, 2, 2))
+    image[0, 2] = [[0.9, 0.2], [0.1, 0.5]]
+    trained = SimpleNamespace(
+        data=SimpleNamespace(load_case=lambda case: (image, label)),
+        labeled=["a"], texts={"a": {}}, labels=[(1, 2), (2,)], ignore_label=None,
+        of=lambda image, texts: (image.repeat(2, 1, 1), image.repeat(2, 1, 1)),
+    )  # fmt: skip
+    # (1, 2): 0.9 above both, 0.2 above 0.1 alone: 3 of 4; 2: 0.2 above 0.1 alone: 1 of 3
+    assert how_well_labels_are_found(trained)["before PAMR"] == pytest.approx((3 / 4 + 1 / 3) / 2)
+
+
 def test_the_default_weights_are_the_papers():
     s = PretrainingSettings()
     assert (s.itc_weight, s.css_weight, s.local_weight, s.icl_weight) == (1.0, 0.5, 0.1, 0.1)
@@ -375,10 +409,12 @@ def test_two_processes_under_torchrun(dataset, towers, tmp_path):
 
 def test_text_masks_can_be_looked_at(trained, tmp_path):
     _, model, _ = trained(AMVLMTrainer, dims=2, size=32)
-    files = write_text_masks(model, tmp_path / "masks", n_cases=1)
+    masks = load_text_masks(model)
+    files = write_text_masks(masks, tmp_path / "masks", n_cases=1)
     assert [file.name for file in files] == ["un_000.png"] and files[0].stat().st_size > 5000
+    assert all(0 <= area <= 1 for area in how_well_labels_are_found(masks).values())
     with pytest.raises(UserError, match="is a file: name a folder"):
-        write_text_masks(model, files[0])
+        write_text_masks(masks, files[0])
     _, other, _ = trained(SupervisedTrainer, dims=2, size=32, dataset_id=902)
     with pytest.raises(UserError, match="has no text masks"):
-        write_text_masks(other, tmp_path / "none")
+        load_text_masks(other)

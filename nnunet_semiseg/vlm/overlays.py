@@ -1,16 +1,21 @@
-"""`nnunet_semiseg text_masks`: what a trained AMVLM takes its texts to mean, to be looked at."""
+"""`nnunet_semiseg text_masks`: what a trained AMVLM takes its texts to mean, to be looked at, and how right it is."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_semiseg.config import read_settings
+from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
@@ -23,11 +28,34 @@ PREFIX = "text_masks."
 """of the generator's weights among a checkpoint's auxiliary ones"""
 
 
-def write_text_masks(run: Run, output: str | Path, n_cases: int = 20) -> list[Path]:
-    """A picture for each of the first unlabelled cases: the image, its text, the mask before and after PAMR.
+@dataclass(frozen=True)
+class TrainedMasks:
+    """A trained generator, with the cases and texts of its dataset.
 
-    Of a volume the middle slice is shown; of several classes each has a row.
+    Attributes:
+        data: nnU-Net's preprocessed cases, labelled and unlabelled.
+        texts: of each case that has any, the texts of every mask by the mask's name.
+        labels: of every mask the label's value, or its region's.
+    """
 
+    generator: TextMaskGenerator
+    data: JoinedDataset
+    labeled: list[str]
+    unlabeled: list[str]
+    texts: dict[str, dict[str, list[str]]]
+    labels: list[int] | list[tuple[int, ...]]
+    ignore_label: int | None
+
+    def of(self, image: Tensor, texts: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
+        """Masks (K, H, W) before and after PAMR of an image (C, H, W)."""
+        features = torch.stack([self.generator.encode_texts(t).mean(0) for t in texts.values()])
+        with torch.no_grad():
+            raw, masks, _ = self.generator(image[None], F.normalize(features, dim=1)[None])
+        return F.interpolate(raw, size=image.shape[1:], mode="bilinear")[0], masks[0]
+
+
+def load_text_masks(run: Run) -> TrainedMasks:
+    """
     Args:
         run: trained, with a text mask generator.
 
@@ -47,22 +75,59 @@ def write_text_masks(run: Run, output: str | Path, n_cases: int = 20) -> list[Pa
     generator = TextMaskGenerator(vlm, vlm.heads["text_cls"][-1].out_features)
     generator.load_state_dict(weights)
     data, unlabeled = open_cases(run.dataset, run.plans, run.configuration)
-    texts = texts_of(run, unlabeled, settings, dataset_json)
+    labeled = [case for case in data.identifiers if case not in set(unlabeled)]
+    texts = texts_of(run, data.identifiers, settings, dataset_json)
+    manager = PlansManager(plans).get_label_manager(dataset_json)
+    labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    return TrainedMasks(generator, data, labeled, unlabeled, texts, labels, manager.ignore_label)
+
+
+def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 20) -> list[Path]:
+    """A picture for each of the first unlabelled cases: the image, its text, the mask before and after PAMR.
+
+    Of a volume the middle slice is shown; of several classes each has a row.
+    """
     output = Path(output)
     if output.is_file():
         raise UserError(f"-o {output}: is a file: name a folder")
     output.mkdir(parents=True, exist_ok=True)
     files = []
-    for case in [case for case in unlabeled if case in texts][:n_cases]:
-        image = torch.from_numpy(np.asarray(data.load_case(case)[0], dtype=np.float32))
-        image = image[:, image.shape[1] // 2]
-        features = torch.stack([generator.encode_texts(t).mean(0) for t in texts[case].values()])
-        with torch.no_grad():
-            raw, masks, _ = generator(image[None], F.normalize(features, dim=1)[None])
-        raw = F.interpolate(raw, size=image.shape[1:], mode="bilinear")
+    for case in [case for case in trained.unlabeled if case in trained.texts][:n_cases]:
+        image = torch.from_numpy(np.asarray(trained.data.load_case(case)[0], dtype=np.float32))
+        image, texts = image[:, image.shape[1] // 2], trained.texts[case]
         files.append(output / f"{case}.png")
-        draw(image.mean(0), raw[0], masks[0], [" / ".join(t) for t in texts[case].values()]).savefig(files[-1], dpi=110)
+        draw(image.mean(0), *trained.of(image, texts), [" / ".join(t) for t in texts.values()]).savefig(
+            files[-1], dpi=110
+        )
     return files
+
+
+def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[str, float]:
+    """How masks rank the pixels of a label above others: the area under the ROC curve, a mean over cases and classes.
+
+    0.5 is chance. With the text of another case it should be worse: what is left is what the image alone says. Of a
+    volume the slice with most of the labels is taken.
+
+    Returns:
+        "before PAMR", "after it" and, where each case has its own text, "with the next case's text"; nothing where no
+        labelled case has a text.
+    """
+    cases = [case for case in trained.labeled if case in trained.texts][:n_cases]
+    found = defaultdict(list)
+    for case, other in zip(cases, cases[1:] + cases[:1], strict=True):
+        image, label = (np.asarray(x) for x in trained.data.load_case(case)[:2])
+        known = (label[0] >= 0) & (label[0] != trained.ignore_label)
+        i = int(((label[0] > 0) & known).sum((1, 2)).argmax())
+        known, label, image = known[i], label[0, i], torch.from_numpy(image[:, i].astype(np.float32))
+        masks = dict(zip(("before PAMR", "after it"), trained.of(image, trained.texts[case]), strict=True))
+        if trained.texts[other] != trained.texts[case]:
+            masks["with the next case's text"] = trained.of(image, trained.texts[other])[1]
+        for name, of_classes in masks.items():
+            for mask, values in zip(of_classes, trained.labels, strict=True):
+                is_label = np.isin(label, values)[known]
+                if is_label.any() and not is_label.all():
+                    found[name].append(roc_auc_score(is_label, mask.numpy()[known]))
+    return {name: float(np.mean(areas)) for name, areas in found.items()}
 
 
 def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[str, dict[str, list[str]]]:
