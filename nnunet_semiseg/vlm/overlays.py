@@ -64,7 +64,7 @@ def load_text_masks(run: Run) -> TrainedMasks:
     """
     if not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
-    checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=False)
+    checkpoint = run.load_checkpoint()
     auxiliary = checkpoint.get("semiseg", {}).get("auxiliary", {})
     weights = {key.removeprefix(PREFIX): value for key, value in auxiliary.items() if key.startswith(PREFIX)}
     if not weights:
