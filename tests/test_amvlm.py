@@ -30,6 +30,7 @@ from nnunet_semiseg.vlm.text_masks import (
     contrast_between_classes,
     contrast_between_images,
     load_vlm,
+    raw_masks,
 )
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -83,14 +84,14 @@ def vlm(tmp_path_factory):
 
 
 def test_the_towers_are_frozen_and_stay_in_eval_mode(vlm):
-    generator = TextMaskGenerator(vlm, 16).train()
+    generator = TextMaskGenerator(vlm).train()
     assert not any(m.training for m in generator.tower.modules())
     assert not any(p.requires_grad for p in generator.tower.parameters())
     assert not any("visual" in key or "text" in key for key in generator.state_dict())
 
 
 def test_masks_are_probabilities_that_span_0_to_1_and_use_the_refined_mask(vlm, monkeypatch):
-    generator = TextMaskGenerator(vlm, 16)
+    generator = TextMaskGenerator(vlm)
     images = torch.randn(2, 1, 40, 40)
     texts = generator.encode_texts(["a lesion", "a kidney"])[:, None]
     # features that are all that the text says, or its opposite
@@ -106,6 +107,17 @@ def test_masks_are_probabilities_that_span_0_to_1_and_use_the_refined_mask(vlm, 
     torch.testing.assert_close(without.max(), 0.3 * sigmoid, atol=1e-3, rtol=0)
 
 
+def test_relative_masks_by_hand(vlm):
+    cosine = torch.tensor([0.1, 0.2, 0.3, 0.6]).view(1, 1, 2, 2)  # mean 0.3, spread sqrt(0.14 / 3)
+    z = (cosine - 0.3) / math.sqrt(0.14 / 3)
+    torch.testing.assert_close(raw_masks(cosine, True), z.sigmoid())
+    torch.testing.assert_close(raw_masks(0.1 * cosine - 0.5, True), z.sigmoid())  # wherever cosines are
+    assert (raw_masks(torch.full((1, 1, 2, 2), 0.7), True) == 0.5).all()
+    images, texts = torch.randn(2, 1, 40, 40), torch.nn.functional.normalize(torch.randn(2, 1, 16), dim=2)
+    relative, absolute = (TextMaskGenerator(vlm, relative=r)(images, texts)[0] for r in (True, False))
+    assert not torch.allclose(relative, absolute)
+
+
 def test_the_first_masks_are_the_towers_own(vlm):
     block = UpBlock(16)
     x = torch.randn(2, 16, 3, 5)
@@ -115,7 +127,7 @@ def test_the_first_masks_are_the_towers_own(vlm):
 
 
 def test_each_image_has_its_own_text(vlm):
-    generator = TextMaskGenerator(vlm, 16)
+    generator = TextMaskGenerator(vlm)
     images = torch.randn(1, 1, 40, 40).repeat(2, 1, 1, 1)
     texts = generator.encode_texts(["one round lesion", "a kidney"])
     raw = generator(images, texts[:, None])[0]

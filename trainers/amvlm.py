@@ -56,6 +56,8 @@ class AMVLMSettings(TeacherSettings):
     mask_weight: float = 0.1
     """of the mask generator's own loss"""
     mask_temperature: float = 0.07
+    mask_cosines: Literal["absolute", "relative"] = "absolute"
+    """sigmoid(10 (cos - 0.25)), the paper's; or the cosine against the others of its image, for any towers"""
     text_slices: int = 8
     """slices of a 3d patch, drawn at every step, that get text masks"""
     sides: Literal["keep", "swap"] = "keep"
@@ -154,8 +156,7 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         return read_texts(name, cases, self.settings.missing_texts)
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
-        dim = self.vlm.heads["text_cls"][-1].out_features
-        return {"text_masks": TextMaskGenerator(self.vlm, dim)}
+        return {"text_masks": TextMaskGenerator(self.vlm, self.settings.mask_cosines == "relative")}
 
     def initialize(self):
         super().initialize()

@@ -71,8 +71,7 @@ def load_text_masks(run: Run) -> TrainedMasks:
         raise UserError(f"{run.checkpoint}: has no text masks: give a model that was trained with AMVLMTrainer")
     plans, dataset_json = (checkpoint["init_args"][key] for key in ("plans", "dataset_json"))
     settings = read_settings(find_class("trainers", run.trainer).settings_class, plans)
-    vlm = load_vlm(settings.vlm)
-    generator = TextMaskGenerator(vlm, vlm.heads["text_cls"][-1].out_features)
+    generator = TextMaskGenerator(load_vlm(settings.vlm), settings.mask_cosines == "relative")
     generator.load_state_dict(weights)
     data, unlabeled = open_cases(run.dataset, run.plans, run.configuration)
     labeled = [case for case in data.identifiers if case not in set(unlabeled)]

@@ -66,14 +66,18 @@ class UpBlock(nn.Module):
 class TextMaskGenerator(nn.Module):
     """Patch features of a frozen AMVLM, lifted to 4 times their grid, and their cosine with texts.
 
-    raw = sigmoid(10 (cos - 0.25)); the mask is 0.3 raw + 0.7 PAMR(raw): probabilities in 0 to 1, with no further
-    sigmoid. The up-blocks are all that is trained and all that a checkpoint carries.
+    The mask is 0.3 raw + 0.7 PAMR(raw), with `raw_masks`: probabilities in 0 to 1, with no further sigmoid. The
+    up-blocks are all that is trained and all that a checkpoint carries.
+
+    Args:
+        relative: see `raw_masks`.
     """
 
-    def __init__(self, vlm: AMVLM, dim: int):
+    def __init__(self, vlm: AMVLM, relative: bool = False):
         super().__init__()
         self._vlm = (vlm,)  # in a tuple, or nn.Module would register it
-        self.grid = vlm.grid
+        self.grid, self.relative = vlm.grid, relative
+        dim = vlm.heads["text_cls"][-1].out_features
         self.up = nn.Sequential(UpBlock(dim), UpBlock(dim))
 
     @property
@@ -110,7 +114,7 @@ class TextMaskGenerator(nn.Module):
         """
         features = self.features(images)
         cosine = torch.einsum("bdhw,bkd->bkhw", features, texts)
-        raw = (10 * (cosine - 0.25)).sigmoid()
+        raw = raw_masks(cosine, self.relative)
         with torch.no_grad():
             grey = images.float().mean(1, keepdim=True)
             # PAMR at the features' size: its dilations are meant for that
@@ -118,6 +122,24 @@ class TextMaskGenerator(nn.Module):
             masks = RAW_SHARE * raw + (1 - RAW_SHARE) * refined
             masks = F.interpolate(masks, size=images.shape[2:], mode="bilinear").clamp(0, 1)
         return raw, masks, features
+
+
+def raw_masks(cosine: Tensor, relative: bool) -> Tensor:
+    """sigmoid(10 (cos - 0.25)), the paper's; or sigmoid(z), the cosine against the mean and spread of its image.
+
+    The paper's takes cosines around 0.25 for granted. Other towers' are elsewhere, and their masks nearly flat:
+    relative ones span 0 to 1 whatever the towers, and also where the text is about nothing in the image.
+
+    Args:
+        cosine: (B, K, h, w), in -1 to 1.
+
+    Returns:
+        Probabilities, (B, K, h, w).
+    """
+    if not relative:
+        return (10 * (cosine - 0.25)).sigmoid()
+    spread, mean = torch.std_mean(cosine, (2, 3), keepdim=True)
+    return ((cosine - mean) / spread.clamp_min(1e-6)).sigmoid()
 
 
 def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, temperature: float) -> Tensor:
