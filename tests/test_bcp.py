@@ -1,12 +1,14 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from training import CLASSES, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks.feature_perturbation import draw_box
-from nnunet_semiseg.trainers.bcp import BCPTrainer, paste
+from nnunet_semiseg.trainers.bcp import BCPTrainer, pairs, paste
 
 BOX = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
 BOX[:, :, :2] = True  # a quarter
@@ -109,6 +111,80 @@ def test_what_the_network_sees(ready):
     inside = trainer.box.expand(4, 1, *trainer.box.shape[2:])
     assert [seen[1][i][inside[i]].unique().tolist() for i in range(4)] == [[3], [4], [1], [2]]
     assert [seen[1][i][~inside[i]].unique().tolist() for i in range(4)] == [[1], [2], [4], [3]]
+
+
+def test_masks_are_on_coarse_grids_where_nnunets_labels_are():
+    """The box pasted into the fine label, which nnU-Net then makes coarse, or into the coarse ones: the same."""
+    torch.manual_seed(0)
+    for size, share in ((24, 2 / 3), (24, 0.5), (20, 2 / 3)):
+        a, b = torch.randint(0, 5, (2, 1, 1, size, size, size)).float()
+        box = draw_box(a, share)
+        fine = paste(box, a, b)
+        coarser = DownsampleSegForDSTransform([[0.5] * 3, [0.25] * 3])
+        a, b, fine = (coarser._apply_to_segmentation(x[0]) for x in (a, b, fine))
+        for x, y, expected in zip(a, b, fine, strict=True):
+            assert torch.equal(paste(box, x[None], y[None]), expected[None])
+
+
+def test_every_output_of_deep_supervision_counts_with_its_weight():
+    """Outputs of 8^3 and 4^3, in which the labelled part has p = 0.6 and 0.9; weights 2/3 and 1/3."""
+    trainer = Trainer()
+    trainer.loss = SimpleNamespace(weight_factors=(2 / 3, 1 / 3))
+    fine, coarse = of_probability(*[0.6] * 8), of_probability(*[0.9] * 8)[..., ::2, ::2, ::2]
+    targets = [torch.ones(1, 1, n, n, n) for n in (8, 4)]
+    loss = trainer.loss_where(~BOX, [fine, coarse], targets)
+    assert loss.item() == pytest.approx(2 / 3 * loss_by_hand(0.6) + 1 / 3 * loss_by_hand(0.9), abs=1e-4)
+
+
+def test_more_unlabelled_samples_than_labelled_ones():
+    x = torch.arange(4.0)
+    assert [p.tolist() for p in pairs(x, 2)] == [[0, 1], [2, 0]]
+    assert [p.tolist() for p in pairs(x[:2], 2)] == [[0, 1], [1, 0]]
+    assert [p.tolist() for p in pairs(x, 1)] == [[0], [1]]
+
+    class Both(Trainer):
+        network = staticmethod(lambda x: x)
+        teacher = staticmethod(lambda x: (seen.append(x.flatten(1)[:, 0].tolist()), torch.zeros(len(x), 2, 8, 8, 8))[1])
+
+    seen, trainer = [], Both()
+    unlabeled = {view: x.view(4, 1, 1, 1, 1).expand(4, 1, 8, 8, 8) for view in ("weak", "strong")}
+    batch = {"data": torch.full((2, 1, 8, 8, 8), 9.0), "unlabeled": unlabeled}
+    (inwards, outwards), _ = BCPTrainer.forward_streams(trainer, batch)
+    inside = trainer.box.expand(2, 1, 8, 8, 8)
+    assert [x[i][inside[i]].unique().tolist() for x in (inwards,) for i in (0, 1)] == [[0], [1]]
+    assert [x[i][~inside[i]].unique().tolist() for x in (outwards,) for i in (0, 1)] == [[2], [0]]
+    BCPTrainer.semi_losses(trainer, None, (torch.zeros(2, 2, 8, 8, 8),) * 2, batch)
+    assert seen == [[0, 1, 2]]
+
+
+def test_the_largest_component_is_kept_where_it_is_asked_for(monkeypatch):
+    calls = []
+    monkeypatch.setattr("nnunet_semiseg.trainers.bcp.keep_largest_component", lambda x, _: (calls.append(1), x)[1])
+    batch = {"data": torch.zeros(1, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
+    trainer, zeros = Trainer(), torch.zeros(1, 2, 8, 8, 8)
+    trainer.teacher = lambda x: zeros
+    for asked, expected in ((False, 0), (True, 1)):
+        trainer.settings = BCPTrainer.settings_class(largest_component=asked)
+        BCPTrainer.semi_losses(trainer, None, (zeros, zeros), batch)
+        assert len(calls) == expected
+
+
+def test_the_defaults_are_the_papers():
+    s = BCPTrainer.settings_class()
+    assert (s.pretraining, s.box, s.bcp_weight, s.largest_component) == (2 / 17, 2 / 3, 0.5, False)
+
+
+def test_the_end_of_the_pretraining_stays_when_a_training_becomes_longer(ready):
+    dataset = ready()
+    trainer = make_trainer(BCPTrainer, dataset, num_epochs=3, num_iterations_per_epoch=3, pretraining=0.5)
+    trainer.initialize()
+    assert trainer.first_step == 5  # of 4.5
+    file = str(dataset.results / "checkpoint.pth")
+    trainer.save_checkpoint(file)
+    longer = make_trainer(BCPTrainer, dataset, num_epochs=12, num_iterations_per_epoch=3, pretraining=0.5)
+    longer.initialize()
+    longer.load_checkpoint(file)
+    assert longer.first_step == 5
 
 
 def test_ignored_voxels_do_not_count(ready):

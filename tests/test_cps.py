@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,3 +61,10 @@ def test_two_networks_of_their_own(ready):
     trainer.train_step(next(trainer.dataloader_train))
     moved = [not torch.equal(p, old) for p, old in zip(second.parameters(), before, strict=True)]
     assert sum(moved) > 0.9 * len(moved)
+
+
+def test_both_networks_learn_from_labels():
+    trainer = SimpleNamespace(loss=lambda output, target: (output, target))
+    terms = CPSTrainer.supervised_losses(trainer, ("one", "two"), {"target": "label"})
+    assert terms == {"supervised_1": ("one", "label"), "supervised_2": ("two", "label")}
+    assert CPSTrainer.settings_class().cps_weight == 0.1

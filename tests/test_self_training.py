@@ -1,9 +1,12 @@
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from training import make_trainer
+from training import make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
@@ -166,3 +169,62 @@ def test_rounds_and_their_learning_rates(ready):
 def test_too_short_for_its_rounds(ready):
     with pytest.raises(UserError, match="num_epochs=2: too short for rounds=2; give it at least 3"):
         make_trainer(SelfTrainingTrainer, ready(), num_epochs=2, rounds=2)
+
+
+def test_the_best_network_is_one_of_the_last_round(ready):
+    """Validation Dice of 0.9 at the end of round 0, then 0 and 0.5: the mean begins anew with the new network."""
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=4, num_iterations_per_epoch=1)
+    trainer.on_train_start()
+    best = []
+    for trainer.current_epoch, dice in enumerate((0.9, 0.9, 0.0, 0.5)):
+        if trainer.current_epoch in trainer.starts[1:]:
+            trainer._best_ema = None  # as start_again
+        for key in ("train_losses", "val_losses", "dice_per_class_or_region", "lrs"):
+            trainer.logger.log(key, [0.0] if "per" in key else 0.0, trainer.current_epoch)
+        right, wrong = np.array([dice]), np.array([1 - dice])
+        trainer.on_validation_epoch_end(
+            [{"tp_hard": right, "fp_hard": wrong, "fn_hard": wrong, "loss": np.array(0.0)}]
+        )
+        best.append(trainer.logger.get_value("ema_fg_dice", step=-1))
+    assert best == pytest.approx([0.9, 0.9, 0.0, 0.9 * 0.0 + 0.1 * 0.5])
+
+
+def test_a_new_round_has_a_new_optimizer_and_forgets_the_best_network(ready):
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2, num_iterations_per_epoch=1)
+    trainer.on_train_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    trainer.current_epoch, trainer._best_ema = 1, 0.9
+    trainer.label_unlabeled()
+    trainer.start_again()
+    assert trainer._best_ema is None and not trainer.optimizer.state  # no momentum of the old weights
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in trainer.network.parameters()}
+
+
+def test_pseudo_labels_are_drawn_as_labels_are_and_ignore_nothing(ready):
+    dataset = ready(labels={"background": 0, "kidney": 1, "ignore": 2})
+    trainer = make_trainer(SelfTrainingTrainer, dataset, num_epochs=2, unlabeled_batch_size=3)
+    trainer.on_train_start()
+    trainer.current_epoch = 1
+    trainer.label_unlabeled()
+    labeled = trainer.dataloader_train.data_loader.labeled
+    for probabilistic in (False, True):
+        name = "_probabilistic_oversampling" if probabilistic else "_oversample_last_XX_percent"
+        labeled.get_do_oversample = getattr(labeled, name)
+        loader = trainer._make_unlabeled_loader(labeled)
+        assert labeled.has_ignore and not loader.has_ignore and loader.batch_size == 3
+        assert loader.oversample_foreground_percent == labeled.oversample_foreground_percent > 0
+        assert loader.get_do_oversample == getattr(loader, name)
+
+
+def test_the_loss_by_hand():
+    """Everything is class 1, of probability 0.8: Dice + CE = -2 0.8 / 1.8 - log 0.8, by half."""
+    logits = torch.zeros(1, 2, 8, 8, 8)
+    logits[:, 1] = math.log(4)
+    trainer = SimpleNamespace(
+        loss=nnunet_loss(False), settings=SelfTrainingTrainer.settings_class(pseudo_weight=0.5), finest=lambda x: x
+    )
+    batch = {"targets": {"pseudo": torch.ones(1, 1, 8, 8, 8)}}
+    loss = SelfTrainingTrainer.semi_losses(trainer, logits, logits, batch)["pseudo"]
+    assert loss.item() == pytest.approx(0.5 * (-1.6 / 1.8 - math.log(0.8)), abs=1e-4)
+    assert SelfTrainingTrainer.semi_losses(trainer, logits, None, batch)["pseudo"] == 0

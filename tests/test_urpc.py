@@ -1,10 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from training import make_trainer
+from training import CLASSES, REGIONS, make_trainer
 
-from nnunet_semiseg.trainers.urpc import URPCTrainer, pyramid_consistency
+from nnunet_semiseg.trainers.urpc import HEAD_DROPOUT, URPCTrainer, perturb, pyramid_consistency
 
 
 def two_scales(a, b):
@@ -51,3 +52,53 @@ def test_all_scales_are_supervised_and_compared(ready, monkeypatch):
     n = len(batch["target"])
     assert trainer.loss.weight_factors == pytest.approx([2 / 3, 1 / 3])
     assert n == 2 and seen == [[(2, 3, *trainer.configuration_manager.patch_size)] * n]
+
+
+def test_the_loss_of_a_step_by_hand():
+    """The two outputs of test_the_pyramid_by_hand, as logits, the second one of half the size; the ramp at 0.2."""
+    trainer = SimpleNamespace(
+        settings=URPCTrainer.settings_class(consistency_weight=0.3), progress=0.2, label_manager=CLASSES,
+        enable_deep_supervision=True,
+    )  # fmt: skip
+    outputs = [x.log()[..., : 8 // n, : 8 // n, : 8 // n] for n, x in enumerate(two_scales(0.9, 0.5), 1)]
+    d_1 = 0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3)
+    d_2 = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
+    loss = URPCTrainer.semi_losses(trainer, None, outputs, {})["pyramid"]
+    assert loss.item() == pytest.approx(0.3 * math.exp(-5 * 0.8**2) * (0.04 + (d_1 + d_2) / 2), rel=1e-4)
+    trainer.label_manager = REGIONS
+    outputs = [torch.full((1, 2, 8, 8, 8), math.log(p / (1 - p))) for p in (0.9, 0.5)]
+    loss = URPCTrainer.semi_losses(trainer, None, outputs, {})["pyramid"]
+    assert loss.item() == pytest.approx(0.3 * math.exp(-5 * 0.8**2) * (0.04 + (d_1 + d_2) / 2), rel=1e-4)
+
+
+def test_logits_are_brought_to_full_resolution_not_probabilities():
+    trainer = SimpleNamespace(
+        settings=URPCTrainer.settings_class(), progress=1.0, label_manager=REGIONS, enable_deep_supervision=True
+    )
+    coarse = torch.tensor([-4.0, 4.0]).view(1, 1, 2, 1).repeat(1, 1, 1, 2)
+    fine = torch.nn.functional.interpolate(coarse, (4, 4), mode="bilinear")
+    assert URPCTrainer.semi_losses(trainer, None, [fine, coarse], {})["pyramid"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_features_are_perturbed_before_every_output_in_training_alone():
+    head = torch.nn.Conv2d(64, 64, 1)
+    x = torch.ones(2, 64, 8, 8)
+    (seen,) = perturb(0.5, head, (x,))
+    dropped = (seen == 0).flatten(2).all(2)
+    assert 0.3 < dropped.float().mean() < 0.7 and not (seen == 0)[~dropped].any()  # whole channels
+    kept = seen[~dropped]  # doubled, times 1 + U(-0.3, 0.3)
+    assert 1.4 <= kept.min() < 1.5 and 2.5 < kept.max() <= 2.6
+    assert perturb(0.5, head.eval(), (x,)) == (x,)
+
+
+def test_the_finest_output_is_perturbed_least(ready):
+    network = make_trainer(URPCTrainer, ready(dims=2, size=32))
+    network.initialize()
+    heads = network.network.decoder.seg_layers
+    p = [hook.args[0] for head in heads for hook in head._forward_pre_hooks.values()]
+    assert p == [0.3, 0.2, 0.1] and HEAD_DROPOUT == (0.1, 0.2, 0.3, 0.5)
+    x = torch.randn(2, 1, 32, 32)
+    network.network.train()
+    assert not torch.equal(network.network(x)[0], network.network(x)[0])
+    network.network.eval()
+    assert torch.equal(network.network(x)[0], network.network(x)[0])

@@ -54,8 +54,9 @@ class BCPTrainer(SemiSupervisedTrainer):
     Where we depart: the pre-training's last weights go on (theirs: the best on the test set), with the same optimizer
     and learning rate schedule; the teacher sees weak views, the mixes are of strong ones; X_in and X_out have the same
     x_l; labels have nnU-Net's deep supervision, pseudo-labels the full resolution alone; the largest component is
-    a setting (theirs: always), as it is wrong for lesions and costs time on the CPU. Unlabelled samples beyond as many
-    as there are labelled ones are not used.
+    a setting (theirs: always), as it is wrong for lesions and costs time on the CPU. Of more unlabelled samples than
+    labelled ones, one more is used. With a single sample of each x_u' is x_u, and the pre-training mixes nothing.
+    A training that is resumed with another length keeps the end of its pre-training.
     """
 
     settings_class = BCPSettings
@@ -65,10 +66,15 @@ class BCPTrainer(SemiSupervisedTrainer):
         check_there_are_pairs(self.settings, plans, configuration, "BCP")
         return super().prepare(plans, configuration, fold, dataset_json)
 
-    @property
-    def first_step(self) -> int:
-        """The first that unlabelled samples take part in."""
-        return ceil(self.settings.pretraining * self.num_epochs * self.num_iterations_per_epoch)
+    def initialize(self):
+        super().initialize()
+        # the first step that unlabelled samples take part in
+        self.first_step = ceil(self.settings.pretraining * self.num_epochs * self.num_iterations_per_epoch)
+        self.method_state["first_step"] = torch.tensor(self.first_step)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        self.first_step = int(self.method_state["first_step"])
 
     def forward_streams(self, batch: dict):
         """In the pre-training the output and None; then twice those of X_in and X_out, which both hold both streams."""
@@ -78,8 +84,8 @@ class BCPTrainer(SemiSupervisedTrainer):
             return self.network(paste(self.box, x_l.roll(1, 0), x_l)), None
         if self.step == self.first_step:
             update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)  # begins as a copy
-        x_u = batch["unlabeled"]["strong"][: len(x_l)]
-        mixes = torch.cat((paste(self.box, x_u, x_l), paste(self.box, x_l, x_u.roll(1, 0))))
+        x_u, other = pairs(batch["unlabeled"]["strong"], len(x_l))
+        mixes = torch.cat((paste(self.box, x_u, x_l), paste(self.box, x_l, other)))
         both = split_streams(self.network(mixes), len(x_l))
         return both, both
 
@@ -96,12 +102,13 @@ class BCPTrainer(SemiSupervisedTrainer):
         if unlabeled is None:
             return {"pseudo": self.box.new_zeros((), dtype=torch.float32)}
         with torch.no_grad():
-            weak = batch["unlabeled"]["weak"][: len(batch["data"])]
-            label = hard_pseudo_label(self.teacher(weak), self.label_manager)
+            n = len(batch["data"])
+            label = hard_pseudo_label(self.teacher(batch["unlabeled"]["weak"][: n + 1]), self.label_manager)
         if self.settings.largest_component:
             label = keep_largest_component(label, self.label_manager)
+        label, other = pairs(label, n)
         inwards, outwards = map(self.finest, unlabeled)
-        loss = self.loss_where(self.box, inwards, label) + self.loss_where(~self.box, outwards, label.roll(1, 0))
+        loss = self.loss_where(self.box, inwards, label) + self.loss_where(~self.box, outwards, other)
         return {"pseudo": self.settings.bcp_weight * loss}
 
     def loss_where(self, mask: Tensor, output, target) -> Tensor:
@@ -116,6 +123,12 @@ class BCPTrainer(SemiSupervisedTrainer):
         if isinstance(output, (list, tuple)):
             return DeepSupervisionWrapper(loss, self.loss.weight_factors)(output, target)
         return loss(output, target)
+
+
+def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The first n samples, and for each of them another: the one before it, of the first the one behind the last."""
+    x = x[: n + 1]
+    return x[:n], x.roll(1, 0)[:n]
 
 
 def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:

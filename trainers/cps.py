@@ -36,12 +36,13 @@ class CPSTrainer(SemiSupervisedTrainer):
     Two networks of the same architecture that differ in their initial weights: L = L_s + lambda L_cps.
 
     - eq. 1: L_s, both networks' loss on the labelled samples: nnU-Net's, with deep supervision;
-    - eq. 2 and 3: L_cps = CE(p_1, y_2) + CE(p_2, y_1), y the other's decision, the mean over labelled and
-      unlabelled samples, at full resolution.
+    - eq. 2 and 3: L_cps = CE(p_1, y_2) + CE(p_2, y_1), y the other's decision, at full resolution; one mean over
+      labelled and unlabelled samples (the paper adds a mean of each, twice as much where both are as many).
 
     The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step, of networks pre-trained on ImageNet. From
     random weights that would teach noise: we take the 0.1 with a Gaussian ramp over the training that is usual for
-    volumes. The first network is deployed; the second is trained beside it and saved for resuming.
+    volumes. The first network is deployed; the second is trained beside it and saved for resuming. nnU-Net's
+    `-pretrained_weights` are the first's alone: the two have to differ.
     """
 
     settings_class = CPSSettings

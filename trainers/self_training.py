@@ -6,19 +6,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
 from nnunet_semiseg.config import SemiSupervisedSettings, require
 from nnunet_semiseg.data.pseudo_labels import (
     PseudoLabeledDataset,
     is_labeled,
+    label_case,
+    pseudo_label_loader,
     take_pseudo_label,
-    write_pseudo_label,
 )
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.training.schedules import RestartingPolyLR
@@ -49,7 +47,8 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
     ones would hardly be seen).
 
     `pseudo_labels/round_N` in the training's folder holds the pseudo-labels in the images' geometry, for review, and
-    as they are trained on. Interrupted while it labels, the training goes on with the cases that have none.
+    as they are trained on. Interrupted while it labels, the training goes on with the cases that have none. nnU-Net's
+    `-pretrained_weights` are those of the first training alone.
     """
 
     settings_class = SelfTrainingSettings
@@ -128,15 +127,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
         todo = [case for case in dataset.identifiers if not is_labeled(folder, case)]
         self.print_to_log_file(f"round {self.round}: labelling {len(todo)} unlabelled cases: {folder}")
         for case in todo:
-            data, outside, _, properties = dataset.load_case(case)
-            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
-            label = np.asarray(self.label_manager.convert_logits_to_segmentation(logits))
-            export_prediction_from_logits(
-                logits, properties, self.configuration_manager, self.plans_manager, self.dataset_json,
-                str(folder / case),
-            )  # fmt: skip
-            label = np.where(outside[:][0] < 0, -1, label)  # nnU-Net's mark of what is outside of the nonzero mask
-            write_pseudo_label(label, folder, case, self.label_manager)
+            label_case(predictor, dataset, case, folder)
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
     def start_again(self) -> None:
@@ -146,9 +137,15 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
             self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
         )  # fmt: skip
         self.bare_network.load_state_dict(fresh.state_dict())
-        self._best_ema = None  # of `checkpoint_best.pth`: another network's
+        self._best_ema = None  # of `checkpoint_best.pth`: the other network's
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        super().on_validation_epoch_end(val_outputs)
+        if self.current_epoch in self.starts:  # the mean over epochs, too, is not to begin with the other network's
+            values = self.logger.local_logger.my_fantastic_logging
+            values["ema_fg_dice"][-1] = values["mean_fg_dice"][-1]
 
     # ---------------------------------------------------------------------------------------------------- a step
 
@@ -160,18 +157,8 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
             if self.current_epoch in self.starts:  # they are made next, and the loaders anew
                 return super()._make_unlabeled_loader(labeled)
             raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is gone: train again, without --c")
-        sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
-        loader = nnUNetDataLoader(
-            PseudoLabeledDataset(dataset, folder),
-            self.settings.unlabeled_batch_size or self.batch_size,
-            *sizes,
-            self.label_manager,
-            self.oversample_foreground_percent,
-            probabilistic_oversampling=self.probabilistic_oversampling,
-            transforms=labeled.transforms,
-        )
-        loader.has_ignore = False  # a pseudo-label ignores nothing
-        return loader
+        batch_size = self.settings.unlabeled_batch_size or self.batch_size
+        return pseudo_label_loader(labeled, PseudoLabeledDataset(dataset, folder), batch_size, self.label_manager)
 
     def target_maker(self):
         return take_pseudo_label

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.config import ConsistencySettings
 from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.networks.feature_perturbation import drop_channels, feature_noise
 from nnunet_semiseg.networks.multi_decoder import LINEAR
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+
+HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
+"""of the outputs from the finest to the fourth; coarser ones have the last"""
 
 
 class URPCTrainer(SemiSupervisedTrainer):
@@ -19,18 +24,28 @@ class URPCTrainer(SemiSupervisedTrainer):
     consistency" (URPC; MICCAI 2021, arXiv 2012.07042; Medical Image Analysis 2022).
 
     The outputs p_s of nnU-Net's deep supervision, all brought to full resolution, have to agree on unlabelled
-    samples with their mean p_c:
+    samples with their mean p_c. In training, channels of the features are dropped and noise is added before each
+    output, so that the scales differ in more than their size: the less, the finer (0.1 to 0.5, as in their code).
 
     - eq. 3: D_s = sum over classes of p_s log(p_s / p_c), a scale's uncertainty in one forward pass;
     - eq. 4: L_unsup = 1/S sum_s [sum_v ||p_s - p_c||^2 w_s / sum_v w_s] + 1/S sum_s mean D_s, w_s = exp(-D_s);
     - L = L_sup + lambda(t) L_unsup, with a Gaussian ramp to lambda = 0.1.
 
-    The squares are the mean over classes, as in their code. L_sup is nnU-Net's, whose coarser outputs count half each
-    (in the paper all alike); the coarsest, which nnU-Net leaves out, is supervised, too. Without deep supervision
-    there is one output, and L_unsup is 0.
+    As in their code, the squares are the mean over classes, and the last term is the mean of D_s (paper: its norm);
+    that code has D_s the other way round, p_c log(p_c / p_s). L_sup is nnU-Net's, whose coarser outputs count half
+    each (in the paper all alike); the coarsest, which nnU-Net leaves out, is supervised, too. Without deep
+    supervision there is one output, and L_unsup is 0.
     """
 
     settings_class = ConsistencySettings
+
+    @classmethod
+    def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+        heads = list(reversed(network.decoder.seg_layers))  # the finest first
+        for i, head in enumerate(heads):
+            # a hook, and the weights keep the names of the plans' network
+            head.register_forward_pre_hook(partial(perturb, HEAD_DROPOUT[min(i, len(HEAD_DROPOUT) - 1)]))
+        return network
 
     def _build_loss(self):
         loss = super()._build_loss()
@@ -47,6 +62,12 @@ class URPCTrainer(SemiSupervisedTrainer):
         ]
         weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
         return {"pyramid": weight * pyramid_consistency(p, self.label_manager.has_regions)}
+
+
+def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """What a head gets of its features (B, C, *s): in training with channels dropped and with noise."""
+    (x,) = inputs
+    return (feature_noise(drop_channels(x, p)),) if head.training else inputs
 
 
 def pyramid_consistency(p: Sequence[Tensor], regions: bool) -> Tensor:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import blosc2
 import numpy as np
+import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 
 class PseudoLabeledDataset:
@@ -23,6 +27,20 @@ class PseudoLabeledDataset:
         return data, label, previous, properties | load_pickle(str(self.folder / f"{identifier}.pkl"))
 
 
+def pseudo_label_loader(
+    labeled: nnUNetDataLoader, data: PseudoLabeledDataset, batch_size: int, label_manager
+) -> nnUNetDataLoader:
+    """A loader with pseudo-labels that is like the one with labels, foreground sampling and augmentation included."""
+    sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
+    loader = nnUNetDataLoader(
+        data, batch_size, *sizes, label_manager, labeled.oversample_foreground_percent,
+        probabilistic_oversampling=labeled.get_do_oversample == labeled._probabilistic_oversampling,
+        transforms=labeled.transforms,
+    )  # fmt: skip
+    loader.has_ignore = False  # a pseudo-label ignores nothing
+    return loader
+
+
 def take_pseudo_label(labeled: dict, unlabeled: dict) -> dict:
     """The targets that a `nnUNetDataLoader` of pseudo-labelled cases made."""
     target = unlabeled["target"]
@@ -32,6 +50,19 @@ def take_pseudo_label(labeled: dict, unlabeled: dict) -> dict:
 def is_labeled(folder: Path, case: str) -> bool:
     """Whether the folder has the whole pseudo-label of this case."""
     return (folder / f"{case}.pkl").is_file()
+
+
+def label_case(predictor: nnUNetPredictor, dataset, case: str, folder: Path) -> None:
+    """Write a network's decision on a case: in the image's geometry, to be looked at, and for the loader."""
+    data, outside, _, properties = dataset.load_case(case)
+    logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
+    label = np.asarray(predictor.label_manager.convert_logits_to_segmentation(logits))
+    export_prediction_from_logits(
+        logits, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
+        str(folder / case),
+    )  # fmt: skip
+    label = np.where(outside[:][0] < 0, -1, label)  # nnU-Net's mark of what is outside of the nonzero mask
+    write_pseudo_label(label, folder, case, predictor.label_manager)
 
 
 def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager) -> None:

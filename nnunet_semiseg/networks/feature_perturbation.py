@@ -64,8 +64,8 @@ def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
 
 
 def on_grid_of(x: Tensor, mask: Tensor) -> Tensor:
-    """A mask (B, 1, *S) on the grid of x (B, C, *s), by nearest neighbours."""
-    return F.interpolate(mask.float(), x.shape[2:]) > 0.5
+    """A mask (B, 1, *S) on the grid of x (B, C, *s), by nearest neighbours, as nnU-Net brings labels there."""
+    return F.interpolate(mask.float(), x.shape[2:], mode="nearest-exact") > 0.5
 
 
 def draw_box(x: Tensor, share: float) -> Tensor:
