@@ -111,14 +111,15 @@ def train(parser: ArgumentParser) -> Command:
     def run(args: Namespace) -> None:
         from nnunetv2.run.run_training import run_training_entry
 
-        from nnunet_semiseg.config import parse_assignments
-        from nnunet_semiseg.discovery import check_trainer
+        from nnunet_semiseg.config import parse_assignments, refuse_foreign
+        from nnunet_semiseg.discovery import find_trainer
         from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.planning import copy_plans, write_settings
 
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
         dataset_folder("nnUNet_results", args.dataset_name_or_id)
-        check_trainer(args.tr)
+        changes = parse_assignments(args.set)
+        refuse_foreign(find_trainer(args.tr), changes)
         plans_file = preprocessed / f"{args.p}.json"
         if args.copy:
             plans_file, args.p = copy_plans(plans_file, args.copy), args.copy
@@ -128,7 +129,7 @@ def train(parser: ArgumentParser) -> Command:
         sys.argv += [word for option in options if given[option] for word in (option, given[option])]
         sys.argv += [flag for flag in flags if given[flag]]
         try:
-            write_settings(plans_file, parse_assignments(args.set))
+            write_settings(plans_file, changes)
             run_training_entry()
         except UserError:  # raised before training only
             if args.copy:
@@ -414,11 +415,11 @@ def _add_model_arguments(parser: ArgumentParser, configuration: str | None = Non
 
 
 def _trained_run(args: Namespace):
-    from nnunet_semiseg.discovery import check_trainer
+    from nnunet_semiseg.discovery import find_trainer
     from nnunet_semiseg.evaluation.runs import Run
     from nnunet_semiseg.files import dataset_folder
 
-    check_trainer(args.tr)
+    find_trainer(args.tr)
     return Run(dataset_folder("nnUNet_results", args.d).name, args.c, args.f, args.tr, args.p)
 
 

@@ -180,6 +180,19 @@ def update_settings(plans: dict, changes: dict[str, Any]) -> dict:
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
 
 
+def refuse_foreign(trainer: type, changes: Iterable[str]) -> None:
+    """Refuse settings of other trainers: for this one they would do nothing.
+
+    Raises:
+        UserError: another trainer has the setting, this one does not.
+    """
+    settings_class, known = getattr(trainer, "settings_class", None), known_settings()
+    own = _hints(settings_class) if settings_class else {}
+    for key in sorted(set(changes) & set(known) - set(own)):
+        hint = f"it has {', '.join(sorted(own))}" if own else "nnU-Net's own trainers have none: use SupervisedTrainer"
+        raise UserError(f"--set {key}: {trainer.__name__} has no such setting: {hint}")
+
+
 def known_settings() -> dict[str, list[type[TrainingSettings]]]:
     """Every setting's name, with the settings classes of the installed trainers that have it."""
     from nnunet_semiseg.discovery import iter_classes  # discovery imports trainers, which import this module

@@ -47,20 +47,25 @@ def iter_classes(package: str) -> Iterator[type]:
                     yield value
 
 
-def check_trainer(name: str) -> None:
-    """Raises UserError, with the names that are near, where nnU-Net does not find the trainer."""
+def find_trainer(name: str) -> type:
+    """A trainer of this package, of nnU-Net or of the user's.
+
+    Raises:
+        UserError: nnU-Net does not find it; with the names that are near.
+    """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    if find_class("trainers", name) is None:
-        try:
-            with contextlib.redirect_stdout(None):
-                recursive_find_trainer_class_by_name(name)
-        except RuntimeError as error:
-            if name not in str(error):  # not nnU-Net's own: a module of the user's that does not load
-                raise
-            ours = sorted(trainer.__name__ for trainer in iter_classes("trainers"))
-            near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6) or ours
-            raise UserError(f"{name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's") from None
+    if (found := find_class("trainers", name)) is not None:
+        return found
+    try:
+        with contextlib.redirect_stdout(None):
+            return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        if name not in str(error):  # not nnU-Net's own: a module of the user's that does not load
+            raise
+        ours = sorted(trainer.__name__ for trainer in iter_classes("trainers"))
+        near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6) or ours
+        raise UserError(f"{name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's") from None
 
 
 def module_names(package: str) -> list[str]:

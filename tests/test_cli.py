@@ -127,6 +127,12 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
 
     (line,) = error_lines(capsys, *command.split(), "--set", "num_epoks=3")
     assert line.startswith("error: unknown setting num_epoks") and len(called) == 1
+    before = plans_file.read_text()
+    (line,) = error_lines(capsys, *command.split(), "--set", "num_epochs=3", "ema_decay=0.9")
+    assert line.startswith("error: --set ema_decay: SupervisedTrainer has no such setting: it has bfloat16_on_cpu, num")
+    (line,) = error_lines(capsys, *command.replace("SupervisedTrainer", "nnUNetTrainer").split(), "--set", "seed=3")
+    assert line.endswith("nnU-Net's own trainers have none: use SupervisedTrainer")
+    assert plans_file.read_text() == before
     (line,) = error_lines(capsys, *command.replace("SupervisedTrainer", "SupervizedTrainer").split())
     assert line.startswith("error: SupervizedTrainer: no such trainer: use SupervisedTrainer")
     assert len(called) == 1

@@ -116,3 +116,13 @@ def test_with_a_seed_blur_is_computed_in_one_way(trainer_class, ready):
         transforms = trainer.get_training_transforms((32, 32), (0, 0), None, (0, 1), False).transforms
         (blur,) = [t.transform for t in transforms if isinstance(getattr(t, "transform", None), GaussianBlurTransform)]
         assert blur.benchmark == (seed is None)
+
+
+def test_what_is_compiled_has_fixed_shapes(ready, monkeypatch):
+    """A method that begins with one stream and goes on with two has two graphs; dynamo would make one of any shape."""
+    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", True)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    trainer = make_trainer(MeanTeacherTrainer, ready(dims=2, size=32))
+    trainer._do_i_compile = lambda: True
+    trainer.initialize()
+    assert not torch._dynamo.config.automatic_dynamic_shapes

@@ -51,7 +51,8 @@ class CCTTrainer(SemiSupervisedTrainer):
     - L = L_s + w_u(t) L_u, only the main decoder in L_s.
 
     Perturbations are those of the paper's section 3.2: noise, drop (of the most active regions), dropout (of whole
-    channels), masks of the object or of its context, and cutout within the object's bounding box. The default
+    channels), masks of the object or of its context, and cutout within the object's bounding box (one, of all that is
+    foreground; the paper has a box an object). Each level of the U-Net draws its own noise and threshold. The default
     three are the ones that volumes' U-Nets are trained with in the field, one decoder each; naming one more often
     gives it more decoders. Left out is the paper's I-VAT. A U-Net's decoder reads skips as well, so these are
     perturbed as the bottleneck is; decoders are the plans' instead of the paper's light ones. The weight is that of

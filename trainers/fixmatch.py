@@ -30,7 +30,8 @@ class FixMatchTrainer(SemiSupervisedTrainer):
 
     arXiv 2001.07685, for voxels. Eq. 4: L_u = mean over all voxels of 1(max q >= 0.95) CE(p(strong), argmax q),
     q the network's own probabilities on the weak view, without gradient; L = L_s + lambda_u L_u, lambda_u = 1 with no
-    ramp, as the threshold is one. L_s is nnU-Net's loss, the strong view nnU-Net's intensity augmentation: views share
+    ramp, as the threshold is one. Unlabelled samples are as many as labelled ones, `unlabeled_batch_size` makes them
+    more (paper: 7 times as many). L_s is nnU-Net's loss, the strong view nnU-Net's intensity augmentation: views share
     the geometry, so that voxels correspond. A region's pseudo-label counts where all regions are certain.
     """
 

@@ -43,7 +43,7 @@ class UAMTTrainer(SemiSupervisedTrainer):
       threshold H from 3/4 to all of the greatest entropy, by the same Gaussian ramp as the weight of L_c.
 
     The student sees the strong view, the teacher the weak one, for its target without noise and dropout; in the paper
-    both see the same with other noise. There labelled samples take part in L_c. Their
+    both see the same with other noise, and labelled samples take part in L_c (in their later code they do not). Their
     V-Net has dropout at the bottleneck and before the head: nnU-Net's networks have none, so it is put on the
     bottleneck. For more than two classes the distance is the mean over them; a region is judged by its own entropy.
     """

@@ -16,7 +16,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from nnunet_semiseg.config import PLANS_KEY
 from nnunet_semiseg.data.unlabeled import labeled_images
 from nnunet_semiseg.devices import check_device
-from nnunet_semiseg.discovery import check_trainer
+from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json
@@ -129,7 +129,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
         UserError: a trainer that does not exist or is named twice, no such dataset, seeds or sizes that make no sense.
     """
     for trainer in request.trainers:
-        check_trainer(trainer)
+        find_trainer(trainer)
     for name, values in (
         ("--trainers", request.trainers), ("--labeled", request.labeled), ("--curve", request.curve or ()),
         ("--noise", request.noise), ("--gpus", request.gpus),

@@ -211,6 +211,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def initialize(self):
         # before super(): it makes the optimizer
         self.auxiliary = nn.ModuleDict(self.build_auxiliary()).to(self.device)
+        if self._do_i_compile():  # a batch of one stream and one of two are two graphs, not one of any shape
+            torch._dynamo.config.automatic_dynamic_shapes = False
         super().initialize()
         apply_network_settings(self.network, self.device, self.settings)
         if isinstance(self.settings, TeacherSettings):
