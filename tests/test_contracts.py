@@ -114,12 +114,12 @@ def test_trains_on_residual_encoder_plans(trainer_class, tiny_dataset, monkeypat
 
 @pytest.mark.slow
 @every_trainer
-def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(trainer_class, ready, monkeypatch):
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # as trainers that compile set it
+def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(trainer_class, ready):
     """Dynamo without inductor: a break raises, and a step that changes a shape or a function would add a graph."""
     trainer = started(trainer_class, ready(dims=2, size=32), mc_passes=2)
     trainer.network.train()
     graphs = []
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)  # as trainers that compile set it
 
     def count(graph, inputs):
         graphs.append(graph)

@@ -118,9 +118,9 @@ def test_with_a_seed_blur_is_computed_in_one_way(trainer_class, ready):
         assert blur.benchmark == (seed is None)
 
 
+@torch._dynamo.config.patch(automatic_dynamic_shapes=True)
 def test_what_is_compiled_has_fixed_shapes(ready, monkeypatch):
     """A method that begins with one stream and goes on with two has two graphs; dynamo would make one of any shape."""
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", True)
     monkeypatch.setattr(torch, "compile", lambda network: network)
     trainer = make_trainer(MeanTeacherTrainer, ready(dims=2, size=32))
     trainer._do_i_compile = lambda: True
