@@ -55,14 +55,14 @@ def test_both_tasks_agree_where_the_sign_is_right():
 def test_tasks_agree_in_both_streams_by_a_ramp():
     """Labelled: p is 1/2, the level sets say 1; unlabelled: p is 0.2 and 0.8, they say 0 and 1. The ramp at 0.2."""
     trainer = Trainer()
-    trainer.progress = 0.2
+    trainer.settings, trainer.progress = DTCTrainer.settings_class(dtc_weight=3.0), 0.2
     flat, other = torch.zeros(2, 2, 2, 8, 8, 8)
     other[:, 1] = math.log(0.8 / 0.2)
     inside = torch.full((2, 2, 8, 8, 8), -0.1)
     z = inside.clone()
     z[:, 0] = 0.1
     loss = DTCTrainer.semi_losses(trainer, (flat, inside), (other, z), {})["dtc"]
-    assert loss.item() == pytest.approx(math.exp(-5 * 0.8**2) * (0.5**2 + 0.2**2) / 2)
+    assert loss.item() == pytest.approx(3 * math.exp(-5 * 0.8**2) * (0.5**2 + 0.2**2) / 2)
 
 
 def test_each_task_learns_from_the_other():
@@ -97,9 +97,10 @@ def test_the_supervised_loss_of_level_sets():
 
 
 def test_a_patch_with_ignored_voxels_has_no_level_sets():
-    """Of two samples that are wrong by 0.5 and by 1 one has an ignored voxel: 0.3 * 0.25."""
+    """Of two samples that are wrong by 0.5 and by 1 one has an ignored voxel: 2 * 0.25."""
 
     class WithIgnore(Trainer):
+        settings = DTCTrainer.settings_class(level_set_weight=2.0)
         label_manager = LabelManager({"background": 0, "a": 1, "ignore": 2}, None)
 
     z, true = torch.zeros(2, 2, 8, 8, 8), torch.tensor([0.5, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 8, 8, 8)
@@ -107,7 +108,7 @@ def test_a_patch_with_ignored_voxels_has_no_level_sets():
     target[1, 0, 0, 0, 0] = 2
     batch = {"target": target, "targets": {"level_sets": true}}
     loss = DTCTrainer.supervised_losses(WithIgnore(), (None, z), batch)["level_sets"]
-    assert loss.item() == pytest.approx(0.3 * 0.25)
+    assert loss.item() == pytest.approx(2 * 0.25)
     target[:] = 2
     assert DTCTrainer.supervised_losses(WithIgnore(), (None, z), batch)["level_sets"] == 0
 

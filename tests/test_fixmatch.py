@@ -26,3 +26,23 @@ def test_only_certain_voxels_teach(labels):
     one = -math.log(0.75)
     expected = (one - math.log(0.5)) / 2 if regions else one  # region 0: strong says 1/2
     assert loss.item() == pytest.approx(3 * expected / 8)
+
+
+def test_the_strong_view_learns_from_the_weak_one():
+    """The network gives its images back. The weak view says class 1, with 0.951 in one of eight slices, else 0.949.
+
+    The strong view says 0.75, the labelled samples 1/2. The weight is 1.
+    """
+    labeled, weak, strong = torch.zeros(3, 2, 2, 8, 8, 8)
+    weak[:, 1], strong[:, 1] = math.log(0.949 / 0.051), math.log(0.75 / 0.25)
+    weak[:, 1, 0] = math.log(0.951 / 0.049)
+
+    class Trainer:
+        settings, label_manager, student_view = FixMatchTrainer.settings_class(), CLASSES, FixMatchTrainer.student_view
+        finest = network = staticmethod(lambda x: x)
+
+    batch = {"data": labeled, "unlabeled": {"weak": weak, "strong": strong}}
+    streams = FixMatchTrainer.forward_streams(Trainer(), batch)
+    assert torch.equal(streams[0], labeled)
+    loss = FixMatchTrainer.semi_losses(Trainer(), *streams, batch)["unsupervised"]
+    assert loss.item() == pytest.approx(-math.log(0.75) / 8)

@@ -43,13 +43,19 @@ def test_consistency_of_both_streams_by_a_ramp():
     assert loss.item() == pytest.approx(2 * math.exp(-5 * 0.8**2) * (of_labeled + of_unlabeled) / 2)
 
 
-def test_each_decoder_learns_the_labels():
+@pytest.mark.parametrize("settings, weight", [({}, 0.5), ({"supervised_weight": 0.25}, 0.25)])
+def test_each_decoder_learns_the_labels(settings, weight):
     class Trainer:
-        settings = MCNetTrainer.settings_class(supervised_weight=0.25)
         loss = staticmethod(lambda output, target: output + target)
 
+    Trainer.settings = MCNetTrainer.settings_class(**settings)
     terms = MCNetTrainer.supervised_losses(Trainer(), (1.0, 2.0, 3.0), {"target": 5.0})
-    assert terms == {"supervised_1": 1.5, "supervised_2": 1.75, "supervised_3": 2.0}
+    assert terms == {"supervised_1": 6 * weight, "supervised_2": 7 * weight, "supervised_3": 8 * weight}
+
+
+def test_default_settings():
+    settings = MCNetTrainer.settings_class()
+    assert (settings.supervised_weight, settings.mutual_weight, settings.sharpening) == (0.5, 1, 0.1)
 
 
 def test_labels_of_the_others_get_no_gradient():

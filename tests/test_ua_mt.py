@@ -91,6 +91,48 @@ def test_where_the_teacher_is_certain(passes):
     assert loss.item() == pytest.approx(2 * math.exp(-1.25) * sum(count) / len(count), rel=1e-4)
 
 
+def test_a_pass_sees_noise_that_is_cut_off_and_a_dropped_bottleneck():
+    """Noise of 0.1 is cut off at 0.2. Normal numbers cut off at 2 have a variance of 0.74 + 4 * 0.046, 0.92."""
+
+    class Trainer:
+        settings, label_manager, drop = UAMTTrainer.settings_class(), REGIONS, UAMTTrainer.drop
+
+        def teacher(self, x, text, decoders, perturbations):
+            self.seen = x
+            return perturbations[0]([x, torch.ones(2, 64, 4, 4, 4)], [])[1:]
+
+    trainer, images = Trainer(), torch.full((2, 1, 32, 32, 32), 3.0)
+    p = UAMTTrainer.sample(trainer, images)
+    noise = trainer.seen - images
+    assert noise.min().item() == pytest.approx(-0.2, abs=1e-5) and noise.max().item() == pytest.approx(0.2, abs=1e-5)
+    assert noise.std().item() == pytest.approx(0.1 * math.sqrt(0.92), rel=0.02) and abs(noise.mean()) < 0.003
+    assert p.unique().tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2))])  # of 0 and of 1 / (1 - 0.5)
+    assert (p.flatten(2).std(2) == 0).all()  # whole channels
+
+
+def test_the_student_sees_the_strong_view_with_a_dropped_bottleneck():
+    """Labelled samples are 1, the weak view 2, the strong one 3; the dropout is 1/2, and only of the last features."""
+
+    class Trainer:
+        settings, drop, network = UAMTTrainer.settings_class(), UAMTTrainer.drop, None
+        student_view = UAMTTrainer.student_view
+
+        def decode(self, network, images, decoders, perturbations):
+            return [perturb([images, images, images], []) for perturb in perturbations]
+
+    labeled, weak, strong = (torch.full((2, 64, 4, 4, 4), value) for value in (1.0, 2.0, 3.0))
+    batch = {"data": labeled, "unlabeled": {"weak": weak, "strong": strong}}
+    streams = UAMTTrainer.forward_streams(Trainer(), batch)
+    seen = [[x.unique().tolist() for x in features] for features in streams]
+    assert seen == [[[1], [1], [0, 2]], [[3], [3], [0, 6]]]
+
+
+def test_default_settings():
+    settings = UAMTTrainer.settings_class()
+    assert (settings.mc_passes, settings.mc_dropout, settings.input_noise) == (8, 0.5, 0.1)
+    assert (settings.consistency_weight, settings.ramp_length) == (0.1, 1)
+
+
 def test_passes_differ_by_dropout_and_noise(ready):
     trainer = make_trainer(UAMTTrainer, ready(dims=2, size=32))
     trainer.on_train_start()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from training import CLASSES, make_trainer, nnunet_loss
 
-from nnunet_semiseg.trainers.unimatch import BOX_VOLUME, UniMatchTrainer
+from nnunet_semiseg.trainers.unimatch import UniMatchTrainer
 
 
 def test_the_losses_by_hand():
@@ -60,20 +60,25 @@ def test_pseudo_labels_are_cut_as_their_views_are():
     assert terms["feature"].item() == pytest.approx(2 * 0.5 * (ce - dice), abs=1e-3)
 
 
+class Streams:
+    """Its network's features are the images, and the coarser ones a quarter of them; it gives the images back."""
+
+    draw_box, cut_mix = UniMatchTrainer.draw_box, UniMatchTrainer.cut_mix
+    finest = staticmethod(lambda x: x)
+
+    def __init__(self, **settings):
+        self.settings = UniMatchTrainer.settings_class(**settings)
+
+    def network(self, images, text, decoders, perturbations):
+        self.skips = perturbations[0]([images, images[..., ::2, ::2]], [])
+        return self.skips[:1]
+
+
 def test_strong_views_are_cut():
-    """Every image has a value of its own; the network gives them back."""
-
-    class Trainer:
-        settings = UniMatchTrainer.settings_class(cutmix=1.0, feature_dropout=0.0)
-        draw_box, cut_mix = UniMatchTrainer.draw_box, UniMatchTrainer.cut_mix
-        finest = staticmethod(lambda x: x)
-
-        def network(self, images, text, decoders, perturbations):
-            return perturbations[0]([images], [])
-
+    """Every image has a value of its own."""
     data, weak, first, second = (torch.tensor([i, i + 1.0]).view(2, 1, 1, 1, 1).expand(2, 1, 16, 16, 16)
                                  for i in (1, 3, 5, 7))  # fmt: skip
-    trainer = Trainer()
+    trainer = Streams(cutmix=1.0, feature_dropout=0.0)
     batch = {"data": data, "unlabeled": {"weak": weak, "strong_1": first, "strong_2": second}}
     labeled, (of_weak, *strong, perturbed) = UniMatchTrainer.forward_streams(trainer, batch)
     assert torch.equal(labeled, data) and torch.equal(of_weak, weak) and torch.equal(perturbed, weak)
@@ -81,6 +86,27 @@ def test_strong_views_are_cut():
         assert box.any() and not box.all()
         assert [x[box[0]].unique().tolist() for x in seen] == [[other], [one]]
         assert [x[~box[0]].unique().tolist() for x in seen] == [[one], [other]]
+
+
+def test_each_strong_view_has_a_box_of_its_own():
+    x, trainer, equal = torch.zeros(2, 1, 16, 16), Streams(cutmix=1.0), []
+    for _ in range(10):
+        UniMatchTrainer.forward_streams(trainer, {"data": x, "unlabeled": dict.fromkeys(UniMatchTrainer.views, x)})
+        equal.append(torch.equal(*trainer.boxes))
+    assert not all(equal)
+
+
+def test_half_of_the_channels_are_dropped_on_every_level_for_the_feature_stream():
+    """Labelled samples are 1, the weak view 2, the strong ones 3 and 4; what is not dropped of the weak is doubled."""
+    data, *views = (torch.full((2, 400, 8, 8), value) for value in (1.0, 2.0, 3.0, 4.0))
+    trainer, unlabeled = Streams(), dict(zip(("weak", "strong_1", "strong_2"), views, strict=True))
+    UniMatchTrainer.forward_streams(trainer, {"data": data, "unlabeled": unlabeled})
+    assert len(trainer.skips) == 2
+    for skip in trainer.skips:
+        *plain, perturbed = skip.split(2)
+        assert [x.unique().tolist() for x in plain] == [[1], [2], [3], [4]]
+        assert perturbed.unique().tolist() == [0, 4] and 0.4 < (perturbed > 0).float().mean() < 0.6
+        assert (perturbed == perturbed[..., :1, :1]).all()
 
 
 def test_one_pass_of_the_encoder_and_a_decoder_for_five(ready):
@@ -97,11 +123,15 @@ def test_one_pass_of_the_encoder_and_a_decoder_for_five(ready):
 
 
 def test_boxes_of_cutmix():
-    class Trainer:
-        settings = UniMatchTrainer.settings_class(cutmix=0.5)
-
+    """Every other step a box of 0.02 to 0.4 of the patch: of 20 voxels a side has 5 to 15 (0.016 to 0.42)."""
     x = torch.zeros(1, 1, 20, 20, 20)
-    shares = [UniMatchTrainer.draw_box(Trainer(), x).float().mean().item() for _ in range(60)]
-    empty = [s for s in shares if s == 0]
-    assert 10 < len(empty) < 50
-    assert all(BOX_VOLUME[0] * 0.7 < s < BOX_VOLUME[1] * 1.15 for s in shares if s)
+    shares = [UniMatchTrainer.draw_box(Streams(), x).float().mean().item() for _ in range(400)]
+    boxes = [share for share in shares if share]
+    assert 140 < len(boxes) < 260
+    assert 0.015 < min(boxes) < 0.07 and 0.3 < max(boxes) < 0.43 and 0.16 < sum(boxes) / len(boxes) < 0.26
+
+
+def test_default_settings():
+    settings = UniMatchTrainer.settings_class()
+    assert (settings.match_weight, settings.match_threshold) == (1, 0.95)
+    assert (settings.feature_dropout, settings.cutmix) == (0.5, 0.5)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnunet_semiseg.config import ConsistencySettings, OptionalTextSettings, TeacherSettings, require
 from nnunet_semiseg.losses.pseudo_labels import entropy, probabilities
+from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.networks.text_guidance import text_guidance_for
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
@@ -45,7 +45,8 @@ class UAMTTrainer(SemiSupervisedTrainer):
     The student sees the strong view, the teacher the weak one, for its target without noise and dropout; in the paper
     both see the same with other noise, and labelled samples take part in L_c (in their later code they do not). Their
     V-Net has dropout at the bottleneck and before the head: nnU-Net's networks have none, so it is put on the
-    bottleneck. For more than two classes the distance is the mean over them; a region is judged by its own entropy.
+    bottleneck, of whole channels as in their code. For more than two classes the distance is the mean over them; a
+    region is judged by its own entropy.
     """
 
     settings_class = UAMTSettings
@@ -56,7 +57,7 @@ class UAMTTrainer(SemiSupervisedTrainer):
         return MultiDecoderUNet(network, guidance=text_guidance_for(network, settings))
 
     def drop(self, skips: list[Tensor], outputs: list) -> list[Tensor]:
-        return [*skips[:-1], F.dropout(skips[-1], self.settings.mc_dropout)]
+        return [*skips[:-1], drop_channels(skips[-1], self.settings.mc_dropout)]
 
     def forward_streams(self, batch: dict):
         images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))

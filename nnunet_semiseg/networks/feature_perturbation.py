@@ -55,9 +55,10 @@ def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
         line = foreground.any(others[0], keepdim=True)
         for other in others[1:]:
             line = line.any(other, keepdim=True)
-        places = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.ndim - 1 - axis))
-        first = torch.where(line, places, x.shape[axis]).amin(axis, keepdim=True)
-        length = torch.where(line, places, -1).amax(axis, keepdim=True) + 1 - first
+        # the voxels' centres: of corners, an object's first one would never lie in the box
+        places = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.ndim - 1 - axis)) + 0.5
+        first = torch.where(line, places, x.shape[axis]).amin(axis, keepdim=True) - 0.5
+        length = torch.where(line, places, -1).amax(axis, keepdim=True) + 0.5 - first
         start = first + torch.rand(first.shape, device=x.device) * (1 - share) * length
         box = box & (places >= start) & (places < start + share * length)
     return x * ~box
