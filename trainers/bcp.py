@@ -68,13 +68,13 @@ class BCPTrainer(SemiSupervisedTrainer):
 
     def initialize(self):
         super().initialize()
-        # the first step that unlabelled samples take part in
-        self.first_step = ceil(self.settings.pretraining * self.num_epochs * self.num_iterations_per_epoch)
-        self.method_state["first_step"] = torch.tensor(self.first_step)
+        first = ceil(self.settings.pretraining * self.num_epochs * self.num_iterations_per_epoch)
+        self.method_state["first_step"] = torch.tensor(first)
 
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
-        self.first_step = int(self.method_state["first_step"])
+    @property
+    def first_step(self) -> int:
+        """The first that unlabelled samples take part in; it is on the CPU, so that nothing waits."""
+        return int(self.method_state["first_step"])
 
     def forward_streams(self, batch: dict):
         """In the pre-training the output and None; then twice those of X_in and X_out, which both hold both streams."""
