@@ -86,6 +86,21 @@ class ConsistencySettings(SemiSupervisedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatchSettings(SemiSupervisedSettings):
+    """Settings of a method that learns from its own pseudo-labels where these are certain."""
+
+    match_weight: float = 1.0
+    """lambda_u, of the unsupervised loss"""
+    match_threshold: float = 0.95
+    """tau: pseudo-labels with a lower probability do not count"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "match_weight", minimum=0)
+        require(self, "match_threshold", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextSettings(SemiSupervisedSettings):
     """Settings of a method that is guided by class prompts."""
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -51,6 +52,12 @@ def add_trainer(tmp_path, monkeypatch):
 def stub(add_trainer):
     add_trainer("stub", STUB)
     return find_class("trainers", "StubTrainer")
+
+
+def test_no_trainer_imports_another():
+    folder = Path(nnunet_semiseg.trainers.__path__[0])
+    found = [file.name for file in folder.glob("*.py") if "nnunet_semiseg.trainers" in file.read_text(encoding="utf-8")]
+    assert len(list(folder.glob("*.py"))) > 15 and found == []
 
 
 @pytest.mark.parametrize("package", ["trainers", "planners"])

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from nnunet_semiseg.config import SemiSupervisedSettings, require
+from nnunet_semiseg.config import MatchSettings
 from nnunet_semiseg.losses.pseudo_labels import confidence, cross_entropy, hard_pseudo_label, probabilities
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixMatchSettings(SemiSupervisedSettings):
-    match_weight: float = 1.0
-    """lambda_u, of the unsupervised loss"""
-    match_threshold: float = 0.95
-    """tau: pseudo-labels with a lower probability do not count"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "match_weight", minimum=0)
-        require(self, "match_threshold", minimum=0, maximum=1)
 
 
 class FixMatchTrainer(SemiSupervisedTrainer):
@@ -35,7 +20,7 @@ class FixMatchTrainer(SemiSupervisedTrainer):
     the geometry, so that voxels correspond. A region's pseudo-label counts where all regions are certain.
     """
 
-    settings_class = FixMatchSettings
+    settings_class = MatchSettings
     views = ("weak", "strong")
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:

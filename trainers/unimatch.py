@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.config import require
+from nnunet_semiseg.config import MatchSettings, require
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import draw_box, drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.trainers.fixmatch import FixMatchSettings
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 
 BOX_VOLUME = (0.02, 0.4)
@@ -20,7 +19,7 @@ BOX_VOLUME = (0.02, 0.4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniMatchSettings(FixMatchSettings):
+class UniMatchSettings(MatchSettings):
     feature_dropout: float = 0.5
     """p of the channel dropout of the feature stream"""
     cutmix: float = 0.5
