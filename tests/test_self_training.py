@@ -8,6 +8,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from training import make_trainer, nnunet_loss
 
+from nnunet_semiseg.data.pseudo_labels import label_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.training.schedules import RestartingPolyLR
@@ -20,7 +21,9 @@ def test_pseudo_labels_lie_on_disk_and_are_what_is_trained_on(ready, kind):
     losses, step = [], trainer.train_step
 
     def recording(batch):
-        if trainer.round:
+        if not trainer.round:
+            assert batch["unlabeled"] == {} == batch["targets"]  # nothing is loaded that is not used
+        else:
             target = batch["targets"]["pseudo"]
             assert len(target[0]) == 2 and set(batch["unlabeled_keys"]) <= {f"un_{i:03d}" for i in range(4)}
         losses.append(step(batch))
@@ -53,7 +56,7 @@ def test_a_pseudo_label_is_the_networks_decision(ready):
     trainer.on_train_start()
     trainer.current_epoch = 1
     trainer.network.forward = lambda x: torch.stack((0.5 + 0 * x[:, 0], x[:, 0] > 0, -x[:, 0].abs()), 1).float()
-    trainer.label_unlabeled()
+    label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
     del trainer.network.forward
     loader = trainer._make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
     for case in loader._data.identifiers:
@@ -117,7 +120,7 @@ def test_what_is_outside_of_the_nonzero_mask_stays_marked(ready, monkeypatch):
 
     dataset.load_case = with_an_outside
     trainer.unlabeled_dataset = lambda: dataset
-    trainer.label_unlabeled()
+    label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
     loader = trainer._make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
     _, label, _, _ = loader._data.load_case("un_000")
     assert (label[:][0, :5] == -1).all() and label[:][0, 5:].min() >= 0
@@ -194,7 +197,7 @@ def test_a_new_round_has_a_new_optimizer_and_forgets_the_best_network(ready):
     trainer.on_train_start()
     trainer.train_step(next(trainer.dataloader_train))
     trainer.current_epoch, trainer._best_ema = 1, 0.9
-    trainer.label_unlabeled()
+    label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
     trainer.start_again()
     assert trainer._best_ema is None and not trainer.optimizer.state  # no momentum of the old weights
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -206,7 +209,7 @@ def test_pseudo_labels_are_drawn_as_labels_are_and_ignore_nothing(ready):
     trainer = make_trainer(SelfTrainingTrainer, dataset, num_epochs=2, unlabeled_batch_size=3)
     trainer.on_train_start()
     trainer.current_epoch = 1
-    trainer.label_unlabeled()
+    label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
     labeled = trainer.dataloader_train.data_loader.labeled
     for probabilistic in (False, True):
         name = "_probabilistic_oversampling" if probabilistic else "_oversample_last_XX_percent"

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
 from nnunet_semiseg.config import SemiSupervisedSettings, require
 from nnunet_semiseg.data.pseudo_labels import (
     PseudoLabeledDataset,
-    is_labeled,
-    label_case,
+    label_cases,
     pseudo_label_loader,
     take_pseudo_label,
+    without_label,
 )
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.training.schedules import RestartingPolyLR
@@ -93,16 +92,14 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
         return optimizer, RestartingPolyLR(optimizer, self.initial_lr, [*self.starts, self.num_epochs])
 
     def on_train_start(self):
-        begun = self.round - (self.current_epoch in self.starts)  # whose labels were made by a network of the past
-        for number in range(begun + 1, self.settings.rounds + 1):
-            goes_on = number == self.round and self.current_epoch in self.starts
-            if self.folder(number).exists() and not goes_on:
+        for number in range(self.round + 1, self.settings.rounds + 1):  # of a training before this one
+            if self.folder(number).exists():
                 shutil.rmtree(self.folder(number))
         super().on_train_start()
 
     def on_train_epoch_start(self):
         if self.current_epoch in self.starts[1:]:
-            self.label_unlabeled()
+            label_cases(self, self.unlabeled_dataset(), self.folder(self.round))
             self.start_again()
         super().on_train_epoch_start()
 
@@ -112,23 +109,6 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
             self.save_every = 1  # the checkpoint that goes on with the labelling, if that is interrupted
         super().on_epoch_end()
         self.save_every = every
-
-    def label_unlabeled(self) -> None:
-        """The decision of the network on every unlabelled case that has none, written to this round's folder."""
-        folder = self.folder(self.round)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.set_deep_supervision_enabled(False)
-        predictor = nnUNetPredictor(device=self.device, perform_everything_on_device=True, allow_tqdm=False)
-        predictor.manual_initialization(
-            self.network, self.plans_manager, self.configuration_manager, None, self.dataset_json,
-            type(self).__name__, self.inference_allowed_mirroring_axes,
-        )  # fmt: skip
-        dataset = self.unlabeled_dataset()
-        todo = [case for case in dataset.identifiers if not is_labeled(folder, case)]
-        self.print_to_log_file(f"round {self.round}: labelling {len(todo)} unlabelled cases: {folder}")
-        for case in todo:
-            label_case(predictor, dataset, case, folder)
-        self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
     def start_again(self) -> None:
         """New weights, a new optimizer, and loaders with the new labels."""
@@ -150,12 +130,11 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
     # ---------------------------------------------------------------------------------------------------- a step
 
     def _make_unlabeled_loader(self, labeled):
-        if not self.round:
-            return super()._make_unlabeled_loader(labeled)
         folder, dataset = self.folder(self.round), self.unlabeled_dataset()
-        if missing := [case for case in dataset.identifiers if not is_labeled(folder, case)]:
-            if self.current_epoch in self.starts:  # they are made next, and the loaders anew
-                return super()._make_unlabeled_loader(labeled)
+        missing = without_label(dataset, folder)
+        if not self.round or (missing and self.current_epoch in self.starts):
+            return None  # there are no pseudo-labels: they are made next, and the loaders anew
+        if missing:
             raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is gone: train again, without --c")
         batch_size = self.settings.unlabeled_batch_size or self.batch_size
         return pseudo_label_loader(labeled, PseudoLabeledDataset(dataset, folder), batch_size, self.label_manager)

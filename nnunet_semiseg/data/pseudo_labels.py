@@ -13,6 +13,7 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class PseudoLabeledDataset:
@@ -43,13 +44,28 @@ def pseudo_label_loader(
 
 def take_pseudo_label(labeled: dict, unlabeled: dict) -> dict:
     """The targets that a `nnUNetDataLoader` of pseudo-labelled cases made."""
-    target = unlabeled["target"]
-    return {"pseudo": target} if isinstance(target, list) or target.numel() else {}  # views have no target
+    return {"pseudo": unlabeled["target"]}
 
 
-def is_labeled(folder: Path, case: str) -> bool:
-    """Whether the folder has the whole pseudo-label of this case."""
-    return (folder / f"{case}.pkl").is_file()
+def without_label(dataset, folder: Path) -> list[str]:
+    """The cases whose whole pseudo-label the folder does not have."""
+    return [case for case in dataset.identifiers if not (folder / f"{case}.pkl").is_file()]
+
+
+def label_cases(trainer: nnUNetTrainer, dataset, folder: Path) -> None:
+    """Write the decision of a trainer's network on every case that has no label in the folder; see `label_case`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = without_label(dataset, folder)
+    trainer.print_to_log_file(f"labelling {len(todo)} unlabelled cases: {folder}")
+    predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=True, allow_tqdm=False)
+    predictor.manual_initialization(
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
+        type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
+    )  # fmt: skip
+    trainer.set_deep_supervision_enabled(False)
+    for case in todo:
+        label_case(predictor, dataset, case, folder)
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 
 
 def label_case(predictor: nnUNetPredictor, dataset, case: str, folder: Path) -> None:

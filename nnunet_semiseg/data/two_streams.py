@@ -85,17 +85,23 @@ class TwoStreamLoader(SlimDataLoaderBase):
     """Adds `unlabeled: {view: (B_u, C, *S)}`, `unlabeled_keys` and `targets` to every labelled batch.
 
     Args:
-        labeled, unlabeled: loaders; the images of the second one are its views, stacked along the channels.
+        labeled: nnU-Net's loader.
+        unlabeled: a loader whose images are the views, stacked along the channels; with None the three are empty.
         views: their names.
         make_targets: called with both loaders' batches, returns further targets by name.
     """
 
-    def __init__(self, labeled: nnUNetDataLoader, unlabeled: nnUNetDataLoader, views: Sequence[str], make_targets):
+    def __init__(
+        self, labeled: nnUNetDataLoader, unlabeled: nnUNetDataLoader | None, views: Sequence[str], make_targets
+    ):
         super().__init__(None, labeled.batch_size)
         self.labeled, self.unlabeled, self.views, self.make_targets = labeled, unlabeled, views, make_targets
 
     def generate_train_batch(self) -> dict:
-        batch, unlabeled = next(self.labeled), next(self.unlabeled)
+        batch = next(self.labeled)
+        if self.unlabeled is None:
+            return batch | {"unlabeled": {}, "targets": {}, "unlabeled_keys": []}
+        unlabeled = next(self.unlabeled)
         batch["unlabeled"] = dict(zip(self.views, unlabeled["data"].chunk(len(self.views), dim=1), strict=True))
         batch["targets"] = self.make_targets(batch, unlabeled)
         batch["unlabeled_keys"] = unlabeled["keys"]
@@ -107,7 +113,7 @@ def add_unlabeled_stream(augmenter, make_unlabeled_loader, views: Sequence[str],
 
     Args:
         augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter; running workers are stopped.
-        make_unlabeled_loader: called with the labelled loader, returns the unlabelled one.
+        make_unlabeled_loader: called with the labelled loader, returns the unlabelled one, or None.
         views, make_targets: see `TwoStreamLoader`.
     """
     if isinstance(augmenter, SingleThreadedAugmenter):
