@@ -8,7 +8,8 @@ from training import make_trainer
 
 from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels, empty_channels
 from nnunet_semiseg.data.image_problems import intensity_problems, missing_channels
-from nnunet_semiseg.networks.mutual_learning import ChannelGroups, presence
+from nnunet_semiseg.networks.modalities import ChannelGroups
+from nnunet_semiseg.networks.mutual_learning import presence
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
 
 

@@ -13,26 +13,24 @@ from torch.nn import functional as F
 from training import CLASSES, REGIONS, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.networks.mutual_learning import (
+from nnunet_semiseg.networks.modalities import (
     ContrastCurve,
-    CrossModalFusion,
     Window,
-    average_logits,
-    presence,
+    check_windows,
+    draw_present,
+    halves,
+    two_thirds,
 )
+from nnunet_semiseg.networks.mutual_learning import CrossModalFusion, average_logits, presence
 from nnunet_semiseg.trainers.semi_cml import (
     SemiCMLSettings,
     SemiCMLTrainer,
     area_similarity,
     area_similarity_contrast,
     certainty,
-    check_windows,
     disagree,
-    draw_present,
     dynamic_threshold,
-    halves,
     pseudo_dice,
-    two_thirds,
 )
 
 # ------------------------------------------------------------------------------------------------------ equations

@@ -15,17 +15,11 @@ from torch import Tensor, autocast, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.config import PLANS_KEY, TeacherSettings, read_settings, require
-from nnunet_semiseg.data.empty_channels import keep_empty, values_of_nothing
+from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
-from nnunet_semiseg.networks.mutual_learning import (
-    ChannelGroups,
-    ContrastCurve,
-    MutualLearningUNet,
-    Views,
-    Window,
-    average_logits,
-)
+from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
+from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
 from nnunet_semiseg.training.schedules import gaussian_ramp
 from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
 from nnunet_semiseg.training.teacher import make_teacher
@@ -122,12 +116,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
     def build_network_architecture(plans_manager, configuration_manager, num_input_channels: int,
                                    num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
         settings = read_settings(SemiCMLSettings, plans_manager.plans)
-        if num_input_channels > 1:
-            groups = settings.modalities or halves(num_input_channels)
-            nothing = values_of_nothing(plans_manager, configuration_manager)
-            modalities, channels = ChannelGroups(groups, nothing), [len(group) for group in groups]
-        else:
-            modalities, channels = make_views(settings, plans_manager, configuration_manager), [1, 1]
+        modalities, channels = make_modalities(settings, num_input_channels, plans_manager, configuration_manager)
         kwargs = dict(configuration_manager.network_arch_init_kwargs)
         if settings.width == "half":
             kwargs["features_per_stage"] = [max(1, features // 2) for features in kwargs["features_per_stage"]]
@@ -143,30 +132,11 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         plans = super().prepare(plans, configuration, fold, dataset_json)
-        n_channels = len(dataset_json["channel_names"])
-        groups = self.settings.modalities
-        if n_channels == 1:
-            if groups or self.settings.modality_dropout:
-                raise UserError("settings modalities, modality_dropout: not for a dataset with a single channel")
-            manager = PlansManager(plans)
-            configuration_manager = manager.get_configuration(configuration)
-            if self.settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
-                raise UserError("setting modality_views=ct_windows: the images are not CT; use contrast")
-            if self.settings.ct_windows and is_ct(configuration_manager):
-                check_windows(self.settings.ct_windows, *kept_range(manager))
-        elif self.settings.modality_views != "auto":
-            raise UserError(
-                f"setting modality_views={self.settings.modality_views}: the dataset has {n_channels} channels, which"
-                " are the modalities: set it to auto"
-            )
-        elif groups:
-            listed = [channel for group in groups for channel in group]
-            if not all(groups) or len(set(listed)) < len(listed) or not set(listed) <= set(range(n_channels)):
-                raise UserError(
-                    f"setting modalities={[list(group) for group in groups]}: must be two lists of different channels"
-                    f" from 0 to {n_channels - 1}"
-                )
-        has_regions = PlansManager(plans).get_label_manager(dataset_json).has_regions
+        manager = PlansManager(plans)
+        check_modalities(
+            self.settings, len(dataset_json["channel_names"]), manager, manager.get_configuration(configuration)
+        )
+        has_regions = manager.get_label_manager(dataset_json).has_regions
         return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "has_regions": has_regions}}
 
     def get_training_transforms(self, *args, **kwargs):
@@ -351,60 +321,3 @@ def disagree(a: Tensor, b: Tensor, label_manager) -> Tensor:
     """Where the decisions of two logits (B, heads, *S) differ, in any region: (B, 1, *S), bool."""
     a, b = (hard_pseudo_label(x, label_manager) for x in (a, b))
     return (a != b).any(1, keepdim=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- modalities
-
-
-def halves(n_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    middle = n_channels // 2
-    return tuple(range(middle)), tuple(range(middle, n_channels))
-
-
-def is_ct(configuration_manager) -> bool:
-    return configuration_manager.normalization_schemes[0] == "CTNormalization"
-
-
-def kept_range(plans_manager) -> tuple[float, float]:
-    """The intensities, HU, that nnU-Net's CT normalisation does not clip."""
-    about = plans_manager.foreground_intensity_properties_per_channel["0"]
-    return about["percentile_00_5"], about["percentile_99_5"]
-
-
-def two_thirds(low: float, high: float) -> list[tuple[float, float]]:
-    """Level and width of the lower and of the upper two thirds of a range."""
-    third = (high - low) / 3
-    return [(low + third, 2 * third), (high - third, 2 * third)]
-
-
-def check_windows(windows, low: float, high: float) -> None:
-    """Refuse windows that show all of what there is, and so the same, or nothing of it."""
-    bounds = [(level - width / 2, level + width / 2) for level, width in windows]
-    if all(a <= low and high <= b for a, b in bounds) or any(b <= low or high <= a for a, b in bounds):
-        raise UserError(
-            f"setting ct_windows={[list(window) for window in windows]}: nnU-Net keeps {low:g} to {high:g} HU of these"
-            " images, of which both windows show all, or one nothing: choose narrower ones, or null"
-        )
-
-
-def make_views(settings: SemiCMLSettings, plans_manager, configuration_manager) -> Views:
-    kind = settings.modality_views
-    if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
-        about = plans_manager.foreground_intensity_properties_per_channel["0"]
-        windows = settings.ct_windows or two_thirds(*kept_range(plans_manager))
-        return Views([Window(*window, about["mean"], about["std"]) for window in windows])
-    return Views([ContrastCurve(gamma) for gamma in settings.contrast_gammas])
-
-
-def draw_present(groups, images: Tensor, p: float) -> Tensor:
-    """(B, C, 1, ..., 1) of 0 and 1: with probability p a sample is without one group of channels, either alike.
-
-    A sample that has one group only, the other being 0, keeps it.
-    """
-    drawn = torch.rand(len(images), device=images.device)
-    keep = images.new_ones(images.shape[:2])
-    for i, group in enumerate(groups):
-        has_other = (images[:, list(groups[1 - i])] != 0).flatten(1).any(1)
-        lost = (i * p / 2 <= drawn) & (drawn < (i + 1) * p / 2) & has_other
-        keep[:, list(group)] = (~lost).to(keep.dtype)[:, None]
-    return keep.view(*keep.shape, *[1] * (images.ndim - 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -10,65 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.data.empty_channels import empty_channels
-
 HEAD_WIDTH = 32
 """channels of an attention head, where there are so many"""
-
-
-class ChannelGroups(nn.Module):
-    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S); an empty channel becomes 0.
-
-    Args:
-        groups: the channels of each.
-        nothing: of each channel, see `values_of_nothing`.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[int]], nothing: Sequence[float]):
-        super().__init__()
-        self.groups = tuple(tuple(group) for group in groups)
-        self.register_buffer("nothing", torch.tensor(nothing), persistent=False)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        empty = empty_channels(x, self.nothing)
-        x = x.masked_fill(empty.view(*empty.shape, *[1] * (x.ndim - 2)), 0)
-        return [x[:, list(group)] for group in self.groups]
-
-
-class Views(nn.Module):
-    """Two views of a single channel in place of two modalities: (B, 1, *S) to two of the same shape."""
-
-    def __init__(self, views: Sequence[Callable[[Tensor], Tensor]]):
-        super().__init__()
-        self.views = tuple(views)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [view(x) for view in self.views]
-
-
-class Window:
-    """A CT window on an image that nnU-Net has normalised: level -+ width / 2 becomes -1 and 1, clipped.
-
-    Args:
-        level, width: HU.
-        mean, std: of nnU-Net's `CTNormalization`, HU.
-    """
-
-    def __init__(self, level: float, width: float, mean: float, std: float):
-        self.centre, self.half_width = (level - mean) / std, width / (2 * std)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ((x - self.centre) / self.half_width).clamp(-1, 1)
-
-
-class ContrastCurve:
-    """2 sigmoid(x)^gamma - 1 of z-scores: a gamma below 1 spreads what is dark, one above 1 what is bright."""
-
-    def __init__(self, gamma: float):
-        self.gamma = gamma
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return 2 * x.sigmoid() ** self.gamma - 1
 
 
 class CrossModalFusion(nn.Module):

@@ -1,0 +1,157 @@
+"""What the two modalities of an image are: groups of its channels, or two views of a single one (Semi-CML)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_semiseg.data.empty_channels import empty_channels, values_of_nothing
+from nnunet_semiseg.errors import UserError
+
+
+class ChannelGroups(nn.Module):
+    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S); an empty channel becomes 0.
+
+    Args:
+        groups: the channels of each.
+        nothing: of each channel, see `values_of_nothing`.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], nothing: Sequence[float]):
+        super().__init__()
+        self.groups = tuple(tuple(group) for group in groups)
+        self.register_buffer("nothing", torch.tensor(nothing), persistent=False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        empty = empty_channels(x, self.nothing)
+        x = x.masked_fill(empty.view(*empty.shape, *[1] * (x.ndim - 2)), 0)
+        return [x[:, list(group)] for group in self.groups]
+
+
+class Views(nn.Module):
+    """Two views of a single channel in place of two modalities: (B, 1, *S) to two of the same shape."""
+
+    def __init__(self, views: Sequence[Callable[[Tensor], Tensor]]):
+        super().__init__()
+        self.views = tuple(views)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [view(x) for view in self.views]
+
+
+class Window:
+    """A CT window on an image that nnU-Net has normalised: level -+ width / 2 becomes -1 and 1, clipped.
+
+    Args:
+        level, width: HU.
+        mean, std: of nnU-Net's `CTNormalization`, HU.
+    """
+
+    def __init__(self, level: float, width: float, mean: float, std: float):
+        self.centre, self.half_width = (level - mean) / std, width / (2 * std)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ((x - self.centre) / self.half_width).clamp(-1, 1)
+
+
+class ContrastCurve:
+    """2 sigmoid(x)^gamma - 1 of z-scores: a gamma below 1 spreads what is dark, one above 1 what is bright."""
+
+    def __init__(self, gamma: float):
+        self.gamma = gamma
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * x.sigmoid() ** self.gamma - 1
+
+
+def halves(n_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    middle = n_channels // 2
+    return tuple(range(middle)), tuple(range(middle, n_channels))
+
+
+def is_ct(configuration_manager) -> bool:
+    return configuration_manager.normalization_schemes[0] == "CTNormalization"
+
+
+def kept_range(plans_manager) -> tuple[float, float]:
+    """The intensities, HU, that nnU-Net's CT normalisation does not clip."""
+    about = plans_manager.foreground_intensity_properties_per_channel["0"]
+    return about["percentile_00_5"], about["percentile_99_5"]
+
+
+def two_thirds(low: float, high: float) -> list[tuple[float, float]]:
+    """Level and width of the lower and of the upper two thirds of a range."""
+    third = (high - low) / 3
+    return [(low + third, 2 * third), (high - third, 2 * third)]
+
+
+def check_modalities(settings, n_channels: int, plans_manager, configuration_manager) -> None:
+    """Refuse settings of `SemiCMLTrainer` that do not fit the data set.
+
+    Raises:
+        UserError: channels that there are not, views of several channels, windows that show nothing.
+    """
+    groups = settings.modalities
+    if n_channels == 1:
+        if groups or settings.modality_dropout:
+            raise UserError("settings modalities, modality_dropout: not for a dataset with a single channel")
+        if settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
+            raise UserError("setting modality_views=ct_windows: the images are not CT; use contrast")
+        if settings.ct_windows and is_ct(configuration_manager):
+            check_windows(settings.ct_windows, *kept_range(plans_manager))
+    elif settings.modality_views != "auto":
+        raise UserError(
+            f"setting modality_views={settings.modality_views}: the dataset has {n_channels} channels, which"
+            " are the modalities: set it to auto"
+        )
+    elif groups:
+        listed = [channel for group in groups for channel in group]
+        if not all(groups) or len(set(listed)) < len(listed) or not set(listed) <= set(range(n_channels)):
+            raise UserError(
+                f"setting modalities={[list(group) for group in groups]}: must be two lists of different channels"
+                f" from 0 to {n_channels - 1}"
+            )
+
+
+def check_windows(windows, low: float, high: float) -> None:
+    """Refuse windows that show all of what there is, and so the same, or nothing of it."""
+    bounds = [(level - width / 2, level + width / 2) for level, width in windows]
+    if all(a <= low and high <= b for a, b in bounds) or any(b <= low or high <= a for a, b in bounds):
+        raise UserError(
+            f"setting ct_windows={[list(window) for window in windows]}: nnU-Net keeps {low:g} to {high:g} HU of these"
+            " images, of which both windows show all, or one nothing: choose narrower ones, or null"
+        )
+
+
+def make_modalities(settings, n_channels: int, plans_manager, configuration_manager) -> tuple[nn.Module, list[int]]:
+    """What takes an image (B, C, *S) to its two modalities, by `SemiCMLTrainer`'s settings, and each one's channels."""
+    if n_channels == 1:
+        return make_views(settings, plans_manager, configuration_manager), [1, 1]
+    groups = settings.modalities or halves(n_channels)
+    nothing = values_of_nothing(plans_manager, configuration_manager)
+    return ChannelGroups(groups, nothing), [len(group) for group in groups]
+
+
+def make_views(settings, plans_manager, configuration_manager) -> Views:
+    kind = settings.modality_views
+    if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
+        about = plans_manager.foreground_intensity_properties_per_channel["0"]
+        windows = settings.ct_windows or two_thirds(*kept_range(plans_manager))
+        return Views([Window(*window, about["mean"], about["std"]) for window in windows])
+    return Views([ContrastCurve(gamma) for gamma in settings.contrast_gammas])
+
+
+def draw_present(groups, images: Tensor, p: float) -> Tensor:
+    """(B, C, 1, ..., 1) of 0 and 1: with probability p a sample is without one group of channels, either alike.
+
+    A sample that has one group only, the other being 0, keeps it.
+    """
+    drawn = torch.rand(len(images), device=images.device)
+    keep = images.new_ones(images.shape[:2])
+    for i, group in enumerate(groups):
+        has_other = (images[:, list(groups[1 - i])] != 0).flatten(1).any(1)
+        lost = (i * p / 2 <= drawn) & (drawn < (i + 1) * p / 2) & has_other
+        keep[:, list(group)] = (~lost).to(keep.dtype)[:, None]
+    return keep.view(*keep.shape, *[1] * (images.ndim - 2))
