@@ -482,7 +482,7 @@ def test_what_has_changed_since_is_made_anew(download, raw, tmp_path):
 
 
 def test_a_killed_worker_is_reported(download, raw, monkeypatch):
-    monkeypatch.setattr(conversion, "convert_case", kill_worker)
+    monkeypatch.setattr(conversion.dataset, "convert_case", kill_worker)
     with pytest.raises(ValueError, match=r"Dataset801_MyData: a worker was killed, .*-np"):
         convert(download, 801, **{**OPTIONS, "num_processes": 1})
 
@@ -815,7 +815,7 @@ def test_killed_it_goes_on_where_it_was(tmp_path, raw):
         "--no_pbar",
     ]
     slowly = (
-        "import sys, time, nnunet_semiseg.cli as cli, nnunet_semiseg.conversion as c; write = c._write_case\n"
+        "import sys, time, nnunet_semiseg.cli as cli, nnunet_semiseg.conversion.case as c; write = c._write_case\n"
         "c._write_case = lambda *args: (time.sleep(0.05), write(*args))[1]\n"
         "cli.main(sys.argv[1:])"
     )
@@ -827,10 +827,12 @@ def test_killed_it_goes_on_where_it_was(tmp_path, raw):
     process.wait()
     done = {f: f.stat().st_mtime_ns for f in (raw / ".conversion").glob("case_*.json")}
     assert 5 <= len(done) < 40 and not (raw / "dataset.json").exists()
-    written = conversion._write_case
+    written = conversion.case._write_case
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "_write_case", lambda case, *args: seen.append(case.name) or written(case, *args))
+        patch.setattr(
+            conversion.case, "_write_case", lambda case, *args: seen.append(case.name) or written(case, *args)
+        )
         assert cli.main(words) == 0
     assert len(seen) == 40 - len(done)
     assert len(list((raw / "imagesTr").iterdir())) == len(list((raw / "labelsTr").iterdir())) == 40

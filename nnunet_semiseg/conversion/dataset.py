@@ -1,0 +1,312 @@
+"""Assigning cases to labelled, unlabelled and test, and the dataset as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from tqdm import tqdm
+
+from nnunet_semiseg.archives import ARCHIVES, unpacked
+from nnunet_semiseg.conversion.case import STATE, convert_case, files_of, paths_of, some
+from nnunet_semiseg.conversion.description import Case, Source
+from nnunet_semiseg.data.labeled_subset import ORDER_KEY
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import base_folder, read_json, write_json
+from nnunet_semiseg.parallel import run_jobs
+
+SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
+
+
+def convert_dataset(
+    find_cases: Callable[..., Source],
+    source: str | Path,
+    dataset_id: int,
+    *,
+    labeled: int | float | str | None = None,
+    protocol: str = "published",
+    crop: str = "none",
+    num_processes: int = 8,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    show_progress_bar: bool = True,
+    **options,
+) -> Path:
+    """Make `DatasetNNN_Name` below `nnUNet_raw`; run again after an interruption, it goes on.
+
+    Args:
+        find_cases: of the data set's module; called with the source's folder and the options.
+        source: a folder, or an archive (zip, tar), which is unpacked for the time of the conversion.
+        labeled: cases that keep their label: a number, a fraction of the training cases, "all", or None for what
+            the data set publishes. The first of the published order are taken.
+        protocol: "published" keeps to the published lists; "all" trains on every case and has no test set.
+        crop: "published" crops round the ground truth, of unlabelled and test cases too; "none" does not.
+        num_processes: 0 works in this process; a script that asks for more needs `if __name__ == "__main__":`.
+        overwrite: begin anew where there is such a dataset.
+        dry_run: say what would be done, write nothing.
+
+    Returns:
+        The dataset's folder.
+
+    Raises:
+        UserError: nothing to convert, or it cannot be written; one line for each case that is bad, after all others
+            are done.
+    """
+    source = Path(source).absolute()
+    with contextlib.ExitStack() as stack:
+        folder, raw = source, base_folder("nnUNet_raw")
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to a folder") from None
+        if source.is_file() and source.name.lower().endswith(ARCHIVES):
+            folder = stack.enter_context(unpacked(source, raw, f"for_{dataset_id}"))
+        elif not source.is_dir():
+            kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
+            raise UserError(f"{source}: {kind}: give the download with -i")
+        found = find_cases(folder, **options)
+        if not found.cases:
+            layout = "\n".join(f"    {line}" for line in found.about.layout.splitlines())
+            raise UserError(f"{source}: no case found; expected is\n{layout}")
+        parts = assign(found, labeled, protocol)
+        if crop == "published" and found.about.crop is None:
+            raise UserError("--crop published: this data set has no published crop: leave it out")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
+            raise UserError(f"--name {found.about.name}: letters, digits, - and _ only")
+        target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
+        given = (Path(option) for option in options.values() if isinstance(option, (str, Path)))
+        refuse_own_source(found, [source, *(path for path in given if path.is_file())], target)
+        request = {"source": str(source), "parts": parts, "labeled": labeled, "protocol": protocol, "crop": crop}
+        request |= {"options": {key: str(value) for key, value in options.items()}}
+        form = [found.about.file_ending, found.about.dimension, *map(str, (found.about.labels, found.about.channels))]
+        request |= {"form": form, "stamps": {n: stamp(found.cases[n], part, source) for n, part in parts.items()}}
+        report(found, parts, target, crop)
+        begun = beginning(target, request, overwrite)
+        if not dry_run:
+            if target.exists() and begun is None:
+                shutil.rmtree(target)
+            _take_back(target, begun or {}, request, found.about.file_ending)
+            _convert(found, folder, target, request, num_processes, show_progress_bar)
+    return target
+
+
+def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
+    """Case name to part: labeled, validation, unlabeled or test.
+
+    The labelled ones are the first of the published list. One that is not there is not replaced by the next: the
+    labelled set would be another than everybody's.
+
+    Raises:
+        UserError: more labelled cases asked for than there are, none at all, or a case in two lists.
+    """
+    present = source.cases.keys()
+    lists = {"train": source.train, "val": source.val, "test": source.test}
+    lists = {part: list(dict.fromkeys(names)) for part, names in lists.items()}
+    for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
+        if both := sorted(set(names) & set(others)):
+            raise UserError(f"case {some(both)} is in the {one} and in the {other} list: take it out of one")
+    if protocol == "all":
+        listed = [name for name in dict.fromkeys(itertools.chain(*lists.values())) if name in present]
+        lists = {"train": [*listed, *(name for name in present if name not in listed)], "val": [], "test": []}
+    train = [name for name in lists["train"] if name in present]
+    if not train:
+        raise UserError("none of the listed training cases is there: use --protocol all, or look at -i")
+    candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
+    n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
+    keep = set(candidates[:n]) & present
+    if not keep:
+        raise UserError(
+            "no training case has a label"
+            if n == 0
+            else f"none of the first {n} cases of the list is there: give a larger --labeled, or use --protocol all"
+        )
+    parts = {name: "labeled" if name in keep else "unlabeled" for name in train}
+    parts |= {name: "validation" for name in lists["val"] if name in present}
+    return parts | {name: "test" for name in lists["test"] if name in present}
+
+
+def _count(labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
+    asked = published if labeled is None else labeled
+    if asked in (None, "all"):
+        return candidates
+    n = max(1, round(asked * cases)) if isinstance(asked, float) else asked
+    if labeled is None:
+        return min(n, candidates)
+    if not 1 <= n <= candidates:
+        raise UserError(
+            f"--labeled {labeled}: {n} labelled cases, but {candidates} of the {cases} training cases have a label: "
+            f"give a number from 1 to {candidates}, a fraction, or all"
+        )
+    return n
+
+
+def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) -> None:
+    about, count = source.about, Counter(parts.values())
+    print(about.title)
+    facts = {"": about.url, "licence: ": about.licence, "cite: ": about.citation, "protocol: ": about.protocol}
+    for heading, fact in facts.items():
+        if fact:
+            print(f"  {heading}{fact}")
+    for note in about.notes:
+        print(f"  note: {note}")
+    print(f"{target}: " + ", ".join(f"{count[part]} {part}" for part in SUBSETS if count[part]))
+    missing = [name for names in (source.train, source.val, source.test) for name in names if name not in source.cases]
+    if missing:
+        print(f"WARNING: {len(missing)} cases of the published lists are not there: {some(missing)}")
+    if not count["unlabeled"]:
+        print("no unlabelled case: plan it with --labeled_only, or with nnUNetv2_plan_and_preprocess")
+    left_out = sorted(set(source.cases) - set(parts))
+    if left_out:
+        print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {some(left_out)}")
+    if crop != "none":
+        print(f"WARNING: images are cropped round the ground truth, test cases too ({about.crop.source})")
+
+
+
+
+def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
+    """Raises UserError where making or replacing the target would touch what it is made of, through links, too."""
+    here = target.resolve()
+    parts = (part for case in found.cases.values() for part in (*case.images, case.label))
+    for path in (*sources, *(path for part in parts for path in paths_of(part))):
+        real = path.resolve()
+        if real == here or here in real.parents or (path.is_dir() and real in here.parents):
+            raise UserError(f"{target}: the dataset and its source {path} must not lie in each other: move one")
+    if target.is_symlink():
+        raise UserError(f"{target}: is a link: remove it, or choose another number with -d")
+
+
+def stamp(case: Case, part: str, source: Path) -> list:
+    """Sizes and times of the files that a case is made of, or of the archive that they come from."""
+    label = () if part == "unlabeled" else (case.label,)
+    files = [path for image in (*case.images, *label) for path in paths_of(image)]
+    if source.is_file():
+        about = source.stat()
+        return [len(files), about.st_size, about.st_mtime_ns]
+    about = ((file, file.stat()) for path in files for file in files_of(path))
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in about]
+
+
+
+
+def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
+    """What was asked for when this very conversion was begun, where it is not finished; None: begin.
+
+    Raises:
+        UserError: the number or the folder is in use.
+    """
+    others = [p.name for p in target.parent.glob(f"{target.name.partition('_')[0]}_*") if p.name != target.name]
+    if others:
+        raise UserError(f"{target.parent / others[0]}: has the same number: choose another with -d")
+    if overwrite or not target.exists():
+        return None
+    begun = target / STATE / "request.json"
+    if not begun.is_file():
+        raise UserError(f"{target}: exists already: replace it with --overwrite, or choose another number with -d")
+    before = read_json(begun, "begin anew with --overwrite")
+    asked = ("source", "labeled", "protocol", "crop", "options")
+    if any(before.get(key) != request[key] for key in asked):
+        raise UserError(f"{target}: was begun with other options: repeat those, or begin anew with --overwrite")
+    # a case that was taken out may have decided on the kind of file that all are written as
+    return before if before.get("form") == request["form"] else None
+
+
+def _take_back(target: Path, begun: Mapping, request: Mapping, ending: str) -> None:
+    """Remove cases that were begun and are gone since, have changed, or now belong to another part."""
+    for name, part in begun.get("parts", {}).items():
+        if request["parts"].get(name) != part or begun["stamps"][name] != request["stamps"][name]:
+            (target / STATE / f"case_{name}.json").unlink(missing_ok=True)
+            (target / f"labels{SUBSETS[part]}" / f"{name}{ending}").unlink(missing_ok=True)
+            for image in target.glob(f"images{SUBSETS[part]}/*"):
+                if re.fullmatch(rf"{re.escape(name)}_\d{{4}}{re.escape(ending)}", image.name):
+                    image.unlink()
+
+
+def _convert(source: Source, folder: Path, target: Path, request: dict, num_processes, show_progress_bar) -> None:
+    about, parts, state = source.about, request["parts"], target / STATE
+    state.mkdir(parents=True, exist_ok=True)
+    write_json(request, state / "request.json")
+    (target / "dataset.json").unlink(missing_ok=True)
+    for subset in {SUBSETS[part] for part in parts.values()}:
+        for kind in ("images",) if subset == "Un" else ("images", "labels"):
+            (target / f"{kind}{subset}").mkdir(exist_ok=True)
+
+    crop = about.crop if request["crop"] == "published" else None
+    jobs = [
+        (source.cases[name], SUBSETS[part], about, crop, folder, target)
+        for name, part in parts.items()
+        if not (state / f"case_{name}.json").exists()
+    ]
+    if len(jobs) < len(parts):
+        print(f"going on: {len(parts) - len(jobs)} cases are there")
+    problems = {}
+    try:
+        with contextlib.closing(run_jobs(convert_case, jobs, num_processes)) as results:
+            for name, problem in tqdm(results, "Cases", len(jobs), disable=not (jobs and show_progress_bar)):
+                if problem:
+                    problems[name] = problem
+    except BrokenProcessPool:
+        raise UserError(
+            f"{target}: a worker was killed, probably for want of memory: run the same command again, with a smaller "
+            f"-np; what is done is kept"
+        ) from None
+    lines = [f"case {name}: {problems[name]}" for name in sorted(problems)]
+    if not {name for name, part in parts.items() if part == "labeled"} - set(problems):
+        raise UserError(
+            "\n".join([*lines, f"{target}: no labelled case is whole: mend them and run the command again"])
+        )
+    _finish(source, target, request, [name for name in parts if name not in problems])
+    if problems:
+        raise UserError("\n".join([*lines, f"{target}: made without these; mend them and run the command again"]))
+    shutil.rmtree(state)
+
+
+def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -> None:
+    """Notes to the console; splits_final.json, texts.json and, last of all, dataset.json."""
+    about, state = source.about, target / STATE
+    records = {name: json.loads((state / f"case_{name}.json").read_bytes()) for name in whole}
+    for name, record in records.items():
+        for note in record["notes"]:
+            print(f"case {name}: {note}")
+    labeled, validation = ([n for n in whole if request["parts"][n] == part] for part in ("labeled", "validation"))
+    for file in ("splits_final.json", "texts.json"):  # of a beginning with other cases
+        (target / file).unlink(missing_ok=True)
+    if validation:
+        write_json([{"train": labeled, "val": validation}], target / "splits_final.json")
+    if texts := {name: source.cases[name].text for name in whole if source.cases[name].text}:
+        write_json(texts, target / "texts.json")
+    staging = state / "dataset"
+    staging.mkdir(exist_ok=True)
+    generate_dataset_json(
+        str(staging),
+        dict(enumerate(about.channels)),
+        {name: list(value) if isinstance(value, tuple) else value for name, value in about.labels.items()},
+        len(labeled) + len(validation),
+        about.file_ending,
+        regions_class_order=about.regions_class_order,
+        dataset_name=about.name,
+        reference=about.url,
+        license=about.licence,
+        description="; ".join((about.title, *about.notes)),
+        converted_by="nnunet_semiseg",
+        semiseg={
+            "prompts": dict(about.prompts),
+            "licence": about.licence,
+            "citation": about.citation,
+            "protocol": about.protocol if request["protocol"] == "published" else "every case trains, no test set",
+            ORDER_KEY: [name for name in request["parts"] if name in labeled],  # as published
+            "crop": f"round the ground truth ({about.crop.source})" if request["crop"] == "published" else "none",
+            "notes": list(about.notes),
+            "sources": {file: digest for record in records.values() for file, digest in record["sources"].items()},
+        },
+    )
+    os.replace(staging / "dataset.json", target / "dataset.json")

@@ -1,0 +1,124 @@
+"""What a module of `dataset_conversion/` says of a data set and of its cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_semiseg.errors import UserError
+
+PICTURES = (".png", ".bmp", ".tif")  # of those that nnU-Net reads
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A published crop: the label's bounding box, grown to at least `size`, and a margin outside of that.
+
+    Args:
+        size, margin: voxels, x y z; None where an axis is not cropped.
+        source: who publishes it.
+    """
+
+    size: tuple[int | None, ...]
+    margin: tuple[int | None, ...]
+    source: str
+
+    def __call__(self, label: sitk.Image) -> tuple[slice, ...]:
+        """Slices, x y z, of an image on the label's grid. Raises UserError where the label is empty."""
+        foreground = np.nonzero(sitk.GetArrayViewFromImage(label))[::-1]  # z y x to x y z
+        if not len(foreground[0]):
+            raise UserError("the label is empty, so that there is nothing to crop round: --crop none")
+        slices = []
+        for indices, size, margin, extent in zip(foreground, self.size, self.margin, label.GetSize(), strict=True):
+            if size is None:
+                slices.append(slice(0, extent))
+                continue
+            first, end = int(indices.min()), int(indices.max()) + 1
+            missing = max(size - (end - first), 0)
+            first, end = first - missing // 2 - margin, end + missing - missing // 2 + margin
+            slices.append(slice(max(first, 0), min(end, extent)))
+        return tuple(slices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is known of a data set before its files are looked at.
+
+    Args:
+        name: of the dataset, behind its number.
+        layout: what the download looks like; shown where no case is found.
+        protocol: the published split, in words.
+        labeled: how many labelled cases by default; None: all that have a label.
+        labels, regions_class_order, file_ending: as in `dataset.json`.
+        dims: of every image; None: 2 for pictures, else 3.
+        label_values: value in the source to value in the dataset; None: the values of `labels`.
+        notes: what a user should know before using it.
+    """
+
+    name: str
+    title: str
+    url: str
+    licence: str
+    citation: str
+    layout: str
+    protocol: str
+    channels: tuple[str, ...]
+    labels: Mapping[str, int | tuple[int, ...]]
+    prompts: Mapping[str, str | list[str]]
+    regions_class_order: tuple[int, ...] | None = None
+    file_ending: str = ".nii.gz"
+    dims: int | None = None
+    label_values: Mapping[int, int] | None = None
+    labeled: int | float | None = None
+    crop: Crop | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dimension(self) -> int:
+        return self.dims or (2 if self.file_ending in PICTURES else 3)
+
+    @property
+    def label_map(self) -> dict[int, int]:
+        if self.label_values is not None:
+            return dict(self.label_values)
+        values = (
+            v for label in self.labels.values() for v in (label if isinstance(label, (list, tuple)) else (label,))
+        )
+        return {int(v): int(v) for v in values}
+
+
+@dataclass(frozen=True)
+class Read:
+    """An image that is not what nnU-Net reads: `function(*paths, **options)` gives it, in a worker.
+
+    The function returns a SimpleITK image, or a pair of it and a note for the report.
+    """
+
+    function: Callable[..., sitk.Image | tuple[sitk.Image, str]]
+    paths: tuple[Path, ...]
+    options: Mapping = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case as the source has it; a plain path is linked where nnU-Net can read it as it is."""
+
+    name: str
+    images: tuple[Path | Read, ...]
+    label: Path | Read | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The cases of a download, and their published lists: the first of `train` are the labelled ones."""
+
+    about: About
+    cases: Mapping[str, Case]
+    train: Sequence[str]
+    val: Sequence[str] = ()
+    test: Sequence[str] = ()

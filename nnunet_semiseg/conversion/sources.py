@@ -1,0 +1,63 @@
+"""What modules of data sets find their cases with: files, published lists and seeded ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from nnunet_semiseg.errors import UserError
+
+JUNK = (".", "__MACOSX", "~$")
+
+
+def published_split(name: str) -> dict:
+    """A published list of case names, from `dataset_conversion/splits`."""
+    file = resources.files("nnunet_semiseg.dataset_conversion") / "splits" / f"{name}.json"
+    return json.loads(file.read_bytes())
+
+
+def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Training cases in an order of their own, and a share for testing, for data with no published list.
+
+    The order is that of a hash of each name, so that a case that is missing changes nothing for the others.
+    """
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    n = round(test * len(order))
+    return order[n:], order[:n]
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Files and folders below a folder, at any depth, whose path ends like the pattern, sorted.
+
+    Args:
+        pattern: `*.tif`, or with the names of the folders above: `imagesTr/lung_*.nii.gz`.
+
+    Links to folders are followed. What a Mac or an office program leaves beside files is not found: `__MACOSX`, `._x`,
+    `~$x`, and all that is hidden.
+    """
+    found, seen = [], {os.path.realpath(folder)}
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(directory, name)) for name in folders}
+        folders[:] = [name for name in folders if not name.startswith(JUNK) and real[name] not in seen]
+        seen |= {real[name] for name in folders}  # a link may lead back to where it lies
+        paths = (Path(directory, name) for name in (*folders, *files) if not name.startswith(JUNK))
+        found += [path for path in paths if path.match(pattern)]
+    return sorted(found)
+
+
+def by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Paths by case name, sorted.
+
+    Raises:
+        UserError: a case that is there twice; names both paths.
+    """
+    paths: dict[str, Path] = {}
+    for name, path in sorted(found):
+        if name in paths:
+            raise UserError(f"{path}: case {name} is there twice, also as {paths[name]}: take one away")
+        paths[name] = path
+    return paths
