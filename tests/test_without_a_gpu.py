@@ -10,7 +10,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch._subclasses.fake_tensor import unset_fake_temporarily as for_real
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import TRAINERS, make_trainer
+from training import TRAINERS, make_trainer, write_vlm
+
+from nnunet_semiseg.text.open_clip_models import load_clip
+from nnunet_semiseg.vlm.model import AMVLM
+from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask
 
 aten = torch.ops.aten
 
@@ -88,6 +92,16 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(trainer_class, ready, req
 def test_nor_does_one_in_2d_with_other_settings(trainer_class, ready, request, monkeypatch):
     dataset = ready(dims=2, size=32, channels=1 + (trainer_class.__name__ == "SemiCMLTrainer"))
     take_steps(trainer_class, dataset, request, monkeypatch, **OPTIONS.get(trainer_class.__name__, {}))
+
+
+def test_a_step_of_the_pretraining(on_fake_gpu, tmp_path):
+    model = AMVLM(*load_clip(str(write_vlm(tmp_path / "vlm")), "none"), 16, 32)
+    task = PretrainingTask(model, PretrainingSettings(dim=16, hidden=32)).to("cuda")
+    images, ids = torch.randn(3, 3, 32, 32), model.tokenize(["one lesion", "two", "a b c d"])
+    with torch.autocast("cuda"):
+        terms = task.train()(images.to("cuda"), ids.to("cuda"))
+    assert len(terms) == 4 and all(term.device.type == "cuda" for term in terms.values())
+    task.update_momentum()
 
 
 def take_steps(trainer_class, dataset, request, monkeypatch, **settings):
