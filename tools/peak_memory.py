@@ -1,0 +1,123 @@
+"""Peak memory of a training step of each trainer at the plans' full size, without a GPU and without that memory.
+
+    python tools/peak_memory.py -d 501 -p nnUNetSemiSegPlans --trainers SupervisedTrainer TextSemiSegTrainer
+
+Fake tensors have shapes and no values. Counted is what is alive at once: weights, gradients, the optimiser's state,
+feature maps, losses and the batch, under autocast to a 16-bit type as on a GPU. What cuDNN, the allocator and the
+driver take beside it is not. The data set has to be preprocessed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from unittest import mock
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from step_cost import LiveMemory
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nnunet_semiseg.config import parse_assignments, update_settings
+from nnunet_semiseg.files import dataset_folder
+
+
+def make(name: str, args, folder: str):
+    changes = {**parse_assignments(args.set), "bfloat16_on_cpu": True}
+    plans = update_settings(load_json(os.path.join(folder, f"{args.p}.json")), changes)
+    plans["continue_training"] = False
+    trainer = recursive_find_trainer_class_by_name(name)(
+        plans, args.c, "all", load_json(os.path.join(folder, "dataset.json")), torch.device("cpu")
+    )
+    trainer.initialize()
+    return trainer
+
+
+def batch_of(trainer) -> dict:
+    """Zeros, in the shapes of the loaders' batches; targets that a method adds are made of them."""
+    patch, n = trainer.configuration_manager.patch_size, trainer.batch_size
+    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
+    label = trainer.label_manager
+    heads = len(label.foreground_regions) if label.has_regions else 1
+    grids = [[round(s * e) for s, e in zip(scale, patch, strict=True)] for scale in scales]
+    image = torch.zeros(n, trainer.num_input_channels, *patch)
+    batch = {"data": image, "target": [torch.zeros(n, heads, *grid, dtype=torch.int16) for grid in grids], "keys": []}
+    if hasattr(trainer, "views"):
+        unlabeled = {"data": image, "target": batch["target"], "keys": [""] * n}
+        batch["unlabeled"] = dict.fromkeys(trainer.views, image)
+        batch["targets"] = trainer.target_maker()(batch, unlabeled)
+        batch["unlabeled_keys"] = trainer.unlabeled_cases[:n]
+    return batch
+
+
+def fake(module: nn.Module, mode: FakeTensorMode) -> int:
+    """Exchange the module's tensors for fake ones; returns their bytes."""
+    towers = [part.tower for part in module.modules() if hasattr(part, "tower")]  # which are no children
+    parts = [*module.modules(), *(part for tower in towers for part in tower.modules())]
+    for part in parts:
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad)
+        part._buffers |= {name: mode.from_tensor(b) for name, b in part._buffers.items() if b is not None}
+    tensors = [x for part in parts for x in (*part._parameters.values(), *part._buffers.values()) if x is not None]
+    return sum(x.nbytes for x in {id(x): x for x in tensors}.values())
+
+
+class Mixed(TorchDispatchMode):
+    """What takes no fake tensor is computed for real: shapes, random numbers that decide, what a method remembers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            return function(*args, **(kwargs or {}))
+        with unset_fake_temporarily():
+            return function(*args, **(kwargs or {}))
+
+
+def peak(trainer) -> tuple[float, float]:
+    """MiB of the weights, and of all that is alive at the peak of the second step, at the end of the training."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    batch = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, batch_of(trainer))
+    modules = [trainer.network, getattr(trainer, "auxiliary", None), getattr(trainer, "teacher", None)]
+    weights = sum(fake(module, mode) for module in modules if module is not None)
+    inputs = sum(x.nbytes for x in {id(x): x for x in tree_leaves(batch) if isinstance(x, torch.Tensor)}.values())
+    trainer.optimizer, _ = trainer.configure_optimizers()
+    trainer.trainable = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    trainer.network.train()
+    trainer.current_epoch, trainer.step = trainer.num_epochs - 1, trainer.num_epochs * trainer.num_iterations_per_epoch
+    with mode, Mixed(), LiveMemory() as memory, mock.patch.object(torch.Tensor, "numpy", lambda x: x):
+        for _ in range(2):
+            trainer.step -= 1
+            memory.peak = memory.now
+            trainer.train_step(batch)
+    return weights / 2**20, (weights + inputs + memory.peak) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True)
+    parser.add_argument("-c", default="3d_fullres")
+    parser.add_argument("-p", default="nnUNetSemiSegPlans")
+    parser.add_argument("--trainers", nargs="+", required=True)
+    parser.add_argument("--set", nargs="+", action="extend", default=[])
+    args = parser.parse_args()
+
+    folder = str(dataset_folder("nnUNet_preprocessed", args.d))
+    print("| trainer | patch | batch | weights, MiB | peak, MiB | ratio |\n|---|---|---|---|---|---|")
+    reference = None
+    with tempfile.TemporaryDirectory() as results, mock.patch.dict(os.environ, nnUNet_results=results):
+        for name in args.trainers:
+            trainer = make(name, args, folder)
+            weights, most = peak(trainer)
+            reference = reference or most
+            patch = " x ".join(map(str, trainer.configuration_manager.patch_size))
+            cells = name, patch, trainer.batch_size, f"{weights:.0f}", f"{most:.0f}", f"{most / reference:.2f}"
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
