@@ -133,7 +133,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
         folder, dataset = self.folder(self.round), self.unlabeled_dataset()
         missing = without_label(dataset, folder)
         if not self.round or (missing and self.current_epoch in self.starts):
-            return None  # there are no pseudo-labels: they are made next, and the loaders anew
+            return None  # there are no pseudo-labels yet; once they are made, loaders are, too
         if missing:
             raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is gone: train again, without --c")
         batch_size = self.settings.unlabeled_batch_size or self.batch_size
