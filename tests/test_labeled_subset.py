@@ -28,7 +28,9 @@ def test_the_others_are_unlabelled_and_no_label_leaks(trainer_class, ready):
     dataset = ready(labeled=3, unlabeled=1)
     batches = []
     for _ in range(2):
-        trainer = started(trainer_class, dataset, num_labeled=1)
+        trainer = started(trainer_class, dataset, num_labeled=1, num_epochs=2)
+        trainer.current_epoch = 1  # when self-training has pseudo-labels
+        trainer.on_train_epoch_start()
         assert set(trainer.dataloader_train.data_loader.labeled.indices) == {"tr_000"}
         assert sorted(trainer.dataloader_train.data_loader.unlabeled.indices) == ["tr_001", "tr_002", "un_000"]
         batches.append([next(trainer.dataloader_train) for _ in range(3)])
