@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from training import PLANS, TRAINERS, make_trainer
+from training import PLANS, TRAINERS, in_last_epoch, make_trainer
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
@@ -84,6 +84,26 @@ def test_two_steps_route_the_gradients(trainer_class, kind, ready):
         assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.parameters())
         shared = {id(p) for p in trainer.network.parameters()} & {id(p) for p in trainer.teacher.parameters()}
         assert not shared
+
+
+@every_trainer
+def test_every_term_of_the_method_teaches(trainer_class, ready):
+    """That the labels give every parameter a gradient hides a term that gives none."""
+    trainer = in_last_epoch(trainer_class, ready())
+    semi_losses, teaches = trainer.semi_losses, {}
+
+    def differentiated(*args):
+        terms = semi_losses(*args)
+        for name, term in terms.items():
+            teaches[name] = term.requires_grad and any(
+                g is not None
+                for g in torch.autograd.grad(term, trainer.trainable, retain_graph=True, allow_unused=True)
+            )
+        return terms
+
+    trainer.semi_losses = differentiated
+    trainer.train_step(next(trainer.dataloader_train))
+    assert teaches and all(teaches.values())
 
 
 @every_trainer

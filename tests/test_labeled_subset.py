@@ -1,6 +1,6 @@
 import pytest
-from test_contracts import every_trainer, started
-from training import make_trainer
+from test_contracts import every_trainer
+from training import in_last_epoch, make_trainer
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.errors import UserError
@@ -28,9 +28,7 @@ def test_the_others_are_unlabelled_and_no_label_leaks(trainer_class, ready):
     dataset = ready(labeled=3, unlabeled=1)
     batches = []
     for _ in range(2):
-        trainer = started(trainer_class, dataset, num_labeled=1, num_epochs=2)
-        trainer.current_epoch = 1  # when self-training has pseudo-labels
-        trainer.on_train_epoch_start()
+        trainer = in_last_epoch(trainer_class, dataset, num_labeled=1)
         assert set(trainer.dataloader_train.data_loader.labeled.indices) == {"tr_000"}
         assert sorted(trainer.dataloader_train.data_loader.unlabeled.indices) == ["tr_001", "tr_002", "un_000"]
         batches.append([next(trainer.dataloader_train) for _ in range(3)])

@@ -72,6 +72,15 @@ def make_trainer(trainer_class: type[nnUNetTrainer], dataset, fold="all", plans=
     return trainer_class(plans, dataset.configuration, fold, dataset_json, torch.device("cpu"))
 
 
+def in_last_epoch(trainer_class: type[nnUNetTrainer], dataset, **settings) -> nnUNetTrainer:
+    """A trainer when all that its method has takes part, pseudo-labels of whole cases, too."""
+    trainer = make_trainer(trainer_class, dataset, num_epochs=2, dca_start=0.0, **settings)
+    trainer.on_train_start()
+    trainer.current_epoch, trainer.step = 1, trainer.num_iterations_per_epoch
+    trainer.on_train_epoch_start()
+    return trainer
+
+
 def write_settings(dataset, plans=PLANS, **settings) -> None:
     """Put settings into the plans' file, for trainings through nnU-Net's commands."""
     file = dataset.preprocessed / f"{plans}.json"
