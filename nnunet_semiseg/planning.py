@@ -212,13 +212,13 @@ def write_settings(plans_file: Path, changes: dict) -> None:
             f"{plans_file}: its plans_name is {plans['plans_name']}, so that a training would replace that model: copy"
             " plans with nnunet_semiseg train ... --as NAME"
         )
+    if changes:
+        write_json(update_settings(plans, changes), plans_file)
     before = plans.get(PLANS_KEY, {})
     for key, value in changes.items():
         old = before.get(key, "(default)")
         if old != value:
             print(f"{plans_file}: {key} {old} -> {value}, for every trainer with these plans")
-    if changes:
-        write_json(update_settings(plans, changes), plans_file)
 
 
 def copy_plans(plans_file: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import make_trainer, nnunet_loss, settings_for, write_vlm
+from training import bare_trainer, make_trainer, nnunet_loss, settings_for, write_vlm
 
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
@@ -380,11 +380,7 @@ def test_the_three_supervisions_by_hand():
         p = torch.tensor(p).view(-1, 1, 1, 1)
         return torch.log(torch.cat((1 - p, p), 1))
 
-    trainer = AMVLMTrainer.__new__(AMVLMTrainer)
-    trainer.settings = AMVLMSettings(pseudo_weight=0.5, mask_weight=2.0)
-    trainer.label_manager = LabelManager({"background": 0, "a": 1}, None)
-    trainer.loss, trainer.enable_deep_supervision = nnunet_loss(False, weight_dice=0), False
-    trainer.step, trainer.num_epochs, trainer.num_iterations_per_epoch = 1, 2, 1
+    trainer = bare_trainer(AMVLMTrainer, progress=0.5, pseudo_weight=0.5, mask_weight=2.0)
     trainer.teacher = lambda x: logits_of(*(0.6 + x.flatten()).tolist())
     asked = []
 

@@ -1,10 +1,10 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
-from training import CLASSES, make_trainer, nnunet_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from training import bare_trainer, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks.feature_perturbation import draw_box
@@ -14,9 +14,11 @@ BOX = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
 BOX[:, :, :2] = True  # a quarter
 
 
-class Trainer:
-    settings, label_manager, first_step, step, box = BCPTrainer.settings_class(bcp_weight=0.5), CLASSES, 0, 1, BOX
-    finest, finest_loss, loss_where = staticmethod(lambda x: x), nnunet_loss(False), BCPTrainer.loss_where
+def behind_pretraining():
+    """A trainer that mixed with the box."""
+    trainer = bare_trainer(BCPTrainer)
+    trainer.method_state, trainer.box, trainer.loss = {"first_step": torch.tensor(0)}, BOX, nnunet_loss(False)
+    return trainer
 
 
 def of_probability(*slices):
@@ -50,12 +52,12 @@ def test_the_losses_by_hand():
     """X_in is labelled around the box, X_out within it; everything is class 1, p differs within and around."""
     inwards = of_probability(*[0.9] * 2, *[0.6] * 6)
     outwards = of_probability(*[0.7] * 2, *[0.8] * 6)
-    trainer, ones = Trainer(), torch.ones(1, 1, 8, 8, 8)
-    supervised = BCPTrainer.supervised_losses(trainer, (inwards, outwards), {"target": ones})["supervised"]
+    trainer, ones = behind_pretraining(), torch.ones(1, 1, 8, 8, 8)
+    supervised = trainer.supervised_losses((inwards, outwards), {"target": ones})["supervised"]
     assert supervised.item() == pytest.approx(loss_by_hand(0.6) + loss_by_hand(0.7), abs=1e-4)
     trainer.teacher = lambda x: of_probability(*[0.9] * 8)  # says class 1
     batch = {"data": torch.zeros(1, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
-    pseudo = BCPTrainer.semi_losses(trainer, None, (inwards, outwards), batch)["pseudo"]
+    pseudo = trainer.semi_losses(None, (inwards, outwards), batch)["pseudo"]
     assert pseudo.item() == pytest.approx(0.5 * (loss_by_hand(0.9) + loss_by_hand(0.8)), abs=1e-4)
 
 
@@ -66,24 +68,22 @@ def test_pseudo_labels_go_with_their_images():
     """
     inwards = torch.cat([of_probability(*[p] * 2, *[0.01] * 6) for p in (0.9, 0.2)])
     outwards = torch.cat([of_probability(*[0.01] * 2, *[p] * 6) for p in (0.3, 0.8)])
-    trainer = Trainer()
+    trainer = behind_pretraining()
     trainer.teacher = lambda x: torch.cat((of_probability(*[0.9] * 8), of_probability(*[0.1] * 8)))
     batch = {"data": torch.zeros(2, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(2, 1, 8, 8, 8)}}
-    pseudo = BCPTrainer.semi_losses(trainer, None, (inwards, outwards), batch)["pseudo"]
+    pseudo = trainer.semi_losses(None, (inwards, outwards), batch)["pseudo"]
     inside, around = (loss_by_hand(0.9) - math.log(0.8)) / 2, (loss_by_hand(0.8) - math.log(0.7)) / 2
     assert pseudo.item() == pytest.approx(0.5 * (inside + around), abs=1e-4)
 
 
 def test_pretraining_mixes_images_and_labels_alike():
-    class Pretraining(Trainer):
-        settings, step, first_step = BCPTrainer.settings_class(box=0.5), 0, 1
-        network = staticmethod(lambda x: x)
-        loss = staticmethod(lambda output, targets: [output, *targets])
-
+    trainer = bare_trainer(BCPTrainer, progress=0, box=0.5)
+    trainer.method_state = {"first_step": torch.tensor(1)}
+    trainer.network, trainer.loss = lambda x: x, lambda output, targets: [output, *targets]
     x = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1).expand(2, 1, 8, 8, 8)
-    trainer, batch = Pretraining(), {"data": x, "target": [x, x[:, :, ::2, ::2, ::2]]}
-    labeled, unlabeled = BCPTrainer.forward_streams(trainer, batch)
-    image, fine, coarse = BCPTrainer.supervised_losses(trainer, labeled, batch)["supervised"]
+    batch = {"data": x, "target": [x, x[:, :, ::2, ::2, ::2]]}
+    labeled, unlabeled = trainer.forward_streams(batch)
+    image, fine, coarse = trainer.supervised_losses(labeled, batch)["supervised"]
     assert unlabeled is None and torch.equal(image, fine)
     for mixed in (fine, coarse):  # an eighth is of the other sample
         assert [(sample == other).float().mean() for sample, other in zip(mixed, (2, 1), strict=True)] == [0.125] * 2
@@ -128,8 +128,8 @@ def test_masks_are_on_coarse_grids_where_nnunets_labels_are():
 
 def test_every_output_of_deep_supervision_counts_with_its_weight():
     """Outputs of 8^3 and 4^3, in which the labelled part has p = 0.6 and 0.9; weights 2/3 and 1/3."""
-    trainer = Trainer()
-    trainer.loss = SimpleNamespace(weight_factors=(2 / 3, 1 / 3))
+    trainer = behind_pretraining()
+    trainer.loss, trainer.enable_deep_supervision = DeepSupervisionWrapper(trainer.loss, (2 / 3, 1 / 3)), True
     fine, coarse = of_probability(*[0.6] * 8), of_probability(*[0.9] * 8)[..., ::2, ::2, ::2]
     targets = [torch.ones(1, 1, n, n, n) for n in (8, 4)]
     loss = trainer.loss_where(~BOX, [fine, coarse], targets)
@@ -142,18 +142,16 @@ def test_more_unlabelled_samples_than_labelled_ones():
     assert [p.tolist() for p in pairs(x[:2], 2)] == [[0, 1], [1, 0]]
     assert [p.tolist() for p in pairs(x, 1)] == [[0], [1]]
 
-    class Both(Trainer):
-        network = staticmethod(lambda x: x)
-        teacher = staticmethod(lambda x: (seen.append(x.flatten(1)[:, 0].tolist()), torch.zeros(len(x), 2, 8, 8, 8))[1])
-
-    seen, trainer = [], Both()
+    seen, trainer = [], behind_pretraining()
+    trainer.network = lambda x: x
+    trainer.teacher = lambda x: (seen.append(x.flatten(1)[:, 0].tolist()), torch.zeros(len(x), 2, 8, 8, 8))[1]
     unlabeled = {view: x.view(4, 1, 1, 1, 1).expand(4, 1, 8, 8, 8) for view in ("weak", "strong")}
     batch = {"data": torch.full((2, 1, 8, 8, 8), 9.0), "unlabeled": unlabeled}
-    (inwards, outwards), _ = BCPTrainer.forward_streams(trainer, batch)
+    (inwards, outwards), _ = trainer.forward_streams(batch)
     inside = trainer.box.expand(2, 1, 8, 8, 8)
     assert [x[i][inside[i]].unique().tolist() for x in (inwards,) for i in (0, 1)] == [[0], [1]]
     assert [x[i][~inside[i]].unique().tolist() for x in (outwards,) for i in (0, 1)] == [[2], [0]]
-    BCPTrainer.semi_losses(trainer, None, (torch.zeros(2, 2, 8, 8, 8),) * 2, batch)
+    trainer.semi_losses(None, (torch.zeros(2, 2, 8, 8, 8),) * 2, batch)
     assert seen == [[0, 1, 2]]
 
 
@@ -161,11 +159,11 @@ def test_the_largest_component_is_kept_where_it_is_asked_for(monkeypatch):
     calls = []
     monkeypatch.setattr("nnunet_semiseg.trainers.bcp.keep_largest_component", lambda x, _: (calls.append(1), x)[1])
     batch = {"data": torch.zeros(1, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
-    trainer, zeros = Trainer(), torch.zeros(1, 2, 8, 8, 8)
+    trainer, zeros = behind_pretraining(), torch.zeros(1, 2, 8, 8, 8)
     trainer.teacher = lambda x: zeros
     for asked, expected in ((False, 0), (True, 1)):
         trainer.settings = BCPTrainer.settings_class(largest_component=asked)
-        BCPTrainer.semi_losses(trainer, None, (zeros, zeros), batch)
+        trainer.semi_losses(None, (zeros, zeros), batch)
         assert len(calls) == expected
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import CLASSES, REGIONS, make_trainer
+from training import REGIONS, bare_trainer, make_trainer
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks import feature_perturbation as perturbation
@@ -14,28 +14,19 @@ X = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(1, 2, 8, 8, 8)
 
 def test_the_consistency_by_hand():
     """The main decoder says 1/2; one auxiliary decoder as well, another 0.8 and 0.2: (0 + 0.09) / 2."""
-
-    class Trainer:
-        settings, progress, label_manager = CCTTrainer.settings_class(), 1.0, CLASSES
-        finest = staticmethod(lambda x: x)
-
     same, other = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
     other[:, 0] = torch.logit(torch.tensor(0.8))
-    loss = CCTTrainer.semi_losses(Trainer(), None, (same, [same, other]), {})["consistency"]
+    loss = bare_trainer(CCTTrainer).semi_losses(None, (same, [same, other]), {})["consistency"]
     assert loss.item() == pytest.approx(0.1 * 0.09 / 2)
 
 
 def test_only_auxiliary_decoders_learn_and_by_a_ramp():
     """0.2 is half of a ramp of 0.4: exp(-5 * 0.5^2)."""
-
-    class Trainer:
-        settings, progress = CCTTrainer.settings_class(consistency_weight=2.0, ramp_length=0.4), 0.2
-        finest, label_manager = staticmethod(lambda x: x), CLASSES
-
+    trainer = bare_trainer(CCTTrainer, progress=0.2, consistency_weight=2.0, ramp_length=0.4)
     main, other = torch.zeros(2, 1, 2, 8, 8, 8)
     other[:, 0] = torch.logit(torch.tensor(0.8))
     main.requires_grad_(), other.requires_grad_()
-    loss = CCTTrainer.semi_losses(Trainer(), None, (main, [other]), {})["consistency"]
+    loss = trainer.semi_losses(None, (main, [other]), {})["consistency"]
     assert loss.item() == pytest.approx(2 * math.exp(-1.25) * 0.09)
     loss.backward()
     assert main.grad is None and other.grad.any()
@@ -44,11 +35,7 @@ def test_only_auxiliary_decoders_learn_and_by_a_ramp():
 @pytest.mark.parametrize("regions", [False, True])
 def test_perturbed_are_unlabelled_features_by_their_own_foreground(regions):
     """The unlabelled samples' foreground is slices 2 and 3, the labelled ones' the others; features are 1, 2 | 3, 4."""
-
-    class Trainer:
-        label_manager = REGIONS if regions else LabelManager({"background": 0, "a": 1, "b": 2}, None)
-        finest = staticmethod(lambda x: x[0])
-
+    trainer = bare_trainer(CCTTrainer, REGIONS if regions else LabelManager({"background": 0, "a": 1, "b": 2}, None))
     inside = torch.zeros(4, 8, 8, 8, dtype=torch.bool)
     inside[2:, 2:4], inside[:2, :2], inside[:2, 4:] = True, True, True
     logits = torch.zeros(4, 2 if regions else 3, 8, 8, 8) - 3
@@ -59,7 +46,7 @@ def test_perturbed_are_unlabelled_features_by_their_own_foreground(regions):
     skips = [fine, fine[..., ::2, ::2, ::2]]
     only = torch.tensor([0.0, 0, 1, 1, 0, 0, 0, 0])
     for name, expected in {"context_mask": only, "object_mask": 1 - only}.items():
-        perturbed = CCTTrainer.perturb(Trainer(), name, 2, skips, [[logits]])
+        perturbed = trainer.perturb(name, 2, skips, [[logits]])
         for features, places in zip(perturbed, (expected, expected[::2]), strict=True):
             assert features.shape[:2] == (2, 5) and (features == features[:, :1, :, :1, :1]).all()
             assert torch.equal(features[:, 0, :, 0, 0], torch.stack((3 * places, 4 * places)))

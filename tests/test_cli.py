@@ -128,6 +128,8 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
     (line,) = error_lines(capsys, *command.split(), "--set", "num_epoks=3")
     assert line.startswith("error: unknown setting num_epoks") and len(called) == 1
     before = plans_file.read_text()
+    assert cli.main([*command.split(), "--set", "num_epochs=much"]) == 1
+    assert "->" not in capsys.readouterr().out  # nothing is announced that is then refused
     (line,) = error_lines(capsys, *command.split(), "--set", "num_epochs=3", "ema_decay=0.9")
     assert line.startswith("error: --set ema_decay: SupervisedTrainer has no such setting: it has bfloat16_on_cpu, num")
     (line,) = error_lines(capsys, *command.replace("SupervisedTrainer", "nnUNetTrainer").split(), "--set", "seed=3")

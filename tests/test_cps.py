@@ -1,16 +1,10 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from training import CLASSES, REGIONS, make_trainer
+from training import REGIONS, bare_trainer, make_trainer
 
 from nnunet_semiseg.trainers.cps import CPSTrainer
-
-
-class Trainer:
-    settings, progress = CPSTrainer.settings_class(cps_weight=0.2), 1.0
-    finest = staticmethod(lambda x: x)
 
 
 def of_probability(p, heads=2):
@@ -21,29 +15,26 @@ def of_probability(p, heads=2):
 
 def test_each_network_learns_the_others_decision():
     """Network 1 says class 1 with 0.8, network 2 with 0.4, so decides for 0: CE -log 0.2 of one, -log 0.4 of two."""
-    trainer = Trainer()
-    trainer.label_manager = CLASSES
+    trainer = bare_trainer(CPSTrainer, cps_weight=0.2)
     first, second = of_probability(0.8), of_probability(0.4)
-    loss = CPSTrainer.semi_losses(trainer, (first, second), (first, second), {})["cps"]
+    loss = trainer.semi_losses((first, second), (first, second), {})["cps"]
     assert loss.item() == pytest.approx(0.2 * -(math.log(0.2) + math.log(0.4)))
 
 
 def test_both_streams_count_by_a_ramp():
     """Labelled as above; elsewhere network 1 says class 1 with 0.9, network 2 with 0.3; the ramp at 0.2."""
-    trainer = Trainer()
-    trainer.label_manager, trainer.progress = CLASSES, 0.2
+    trainer = bare_trainer(CPSTrainer, progress=0.2, cps_weight=0.2)
     labeled, unlabeled = ([of_probability(p).repeat(2, 1, 1, 1, 1) for p in ps] for ps in ((0.8, 0.4), (0.9, 0.3)))
-    loss = CPSTrainer.semi_losses(trainer, labeled, unlabeled, {})["cps"]
+    loss = trainer.semi_losses(labeled, unlabeled, {})["cps"]
     both = -(math.log(0.2) + math.log(0.4)) - (math.log(0.1) + math.log(0.3))
     assert loss.item() == pytest.approx(0.2 * math.exp(-5 * 0.8**2) * both / 2)
 
 
 def test_regions_one_by_one():
     """Region 0: both say 1/2, which is no; region 1 as above."""
-    trainer = Trainer()
-    trainer.label_manager = REGIONS
+    trainer = bare_trainer(CPSTrainer, REGIONS, cps_weight=0.2)
     first, second = of_probability(0.8), of_probability(0.4)
-    loss = CPSTrainer.semi_losses(trainer, (first, second), (first, second), {})["cps"]
+    loss = trainer.semi_losses((first, second), (first, second), {})["cps"]
     region_0, region_1 = -2 * math.log(0.5), -(math.log(0.2) + math.log(0.4))
     assert loss.item() == pytest.approx(0.2 * (region_0 + region_1) / 2)
 
@@ -64,7 +55,8 @@ def test_two_networks_of_their_own(ready):
 
 
 def test_both_networks_learn_from_labels():
-    trainer = SimpleNamespace(loss=lambda output, target: (output, target))
-    terms = CPSTrainer.supervised_losses(trainer, ("one", "two"), {"target": "label"})
+    trainer = bare_trainer(CPSTrainer)
+    trainer.loss = lambda output, target: (output, target)
+    terms = trainer.supervised_losses(("one", "two"), {"target": "label"})
     assert terms == {"supervised_1": ("one", "label"), "supervised_2": ("two", "label")}
     assert CPSTrainer.settings_class().cps_weight == 0.1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import CLASSES, REGIONS, make_trainer
+from training import CLASSES, REGIONS, bare_trainer, make_trainer
 
 from nnunet_semiseg.trainers.dtc import DTCTrainer, add_level_sets, level_set
 
@@ -34,34 +34,25 @@ def test_level_sets_of_classes_and_regions():
     assert sets[0, 0, :, 0, 0].tolist() == [1, 0.5, 0, -1, -1, 0, 0.5, 1] and (sets[0, 1] == 1).all()
 
 
-class Trainer:
-    settings, progress, label_manager = DTCTrainer.settings_class(), 1.0, CLASSES
-    finest = staticmethod(lambda x: x)
-
-    def loss(self, output, target):
-        return torch.tensor(7.0)
-
-
 def test_both_tasks_agree_where_the_sign_is_right():
     """p is 1/2 everywhere; sigmoid(-1500 z) is 1 for z = -0.1, 0 for 0.1: (1/2)^2; 1/2 for z = 0: no difference."""
     z = torch.full((1, 2, 8, 8, 8), 0.1)
     z[:, :, :4] = -0.1
     z[:, :, 2:6] = 0
     flat = torch.zeros(1, 2, 8, 8, 8)
-    loss = DTCTrainer.semi_losses(Trainer(), (flat, z), (flat, z), {})["dtc"]
+    loss = bare_trainer(DTCTrainer).semi_losses((flat, z), (flat, z), {})["dtc"]
     assert loss.item() == pytest.approx(0.25 / 2)
 
 
 def test_tasks_agree_in_both_streams_by_a_ramp():
     """Labelled: p is 1/2, the level sets say 1; unlabelled: p is 0.2 and 0.8, they say 0 and 1. The ramp at 0.2."""
-    trainer = Trainer()
-    trainer.settings, trainer.progress = DTCTrainer.settings_class(dtc_weight=3.0), 0.2
+    trainer = bare_trainer(DTCTrainer, progress=0.2, dtc_weight=3.0)
     flat, other = torch.zeros(2, 2, 2, 8, 8, 8)
     other[:, 1] = math.log(0.8 / 0.2)
     inside = torch.full((2, 2, 8, 8, 8), -0.1)
     z = inside.clone()
     z[:, 0] = 0.1
-    loss = DTCTrainer.semi_losses(trainer, (flat, inside), (other, z), {})["dtc"]
+    loss = trainer.semi_losses((flat, inside), (other, z), {})["dtc"]
     assert loss.item() == pytest.approx(3 * math.exp(-5 * 0.8**2) * (0.5**2 + 0.2**2) / 2)
 
 
@@ -69,20 +60,16 @@ def test_each_task_learns_from_the_other():
     p, z = torch.zeros(2, 2, 2, 8, 8, 8)
     z[:, 0] = -0.001
     p.requires_grad_(), z.requires_grad_()
-    DTCTrainer.semi_losses(Trainer(), (p, z), (p, z), {})["dtc"].backward()
+    bare_trainer(DTCTrainer).semi_losses((p, z), (p, z), {})["dtc"].backward()
     assert p.grad.all() and z.grad[:, 0].all()
 
 
 def test_level_sets_are_the_second_half_of_the_heads_by_tanh():
-    class Streams(Trainer):
-        network, student_view = None, "strong"
-        finest = staticmethod(lambda x: x[0])
-
-        def decode(self, network, images):
-            return [[torch.cat((images, 2 * images, 3 * images, 4 * images), 1)]]
-
+    trainer = bare_trainer(DTCTrainer)
+    trainer.network = None
+    trainer.decode = lambda network, x: [[torch.cat((x, 2 * x, 3 * x, 4 * x), 1)]]
     batch = {"data": torch.full((2, 1, 8, 8, 8), 0.5), "unlabeled": {"strong": torch.full((2, 1, 8, 8, 8), -0.25)}}
-    for (output, z), x in zip(DTCTrainer.forward_streams(Streams(), batch), (0.5, -0.25), strict=True):
+    for (output, z), x in zip(trainer.forward_streams(batch), (0.5, -0.25), strict=True):
         assert output[0][1, :, 0, 0, 0].tolist() == [x, 2 * x]
         assert z[1, :, 0, 0, 0].tolist() == pytest.approx([math.tanh(3 * x), math.tanh(4 * x)])
 
@@ -92,25 +79,24 @@ def test_the_supervised_loss_of_level_sets():
     z, true = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
     true[:, :, :2] = 0.5
     target = torch.zeros(1, 1, 8, 8, 8)
-    terms = DTCTrainer.supervised_losses(Trainer(), (None, z), {"target": target, "targets": {"level_sets": true}})
+    trainer = bare_trainer(DTCTrainer)
+    trainer.loss = lambda output, target: torch.tensor(7.0)
+    terms = trainer.supervised_losses((None, z), {"target": target, "targets": {"level_sets": true}})
     assert terms["supervised"] == 7 and terms["level_sets"].item() == pytest.approx(0.3 * 0.25 / 4)
 
 
 def test_a_patch_with_ignored_voxels_has_no_level_sets():
     """Of two samples that are wrong by 0.5 and by 1 one has an ignored voxel: 2 * 0.25."""
-
-    class WithIgnore(Trainer):
-        settings = DTCTrainer.settings_class(level_set_weight=2.0)
-        label_manager = LabelManager({"background": 0, "a": 1, "ignore": 2}, None)
-
+    trainer = bare_trainer(DTCTrainer, LabelManager({"background": 0, "a": 1, "ignore": 2}, None), level_set_weight=2.0)
+    trainer.loss = lambda output, target: torch.tensor(7.0)
     z, true = torch.zeros(2, 2, 8, 8, 8), torch.tensor([0.5, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 8, 8, 8)
     target = torch.zeros(2, 1, 8, 8, 8)
     target[1, 0, 0, 0, 0] = 2
     batch = {"target": target, "targets": {"level_sets": true}}
-    loss = DTCTrainer.supervised_losses(WithIgnore(), (None, z), batch)["level_sets"]
+    loss = trainer.supervised_losses((None, z), batch)["level_sets"]
     assert loss.item() == pytest.approx(2 * 0.25)
     target[:] = 2
-    assert DTCTrainer.supervised_losses(WithIgnore(), (None, z), batch)["level_sets"] == 0
+    assert trainer.supervised_losses((None, z), batch)["level_sets"] == 0
 
 
 def test_the_loader_makes_level_sets_of_the_augmented_labels(ready):

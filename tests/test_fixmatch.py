@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from training import CLASSES, REGIONS
+from training import CLASSES, REGIONS, bare_trainer
 
 from nnunet_semiseg.trainers.fixmatch import FixMatchTrainer
 
@@ -17,12 +17,9 @@ def test_only_certain_voxels_teach(labels):
     if regions:  # the other region must be certain, too: it is not there
         weak[:, 0] = -10
 
-    class Trainer:
-        settings, label_manager = FixMatchTrainer.settings_class(match_weight=3.0), labels
-        finest = staticmethod(lambda x: x)
-        network = staticmethod(lambda x: weak)
-
-    loss = FixMatchTrainer.semi_losses(Trainer(), None, strong, {"unlabeled": {"weak": None}})["unsupervised"]
+    trainer = bare_trainer(FixMatchTrainer, labels, match_weight=3.0)
+    trainer.network = lambda x: weak
+    loss = trainer.semi_losses(None, strong, {"unlabeled": {"weak": None}})["unsupervised"]
     one = -math.log(0.75)
     expected = (one - math.log(0.5)) / 2 if regions else one  # region 0: strong says 1/2
     assert loss.item() == pytest.approx(3 * expected / 8)
@@ -37,12 +34,10 @@ def test_the_strong_view_learns_from_the_weak_one():
     weak[:, 1], strong[:, 1] = math.log(0.949 / 0.051), math.log(0.75 / 0.25)
     weak[:, 1, 0] = math.log(0.951 / 0.049)
 
-    class Trainer:
-        settings, label_manager, student_view = FixMatchTrainer.settings_class(), CLASSES, FixMatchTrainer.student_view
-        finest = network = staticmethod(lambda x: x)
-
+    trainer = bare_trainer(FixMatchTrainer)
+    trainer.network = lambda x: x
     batch = {"data": labeled, "unlabeled": {"weak": weak, "strong": strong}}
-    streams = FixMatchTrainer.forward_streams(Trainer(), batch)
+    streams = trainer.forward_streams(batch)
     assert torch.equal(streams[0], labeled)
-    loss = FixMatchTrainer.semi_losses(Trainer(), *streams, batch)["unsupervised"]
+    loss = trainer.semi_losses(*streams, batch)["unsupervised"]
     assert loss.item() == pytest.approx(-math.log(0.75) / 8)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from training import CLASSES, REGIONS, make_trainer
+from training import CLASSES, REGIONS, bare_trainer, make_trainer
 
 from nnunet_semiseg.networks.multi_decoder import InterpolationUpsampling
 from nnunet_semiseg.trainers.mc_net import MCNetTrainer
@@ -15,29 +15,21 @@ def test_decoders_approach_each_others_sharpened_output(labels):
     Ordered pairs (i learns from j): (0 of 1) and (0 of 2): 0.1^2 each; (1 of 0) and (2 of 0): (0.692 - 0.5)^2 each;
     (1 of 2) and (2 of 1): 0. Regions: only one of both heads differs from 1/2.
     """
-
-    class Trainer:
-        settings, progress, label_manager = MCNetTrainer.settings_class(sharpening=0.5, mutual_weight=2.0), 1.0, labels
-        finest = staticmethod(lambda x: x)
-
+    trainer = bare_trainer(MCNetTrainer, labels, sharpening=0.5, mutual_weight=2.0)
     even, first = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
     first[:, 1] = math.log(0.6 / 0.4)
     outputs = (first, even, even)
-    loss = MCNetTrainer.semi_losses(Trainer(), outputs, outputs, {})["mutual"]
+    loss = trainer.semi_losses(outputs, outputs, {})["mutual"]
     expected = 2 * 0.1**2 + 2 * (0.36 / 0.52 - 0.5) ** 2
     assert loss.item() == pytest.approx(2 * expected * (0.5 if labels is REGIONS else 1))
 
 
 def test_consistency_of_both_streams_by_a_ramp():
     """Decoders: 0.6, 0.5, 0.5 where there are labels, as above; 0.8, 0.5, 0.5 elsewhere; the ramp at 0.2."""
-
-    class Trainer:
-        settings, progress = MCNetTrainer.settings_class(sharpening=0.5, mutual_weight=2.0), 0.2
-        finest, label_manager = staticmethod(lambda x: x), CLASSES
-
+    trainer = bare_trainer(MCNetTrainer, progress=0.2, sharpening=0.5, mutual_weight=2.0)
     labeled, unlabeled = (torch.zeros(3, 2, 2, 8, 8, 8) for _ in range(2))
     labeled[0, :, 1], unlabeled[0, :, 1] = math.log(0.6 / 0.4), math.log(0.8 / 0.2)
-    loss = MCNetTrainer.semi_losses(Trainer(), tuple(labeled), tuple(unlabeled), {})["mutual"]
+    loss = trainer.semi_losses(tuple(labeled), tuple(unlabeled), {})["mutual"]
     of_labeled = 2 * 0.1**2 + 2 * (0.36 / 0.52 - 0.5) ** 2
     of_unlabeled = 2 * 0.3**2 + 2 * (0.64 / 0.68 - 0.5) ** 2
     assert loss.item() == pytest.approx(2 * math.exp(-5 * 0.8**2) * (of_labeled + of_unlabeled) / 2)
@@ -45,11 +37,9 @@ def test_consistency_of_both_streams_by_a_ramp():
 
 @pytest.mark.parametrize("settings, weight", [({}, 0.5), ({"supervised_weight": 0.25}, 0.25)])
 def test_each_decoder_learns_the_labels(settings, weight):
-    class Trainer:
-        loss = staticmethod(lambda output, target: output + target)
-
-    Trainer.settings = MCNetTrainer.settings_class(**settings)
-    terms = MCNetTrainer.supervised_losses(Trainer(), (1.0, 2.0, 3.0), {"target": 5.0})
+    trainer = bare_trainer(MCNetTrainer, **settings)
+    trainer.loss = lambda output, target: output + target
+    terms = trainer.supervised_losses((1.0, 2.0, 3.0), {"target": 5.0})
     assert terms == {"supervised_1": 6 * weight, "supervised_2": 7 * weight, "supervised_3": 8 * weight}
 
 
@@ -59,12 +49,8 @@ def test_default_settings():
 
 
 def test_labels_of_the_others_get_no_gradient():
-    class Trainer:
-        settings, progress, label_manager = MCNetTrainer.settings_class(), 1.0, CLASSES
-        finest = staticmethod(lambda x: x)
-
     a, b = torch.randn(1, 2, 8, 8, 8, requires_grad=True), torch.randn(1, 2, 8, 8, 8)
-    MCNetTrainer.semi_losses(Trainer(), (a, b, b), (a, b, b), {})["mutual"].backward()
+    bare_trainer(MCNetTrainer).semi_losses((a, b, b), (a, b, b), {})["mutual"].backward()
     with_labels = a.grad.clone()
     a.grad = None
     p = a.softmax(1)

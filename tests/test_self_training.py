@@ -1,12 +1,11 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from training import make_trainer, nnunet_loss
+from training import bare_trainer, make_trainer, nnunet_loss
 
 from nnunet_semiseg.data.pseudo_labels import label_cases
 from nnunet_semiseg.errors import UserError
@@ -224,10 +223,9 @@ def test_the_loss_by_hand():
     """Everything is class 1, of probability 0.8: Dice + CE = -2 0.8 / 1.8 - log 0.8, by half."""
     logits = torch.zeros(1, 2, 8, 8, 8)
     logits[:, 1] = math.log(4)
-    trainer = SimpleNamespace(
-        loss=nnunet_loss(False), settings=SelfTrainingTrainer.settings_class(pseudo_weight=0.5), finest=lambda x: x
-    )
+    trainer = bare_trainer(SelfTrainingTrainer, pseudo_weight=0.5)
+    trainer.loss = nnunet_loss(False)
     batch = {"targets": {"pseudo": torch.ones(1, 1, 8, 8, 8)}}
-    loss = SelfTrainingTrainer.semi_losses(trainer, logits, logits, batch)["pseudo"]
+    loss = trainer.semi_losses(logits, logits, batch)["pseudo"]
     assert loss.item() == pytest.approx(0.5 * (-1.6 / 1.8 - math.log(0.8)), abs=1e-4)
-    assert SelfTrainingTrainer.semi_losses(trainer, logits, None, batch)["pseudo"] == 0
+    assert trainer.semi_losses(logits, None, batch)["pseudo"] == 0

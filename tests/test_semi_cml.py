@@ -6,11 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 from torch.nn import functional as F
-from training import CLASSES, REGIONS, make_trainer, nnunet_loss
+from training import CLASSES, REGIONS, bare_trainer, make_trainer
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks.modalities import (
@@ -23,7 +21,6 @@ from nnunet_semiseg.networks.modalities import (
 )
 from nnunet_semiseg.networks.mutual_learning import CrossModalFusion, average_logits, presence
 from nnunet_semiseg.trainers.semi_cml import (
-    SemiCMLSettings,
     SemiCMLTrainer,
     area_similarity,
     area_similarity_contrast,
@@ -88,15 +85,8 @@ def logits_of(*p):
 def relearning(student, branches, mean, sampled=None, progress=0.5, **settings):
     """`relearning_loss` without a training; the weight's parts are what matters."""
     own = dict(relearning_start=0.5, threshold_warmup=0.1, threshold=0.7, disagreement_weight=0.3) | settings
-    loss = DC_and_CE_loss(
-        {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, weight_dice=0,
-        dice_class=MemoryEfficientSoftDiceLoss,
-    )  # fmt: skip
-    trainer = SimpleNamespace(
-        settings=SimpleNamespace(**own), progress=progress, label_manager=CLASSES, finest_loss=loss,
-        probabilities=lambda x: x.softmax(1),
-    )  # fmt: skip
-    return SemiCMLTrainer.relearning_loss(trainer, student, branches, mean, sampled).item()
+    trainer = bare_trainer(SemiCMLTrainer, progress=progress, **own)
+    return trainer.relearning_loss(student, branches, mean, sampled).item()
 
 
 def test_disagreement_weighs_the_loss_and_not_the_label():
@@ -120,19 +110,12 @@ def test_uncertain_voxels_weigh_less():
     assert relearning([student], [sure, sure], sure, sampled) == pytest.approx(expected, abs=1e-6)
 
 
-def bare_trainer(label_manager=CLASSES, progress=(1, 2), **settings):
-    """What the losses need, without a data set; the loss is CE alone."""
-    trainer = SemiCMLTrainer.__new__(SemiCMLTrainer)
-    trainer.settings, trainer.label_manager = SemiCMLSettings(**settings), label_manager
-    trainer.loss, trainer.enable_deep_supervision = nnunet_loss(label_manager.has_regions, weight_dice=0), False
-    trainer.step, trainer.num_epochs, trainer.num_iterations_per_epoch = *progress, 1
-    return trainer
-
-
 def test_the_first_region_is_compared_too():
     """The modalities differ in the first region and agree in the second."""
     a, b = torch.tensor([[[[30.0]], [[30.0]]], [[[-30.0]], [[30.0]]]])[:, None]
-    trainer = bare_trainer(REGIONS, (1, 1), inter_weight=1.0, contrast_weight=0, intra_weight=0, relearning_weight=0)
+    trainer = bare_trainer(
+        SemiCMLTrainer, REGIONS, inter_weight=1.0, contrast_weight=0, intra_weight=0, relearning_weight=0
+    )
     terms = trainer.semi_losses([a, b], [a, b], {"data": a, "unlabeled": {"weak": a}})
     assert terms["inter"].item() == pytest.approx(0.5, abs=1e-3)
 
@@ -146,7 +129,7 @@ def test_relearning_asks_the_teacher_for_its_passes_and_is_weighted_and_ramped()
         return [sure, sure], sure, None
 
     trainer = bare_trainer(
-        progress=(3, 4), relearning_weight=0.6, mc_passes=3, mc_dropout=0.35,
+        SemiCMLTrainer, progress=0.75, relearning_weight=0.6, mc_passes=3, mc_dropout=0.35,
         inter_weight=0, contrast_weight=0, intra_weight=0,
     )  # fmt: skip
     trainer.teacher = teacher
@@ -163,7 +146,7 @@ def test_a_pool_of_two_by_hand():
     def network(a, b, sampled):
         return lambda *_, **__: ([logits_of(a), logits_of(b)], None, logits_of(sampled))
 
-    trainer = bare_trainer(teacher="best_pool", mc_passes=2)
+    trainer = bare_trainer(SemiCMLTrainer, teacher="best_pool", mc_passes=2)
     trainer.auxiliary = {"pool": [network(0.2, 0.6, 0.3), network(0.4, 0.8, 0.6)]}
     trainer.method_state = {"pool_dice": torch.tensor([0.5, 0.7]), "pool_branch": torch.tensor([0, 1])}
     branches, mean, sampled = trainer.predict_with_pool(torch.zeros(1))
@@ -172,7 +155,7 @@ def test_a_pool_of_two_by_hand():
 
 
 def test_the_student_lacks_a_modality_of_each_sample():
-    trainer = bare_trainer(modality_dropout=1.0)
+    trainer = bare_trainer(SemiCMLTrainer, modality_dropout=1.0)
     seen = []
     trainer.network = lambda images, branches: seen.append(images) or [images, images]
     trainer.network.modalities = SimpleNamespace(groups=((0, 2), (1,)))

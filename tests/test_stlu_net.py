@@ -9,7 +9,7 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
-from training import CLASSES, REGIONS, make_trainer, nnunet_loss
+from training import CLASSES, REGIONS, bare_trainer, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
@@ -21,7 +21,7 @@ from nnunet_semiseg.networks.feature_mixing import (
     mixing_points,
     similarity_weights,
 )
-from nnunet_semiseg.trainers.stlu_net import STLUNetSettings, STLUNetTrainer, draw_beta
+from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, draw_beta
 from nnunet_semiseg.training.schedules import gaussian_ramp
 
 # ------------------------------------------------------------------------------------------------------ equations
@@ -187,15 +187,11 @@ def test_without_mixing_the_stream_is_the_plain_network():
 # -------------------------------------------------------------------------------------------------------- trainer
 
 
-def bare_trainer(points=(0, 1, 2), **settings):
-    """What a step's methods need, without a data set: the transparent network, the end of the ramp, CE alone."""
-    trainer = STLUNetTrainer.__new__(STLUNetTrainer)
-    trainer.settings = STLUNetSettings(**settings)
-    trainer.points, trainer.device, trainer.label_manager = points, torch.device("cpu"), CLASSES
-    trainer.histogram = torch.zeros(len(points), 10)
+def transparent_trainer(points=(0, 1, 2), **settings):
+    """At the end of the ramp, with the transparent network."""
+    trainer = bare_trainer(STLUNetTrainer, **settings)
+    trainer.points, trainer.device, trainer.histogram = points, torch.device("cpu"), torch.zeros(len(points), 10)
     trainer.network = STLUNetTrainer.adapt_network(TRANSPARENT, trainer.settings, {}, False)
-    trainer.loss, trainer.enable_deep_supervision = nnunet_loss(False, weight_dice=0), False
-    trainer.step = trainer.num_epochs = trainer.num_iterations_per_epoch = 1
     return trainer
 
 
@@ -210,24 +206,24 @@ def mixed_features(trainer):
 
 def test_a_scalar_weight_is_the_settings_or_drawn_with_their_beta(monkeypatch):
     monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(b / 10))
-    fixed = bare_trainer((2,), mixing="scalar", mixing_weight=0.3)
+    fixed = transparent_trainer((2,), mixing="scalar", mixing_weight=0.3)
     assert mixed_features(fixed) == pytest.approx([1, 1, 0.3])
-    drawn = bare_trainer((0,), mixing="scalar", mixing_weight=0.3, mixing_beta=4.0)
+    drawn = transparent_trainer((0,), mixing="scalar", mixing_weight=0.3, mixing_beta=4.0)
     assert mixed_features(drawn) == pytest.approx([0.4, 0.4, 0.4])
 
 
 def test_mixup_mixes_after_any_one_of_the_points_with_a_weight_from_its_beta(monkeypatch):
     monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(b / 10))
     torch.manual_seed(0)
-    trainer = bare_trainer((0, 2), mixing="mixup", mixing_beta=2.0)
+    trainer = transparent_trainer((0, 2), mixing="mixup", mixing_beta=2.0)
     seen = {tuple(round(x, 4) for x in mixed_features(trainer)) for _ in range(30)}
     assert seen == {(0.8, 0.8, 0.8), (1.0, 1.0, 0.8)}
-    assert mixed_features(bare_trainer((0,), mixing="mixup")) == pytest.approx([0.9] * 3)  # Beta(1, 1)
+    assert mixed_features(transparent_trainer((0,), mixing="mixup")) == pytest.approx([0.9] * 3)  # Beta(1, 1)
 
 
 def test_channel_dropout_is_the_settings():
     torch.manual_seed(0)
-    trainer = bare_trainer((0,), channel_dropout=0.2)
+    trainer = transparent_trainer((0,), channel_dropout=0.2)
     x = torch.ones(1, 1000, 1, 1)
     (_, dropped), _ = trainer.forward_streams({"data": x, "unlabeled": {"strong": x}})
     assert set(dropped[0].unique().tolist()) == {0.0, 1.25}
@@ -239,7 +235,7 @@ def test_pseudo_losses_by_hand():
     unlabeled = torch.stack((1 - p, p), 1).log()[:, None, :, :, None]
 
     def losses(**settings):
-        terms = bare_trainer(stlu_weight=0.5, **settings).semi_losses(None, unlabeled, {})
+        terms = transparent_trainer(stlu_weight=0.5, **settings).semi_losses(None, unlabeled, {})
         return terms["unsupervised_mixing"].item(), terms["unsupervised_enhancement"].item()
 
     # labels: the mixing stream's a and a, the other's a and background

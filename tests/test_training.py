@@ -118,6 +118,16 @@ def test_with_a_seed_blur_is_computed_in_one_way(trainer_class, ready):
         assert blur.benchmark == (seed is None)
 
 
+def test_a_term_that_only_some_steps_have_is_refused(ready):
+    """The mean over an epoch would leave it out, or not know it."""
+    trainer = make_trainer(MeanTeacherTrainer, ready(dims=2, size=32))
+    one, two = ({"loss": torch.ones(()), name: torch.ones(())} for name in ("a", "b"))
+    trainer.initialize()
+    for outputs in ([one, two], [one, one | two], [one | two, two]):
+        with pytest.raises(RuntimeError, match="MeanTeacherTrainer: .* not the same names in every step"):
+            trainer.on_train_epoch_end(outputs)
+
+
 @torch._dynamo.config.patch(automatic_dynamic_shapes=True)
 def test_what_is_compiled_has_fixed_shapes(ready, monkeypatch):
     """A method that begins with one stream and goes on with two has two graphs; dynamo would make one of any shape."""

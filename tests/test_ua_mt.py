@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import CLASSES, REGIONS, make_trainer
+from training import CLASSES, REGIONS, bare_trainer, make_trainer
 
 from nnunet_semiseg.losses.pseudo_labels import entropy
 from nnunet_semiseg.trainers.ua_mt import UAMTTrainer, masked_mse
@@ -37,22 +37,18 @@ def test_the_consistency_of_a_step(regions, certain):
     logit = math.log(p / (1 - p))
     logits = torch.zeros(1, 2, 8, 8, 8)
     logits[:, 0], logits[:, 1] = (logit, -logit) if regions else (logit, 0)
+    calls = []
 
-    class Trainer:
-        settings = UAMTTrainer.settings_class(mc_passes=3, input_noise=0.0)
-        label_manager = REGIONS if regions else CLASSES
-        drop, sample, progress = None, UAMTTrainer.sample, 0.0
-        finest = staticmethod(lambda x: x)
-        calls = []
+    def teacher(x, text=None, decoders=None, perturbations=()):
+        calls.append(perturbations)
+        return logits if decoders is None else [logits]
 
-        def teacher(self, x, text=None, decoders=None, perturbations=()):
-            self.calls.append(perturbations)
-            return logits if decoders is None else [logits]
-
-    trainer = Trainer()
+    labels = REGIONS if regions else CLASSES
+    trainer = bare_trainer(UAMTTrainer, labels, progress=0, mc_passes=3, input_noise=0.0)
+    trainer.teacher = teacher
     batch = {"unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
-    (loss,) = UAMTTrainer.semi_losses(trainer, None, torch.zeros(1, 2, 8, 8, 8), batch).values()
-    assert len(trainer.calls) == 1 + 3
+    (loss,) = trainer.semi_losses(None, torch.zeros(1, 2, 8, 8, 8), batch).values()
+    assert len(calls) == 1 + 3
     # the student says 1/2 of everything; weight 0.1 exp(-5)
     assert loss.item() == pytest.approx(0.1 * math.exp(-5) * (p - 0.5) ** 2 * certain, rel=1e-4)
 
@@ -74,18 +70,18 @@ def test_where_the_teacher_is_certain(passes):
     dropped = [of_slices([0.66, 0.17, 0.17], [0.6, 0.2, 0.2], sure[i], sure[0]) for i in range(3)]
     says = [0.5, 0.3, 0.2]
     student = [[0.4, 0.4, 0.2], [0.1, 0.1, 0.8], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]]
+    of_passes = iter(dropped)
+    trainer = bare_trainer(
+        UAMTTrainer, LabelManager({"background": 0, "a": 1, "b": 2}, None), progress=0.2,
+        mc_passes=passes, input_noise=0.0, ramp_length=0.4, consistency_weight=2,
+    )  # fmt: skip
 
-    class Trainer:
-        settings = UAMTTrainer.settings_class(mc_passes=passes, input_noise=0.0, ramp_length=0.4, consistency_weight=2)
-        label_manager = LabelManager({"background": 0, "a": 1, "b": 2}, None)
-        drop, sample, progress = None, UAMTTrainer.sample, 0.2
-        finest, of_passes = staticmethod(lambda x: x), iter(dropped)
+    def teacher(x, text=None, decoders=None, perturbations=()):
+        return of_slices(*[says] * 4) if decoders is None else [next(of_passes)]
 
-        def teacher(self, x, text=None, decoders=None, perturbations=()):
-            return of_slices(*[says] * 4) if decoders is None else [next(self.of_passes)]
-
+    trainer.teacher = teacher
     batch = {"unlabeled": {"weak": torch.zeros(2, 1, 8, 8, 8)}}
-    loss = UAMTTrainer.semi_losses(Trainer(), None, of_slices(*student), batch)["consistency"]
+    loss = trainer.semi_losses(None, of_slices(*student), batch)["consistency"]
     distances = [sum((a - b) ** 2 for a, b in zip(p, says, strict=True)) / 3 for p in student]
     count = distances[::3] if passes else distances
     assert loss.item() == pytest.approx(2 * math.exp(-1.25) * sum(count) / len(count), rel=1e-4)
@@ -93,17 +89,16 @@ def test_where_the_teacher_is_certain(passes):
 
 def test_a_pass_sees_noise_that_is_cut_off_and_a_dropped_bottleneck():
     """Noise of 0.1 is cut off at 0.2. Normal numbers cut off at 2 have a variance of 0.74 + 4 * 0.046, 0.92."""
+    seen = []
 
-    class Trainer:
-        settings, label_manager, drop = UAMTTrainer.settings_class(), REGIONS, UAMTTrainer.drop
+    def teacher(x, text, decoders, perturbations):
+        seen.append(x)
+        return perturbations[0]([x, torch.ones(2, 64, 4, 4, 4)], [])[1:]
 
-        def teacher(self, x, text, decoders, perturbations):
-            self.seen = x
-            return perturbations[0]([x, torch.ones(2, 64, 4, 4, 4)], [])[1:]
-
-    trainer, images = Trainer(), torch.full((2, 1, 32, 32, 32), 3.0)
-    p = UAMTTrainer.sample(trainer, images)
-    noise = trainer.seen - images
+    trainer, images = bare_trainer(UAMTTrainer, REGIONS), torch.full((2, 1, 32, 32, 32), 3.0)
+    trainer.teacher = teacher
+    p = trainer.sample(images)
+    noise = seen[0] - images
     assert noise.min().item() == pytest.approx(-0.2, abs=1e-5) and noise.max().item() == pytest.approx(0.2, abs=1e-5)
     assert noise.std().item() == pytest.approx(0.1 * math.sqrt(0.92), rel=0.02) and abs(noise.mean()) < 0.003
     assert p.unique().tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2))])  # of 0 and of 1 / (1 - 0.5)
@@ -112,17 +107,12 @@ def test_a_pass_sees_noise_that_is_cut_off_and_a_dropped_bottleneck():
 
 def test_the_student_sees_the_strong_view_with_a_dropped_bottleneck():
     """Labelled samples are 1, the weak view 2, the strong one 3; the dropout is 1/2, and only of the last features."""
-
-    class Trainer:
-        settings, drop, network = UAMTTrainer.settings_class(), UAMTTrainer.drop, None
-        student_view = UAMTTrainer.student_view
-
-        def decode(self, network, images, decoders, perturbations):
-            return [perturb([images, images, images], []) for perturb in perturbations]
-
+    trainer = bare_trainer(UAMTTrainer)
+    trainer.network = None
+    trainer.decode = lambda network, x, decoders, perturbations: [f([x, x, x], []) for f in perturbations]
     labeled, weak, strong = (torch.full((2, 64, 4, 4, 4), value) for value in (1.0, 2.0, 3.0))
     batch = {"data": labeled, "unlabeled": {"weak": weak, "strong": strong}}
-    streams = UAMTTrainer.forward_streams(Trainer(), batch)
+    streams = trainer.forward_streams(batch)
     seen = [[x.unique().tolist() for x in features] for features in streams]
     assert seen == [[[1], [1], [0, 2]], [[3], [3], [0, 6]]]
 

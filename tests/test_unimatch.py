@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from training import CLASSES, make_trainer, nnunet_loss
+from training import bare_trainer, make_trainer, nnunet_loss
 
 from nnunet_semiseg.trainers.unimatch import UniMatchTrainer
 
@@ -18,16 +18,13 @@ def test_the_losses_by_hand():
     strong = torch.zeros(2, 2, 8, 8, 8)
     strong[:, 1] = math.log(0.75 / 0.25)
     nothing, everything = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool), torch.ones(1, 1, 8, 8, 8, dtype=torch.bool)
-
-    class Trainer:
-        settings, label_manager = UniMatchTrainer.settings_class(match_weight=2.0), CLASSES
-        finest_loss, boxes, cut_mix = nnunet_loss(False), [nothing, everything], UniMatchTrainer.cut_mix
-
+    trainer = bare_trainer(UniMatchTrainer, match_weight=2.0)
+    trainer.loss, trainer.boxes = nnunet_loss(False), [nothing, everything]
     half = strong.clone()
     half[1, 1] = -20  # what the second sample says in the first strong view does not matter
     swapped = strong.clone()
     swapped[0, 1] = -20  # in the second it is the first sample's
-    terms = UniMatchTrainer.semi_losses(Trainer(), None, (weak, half, swapped, half), {})
+    terms = trainer.semi_losses(None, (weak, half, swapped, half), {})
     dice = (2 * 0.75 / 1.75 + 0) / 2
     one = -math.log(0.75) / 2 - dice
     expected = {"feature": 0.5, "strong_1": 0.25, "strong_2": 0.25}
@@ -46,12 +43,9 @@ def test_pseudo_labels_are_cut_as_their_views_are():
     strong[0, 1], strong[1, 1] = math.log(0.75 / 0.25), math.log(0.6 / 0.4)
     quarter, nothing = torch.zeros(2, 1, 1, 8, 8, 8, dtype=torch.bool)
     quarter[:, :, :2] = True
-
-    class Trainer:
-        settings, label_manager = UniMatchTrainer.settings_class(match_weight=2.0), CLASSES
-        finest_loss, boxes, cut_mix = nnunet_loss(False), [quarter, nothing], UniMatchTrainer.cut_mix
-
-    terms = UniMatchTrainer.semi_losses(Trainer(), None, (weak, strong, strong, strong), {})
+    trainer = bare_trainer(UniMatchTrainer, match_weight=2.0)
+    trainer.loss, trainer.boxes = nnunet_loss(False), [quarter, nothing]
+    terms = trainer.semi_losses(None, (weak, strong, strong, strong), {})
     ce = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25) + 0.25 * math.log(0.6) + 0.75 * math.log(0.4)) / 2
     dice = (2 * 0.75 * 0.75 / (0.75 + 0.75) + 2 * 0.25 * 0.6 / (0.25 + 0.6)) / 2
     assert terms["strong_1"].item() == pytest.approx(2 * 0.25 * (ce - dice), abs=1e-3)

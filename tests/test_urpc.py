@@ -1,9 +1,8 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from training import CLASSES, REGIONS, make_trainer
+from training import REGIONS, bare_trainer, make_trainer
 
 from nnunet_semiseg.trainers.urpc import HEAD_DROPOUT, URPCTrainer, perturb, pyramid_consistency
 
@@ -56,28 +55,25 @@ def test_all_scales_are_supervised_and_compared(ready, monkeypatch):
 
 def test_the_loss_of_a_step_by_hand():
     """The two outputs of test_the_pyramid_by_hand, as logits, the second one of half the size; the ramp at 0.2."""
-    trainer = SimpleNamespace(
-        settings=URPCTrainer.settings_class(consistency_weight=0.3), progress=0.2, label_manager=CLASSES,
-        enable_deep_supervision=True,
-    )  # fmt: skip
+    trainer = bare_trainer(URPCTrainer, progress=0.2, consistency_weight=0.3)
+    trainer.enable_deep_supervision = True
     outputs = [x.log()[..., : 8 // n, : 8 // n, : 8 // n] for n, x in enumerate(two_scales(0.9, 0.5), 1)]
     d_1 = 0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3)
     d_2 = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
-    loss = URPCTrainer.semi_losses(trainer, None, outputs, {})["pyramid"]
+    loss = trainer.semi_losses(None, outputs, {})["pyramid"]
     assert loss.item() == pytest.approx(0.3 * math.exp(-5 * 0.8**2) * (0.04 + (d_1 + d_2) / 2), rel=1e-4)
     trainer.label_manager = REGIONS
     outputs = [torch.full((1, 2, 8, 8, 8), math.log(p / (1 - p))) for p in (0.9, 0.5)]
-    loss = URPCTrainer.semi_losses(trainer, None, outputs, {})["pyramid"]
+    loss = trainer.semi_losses(None, outputs, {})["pyramid"]
     assert loss.item() == pytest.approx(0.3 * math.exp(-5 * 0.8**2) * (0.04 + (d_1 + d_2) / 2), rel=1e-4)
 
 
 def test_logits_are_brought_to_full_resolution_not_probabilities():
-    trainer = SimpleNamespace(
-        settings=URPCTrainer.settings_class(), progress=1.0, label_manager=REGIONS, enable_deep_supervision=True
-    )
+    trainer = bare_trainer(URPCTrainer, REGIONS)
+    trainer.enable_deep_supervision = True
     coarse = torch.tensor([-4.0, 4.0]).view(1, 1, 2, 1).repeat(1, 1, 1, 2)
     fine = torch.nn.functional.interpolate(coarse, (4, 4), mode="bilinear")
-    assert URPCTrainer.semi_losses(trainer, None, [fine, coarse], {})["pyramid"].item() == pytest.approx(0, abs=1e-6)
+    assert trainer.semi_losses(None, [fine, coarse], {})["pyramid"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_features_are_perturbed_before_every_output_in_training_alone():

@@ -72,6 +72,17 @@ def make_trainer(trainer_class: type[nnUNetTrainer], dataset, fold="all", plans=
     return trainer_class(plans, dataset.configuration, fold, dataset_json, torch.device("cpu"))
 
 
+def bare_trainer(
+    trainer_class: type[nnUNetTrainer], label_manager=CLASSES, progress: float = 1.0, **settings
+) -> nnUNetTrainer:
+    """A trainer's formulas, without data and network: one output, the loss is nnU-Net's cross entropy alone."""
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.settings, trainer.label_manager = trainer_class.settings_class(**settings), label_manager
+    trainer.loss, trainer.enable_deep_supervision = nnunet_loss(label_manager.has_regions, weight_dice=0), False
+    trainer.step, trainer.num_epochs, trainer.num_iterations_per_epoch = progress, 1, 1
+    return trainer
+
+
 def in_last_epoch(trainer_class: type[nnUNetTrainer], dataset, **settings) -> nnUNetTrainer:
     """A trainer when all that its method has takes part, pseudo-labels of whole cases, too."""
     trainer = make_trainer(trainer_class, dataset, num_epochs=2, dca_start=0.0, **settings)

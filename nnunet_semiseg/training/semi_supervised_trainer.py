@@ -307,6 +307,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]):
         self.refresh_network()
         names = list(train_outputs[0])
+        if any(o.keys() != train_outputs[0].keys() for o in train_outputs):
+            raise RuntimeError(f"{type(self).__name__}: the terms of its loss have not the same names in every step")
         means = torch.stack([torch.stack([o[k].float() for k in names]) for o in train_outputs]).mean(0).cpu()
         means = dict(zip(names, means.tolist(), strict=True))
         super().on_train_epoch_end([{"loss": np.float64(means.pop("loss"))}])
