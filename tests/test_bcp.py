@@ -4,6 +4,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import bare_trainer, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
@@ -185,16 +186,29 @@ def test_the_end_of_the_pretraining_stays_when_a_training_becomes_longer(ready):
     assert longer.first_step == 5
 
 
-def test_ignored_voxels_do_not_count(ready):
-    trainer = make_trainer(BCPTrainer, ready(labels={"background": 0, "kidney": 1, "ignore": 2}))
-    trainer.on_train_start()
-    logits = torch.randn(2, 2, 8, 8, 8)
-    target = torch.zeros(2, 1, 8, 8, 8)
+@pytest.mark.parametrize("wrong", [0.1, 0.9])
+def test_ignored_voxels_do_not_count(wrong):
+    """Half of the voxels are class 1, of p = 0.6; what the network says of the others has no effect."""
+    trainer = behind_pretraining()
+    trainer.label_manager = LabelManager({"background": 0, "a": 1, "ignore": 2}, None)
+    target = torch.ones(1, 1, 8, 8, 8)
     target[:, :, 4:] = 2
-    other = logits.clone()
-    other[:, :, 4:] += 5
-    everywhere = torch.ones_like(BOX)
-    assert trainer.loss_where(everywhere, logits, target) == trainer.loss_where(everywhere, other, target)
+    loss = trainer.loss_where(torch.ones_like(BOX), of_probability(*[0.6] * 4, *[wrong] * 4), target)
+    assert loss.item() == pytest.approx(loss_by_hand(0.6), abs=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [0.1, 0.9])
+def test_nor_do_those_of_regions(wrong):
+    """The same, of two regions that are both there; the last channel of the target says what is ignored."""
+    trainer = behind_pretraining()
+    trainer.label_manager = LabelManager({"background": 0, "both": (1, 2), "b": (2,), "ignore": 3}, [1, 2])
+    trainer.loss = nnunet_loss(True)
+    target = torch.ones(1, 3, 8, 8, 8)
+    target[:, 2, :4] = 0
+    logits = torch.full((1, 2, 8, 8, 8), math.log(0.6 / 0.4))
+    logits[:, :, 4:] = math.log(wrong / (1 - wrong))
+    loss = trainer.loss_where(torch.ones_like(BOX), logits, target)
+    assert loss.item() == pytest.approx(loss_by_hand(0.6), abs=1e-4)
 
 
 def test_it_needs_pairs(ready):

@@ -54,6 +54,17 @@ def test_two_networks_of_their_own(ready):
     assert sum(moved) > 0.9 * len(moved)
 
 
+def test_both_networks_run_in_bfloat16(ready):
+    trainer = make_trainer(CPSTrainer, ready(dims=2, size=32), bfloat16_on_cpu=True)
+    trainer.initialize()
+    first, second = trainer.network.eval(), trainer.auxiliary["second"].eval()
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        for a, b in zip(first(x), second(x), strict=True):
+            assert torch.equal(a, b)  # both rounded
+
+
 def test_both_networks_learn_from_labels():
     trainer = bare_trainer(CPSTrainer)
     trainer.loss = lambda output, target: (output, target)

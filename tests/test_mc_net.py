@@ -65,3 +65,8 @@ def test_three_decoders_that_upsample_differently(ready):
     linear, nearest = trainer.network.other_decoders
     assert [d.transpconvs[0][1].mode for d in (linear, nearest)] == ["trilinear", "nearest"]
     assert not isinstance(trainer.network.decoder.transpconvs[0], InterpolationUpsampling)
+    size = trainer.configuration_manager.patch_size
+    with torch.no_grad():
+        outputs = trainer.network(torch.zeros(1, 1, *size), None, (0, 1, 2))
+    grids = [[x.shape for x in output] for output in outputs]  # each is supervised deeply
+    assert len(grids[0]) > 1 and grids[0] == grids[1] == grids[2]

@@ -61,7 +61,30 @@ def test_a_pseudo_label_is_the_networks_decision(ready):
     for case in loader._data.identifiers:
         data, label, _, properties = loader._data.load_case(case)
         assert np.array_equal(label[:][0], (data[:][0] > 0).astype(np.int8))
+        reviewed = sitk.GetArrayFromImage(sitk.ReadImage(str(trainer.folder(1) / f"{case}.nii.gz")))
+        assert np.array_equal(reviewed, label[:][0])  # what is looked at is what is trained on
         assert len(properties["class_locations"][1]) and not len(properties["class_locations"][2])
+
+
+def test_cases_are_labelled_as_they_are_predicted(ready):
+    """Mirrored on all axes: a network that sees more on the left is asked from the right, too."""
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2)
+    trainer.on_train_start()
+    trainer.current_epoch = 1
+    seen = set()
+
+    def network(x):
+        seen.update(torch.stack((x[:, 0, :2].mean((1, 2, 3)), x[:, 0, -2:].mean((1, 2, 3))), 1).argmax(1).tolist())
+        return torch.stack((0 * x[:, 0], x[:, 0], -x[:, 0]), 1).float()
+
+    image = np.zeros((1, 24, 24, 24), np.float32)
+    image[:, :12] = 1
+    dataset = trainer.unlabeled_dataset()
+    load = dataset.load_case
+    dataset.load_case = lambda case: (image, *load(case)[1:])
+    trainer.network.forward = network
+    label_cases(trainer, dataset, trainer.folder(1))
+    assert seen == {0, 1} and trainer.inference_allowed_mirroring_axes == (0, 1, 2)
 
 
 def test_interrupted_while_it_labels_it_goes_on(ready):
@@ -145,12 +168,13 @@ def test_a_pseudo_label_that_is_gone_is_missed(ready):
 
 
 def test_labels_of_an_older_training_are_not_used(ready):
-    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2)
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=3, rounds=2)
     trainer.initialize()
-    trainer.folder(1).mkdir(parents=True)
-    (trainer.folder(1) / "un_000.pkl").write_bytes(b"old")
+    for number in (1, 2):
+        trainer.folder(number).mkdir(parents=True)
+        (trainer.folder(number) / "un_000.pkl").write_bytes(b"old")
     trainer.on_train_start()
-    assert not trainer.folder(1).exists()
+    assert not trainer.folder(1).exists() and not trainer.folder(2).exists()
 
 
 def test_rounds_and_their_learning_rates(ready):

@@ -104,6 +104,14 @@ def test_a_weighted_loss_by_hand():
     ce = (-math.log(0.8) - 0.3 * math.log(0.6)) / 2
     dice = -(2 * 0.8 + 1e-5) / (1 + (0.8 + 0.3 * 0.4) + 1e-5)
     assert weighted_loss(nnunet_loss(False), logits, target, weight).item() == pytest.approx(ce + dice, abs=1e-6)
+    # a sample of which nothing counts: nothing, or in the batch's Dice, as of 2d plans, no part of its sums
+    logits, target, weight = (torch.cat((x, x)) for x in (logits, target, weight))
+    weight[1] = 0
+    for batch_dice, expected in ((False, (ce + dice) / 2), (True, ce / 2 + dice)):
+        loss = nnunet_loss(False)
+        loss.dc.batch_dice = batch_dice
+        assert weighted_loss(loss, logits, target, weight).item() == pytest.approx(expected, abs=1e-5)
+    logits, target, weight = logits[:1], target[:1], weight[:1]
     only_dice = nnunet_loss(False, weight_ce=0)
     assert weighted_loss(only_dice, logits, target, weight).item() == pytest.approx(dice, abs=1e-6)
 

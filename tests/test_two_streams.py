@@ -5,6 +5,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
@@ -50,6 +51,22 @@ def test_outside_of_the_mask_stays_zero_in_every_view():
     (weak, strong), image = views([NOISE, MaskImageTransform([0], 0, 0)], segmentation=segmentation)
     assert (weak[:, 0] == 0).all() and (strong[:, 0] == 0).all()
     assert torch.equal(weak[:, 1:], image[:, 1:]) and (strong[:, 1:] != image[:, 1:]).any()
+
+
+def test_labels_have_no_say_in_where_the_mask_ends():
+    """Between voxels the class with the largest share wins: were there several, -1 would win more often."""
+    rotation = SpatialTransform(
+        (8, 8, 8), 0, False, p_rotation=1, rotation=(0.3, 0.3), bg_style_seg_sampling=False, mode_seg="bilinear"
+    )
+    outside = torch.zeros(1, 8, 8, 8)
+    outside[:, :4] = -1
+    labels = torch.where(outside < 0, outside, torch.randint(0, 5, outside.shape).float())
+    image = torch.ones(1, 8, 8, 8)
+    seen = []
+    for segmentation in (outside, labels):
+        (weak,), _ = views([rotation, MaskImageTransform([0], 0, 0)], ("weak",), image, segmentation.clone())
+        seen.append(weak)
+    assert (seen[0] == 0).any() and torch.equal(*seen)
 
 
 @pytest.mark.parametrize("anisotropic", [False, True])

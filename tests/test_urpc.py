@@ -62,6 +62,9 @@ def test_the_loss_of_a_step_by_hand():
     d_2 = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
     loss = trainer.semi_losses(None, outputs, {})["pyramid"]
     assert loss.item() == pytest.approx(0.3 * math.exp(-5 * 0.8**2) * (0.04 + (d_1 + d_2) / 2), rel=1e-4)
+    grown = [x.clone().requires_grad_() for x in outputs]
+    trainer.semi_losses(None, grown, {})["pyramid"].backward()
+    assert all(x.grad.any() for x in grown)  # the coarse output learns as well
     trainer.label_manager = REGIONS
     outputs = [torch.full((1, 2, 8, 8, 8), math.log(p / (1 - p))) for p in (0.9, 0.5)]
     loss = trainer.semi_losses(None, outputs, {})["pyramid"]
