@@ -129,6 +129,11 @@ class OptionalTextSettings(TextSettings):
 
     text: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.text and self.tmr == "off" and not self.csa:
+            raise UserError("settings text=true tmr=off csa=false: nothing is left of the text: set text=false")
+
 
 def uses_text(settings: TrainingSettings) -> bool:
     return getattr(settings, "text", isinstance(settings, TextSettings))
@@ -236,7 +241,7 @@ def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
 def _convert(key: str, value: Any, hint: Any) -> Any:
     if not _matches(value, hint):
         raise UserError(
-            f"setting {key}={json.dumps(value)}: must be {_name(hint)}; mend it with --set {key}=VALUE"
+            f"setting {key}={json.dumps(value)}: must be {_name(hint)}; mend it with --set {key}={_example(hint)}"
         )
     if isinstance(value, list):
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
@@ -254,6 +259,16 @@ def _matches(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint)
+
+
+def _example(hint: Any) -> str:
+    """What is to be typed after the equals sign; a shell takes the quotes of JSON away."""
+    lists = [h for h in (hint, *get_args(hint)) if get_origin(h) is tuple]
+    if not lists:
+        return "VALUE"
+    (inner, *_) = get_args(lists[0])
+    item = '"VALUE"' if inner is str else _example(inner).strip("'")
+    return f"'[{item}, {item}]'"
 
 
 def _name(hint: Any) -> str:

@@ -85,8 +85,8 @@ def in_threads() -> Iterator[None]:
 def tiny_dataset(tmp_path, monkeypatch):
     """A factory of raw datasets: `tiny_dataset(dims=2, labeled=3, ...)`; ids: `tr_000`, `un_000`, `ts_000`.
 
-    Each image shows two bright ellipsoids, one inside the other: `kidney` and `tumour`, or as regions
-    `organ` (both) and `tumour`. 3d images are .nii.gz of 1.0 x 1.0 x 1.5 mm, 2d ones .png.
+    Each image shows bright ellipsoids, one inside the other; two are `kidney` and `tumour`, or as regions
+    `organ` (both) and `tumour`, other numbers need `labels`. 3d images are .nii.gz of 1.0 x 1.0 x 1.5 mm, 2d ones .png.
     """
 
     def make(
@@ -95,6 +95,7 @@ def tiny_dataset(tmp_path, monkeypatch):
         unlabeled: int = 4,
         test: int = 0,
         channels: int = 1,
+        structures: int = 2,
         regions: bool = False,
         size: int = 24,
         seed: int = 0,
@@ -111,7 +112,7 @@ def tiny_dataset(tmp_path, monkeypatch):
             for folder in [f"images{part}"] + [f"labels{part}"] * (prefix != "un") if number else ():
                 (raw / folder).mkdir(parents=True)
             for case in range(number):
-                image, label = _ellipsoids(rng, [size] * dims, channels)
+                image, label = _ellipsoids(rng, [size] * dims, channels, structures)
                 for c in range(channels):
                     write_image(image[c], raw / f"images{part}" / f"{prefix}_{case:03d}_{c:04d}{ending}")
                 if prefix != "un":
@@ -153,12 +154,14 @@ def write_image(array: np.ndarray, file: Path, spacing=(1.0, 1.0, 1.5), origin=N
     sitk.WriteImage(image, str(file))
 
 
-def _ellipsoids(rng: np.random.Generator, shape: list[int], channels: int) -> tuple[np.ndarray, np.ndarray]:
+def _ellipsoids(
+    rng: np.random.Generator, shape: list[int], channels: int, structures: int
+) -> tuple[np.ndarray, np.ndarray]:
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
     per_axis = (len(shape),) + (1,) * len(shape)
     centre, radii = rng.uniform(-0.3, 0.3, per_axis), rng.uniform(0.4, 0.65, per_axis)
     distance = np.sqrt((((grid - centre) / radii) ** 2).sum(0))
-    label = (distance < 1).astype(np.uint8) + (distance < 0.5)
+    label = sum((distance < 1 - i / structures).astype(np.uint8) for i in range(structures))
     image = (
         60
         + 50 * label

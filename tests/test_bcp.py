@@ -184,6 +184,10 @@ def test_the_end_of_the_pretraining_stays_when_a_training_becomes_longer(ready):
     longer.initialize()
     longer.load_checkpoint(file)
     assert longer.first_step == 5
+    other = make_trainer(BCPTrainer, dataset, num_epochs=3, num_iterations_per_epoch=3, pretraining=0.9)
+    other.initialize()
+    with pytest.raises(UserError, match="checkpoint.pth: its pretraining was 0.5: set it back with --set, or train"):
+        other.load_checkpoint(file)
 
 
 @pytest.mark.parametrize("wrong", [0.1, 0.9])

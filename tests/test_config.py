@@ -1,3 +1,5 @@
+import shlex
+
 import pytest
 
 from nnunet_semiseg.config import (
@@ -51,6 +53,20 @@ def test_what_is_wrong_is_said_in_one_line(given, words):
     with pytest.raises(UserError) as error:
         read(TextSemiSegSettings, **given)
     assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, wrong, value",
+    [("perturbations", "noise", "noise"), ("contrast_gammas", "2", "2"), ("modalities", "[0]", "0")],
+)
+def test_how_a_list_is_typed_is_shown_and_works(key, wrong, value):
+    with pytest.raises(UserError, match=f"{key}=.*: must be a list of .*; mend it with --set {key}=") as error:
+        update_settings({}, parse_assignments([f"{key}={wrong}"]))
+    shown = str(error.value).partition("--set ")[2]
+    for i in "01":  # a list of lists names channels, which must differ
+        shown = shown.replace("VALUE, VALUE", f"{i}, {int(i) + 2}", 1) if key == "modalities" else shown
+    (typed,) = shlex.split(shown.replace("VALUE", value))
+    assert update_settings({}, parse_assignments([typed]))["semiseg"][key]
 
 
 def test_a_trainer_passes_over_settings_of_others_and_refuses_those_of_none():

@@ -16,7 +16,8 @@ DATASETS = {
     "2d": dict(dims=2, size=32),
     "regions": dict(dims=3, regions=True),
     "2 channels": dict(dims=3, channels=2),
-    "4 classes": dict(dims=3, labels={"background": 0, "a": 1, "b": 2, "c": 3}),
+    "2 classes": dict(dims=3, structures=1, labels={"background": 0, "a": 1}),
+    "4 classes": dict(dims=3, structures=3, labels={"background": 0, "a": 1, "b": 2, "c": 3}),
     "ignore": dict(dims=3, labels={"background": 0, "kidney": 1, "ignore": 2}),
 }
 

@@ -20,6 +20,8 @@ def test_the_method_in_the_readme_trains(tiny_dataset, monkeypatch):
     module = types.ModuleType("readme_method")
     monkeypatch.setitem(sys.modules, "readme_method", module)
     exec(code, module.__dict__)
+    (its_test,) = re.findall(r"```\n(trainer = .*?)```", README, re.DOTALL)
+    exec(its_test, globals() | module.__dict__)
     dataset = tiny_dataset()
     dataset.plan()
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")

@@ -5,6 +5,7 @@ import torch
 from training import TRAINERS, make_trainer
 
 from nnunet_semiseg.config import OptionalTextSettings
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
 from nnunet_semiseg.trainers.ua_mt import UAMTTrainer
 
@@ -52,6 +53,13 @@ def test_cog_is_the_alignment_of_every_output(trainer_class, ready, monkeypatch)
     trainer.train_step(batch)
     outputs = {"CPSTrainer": 2, "MCNetTrainer": 3}.get(trainer_class.__name__, 1)
     assert seen == [(2 * len(batch["data"]), 3, 3)] * outputs
+
+
+@every_trainer_with_text
+def test_text_with_nothing_left_of_it_is_refused(trainer_class):
+    with pytest.raises(UserError, match="text=true tmr=off csa=false: nothing is left of the text: set text=false"):
+        trainer_class.settings_class(text=True, tmr="off", csa=False)
+    trainer_class.settings_class(tmr="off", csa=False)
 
 
 @every_trainer_with_text

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.config import TeacherSettings, require
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import (
     hard_pseudo_label,
     has_label,
@@ -70,6 +71,15 @@ class BCPTrainer(SemiSupervisedTrainer):
         super().initialize()
         first = ceil(self.settings.pretraining * self.num_epochs * self.num_iterations_per_epoch)
         self.method_state["first_step"] = torch.tensor(first)
+        self.method_state["pretraining"] = torch.tensor(self.settings.pretraining, dtype=torch.float64)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        if (before := self.method_state["pretraining"].item()) != self.settings.pretraining:
+            raise UserError(
+                f"{filename_or_checkpoint}: its pretraining was {before:g}: set it back with --set, or train again"
+                " without --c"
+            )
 
     @property
     def first_step(self) -> int:

@@ -47,8 +47,9 @@ class CCTTrainer(SemiSupervisedTrainer):
     A shared encoder, a main decoder that learns from the labels, and auxiliary decoders, each of which reads the
     features of unlabelled samples under a perturbation of its own and has to agree with the main one:
 
-    - L_u = 1/K sum_k MSE(p_k, p_main), the main decoder's output without gradient;
-    - L = L_s + w_u(t) L_u, only the main decoder in L_s.
+    - eq. 1: L_s, of the main decoder alone: nnU-Net's loss, with deep supervision;
+    - eq. 2: L_u = 1/K sum_k MSE(p_k, p_main), the main decoder's output without gradient;
+    - eq. 3: L = L_s + w_u(t) L_u.
 
     Perturbations are those of the paper's section 3.2: noise, drop (of the most active regions), dropout (of whole
     channels), masks of the object or of its context, and cutout within the object's bounding box (one, of all that is

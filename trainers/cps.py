@@ -35,8 +35,8 @@ class CPSTrainer(SemiSupervisedTrainer):
 
     Two networks of the same architecture that differ in their initial weights: L = L_s + lambda L_cps.
 
-    - eq. 1: L_s, both networks' loss on the labelled samples: nnU-Net's, with deep supervision;
-    - eq. 2 and 3: L_cps = CE(p_1, y_2) + CE(p_2, y_1), y the other's decision, at full resolution; one mean over
+    - eq. 3: L_s, both networks' loss on the labelled samples: nnU-Net's, with deep supervision;
+    - eq. 4: L_cps = CE(p_1, y_2) + CE(p_2, y_1), y the other's decision, at full resolution; one mean over
       labelled and unlabelled samples (the paper adds a mean of each, twice as much where both are as many).
 
     The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step, of networks pre-trained on ImageNet. From

@@ -49,7 +49,7 @@ class DTCTrainer(SemiSupervisedTrainer):
     """Luo et al., "Semi-supervised medical image segmentation through dual-task consistency" (AAAI 2021, 2009.04448).
 
     One network predicts classes and, by tanh, level sets z: signed distances to the boundary, negative inside and
-    scaled to -1 to 1 (eq. 1).
+    scaled to -1 to 1 (eq. 1), in voxels of the patch.
 
     - eq. 3: z becomes a soft segmentation by the smooth Heaviside function sigmoid(-k z), k = 1500;
     - eq. 4: L_DTC = mean ||sigmoid(-k z) - p||^2, over labelled and unlabelled samples;
@@ -58,7 +58,7 @@ class DTCTrainer(SemiSupervisedTrainer):
 
     The paper has one organ; here each class (background, too) or region has a level set of its own. One that is not in
     a patch is outside everywhere (1). A patch with ignored voxels has no L_LSF. The distances are computed in the
-    loader's processes, after augmentation (a second for each head of a patch of 128^3). L_LSF and L_DTC act at full
+    loader's processes, after augmentation (1 to 1.5 s for each head of a patch of 128^3). L_LSF and L_DTC act at full
     resolution, L_seg is nnU-Net's; with deep supervision the coarser outputs' level sets are not used.
     """
 

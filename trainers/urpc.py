@@ -25,7 +25,9 @@ class URPCTrainer(SemiSupervisedTrainer):
 
     The outputs p_s of nnU-Net's deep supervision, all brought to full resolution, have to agree on unlabelled
     samples with their mean p_c. In training, channels of the features are dropped and noise is added before each
-    output, so that the scales differ in more than their size: the less, the finer (0.1 to 0.5, as in their code).
+    output, so that the scales differ in more than their size: the less, the finer (0.1 to 0.5, as in their 3d code;
+    that has no noise, and hands the dropped features on to the next level; their 2d code gives each output another
+    perturbation).
 
     - eq. 3: D_s = sum over classes of p_s log(p_s / p_c), a scale's uncertainty in one forward pass;
     - eq. 4: L_unsup = 1/S sum_s [sum_v ||p_s - p_c||^2 w_s / sum_v w_s] + 1/S sum_s mean D_s, w_s = exp(-D_s);
