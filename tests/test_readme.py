@@ -1,5 +1,6 @@
 """What the README shows works."""
 
+import math
 import re
 import shlex
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import make_trainer
+from training import CLASSES, bare_trainer, make_trainer
 
 from nnunet_semiseg import cli
 
@@ -21,7 +22,8 @@ def test_the_method_in_the_readme_trains(tiny_dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "readme_method", module)
     exec(code, module.__dict__)
     (its_test,) = re.findall(r"```\n(trainer = .*?)```", README, re.DOTALL)
-    exec(its_test, globals() | module.__dict__)
+    names = {"math": math, "pytest": pytest, "torch": torch, "CLASSES": CLASSES, "bare_trainer": bare_trainer}
+    exec(its_test, names | module.__dict__)
     dataset = tiny_dataset()
     dataset.plan()
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
