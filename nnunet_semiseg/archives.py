@@ -50,7 +50,9 @@ def unpack(archive: Path, folder: Path) -> None:
                     _refuse_outside(member.name, archive)
                     if not (member.isfile() or member.isdir()):
                         raise UserError(f"{archive}: {member.name} is a link or a device: do not trust it")
-                file.extractall(folder, filter="data")
+                # an attribute, as the argument came with Python 3.11.4 (3.10.12); before, what is refused above must do
+                file.extraction_filter = getattr(tarfile, "data_filter", None)
+                file.extractall(folder)
     except UserError:
         raise
     except Exception as e:  # a damaged archive raises of many kinds, those of its compression among them
