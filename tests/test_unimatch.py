@@ -64,8 +64,9 @@ class Streams:
         self.settings = UniMatchTrainer.settings_class(**settings)
 
     def network(self, images, text, decoders, perturbations):
-        self.skips = perturbations[0]([images, images[..., ::2, ::2]], [])
-        return self.skips[:1]
+        features = [images, images[..., ::2, ::2]]
+        self.weak, self.skips = (perturb(features, []) for perturb in perturbations)
+        return self.weak[0], self.skips[0]
 
 
 def test_strong_views_are_cut():
@@ -95,15 +96,16 @@ def test_half_of_the_channels_are_dropped_on_every_level_for_the_feature_stream(
     data, *views = (torch.full((2, 400, 8, 8), value) for value in (1.0, 2.0, 3.0, 4.0))
     trainer, unlabeled = Streams(), dict(zip(("weak", "strong_1", "strong_2"), views, strict=True))
     UniMatchTrainer.forward_streams(trainer, {"data": data, "unlabeled": unlabeled})
+    assert [x.unique().tolist() for x in trainer.weak] == [[2], [2]]
     assert len(trainer.skips) == 2
     for skip in trainer.skips:
-        *plain, perturbed = skip.split(2)
-        assert [x.unique().tolist() for x in plain] == [[1], [2], [3], [4]]
+        labeled, perturbed, *strong = skip.split(2)
+        assert [x.unique().tolist() for x in (labeled, *strong)] == [[1], [3], [4]]
         assert perturbed.unique().tolist() == [0, 4] and 0.4 < (perturbed > 0).float().mean() < 0.6
         assert (perturbed == perturbed[..., :1, :1]).all()
 
 
-def test_one_pass_of_the_encoder_and_a_decoder_for_five(ready):
+def test_one_pass_of_the_encoder_and_the_decoder_learns_from_four(ready):
     trainer = make_trainer(UniMatchTrainer, ready(), feature_dropout=0.9, cutmix=0.0)
     trainer.on_train_start()
     trainer.network.train()
@@ -111,7 +113,7 @@ def test_one_pass_of_the_encoder_and_a_decoder_for_five(ready):
     trainer.network.encoder.register_forward_hook(lambda m, x, y: seen["encoder"].append(len(x[0])))
     trainer.network.decoder.register_forward_hook(lambda m, x, y: seen["decoder"].append(len(x[0][-1])))
     labeled, (weak, first, second, perturbed) = trainer.forward_streams(next(trainer.dataloader_train))
-    assert seen == {"encoder": [8], "decoder": [10]}
+    assert seen == {"encoder": [8], "decoder": [2, 8]} and not weak.requires_grad and perturbed.requires_grad
     assert len(labeled[0]) == len(weak) == len(first) == len(second) == len(perturbed) == 2
     assert not torch.equal(weak, perturbed) and not torch.equal(first, second)
 

@@ -62,12 +62,18 @@ class UniMatchTrainer(SemiSupervisedTrainer):
         strong = [self.cut_mix(unlabeled[f"strong_{i}"], box) for i, box in enumerate(self.boxes, 1)]
         images = torch.cat((batch["data"], unlabeled["weak"], *strong))
 
-        def append_dropped(skips: list[Tensor], outputs: list) -> list[Tensor]:
-            p = self.settings.feature_dropout
-            return [torch.cat((skip, drop_channels(skip[n : n + n_u], p))) for skip in skips]
+        def weak_alone(skips: list[Tensor], outputs: list) -> list[Tensor]:
+            return [skip[n : n + n_u].detach() for skip in skips]
 
-        (output,) = self.network(images, None, (0,), (append_dropped,))
-        return tree_map(lambda t: t[:n], output), self.finest(output)[n:].split(n_u)
+        def weak_dropped(skips: list[Tensor], outputs: list) -> list[Tensor]:
+            sizes = (n, n_u, 2 * n_u)
+            parts = (skip.split(sizes) for skip in skips)
+            return [torch.cat((x, drop_channels(w, self.settings.feature_dropout), s)) for x, w, s in parts]
+
+        # the weak view on its own: a pseudo-label needs no backward pass through the decoder
+        weak, output = self.network(images, None, (0, 0), (weak_alone, weak_dropped))
+        perturbed, *strong = self.finest(output)[n:].split(n_u)
+        return tree_map(lambda t: t[:n], output), (self.finest(weak).detach(), *strong, perturbed)
 
     def draw_box(self, x: Tensor) -> Tensor:
         """The box of CutMix, in some steps empty."""
@@ -81,7 +87,6 @@ class UniMatchTrainer(SemiSupervisedTrainer):
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
         weak, *strong, perturbed = unlabeled
-        weak = weak.detach()
         target = hard_pseudo_label(weak, self.label_manager)
         certain = confidence(probabilities(weak, self.label_manager), self.label_manager)
         weight = (certain >= self.settings.match_threshold).float()
