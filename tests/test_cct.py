@@ -20,25 +20,41 @@ def test_the_consistency_by_hand():
     assert loss.item() == pytest.approx(0.1 * 0.09 / 2)
 
 
-def test_only_auxiliary_decoders_learn_and_by_a_ramp():
+def test_the_weight_has_a_ramp():
     """0.2 is half of a ramp of 0.4: exp(-5 * 0.5^2)."""
     trainer = bare_trainer(CCTTrainer, progress=0.2, consistency_weight=2.0, ramp_length=0.4)
     main, other = torch.zeros(2, 1, 2, 8, 8, 8)
     other[:, 0] = torch.logit(torch.tensor(0.8))
-    main.requires_grad_(), other.requires_grad_()
     loss = trainer.semi_losses(None, (main, [other]), {})["consistency"]
     assert loss.item() == pytest.approx(2 * math.exp(-1.25) * 0.09)
-    loss.backward()
-    assert main.grad is None and other.grad.any()
+
+
+def test_only_auxiliary_decoders_and_the_encoder_learn_from_unlabelled_samples(ready):
+    trainer = make_trainer(CCTTrainer, ready())
+    trainer.on_train_start()
+    trainer.network.train()
+    seen = {"encoder": [], "decoder": []}
+    trainer.network.encoder.register_forward_hook(lambda m, x, y: seen["encoder"].append(len(x[0])))
+    trainer.network.decoder.register_forward_hook(lambda m, x, y: seen["decoder"].append(len(x[0][-1])))
+    batch = next(trainer.dataloader_train)
+    labeled, (main, others) = trainer.forward_streams(batch)
+    assert seen == {"encoder": [4], "decoder": [2, 2]}
+    trainer.network.eval(), trainer.set_deep_supervision_enabled(False)
+    unperturbed = trainer.network(torch.cat((batch["data"], batch["unlabeled"][trainer.student_view])))
+    torch.testing.assert_close(torch.cat((labeled[0], main)), unperturbed)
+    trainer.step = trainer.num_epochs * trainer.num_iterations_per_epoch
+    trainer.semi_losses(labeled, (main, others), batch)["consistency"].backward()
+    learn = {name for name, p in trainer.network.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {name.split(".")[0] for name in learn} == {"encoder", "other_decoders"}
 
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_perturbed_are_unlabelled_features_by_their_own_foreground(regions):
-    """The unlabelled samples' foreground is slices 2 and 3, the labelled ones' the others; features are 1, 2 | 3, 4."""
+    """The unlabelled samples' foreground is slices 2 and 3; features are 1, 2 of the labelled ones, 3, 4 of them."""
     trainer = bare_trainer(CCTTrainer, REGIONS if regions else LabelManager({"background": 0, "a": 1, "b": 2}, None))
-    inside = torch.zeros(4, 8, 8, 8, dtype=torch.bool)
-    inside[2:, 2:4], inside[:2, :2], inside[:2, 4:] = True, True, True
-    logits = torch.zeros(4, 2 if regions else 3, 8, 8, 8) - 3
+    inside = torch.zeros(2, 8, 8, 8, dtype=torch.bool)
+    inside[:, 2:4] = True
+    logits = torch.zeros(2, 2 if regions else 3, 8, 8, 8) - 3
     if not regions:
         logits[:, 0] = 0
     logits[:, -1][inside] = 3
@@ -46,7 +62,7 @@ def test_perturbed_are_unlabelled_features_by_their_own_foreground(regions):
     skips = [fine, fine[..., ::2, ::2, ::2]]
     only = torch.tensor([0.0, 0, 1, 1, 0, 0, 0, 0])
     for name, expected in {"context_mask": only, "object_mask": 1 - only}.items():
-        perturbed = trainer.perturb(name, 2, skips, [[logits]])
+        perturbed = trainer.perturb(name, 2, skips, [None, [logits]])
         for features, places in zip(perturbed, (expected, expected[::2]), strict=True):
             assert features.shape[:2] == (2, 5) and (features == features[:, :1, :, :1, :1]).all()
             assert torch.equal(features[:, 0, :, 0, 0], torch.stack((3 * places, 4 * places)))

@@ -14,7 +14,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.networks import feature_perturbation
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
 
 PERTURBATIONS = {
     "noise": feature_perturbation.feature_noise,
@@ -69,24 +69,32 @@ class CCTTrainer(SemiSupervisedTrainer):
         return MultiDecoderUNet(network, others)
 
     def forward_streams(self, batch: dict):
-        """The main decoder's output for each stream; for the unlabelled one also the auxiliary decoders' logits."""
+        """The main decoder's output for labelled samples; its logits and the auxiliary ones' for unlabelled ones."""
         n, names = len(batch["data"]), self.settings.perturbations
         images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        perturbations = (None, *(partial(self.perturb, name, n) for name in names))
-        main, *others = self.network(images, None, range(len(names) + 1), perturbations)
-        labeled, unlabeled = split_streams(main, n)
-        return labeled, (unlabeled, others)
+
+        def labeled_alone(skips: list[Tensor], outputs: list) -> list[Tensor]:
+            return [skip[:n] for skip in skips]
+
+        def unlabeled_alone(skips: list[Tensor], outputs: list) -> list[Tensor]:
+            return [skip[n:].detach() for skip in skips]
+
+        # unlabelled samples on their own: the main decoder needs no backward pass for what is a target
+        perturbations = (labeled_alone, unlabeled_alone, *(partial(self.perturb, name, n) for name in names))
+        labeled, main, *others = self.network(images, None, (0, *range(len(names) + 1)), perturbations)
+        return labeled, (self.finest(main).detach(), others)
 
     def perturb(self, name: str, n: int, skips: list[Tensor], outputs: list) -> list[Tensor]:
         """The unlabelled samples' features, perturbed on every level."""
         arguments = ()
         if name in GUIDED:
-            decision = hard_pseudo_label(self.finest(outputs[0])[n:], self.label_manager)
+            decision = hard_pseudo_label(self.finest(outputs[1]), self.label_manager)
             arguments = ((decision > 0).any(1, keepdim=True),)  # where anything is
         return [PERTURBATIONS[name](skip[n:], *arguments) for skip in skips]
 
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        main = probabilities(self.finest(unlabeled[0]).detach(), self.label_manager)
-        distances = [F.mse_loss(probabilities(other, self.label_manager), main) for other in unlabeled[1]]
+        logits, others = unlabeled
+        main = probabilities(logits, self.label_manager)
+        distances = [F.mse_loss(probabilities(other, self.label_manager), main) for other in others]
         weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
         return {"consistency": weight * sum(distances) / len(distances)}
