@@ -439,10 +439,12 @@ def test_killed_and_started_again_it_goes_on(tiny_dataset, monkeypatch):
     while not runs[1].is_begun:
         assert parent.poll() is None
         time.sleep(0.1)
+    results = str(runs[1].model_folder.parent)  # the test's own; others may train the same beside it
+    assert any(results in command for command in commands())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     for _ in range(100):
-        if not any(runs[1].name in command for command in commands()):
+        if not any(results in command for command in commands()):
             break
         time.sleep(0.1)
     else:
