@@ -50,7 +50,7 @@ def test_only_auxiliary_decoders_and_the_encoder_learn_from_unlabelled_samples(r
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_perturbed_are_unlabelled_features_by_their_own_foreground(regions):
-    """The unlabelled samples' foreground is slices 2 and 3; features are 1, 2 of the labelled ones, 3, 4 of them."""
+    """The unlabelled samples' foreground is slices 2 and 3; features: labelled 1 and 2, unlabelled 3 and 4."""
     trainer = bare_trainer(CCTTrainer, REGIONS if regions else LabelManager({"background": 0, "a": 1, "b": 2}, None))
     inside = torch.zeros(2, 8, 8, 8, dtype=torch.bool)
     inside[:, 2:4] = True

@@ -41,10 +41,10 @@ class UniMatchTrainer(SemiSupervisedTrainer):
 
     L(.) the loss towards the decision on the weak view, where its probability is at least 0.95. Strong views have
     nnU-Net's intensity augmentation and CutMix, the pseudo-labels are cut alike. All of a step's images go through
-    the encoder once and together; the weak view's output is both pseudo-label (without gradient) and source of
-    the feature stream. L is Dice + CE, each voxel weighted by whether it is certain (paper: CE; their medical code:
-    Dice). A box has the patch's aspect, and is the same for all samples of a view; with a single unlabelled
-    sample in a batch nothing is mixed.
+    the encoder once and together; the weak view's features give both the pseudo-label, by a pass of the decoder that
+    is not followed by a backward one, and the feature stream. L is Dice + CE, each voxel weighted by whether it is
+    certain (paper: CE; their medical code: Dice). A box has the patch's aspect, and is the same for all samples of a
+    view; with a single unlabelled sample in a batch nothing is mixed.
     """
 
     settings_class = UniMatchSettings
