@@ -31,9 +31,7 @@ def find_cases(folder: Path) -> Source:
     others = sorted(cases.keys() - set(own))
     train, test = seeded_split(own, test=0.2)
     # a number, for the labelled cases should be the same with and without the others
-    about = replace(
-        brats2019.with_own_ending(ABOUT, cases), labeled=max(1, round(ABOUT.labeled * len(train)))
-    )
+    about = replace(brats2019.with_own_ending(ABOUT, cases), labeled=max(1, round(ABOUT.labeled * len(train))))
     cases |= {name: replace(cases[name], label=None) for name in others}
     return Source(about, cases, [*train, *others], test=test)
 

@@ -32,9 +32,7 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
         help="of 3d_fullres; z y x, as in nnU-Net",
     )
     parser.add_argument("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
-    parser.add_argument(
-        "-npfp", type=int, default=_cores(8), metavar="N", help="processes for the fingerprint"
-    )
+    parser.add_argument("-npfp", type=int, default=_cores(8), metavar="N", help="processes for the fingerprint")
     parser.add_argument("--verify_dataset_integrity", action="store_true", help="recommended, once a dataset")
     parser.add_argument("--no_pp", action="store_true", help="end with the plans")
     parser.add_argument("--labeled_only", action="store_true", help="there is no imagesUn: for the upper bound")
@@ -206,9 +204,7 @@ def compare(parser: ArgumentParser) -> Command:
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="one process on each")
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the NSD; default: %(default)s")
-    parser.add_argument(
-        "-np", type=_at_least(0), default=_cores(8), metavar="N", help="processes for the evaluation"
-    )
+    parser.add_argument("-np", type=_at_least(0), default=_cores(8), metavar="N", help="processes for the evaluation")
     parser.add_argument(
         "-o", metavar="FOLDER", help="default: comparison/CONFIGURATION__fold_FOLD below the dataset's results"
     )

@@ -283,12 +283,10 @@ def format_table(rows: list[dict]) -> str:
     lines = [line(f"{len({row['case'] for row in rows})} test cases", headings)]
     for metric, title in METRICS.items():
         lines.append(title)
-        means = np.array(
-            [
-                [np.nanmean([r[metric] for r in rows if (r["trainer"], r["label"]) == (t, o)]) for t in TRAINERS]
-                for o in organs
-            ]
-        )
+        means = np.array([
+            [np.nanmean([r[metric] for r in rows if (r["trainer"], r["label"]) == (t, o)]) for t in TRAINERS]
+            for o in organs
+        ])
         for name, (baseline, method) in zip((*organs, "mean"), (*means, means.mean(0)), strict=True):
             digits = 3 if metric == "dice" else 2
             cells = f"{baseline:.{digits}f}", f"{method:.{digits}f}", f"{method - baseline:+.{digits}f}"

@@ -89,9 +89,7 @@ class SemiSegMemory:
                 output_channels,
                 allow_init=False,
             )
-        encoder, decoder = (
-            part.compute_conv_feature_map_size(patch_size) for part in (net.encoder, net.decoder)
-        )
+        encoder, decoder = (part.compute_conv_feature_map_size(patch_size) for part in (net.encoder, net.decoder))
         size, skips = np.array(patch_size), []
         for channels, stride in zip(net.encoder.output_channels, net.encoder.strides, strict=True):
             size = size // stride
@@ -177,9 +175,7 @@ def plan_and_preprocess(
         write_small_split(dataset_id)
         if preprocess:
             print("Preprocessing...")
-            preprocess_dataset(
-                dataset_id, plans_name, configurations, num_processes, verbose, show_progress_bar
-            )
+            preprocess_dataset(dataset_id, plans_name, configurations, num_processes, verbose, show_progress_bar)
             if not labeled_only:
                 preprocess_unlabeled(
                     dataset_id, configurations, plans_name, num_processes, clean, show_progress_bar, verbose
@@ -204,9 +200,7 @@ def write_settings(plans_file: Path, changes: dict) -> None:
     Raises:
         UserError: no such plans; a setting that no trainer has, or of the wrong type.
     """
-    plans = read_json(
-        plans_file, "plan first with nnunet_semiseg plan_and_preprocess, or name others with -p"
-    )
+    plans = read_json(plans_file, "plan first with nnunet_semiseg plan_and_preprocess, or name others with -p")
     if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after the former
         raise UserError(
             f"{plans_file}: its plans_name is {plans['plans_name']}, so that a training would replace that model: copy"
@@ -248,9 +242,7 @@ def write_small_split(dataset_id: int) -> None:
         return
     if not 2 <= len(cases) < NUM_FOLDS:
         return
-    write_json(
-        [{"train": [c for c in cases if c != held_out], "val": [held_out]} for held_out in cases], splits_file
-    )
+    write_json([{"train": [c for c in cases if c != held_out], "val": [held_out]} for held_out in cases], splits_file)
     print(f"{splits_file}: {len(cases)} labelled cases, so {len(cases)} leave-one-out folds")
 
 
@@ -261,21 +253,13 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
-        raise UserError(
-            f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr"
-        )
+        raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
-    if (
-        ours.is_file()
-        and theirs.is_file()
-        and not _agree(read_json(ours, "delete it"), read_json(theirs, "mend it"))
-    ):
+    if ours.is_file() and theirs.is_file() and not _agree(read_json(ours, "delete it"), read_json(theirs, "mend it")):
         raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
     if headers:
         example = next(iter(labeled.values()))[0]
-        check_headers(
-            unlabeled, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
-        )
+        check_headers(unlabeled, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False))
 
 
 def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:

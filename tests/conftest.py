@@ -163,10 +163,7 @@ def _ellipsoids(
     distance = np.sqrt((((grid - centre) / radii) ** 2).sum(0))
     label = sum((distance < 1 - i / structures).astype(np.uint8) for i in range(structures))
     image = (
-        60
-        + 50 * label
-        + rng.normal(0, 8, (channels, *shape))
-        + 10 * np.arange(channels).reshape(-1, *[1] * len(shape))
+        60 + 50 * label + rng.normal(0, 8, (channels, *shape)) + 10 * np.arange(channels).reshape(-1, *[1] * len(shape))
     )
     image = image.clip(1, 255)
     return image.astype(np.uint8 if len(shape) == 2 else np.float32), label

@@ -74,10 +74,7 @@ def test_errors_are_lines_without_traceback(tiny_dataset, capsys):
 def test_plans_that_are_missing_are_named(tiny_dataset, capsys):
     tiny_dataset(size=6)
     (line,) = error_lines(capsys, "preprocess_unlabeled", "-d", "901")
-    assert (
-        "nnUNetPlans.json: no such file: make the plans with nnunet_semiseg plan_and_preprocess -d 901"
-        in line
-    )
+    assert "nnUNetPlans.json: no such file: make the plans with nnunet_semiseg plan_and_preprocess -d 901" in line
 
 
 def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):

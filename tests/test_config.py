@@ -22,7 +22,9 @@ def read(settings_class, **given):
 def test_defaults_are_nnunets():
     settings = read_settings(TrainingSettings, {})
     assert (settings.num_epochs, settings.num_iterations_per_epoch, settings.num_val_iterations_per_epoch) == (
-        1000, 250, 50,
+        1000,
+        250,
+        50,
     )
 
 
@@ -77,7 +79,12 @@ def test_a_trainer_passes_over_settings_of_others_and_refuses_those_of_none():
 
 def test_assignments():
     assert parse_assignments(["num_epochs=10", "tmr=copy", "csa=false", "seed=null", "a=[1, 2]", "b=x=y"]) == {
-        "num_epochs": 10, "tmr": "copy", "csa": False, "seed": None, "a": [1, 2], "b": "x=y",
+        "num_epochs": 10,
+        "tmr": "copy",
+        "csa": False,
+        "seed": None,
+        "a": [1, 2],
+        "b": "x=y",
     }
     for wrong in ("num_epochs", "=3"):
         with pytest.raises(UserError, match="KEY=VALUE"):

@@ -192,9 +192,10 @@ def pictures(folder: Path, sets: dict[str, list[str]]) -> None:
 
 
 def texts(file: Path, images: list[str]) -> None:
-    table = pandas.DataFrame(
-        {"Image": images, "Description": [f"Infection {i}, left lung." for i in range(len(images))]}
-    )
+    table = pandas.DataFrame({
+        "Image": images,
+        "Description": [f"Infection {i}, left lung." for i in range(len(images))],
+    })
     table.to_excel(file, index=False)
 
 

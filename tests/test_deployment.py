@@ -135,8 +135,9 @@ def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no
     assert len(log) == 3 and all(value > 0 for value in log)
     # a stock trainer takes it for its own
     plans = json.loads((stock / "plans.json").read_text()) | {"continue_training": True}
-    theirs = nnUNetTrainer(plans, "3d_fullres", "all", json.loads((stock / "dataset.json").read_text()),
-                           torch.device("cpu"))
+    theirs = nnUNetTrainer(
+        plans, "3d_fullres", "all", json.loads((stock / "dataset.json").read_text()), torch.device("cpu")
+    )
     theirs.load_checkpoint(str(file))
     assert theirs.current_epoch == 3
     student = load_predictor(Run(run.dataset, run.configuration, "all", "nnUNetTrainer", plans["plans_name"])).network
@@ -247,9 +248,10 @@ def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
     file = tmp_path / "model.onnx"
     assert onnx_export.export_onnx(run, file) <= onnx_export.TOLERANCE
     about = json.loads({p.key: p.value for p in onnx.load(str(file)).metadata_props}["nnunet"])
-    assert about["trainer"] == trainer_class.__name__ and about["labels"] == json.loads(
-        (dataset.raw / "dataset.json").read_text()
-    )["labels"]
+    assert (
+        about["trainer"] == trainer_class.__name__
+        and about["labels"] == json.loads((dataset.raw / "dataset.json").read_text())["labels"]
+    )
     x = np.random.default_rng(0).normal(size=(3, len(about["channel_names"]), *about["patch_size"]))
     (got,) = onnxruntime.InferenceSession(str(file)).run(None, {"image": x.astype(np.float32)})
     with torch.no_grad():

@@ -33,9 +33,7 @@ class StubTrainerSettings:
 @pytest.fixture
 def add_trainer(tmp_path, monkeypatch):
     """Writes a module that is found as if it lay in trainers/."""
-    monkeypatch.setattr(
-        nnunet_semiseg.trainers, "__path__", [str(tmp_path), *nnunet_semiseg.trainers.__path__]
-    )
+    monkeypatch.setattr(nnunet_semiseg.trainers, "__path__", [str(tmp_path), *nnunet_semiseg.trainers.__path__])
 
     def write(name, source):
         (tmp_path / f"{name}.py").write_text(source)

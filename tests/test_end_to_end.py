@@ -23,8 +23,11 @@ BIN = Path(sys.executable).parent
 
 def command(name, *args, **env) -> list[str]:
     return subprocess.run(
-        [str(BIN / name), *map(str, args)], env={**os.environ, "nnUNet_def_n_proc": "1", **env},
-        check=True, capture_output=True, encoding="utf-8",
+        [str(BIN / name), *map(str, args)],
+        env={**os.environ, "nnUNet_def_n_proc": "1", **env},
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
     ).stdout
 
 

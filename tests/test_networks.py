@@ -53,9 +53,7 @@ def test_multi_decoder_shapes(ndim, residual, tmr):
     network = dual(ndim, residual, tmr)
     x, text = torch.randn(2, 1, *[16] * ndim), torch.randn(K, D)
     outputs, features = network(x, text, (0, 1))
-    assert [[tuple(o.shape) for o in output] for output in outputs] == [
-        [(2, K, *[16] * ndim), (2, K, *[8] * ndim)]
-    ] * 2
+    assert [[tuple(o.shape) for o in output] for output in outputs] == [[(2, K, *[16] * ndim), (2, K, *[8] * ndim)]] * 2
     assert features.shape == (2, D, *[4] * ndim)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2, *[4] * ndim))
     network.guidance.features.copy_(text)
@@ -102,9 +100,7 @@ def test_text_attention_depends_on_the_text_and_on_which_class_has_which(ndim):
     for changed in (text[[1, 0, 2]], torch.cat((text[:1], -text[1:2], text[2:]))):
         difference = module(features, changed) - module(features, text)
         assert difference.abs().max() > 1e-4
-        assert (
-            difference.flatten(2).std(dim=2) > 1e-5
-        ).all()  # with a single key every pixel would get the same
+        assert (difference.flatten(2).std(dim=2) > 1e-5).all()  # with a single key every pixel would get the same
 
 
 def test_planes_are_repeated_along_their_axis_weighted_and_added_once():
@@ -115,10 +111,7 @@ def test_planes_are_repeated_along_their_axis_weighted_and_added_once():
         module.weights.copy_(torch.tensor([0.5, 0.25, 1.0]))
     x = torch.arange(16.0).view(1, 2, 2, 2, 2)
     expected = (
-        x
-        + 0.5 * 1 * x.mean(2, keepdim=True)
-        + 0.25 * 2 * x.mean(3, keepdim=True)
-        + 1.0 * 3 * x.mean(4, keepdim=True)
+        x + 0.5 * 1 * x.mean(2, keepdim=True) + 0.25 * 2 * x.mean(3, keepdim=True) + 1.0 * 3 * x.mean(4, keepdim=True)
     )
     torch.testing.assert_close(module(x, torch.zeros(K, 8)), expected)
     # by hand, voxel (0, 0, 0, 0) of values 0..7: means 2, 1, 0.5 -> 0 + 0.5*2 + 0.5*1 + 3*0.5

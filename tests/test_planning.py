@@ -53,9 +53,7 @@ PATCHES = {3: (128, 128, 128), 2: (512, 512)}
 def ratio(dim: int, **attributes) -> float:
     memory = type("Memory", (SemiSegMemory,), attributes)
     arguments = (PATCHES[dim], 1, 2, *architecture(dim))
-    return memory.static_estimate_VRAM_usage(*arguments) / ExperimentPlanner.static_estimate_VRAM_usage(
-        *arguments
-    )
+    return memory.static_estimate_VRAM_usage(*arguments) / ExperimentPlanner.static_estimate_VRAM_usage(*arguments)
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -181,9 +179,7 @@ def test_plans_with_another_spacing_never_share_data(tiny_dataset, monkeypatch):
         return {planner.generate_data_identifier(c) for c in ("2d", "3d_fullres", "3d_lowres")}
 
     everyones = [identifiers(name) for name in (*PLANNERS, "nnUNetPlannerResEncM")]
-    everyones.append(
-        identifiers("SemiSegPlannerResEncM", plans_name="Coarse", overwrite_target_spacing=[3.0] * 3)
-    )
+    everyones.append(identifiers("SemiSegPlannerResEncM", plans_name="Coarse", overwrite_target_spacing=[3.0] * 3))
     assert len(set.union(*everyones)) == sum(map(len, everyones))
 
 

@@ -208,9 +208,7 @@ def test_the_best_network_is_one_of_the_last_round(ready):
         for key in ("train_losses", "val_losses", "dice_per_class_or_region", "lrs"):
             trainer.logger.log(key, [0.0] if "per" in key else 0.0, trainer.current_epoch)
         right, wrong = np.array([dice]), np.array([1 - dice])
-        trainer.on_validation_epoch_end(
-            [{"tp_hard": right, "fp_hard": wrong, "fn_hard": wrong, "loss": np.array(0.0)}]
-        )
+        trainer.on_validation_epoch_end([{"tp_hard": right, "fp_hard": wrong, "fn_hard": wrong, "loss": np.array(0.0)}])
         best.append(trainer.logger.get_value("ema_fg_dice", step=-1))
     assert best == pytest.approx([0.9, 0.9, 0.0, 0.9 * 0.0 + 0.1 * 0.5])
 

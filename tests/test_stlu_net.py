@@ -266,9 +266,7 @@ def test_losses_are_those_of_the_paper(ready):
     assert supervised["supervised_enhancement"] == trainer.loss(p_dl, batch["target"])
     semi = trainer.semi_losses(labeled, unlabeled, batch)
     gamma, loss = math.exp(-1.25), trainer.loss.loss
-    torch.testing.assert_close(
-        semi["unsupervised_enhancement"], gamma * loss(p_du[0], p_mu[0].argmax(1, keepdim=True))
-    )
+    torch.testing.assert_close(semi["unsupervised_enhancement"], gamma * loss(p_du[0], p_mu[0].argmax(1, keepdim=True)))
     torch.testing.assert_close(semi["unsupervised_mixing"], gamma * loss(p_mu[0], p_du[0].argmax(1, keepdim=True)))
     grads = torch.autograd.grad(semi["unsupervised_mixing"], [p_mu[0], p_du[0]], allow_unused=True)
     assert grads[0].abs().sum() > 0 and grads[1] is None  # a pseudo-label has no gradient

@@ -231,9 +231,7 @@ def test_openais_torchscript_files_load_and_mean_quick_gelu(tmp_path, clip_folde
     import open_clip
 
     torch.manual_seed(3)
-    whole = open_clip.create_model(
-        f"local-dir:{clip_folder}", load_weights=False, force_quick_gelu=True
-    ).eval()
+    whole = open_clip.create_model(f"local-dir:{clip_folder}", load_weights=False, force_quick_gelu=True).eval()
 
     class Weights(torch.nn.Module):  # the weights of a model in an archive, as OpenAI published theirs
         def forward(self, x):
@@ -255,9 +253,7 @@ def test_hugging_face_towers(tmp_path):
     import open_clip
 
     folder = tmp_path / "model"
-    write_model(
-        folder, {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "hf_proj_type": "mlp"}
-    )
+    write_model(folder, {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "hf_proj_type": "mlp"})
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "x", "a", "b", *" ".join(TEXTS).split()]
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)))
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)

@@ -32,8 +32,11 @@ def test_views_share_the_mirroring_and_differ_in_intensity():
     mirrored = set()
     for _ in range(20):
         (weak, strong), image = views([NOISE, MirrorTransform((0, 1, 2)), RemoveLabelTansform(-1, 0)])
-        flips = [f for f in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))
-                 if torch.equal(weak, image.flip(f) if f else image)]
+        flips = [
+            f
+            for f in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))
+            if torch.equal(weak, image.flip(f) if f else image)
+        ]
         assert len(flips) == 1  # the weak view is a mirror image, to the bit
         mirrored.add(flips[0])
         assert 0 < (strong - weak).abs().max() < 5  # noise on the same mirror image: another would differ by tens

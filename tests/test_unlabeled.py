@@ -92,9 +92,7 @@ def test_rgb_images_hold_all_channels_in_one_file(tiny_dataset):
         grey = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
         rgb = np.stack([grey, np.full_like(grey, 7) if file.stem == "un_001_0000" else 255 - grey, grey], -1)
         sitk.WriteImage(sitk.GetImageFromArray(rgb, isVector=True), str(file))
-    with pytest.raises(
-        UserError, match=r"^\S*un_001_0000.png \(channel G\): constant, every voxel is 7: .*$"
-    ):
+    with pytest.raises(UserError, match=r"^\S*un_001_0000.png \(channel G\): constant, every voxel is 7: .*$"):
         dataset.plan()
 
 
@@ -204,9 +202,7 @@ def test_a_bad_image_is_named_and_the_good_cases_are_kept(tiny_dataset, kind, ca
 def test_bad_images_of_other_formats(tiny_dataset, ending, kind):
     dataset = tiny_dataset(labeled=2, unlabeled=2)
     for file in dataset.raw.glob("*/*.nii.gz"):
-        write_image(
-            sitk.GetArrayFromImage(sitk.ReadImage(str(file))), file.with_name(file.name[:-7] + ending)
-        )
+        write_image(sitk.GetArrayFromImage(sitk.ReadImage(str(file))), file.with_name(file.name[:-7] + ending))
         file.unlink()
     dataset.update_dataset_json(file_ending=ending)
     spoil, message = BAD_IMAGES[kind]
@@ -220,9 +216,7 @@ def test_readers_that_compare_channels_themselves_are_quoted(tiny_dataset, capsy
     dataset = tiny_dataset(labeled=2, unlabeled=2, channels=2, overwrite_image_reader_writer="NibabelIO")
     dataset.plan(preprocess=False)
     write_image(OTHER[:20], dataset.image("un_001", 1))
-    message = (
-        r"un_001_0000.nii.gz, \S*un_001_0001.nii.gz: cannot be read \(ERROR! Not all .* same shape!\): .*$"
-    )
+    message = r"un_001_0000.nii.gz, \S*un_001_0001.nii.gz: cannot be read \(ERROR! Not all .* same shape!\): .*$"
     with pytest.raises(UserError, match=message):
         run(dataset)
     assert nothing_half_made(dataset)
@@ -242,9 +236,7 @@ def test_a_fault_of_ours_is_not_blamed_on_the_image(planned, monkeypatch):
     def no_space(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(
-        "nnunetv2.training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2.save_case", no_space
-    )
+    monkeypatch.setattr("nnunetv2.training.dataloading.nnunet_dataset.nnUNetDatasetBlosc2.save_case", no_space)
     with pytest.raises(OSError, match="No space left"):
         run(planned)
     assert nothing_half_made(planned)
@@ -347,9 +339,7 @@ def test_only_what_changed_is_redone(planned):
         manifest(planned)
     planned.image("un_002").unlink()
     shutil.copy(planned.image("un_000"), planned.image("un_009"))
-    with pytest.raises(
-        UserError, match=r"imagesUn: case un_002 was preprocessed and is gone: run nnunet_semiseg"
-    ):
+    with pytest.raises(UserError, match=r"imagesUn: case un_002 was preprocessed and is gone: run nnunet_semiseg"):
         manifest(planned)
     run(planned)
     after = whole_cases(planned)

@@ -45,13 +45,15 @@ def prepare(args, env: dict) -> None:
             [sys.executable, "-m", "nnunet_semiseg.cli", "convert", "folder", "-i", str(args.source), "-d", ID]
             + ["--labels", "left atrium", "--channels", "MRI", "--name", "LA", "--labeled", str(args.labeled)]
             + ["--split", str(args.work / "split.json"), "-np", "2"],
-            check=True, env=env,
+            check=True,
+            env=env,
         )
     if not Path(env["nnUNet_preprocessed"], DATASET, f"{PLANS}_{CONFIGURATION}__unlabeled.json").exists():
         subprocess.run(
             [sys.executable, "-m", "nnunet_semiseg.cli", "plan_and_preprocess", "-d", ID, "-c", CONFIGURATION]
             + ["-pl", "SemiSegPlannerSmall", "-overwrite_target_spacing", "2.5", "2.5", "2.5", "-np", "2"],
-            check=True, env=env,
+            check=True,
+            env=env,
         )
     tower = args.work / "text_tower"
     tower.mkdir(exist_ok=True)
@@ -108,7 +110,10 @@ def nnunet(args, env: dict, log: Path, module: str, entry: str, words: list[str]
     code = f"{limit}; from {module} import {entry}; {entry}()"
     with open(log, "a", encoding="utf-8") as file:
         subprocess.run(
-            [sys.executable, "-c", code, *words], check=True, stdout=file, stderr=file,
+            [sys.executable, "-c", code, *words],
+            check=True,
+            stdout=file,
+            stderr=file,
             env={**env, "OMP_NUM_THREADS": str(threads)},
         )
 

@@ -65,8 +65,14 @@ class DTCTrainer(SemiSupervisedTrainer):
     settings_class = DTCSettings
 
     @classmethod
-    def build_network_architecture(cls, plans_manager, configuration_manager, num_input_channels: int,
-                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+    def build_network_architecture(
+        cls,
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         return super().build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, 2 * num_output_channels, enable_deep_supervision
         )

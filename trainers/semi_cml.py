@@ -113,8 +113,13 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
     views = ("weak", "strong")
 
     @staticmethod
-    def build_network_architecture(plans_manager, configuration_manager, num_input_channels: int,
-                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+    def build_network_architecture(
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         settings = read_settings(SemiCMLSettings, plans_manager.plans)
         modalities, channels = make_modalities(settings, num_input_channels, plans_manager, configuration_manager)
         kwargs = dict(configuration_manager.network_arch_init_kwargs)

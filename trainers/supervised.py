@@ -18,8 +18,14 @@ class SupervisedTrainer(nnUNetTrainer):
 
     settings_class = TrainingSettings
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
         self.settings = read_settings(self.settings_class, plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         apply_training_settings(self, self.settings)

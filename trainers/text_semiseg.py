@@ -27,6 +27,7 @@ class TextSemiSegSettings(TextSettings):
     """lambda of the cross pseudo supervision, at the end of the ramp"""
     largest_component: bool = False
     """keep the largest component of a class's pseudo-label: right for one organ, wrong for lesions"""
+
     def __post_init__(self):
         super().__post_init__()
         require(self, "dca_start", minimum=0, maximum=1)

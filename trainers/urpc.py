@@ -59,9 +59,7 @@ class URPCTrainer(SemiSupervisedTrainer):
     def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
         outputs = unlabeled if self.enable_deep_supervision else [unlabeled]
         size = outputs[0].shape[2:]
-        p = [
-            probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in outputs
-        ]
+        p = [probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in outputs]
         weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
         return {"pyramid": weight * pyramid_consistency(p, self.label_manager.has_regions)}
 

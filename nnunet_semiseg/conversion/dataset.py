@@ -171,8 +171,6 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) ->
         print(f"WARNING: images are cropped round the ground truth, test cases too ({about.crop.source})")
 
 
-
-
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
     """Raises UserError where making or replacing the target would touch what it is made of, through links, too."""
     here = target.resolve()
@@ -194,8 +192,6 @@ def stamp(case: Case, part: str, source: Path) -> list:
         return [len(files), about.st_size, about.st_mtime_ns]
     about = ((file, file.stat()) for path in files for file in files_of(path))
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in about]
-
-
 
 
 def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:

@@ -15,9 +15,7 @@ TEXTS_FILE = "texts.json"
 MEND = 'write {"case id": "text", ...} into it'
 
 
-def read_texts(
-    dataset_name: str, cases: Iterable[str], missing: Literal["error", "skip"] = "error"
-) -> dict[str, str]:
+def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error", "skip"] = "error") -> dict[str, str]:
     """The texts of these cases, from the raw dataset, or from the preprocessed one where that is all there is.
 
     Args:

@@ -100,13 +100,9 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
                 problems.append(f"{missing}: missing, {case} needs {channels} channels: {_ADD_OR_TAKE_OUT}")
         for c in found:
             if c >= channels:
-                problems.append(
-                    f"{found[c]}: channel too many, labelled cases have {channels}: remove the file"
-                )
+                problems.append(f"{found[c]}: channel too many, labelled cases have {channels}: remove the file")
         if case in labeled:
-            problems.append(
-                f"{folder / case}_*{ending}: {case} is a labelled case too: remove it from {IMAGES_FOLDER}"
-            )
+            problems.append(f"{folder / case}_*{ending}: {case} is a labelled case too: remove it from {IMAGES_FOLDER}")
     if problems:
         raise UserError("\n".join(problems))
     return {case: [str(found[c]) for c in range(channels)] for case, found in sorted(cases.items())}
@@ -153,9 +149,7 @@ def preprocess_unlabeled(
         shutil.copy(raw / TEXTS_FILE, preprocessed)
     known = plans["configurations"]
     if not set(configurations) & set(known):
-        raise UserError(
-            f"{plans_file}: no configuration {' or '.join(configurations)}: use -c {' '.join(known)}"
-        )
+        raise UserError(f"{plans_file}: no configuration {' or '.join(configurations)}: use -c {' '.join(known)}")
     processes = [num_processes] if isinstance(num_processes, int) else list(num_processes)
     if len(processes) not in (1, len(configurations)):
         raise UserError(f"-np {' '.join(map(str, processes))}: give one number, or one for each of -c")
@@ -179,10 +173,7 @@ def load_manifest(
     preprocessed = Path(preprocessed_dataset_folder)
     folder, manifest_file = _output(preprocessed, plans, configuration)
     plans_name = plans["plans_name"]
-    mend = (
-        f"run nnunet_semiseg preprocess_unlabeled -d {_number(dataset)} -c {configuration} "
-        f"-plans_name {plans_name}"
-    )
+    mend = f"run nnunet_semiseg preprocess_unlabeled -d {_number(dataset)} -c {configuration} -plans_name {plans_name}"
     # where training runs, there need not be any raw data
     raw = Path(os.environ["nnUNet_raw"]) / preprocessed.name if os.environ.get("nnUNet_raw") else None
     images = raw / IMAGES_FOLDER if raw and raw.is_dir() else None

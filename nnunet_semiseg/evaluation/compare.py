@@ -222,8 +222,7 @@ def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) ->
 def collect(request: Request, runs: list[Run], upper_bound: list[Run], test_set: TestSet, output: Path) -> Results:
     everything = [*runs, *upper_bound]
     folders = {
-        run: run.validation if test_set.is_validation else predictions_folder(run, 0.0, output)
-        for run in everything
+        run: run.validation if test_set.is_validation else predictions_folder(run, 0.0, output) for run in everything
     }
     tables = []
     for i, run in enumerate(everything):

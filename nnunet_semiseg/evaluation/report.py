@@ -61,9 +61,7 @@ def write_report(results: Results, output: Path) -> Path:
         cost_section(runs),
         Section(
             "Every case",
-            svgs={
-                f"cases_{m}": figures.to_svg(figures.box_plots(main, m, METRICS[m]), f"cases_{m}") for m in COMPARED
-            },
+            svgs={f"cases_{m}": figures.to_svg(figures.box_plots(main, m, METRICS[m]), f"cases_{m}") for m in COMPARED},
         ),
     ]
     if len(request.labeled) > 1:
@@ -196,18 +194,16 @@ def run_table(results: Results) -> pd.DataFrame:
         seconds = read_json(record, "predict again")["seconds_per_case"] if record.is_file() else np.nan
         of_run = results.scores[(results.scores["run"] == i) & (results.scores["noise"] == 0)]
         means = of_run.groupby("case")[list(METRICS)].mean().mean()
-        rows.append(
-            {
-                "run": run.title + (f" ({run.dataset})" if run in results.upper_bound else ""),
-                **means,
-                "iterations": trained.iterations,
-                "training_hours": trained.hours,
-                "peak_memory_mib": memory[0] if memory else np.nan,
-                "memory": memory[1] if memory else "",
-                "parameters": trained.parameters,
-                "seconds_per_case": seconds,
-            }
-        )
+        rows.append({
+            "run": run.title + (f" ({run.dataset})" if run in results.upper_bound else ""),
+            **means,
+            "iterations": trained.iterations,
+            "training_hours": trained.hours,
+            "peak_memory_mib": memory[0] if memory else np.nan,
+            "memory": memory[1] if memory else "",
+            "parameters": trained.parameters,
+            "seconds_per_case": seconds,
+        })
     return pd.DataFrame(rows)
 
 

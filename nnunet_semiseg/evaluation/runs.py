@@ -106,9 +106,7 @@ class Run:
         try:
             return torch.load(self.checkpoint, map_location="cpu", weights_only=False, mmap=True)
         except Exception as e:  # a damaged checkpoint raises nearly anything
-            raise UserError(
-                f"{self.checkpoint}: cannot be read ({type(e).__name__}): remove it and train on"
-            ) from None
+            raise UserError(f"{self.checkpoint}: cannot be read ({type(e).__name__}): remove it and train on") from None
 
     @property
     def is_begun(self) -> bool:

@@ -135,17 +135,15 @@ def make_report(
     for variant in variants:
         dice = of_case[of_case["method"] == variant.name]["dice"].mean()
         d = None if variant.name == "true" else differences.loc[variant.name]
-        rows.append(
-            [
-                variant.name,
-                variant.meaning,
-                number("dice", dice),
-                "" if d is None else f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})",
-                "" if d is None else ("–" if np.isnan(d["p_holm"]) else f"{d['p_holm']:.2g}"),
-                f"{changed[variant.name].sum():,.0f}",
-                f"{shares[variant.name]:.2%}",
-            ]
-        )
+        rows.append([
+            variant.name,
+            variant.meaning,
+            number("dice", dice),
+            "" if d is None else f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})",
+            "" if d is None else ("–" if np.isnan(d["p_holm"]) else f"{d['p_holm']:.2g}"),
+            f"{changed[variant.name].sum():,.0f}",
+            f"{shares[variant.name]:.2%}",
+        ])
     headers = ["prompts", "meaning", "Dice", "change (95 % interval)", "p, Holm", "voxels changed", "of the foreground"]
     cases = pd.DataFrame(changed, index=list(test_set.images))
     cases.to_csv(output / "voxels.csv", index_label="case")

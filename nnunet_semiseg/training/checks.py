@@ -52,7 +52,7 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
 
 
 def _id(dataset_name: str) -> int:
-    return int(dataset_name[len("Dataset"):][:3])
+    return int(dataset_name[len("Dataset") :][:3])
 
 
 def check_there_are_pairs(settings, plans: dict, configuration: str, what: str, or_else: str = "") -> None:

@@ -59,8 +59,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     views: tuple[str, ...] = ("strong",)
     student_view = "strong"
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
         self.prompt_learner: nn.Module | None = None
         self.text: Tensor | None = None
         # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
@@ -129,8 +135,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return {"prompt_learner": self.prompt_learner}
 
     @classmethod
-    def build_network_architecture(cls, plans_manager, configuration_manager, num_input_channels: int,
-                                   num_output_channels: int, enable_deep_supervision: bool = True) -> nn.Module:
+    def build_network_architecture(
+        cls,
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         network = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )

@@ -74,9 +74,7 @@ class AMVLM(nn.Module):
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The tower's pooled (B, C) and patch (B, P, C') features of images as `to_tower` makes them."""
-        output = self.visual.forward_intermediates(
-            images, indices=1, normalize_intermediates=True, output_fmt="NLC"
-        )
+        output = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
         return output["image_features"], output["image_intermediates"][-1]
 
     def text_features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
