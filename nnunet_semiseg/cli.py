@@ -109,10 +109,10 @@ def train(parser: ArgumentParser) -> Command:
     def run(args: Namespace) -> None:
         from nnunetv2.run.run_training import run_training_entry
 
-        from nnunet_semiseg.config import parse_assignments, refuse_foreign
         from nnunet_semiseg.discovery import find_trainer
         from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.planning import copy_plans, write_settings
+        from nnunet_semiseg.settings.plans import parse_assignments, refuse_foreign
 
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
         dataset_folder("nnUNet_results", args.dataset_name_or_id)
@@ -412,8 +412,8 @@ def _add_model_arguments(parser: ArgumentParser, configuration: str | None = Non
 
 def _trained_run(args: Namespace):
     from nnunet_semiseg.discovery import find_trainer
-    from nnunet_semiseg.evaluation.runs import Run
     from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.runs import Run
 
     find_trainer(args.tr)
     return Run(dataset_folder("nnUNet_results", args.d).name, args.c, args.f, args.tr, args.p)

@@ -20,7 +20,6 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunet_semiseg.config import PLANS_KEY, parse_assignments, update_settings
 from nnunet_semiseg.data.unlabeled import (
     DEFAULT_CONFIGURATIONS,
     check_headers,
@@ -31,6 +30,7 @@ from nnunet_semiseg.data.unlabeled import (
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
+from nnunet_semiseg.settings.plans import PLANS_KEY, parse_assignments, update_settings
 from nnunet_semiseg.text.prompts import read_prompts
 
 NUM_FOLDS = 5  # of nnU-Net's own split

@@ -12,7 +12,6 @@ from training import bare_trainer, make_trainer, nnunet_loss, settings_for, writ
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
-from nnunet_semiseg.networks.pamr import neighbours, refine
 from nnunet_semiseg.trainers.amvlm import (
     AMVLMSettings,
     AMVLMTrainer,
@@ -23,6 +22,7 @@ from nnunet_semiseg.trainers.amvlm import (
     with_background,
 )
 from nnunet_semiseg.vlm.model import to_tower
+from nnunet_semiseg.vlm.pamr import neighbours, refine
 from nnunet_semiseg.vlm.text_masks import (
     TextMaskGenerator,
     UpBlock,

@@ -23,8 +23,8 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare
 from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
-from nnunet_semiseg.evaluation.runs import RECORD, Run, TrainedRun, unequal_conditions
 from nnunet_semiseg.files import write_json
+from nnunet_semiseg.runs import RECORD, Run, TrainedRun, unequal_conditions
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 TRAINERS = ("SupervisedTrainer", "MeanTeacherTrainer", "TextSemiSegTrainer")

@@ -2,16 +2,9 @@ import shlex
 
 import pytest
 
-from nnunet_semiseg.config import (
-    SemiSupervisedSettings,
-    TeacherSettings,
-    TrainingSettings,
-    known_settings,
-    parse_assignments,
-    read_settings,
-    update_settings,
-)
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings, TrainingSettings
+from nnunet_semiseg.settings.plans import known_settings, parse_assignments, read_settings, update_settings
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegSettings
 
 

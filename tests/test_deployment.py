@@ -30,7 +30,7 @@ from nnunet_semiseg.deployment.distillation import (
 )
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.dtc import DTCTrainer
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer

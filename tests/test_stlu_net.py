@@ -13,6 +13,7 @@ from training import CLASSES, REGIONS, bare_trainer, make_trainer, nnunet_loss
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.feature_mixing import (
     FeatureMixingUNet,
     drop_blocks,
@@ -22,7 +23,6 @@ from nnunet_semiseg.networks.feature_mixing import (
     similarity_weights,
 )
 from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, draw_beta
-from nnunet_semiseg.training.schedules import gaussian_ramp
 
 # ------------------------------------------------------------------------------------------------------ equations
 

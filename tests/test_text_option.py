@@ -4,9 +4,9 @@ import pytest
 import torch
 from training import TRAINERS, make_trainer
 
-from nnunet_semiseg.config import OptionalTextSettings
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
+from nnunet_semiseg.settings.base import OptionalTextSettings
 from nnunet_semiseg.trainers.ua_mt import UAMTTrainer
 
 WITH_TEXT = [t for t in TRAINERS if issubclass(t.settings_class, OptionalTextSettings)]
@@ -48,7 +48,7 @@ def test_cog_is_the_alignment_of_every_output(trainer_class, ready, monkeypatch)
         seen.append((features.shape[0], p.shape[1], text.shape[0]))
         return category_alignment_loss(features, p, text)
 
-    monkeypatch.setattr("nnunet_semiseg.training.semi_supervised_trainer.category_alignment_loss", recording)
+    monkeypatch.setattr("nnunet_semiseg.training.semi_supervised.category_alignment_loss", recording)
     batch = next(trainer.dataloader_train)
     trainer.train_step(batch)
     outputs = {"CPSTrainer": 2, "MCNetTrainer": 3}.get(trainer_class.__name__, 1)

@@ -11,9 +11,9 @@ from training import make_trainer
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer, mix
-from nnunet_semiseg.training.schedules import gaussian_ramp
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])

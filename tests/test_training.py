@@ -15,7 +15,7 @@ from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.random_state import get_random_state, seed_everything, set_random_state
-from nnunet_semiseg.training.semi_supervised_trainer import split_streams
+from nnunet_semiseg.training.semi_supervised import split_streams
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
 
 

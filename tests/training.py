@@ -12,12 +12,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from safetensors.torch import save_file
 
-from nnunet_semiseg.config import update_settings
 from nnunet_semiseg.discovery import iter_classes
-from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.files import write_json
+from nnunet_semiseg.runs import Run
+from nnunet_semiseg.settings.plans import update_settings
 from nnunet_semiseg.text.open_clip_models import load_clip
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.vlm.model import AMVLM
 
 TRAINERS = sorted(

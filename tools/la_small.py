@@ -62,7 +62,7 @@ def prepare(args, env: dict) -> None:
 
 def write_plans(args, env: dict, seed: int) -> str:
     """Plans for one seed, beside those they are a copy of and on the same data."""
-    from nnunet_semiseg.config import parse_assignments, update_settings
+    from nnunet_semiseg.settings.plans import parse_assignments, update_settings
 
     folder = Path(env["nnUNet_preprocessed"], DATASET)
     name = f"{PLANS}_{args.name}{args.iterations}_seed{seed}"

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nnunet_semiseg.config import parse_assignments, update_settings
 from nnunet_semiseg.files import dataset_folder
+from nnunet_semiseg.settings.plans import parse_assignments, update_settings
 
 
 def make(name: str, args, folder: str):

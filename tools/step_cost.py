@@ -27,8 +27,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_semiseg.config import parse_assignments, update_settings
 from nnunet_semiseg.files import dataset_folder
+from nnunet_semiseg.settings.plans import parse_assignments, update_settings
 
 
 def make(name: str, args, folder: str):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Literal
@@ -17,15 +16,26 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.config import TeacherSettings, require
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
+from nnunet_semiseg.losses.ramps import gaussian_ramp
+from nnunet_semiseg.settings.base import TeacherSettings, require
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
-from nnunet_semiseg.training.schedules import gaussian_ramp
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
+from nnunet_semiseg.vlm.sides import (
+    HORIZONTAL,
+    SIDES,
+    VERTICAL,
+    SidePairs,
+    axes_of_sides,
+    exchange,
+    is_flat,
+    named_sides,
+)
 from nnunet_semiseg.vlm.text_masks import (
     ABOUT,
     TextMaskGenerator,
@@ -33,11 +43,6 @@ from nnunet_semiseg.vlm.text_masks import (
     contrast_between_images,
     load_vlm,
 )
-
-VERTICAL, HORIZONTAL = SIDES = (0, 1)
-
-WORD = r"[^\W_]+"
-"""in kidney_left, too"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,10 @@ class AMVLMSettings(TeacherSettings):
         ("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward"),
     )  # fmt: skip
 
+    @property
+    def side_pairs(self) -> SidePairs:
+        return self.vertical_sides, self.horizontal_sides
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("pseudo_weight", "mask_weight"):
@@ -81,7 +90,7 @@ class AMVLMSettings(TeacherSettings):
                 raise UserError(f"setting {name}={getattr(self, name)}: must be a list of pairs of words")
 
 
-class AMVLMTrainer(SemiSupervisedTrainer):
+class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     """Alignment-multiplicity aware vision-language model (IEEE TMI 2025, 10.1109/TMI.2025.3573018), second stage.
 
     The student is the plans' network, the teacher its EMA (0.99), and `TextMaskGenerator`, on the frozen towers of
@@ -107,7 +116,6 @@ class AMVLMTrainer(SemiSupervisedTrainer):
     texts of a batch averaged; sigmoids of sigmoids; towers and teacher in training mode; images that become black.
     """
 
-    settings_class = AMVLMSettings
     views = ("weak", "strong")
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -129,14 +137,14 @@ class AMVLMTrainer(SemiSupervisedTrainer):
                 f"setting vlm={self.settings.vlm}: was pre-trained on slices across axis {axis}, and text masks are of"
                 " slices across the first: pre-train with slice_axis=0"
             )
-        named, axes = named_sides(texts, self.settings), axes_of_sides(plans, n_dims)
+        named, axes = named_sides(texts, self.settings.side_pairs), axes_of_sides(plans, n_dims)
         self.side_axes = {side: axes[side] for side in named}
         exchanged = [side == HORIZONTAL or is_flat(plans) for side in (VERTICAL, HORIZONTAL)]
         self.swapped = [side for side in named if self.settings.sides == "swap" and self.case_texts and exchanged[side]]
         # every text as it is when nothing, one axis or both are flipped
         self.flips = list(product(*((False, True) if side in self.swapped else (False,) for side in SIDES)))
         try:
-            self.vlm.tokenize([exchange(text, flip, self.settings) for flip in self.flips for text in texts])
+            self.vlm.tokenize([exchange(text, flip, self.settings.side_pairs) for flip in self.flips for text in texts])
         except UserError as error:
             raise UserError(f"{'texts.json' if self.case_texts else 'dataset.json'}: {error}") from None
         return plans
@@ -164,13 +172,14 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         if self.case_texts:
             self.row = {case: i for i, case in enumerate(self.case_texts)}
             self.text_features = {
-                flip: generator.encode_texts([exchange(t, flip, self.settings) for t in self.case_texts.values()])
+                flip: generator.encode_texts([
+                    exchange(t, flip, self.settings.side_pairs) for t in self.case_texts.values()
+                ])
                 for flip in self.flips
             }
         else:
             features = [generator.encode_texts(list(texts)).mean(0) for texts in self.prompts]
             self.class_features = nn.functional.normalize(torch.stack(features), dim=1)
-        self.flip = (False, False)
 
     # ------------------------------------------------------------------------------------------------- augmentation
 
@@ -187,36 +196,48 @@ class AMVLMTrainer(SemiSupervisedTrainer):
             self.inference_allowed_mirroring_axes = tuple(sorted((*mirror_axes, *swapped))) or None
         return rotation, dummy_2d, patch_size, mirror_axes
 
-    def forward_streams(self, batch: dict):
-        if self.swapped:
-            drawn = torch.rand(2) < 0.5
-            self.flip = tuple(bool(drawn[side]) and side in self.swapped for side in SIDES)
-            axes = [axis + 2 for side in SIDES if self.flip[side] for axis in self.side_axes[side]]
-            if axes:
-                parts = ("data", "target", "unlabeled")
-                batch |= tree_map(lambda x: x.flip(axes), {part: batch[part] for part in parts})
-        return super().forward_streams(batch)
+    def draw_flip(self) -> tuple[bool, bool]:
+        """Along which sides' axes this batch is flipped; the words of its texts change places with it."""
+        if not self.swapped:
+            return False, False
+        drawn = torch.rand(2) < 0.5
+        return tuple(bool(drawn[side]) and side in self.swapped for side in SIDES)
+
+    def flipped(self, batch: Batch, flip: tuple[bool, bool]) -> Batch:
+        axes = [axis + 2 for side in SIDES if flip[side] for axis in self.side_axes[side]]
+        if not axes:
+            return batch
+        images, target, views = tree_map(lambda x: x.flip(axes), (batch.images, batch.target, batch.views))
+        return replace(batch, images=images, target=target, views=views)
 
     # ------------------------------------------------------------------------------------------------------- losses
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        settings, logits, weak = self.settings, self.finest(unlabeled), batch["unlabeled"]["weak"]
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        settings = self.settings
+        flip = self.draw_flip()
+        batch = self.flipped(batch, flip)
+        outputs = self.each(self.network, batch.images, batch.views["strong"])
+        yield {"supervised": self.loss(next(outputs), batch.target)}
+
+        weak = batch.views["weak"]
         with torch.no_grad():
             taught = probabilities(self.teacher(weak), self.label_manager)
         to_slices, samples = self.draw_slices(weak)
-        masks, has_text, mask_loss = self.text_masks(to_slices(weak), [batch["unlabeled_keys"][i] for i in samples])
+        masks, has_text, loss = self.text_masks(to_slices(weak), [batch.cases[i] for i in samples], flip)
+        yield {"mask": settings.mask_weight * loss}
+
         # without a text the teacher's word is all there is
-        logits_2d, taught_2d = to_slices(logits), to_slices(taught)
+        taught_2d = to_slices(taught)
         text = torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught_2d)
-        terms = {}
-        if settings.teacher_supervision:
-            terms["teacher"] = soft_label_loss(self.finest_loss, logits, taught)
-        if settings.text_supervision:
-            terms["text"] = soft_label_loss(self.finest_loss, logits_2d, text)
-        if settings.average_supervision:
-            terms["average"] = soft_label_loss(self.finest_loss, logits_2d, (text + taught_2d) / 2)
         weight = settings.pseudo_weight * gaussian_ramp(self.progress)
-        return {name: weight * term for name, term in terms.items()} | {"mask": settings.mask_weight * mask_loss}
+        with self.shared(self.finest(next(outputs))) as logits:
+            if settings.teacher_supervision:
+                yield {"teacher": weight * soft_label_loss(self.finest_loss, logits, taught)}
+            if settings.text_supervision:
+                yield {"text": weight * soft_label_loss(self.finest_loss, to_slices(logits), text)}
+            if settings.average_supervision:
+                average = (text + taught_2d) / 2
+                yield {"average": weight * soft_label_loss(self.finest_loss, to_slices(logits), average)}
 
     def draw_slices(self, images: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
         """What takes (B, C, *S) to 2d images, and of each the sample it is of; 2d images are taken as they are."""
@@ -226,7 +247,7 @@ class AMVLMTrainer(SemiSupervisedTrainer):
         samples = [i for i in range(len(images)) for _ in drawn]
         return lambda x: x[:, :, drawn].transpose(1, 2).flatten(0, 1), samples
 
-    def text_masks(self, images: Tensor, cases: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def text_masks(self, images: Tensor, cases: list[str], flip: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (N, classes, H, W) of 2d images, which of them have a text, (N,), and the generator's own loss."""
         generator, temperature = self.auxiliary["text_masks"], self.settings.mask_temperature
         if not self.case_texts:
@@ -235,7 +256,7 @@ class AMVLMTrainer(SemiSupervisedTrainer):
             loss = contrast_between_classes(raw, features, texts, self.class_features[0], temperature)
             return masks, torch.ones(len(images), dtype=torch.bool, device=images.device), loss
         known = [i for i, case in enumerate(cases) if case in self.row]
-        texts = self.text_features[self.flip][[self.row.get(case, 0) for case in cases]][:, None]
+        texts = self.text_features[flip][[self.row.get(case, 0) for case in cases]][:, None]
         raw, masks, features = generator(images, texts)
         has_text = torch.tensor([case in self.row for case in cases]).to(images.device, non_blocking=True)
         if not known:
@@ -256,42 +277,3 @@ def with_background(masks: Tensor, label_manager) -> Tensor:
         return masks
     p = torch.cat(((1 - masks).prod(1, keepdim=True), masks), 1)
     return p / p.sum(1, keepdim=True).clamp_min(1e-6)
-
-
-def named_sides(texts: Iterable[str], settings: AMVLMSettings) -> list[int]:
-    """Which sides texts speak of, of VERTICAL and HORIZONTAL."""
-    words = set(re.findall(WORD, " ".join(texts).lower()))
-    pairs = settings.vertical_sides, settings.horizontal_sides
-    return [side for side in SIDES if words & {word.lower() for word in chain(*pairs[side])}]
-
-
-def is_flat(plans: dict) -> bool:
-    """Whether the images are 2d; nnU-Net reads them as volumes of one slice."""
-    return plans["original_median_shape_after_transp"][list(plans["transpose_forward"]).index(0)] == 1
-
-
-def axes_of_sides(plans: dict, n_dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of a patch that vertical words, and those that horizontal ones are about.
-
-    nnU-Net reads images as (z, y, x), and then transposes them by the plans. Left and right are along x; upper and
-    lower of a 2d image along y, of a volume along z or (anterior, posterior) y: which one is meant nobody knows.
-    """
-    order = list(plans["transpose_forward"])
-    first = len(order) - n_dims  # the first axis of a volume is not in a 2d patch
-    sides = ((1,) if is_flat(plans) else (0, 1)), (2,)
-    return tuple(tuple(sorted(order.index(a) - first for a in axes if order.index(a) >= first)) for axes in sides)
-
-
-def exchange(text: str, flip: tuple[bool, bool], settings: AMVLMSettings) -> str:
-    """The text of a flipped image: the words of each pair change places along a flipped axis."""
-    other = {}
-    for flipped, pairs in zip(flip, (settings.vertical_sides, settings.horizontal_sides), strict=True):
-        if flipped:
-            for a, b in pairs:
-                other |= {a.lower(): b, b.lower(): a}
-
-    def exchanged(match: re.Match) -> str:
-        word = other.get(match[0].lower(), match[0])
-        return word.capitalize() if match[0][0].isupper() else word
-
-    return re.sub(WORD, exchanged, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -10,7 +11,6 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.config import TeacherSettings, require
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import (
     hard_pseudo_label,
@@ -19,8 +19,10 @@ from nnunet_semiseg.losses.pseudo_labels import (
     weighted_loss,
 )
 from nnunet_semiseg.networks.feature_perturbation import draw_box, on_grid_of
+from nnunet_semiseg.settings.base import TeacherSettings, require
+from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import update_teacher
 
 
@@ -42,7 +44,7 @@ class BCPSettings(TeacherSettings):
             require(self, name, minimum=0, maximum=1)
 
 
-class BCPTrainer(SemiSupervisedTrainer):
+class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
     """Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation" (CVPR 2023, 2305.00673).
 
     With M = 0 in a box at a random place, whose sides are 2/3 of the patch's, and 1 around it:
@@ -60,7 +62,6 @@ class BCPTrainer(SemiSupervisedTrainer):
     A training that is resumed with another length keeps the end of its pre-training.
     """
 
-    settings_class = BCPSettings
     views = ("weak", "strong")
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -73,11 +74,11 @@ class BCPTrainer(SemiSupervisedTrainer):
         self.method_state["first_step"] = torch.tensor(first)
         self.method_state["pretraining"] = torch.tensor(self.settings.pretraining, dtype=torch.float64)
 
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
+    def load_checkpoint(self, checkpoint: dict | str) -> None:
+        super().load_checkpoint(checkpoint)
         if (before := self.method_state["pretraining"].item()) != self.settings.pretraining:
             raise UserError(
-                f"{filename_or_checkpoint}: its pretraining was {before:g}: set it back with --set, or train again"
+                f"{self.output_folder}: its pretraining was {before:g}: set it back with --set, or train again"
                 " without --c"
             )
 
@@ -86,40 +87,37 @@ class BCPTrainer(SemiSupervisedTrainer):
         """The first that unlabelled samples take part in; it is on the CPU, so that nothing waits."""
         return int(self.method_state["first_step"])
 
-    def forward_streams(self, batch: dict):
-        """In the pre-training the output and None; then twice those of X_in and X_out, which both hold both streams."""
-        x_l = batch["data"]
-        self.box = draw_box(x_l, self.settings.box)
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        x_l, target = batch.images, batch.target
+        box = draw_box(x_l, self.settings.box)
         if self.step < self.first_step:
-            return self.network(paste(self.box, x_l.roll(1, 0), x_l)), None
+            mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
+            yield {
+                "supervised": self.loss(self.network(paste(box, x_l.roll(1, 0), x_l)), mixed),
+                "pseudo": x_l.new_zeros(()),
+            }
+            return
         if self.step == self.first_step:
             update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)  # begins as a copy
-        x_u, other = pairs(batch["unlabeled"]["strong"], len(x_l))
-        mixes = torch.cat((paste(self.box, x_u, x_l), paste(self.box, x_l, other)))
-        both = split_streams(self.network(mixes), len(x_l))
-        return both, both
+        x_u, other = pairs(batch.views["strong"], len(x_l))
+        label, other_label = pairs(self.pseudo_label(batch.views["weak"][: len(x_l) + 1]), len(x_l))
+        outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
+        yield self.mix_terms(next(outputs), target, ~box, label)  # inwards
+        yield self.mix_terms(next(outputs), target, box, other_label)  # outwards
 
-    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
-        target = batch["target"]
-        if self.step < self.first_step:
-            mixed = tree_map(lambda t: paste(self.box, t.roll(1, 0), t), target)
-            return {"supervised": self.loss(labeled, mixed)}
-        inwards, outwards = labeled
-        loss = self.loss_where(~self.box, inwards, target) + self.loss_where(self.box, outwards, target)
-        return {"supervised": loss}
+    @torch.no_grad()
+    def pseudo_label(self, images: Tensor) -> Tensor:
+        """The teacher's decision."""
+        label = hard_pseudo_label(self.teacher(images), self.label_manager)
+        return keep_largest_component(label, self.label_manager) if self.settings.largest_component else label
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        if unlabeled is None:
-            return {"pseudo": self.box.new_zeros((), dtype=torch.float32)}
-        with torch.no_grad():
-            n = len(batch["data"])
-            label = hard_pseudo_label(self.teacher(batch["unlabeled"]["weak"][: n + 1]), self.label_manager)
-        if self.settings.largest_component:
-            label = keep_largest_component(label, self.label_manager)
-        label, other = pairs(label, n)
-        inwards, outwards = map(self.finest, unlabeled)
-        loss = self.loss_where(self.box, inwards, label) + self.loss_where(~self.box, outwards, other)
-        return {"pseudo": self.settings.bcp_weight * loss}
+    def mix_terms(self, output, target, labeled: Tensor, pseudo_label: Tensor) -> dict[str, Tensor]:
+        """Eq. 5 and 6 of one mix: where it is `labeled` (1, 1, *S) its target is true, elsewhere a pseudo-label."""
+        pseudo = self.loss_where(~labeled, self.finest(output), pseudo_label)
+        return {
+            "supervised": self.loss_where(labeled, output, target),
+            "pseudo": self.settings.bcp_weight * pseudo,
+        }
 
     def loss_where(self, mask: Tensor, output, target) -> Tensor:
         """nnU-Net's loss over the voxels of a mask (1, 1, *S); of lists on every grid, as its deep supervision is."""

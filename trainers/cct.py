@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import ConsistencySettings
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.networks import feature_perturbation
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.settings.base import ConsistencySettings
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 PERTURBATIONS = {
     "noise": feature_perturbation.feature_noise,
@@ -41,7 +43,7 @@ class CCTSettings(ConsistencySettings):
             )
 
 
-class CCTTrainer(SemiSupervisedTrainer):
+class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
     """Ouali et al., "Semi-supervised semantic segmentation with cross-consistency training" (CVPR 2020, 2003.09005).
 
     A shared encoder, a main decoder that learns from the labels, and auxiliary decoders, each of which reads the
@@ -60,41 +62,27 @@ class CCTTrainer(SemiSupervisedTrainer):
     volumes (0.1; 30 there, for a mean over 21 classes), with a Gaussian ramp.
     """
 
-    settings_class = CCTSettings
-
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         convolutions = arch_kwargs["n_conv_per_stage_decoder"]
         others = [extra_decoder(network, convolutions, False, finest_only=True) for _ in settings.perturbations]
         return MultiDecoderUNet(network, others)
 
-    def forward_streams(self, batch: dict):
-        """The main decoder's output for labelled samples; its logits and the auxiliary ones' for unlabelled ones."""
-        n, names = len(batch["data"]), self.settings.perturbations
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-
-        def labeled_alone(skips: list[Tensor], outputs: list) -> list[Tensor]:
-            return [skip[:n] for skip in skips]
-
-        def unlabeled_alone(skips: list[Tensor], outputs: list) -> list[Tensor]:
-            return [skip[n:].detach() for skip in skips]
-
-        # unlabelled samples on their own: the main decoder needs no backward pass for what is a target
-        perturbations = (labeled_alone, unlabeled_alone, *(partial(self.perturb, name, n) for name in names))
-        labeled, main, *others = self.network(images, None, (0, *range(len(names) + 1)), perturbations)
-        return labeled, (self.finest(main).detach(), others)
-
-    def perturb(self, name: str, n: int, skips: list[Tensor], outputs: list) -> list[Tensor]:
-        """The unlabelled samples' features, perturbed on every level."""
-        arguments = ()
-        if name in GUIDED:
-            decision = hard_pseudo_label(self.finest(outputs[1]), self.label_manager)
-            arguments = ((decision > 0).any(1, keepdim=True),)  # where anything is
-        return [PERTURBATIONS[name](skip[n:], *arguments) for skip in skips]
-
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        logits, others = unlabeled
-        main = probabilities(logits, self.label_manager)
-        distances = [F.mse_loss(probabilities(other, self.label_manager), main) for other in others]
-        weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
-        return {"consistency": weight * sum(distances) / len(distances)}
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        network, names = self.bare_network, self.settings.perturbations
+        encoded = self.each(network.encode, batch.images, batch.views["strong"])
+        yield {"supervised": self.loss(network.decode(next(encoded).skips), batch.target)}
+        weight = self.settings.consistency_weight * self.settings.ramp(self.progress) / len(names)
+        with self.shared(next(encoded).skips) as skips:
+            with torch.no_grad():  # a target needs no backward pass through the main decoder
+                logits = self.finest(network.decode(skips))
+                main = probabilities(logits, self.label_manager)
+                foreground = (hard_pseudo_label(logits, self.label_manager) > 0).any(1, keepdim=True)
+                del logits
+            for i, name in enumerate(names, 1):
+                arguments = (foreground,) if name in GUIDED else ()
+                perturbed = [PERTURBATIONS[name](skip, *arguments) for skip in skips]
+                p = probabilities(network.decode(perturbed, i), self.label_manager)
+                del perturbed
+                yield {"consistency": weight * F.mse_loss(p, main)}
+                del p

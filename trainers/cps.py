@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
-from nnunet_semiseg.config import OptionalTextSettings, require
 from nnunet_semiseg.losses.pseudo_labels import cross_entropy, hard_pseudo_label
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.networks.text_guidance import text_guidance_for
-from nnunet_semiseg.training.schedules import gaussian_ramp
-from nnunet_semiseg.training.semi_supervised_trainer import (
-    SemiSupervisedTrainer,
-    apply_network_settings,
-    split_streams,
-)
+from nnunet_semiseg.settings.base import OptionalTextSettings, require
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.passes import run_in_bfloat16, run_sample_by_sample
+from nnunet_semiseg.training.semi_supervised import compile_parts
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class CPSSettings(OptionalTextSettings):
         require(self, "cps_weight", minimum=0)
 
 
-class CPSTrainer(SemiSupervisedTrainer):
+class CPSTrainer(TextGuidedTrainer[CPSSettings]):
     """Chen et al., "Semi-supervised semantic segmentation with cross pseudo supervision" (CVPR 2021, 2106.01226).
 
     Two networks of the same architecture that differ in their initial weights: L = L_s + lambda L_cps.
@@ -45,11 +44,9 @@ class CPSTrainer(SemiSupervisedTrainer):
     `-pretrained_weights` are the first's alone: the two have to differ.
     """
 
-    settings_class = CPSSettings
-
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
-        return MultiDecoderUNet(network, guidance=text_guidance_for(network, settings))
+        return MultiDecoderUNet(network)
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
         channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
@@ -61,26 +58,32 @@ class CPSTrainer(SemiSupervisedTrainer):
 
     def initialize(self):
         super().initialize()
-        apply_network_settings(self.auxiliary["second"], self.device, self.settings)
+        second = self.auxiliary["second"]
+        if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
+            run_in_bfloat16(second)
         if self._do_i_compile():
-            self.auxiliary["second"].compile()
+            compile_parts(second)
+        if self.settings.memory == "small":
+            run_sample_by_sample(second)
 
-    def forward_streams(self, batch: dict):
-        """Per stream the outputs of both networks."""
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        outputs = [self.decode(network, images)[0] for network in (self.network, self.auxiliary["second"])]
-        return split_streams(outputs, len(batch["data"]))
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        weight = self.settings.cps_weight * gaussian_ramp(self.progress)
+        networks = self.bare_network, self.auxiliary["second"]
+        for images, target, share in batch.streams("strong"):
+            passes = [partial(predict, network, images, text) for network in networks]
+            for i, (output, aligned), logits in self.in_turn(passes, lambda prediction: self.finest(prediction[0])):
+                terms = self.cog(aligned, self.finest(output), text, share)
+                if target is not None:
+                    terms[f"supervised_{i + 1}"] = self.loss(output, target)
+                label = hard_pseudo_label(logits[1 - i], self.label_manager)
+                cps = cross_entropy(self.finest(output), label, self.label_manager.has_regions)
+                terms["cps"] = share * weight * cps
+                del output, aligned, cps
+                yield terms
+                del terms
 
-    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
-        return {f"supervised_{i}": self.loss(output, batch["target"]) for i, output in enumerate(labeled, 1)}
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        first, second = (
-            torch.cat((self.finest(of_l), self.finest(of_u))) for of_l, of_u in zip(labeled, unlabeled, strict=True)
-        )
-        regions = self.label_manager.has_regions
-        cps = sum(
-            cross_entropy(logits, hard_pseudo_label(other, self.label_manager), regions)
-            for logits, other in ((first, second), (second, first))
-        )
-        return {"cps": self.settings.cps_weight * gaussian_ramp(self.progress) * cps}
+def predict(network: MultiDecoderUNet, images: Tensor, text: Tensor | None):
+    """The network's output, and the features that are aligned with the text."""
+    skips, aligned = network.encode(images, text)
+    return network.decode(skips), aligned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.config import OptionalTextSettings, require
 from nnunet_semiseg.losses.pseudo_labels import has_label, probabilities
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.networks.text_guidance import text_guidance_for
-from nnunet_semiseg.training.schedules import gaussian_ramp
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.settings.base import OptionalTextSettings, require
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 STEEPNESS = 1500
 """k of the smooth Heaviside function"""
@@ -40,12 +41,11 @@ class DTCSettings(OptionalTextSettings):
 class DualTaskUNet(MultiDecoderUNet):
     """The decoder has twice the heads, a level set for each; alone, `forward(x)` gives the segmentation's."""
 
-    def forward(self, x: Tensor, text=None, decoders=None, perturbations=()):
-        output = super().forward(x, text, decoders, perturbations)
-        return output if decoders else tree_map(lambda t: t[:, : t.shape[1] // 2], output)
+    def forward(self, x: Tensor):
+        return tree_map(lambda t: t[:, : t.shape[1] // 2], super().forward(x))
 
 
-class DTCTrainer(SemiSupervisedTrainer):
+class DTCTrainer(TextGuidedTrainer[DTCSettings]):
     """Luo et al., "Semi-supervised medical image segmentation through dual-task consistency" (AAAI 2021, 2009.04448).
 
     One network predicts classes and, by tanh, level sets z: signed distances to the boundary, negative inside and
@@ -62,8 +62,6 @@ class DTCTrainer(SemiSupervisedTrainer):
     resolution, L_seg is nnU-Net's; with deep supervision the coarser outputs' level sets are not used.
     """
 
-    settings_class = DTCSettings
-
     @classmethod
     def build_network_architecture(
         cls,
@@ -79,34 +77,42 @@ class DTCTrainer(SemiSupervisedTrainer):
 
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
-        return DualTaskUNet(network, guidance=text_guidance_for(network, settings))
+        return DualTaskUNet(network)
 
     def target_maker(self):
         return partial(add_level_sets, label_manager=self.label_manager)
 
-    def forward_streams(self, batch: dict):
-        """Per stream the segmentation's output and the level sets (B, heads, *S)."""
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        (output,) = self.decode(self.network, images)
-        heads = self.label_manager.num_segmentation_heads
-        level_sets = self.finest(output)[:, heads:].float().tanh()
-        return split_streams((tree_map(lambda t: t[:, :heads], output), level_sets), len(batch["data"]))
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        network, heads = self.bare_network, self.label_manager.num_segmentation_heads
 
-    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
-        output, level_sets = labeled
-        # distances are known where the whole patch is: an ignored voxel may hold the nearest boundary
-        known = has_label(self.finest(batch["target"]), self.label_manager).flatten(1).all(1).float()
-        squared = (level_sets - batch["targets"]["level_sets"]).square().flatten(1).mean(1)
-        return {
-            "supervised": self.loss(output, batch["target"]),
-            "level_sets": self.settings.level_set_weight * (squared * known).sum() / known.sum().clamp_min(1),
-        }
+        def predict(images: Tensor):
+            skips, aligned = network.encode(images, text)
+            output = network.decode(skips)
+            return tree_map(lambda t: t[:, :heads], output), self.finest(output)[:, heads:].float().tanh(), aligned
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        p = probabilities(torch.cat((self.finest(labeled[0]), self.finest(unlabeled[0]))), self.label_manager)
-        from_level_sets = (-STEEPNESS * torch.cat((labeled[1], unlabeled[1]))).sigmoid()
+        streams = batch.streams("strong")
+        predictions = self.each(predict, *(images for images, _, _ in streams))
+        for _, target, share in streams:
+            output, level_sets, aligned = next(predictions)
+            terms = {"dtc": share * self.dtc_loss(self.finest(output), level_sets)}
+            if target is not None:
+                terms["supervised"] = self.loss(output, target)
+                terms["level_sets"] = self.level_set_loss(level_sets, batch.extra["level_sets"], target)
+            terms |= self.cog(aligned, self.finest(output), text, share)
+            del output, level_sets, aligned
+            yield terms
+
+    def level_set_loss(self, level_sets: Tensor, true: Tensor, target) -> Tensor:
+        """beta L_LSF, of the patches whose distances are known: an ignored voxel may hold the nearest boundary."""
+        known = has_label(self.finest(target), self.label_manager).flatten(1).all(1).float()
+        squared = (level_sets - true).square().flatten(1).mean(1)
+        return self.settings.level_set_weight * (squared * known).sum() / known.sum().clamp_min(1)
+
+    def dtc_loss(self, logits: Tensor, level_sets: Tensor) -> Tensor:
+        """lambda(t) L_DTC of one stream: logits and level sets in -1 to 1, both (B, heads, *S)."""
+        p = probabilities(logits, self.label_manager)
         weight = self.settings.dtc_weight * gaussian_ramp(self.progress)
-        return {"dtc": weight * F.mse_loss(from_level_sets, p)}
+        return weight * F.mse_loss((-STEEPNESS * level_sets).sigmoid(), p)
 
 
 def add_level_sets(labeled: dict, unlabeled: dict, label_manager) -> dict[str, Tensor]:

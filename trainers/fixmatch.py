@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from nnunet_semiseg.config import MatchSettings
 from nnunet_semiseg.losses.pseudo_labels import confidence, cross_entropy, hard_pseudo_label, probabilities
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.settings.base import MatchSettings
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 
-class FixMatchTrainer(SemiSupervisedTrainer):
+class FixMatchTrainer(SemiSupervisedTrainer[MatchSettings]):
     """Sohn et al., "FixMatch: simplifying semi-supervised learning with consistency and confidence" (NeurIPS 2020).
 
     arXiv 2001.07685, for voxels. Eq. 4: L_u = mean over all voxels of 1(max q >= 0.95) CE(p(strong), argmax q),
@@ -20,14 +23,17 @@ class FixMatchTrainer(SemiSupervisedTrainer):
     the geometry, so that voxels correspond. A region's pseudo-label counts where all regions are certain.
     """
 
-    settings_class = MatchSettings
     views = ("weak", "strong")
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        outputs = self.each(self.network, batch.images, batch.views["strong"])
+        yield {"supervised": self.loss(next(outputs), batch.target)}
         with torch.no_grad():
-            weak = self.finest(self.network(batch["unlabeled"]["weak"]))
+            weak = self.finest(self.network(batch.views["weak"]))
             certain = confidence(probabilities(weak, self.label_manager), self.label_manager)
             weight = (certain >= self.settings.match_threshold).float()
         target = hard_pseudo_label(weak, self.label_manager)
-        loss = cross_entropy(self.finest(unlabeled), target, self.label_manager.has_regions, weight)
-        return {"unsupervised": self.settings.match_weight * loss}
+        del weak, certain
+        strong = self.finest(next(outputs))
+        loss = cross_entropy(strong, target, self.label_manager.has_regions, weight)
+        yield {"unsupervised": self.settings.match_weight * loss}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import OptionalTextSettings, require
 from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.networks.text_guidance import text_guidance_for
-from nnunet_semiseg.training.schedules import gaussian_ramp
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.settings.base import OptionalTextSettings, require
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 UPSAMPLING = ("linear", "nearest")
 """of the second and the third decoder; the plans' own has transposed convolutions"""
@@ -36,7 +36,7 @@ class MCNetSettings(OptionalTextSettings):
         require(self, "sharpening", minimum=1e-3, maximum=1)
 
 
-class MCNetTrainer(SemiSupervisedTrainer):
+class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
     """Wu et al., "Mutual consistency learning for semi-supervised medical image segmentation" (MC-Net+).
 
     Medical Image Analysis 2022, arXiv 2109.09960. A shared encoder and three decoders that differ in how they
@@ -52,27 +52,30 @@ class MCNetTrainer(SemiSupervisedTrainer):
     convolutions is deployed.
     """
 
-    settings_class = MCNetSettings
-
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         convolutions = arch_kwargs["n_conv_per_stage_decoder"]
         others = [extra_decoder(network, convolutions, deep_supervision, kind) for kind in UPSAMPLING]
-        return MultiDecoderUNet(network, others, text_guidance_for(network, settings))
+        return MultiDecoderUNet(network, others)
 
-    def forward_streams(self, batch: dict):
-        """Per stream the outputs of the three decoders."""
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        return split_streams(self.decode(self.network, images, (0, 1, 2)), len(batch["data"]))
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        network, settings = self.bare_network, self.settings
+        weight = settings.mutual_weight * gaussian_ramp(self.progress)
+        streams = batch.streams("strong")
+        encoded = self.each(partial(network.encode, text=text), *(images for images, _, _ in streams))
+        for _, target, share in streams:
+            with self.shared(next(encoded)) as (skips, aligned):
+                passes = [partial(network.decode, skips, i) for i in range(1 + len(UPSAMPLING))]
+                for i, output, logits in self.in_turn(passes):
+                    terms = self.cog(aligned, self.finest(output), text, share)
+                    if target is not None:
+                        terms[f"supervised_{i + 1}"] = settings.supervised_weight * self.loss(output, target)
+                    others = [x for j, x in enumerate(logits) if j != i]
+                    yield terms | {"mutual": share * weight * self.mutual_loss(self.finest(output), others)}
+                    del output, terms
 
-    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
-        weight = self.settings.supervised_weight
-        return {f"supervised_{i}": weight * self.loss(output, batch["target"]) for i, output in enumerate(labeled, 1)}
-
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        both = zip(labeled, unlabeled, strict=True)
-        logits = [torch.cat((self.finest(of_l), self.finest(of_u))) for of_l, of_u in both]
-        p = [probabilities(x, self.label_manager) for x in logits]
-        sharpened = [probabilities(x.detach().float() / self.settings.sharpening, self.label_manager) for x in logits]
-        mutual = sum(F.mse_loss(p[i], sharpened[j]) for i, j in permutations(range(len(p)), 2))
-        return {"mutual": self.settings.mutual_weight * gaussian_ramp(self.progress) * mutual}
+    def mutual_loss(self, logits: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """sum_j MSE(p, p*_j) of a decoder's logits (B, heads, *S) with the others', which get no gradient."""
+        p = probabilities(logits, self.label_manager)
+        sharpened = (probabilities(x.detach().float() / self.settings.sharpening, self.label_manager) for x in others)
+        return sum(F.mse_loss(p, x) for x in sharpened)

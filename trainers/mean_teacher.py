@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import ConsistencySettings, TeacherSettings
 from nnunet_semiseg.losses.pseudo_labels import probabilities
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.settings.base import ConsistencySettings, TeacherSettings
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class MeanTeacherSettings(ConsistencySettings, TeacherSettings):
     """of the consistency's weight, as a share of the training"""
 
 
-class MeanTeacherTrainer(SemiSupervisedTrainer):
+class MeanTeacherTrainer(SemiSupervisedTrainer[MeanTeacherSettings]):
     """Tarvainen and Valpola, "Mean teachers are better role models" (NeurIPS 2017, arXiv 1703.01780).
 
     L = L_sup + w(t) MSE(student's probabilities on the strong view, teacher's on the weak view), over the
@@ -28,12 +30,13 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
     2019). We depart in leaving the labelled samples out of the consistency, and in nnU-Net's supervised loss.
     """
 
-    settings_class = MeanTeacherSettings
     views = ("weak", "strong")
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        outputs = self.each(self.network, batch.images, batch.views["strong"])
+        yield {"supervised": self.loss(next(outputs), batch.target)}
         with torch.no_grad():
-            teacher = probabilities(self.teacher(batch["unlabeled"]["weak"]), self.label_manager)
-        student = probabilities(self.finest(unlabeled), self.label_manager)
+            teacher = probabilities(self.teacher(batch.views["weak"]), self.label_manager)
+        student = probabilities(self.finest(next(outputs)), self.label_manager)
         weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
-        return {"consistency": weight * F.mse_loss(student, teacher)}
+        yield {"consistency": weight * F.mse_loss(student, teacher)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nnunet_semiseg.config import SemiSupervisedSettings, require
 from nnunet_semiseg.data.pseudo_labels import (
     PseudoLabeledDataset,
     label_cases,
@@ -18,8 +18,10 @@ from nnunet_semiseg.data.pseudo_labels import (
     without_label,
 )
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
+from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.schedules import RestartingPolyLR
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class SelfTrainingSettings(SemiSupervisedSettings):
         require(self, "pseudo_weight", minimum=0)
 
 
-class SelfTrainingTrainer(SemiSupervisedTrainer):
+class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
     """Train on the labelled cases, label the unlabelled ones, train again from scratch on both.
 
     What nnU-Net's maintainers advise to do by hand (MIC-DKFZ/nnUNet, issue 2338); pseudo-labelling after Lee,
@@ -49,8 +51,6 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
     as they are trained on. Interrupted while it labels, the training goes on with the cases that have none. nnU-Net's
     `-pretrained_weights` are those of the first training alone.
     """
-
-    settings_class = SelfTrainingSettings
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         if self.settings.num_epochs <= self.settings.rounds:
@@ -142,12 +142,10 @@ class SelfTrainingTrainer(SemiSupervisedTrainer):
     def target_maker(self):
         return take_pseudo_label
 
-    def forward_streams(self, batch: dict):
-        if self.round:
-            return super().forward_streams(batch)
-        return self.network(batch["data"]), None
-
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        if unlabeled is None:
-            return {"pseudo": self.finest(labeled).new_zeros(())}
-        return {"pseudo": self.settings.pseudo_weight * self.loss(unlabeled, batch["targets"]["pseudo"])}
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        outputs = self.each(self.network, batch.images, *batch.views.values())
+        yield {"supervised": self.loss(next(outputs), batch.target)}
+        if not self.round:
+            yield {"pseudo": batch.images.new_zeros(())}
+            return
+        yield {"pseudo": self.settings.pseudo_weight * self.loss(next(outputs), batch.extra["pseudo"])}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,15 +15,18 @@ from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from nnunet_semiseg.config import PLANS_KEY, TeacherSettings, read_settings, require
 from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
 from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
-from nnunet_semiseg.training.schedules import gaussian_ramp
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.settings.base import TeacherSettings, require
+from nnunet_semiseg.settings.plans import FOUND_KEY, read_settings, with_found
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import make_teacher
 
 BRANCHES = ("a", "b")
@@ -62,8 +67,6 @@ class SemiCMLSettings(TeacherSettings):
     teacher: Literal["ema", "best_pool"] = "ema"
     """what labels the unlabelled images; best_pool: the better modality of the best epochs on the fold's validation"""
     pool_size: int = 3
-    has_regions: bool | None = None
-    """found by the trainer and kept in its plans, for the predictor"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,7 +85,7 @@ class SemiCMLSettings(TeacherSettings):
             raise UserError("settings ct_windows and contrast_gammas: widths and gammas must be above 0")
 
 
-class SemiCMLTrainer(SemiSupervisedTrainer):
+class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     """Multi-modal contrastive mutual learning and pseudo-label re-learning (Medical Image Analysis 2023).
 
     One encoder and one decoder a modality, joined at the bottleneck (`MutualLearningUNet`). Two accounts of the method
@@ -109,7 +112,6 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
     or CT windows, within what nnU-Net's normalisation has not clipped.
     """
 
-    settings_class = SemiCMLSettings
     views = ("weak", "strong")
 
     @staticmethod
@@ -133,7 +135,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
             )
             for count in channels
         ]  # fmt: skip
-        return MutualLearningUNet(networks, modalities, bool(settings.has_regions))
+        return MutualLearningUNet(networks, modalities, plans_manager.plans[FOUND_KEY]["has_regions"])
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         plans = super().prepare(plans, configuration, fold, dataset_json)
@@ -141,8 +143,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
         check_modalities(
             self.settings, len(dataset_json["channel_names"]), manager, manager.get_configuration(configuration)
         )
-        has_regions = manager.get_label_manager(dataset_json).has_regions
-        return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), "has_regions": has_regions}}
+        return with_found(plans, has_regions=manager.get_label_manager(dataset_json).has_regions)
 
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's; a channel that a case lacks stays empty under them."""
@@ -160,45 +161,85 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
 
     # ------------------------------------------------------------------------------------------------------- losses
 
-    def forward_streams(self, batch: dict):
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        if self.settings.modality_dropout:
-            groups = self.bare_network.modalities.groups
-            images = images * draw_present(groups, images, self.settings.modality_dropout)
-        return split_streams(self.network(images, branches=True), len(batch["data"]))
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        settings = self.settings
+        streams = batch.streams("strong")
+        images = [images for images, _, _ in streams]
+        if settings.modality_dropout:
+            present = draw_present(self.bare_network.modalities.groups, torch.cat(images), settings.modality_dropout)
+            images = [x * here for x, here in zip(images, present.split([len(x) for x in images]), strict=True)]
+        taught = self.ask_teacher(batch.views["weak"])
+        predict = partial(self.network, branches=True)
+        if not settings.contrast_weight:
+            for output, (_, target, share) in zip(self.each(predict, *images), streams, strict=True):
+                with self.shared(output) as branches:
+                    del output
+                    yield from self.stream_losses(branches, target, share, *taught)
+            return
+        if settings.memory == "stock":  # the contrast is between the streams: logits of both are kept, features are not
+            predict = partial(checkpoint, predict, use_reentrant=False)
+        with self.shared(list(self.each(predict, *images))) as outputs:
+            yield {"contrast": settings.contrast_weight * self.contrast(outputs)}
+            for branches, (_, target, share) in zip(outputs, streams, strict=True):
+                yield from self.stream_losses(branches, target, share, *taught)
 
-    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
-        return {f"supervised_{n}": self.loss(x, batch["target"]) for n, x in zip(BRANCHES, labeled, strict=True)}
+    def stream_losses(self, branches: list, target, share: float, own: list[Tensor] | None, taught: tuple | None):
+        """The terms of one stream but the contrast.
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        settings, ramp, terms = self.settings, gaussian_ramp(self.progress), {}
-        labeled, unlabeled = ([self.finest(output) for output in outputs] for outputs in (labeled, unlabeled))
-        both = [self.probabilities(torch.cat(pair)) for pair in zip(labeled, unlabeled, strict=True)]
-        if settings.inter_weight or settings.contrast_weight:
-            first = 0 if self.label_manager.has_regions else 1
-            similarity = area_similarity(torch.cat(both)[:, first:])
+        Args:
+            branches: both decoders' outputs.
+            target: None for the unlabelled stream.
+            share: of the samples.
+            own: the teacher's logits for each decoder, None where they are not needed.
+            taught: what `relearning_loss` takes of it, None before the re-learning.
+        """
+        settings, ramp = self.settings, gaussian_ramp(self.progress)
+        if target is not None:
+            for name, output in zip(BRANCHES, branches, strict=True):
+                yield {f"supervised_{name}": self.loss(output, target)}
+        logits = [self.finest(output) for output in branches]
         if settings.inter_weight:
-            terms["inter"] = settings.inter_weight * ramp * (1 - similarity.diagonal(len(both[0])).mean())
-        if settings.contrast_weight:
-            terms["contrast"] = settings.contrast_weight * area_similarity_contrast(similarity)
+            yield {"inter": share * settings.inter_weight * ramp * self.inter(*logits)}
+        if target is not None:
+            return
+        if settings.intra_weight:
+            for x, q in zip(logits, own, strict=True):
+                consistency = F.mse_loss(self.probabilities(x), self.probabilities(q))
+                yield {"intra": settings.intra_weight * ramp * consistency}
+        if settings.relearning_weight and taught is None:
+            yield {"relearning": logits[0].new_zeros(())}
+        elif settings.relearning_weight:
+            label, weight = self.relearning_target(*taught)
+            for x in logits:
+                loss = weighted_loss(self.finest_loss, x, label, weight)
+                yield {"relearning": settings.relearning_weight * ramp * loss}
 
+    def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple | None]:
+        """The teacher's logits for each decoder, and what the re-learning takes of it; None where there is no need."""
+        settings = self.settings
         relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
-        weak = batch["unlabeled"]["weak"]
         pooled = self.predict_with_pool(weak) if relearns and settings.teacher == "best_pool" else None
-        taught, branches = pooled, None
         if relearns and pooled is None:
             taught = self.predict(self.teacher, weak, settings.mc_passes)
-            branches = taught[0]
-        if settings.intra_weight:
-            if branches is None:
-                branches = self.predict(self.teacher, weak, 0)[0]
-            own = (p[len(batch["data"]) :] for p in both)
-            consistency = sum(F.mse_loss(p, q) for p, q in zip(own, map(self.probabilities, branches), strict=True))
-            terms["intra"] = settings.intra_weight * ramp * consistency
-        if settings.relearning_weight:
-            loss = self.relearning_loss(unlabeled, *taught) if relearns else unlabeled[0].new_zeros(())
-            terms["relearning"] = settings.relearning_weight * ramp * loss
-        return terms
+            return taught[0], taught
+        own = self.predict(self.teacher, weak, 0)[0] if settings.intra_weight else None
+        return own, pooled
+
+    def inter(self, a: Tensor, b: Tensor) -> Tensor:
+        """1 - the soft Dice between the decoders' predictions, the mean over samples and foreground classes."""
+        both = self.foreground(torch.cat((a, b)))
+        return 1 - area_similarity(both).diagonal(len(a)).mean()
+
+    def contrast(self, outputs: list) -> Tensor:
+        """The area-similarity contrast of both streams' outputs, each of both decoders."""
+        of_branches = zip(*([self.finest(output) for output in branches] for branches in outputs), strict=True)
+        return area_similarity_contrast(
+            area_similarity(torch.cat([self.foreground(torch.cat(x)) for x in of_branches]))
+        )
+
+    def foreground(self, logits: Tensor) -> Tensor:
+        """Probabilities of the classes but the background."""
+        return self.probabilities(logits)[:, 0 if self.label_manager.has_regions else 1 :]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self.label_manager)
@@ -208,18 +249,17 @@ class SemiCMLTrainer(SemiSupervisedTrainer):
         """Logits of both decoders, of their mean, and of the mean over dropout passes, None for 0 passes."""
         return network(images, branches=True, passes=passes, dropout=self.settings.mc_dropout)
 
-    def relearning_loss(self, student: list[Tensor], branches: list[Tensor], mean: Tensor, sampled: Tensor | None):
-        """Both decoders' loss towards the decision of `mean`; the rest says how much a voxel counts."""
+    @torch.no_grad()
+    def relearning_target(self, branches: list[Tensor], mean: Tensor, sampled: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The decision of `mean` as a target, and how much each voxel counts, (B, 1, *S)."""
         settings = self.settings
-        with torch.no_grad():
-            t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
-            tau = dynamic_threshold(t, settings.threshold)
-            weight = (confidence(self.probabilities(mean), self.label_manager) >= tau).float()
-            weight *= torch.where(disagree(*branches, self.label_manager), settings.disagreement_weight, 1.0)
-            if sampled is not None:
-                weight *= certainty(self.probabilities(sampled), self.label_manager)
-            target = hard_pseudo_label(mean, self.label_manager)
-        return sum(weighted_loss(self.finest_loss, x, target, weight) for x in student)
+        t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
+        tau = dynamic_threshold(t, settings.threshold)
+        weight = (confidence(self.probabilities(mean), self.label_manager) >= tau).float()
+        weight *= torch.where(disagree(*branches, self.label_manager), settings.disagreement_weight, 1.0)
+        if sampled is not None:
+            weight *= certainty(self.probabilities(sampled), self.label_manager)
+        return hard_pseudo_label(mean, self.label_manager), weight
 
     # ----------------------------------------------------------------------------------------------------- best pool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +11,13 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from nnunet_semiseg.config import SemiSupervisedSettings, require
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.feature_mixing import FeatureMixingUNet, mixing_points
-from nnunet_semiseg.training.schedules import gaussian_ramp
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 HISTOGRAM_BINS = 10
 
@@ -52,7 +54,7 @@ class STLUNetSettings(SemiSupervisedSettings):
         require(self, "stlu_weight", minimum=0)
 
 
-class STLUNetTrainer(SemiSupervisedTrainer):
+class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     """Enhancing semi-supervised medical image segmentation via semantic transfer (Pattern Recognition, 2026).
 
     One network, two streams that share every weight (`FeatureMixingUNet`); labelled sample i is paired with
@@ -79,8 +81,6 @@ class STLUNetTrainer(SemiSupervisedTrainer):
     `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other (whose
     labelled half is then computed for nothing); `confidence_threshold`.
     """
-
-    settings_class = STLUNetSettings
 
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
@@ -126,37 +126,28 @@ class STLUNetTrainer(SemiSupervisedTrainer):
             return None, weight.to(self.device, non_blocking=True)
         return None, None
 
-    def forward_streams(self, batch: dict):
-        """Per half of the batch a pair: the outputs of the mixing stream and of the enhancement stream."""
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        mixed_at, self.weight = self.draw()
-        *outputs, weights = self.network(images, self.points, self.weight, mixed_at)
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        settings, target = self.settings, batch.target
+        gamma = settings.stlu_weight * gaussian_ramp(self.progress)
+        mixed_at, weight = self.draw()
+        samples = {"stock": len(batch.images), "small": 1, "fast": None}[settings.memory]
+        images = torch.cat((batch.images, batch.views["strong"]))
+        *outputs, weights = self.bare_network.paired(images, self.points, weight, mixed_at, samples)
         for counts, w in zip(self.histogram, weights, strict=False):
             counts += torch.histc(w, HISTOGRAM_BINS, 0, 1)
-        return split_streams(outputs, len(batch["data"]))
-
-    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
-        own = self.weight if self.settings.mixing == "mixup" else 1
-        terms = {}
-        if self.settings.supervision != "enhancement":
-            terms["supervised_mixing"] = own * self.loss(labeled[0], batch["target"])
-        if self.settings.supervision != "mixing":
-            terms["supervised_enhancement"] = self.loss(labeled[1], batch["target"])
-        return terms
-
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        gamma = self.settings.stlu_weight * gaussian_ramp(self.progress)
-        mixed, enhanced = (self.finest(output) for output in unlabeled)
-        terms = {}
-        if self.settings.supervision != "enhancement":
-            loss = self.pseudo_loss(mixed, enhanced)
-            if self.settings.mixing == "mixup":
-                others = self.pseudo_loss(self.finest(labeled[0]), enhanced) + self.loss(unlabeled[0], batch["target"])
-                loss = self.weight * loss + (1 - self.weight) * others
-            terms["unsupervised_mixing"] = gamma * loss
-        if self.settings.supervision != "mixing":
-            terms["unsupervised_enhancement"] = gamma * self.pseudo_loss(enhanced, mixed)
-        return terms
+        with self.shared(outputs) as outputs:
+            (mixed_l, enhanced_l), (mixed_u, enhanced_u) = outputs
+            mixed, enhanced = self.finest(mixed_u), self.finest(enhanced_u)
+            if settings.supervision != "enhancement":
+                own = weight if settings.mixing == "mixup" else 1
+                yield {"supervised_mixing": own * self.loss(mixed_l, target)}
+                yield {"unsupervised_mixing": own * gamma * self.pseudo_loss(mixed, enhanced)}
+                if settings.mixing == "mixup":  # each sample is supervised with both labels, in proportion
+                    others = self.pseudo_loss(self.finest(mixed_l), enhanced) + self.loss(mixed_u, target)
+                    yield {"unsupervised_mixing": (1 - own) * gamma * others}
+            if settings.supervision != "mixing":
+                yield {"supervised_enhancement": self.loss(enhanced_l, target)}
+                yield {"unsupervised_enhancement": gamma * self.pseudo_loss(enhanced, mixed)}
 
     def pseudo_loss(self, logits: Tensor, teacher: Tensor) -> Tensor:
         """The loss of these logits towards the decisions of the others, which get no gradient."""

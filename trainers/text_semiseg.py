@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.config import TextSettings, require
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, keep_largest_component
+from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.networks.text_guidance import text_guidance_for
+from nnunet_semiseg.settings.base import TextSettings, require
+from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
-from nnunet_semiseg.training.schedules import gaussian_ramp
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class TextSemiSegSettings(TextSettings):
         require(self, "unsupervised_weight", minimum=0)
 
 
-class TextSemiSegTrainer(SemiSupervisedTrainer):
+class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     """Text-driven Multiplanar Visual Interaction for Semi-supervised Medical Image Segmentation.
 
     MICCAI 2025, arXiv 2507.12382. A shared encoder, two decoders that differ in upsampling, class prompts with
@@ -60,12 +62,10 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
     dataset is where any region is; one augmented view of a sample serves all terms.
     """
 
-    settings_class = TextSemiSegSettings
-
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         second = extra_decoder(network, arch_kwargs["n_conv_per_stage_decoder"], deep_supervision, "linear")
-        return MultiDecoderUNet(network, [second], text_guidance_for(network, settings))
+        return MultiDecoderUNet(network, [second])
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         if self.settings.dca != "off":
@@ -74,50 +74,58 @@ class TextSemiSegTrainer(SemiSupervisedTrainer):
 
     def initialize(self):
         super().initialize()
-        self.better = 0
         self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool)
         if self.device.type == "cuda":  # a copy into pinned memory does not make the CPU wait
             self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
 
-    def forward_streams(self, batch: dict):
-        """Per stream a pair: the outputs of both decoders, and the aligned features (B, d, *s)."""
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        return split_streams(self.network(images, self.text, (0, 1)), len(batch["data"]))
+    def guided_losses(self, batch: Batch, text: Tensor) -> Iterator[dict[str, Tensor]]:
+        network, settings = self.bare_network, self.settings
+        better = int(self.method_state["second_is_better"])  # of the step before
+        supervised, pseudo = [], []
+        streams = batch.streams("strong")
+        encoded = self.each(partial(network.encode, text=text), *(images for images, _, _ in streams))
+        for _, target, share in streams:
+            with self.shared(next(encoded)) as (skips, aligned):
+                for i, output, logits in self.in_turn([partial(network.decode, skips, j) for j in range(2)]):
+                    terms = self.cog(aligned, self.finest(output), text, share)
+                    if target is not None:
+                        terms[f"supervised_{i + 1}"] = self.loss(output, target)
+                        supervised.append(terms[f"supervised_{i + 1}"].detach())
+                    else:
+                        pseudo = pseudo or [self.pseudo_label(x) for x in logits]
+                        weight = settings.unsupervised_weight * gaussian_ramp(self.progress)
+                        terms["unsupervised"] = weight * self.finest_loss(self.finest(output), pseudo[1 - i])
+                    del output
+                    yield terms
+                    del terms
+        # on its way to the CPU while the GPU works; the next step reads it
+        self.method_state["second_is_better"].copy_(supervised[1] < supervised[0], non_blocking=True)
+        if settings.dca == "off":
+            return
+        if self.progress < settings.dca_start:
+            yield {"mix": batch.images.new_zeros(())}
+            return
+        mixes = self.mixes(batch, pseudo[better])
+        predictions = self.each(partial(self.predict, text=text, decoder=1 - better), *(images for images, _ in mixes))
+        for _, target in mixes:
+            logits, aligned = next(predictions)
+            loss = self.finest_loss(logits, target)
+            loss = loss + 0.5 * self.alignment(aligned, logits, text) if settings.csa else loss
+            del logits, aligned
+            yield {"mix": loss}
 
-    def supervised_losses(self, labeled, batch: dict) -> dict[str, Tensor]:
-        first, second = (self.loss(output, batch["target"]) for output in labeled[0])
-        # read what the step before left, then send this step's comparison on its way
-        self.better = int(self.method_state["second_is_better"])
-        self.method_state["second_is_better"].copy_(second.detach() < first.detach(), non_blocking=True)
-        return {"supervised_1": first, "supervised_2": second}
+    def predict(self, images: Tensor, text: Tensor, decoder: int) -> tuple[Tensor, Tensor]:
+        """One decoder's finest logits, and the aligned features."""
+        skips, aligned = self.bare_network.encode(images, text)
+        return self.finest(self.bare_network.decode(skips, decoder)), aligned
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        settings, terms = self.settings, {}
-        features = torch.cat((labeled[1], unlabeled[1]))
-        labeled, unlabeled = ([self.finest(output) for output in outputs] for outputs, _ in (labeled, unlabeled))
-        if settings.csa:
-            both = [torch.cat(pair) for pair in zip(labeled, unlabeled, strict=True)]
-            terms["cog"] = sum(self.alignment(features, logits) for logits in both)
-        pseudo = [self.pseudo_label(x) for x in unlabeled]
-        if settings.dca != "off":
-            started = self.progress >= settings.dca_start
-            terms["mix"] = self.mix_loss(batch, pseudo[self.better]) if started else features.new_zeros(())
-        unsupervised = self.finest_loss(unlabeled[0], pseudo[1]) + self.finest_loss(unlabeled[1], pseudo[0])
-        terms["unsupervised"] = settings.unsupervised_weight * gaussian_ramp(self.progress) * unsupervised
-        return terms
-
-    def mix_loss(self, batch: dict, pseudo_label: Tensor) -> Tensor:
-        """DCA: the other decoder's loss on labelled foreground in unlabelled images, and the other way round."""
-        x_l, y_l = batch["data"], self.finest(batch["target"])
-        x_u, y_u = batch["unlabeled"][self.student_view][: len(x_l)], pseudo_label[: len(x_l)]
+    def mixes(self, batch: Batch, pseudo_label: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """DCA's images and targets: labelled foreground in unlabelled images, and the other way round."""
+        x_l, y_l = batch.images, self.finest(batch.target)
+        x_u, y_u = batch.views["strong"][: len(x_l)], pseudo_label[: len(x_l)]
         mask_l = self.foreground(y_l)
         mask_u = mask_l if self.settings.dca == "complementary" else self.foreground(y_u)
-        mix_l, mix_u = mix(mask_l, x_l, x_u, y_l, y_u), mix(mask_u, x_u, x_l, y_u, y_l)
-        images = torch.cat((mix_l[0], mix_u[0]))
-        outputs, features = self.network(images, self.text, (1 - self.better,))
-        logits = self.finest(outputs[0])
-        loss = self.finest_loss(logits[: len(x_l)], mix_l[1]) + self.finest_loss(logits[len(x_l) :], mix_u[1])
-        return loss + self.alignment(features, logits) if self.settings.csa else loss
+        return [mix(mask_l, x_l, x_u, y_l, y_u), mix(mask_u, x_u, x_l, y_u, y_l)]
 
     def pseudo_label(self, logits: Tensor) -> Tensor:
         label = hard_pseudo_label(logits, self.label_manager)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.config import ConsistencySettings, OptionalTextSettings, TeacherSettings, require
 from nnunet_semiseg.losses.pseudo_labels import entropy, probabilities
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.networks.text_guidance import text_guidance_for
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer, split_streams
+from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, TeacherSettings, require
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.plans_trainer import bare
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings):
         require(self, "mc_dropout", minimum=0, maximum=0.99)
 
 
-class UAMTTrainer(SemiSupervisedTrainer):
+class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
     """Yu et al., "Uncertainty-aware self-ensembling model for semi-supervised 3D left atrium segmentation".
 
     MICCAI 2019, arXiv 1907.07034. Mean Teacher, whose consistency counts only where the teacher is certain:
@@ -49,41 +51,58 @@ class UAMTTrainer(SemiSupervisedTrainer):
     region is judged by its own entropy.
     """
 
-    settings_class = UAMTSettings
     views = ("weak", "strong")
 
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
-        return MultiDecoderUNet(network, guidance=text_guidance_for(network, settings))
+        return MultiDecoderUNet(network)
 
-    def drop(self, skips: list[Tensor], outputs: list) -> list[Tensor]:
-        return [*skips[:-1], drop_channels(skips[-1], self.settings.mc_dropout)]
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        network = self.bare_network
 
-    def forward_streams(self, batch: dict):
-        images = torch.cat((batch["data"], batch["unlabeled"][self.student_view]))
-        (output,) = self.decode(self.network, images, (0,), (self.drop,))
-        return split_streams(output, len(batch["data"]))
+        def student(images: Tensor):
+            skips, aligned = network.encode(images, text)
+            return network.decode(self.drop(skips)), aligned
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        ramp = self.settings.ramp(self.progress)
-        with torch.no_grad():
-            images, regions = batch["unlabeled"]["weak"], self.label_manager.has_regions
-            teacher = probabilities(self.teacher(images), self.label_manager)
-            passes = self.settings.mc_passes
-            mean = sum(self.sample(images) for _ in range(passes)) / max(passes, 1)
-            uncertainty = entropy(mean, regions) if passes else torch.zeros_like(teacher[:, :1])
-            greatest = math.log(2 if regions else teacher.shape[1])
-            certain = uncertainty < (0.75 + 0.25 * ramp) * greatest
-        student = probabilities(self.finest(unlabeled), self.label_manager)
-        weight = self.settings.consistency_weight * ramp
-        return {"consistency": weight * masked_mse(student, teacher, certain)}
+        ramp, teacher, certain = self.settings.ramp(self.progress), None, None
+        streams = batch.streams("strong")
+        outputs = self.each(student, *(images for images, _, _ in streams))
+        for _, target, share in streams:
+            if target is None:
+                teacher, certain = self.ask_teacher(batch.views["weak"], ramp)
+            output, aligned = next(outputs)
+            logits = self.finest(output)
+            terms = self.cog(aligned, logits, text, share)
+            if target is None:
+                loss = masked_mse(probabilities(logits, self.label_manager), teacher, certain)
+                terms["consistency"] = self.settings.consistency_weight * ramp * loss
+            else:
+                terms["supervised"] = self.loss(output, target)
+            del output, aligned, logits
+            yield terms
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor, ramp: float) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities (B, heads, *S), and where it is certain: bool, (B, 1 or heads, *S)."""
+        regions, passes = self.label_manager.has_regions, self.settings.mc_passes
+        teacher = probabilities(self.teacher(images), self.label_manager)
+        if not passes:
+            return teacher, torch.ones_like(teacher[:, :1], dtype=torch.bool)
+        mean = self.sample(images)
+        for _ in range(passes - 1):
+            mean += self.sample(images)
+        greatest = math.log(2 if regions else teacher.shape[1])
+        return teacher, entropy(mean / passes, regions) < (0.75 + 0.25 * ramp) * greatest
 
     def sample(self, images: Tensor) -> Tensor:
-        """Probabilities of one pass with dropout and noise."""
-        std = self.settings.input_noise
+        """The teacher's probabilities in one pass with dropout and noise."""
+        std, teacher = self.settings.input_noise, bare(self.teacher)
         noise = (std * torch.randn_like(images)).clamp(-2 * std, 2 * std)
-        (logits,) = self.teacher(images + noise, None, (0,), (self.drop,))
-        return probabilities(logits, self.label_manager)
+        skips = teacher.encode(images + noise).skips
+        return probabilities(teacher.decode(self.drop(skips)), self.label_manager)
+
+    def drop(self, skips: list[Tensor]) -> list[Tensor]:
+        return [*skips[:-1], drop_channels(skips[-1], self.settings.mc_dropout)]
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:

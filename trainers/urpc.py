@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import ConsistencySettings
 from nnunet_semiseg.losses.pseudo_labels import probabilities
 from nnunet_semiseg.networks.feature_perturbation import drop_channels, feature_noise
 from nnunet_semiseg.networks.multi_decoder import LINEAR
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.settings.base import ConsistencySettings
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
 """of the outputs from the finest to the fourth; coarser ones have the last"""
 
 
-class URPCTrainer(SemiSupervisedTrainer):
+class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
     """Luo et al., "Efficient semi-supervised gross target volume segmentation by uncertainty rectified pyramid
     consistency" (URPC; MICCAI 2021, arXiv 2012.07042; Medical Image Analysis 2022).
 
@@ -39,8 +40,6 @@ class URPCTrainer(SemiSupervisedTrainer):
     supervision there is one output, and L_unsup is 0.
     """
 
-    settings_class = ConsistencySettings
-
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         heads = list(reversed(network.decoder.seg_layers))  # the finest first
@@ -56,12 +55,18 @@ class URPCTrainer(SemiSupervisedTrainer):
             loss.weight_factors = tuple(weight / sum(weights) for weight in weights)
         return loss
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        outputs = unlabeled if self.enable_deep_supervision else [unlabeled]
-        size = outputs[0].shape[2:]
-        p = [probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in outputs]
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        outputs = self.each(self.network, batch.images, batch.views["strong"])
+        yield {"supervised": self.loss(next(outputs), batch.target)}
         weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
-        return {"pyramid": weight * pyramid_consistency(p, self.label_manager.has_regions)}
+        yield {"pyramid": weight * self.pyramid(next(outputs))}
+
+    def pyramid(self, output) -> Tensor:
+        """Eq. 4 of an output with or without deep supervision."""
+        scales = output if self.enable_deep_supervision else [output]
+        size = scales[0].shape[2:]
+        p = [probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in scales]
+        return pyramid_consistency(p, self.label_manager.has_regions)
 
 
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -8,21 +8,32 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels
+from nnunet_semiseg.errors import UserError
 
 SHARED = (
-    RememberEmptyChannels, Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform,
-)  # fmt: skip
+    RememberEmptyChannels,
+    Convert3DTo2DTransform,
+    SpatialTransform,
+    Convert2DTo3DTransform,
+    MirrorTransform,
+    Rot90Transform,
+    TransposeAxesTransform,
+)
 """what all views of a patch have in common"""
+MASKING = (MaskImageTransform, EmptyChannels)
+KNOWN = {"intensity": ImageOnlyTransform, "segmentation": SegOnlyTransform, "masking": MASKING, "shared": SHARED}
 
 
 class ViewsTransform(BasicTransform):
@@ -36,21 +47,19 @@ class ViewsTransform(BasicTransform):
     Args:
         training_transforms: what `nnUNetTrainer.get_training_transforms` returns.
         views: the names of the views; one that begins with "weak" is weak, any other is strong.
+
+    Raises:
+        UserError: a transform of which it is not known whether views share it.
     """
 
     def __init__(self, training_transforms: ComposeTransforms, views: Sequence[str]):
         super().__init__()
         self.views = tuple(views)
-        spatial, intensity, masking = [], [], []
-        for transform in training_transforms.transforms:
-            inner = transform.transform if isinstance(transform, RandomTransform) else transform
-            if isinstance(inner, ImageOnlyTransform):
-                intensity.append(transform)
-            elif isinstance(inner, (MaskImageTransform, EmptyChannels)):
-                masking.append(transform)
-            elif isinstance(inner, SHARED):
-                spatial.append(transform)
-        self.spatial, self.intensity, self.masking = map(ComposeTransforms, (spatial, intensity, masking))
+        kinds = [(kind_of(transform), transform) for transform in training_transforms.transforms]
+        self.spatial, self.intensity, self.masking = (
+            ComposeTransforms([transform for k, transform in kinds if k == kind])
+            for kind in ("shared", "intensity", "masking")
+        )
 
     def apply(self, data_dict: dict, **params) -> dict:
         """image (C, *S), segmentation (1, *S: -1 outside the nonzero mask) -> image (views * C, *S).
@@ -70,6 +79,31 @@ class ViewsTransform(BasicTransform):
         return {"image": torch.cat(images), "segmentation": torch.empty(0)}
 
 
+def kind_of(transform: BasicTransform) -> str:
+    """A key of `KNOWN`: intensity, segmentation, masking or shared.
+
+    Raises:
+        UserError: it is none of these, or holds transforms of two kinds.
+    """
+    if hasattr(transform, "shared_by_views"):
+        return "shared" if transform.shared_by_views else "intensity"
+    if isinstance(transform, RandomTransform):
+        return kind_of(transform.transform)
+    if isinstance(transform, (OneOfTransform, ComposeTransforms)):
+        inner = transform.transforms if isinstance(transform, ComposeTransforms) else transform.list_of_transforms
+        kinds = {kind_of(t) for t in inner}
+        if len(kinds) == 1:
+            return kinds.pop()
+    for kind, classes in KNOWN.items():
+        if isinstance(transform, classes):
+            return kind
+    raise UserError(
+        f"{type(transform).__name__}: it is not known whether views of an unlabelled patch share this transform: derive"
+        " it from batchgeneratorsv2's ImageOnlyTransform (each strong view draws its own) or SegOnlyTransform"
+        " (unlabelled patches have none), or set its class attribute shared_by_views = True (one draw for all views)"
+    )
+
+
 class UnlabeledDataLoader(nnUNetDataLoader):
     """nnU-Net's loader for cases with no label: every patch is drawn uniformly, none by class."""
 
@@ -82,13 +116,13 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
 
 class TwoStreamLoader(SlimDataLoaderBase):
-    """Adds `unlabeled: {view: (B_u, C, *S)}`, `unlabeled_keys` and `targets` to every labelled batch.
+    """Adds `views` {name: (B_u, C, *S)}, `extra` and `cases` to every labelled batch; see `Batch`.
 
     Args:
         labeled: nnU-Net's loader.
         unlabeled: a loader whose images are the views, stacked along the channels; with None the three are empty.
         views: their names.
-        make_targets: called with both loaders' batches, returns further targets by name.
+        make_targets: called with both loaders' batches, returns `extra`.
     """
 
     def __init__(
@@ -100,11 +134,11 @@ class TwoStreamLoader(SlimDataLoaderBase):
     def generate_train_batch(self) -> dict:
         batch = next(self.labeled)
         if self.unlabeled is None:
-            return batch | {"unlabeled": {}, "targets": {}, "unlabeled_keys": []}
+            return batch | {"views": {}, "extra": {}, "cases": []}
         unlabeled = next(self.unlabeled)
-        batch["unlabeled"] = dict(zip(self.views, unlabeled["data"].chunk(len(self.views), dim=1), strict=True))
-        batch["targets"] = self.make_targets(batch, unlabeled)
-        batch["unlabeled_keys"] = unlabeled["keys"]
+        batch["views"] = dict(zip(self.views, unlabeled["data"].chunk(len(self.views), dim=1), strict=True))
+        batch["extra"] = self.make_targets(batch, unlabeled)
+        batch["cases"] = unlabeled["keys"]
         return batch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,19 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import PLANS_KEY, SemiSupervisedSettings, parse_assignments, require, settings_from
 from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
+from nnunet_semiseg.runs import Run
+from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
+from nnunet_semiseg.settings.plans import FOUND_KEY, PLANS_KEY, parse_assignments, settings_from
 from nnunet_semiseg.training.augmentation import limited
-from nnunet_semiseg.training.bfloat16 import run_in_bfloat16
-from nnunet_semiseg.training.semi_supervised_trainer import SemiSupervisedTrainer
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.passes import run_in_bfloat16
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"
 ORIGIN = "distillation.json"
@@ -45,7 +47,7 @@ class DistillationSettings(SemiSupervisedSettings):
         require(self, "distillation_weight", minimum=0)
 
 
-class DistillationTrainer(SemiSupervisedTrainer):
+class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
     """Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (arXiv 1503.02531).
 
     L = nnU-Net's loss on the labelled patches + w `soft_target_loss` on both streams, at full resolution. The model
@@ -53,7 +55,6 @@ class DistillationTrainer(SemiSupervisedTrainer):
     as it cannot be trained by name: it needs a model.
     """
 
-    settings_class = DistillationSettings
     views = ("weak", "strong")
     model: nn.Module
     """what is distilled: images to logits; to be set before the training"""
@@ -74,12 +75,19 @@ class DistillationTrainer(SemiSupervisedTrainer):
         transforms = super().get_training_transforms(*args, **kwargs)
         return keep_empty(transforms, self.plans_manager, self.configuration_manager)
 
-    def semi_losses(self, labeled, unlabeled, batch: dict) -> dict[str, Tensor]:
-        with torch.no_grad():
-            taught = self.model(torch.cat((batch["data"], batch["unlabeled"]["weak"])))
-        own = torch.cat((self.finest(labeled), self.finest(unlabeled)))
-        loss = soft_target_loss(own, taught, self.settings.temperature, self.label_manager.has_regions)
-        return {"distillation": self.settings.distillation_weight * loss}
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        streams = batch.streams("strong")
+        outputs = self.each(self.network, *(images for images, _, _ in streams))
+        for seen, (_, target, share) in zip((batch.images, batch.views["weak"]), streams, strict=True):
+            with torch.no_grad():
+                taught = self.model(seen)
+            output = next(outputs)
+            terms = {} if target is None else {"supervised": self.loss(output, target)}
+            loss = soft_target_loss(
+                self.finest(output), taught, self.settings.temperature, self.label_manager.has_regions
+            )
+            del output
+            yield terms | {"distillation": share * self.settings.distillation_weight * loss}
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float, regions: bool) -> Tensor:
@@ -203,4 +211,4 @@ def publish(trained: Path, stock: Path) -> None:
 
 
 def without_settings(plans: dict) -> dict:
-    return {key: value for key, value in plans.items() if key != PLANS_KEY}
+    return {key: value for key, value in plans.items() if key not in (PLANS_KEY, FOUND_KEY)}

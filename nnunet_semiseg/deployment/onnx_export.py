@@ -12,7 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.runs import Run
 
 TOLERANCE = 1e-3
 """of the logits, relative to their largest value: ONNX sums in another order"""

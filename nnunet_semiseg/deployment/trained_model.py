@@ -6,7 +6,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.runs import Run
 
 
 def load_predictor(run: Run) -> nnUNetPredictor:

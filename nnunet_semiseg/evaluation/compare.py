@@ -26,8 +26,8 @@ from nnunet_semiseg.evaluation.request import (
     find_test_set,
     make_runs,
 )
-from nnunet_semiseg.evaluation.runs import RECORD, Run, unequal_conditions
 from nnunet_semiseg.files import write_json
+from nnunet_semiseg.runs import RECORD, Run, unequal_conditions
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.compare import Results
 from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from nnunet_semiseg.evaluation.page import Report, Section, write
-from nnunet_semiseg.evaluation.runs import RECORD, Run, TrainedRun
 from nnunet_semiseg.evaluation.statistics import caution, differences_from, spreads
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.runs import RECORD, Run, TrainedRun
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 
 DIGITS = {metric: 3 if metric in HIGHER_IS_BETTER else 2 for metric in METRICS}

@@ -13,14 +13,14 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
-from nnunet_semiseg.config import PLANS_KEY
 from nnunet_semiseg.data.unlabeled import labeled_images
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json
 from nnunet_semiseg.planning import NUM_FOLDS
+from nnunet_semiseg.runs import Run
+from nnunet_semiseg.settings.plans import PLANS_KEY
 
 
 @dataclass(frozen=True, kw_only=True)

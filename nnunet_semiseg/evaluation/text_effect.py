@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import read_settings
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import figures
@@ -21,8 +20,9 @@ from nnunet_semiseg.evaluation.metrics import METRICS
 from nnunet_semiseg.evaluation.page import Report, Section, write
 from nnunet_semiseg.evaluation.report import number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
-from nnunet_semiseg.evaluation.runs import Run
 from nnunet_semiseg.evaluation.statistics import caution, differences_from
+from nnunet_semiseg.runs import Run
+from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.encoder import load_text_tower
 from nnunet_semiseg.text.prompt_learner import PromptLearner
 from nnunet_semiseg.text.prompts import class_names

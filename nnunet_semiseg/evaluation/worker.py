@@ -21,8 +21,8 @@ from nnunetv2.run.run_training import run_training_entry
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nnunet_semiseg.evaluation.runs import RECORD, RESOURCES
 from nnunet_semiseg.files import write_json
+from nnunet_semiseg.runs import RECORD, RESOURCES
 
 
 def train(words: list[str], folder: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 
@@ -70,27 +73,38 @@ class FeatureMixingUNet(nn.Module):
         self.encoder, self.decoder = network.encoder, network.decoder
         self.mixing, self.dropout = mixing, dropout
 
-    def forward(
-        self, x: Tensor, points: Sequence[int] = (), weight: Tensor | None = None, mixed_at: Sequence[int] | None = None
+    def forward(self, x: Tensor):
+        """The plain network: (B, C, *S) to its output."""
+        return self.decoder(self.encoder(x))
+
+    def paired(
+        self,
+        x: Tensor,
+        points: Sequence[int],
+        weight: Tensor | None = None,
+        mixed_at: Sequence[int] | None = None,
+        samples: int | None = None,
     ):
-        """
+        """Both streams of labelled samples and their partners.
+
         Args:
-            x: (2 B, C, *S), the labelled samples and then their partners; without `points` any batch.
+            x: (2 B, C, *S), the labelled samples and then their partners.
             points: the stages after which features are mixed and channels dropped, ascending.
-            mixed_at: those of them after which features are mixed; None: all.
             weight: w, where the features do not give it.
+            mixed_at: those of the points after which features are mixed; None: all.
+            samples: that a decoder takes at once. The feature maps of decoders, and of the stages before the streams
+                part, are then not kept, and computed again by the backward pass. None: all are kept.
 
         Returns:
-            Without points, the decoder's output. With them: the mixing stream's output, the dropout stream's (each
-            for all of x), and with `similarity` a list of the weights (B, C, 1, ..., 1) at each point, else [].
+            The outputs of the mixing stream and of the dropout stream, for the labelled half; the same for the other
+            half; and with `similarity` a list of the weights (B, C, 1, ..., 1) at each point, else [].
         """
-        if not points:
-            return self.decoder(self.encoder(x))
+        run = partial(checkpoint, use_reentrant=False) if samples else call
         if (stem := getattr(self.encoder, "stem", None)) is not None:
-            x = stem(x)
+            x = run(stem, x)
         streams, skips, weights = [x], ([], []), []
         for i, stage in enumerate(self.encoder.stages):
-            streams = [stage(x) for x in streams]
+            streams = [run(stage, streams[0])] if len(streams) == 1 else [stage(x) for x in streams]
             if i in points:
                 mixed, dropped = streams[0], streams[-1]  # the same tensor at the first point: computed once
                 if self.mixing == "dropblock":
@@ -105,5 +119,25 @@ class FeatureMixingUNet(nn.Module):
                 streams = [mixed] if mixed is dropped else [mixed, dropped]  # nothing mixed, nothing dropped
             skips[0].append(streams[0])
             skips[1].append(streams[-1])
-        mixed = self.decoder(skips[0])
-        return mixed, mixed if len(streams) == 1 else self.decoder(skips[1]), weights
+
+        def decode(half: int, stream: int):
+            mine = [skip.chunk(2)[half] for skip in skips[stream]]
+            n = len(mine[0])
+            starts = range(0, n, samples or n)
+            parts = [run(self.decoder, [skip[j : j + (samples or n)] for skip in mine]) for j in starts]
+            return tree_map(lambda *outputs: torch.cat(outputs), *parts) if len(parts) > 1 else parts[0]
+
+        halves = []
+        for half in range(2):
+            mixed = decode(half, 0)
+            halves.append((mixed, mixed if len(streams) == 1 else decode(half, 1)))
+        return *halves, weights
+
+    def parts(self) -> list[nn.Module]:
+        """What `paired` runs."""
+        stem = getattr(self.encoder, "stem", None)
+        return [*self.encoder.stages, self.decoder, *([] if stem is None else [stem])]
+
+
+def call(function, *args):
+    return function(*args)

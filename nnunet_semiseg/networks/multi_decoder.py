@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-Perturbation = Callable[[list[Tensor], list], list[Tensor]]
-"""makes other features of the encoder's (fine to coarse) and the outputs of the decoders that ran before"""
 
 
 class InterpolationUpsampling(nn.Sequential):
@@ -67,50 +65,58 @@ def extra_decoder(
     return decoder
 
 
+class Encoded(NamedTuple):
+    """What decoders read.
+
+    Attributes:
+        skips: the encoder's features from fine to coarse, (B, C_i, *s_i); the last one is guided by the text.
+        aligned: F_v (B, d, *s), the projected bottleneck before the text was added to it (so that aligning it shapes
+            the encoder, instead of finding the text that was just put in); None where no text was given.
+    """
+
+    skips: list[Tensor]
+    aligned: Tensor | None
+
+
 class MultiDecoderUNet(nn.Module):
-    """nnU-Net's network, with further decoders, perturbations of the features, and text, each where it is wanted.
+    """nnU-Net's network, with further decoders and text, each where it is wanted, and its halves to be run apart.
 
     `forward(x)` is the main decoder's output, as nnU-Net's validation, prediction and deep supervision expect.
 
     Args:
         network: the plans' network, a PlainConvUNet or ResidualEncoderUNet.
         others: further decoders (`extra_decoder`). nnU-Net switches the deep supervision of the first alone.
+
+    Attributes:
         guidance: text guidance, applied once, before all decoders; None: no text.
     """
 
-    def __init__(self, network: nn.Module, others: Sequence[UNetDecoder] = (), guidance: nn.Module | None = None):
+    def __init__(self, network: nn.Module, others: Sequence[UNetDecoder] = ()):
         super().__init__()
         self.encoder = network.encoder
         self.decoder = network.decoder
         self.other_decoders = nn.ModuleList(others)
-        self.guidance = guidance
+        self.guidance: nn.Module | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor | None = None,
-        decoders: Sequence[int] | None = None,
-        perturbations: Sequence[Perturbation | None] = (),
-    ):
+    def forward(self, x: Tensor):
+        """Logits (B, heads, *S) of images (B, C, *S), or with deep supervision a list of logits from fine to coarse."""
+        return self.decoder(self.encode(x).skips)
+
+    def encode(self, x: Tensor, text: Tensor | None = None) -> Encoded:
         """
         Args:
             x: (B, C, *S).
             text: (K, d) text features with their graph, in training; None: the stored ones.
-            decoders: which decoders to run, in training, 0 the main one.
-            perturbations: of the features that each of them reads; (): none.
-
-        Returns:
-            Without `decoders`, logits (B, heads, *S) of the main decoder, or with deep supervision a list of logits
-            from fine to coarse. With them a list with such an output per decoder; and with text a pair: that list,
-            and the aligned features F_v (B, d, *s) of the bottleneck before the text was added to it (so that
-            aligning them shapes the encoder, instead of finding the text that was just put in).
         """
         *skips, bottleneck = self.encoder(x)
-        skips.append(bottleneck if self.guidance is None else self.guidance(bottleneck, text))
-        if decoders is None:
-            return self.decoder(skips)
-        outputs = []
-        for i, perturb in zip(decoders, perturbations or [None] * len(decoders), strict=True):
-            decoder = self.decoder if i == 0 else self.other_decoders[i - 1]
-            outputs.append(decoder(skips if perturb is None else perturb(skips, outputs)))
-        return outputs if text is None else (outputs, self.guidance.align(bottleneck))
+        guided = bottleneck if self.guidance is None else self.guidance(bottleneck, text)
+        return Encoded([*skips, guided], None if text is None else self.guidance.align(bottleneck))
+
+    def decode(self, skips: list[Tensor], decoder: int = 0):
+        """The output of one decoder, 0 is the main one; in the form of `forward`."""
+        return (self.decoder if decoder == 0 else self.other_decoders[decoder - 1])(skips)
+
+    def parts(self) -> list[nn.Module]:
+        """What `encode` and `decode` run."""
+        parts = [self.encoder, self.decoder, *self.other_decoders]
+        return parts if self.guidance is None else [*parts, self.guidance]

@@ -7,7 +7,6 @@ from dynamic_network_architectures.building_blocks.helper import convert_conv_op
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import uses_text
 from nnunet_semiseg.networks.planar_text_attention import MultiplanarTextAttention, TextCopy
 
 
@@ -41,8 +40,3 @@ class TextGuidance(nn.Module):
     def align(self, bottleneck: Tensor) -> Tensor:
         """F_v: the bottleneck (B, C, *s) projected to (B, d, *s) and L2-normalised over d, in float32."""
         return F.normalize(self.project(bottleneck).float(), dim=1)
-
-
-def text_guidance_for(network: nn.Module, settings) -> TextGuidance | None:
-    """The guidance that the settings ask for, None where they ask for none."""
-    return TextGuidance(network.encoder, settings.text_shape, settings.tmr) if uses_text(settings) else None

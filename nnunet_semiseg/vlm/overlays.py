@@ -14,12 +14,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.config import read_settings
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.runs import Run
+from nnunet_semiseg.runs import Run
+from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.prompts import class_names, read_prompts
 from nnunet_semiseg.vlm.pairs import open_cases
 from nnunet_semiseg.vlm.text_masks import TextMaskGenerator, load_vlm

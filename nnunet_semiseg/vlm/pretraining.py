@@ -21,11 +21,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from nnunet_semiseg.config import parse_assignments, settings_from
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
+from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config, save_text_config
 from nnunet_semiseg.training.random_state import seed_everything

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from nnunet_semiseg.config import require
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.settings.base import require
 from nnunet_semiseg.vlm import losses
 from nnunet_semiseg.vlm.model import AMVLM
 

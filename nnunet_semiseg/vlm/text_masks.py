@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
-from nnunet_semiseg.networks.pamr import refine
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
 from nnunet_semiseg.vlm.losses import one_way
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
+from nnunet_semiseg.vlm.pamr import refine
 
 ABOUT, WEIGHTS = "vlm.json", "vlm.safetensors"
 RAW_SHARE = 0.3

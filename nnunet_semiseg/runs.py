@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from nnunet_semiseg.config import PLANS_KEY, update_settings
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, read_json, write_json
+from nnunet_semiseg.settings.plans import PLANS_KEY, update_settings
 
 RESOURCES = "resources.json"
 """in a run's folder: what training it took, if this package started it"""

@@ -1,0 +1,141 @@
+"""The settings of trainers: frozen dataclasses, each with its defaults and its checks.
+
+A trainer's settings are the argument of its base class, as in `SemiSupervisedTrainer[MeanTeacherSettings]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.ramps import gaussian_ramp
+
+
+def require(settings, name: str, minimum: float | None = None, maximum: float | None = None) -> None:
+    """Raise a UserError unless the setting is None or lies within the bounds, both included."""
+    value = getattr(settings, name)
+    if value is None or ((minimum is None or value >= minimum) and (maximum is None or value <= maximum)):
+        return
+    bounds = [f"at least {minimum}"] * (minimum is not None) + [f"at most {maximum}"] * (maximum is not None)
+    raise UserError(f"setting {name}={value}: must be {' and '.join(bounds)}; fix it with --set {name}=VALUE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The length of a training and the like; every trainer of this package has these."""
+
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    save_every: int = 50
+    """epochs between two `checkpoint_latest.pth`"""
+    seed: int | None = None
+    """fixes the initialisation, and with `nnUNet_n_proc_DA=0` on a CPU the whole training"""
+    num_labeled: int | None = None
+    """use the labels of so many training cases; the others' images are unlabelled. None: of all"""
+    bfloat16_on_cpu: bool = False
+    """on a CPU, run the network in bfloat16: faster on CPUs that have instructions for it (AVX512-BF16)"""
+
+    def __post_init__(self):
+        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
+            require(self, name, minimum=1)
+        require(self, "seed", minimum=0, maximum=2**32 - 1)
+        require(self, "num_labeled", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiSupervisedSettings(TrainingSettings):
+    unlabeled_batch_size: int | None = None
+    """unlabelled samples in a batch; None: as many as labelled ones"""
+    memory: Literal["stock", "fast", "small"] = "stock"
+    """stock: within 1.15 of nnU-Net's memory; fast: one pass and one backward pass, which takes several times as much;
+    small: one sample at a time, computed twice"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "unlabeled_batch_size", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(SemiSupervisedSettings):
+    """Settings of a method with an EMA teacher; having them is what gives a trainer its teacher."""
+
+    ema_decay: float = 0.99
+    deploy: Literal["student", "teacher"] = "student"
+    """whose weights validation and prediction use"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "ema_decay", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencySettings(SemiSupervisedSettings):
+    """Settings of a method with one consistency term under a Gaussian ramp."""
+
+    consistency_weight: float = 0.1
+    """of the consistency, at the end of the ramp"""
+    ramp_length: float = 1.0
+    """of the consistency's weight, as a share of the training"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "consistency_weight", minimum=0)
+        require(self, "ramp_length", minimum=1e-6, maximum=1)
+
+    def ramp(self, progress: float) -> float:
+        """The share of the consistency's weight at this share of the training."""
+        return gaussian_ramp(progress / self.ramp_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchSettings(SemiSupervisedSettings):
+    """Settings of a method that learns from its own pseudo-labels where these are certain."""
+
+    match_weight: float = 1.0
+    """lambda_u, of the unsupervised loss"""
+    match_threshold: float = 0.95
+    """tau: pseudo-labels with a lower probability do not count"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "match_weight", minimum=0)
+        require(self, "match_threshold", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(SemiSupervisedSettings):
+    """Settings of a method that is guided by class prompts."""
+
+    text_model: str = "ViT-B-32"
+    """an open_clip model, `hf-hub:NAME`, or the path of a folder with `open_clip_config.json`"""
+    text_pretrained: str = "openai"
+    """a tag of open_clip, the path of a checkpoint, or `none` for an untrained encoder"""
+    text_cache_dir: str | None = None
+    text_embeddings: str | None = None
+    """a file of `nnunet_semiseg embed_prompts`, in place of an encoder"""
+    n_ctx: int = 4
+    """learnable context tokens a class"""
+    tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
+    csa: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "n_ctx", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalTextSettings(TextSettings):
+    """Settings of a method that Text-SemiSeg's text module can be added to (TMR in the network, CSA as a loss)."""
+
+    text: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.text and self.tmr == "off" and not self.csa:
+            raise UserError("settings text=true tmr=off csa=false: nothing is left of the text: set text=false")
+
+
+def uses_text(settings: TrainingSettings) -> bool:
+    return getattr(settings, "text", isinstance(settings, TextSettings))

@@ -1,0 +1,393 @@
+"""The base of every semi-supervised method: nnU-Net's trainer with an unlabelled stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from os.path import join
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, autocast, distributed, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from nnunet_semiseg.data.labeled_subset import JoinedDataset
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
+from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
+from nnunet_semiseg.settings.plans import read_settings
+from nnunet_semiseg.training import checkpoint as checkpoints
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.checks import check_labeled_cases
+from nnunet_semiseg.training.loss_term_logger import PREFIX
+from nnunet_semiseg.training.passes import run_sample_by_sample
+from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
+from nnunet_semiseg.training.random_state import get_random_state, set_random_state
+from nnunet_semiseg.training.teacher import make_teacher, update_teacher
+
+S = TypeVar("S", bound=SemiSupervisedSettings)
+
+
+class SemiSupervisedTrainer(PlansTrainer[S]):
+    """A method is a subclass with `losses`; more is overridden only where the method needs it.
+
+    Class attributes:
+        views: names of the views of an unlabelled patch that the loader makes (see `ViewsTransform`).
+
+    Settings derived from `TeacherSettings` give the method an EMA teacher, `self.teacher`.
+    """
+
+    settings_class = SemiSupervisedSettings
+    views: tuple[str, ...] = ("strong",)
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.auxiliary = nn.ModuleDict()  # trained, but not deployed: outside self.network
+        self.teacher: nn.Module | None = None
+        self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
+        self.step = 0
+        self._resume_random_state = None
+        self._resume_student: dict | None = None
+
+    # ---------------------------------------------------------------------------------- what a method overrides
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """The terms of the method's loss, in groups; the loss is the sum of all.
+
+        A backward pass follows each yield and frees the group's feature maps, so that the memory of a step is that of
+        its largest group: yield as soon as a group is complete, and hold nothing of it. What a step draws or makes is
+        a local variable. A name may come in several groups, whose terms add up; all names come in every step.
+
+        Yields:
+            Scalars by name, weighted as they enter the sum.
+        """
+        raise NotImplementedError
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        """Refuse what cannot be trained, before anything is written.
+
+        Raises:
+            UserError: there is no such configuration, or the unlabelled data or the labelled cases do not fit;
+                a feature of nnU-Net that is not supported.
+        """
+        if distributed.is_available() and distributed.is_initialized():
+            raise UserError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
+        if configuration not in plans["configurations"]:
+            known = " or ".join(plans["configurations"])
+            raise UserError(f"plans {plans['plans_name']}: no configuration {configuration}: use {known}")
+        if "previous_stage" in plans["configurations"][configuration]:
+            raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
+        base = join(nnUNet_preprocessed, plans["dataset_name"])
+        self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
+        check_labeled_cases(base, plans, configuration, fold)
+        return plans
+
+    @classmethod
+    def adapt_network(cls, network: nn.Module, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+        """What the method makes of the plans' network.
+
+        Args:
+            network: nnU-Net's.
+            arch_kwargs: those of the plans.
+            deep_supervision: whether decoders have several outputs.
+        """
+        return network
+
+    def build_auxiliary(self) -> dict[str, nn.Module]:
+        """Modules that are trained with the network but not deployed, by name."""
+        return {}
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        settings = read_settings(cls.settings_class, plans_manager.plans)
+        kwargs = configuration_manager.network_arch_init_kwargs
+        return cls.adapt_network(network, settings, kwargs, enable_deep_supervision)
+
+    def target_maker(self) -> Callable[[dict, dict], dict[str, Tensor]]:
+        """A function that makes `Batch.extra` of both loaders' batches, in the loader's processes."""
+        return no_targets
+
+    def refresh_network(self) -> None:
+        """Bring what the network stores, beside its weights, up to date: called before it is used or saved."""
+
+    # ------------------------------------------------------------------------------------- what a method can use
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step, 1 at the end of the training."""
+        return self.step / (self.num_epochs * self.num_iterations_per_epoch)
+
+    def finest(self, output) -> Tensor:
+        """The full-resolution logits of an output with or without deep supervision."""
+        return output[0] if isinstance(output, (list, tuple)) else output
+
+    @property
+    def finest_loss(self) -> nn.Module:
+        """nnU-Net's loss for the full resolution alone."""
+        return self.loss.loss if self.enable_deep_supervision else self.loss
+
+    def each(self, function: Callable[[Tensor], Any], *images: Tensor) -> Iterator[Any]:
+        """What the function makes of each of these batches, computed when it is asked for.
+
+        With `memory=fast` it runs once, on all of them together.
+
+        Args:
+            function: (B, C, *S) to tensors with the same B, in which no sample touches another.
+        """
+        if self.settings.memory != "fast":
+            yield from map(function, images)
+            return
+        start, joint = 0, function(torch.cat(images))
+        for x in images:
+            part = slice(start, start + len(x))
+            yield tree_map_only(Tensor, lambda t, part=part: t[part], joint)
+            start += len(x)
+
+    @contextmanager
+    def shared(self, tensors) -> Iterator[Any]:
+        """The tensors, for several groups of terms: their backward passes end here, and one goes on at the end.
+
+        Without it the first group's backward pass would free the graph that the next one needs. Gradients add up, so
+        nothing changes. With `memory=fast` there is one backward pass anyway.
+
+        Args:
+            tensors: any nested lists, tuples and dictionaries of them; None is passed through.
+        """
+        if self.settings.memory == "fast":
+            yield tensors
+            return
+        leaves = tree_map(lambda x: None if x is None else x.detach().requires_grad_(x.requires_grad), tensors)
+        yield leaves
+        pairs = zip(tree_leaves(tensors), tree_leaves(leaves), strict=True)
+        ends = [(x, leaf.grad) for x, leaf in pairs if leaf is not None and leaf.grad is not None]
+        if ends:
+            torch.autograd.backward(*zip(*ends, strict=True))
+
+    def in_turn(
+        self, passes: Sequence[Callable[[], Any]], logits_of: Callable[[Any], Tensor] | None = None
+    ) -> Iterator[tuple[int, Any, list[Tensor]]]:
+        """Decoders or networks that teach each other: one at a time has its graph, and knows the logits of all.
+
+        All but the first run once more, before and without gradients. With `memory=fast` each runs once.
+
+        Args:
+            passes: each gives an output; the same every time.
+            logits_of: the finest logits of an output, by default `finest`.
+
+        Yields:
+            The pass's number, its output, and the finest logits (B, heads, *S) of all passes, detached.
+        """
+        logits_of = logits_of or self.finest
+        if self.settings.memory == "fast":
+            outputs = [function() for function in passes]
+            logits = [logits_of(output).detach() for output in outputs]
+            for i, output in enumerate(outputs):
+                yield i, output, logits
+            return
+        with torch.no_grad():
+            logits = [logits_of(function()) for function in passes[1:]]
+        for i, function in enumerate(passes):
+            output = function()
+            if i == 0:
+                logits.insert(0, logits_of(output).detach())
+            yield i, output, logits
+            del output
+
+    # ----------------------------------------------------------------------------------------------- the training
+
+    def initialize(self):
+        # before super(): it makes the optimizer
+        self.auxiliary = nn.ModuleDict(self.build_auxiliary()).to(self.device)
+        compiled = self._do_i_compile()
+        if compiled:  # compile one static graph per batch size
+            torch._dynamo.config.automatic_dynamic_shapes = False
+        super().initialize()
+        if compiled:
+            compile_parts(self.bare_network)
+        if isinstance(self.settings, TeacherSettings):
+            self.teacher = make_teacher(self.bare_network)
+            if compiled:
+                compile_parts(self.teacher)
+                self.teacher = torch.compile(self.teacher)
+        if self.settings.memory == "small":
+            run_sample_by_sample(self.network)
+        self.trainable = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
+
+    def trained_modules(self) -> list[nn.Module]:
+        return [self.network, self.auxiliary]
+
+    def on_train_start(self):
+        super().on_train_start()
+        # until here the network is what is deployed, for a checkpoint may be loaded only to be validated
+        if self._resume_student is not None and self.current_epoch < self.num_epochs:
+            self.bare_network.load_state_dict(self._resume_student)
+        self.refresh_network()
+        if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
+            update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)
+
+    def extend_loader(self, augmenter) -> None:
+        add_unlabeled_stream(augmenter, self._make_unlabeled_loader, self.views, self.target_maker())
+
+    def get_dataloaders(self):
+        loaders = super().get_dataloaders()
+        if self._resume_random_state is not None:  # only now: making the loaders has drawn from the generators
+            set_random_state(self._resume_random_state)
+            self._resume_random_state = None
+        return loaders
+
+    def unlabeled_dataset(self) -> JoinedDataset:
+        """The preprocessed unlabelled cases, and the labelled ones whose labels must not be seen."""
+        sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
+        return JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
+
+    def _make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader | None:
+        sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
+        return UnlabeledDataLoader(
+            self.unlabeled_dataset(),
+            self.settings.unlabeled_batch_size or self.batch_size,
+            *sizes,
+            self.label_manager,
+            transforms=ViewsTransform(labeled.transforms, self.views),
+        )
+
+    def train_step(self, batch: dict) -> dict:
+        """One step; returns every loss term as a tensor on the device, so that nothing waits for the GPU."""
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.backward(self.losses(Batch.from_loader(batch, self.device)))
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.trainable, 12)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+        self.step += 1
+        if self.teacher is not None:
+            update_teacher(self.teacher, self.network, self.step, self.settings.ema_decay)
+        return {"loss": sum(terms.values()), **terms}
+
+    def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A backward pass for each group of terms, or with `memory=fast` one for all; returns the terms, detached."""
+        terms: dict[str, Tensor] = {}
+        total = None
+        while True:
+            # autocast ends before each backward pass, as in nnU-Net; it also forgets its 16-bit copies of weights
+            with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+                group = next(groups, None)
+                loss = None if group is None else sum(group.values())
+            if group is None:
+                break
+            for name, term in group.items():
+                terms[name] = term.detach() + terms[name] if name in terms else term.detach()
+            if self.settings.memory == "fast":
+                total = loss if total is None else total + loss
+            elif loss.requires_grad:
+                self._scaled(loss).backward()
+            del group, loss
+        if total is not None:
+            self._scaled(total).backward()
+        return terms
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        self.refresh_network()
+        names = list(train_outputs[0])
+        if any(o.keys() != train_outputs[0].keys() for o in train_outputs):
+            raise RuntimeError(f"{type(self).__name__}.losses must yield terms of the same names in every step")
+        means = torch.stack([torch.stack([o[k].float() for k in names]) for o in train_outputs]).mean(0).cpu()
+        means = dict(zip(names, means.tolist(), strict=True))
+        super().on_train_epoch_end([{"loss": np.float64(means.pop("loss"))}])
+        for name, value in means.items():
+            self.logger.log(PREFIX + name, value, self.current_epoch)
+        self.print_to_log_file("loss terms:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+
+    def on_train_end(self):
+        super().on_train_end()
+        self._load_deployed_weights()
+
+    def _load_deployed_weights(self):
+        """What is validated is what is deployed: after the last epoch `self.network` may become the teacher."""
+        if self.teacher is not None and self.settings.deploy == "teacher":
+            self.bare_network.load_state_dict(bare(self.teacher).state_dict())
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with the top-level keys `teacher` (or None) and `semiseg`, written atomically.
+
+        `network_weights` holds what is deployed; where that is the teacher, `semiseg` also holds the student.
+        """
+        self.refresh_network()
+        if self.disable_checkpointing:
+            return super().save_checkpoint(filename)
+        checkpoint = checkpoints.collect(super().save_checkpoint)
+        teacher = None if self.teacher is None else bare(self.teacher).state_dict()
+        student = None
+        if teacher is not None and self.settings.deploy == "teacher":
+            student, checkpoint["network_weights"] = checkpoint["network_weights"], teacher
+        checkpoint["teacher"] = teacher
+        checkpoint["semiseg"] = {
+            "student": student,
+            "auxiliary": self.auxiliary.state_dict(),
+            "method_state": self.method_state,
+            "random_state": get_random_state(),
+        }
+        checkpoints.write(checkpoint, filename)
+
+    def load_checkpoint(self, checkpoint: dict | str) -> None:
+        """Go on from a checkpoint's file, or from its dictionary.
+
+        Raises:
+            UserError: settings changed since, so that it does not fit.
+        """
+        name = checkpoint if isinstance(checkpoint, str) else "the checkpoint"
+        content = checkpoints.read(checkpoint)
+        state = content["semiseg"]
+        try:
+            super().load_checkpoint(checkpoint)
+            self.auxiliary.load_state_dict(state["auxiliary"])
+            for key in self.method_state.keys() | state["method_state"].keys():
+                self.method_state[key].copy_(state["method_state"][key])
+        except (RuntimeError, KeyError):
+            checkpoints.explain_other_settings(self.settings_class, content, self.plans_manager.plans, name)
+            raise
+        self.step = self.current_epoch * self.num_iterations_per_epoch
+        if self.teacher is not None:
+            bare(self.teacher).load_state_dict(content["teacher"])
+        self._resume_student = state["student"]
+        self._resume_random_state = state["random_state"]
+
+
+def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
+    return {}
+
+
+def compile_parts(network: nn.Module) -> None:
+    """Compile, in place, the parts that a method runs on their own, of networks that have such."""
+    for part in network.parts() if hasattr(network, "parts") else ():
+        part.compile()

@@ -1,0 +1,91 @@
+"""The base of methods that are guided by class prompts, or can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.losses.text_alignment import category_alignment_loss
+from nnunet_semiseg.networks.text_guidance import TextGuidance
+from nnunet_semiseg.settings.base import TextSettings, uses_text
+from nnunet_semiseg.settings.plans import FOUND_KEY, read_settings, with_found
+from nnunet_semiseg.text.prompt_learner import build_prompt_learner
+from nnunet_semiseg.text.prompts import check_prompts_are_current
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
+
+T = TypeVar("T", bound=TextSettings)
+
+
+class TextGuidedTrainer(SemiSupervisedTrainer[T]):
+    """A method is a subclass with `guided_losses`, whose network (`adapt_network`) is a `MultiDecoderUNet`.
+
+    The learnt text features K x d, background included, guide the network at its bottleneck. They are also stored in
+    it, so that prediction needs no text encoder.
+    """
+
+    settings_class = TextSettings
+    prompt_learner: nn.Module | None = None
+
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        """As `losses`, with the text features (K, d) of this step, or None where the method is used without text."""
+        raise NotImplementedError
+
+    def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
+        plans = super().prepare(plans, configuration, fold, dataset_json)
+        if not uses_text(self.settings):
+            return plans
+        check_prompts_are_current(plans["dataset_name"], dataset_json)
+        self.prompt_learner = build_prompt_learner(self.settings, dataset_json)
+        return with_found(plans, text_shape=list(self.prompt_learner.feature_shape))
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager, *args, **kwargs) -> nn.Module:
+        network = super().build_network_architecture(plans_manager, *args, **kwargs)
+        settings = read_settings(cls.settings_class, plans_manager.plans)
+        if uses_text(settings):
+            text_shape = tuple(plans_manager.plans[FOUND_KEY]["text_shape"])
+            network.guidance = TextGuidance(network.encoder, text_shape, settings.tmr)
+        return network
+
+    def build_auxiliary(self) -> dict[str, nn.Module]:
+        if self.prompt_learner is None:
+            return super().build_auxiliary()
+        if not self.prompt_learner.trained:
+            self.print_to_log_file("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
+        return super().build_auxiliary() | {"prompt_learner": self.prompt_learner}
+
+    def refresh_network(self) -> None:
+        if self.prompt_learner is not None:
+            with torch.no_grad():
+                self.bare_network.guidance.features.copy_(self.prompt_learner())
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        if self.prompt_learner is None:
+            yield from self.guided_losses(batch, None)
+            return
+        features = self.prompt_learner()
+        self.bare_network.guidance.features.copy_(features.detach())  # for passes that do not train the text
+        with self.shared(features) as text:
+            yield from self.guided_losses(batch, text)
+
+    def alignment(self, aligned: Tensor, logits: Tensor, text: Tensor) -> Tensor:
+        """CSA of the aligned features (B, d, *s) and the logits (B, heads, *S) with the text (K, d) of this step."""
+        if self.label_manager.has_regions:
+            text = text[1:]  # regions have no background head
+        logits = logits[:, : self.label_manager.num_segmentation_heads]  # another task's heads come after these
+        return category_alignment_loss(aligned, probabilities(logits, self.label_manager), text)
+
+    def cog(self, aligned: Tensor | None, logits: Tensor, text: Tensor | None, share: float) -> dict[str, Tensor]:
+        """The term `cog` (CSA) of one stream's predictions, or none where there is no text or no CSA.
+
+        Args:
+            share: the stream's part of the samples, as the term is a mean over both.
+        """
+        if text is None or not self.settings.csa:
+            return {}
+        return {"cog": share * self.alignment(aligned, logits, text)}
