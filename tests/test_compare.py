@@ -21,7 +21,7 @@ from training import PLANS, write_settings
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation import compare
+from nnunet_semiseg.evaluation import compare, jobs, scores
 from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
 from nnunet_semiseg.files import write_json
 from nnunet_semiseg.runs import RECORD, Run, TrainedRun, unequal_conditions
@@ -230,9 +230,9 @@ def test_what_is_done_is_remembered_until_something_changes(planned, pretend_pre
         pretend_trained(run)
     compare.compare(asked, tmp_path / "out")
     done, evaluated = [], []
-    do_all, evaluate = compare.do_all, compare.evaluate_folder
+    do_all, evaluate = compare.do_all, scores.evaluate_folder
     monkeypatch.setattr(compare, "do_all", lambda jobs, *rest: (done.extend(jobs), do_all(jobs, *rest)))
-    monkeypatch.setattr(compare, "evaluate_folder", lambda *a, **k: evaluated.append(a[0]) or evaluate(*a, **k))
+    monkeypatch.setattr(scores, "evaluate_folder", lambda *a, **k: evaluated.append(a[0]) or evaluate(*a, **k))
     compare.compare(asked, tmp_path / "out")
     assert not done and not evaluated
     os.utime(all_runs(asked)[0].checkpoint)
@@ -403,10 +403,10 @@ def test_the_upper_bound_must_not_have_seen_the_test_set(planned, tiny_dataset, 
 
 
 def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
-    jobs = [compare.Job(f"j{i}", f"job {i}", {"job": "train", "words": [], "folder": str(tmp_path)}) for i in range(2)]
-    jobs[1] = compare.Job("j1", "job 1", {"job": "nonsense"})
+    todo = [jobs.Job(f"j{i}", f"job {i}", {"job": "train", "words": [], "folder": str(tmp_path)}) for i in range(2)]
+    todo[1] = jobs.Job("j1", "job 1", {"job": "nonsense"})
     with pytest.raises(UserError) as error:
-        compare.do_all(jobs, ["", ""], tmp_path)
+        jobs.do_all(todo, ["", ""], tmp_path)
     lines = sorted(str(error.value).splitlines())
     assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 2" in lines[0]
     assert "KeyError: 'nonsense' (exit status 1; all it printed: " in lines[1] and "j1.txt" in lines[1]
@@ -467,5 +467,5 @@ def test_killed_and_started_again_it_goes_on(tiny_dataset, monkeypatch):
     command += ["-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     for file in (output / "stock").glob("*.nii.gz"):
-        mine = compare.predictions_folder(runs[1], 0, output) / file.name
+        mine = jobs.predictions_folder(runs[1], 0, output) / file.name
         assert np.array_equal(*(sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (file, mine)))

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.metrics import evaluate_folder
+from nnunet_semiseg.evaluation.jobs import do_all, is_predicted, prediction_job, predictions_folder, training_job
+from nnunet_semiseg.evaluation.report import Results, write_report
 from nnunet_semiseg.evaluation.request import (
     Request,
     TestSet,
@@ -26,41 +20,8 @@ from nnunet_semiseg.evaluation.request import (
     find_test_set,
     make_runs,
 )
-from nnunet_semiseg.files import write_json
-from nnunet_semiseg.runs import RECORD, Run, unequal_conditions
-
-
-@dataclass(frozen=True)
-class Results:
-    """All that the report shows.
-
-    Attributes:
-        runs: the compared ones; the upper bound's are apart.
-        scores: a row for each `run` (its index in `everything`), `noise`, `case` and `label`, with the metrics.
-        warnings: what is not the same for all and ought to be.
-        predictions: each run's folder, without noise.
-    """
-
-    request: Request
-    runs: list[Run]
-    upper_bound: list[Run]
-    test_set: TestSet
-    scores: pd.DataFrame
-    warnings: list[str]
-    predictions: dict[Run, Path]
-
-    @property
-    def everything(self) -> list[Run]:
-        return [*self.runs, *self.upper_bound]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Work for a process of its own: the arguments of a function of `worker.py`."""
-
-    name: str
-    title: str
-    content: dict
+from nnunet_semiseg.evaluation.scores import evaluate
+from nnunet_semiseg.runs import Run, unequal_conditions
 
 
 def compare(request: Request, output: str | Path | None = None, run: bool = False) -> Path:
@@ -76,8 +37,6 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     Raises:
         UserError: wrong use; a run that is not trained, without `run`; a training or prediction that failed.
     """
-    from nnunet_semiseg.evaluation.report import write_report
-
     check_numbers(request)
     runs, upper_bound = make_runs(request)
     test_set = find_test_set(request, runs[0])
@@ -113,110 +72,10 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     return write_report(collect(request, runs, upper_bound, test_set, output), output)
 
 
-# ----------------------------------------------------------------------------------------------- training, prediction
-
-
-def training_job(run: Run, device: str) -> Job:
-    content = {"job": "train", "words": run.train_command(device), "folder": str(run.folder)}
-    return Job(f"train_{run.dataset}_{run.name}", f"training {run.title} ({run.dataset})", content)
-
-
-def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, output: Path) -> Job:
-    folder = predictions_folder(run, noise, output)
-    images = list(test_set.images.values())
-    signed = [run.checkpoint, *(Path(file) for files in images for file in files)]
-    settings = {"mirroring": request.mirroring, "noise": noise, "files": [signature(file) for file in signed]}
-    content = {
-        "job": "predict",
-        "model": str(run.model_folder),
-        "fold": run.fold,
-        "images": images,
-        "output": str(folder),
-        "device": request.device,
-        "mirroring": request.mirroring,
-        "noise": noise,
-        "settings": settings,
-    }
-    suffix = f", noise {noise:g}" if noise else ""
-    return Job(f"predict_{folder.name}", f"predicting with {run.title}{suffix} ({run.dataset})", content)
-
-
 def noise_levels(request: Request, run: Run, upper_bound: Sequence[Run]) -> tuple[float, ...]:
     """Of a run's predictions; only those that the report shows."""
     noisy = run in upper_bound or run.num_labeled == request.main_size
     return (0.0, *request.noise) if noisy else (0.0,)
-
-
-def predictions_folder(run: Run, noise: float, output: Path) -> Path:
-    suffix = f"__noise{noise:g}" if noise else ""
-    return output / "predictions" / f"{run.dataset}__{run.name}__fold_{run.fold}{suffix}"
-
-
-def is_predicted(job: Job, test_set: TestSet) -> bool:
-    """Whether the predictions are there, whole, of this checkpoint, these images and these settings."""
-    folder = Path(job.content["output"])
-    if not all((folder / f"{case}{test_set.file_ending}").is_file() for case in test_set.images):
-        return False
-    record = folder / RECORD
-    return record.is_file() and json.loads(record.read_bytes())["settings"] == job.content["settings"]
-
-
-def signature(file: Path) -> list:
-    about = file.stat()
-    return [file.name, about.st_size, about.st_mtime_ns]
-
-
-def do_all(jobs: list[Job], devices: list[str], logs: Path) -> None:
-    """Each job in its own process, as many at a time as there are devices; what they print goes to `logs`.
-
-    Raises:
-        UserError: jobs that failed, one line each, when all the others are done.
-    """
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
-    running: set[subprocess.Popen] = set()
-
-    def do(job: Job) -> str | None:
-        device = free.get()
-        try:
-            return do_one(job, device, logs, running)
-        finally:
-            free.put(device)
-
-    pool = ThreadPoolExecutor(len(devices))
-    futures = {pool.submit(do, job): job for job in jobs}
-    try:
-        problems = [f"{futures[f].title}: {line}" for f in as_completed(futures) if (line := f.result())]
-    finally:  # interrupted: the workers end when their stdin does
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.stdin.close()
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) -> str | None:
-    """Returns what went wrong."""
-    print(f"{job.title} ...", flush=True)
-    log, file = logs / f"{job.name}.txt", logs / f"{job.name}.json"
-    write_json(job.content, file)
-    env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "nnunet_semiseg.evaluation.worker", str(file)]
-    with open(log, "ab") as printed:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=printed, stderr=printed, start_new_session=True
-        )
-        running.add(process)
-        process.wait()
-        running.discard(process)
-    if process.returncode == 0:
-        return None
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'failed'} (exit status {process.returncode}; all it printed: {log})"
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 def collect(request: Request, runs: list[Run], upper_bound: list[Run], test_set: TestSet, output: Path) -> Results:
@@ -234,23 +93,3 @@ def collect(request: Request, runs: list[Run], upper_bound: list[Run], test_set:
             tables.append(pd.DataFrame(rows).assign(run=i, noise=noise))
     scores, warnings = pd.concat(tables, ignore_index=True), unequal_conditions(runs, upper_bound)
     return Results(request, runs, upper_bound, test_set, scores, warnings, folders)
-
-
-def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> list[dict]:
-    """`evaluate_folder`, remembered until a file or the tolerance changes."""
-    ending = test_set.file_ending
-    files = [place / f"{case}{ending}" for place in (folder, test_set.references) for case in test_set.images]
-    key = {
-        "tolerance": request.tolerance,
-        "labels": test_set.labels,
-        "files": [signature(file) for file in files if file.is_file()],
-    }
-    if cache.is_file() and (known := json.loads(cache.read_bytes()))["key"] == key:
-        return known["rows"]
-    rows = evaluate_folder(
-        folder, test_set.references, test_set.labels, ending, test_set.reader, request.tolerance,
-        cases=test_set.images, num_processes=request.num_processes,
-    )  # fmt: skip
-    cache.parent.mkdir(exist_ok=True)
-    write_json({"key": key, "rows": rows}, cache)
-    return rows

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from nnunet_semiseg.evaluation import figures
-from nnunet_semiseg.evaluation.compare import Results
 from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from nnunet_semiseg.evaluation.page import Report, Section, write
+from nnunet_semiseg.evaluation.request import Request, TestSet
 from nnunet_semiseg.evaluation.statistics import caution, differences_from, spreads
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.runs import RECORD, Run, TrainedRun
@@ -34,6 +35,30 @@ TEST_NOTE = (
     " the mean difference over its standard deviation (0.2 small, 0.5 medium, 0.8 large). They speak of other cases"
     " for these trained models; what training once more would give, the spread over runs tells."
 )
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that the report shows.
+
+    Attributes:
+        runs: the compared ones; the upper bound's are apart.
+        scores: a row for each `run` (its index in `everything`), `noise`, `case` and `label`, with the metrics.
+        warnings: what is not the same for all and ought to be.
+        predictions: each run's folder, without noise.
+    """
+
+    request: Request
+    runs: list[Run]
+    upper_bound: list[Run]
+    test_set: TestSet
+    scores: pd.DataFrame
+    warnings: list[str]
+    predictions: dict[Run, Path]
+
+    @property
+    def everything(self) -> list[Run]:
+        return [*self.runs, *self.upper_bound]
 
 
 def write_report(results: Results, output: Path) -> Path:

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import figures
-from nnunet_semiseg.evaluation.compare import do_all, evaluate, is_predicted, prediction_job
+from nnunet_semiseg.evaluation.jobs import Job, do_all, is_predicted, prediction_job
 from nnunet_semiseg.evaluation.metrics import METRICS
 from nnunet_semiseg.evaluation.page import Report, Section, write
 from nnunet_semiseg.evaluation.report import number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
+from nnunet_semiseg.evaluation.scores import evaluate
 from nnunet_semiseg.evaluation.statistics import caution, differences_from
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
@@ -68,15 +69,14 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
     (output / "logs").mkdir(parents=True, exist_ok=True)
     jobs, folders = [], {}
     for variant in variants:
-        job = prediction_job(run, 0, request, test_set, output)
+        content = prediction_job(run, 0, request, test_set, output).content
         file, folder = output / f"{variant.name}.safetensors", output / "predictions" / variant.name
         save_file({FEATURES: variant.features.contiguous()}, file)
-        job.content.update(output=str(folder), features=str(file))
-        job.content["settings"]["features"] = variant.features.sum(1).tolist()
-        jobs.append((job, f"predict_{variant.name}", f"predicting with {variant.name} prompts"))
+        content |= {"output": str(folder), "features": str(file)}
+        content["settings"]["features"] = variant.features.sum(1).tolist()
+        jobs.append(Job(f"predict_{variant.name}", f"predicting with {variant.name} prompts", content))
         folders[variant.name] = folder
-    todo = [type(job)(name, title, job.content) for job, name, title in jobs if not is_predicted(job, test_set)]
-    do_all(todo, devices, output / "logs")
+    do_all([job for job in jobs if not is_predicted(job, test_set)], devices, output / "logs")
     return write(make_report(request, run, test_set, variants, folders, output), output)
 
 

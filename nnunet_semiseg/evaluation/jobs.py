@@ -1,0 +1,116 @@
+"""What is done in processes of their own: trainings and predictions; see `worker.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.request import Request, TestSet
+from nnunet_semiseg.evaluation.scores import signature
+from nnunet_semiseg.files import write_json
+from nnunet_semiseg.runs import RECORD, Run
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for a process of its own: the arguments of a function of `worker.py`."""
+
+    name: str
+    title: str
+    content: dict
+
+
+def training_job(run: Run, device: str) -> Job:
+    content = {"job": "train", "words": run.train_command(device), "folder": str(run.folder)}
+    return Job(f"train_{run.dataset}_{run.name}", f"training {run.title} ({run.dataset})", content)
+
+
+def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, output: Path) -> Job:
+    folder = predictions_folder(run, noise, output)
+    images = list(test_set.images.values())
+    signed = [run.checkpoint, *(Path(file) for files in images for file in files)]
+    settings = {"mirroring": request.mirroring, "noise": noise, "files": [signature(file) for file in signed]}
+    content = {
+        "job": "predict",
+        "model": str(run.model_folder),
+        "fold": run.fold,
+        "images": images,
+        "output": str(folder),
+        "device": request.device,
+        "mirroring": request.mirroring,
+        "noise": noise,
+        "settings": settings,
+    }
+    suffix = f", noise {noise:g}" if noise else ""
+    return Job(f"predict_{folder.name}", f"predicting with {run.title}{suffix} ({run.dataset})", content)
+
+
+def predictions_folder(run: Run, noise: float, output: Path) -> Path:
+    suffix = f"__noise{noise:g}" if noise else ""
+    return output / "predictions" / f"{run.dataset}__{run.name}__fold_{run.fold}{suffix}"
+
+
+def is_predicted(job: Job, test_set: TestSet) -> bool:
+    """Whether the predictions are there, whole, of this checkpoint, these images and these settings."""
+    folder = Path(job.content["output"])
+    if not all((folder / f"{case}{test_set.file_ending}").is_file() for case in test_set.images):
+        return False
+    record = folder / RECORD
+    return record.is_file() and json.loads(record.read_bytes())["settings"] == job.content["settings"]
+
+
+def do_all(jobs: list[Job], devices: list[str], logs: Path) -> None:
+    """Each job in its own process, as many at a time as there are devices; what they print goes to `logs`.
+
+    Raises:
+        UserError: jobs that failed, one line each, when all the others are done.
+    """
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    running: set[subprocess.Popen] = set()
+
+    def do(job: Job) -> str | None:
+        device = free.get()
+        try:
+            return do_one(job, device, logs, running)
+        finally:
+            free.put(device)
+
+    pool = ThreadPoolExecutor(len(devices))
+    futures = {pool.submit(do, job): job for job in jobs}
+    try:
+        problems = [f"{futures[f].title}: {line}" for f in as_completed(futures) if (line := f.result())]
+    finally:  # interrupted: the workers end when their stdin does
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.stdin.close()
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) -> str | None:
+    """Returns what went wrong."""
+    print(f"{job.title} ...", flush=True)
+    log, file = logs / f"{job.name}.txt", logs / f"{job.name}.json"
+    write_json(job.content, file)
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "nnunet_semiseg.evaluation.worker", str(file)]
+    with open(log, "ab") as printed:
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=printed, stderr=printed, start_new_session=True
+        )
+        running.add(process)
+        process.wait()
+        running.discard(process)
+    if process.returncode == 0:
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{lines[-1] if lines else 'failed'} (exit status {process.returncode}; all it printed: {log})"

@@ -1,0 +1,36 @@
+"""The metrics of a test set, remembered on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nnunet_semiseg.evaluation.metrics import evaluate_folder
+from nnunet_semiseg.evaluation.request import Request, TestSet
+from nnunet_semiseg.files import write_json
+
+
+def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> list[dict]:
+    """`evaluate_folder`, remembered until a file or the tolerance changes."""
+    ending = test_set.file_ending
+    files = [place / f"{case}{ending}" for place in (folder, test_set.references) for case in test_set.images]
+    key = {
+        "tolerance": request.tolerance,
+        "labels": test_set.labels,
+        "files": [signature(file) for file in files if file.is_file()],
+    }
+    if cache.is_file() and (known := json.loads(cache.read_bytes()))["key"] == key:
+        return known["rows"]
+    rows = evaluate_folder(
+        folder, test_set.references, test_set.labels, ending, test_set.reader, request.tolerance,
+        cases=test_set.images, num_processes=request.num_processes,
+    )  # fmt: skip
+    cache.parent.mkdir(exist_ok=True)
+    write_json({"key": key, "rows": rows}, cache)
+    return rows
+
+
+def signature(file: Path) -> list:
+    """What tells a file from a later one of its name, without reading it."""
+    about = file.stat()
+    return [file.name, about.st_size, about.st_mtime_ns]
