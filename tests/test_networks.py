@@ -43,7 +43,15 @@ def unet(ndim=3, residual=False, deep_supervision=True, stages=3):
 def dual(ndim=3, residual=False, tmr="multiplanar", deep_supervision=True):
     network = unet(ndim, residual, deep_supervision)
     second = extra_decoder(network, [1, 1], deep_supervision, "linear")
-    return MultiDecoderUNet(network, [second], TextGuidance(network.encoder, (K, D), tmr))
+    both = MultiDecoderUNet(network, [second])
+    both.guidance = TextGuidance(network.encoder, (K, D), tmr)
+    return both
+
+
+def decoded(network, x, text):
+    """The outputs of both decoders, and the aligned features."""
+    skips, aligned = network.encode(x, text)
+    return [network.decode(skips, i) for i in range(2)], aligned
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -52,13 +60,34 @@ def dual(ndim=3, residual=False, tmr="multiplanar", deep_supervision=True):
 def test_multi_decoder_shapes(ndim, residual, tmr):
     network = dual(ndim, residual, tmr)
     x, text = torch.randn(2, 1, *[16] * ndim), torch.randn(K, D)
-    outputs, features = network(x, text, (0, 1))
+    outputs, features = decoded(network, x, text)
     assert [[tuple(o.shape) for o in output] for output in outputs] == [[(2, K, *[16] * ndim), (2, K, *[8] * ndim)]] * 2
     assert features.shape == (2, D, *[4] * ndim)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2, *[4] * ndim))
     network.guidance.features.copy_(text)
     for stored, given in zip(network(x), outputs[0], strict=True):
         torch.testing.assert_close(stored, given)
+    stored = network.encode(x)  # as a teacher's: nothing is to be aligned
+    assert stored.aligned is None
+    torch.testing.assert_close(stored.skips[-1], network.encode(x, text).skips[-1])
+
+
+def test_the_text_changes_what_decoders_read_and_not_what_is_aligned():
+    network = dual()
+    x = torch.randn(1, 1, 16, 16, 16)
+    a, b = (network.encode(x, torch.randn(K, D)) for _ in range(2))
+    assert (a.skips[-1] - b.skips[-1]).abs().max() > 1e-4  # the bottleneck
+    assert all(torch.equal(p, q) for p, q in zip(a.skips[:-1], b.skips[:-1], strict=True))
+    assert torch.equal(a.aligned, b.aligned)
+
+
+def test_without_text_it_is_the_plain_network():
+    plain = unet()
+    x = torch.randn(1, 1, 16, 16, 16)
+    expected = plain(x)
+    network = MultiDecoderUNet(plain)
+    assert network.encode(x).aligned is None and len(network.parts()) == 2
+    assert all(torch.equal(a, b) for a, b in zip(network(x), expected, strict=True))
 
 
 def test_deep_supervision_is_switched_as_nnunet_does():
@@ -76,9 +105,9 @@ def test_second_decoder_has_weights_of_its_own_and_no_encoder():
     assert not any(n.startswith("other_decoders.0.encoder") for n in network.state_dict())
     assert all(isinstance(t, InterpolationUpsampling) for t in network.other_decoders[0].transpconvs)
     x, text = torch.randn(1, 1, 16, 16, 16), torch.randn(K, D)
-    (first, second), _ = network(x, text, (0, 1))
+    (first, second), _ = decoded(network, x, text)
     assert not torch.allclose(first[0], second[0])
-    (only,), _ = network(x, text, (1,))
+    only = network.decode(network.encode(x, text).skips, 1)
     torch.testing.assert_close(only[0], second[0])
 
 
@@ -135,8 +164,8 @@ def test_text_copy_adds_the_same_vector_everywhere():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ndim", [2, 3])
-def test_compiles_into_one_graph_for_each_way_it_is_called(ndim):
-    """No graph break (fullgraph), and none but the four ways: validation, both decoders, either one on a mix."""
+def test_each_part_compiles_into_one_graph(ndim):
+    """No graph break (fullgraph), and no graph but of the four parts, and of the whole for validation."""
     torch._dynamo.reset()
     graphs = []
 
@@ -145,13 +174,21 @@ def test_compiles_into_one_graph_for_each_way_it_is_called(ndim):
         return graph_module
 
     network = dual(ndim)
-    compiled = torch.compile(network, backend=count, fullgraph=True)
+    for part in network.parts():
+        part.compile(backend=count, fullgraph=True)
     x = torch.randn(2, 1, *[16] * ndim)
-    for _ in range(3):
+
+    def train():
         text = torch.nn.functional.normalize(torch.randn(K, D), dim=1).requires_grad_()
-        compiled(x, text * 1, (0, 1))
-        for decoder in (0, 1):
-            compiled(x, text * 1, (decoder,))
+        skips, _ = network.encode(x, text * 1)
+        for decoder in (0, 1):  # each has its backward pass, so that the features end in leaves
+            network.decode([skip.detach().requires_grad_() for skip in skips], decoder)
+
+    train()
+    assert len(graphs) == len(network.parts()) == 4  # encoder, guidance, two decoders
+    compiled = torch.compile(network, backend=count, fullgraph=True)
+    for _ in range(3):
+        train()
         with torch.no_grad():
             compiled(x)
-    assert len(graphs) == 4
+    assert len(graphs) == 5
