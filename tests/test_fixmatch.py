@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from training import CLASSES, REGIONS, bare_trainer
+from training import CLASSES, REGIONS, bare_trainer, batch_of, terms_of
 
 from nnunet_semiseg.trainers.fixmatch import FixMatchTrainer
 
@@ -18,8 +18,8 @@ def test_only_certain_voxels_teach(labels):
         weak[:, 0] = -10
 
     trainer = bare_trainer(FixMatchTrainer, labels, match_weight=3.0)
-    trainer.network = lambda x: weak
-    loss = trainer.semi_losses(None, strong, {"unlabeled": {"weak": None}})["unsupervised"]
+    target = torch.zeros(1, 2 if regions else 1, 8, 8, 8)
+    loss = terms_of(trainer, batch_of(torch.zeros(1, 2, 8, 8, 8), target, weak=weak, strong=strong))["unsupervised"]
     one = -math.log(0.75)
     expected = (one - math.log(0.5)) / 2 if regions else one  # region 0: strong says 1/2
     assert loss.item() == pytest.approx(3 * expected / 8)
@@ -34,10 +34,10 @@ def test_the_strong_view_learns_from_the_weak_one():
     weak[:, 1], strong[:, 1] = math.log(0.949 / 0.051), math.log(0.75 / 0.25)
     weak[:, 1, 0] = math.log(0.951 / 0.049)
 
-    trainer = bare_trainer(FixMatchTrainer)
-    trainer.network = lambda x: x
-    batch = {"data": labeled, "unlabeled": {"weak": weak, "strong": strong}}
-    streams = trainer.forward_streams(batch)
-    assert torch.equal(streams[0], labeled)
-    loss = trainer.semi_losses(*streams, batch)["unsupervised"]
-    assert loss.item() == pytest.approx(-math.log(0.75) / 8)
+    for view in (weak, strong):
+        view.requires_grad_()
+    terms = terms_of(bare_trainer(FixMatchTrainer), batch_of(labeled, weak=weak, strong=strong))
+    assert terms["supervised"].item() == pytest.approx(math.log(2))
+    assert terms["unsupervised"].item() == pytest.approx(-math.log(0.75) / 8)
+    terms["unsupervised"].backward()
+    assert strong.grad.any() and weak.grad is None  # a pseudo-label is a label

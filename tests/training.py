@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
@@ -11,12 +14,15 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nnunet_semiseg.discovery import iter_classes
 from nnunet_semiseg.files import write_json
+from nnunet_semiseg.networks.multi_decoder import Encoded
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import update_settings
 from nnunet_semiseg.text.open_clip_models import load_clip
+from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.vlm.model import AMVLM
 
@@ -57,45 +63,108 @@ def write_vlm(folder: Path) -> Path:
     return folder
 
 
-def settings_for(dataset, **settings) -> dict:
-    base = dataset.raw.parent
-    tower = write_text_tower(base / "text_tower")
-    vlm = base / "vlm" if (base / "vlm").is_dir() else write_vlm(base / "vlm")
+TOWERS = TemporaryDirectory()
+"""removed when the tests end"""
+
+
+@cache
+def towers() -> tuple[Path, Path]:
+    """The folders of a text tower and of a VLM, the same for all tests: none writes to them."""
+    return write_text_tower(Path(TOWERS.name) / "text_tower"), write_vlm(Path(TOWERS.name) / "vlm")
+
+
+def settings_for(**settings) -> dict:
+    tower, vlm = towers()
     return {**SHORT, "text_model": str(tower), "text_pretrained": "none", "vlm": str(vlm), **settings}
 
 
 def make_trainer(trainer_class: type[nnUNetTrainer], dataset, fold="all", plans=PLANS, **settings) -> nnUNetTrainer:
     """A trainer as `nnUNetv2_train` makes it, on the CPU, with these settings in its plans."""
-    plans = update_settings(dataset.plans(plans), settings_for(dataset, **settings))
+    plans = update_settings(dataset.plans(plans), settings_for(**settings))
     plans["continue_training"] = False
     dataset_json = json.loads((dataset.preprocessed / "dataset.json").read_text())
     return trainer_class(plans, dataset.configuration, fold, dataset_json, torch.device("cpu"))
 
 
+class Echo:
+    """A network that says what it is shown: its features are the image, its logits are a part of the channels.
+
+    Args:
+        decoders: how many; decoder i says the i-th part of the channels.
+        main: the one that a call of the network runs.
+    """
+
+    def __init__(self, decoders: int = 1, main: int = 0):
+        self.decoders, self.main = decoders, main
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x).skips)
+
+    def encode(self, x: Tensor, text: Tensor | None = None) -> Encoded:
+        return Encoded([x], None)
+
+    def decode(self, skips: list[Tensor], decoder: int = 0) -> Tensor:
+        return skips[-1].chunk(self.decoders, 1)[self.main + decoder]
+
+
 def bare_trainer(
-    trainer_class: type[nnUNetTrainer], label_manager=CLASSES, progress: float = 1.0, **settings
+    trainer_class: type[nnUNetTrainer],
+    label_manager=CLASSES,
+    progress: float = 1.0,
+    network: Callable[[Tensor], Tensor] | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    **settings,
 ) -> nnUNetTrainer:
-    """A trainer's formulas, without data and network: one output, the loss is nnU-Net's cross entropy alone."""
+    """A trainer's formulas, without data: the images are the logits, if not said otherwise (`Echo`).
+
+    There is one output, and the loss is nnU-Net's cross entropy alone.
+    """
     trainer = trainer_class.__new__(trainer_class)
     trainer.settings, trainer.label_manager = trainer_class.settings_class(**settings), label_manager
     trainer.loss, trainer.enable_deep_supervision = nnunet_loss(label_manager.has_regions, weight_dice=0), False
     trainer.step, trainer.num_epochs, trainer.num_iterations_per_epoch = progress, 1, 1
+    trainer.device, trainer.grad_scaler = torch.device("cpu"), None
+    trainer.network, trainer.teacher, trainer.auxiliary = network or Echo(), teacher or Echo(), {}
     return trainer
+
+
+def batch_of(images: Tensor, target=None, extra: dict | None = None, cases=(), **views: Tensor) -> Batch:
+    """A batch of these images and views; without a target all voxels are background (of classes)."""
+    target = torch.zeros_like(images[:, :1]) if target is None else target
+    return Batch(images=images, target=target, views=views, extra=extra or {}, cases=list(cases))
+
+
+def terms_of(trainer: nnUNetTrainer, batch: Batch, text: Tensor | None = None) -> dict[str, Tensor]:
+    """The terms of a step without its backward passes, those of the same name added up.
+
+    Args:
+        text: features (K, d), for a method that is guided by them.
+    """
+    terms: dict[str, Tensor] = {}
+    for group in trainer.losses(batch) if text is None else trainer.guided_losses(batch, text):
+        for name, term in group.items():
+            terms[name] = terms[name] + term if name in terms else term
+    return terms
 
 
 def in_last_epoch(trainer_class: type[nnUNetTrainer], dataset, **settings) -> nnUNetTrainer:
     """A trainer when all that its method has takes part, pseudo-labels of whole cases, too."""
     trainer = make_trainer(trainer_class, dataset, num_epochs=2, dca_start=0.0, **settings)
     trainer.on_train_start()
-    trainer.current_epoch, trainer.step = 1, trainer.num_iterations_per_epoch
-    trainer.on_train_epoch_start()
+    begin_last_epoch(trainer)
     return trainer
+
+
+def begin_last_epoch(trainer: nnUNetTrainer) -> None:
+    trainer.current_epoch = trainer.num_epochs - 1
+    trainer.step = trainer.current_epoch * trainer.num_iterations_per_epoch
+    trainer.on_train_epoch_start()
 
 
 def write_settings(dataset, plans=PLANS, **settings) -> None:
     """Put settings into the plans' file, for trainings through nnU-Net's commands."""
     file = dataset.preprocessed / f"{plans}.json"
-    changed = update_settings(json.loads(file.read_text()), settings_for(dataset, **settings))
+    changed = update_settings(json.loads(file.read_text()), settings_for(**settings))
     file.write_text(json.dumps(changed))
 
 
