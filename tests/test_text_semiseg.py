@@ -2,17 +2,17 @@
 
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import make_trainer
+from training import bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
+from nnunet_semiseg.networks.multi_decoder import Encoded
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer, mix
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -69,7 +69,7 @@ def test_mix_keeps_every_class():
 
 
 def foreground(target, label_manager):
-    return TextSemiSegTrainer.foreground(SimpleNamespace(label_manager=label_manager), target)
+    return bare_trainer(TextSemiSegTrainer, label_manager).foreground(target)
 
 
 def test_foreground():
@@ -81,23 +81,23 @@ def test_foreground():
 
 
 def test_largest_component():
-    trainer = SimpleNamespace(label_manager=CLASSES, settings=SimpleNamespace(largest_component=True))
+    trainer = bare_trainer(TextSemiSegTrainer, CLASSES, largest_component=True)
     logits = torch.zeros(1, 3, 8, 8, 8)
     logits[:, 0] = 1
     logits[:, 1, 1:4, 1:4, 1:4] = 2  # 27 voxels of class 1
     logits[:, 1, 6, 6, 6] = 2  # and one apart
     logits[:, 2, 5:7, 1:3, 1] = 3  # class 2, four voxels: stays, as each class keeps its own
-    label = TextSemiSegTrainer.pseudo_label(trainer, logits)
+    label = trainer.pseudo_label(logits)
     assert label.shape == (1, 1, 8, 8, 8) and label.dtype == torch.int64
     assert [(label == k).sum().item() for k in (1, 2)] == [27, 4] and label[0, 0, 6, 6, 6] == 0
 
 
 def test_largest_component_of_every_region():
-    trainer = SimpleNamespace(label_manager=REGIONS, settings=SimpleNamespace(largest_component=True))
+    trainer = bare_trainer(TextSemiSegTrainer, REGIONS, largest_component=True)
     logits = torch.full((1, 2, 8, 8, 8), -1.0)
     logits[:, :, 1:4, 1:4, 1:4] = 1  # 27 voxels of both regions
     logits[:, :, 6, 6, 6] = 1  # and one apart
-    label = TextSemiSegTrainer.pseudo_label(trainer, logits)
+    label = trainer.pseudo_label(logits)
     assert label.flatten(2).sum(2).tolist() == [[27, 27]]
 
 
@@ -125,20 +125,21 @@ def started(dataset, **settings):
 def test_options(dataset, settings, terms):
     trainer = started(dataset, dca_start=0.0, **settings)
     out = trainer.train_step(next(trainer.dataloader_train))
-    assert list(out) == ["loss", "supervised_1", "supervised_2", *terms]
+    assert set(out) == {"loss", "supervised_1", "supervised_2", *terms}
     assert all(torch.isfinite(v) for v in out.values())
 
 
 def test_dca_begins_when_it_should_and_teaches_the_decoder_with_the_higher_loss(dataset):
     trainer = started(dataset, dca_start=0.5)
     asked = []
-    forward = trainer.network.forward
+    decode = trainer.network.decode
 
-    def recording(x, text=None, decoders=None):
-        asked.append(decoders)
-        return forward(x, text, decoders)
+    def recording(skips, decoder=0):
+        if torch.is_grad_enabled():
+            asked.append(decoder)
+        return decode(skips, decoder)
 
-    trainer.network.forward = recording
+    trainer.network.decode = recording
     batch = next(trainer.dataloader_train)
     outs = []
     for step in (2, 3, 4):
@@ -147,36 +148,101 @@ def test_dca_begins_when_it_should_and_teaches_the_decoder_with_the_higher_loss(
     assert outs[0]["mix"] == 0 and outs[1]["mix"] != 0
     # the mixes go to the decoder whose loss was the higher one in the step before
     second_is_better = [bool(o["supervised_2"] < o["supervised_1"]) for o in outs]
-    expected = [(0, 1)]
+    both_streams = [0, 1, 0, 1]
+    expected = list(both_streams)
     for better in second_is_better[:2]:
-        expected += [(0, 1), (0,) if better else (1,)]
+        expected += both_streams + [0 if better else 1] * 2  # the two mixes
     assert asked == expected
 
 
 @pytest.mark.parametrize("dca", ["complementary", "foreground"])
-def test_masks_of_the_mixes(dataset, dca):
-    trainer = started(dataset, dca_start=0.0, dca=dca, csa=False)
-    batch = next(trainer.dataloader_train)
-    x_l, y_l, x_u = batch["data"], batch["target"][0], batch["unlabeled"]["strong"]
-    y_u = torch.zeros_like(y_l)
-    y_u[:, :, :4] = 2  # the pseudo-label: a slab
-    mixed, targets = [], []
-    forward, loss = trainer.network.forward, trainer.finest_loss.forward
-    trainer.network.forward = lambda x, *args: (mixed.append(x), forward(x, *args))[1]
-    trainer.finest_loss.forward = lambda output, target: (targets.append(target), loss(output, target))[1]
-    trainer.text = trainer.prompt_learner()
-    trainer.mix_loss(batch, y_u)
-    (images,) = mixed
-    n, m_l, m_u = len(x_l), y_l > 0, y_u > 0
-    assert m_l.any() and (y_l == 0).any()
-    assert torch.equal(images[:n], torch.where(m_l, x_l, x_u)) and torch.equal(targets[0], torch.where(m_l, y_l, y_u))
+def test_masks_of_the_mixes(dca):
+    trainer = bare_trainer(TextSemiSegTrainer, CLASSES, dca=dca)
+    # four voxels: both images have foreground in one of them, each alone in one
+    x_l, x_u = torch.tensor([1.0, 2, 3, 4]).view(1, 1, 4, 1, 1), torch.tensor([5.0, 6, 7, 8]).view(1, 1, 4, 1, 1)
+    y_l, y_u = torch.tensor([1, 1, 0, 0]).view(1, 1, 4, 1, 1), torch.tensor([2, 0, 2, 0]).view(1, 1, 4, 1, 1)
+    more_unlabeled = torch.cat((x_u, x_u + 10)), torch.cat((y_u, y_u))  # which have no partner
+    batch = batch_of(x_l, y_l, strong=more_unlabeled[0])
+    mixes = [(x.flatten().tolist(), y.flatten().tolist()) for x, y in trainer.mixes(batch, more_unlabeled[1])]
+    assert mixes[0] == ([1, 2, 7, 8], [1, 1, 2, 0])  # labelled foreground in the unlabelled image
     if dca == "complementary":  # every voxel once, so that there is as much foreground as before
-        torch.testing.assert_close(images[:n] + images[n:], x_l + x_u)
-        assert torch.equal(targets[0] + targets[1], y_l + y_u)
+        assert mixes[1] == ([5, 6, 3, 4], [2, 0, 0, 0])
     else:  # both hold the union
-        assert torch.equal(images[n:], torch.where(m_u, x_u, x_l))
-        assert torch.equal(targets[1], torch.where(m_u, y_u, y_l))
-        assert torch.equal(targets[0] > 0, m_l | m_u) and torch.equal(targets[1] > 0, m_l | m_u)
+        assert mixes[1] == ([5, 2, 7, 4], [2, 1, 2, 0])
+
+
+TWO = LabelManager({"background": 0, "a": 1}, None)
+
+
+class OneVoxel:
+    """Decoders whose logits of two classes are 0 and the image times a factor; the bottleneck is (1, 0)."""
+
+    def __init__(self, *factors):
+        self.factors = factors
+
+    def encode(self, x, text):
+        return Encoded([x], torch.cat((torch.ones_like(x), torch.zeros_like(x)), 1))
+
+    def decode(self, skips, decoder):
+        return torch.cat((torch.zeros_like(skips[0]), self.factors[decoder] * skips[0]), 1)
+
+
+def one_voxel_batch():
+    """A labelled sample of class a with the logit ln 2, and an unlabelled one with ln 3."""
+    x_l, x_u = (torch.full((1, 1, 1, 1), math.log(odds), requires_grad=True) for odds in (2.0, 3.0))
+    return batch_of(x_l, torch.ones(1, 1, 1, 1, dtype=torch.long), strong=x_u)
+
+
+def values(terms):
+    return {name: term.item() for name, term in terms.items()}
+
+
+def test_all_terms_by_hand():
+    """One voxel a sample, of which both decoders say a, the second with three times the logit."""
+    settings = dict(unsupervised_weight=0.4, dca_start=0.5)
+    trainer = bare_trainer(TextSemiSegTrainer, TWO, progress=0.5, network=OneVoxel(1, 3), **settings)
+    trainer.method_state = {"second_is_better": torch.tensor(False)}
+    # to the text of class a the features are as near as can be, from the background's (0, 1) their distance is 2
+    text = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+
+    def p(odds):
+        return odds / (1 + odds)
+
+    expected = {
+        "supervised_1": -math.log(p(2)),
+        "supervised_2": -math.log(p(2**3)),
+        "unsupervised": 0.4 * math.exp(-1.25) * -(math.log(p(3)) + math.log(p(3**3))),
+        "cog": 2 * (2 + 0) / 2,  # of two decoders the mean over the classes
+        # the second decoder: the labelled image in place of the unlabelled one, and the other way round; and CSA
+        "mix": -math.log(p(2**3)) - math.log(p(3**3)) + (2 + 0) / 2,
+    }
+    assert values(terms_of(trainer, one_voxel_batch(), text)) == pytest.approx(expected, abs=1e-5)
+    assert trainer.method_state["second_is_better"]  # for the next step
+
+
+@pytest.mark.parametrize("second_is_better", [False, True])
+def test_decoders_teach_each_other_and_the_better_one_labels_the_mixes(second_is_better):
+    """The second decoder says the opposite of the first."""
+    trainer = bare_trainer(TextSemiSegTrainer, TWO, network=OneVoxel(1, -1), csa=False, unsupervised_weight=0.1)
+    trainer.method_state = {"second_is_better": torch.tensor(second_is_better)}
+    terms = values(terms_of(trainer, one_voxel_batch(), torch.eye(2)))
+    # of the unlabelled voxel P(a) is 3/4 and 1/4: each is told what it gives 1/4
+    assert terms["unsupervised"] == pytest.approx(0.1 * 2 * math.log(4), abs=1e-5)
+    # of the labelled one, a, it is 2/3 and 1/3. The second learns a of both, or the first a and background
+    expected = -math.log(2 / 3) - math.log(1 / 4) if second_is_better else -math.log(1 / 3) - math.log(1 / 4)
+    assert terms["mix"] == pytest.approx(expected, abs=1e-5) and "cog" not in terms
+    assert not trainer.method_state["second_is_better"]
+
+
+def test_cog_is_one_mean_over_both_streams():
+    """A labelled sample and three unlabelled ones, each with a feature of its own."""
+    trainer = bare_trainer(TextSemiSegTrainer, TWO, network=OneVoxel(1, 1), dca="off")
+    trainer.network.encode = lambda x, text: Encoded([x], torch.cat((x, 1 - x), 1))
+    trainer.method_state = {"second_is_better": torch.tensor(False)}
+    x_l, x_u = torch.ones(1, 1, 1, 1), torch.zeros(3, 1, 1, 1)
+    batch = batch_of(x_l, torch.ones(1, 1, 1, 1, dtype=torch.long), strong=x_u)
+    text = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # the labelled sample's feature; from the others' it is 2 away
+    assert terms_of(trainer, batch, text)["cog"].item() == pytest.approx(2 * (1 * 0 + 3 * 2) / 4)
 
 
 def test_mixing_needs_an_unlabelled_sample_for_each_labelled_one(dataset):
