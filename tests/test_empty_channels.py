@@ -63,7 +63,7 @@ def test_from_the_files_to_the_batch(names, tiny_dataset, monkeypatch, capsys):
     for _ in range(3):
         batch = next(trainer.dataloader_train)
         streams = [(batch["data"], batch["keys"])]
-        streams += [(view, batch["unlabeled_keys"]) for view in batch["unlabeled"].values()]
+        streams += [(view, batch["cases"]) for view in batch["views"].values()]
         for images, keys in streams:
             present = presence(trainer.network.modalities(images))[0]
             assert present.tolist() == [0.5 if key == "tr_001" else 0.0 for key in keys]

@@ -27,14 +27,14 @@ def test_the_module_is_trained_and_a_checkpoint_holds_what_prediction_needs(trai
     learner, guidance = trainer.auxiliary["prompt_learner"], trainer.network.guidance
     before = [p.clone() for p in (learner.ctx, guidance.project.weight, guidance.interaction.class_embedding)]
     out = trainer.train_step(next(trainer.dataloader_train))
-    assert list(out)[-1] == "cog" and out["cog"] > 0
+    assert out["cog"] > 0
     after = (learner.ctx, guidance.project.weight, guidance.interaction.class_embedding)
     assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     file = str(dataset.results / "checkpoint.pth")
     trainer.save_checkpoint(file)
     saved = torch.load(file, weights_only=False)
     torch.testing.assert_close(saved["network_weights"]["guidance.features"], learner().detach())
-    assert saved["init_args"]["plans"]["semiseg"]["text_shape"] == [2 + (not regions) if not regions else 3, 16]
+    assert saved["init_args"]["plans"]["semiseg_found"]["text_shape"] == [3, 16]  # the background, too
 
 
 @every_trainer_with_text
@@ -48,11 +48,11 @@ def test_cog_is_the_alignment_of_every_output(trainer_class, ready, monkeypatch)
         seen.append((features.shape[0], p.shape[1], text.shape[0]))
         return category_alignment_loss(features, p, text)
 
-    monkeypatch.setattr("nnunet_semiseg.training.semi_supervised.category_alignment_loss", recording)
+    monkeypatch.setattr("nnunet_semiseg.training.text_guided.category_alignment_loss", recording)
     batch = next(trainer.dataloader_train)
     trainer.train_step(batch)
     outputs = {"CPSTrainer": 2, "MCNetTrainer": 3}.get(trainer_class.__name__, 1)
-    assert seen == [(2 * len(batch["data"]), 3, 3)] * outputs
+    assert seen == [(len(batch["data"]), 3, 3)] * (2 * outputs)  # of both streams
 
 
 @every_trainer_with_text
