@@ -7,22 +7,16 @@ import shutil
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import bare_trainer, make_trainer, nnunet_loss, settings_for, write_vlm
+from training import bare_trainer, batch_of, make_trainer, nnunet_loss, settings_for, terms_of, write_vlm
 
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
-from nnunet_semiseg.trainers.amvlm import (
-    AMVLMSettings,
-    AMVLMTrainer,
-    axes_of_sides,
-    exchange,
-    is_flat,
-    named_sides,
-    with_background,
-)
+from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer, with_background
+from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.pamr import neighbours, refine
+from nnunet_semiseg.vlm.sides import axes_of_sides, exchange, is_flat, named_sides
 from nnunet_semiseg.vlm.text_masks import (
     TextMaskGenerator,
     UpBlock,
@@ -35,7 +29,9 @@ from nnunet_semiseg.vlm.text_masks import (
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
-SETTINGS = AMVLMSettings()
+PAIRS = AMVLMSettings().side_pairs
+KEPT = (False, False)
+"""no flip"""
 
 
 # ----------------------------------------------------------------------------------------------------------- PAMR
@@ -213,11 +209,11 @@ def heads(q: float, regions: bool) -> torch.Tensor:
 
 
 def test_sides_that_texts_name():
-    assert named_sides(["two lesions", "a bright spot"], SETTINGS) == []
-    assert named_sides(["Left lung", "a spot"], SETTINGS) == named_sides(["kidney_left"], SETTINGS) == [1]
-    assert named_sides(["the upper right lobe"], SETTINGS) == [0, 1]
-    assert named_sides(["leftover tissue"], SETTINGS) == []  # a word, not a part of one
-    own = AMVLMSettings(horizontal_sides=(("links", "rechts"),))
+    assert named_sides(["two lesions", "a bright spot"], PAIRS) == []
+    assert named_sides(["Left lung", "a spot"], PAIRS) == named_sides(["kidney_left"], PAIRS) == [1]
+    assert named_sides(["the upper right lobe"], PAIRS) == [0, 1]
+    assert named_sides(["leftover tissue"], PAIRS) == []  # a word, not a part of one
+    own = AMVLMSettings(horizontal_sides=(("links", "rechts"),)).side_pairs
     assert named_sides(["im linken"], own) == [] and named_sides(["links unten"], own) == [1]
 
 
@@ -240,9 +236,9 @@ def test_the_axes_of_sides_are_those_of_the_image(order, median, n_dims, vertica
 
 def test_words_change_places_with_the_sides():
     text = "Upper left and lower right, leftover: left"
-    assert exchange(text, (False, True), SETTINGS) == "Upper right and lower left, leftover: right"
-    assert exchange(text, (True, False), SETTINGS) == "Lower left and upper right, leftover: left"
-    assert exchange(exchange(text, (True, True), SETTINGS), (True, True), SETTINGS) == text
+    assert exchange(text, (False, True), PAIRS) == "Upper right and lower left, leftover: right"
+    assert exchange(text, (True, False), PAIRS) == "Lower left and upper right, leftover: left"
+    assert exchange(exchange(text, (True, True), PAIRS), (True, True), PAIRS) == text
 
 
 @pytest.fixture
@@ -289,16 +285,28 @@ def test_flips_that_make_a_text_false_are_off(lesions):
 def test_flips_with_the_words_exchanged(lesions, monkeypatch):
     trainer = started(lesions("a lesion on the left"), sides="swap")
     assert augmentation(trainer) == (pytest.approx(0.2618, abs=1e-3), (0,), (0, 1))
-    batch = next(trainer.dataloader_train)
-    before = batch["data"].clone(), batch["target"][0].clone(), batch["unlabeled"]["weak"].clone()
+    batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    shown, asked = [], []
+    forward, teacher, text_masks = trainer.network.forward, trainer.teacher.forward, trainer.text_masks
+    trainer.network.forward = lambda x: (shown.append(x), forward(x))[1]
+    trainer.teacher.forward = lambda x: (shown.append(x), teacher(x))[1]
+    trainer.text_masks = lambda images, cases, flip: (asked.append((images, flip)), text_masks(images, cases, flip))[1]
+    trainer.loss.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
     monkeypatch.setattr(torch, "rand", lambda *_: torch.zeros(2))  # always
-    trainer.forward_streams(batch)
-    assert trainer.flip == (False, True)  # no text names upper or lower: that axis is the loader's
-    after = batch["data"], batch["target"][0], batch["unlabeled"]["weak"]
-    assert all(torch.equal(a, b.flip(-1)) for a, b in zip(after, before, strict=True))
+    terms_of(trainer, batch)
+    target, (masked, flip) = asked
+    assert flip == (False, True)  # no text names upper or lower: that axis is the loader's
+    labeled, taught, strong = shown
+    after = labeled, target[0], masked, taught, strong
+    before = batch.images, batch.target[0], batch.views["weak"], batch.views["weak"], batch.views["strong"]
+    assert all(torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     generator = trainer.auxiliary["text_masks"]
     swapped = generator.encode_texts(["a lesion on the right"])
     torch.testing.assert_close(trainer.text_features[False, True][:1], swapped)
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.ones(2))  # never
+    shown.clear()
+    terms_of(trainer, batch)
+    assert torch.equal(shown[0], batch.images)
 
 
 # ------------------------------------------------------------------------------------------------------------ texts
@@ -326,11 +334,11 @@ def test_a_case_has_its_own_text_and_without_one_the_teachers_word(lesions):
         make_trainer(AMVLMTrainer, dataset)
     trainer = started(dataset, missing_texts="skip")
     images = torch.randn(3, 1, 32, 32)
-    masks, has_text, loss = trainer.text_masks(images, ["un_001", "un_003", "un_000"])
+    masks, has_text, loss = trainer.text_masks(images, ["un_001", "un_003", "un_000"], KEPT)
     assert has_text.tolist() == [True, False, True] and torch.isfinite(loss)
     own = trainer.auxiliary["text_masks"].encode_texts(["two lesions"])
     torch.testing.assert_close(masks[:1], trainer.auxiliary["text_masks"](images[:1], own[:, None])[1])
-    assert trainer.text_masks(images, ["un_003"] * 3)[2] == 0
+    assert trainer.text_masks(images, ["un_003"] * 3, KEPT)[2] == 0
 
 
 def test_what_is_wrong_with_texts_is_one_line(lesions):
@@ -380,18 +388,25 @@ def test_the_three_supervisions_by_hand():
         p = torch.tensor(p).view(-1, 1, 1, 1)
         return torch.log(torch.cat((1 - p, p), 1))
 
-    trainer = bare_trainer(AMVLMTrainer, progress=0.5, pseudo_weight=0.5, mask_weight=2.0)
-    trainer.teacher = lambda x: logits_of(*(0.6 + x.flatten()).tolist())
-    asked = []
+    def says(x):  # the student, of an image that is P(a)
+        return logits_of(*x.flatten().tolist())
 
-    def text_masks(images, cases):
-        asked.append((images, cases))
+    def teacher(x):
+        return logits_of(*(0.6 + x.flatten()).tolist())
+
+    settings = dict(pseudo_weight=0.5, mask_weight=2.0)
+    trainer = bare_trainer(AMVLMTrainer, progress=0.5, network=says, teacher=teacher, **settings)
+    trainer.swapped, asked = [], []
+
+    def text_masks(images, cases, flip):
+        asked.append((images, cases, flip))
         return torch.tensor([0.8, 0.99]).view(2, 1, 1, 1), torch.tensor([True, False]), torch.tensor(3.0)
 
     trainer.text_masks = text_masks
     weak = torch.zeros(2, 1, 1, 1)
-    batch = {"unlabeled": {"weak": weak, "strong": weak + 0.3}, "unlabeled_keys": ["b", "a"]}
-    terms = trainer.semi_losses(None, logits_of(0.3, 0.9), batch)
+    strong, labeled = torch.tensor([0.3, 0.9]).view(2, 1, 1, 1), torch.full((2, 1, 1, 1), 0.7)
+    batch = batch_of(labeled, torch.ones(2, 1, 1, 1), cases=["b", "a"], weak=weak, strong=strong)
+    terms = terms_of(trainer, batch)
 
     def ce(q, p):
         return -(q * math.log(p) + (1 - q) * math.log(1 - p))
@@ -402,9 +417,11 @@ def test_the_three_supervisions_by_hand():
         "text": weight * (ce(0.8, 0.3) + ce(0.6, 0.9)) / 2,
         "average": weight * (ce(0.7, 0.3) + ce(0.6, 0.9)) / 2,
         "mask": 2.0 * 3.0,
+        "supervised": -math.log(0.7),
     }
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-5)
-    assert asked[0][1] == ["b", "a"] and torch.equal(asked[0][0], weak)
+    ((images, cases, flip),) = asked
+    assert cases == ["b", "a"] and torch.equal(images, weak) and flip == KEPT
 
 
 def test_sides_of_class_prompts_count(ready):
@@ -429,5 +446,5 @@ def test_slices_of_a_volume(lesions):
     assert torch.equal(sliced[:3], sliced[3:]) and len(sliced[:3, 0, 0, 0].unique()) == 3
 
 
-def test_the_settings_of_the_tests_have_a_pretrained_model(lesions):
-    assert "vlm" in settings_for(lesions())
+def test_the_settings_of_the_tests_have_a_pretrained_model():
+    assert "vlm" in settings_for()
