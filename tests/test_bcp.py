@@ -5,21 +5,29 @@ import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import bare_trainer, make_trainer, nnunet_loss
+from training import bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks.feature_perturbation import draw_box
 from nnunet_semiseg.trainers.bcp import BCPTrainer, pairs, paste
+from nnunet_semiseg.training.batch import Batch
 
 BOX = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
 BOX[:, :, :2] = True  # a quarter
 
 
-def behind_pretraining():
-    """A trainer that mixed with the box."""
-    trainer = bare_trainer(BCPTrainer)
-    trainer.method_state, trainer.box, trainer.loss = {"first_step": torch.tensor(0)}, BOX, nnunet_loss(False)
-    return trainer
+@pytest.fixture
+def behind_pretraining(monkeypatch):
+    """Makes a trainer that mixes with the box; images are logits, and the teacher says what it is shown."""
+    monkeypatch.setattr("nnunet_semiseg.trainers.bcp.draw_box", lambda x, share: BOX)
+
+    def make(*args, **kwargs):
+        trainer = bare_trainer(BCPTrainer, *args, **kwargs)
+        trainer.method_state = {"first_step": torch.tensor(0)}
+        trainer.loss = nnunet_loss(trainer.label_manager.has_regions)
+        return trainer
+
+    return make
 
 
 def of_probability(*slices):
@@ -28,6 +36,11 @@ def of_probability(*slices):
     for i, p in enumerate(slices):
         logits[:, 1, i] = math.log(p / (1 - p))
     return logits
+
+
+def within_and_around(within, around):
+    """The same, of the box and of what is around it."""
+    return of_probability(*[within] * 2, *[around] * 6)
 
 
 def loss_by_hand(p):
@@ -49,30 +62,27 @@ def test_paste_on_every_grid():
     assert coarse[:, 0, :, 0, 0].tolist() == [[1, 0, 0, 0]] * 2
 
 
-def test_the_losses_by_hand():
-    """X_in is labelled around the box, X_out within it; everything is class 1, p differs within and around."""
-    inwards = of_probability(*[0.9] * 2, *[0.6] * 6)
-    outwards = of_probability(*[0.7] * 2, *[0.8] * 6)
-    trainer, ones = behind_pretraining(), torch.ones(1, 1, 8, 8, 8)
-    supervised = trainer.supervised_losses((inwards, outwards), {"target": ones})["supervised"]
-    assert supervised.item() == pytest.approx(loss_by_hand(0.6) + loss_by_hand(0.7), abs=1e-4)
-    trainer.teacher = lambda x: of_probability(*[0.9] * 8)  # says class 1
-    batch = {"data": torch.zeros(1, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
-    pseudo = trainer.semi_losses(None, (inwards, outwards), batch)["pseudo"]
-    assert pseudo.item() == pytest.approx(0.5 * (loss_by_hand(0.9) + loss_by_hand(0.8)), abs=1e-4)
+def test_the_losses_by_hand(behind_pretraining):
+    """X_in is labelled around the box, X_out within it; everything is class 1, p differs within and around.
+
+    Inwards: 0.9 within, of the unlabelled image, and 0.6 around; outwards: 0.7 within, of the labelled one, and 0.8.
+    """
+    images, strong = within_and_around(within=0.7, around=0.6), within_and_around(within=0.9, around=0.8)
+    weak = of_probability(*[0.9] * 8)  # says class 1
+    terms = terms_of(behind_pretraining(), batch_of(images, torch.ones(1, 1, 8, 8, 8), weak=weak, strong=strong))
+    assert terms["supervised"].item() == pytest.approx(loss_by_hand(0.6) + loss_by_hand(0.7), abs=1e-4)
+    assert terms["pseudo"].item() == pytest.approx(0.5 * (loss_by_hand(0.9) + loss_by_hand(0.8)), abs=1e-4)
 
 
-def test_pseudo_labels_go_with_their_images():
+def test_pseudo_labels_go_with_their_images(behind_pretraining):
     """The teacher says class 1 of the first of two samples and 0 of the other; outwards they are exchanged.
 
     Where the label is 0 everywhere Dice is 0. The labelled parts, of 0.01, do not matter.
     """
-    inwards = torch.cat([of_probability(*[p] * 2, *[0.01] * 6) for p in (0.9, 0.2)])
-    outwards = torch.cat([of_probability(*[0.01] * 2, *[p] * 6) for p in (0.3, 0.8)])
-    trainer = behind_pretraining()
-    trainer.teacher = lambda x: torch.cat((of_probability(*[0.9] * 8), of_probability(*[0.1] * 8)))
-    batch = {"data": torch.zeros(2, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(2, 1, 8, 8, 8)}}
-    pseudo = trainer.semi_losses(None, (inwards, outwards), batch)["pseudo"]
+    images = of_probability(*[0.01] * 8).repeat(2, 1, 1, 1, 1)
+    strong = torch.cat((within_and_around(within=0.9, around=0.8), within_and_around(within=0.2, around=0.3)))
+    weak = torch.cat((of_probability(*[0.9] * 8), of_probability(*[0.1] * 8)))
+    pseudo = terms_of(behind_pretraining(), batch_of(images, weak=weak, strong=strong))["pseudo"]
     inside, around = (loss_by_hand(0.9) - math.log(0.8)) / 2, (loss_by_hand(0.8) - math.log(0.7)) / 2
     assert pseudo.item() == pytest.approx(0.5 * (inside + around), abs=1e-4)
 
@@ -82,36 +92,38 @@ def test_pretraining_mixes_images_and_labels_alike():
     trainer.method_state = {"first_step": torch.tensor(1)}
     trainer.network, trainer.loss = lambda x: x, lambda output, targets: [output, *targets]
     x = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1).expand(2, 1, 8, 8, 8)
-    batch = {"data": x, "target": [x, x[:, :, ::2, ::2, ::2]]}
-    labeled, unlabeled = trainer.forward_streams(batch)
-    image, fine, coarse = trainer.supervised_losses(labeled, batch)["supervised"]
-    assert unlabeled is None and torch.equal(image, fine)
+    (terms,) = trainer.losses(batch_of(x, [x, x[:, :, ::2, ::2, ::2]]))
+    image, fine, coarse = terms["supervised"]
+    assert terms["pseudo"] == 0 and torch.equal(image, fine)
     for mixed in (fine, coarse):  # an eighth is of the other sample
         assert [(sample == other).float().mean() for sample, other in zip(mixed, (2, 1), strict=True)] == [0.125] * 2
 
 
-def test_what_the_network_sees(ready):
-    trainer = make_trainer(BCPTrainer, ready(), pretraining=0.5)
+def test_what_the_network_sees(ready, monkeypatch):
+    trainer, boxes = make_trainer(BCPTrainer, ready(), pretraining=0.5), []
+    monkeypatch.setattr(
+        "nnunet_semiseg.trainers.bcp.draw_box", lambda x, share: (boxes.append(draw_box(x, share)), boxes[-1])[1]
+    )
     trainer.on_train_start()
     batch = next(trainer.dataloader_train)
     batch["data"] = torch.zeros_like(batch["data"]) + torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1)
-    batch["unlabeled"]["strong"] = torch.zeros_like(batch["data"]) + torch.tensor([3.0, 4.0]).view(2, 1, 1, 1, 1)
-    seen = []
-    trainer.network.forward = lambda x: (seen.append(x), x)[1]
+    batch["views"]["strong"] = torch.zeros_like(batch["data"]) + torch.tensor([3.0, 4.0]).view(2, 1, 1, 1, 1)
+    batch, forward, seen = Batch.from_loader(batch, trainer.device), trainer.network.forward, []
+    trainer.network.forward = lambda x: (seen.append(x), forward(x))[1]
     trainer.step = 2
-    trainer.forward_streams(batch)
-    inside = trainer.box.expand(2, 1, *trainer.box.shape[2:])
+    terms_of(trainer, batch)
+    inside = boxes[0].expand(2, 1, *boxes[0].shape[2:])
     assert [seen[0][i][inside[i]].unique().tolist() for i in (0, 1)] == [[2], [1]]
     assert [seen[0][i][~inside[i]].unique().tolist() for i in (0, 1)] == [[1], [2]]
     trainer.step = 3
     with torch.no_grad():
         for p in trainer.network.parameters():
             p.fill_(0.25)
-    trainer.forward_streams(batch)
+    terms_of(trainer, batch)
     assert all((p == 0.25).all() for p in trainer.teacher.parameters())  # the teacher begins as the pre-training's end
-    inside = trainer.box.expand(4, 1, *trainer.box.shape[2:])
-    assert [seen[1][i][inside[i]].unique().tolist() for i in range(4)] == [[3], [4], [1], [2]]
-    assert [seen[1][i][~inside[i]].unique().tolist() for i in range(4)] == [[1], [2], [4], [3]]
+    inside, mixes = boxes[1].expand(4, 1, *boxes[1].shape[2:]), torch.cat(seen[1:])
+    assert [mixes[i][inside[i]].unique().tolist() for i in range(4)] == [[3], [4], [1], [2]]
+    assert [mixes[i][~inside[i]].unique().tolist() for i in range(4)] == [[1], [2], [4], [3]]
 
 
 def test_masks_are_on_coarse_grids_where_nnunets_labels_are():
@@ -127,44 +139,43 @@ def test_masks_are_on_coarse_grids_where_nnunets_labels_are():
             assert torch.equal(paste(box, x[None], y[None]), expected[None])
 
 
-def test_every_output_of_deep_supervision_counts_with_its_weight():
-    """Outputs of 8^3 and 4^3, in which the labelled part has p = 0.6 and 0.9; weights 2/3 and 1/3."""
-    trainer = behind_pretraining()
-    trainer.loss, trainer.enable_deep_supervision = DeepSupervisionWrapper(trainer.loss, (2 / 3, 1 / 3)), True
+def test_every_output_of_deep_supervision_counts_with_its_weight(behind_pretraining):
+    """Outputs of 8^3 and 4^3, in which the labelled part has p = 0.6 and 0.9; weights 2/3 and 1/3; of both mixes."""
     fine, coarse = of_probability(*[0.6] * 8), of_probability(*[0.9] * 8)[..., ::2, ::2, ::2]
+    trainer = behind_pretraining(network=lambda x: [fine, coarse])
+    trainer.loss, trainer.enable_deep_supervision = DeepSupervisionWrapper(trainer.loss, (2 / 3, 1 / 3)), True
     targets = [torch.ones(1, 1, n, n, n) for n in (8, 4)]
-    loss = trainer.loss_where(~BOX, [fine, coarse], targets)
-    assert loss.item() == pytest.approx(2 / 3 * loss_by_hand(0.6) + 1 / 3 * loss_by_hand(0.9), abs=1e-4)
+    terms = terms_of(trainer, batch_of(fine, targets, weak=fine, strong=fine))
+    expected = 2 / 3 * loss_by_hand(0.6) + 1 / 3 * loss_by_hand(0.9)
+    assert terms["supervised"].item() == pytest.approx(2 * expected, abs=1e-4)
+    assert terms["pseudo"].item() == pytest.approx(0.5 * 2 * loss_by_hand(0.6), abs=1e-4)  # the full resolution alone
 
 
-def test_more_unlabelled_samples_than_labelled_ones():
+def test_more_unlabelled_samples_than_labelled_ones(behind_pretraining):
     x = torch.arange(4.0)
     assert [p.tolist() for p in pairs(x, 2)] == [[0, 1], [2, 0]]
     assert [p.tolist() for p in pairs(x[:2], 2)] == [[0, 1], [1, 0]]
     assert [p.tolist() for p in pairs(x, 1)] == [[0], [1]]
 
-    seen, trainer = [], behind_pretraining()
-    trainer.network = lambda x: x
-    trainer.teacher = lambda x: (seen.append(x.flatten(1)[:, 0].tolist()), torch.zeros(len(x), 2, 8, 8, 8))[1]
-    unlabeled = {view: x.view(4, 1, 1, 1, 1).expand(4, 1, 8, 8, 8) for view in ("weak", "strong")}
-    batch = {"data": torch.full((2, 1, 8, 8, 8), 9.0), "unlabeled": unlabeled}
-    (inwards, outwards), _ = trainer.forward_streams(batch)
-    inside = trainer.box.expand(2, 1, 8, 8, 8)
-    assert [x[i][inside[i]].unique().tolist() for x in (inwards,) for i in (0, 1)] == [[0], [1]]
-    assert [x[i][~inside[i]].unique().tolist() for x in (outwards,) for i in (0, 1)] == [[2], [0]]
-    trainer.semi_losses(None, (torch.zeros(2, 2, 8, 8, 8),) * 2, batch)
-    assert seen == [[0, 1, 2]]
+    seen, taught = [], []
+    trainer = behind_pretraining(
+        network=lambda x: (seen.append(x), x)[1],
+        teacher=lambda x: (taught.append(x.flatten(1)[:, 0].tolist()), x)[1],
+    )
+    views = {view: x.view(4, 1, 1, 1, 1).expand(4, 2, 8, 8, 8) for view in ("weak", "strong")}
+    terms_of(trainer, batch_of(torch.full((2, 2, 8, 8, 8), 9.0), **views))
+    inwards, outwards = seen
+    inside = BOX.expand(2, 2, 8, 8, 8)
+    assert [inwards[i][inside[i]].unique().tolist() for i in (0, 1)] == [[0], [1]]
+    assert [outwards[i][~inside[i]].unique().tolist() for i in (0, 1)] == [[2], [0]]
+    assert taught == [[0, 1, 2]]
 
 
-def test_the_largest_component_is_kept_where_it_is_asked_for(monkeypatch):
-    calls = []
+def test_the_largest_component_is_kept_where_it_is_asked_for(monkeypatch, behind_pretraining):
+    calls, zeros = [], torch.zeros(1, 2, 8, 8, 8)
     monkeypatch.setattr("nnunet_semiseg.trainers.bcp.keep_largest_component", lambda x, _: (calls.append(1), x)[1])
-    batch = {"data": torch.zeros(1, 1, 8, 8, 8), "unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
-    trainer, zeros = behind_pretraining(), torch.zeros(1, 2, 8, 8, 8)
-    trainer.teacher = lambda x: zeros
     for asked, expected in ((False, 0), (True, 1)):
-        trainer.settings = BCPTrainer.settings_class(largest_component=asked)
-        trainer.semi_losses(None, (zeros, zeros), batch)
+        terms_of(behind_pretraining(largest_component=asked), batch_of(zeros, weak=zeros, strong=zeros))
         assert len(calls) == expected
 
 
@@ -186,32 +197,41 @@ def test_the_end_of_the_pretraining_stays_when_a_training_becomes_longer(ready):
     assert longer.first_step == 5
     other = make_trainer(BCPTrainer, dataset, num_epochs=3, num_iterations_per_epoch=3, pretraining=0.9)
     other.initialize()
-    with pytest.raises(UserError, match="checkpoint.pth: its pretraining was 0.5: set it back with --set, or train"):
+    with pytest.raises(UserError, match="/BCPTrainer__.*: its pretraining was 0.5: set it back with --set, or train"):
         other.load_checkpoint(file)
 
 
+@pytest.fixture
+def everything_is_labelled(behind_pretraining, monkeypatch):
+    """Nothing is pasted into the labelled images: one of the two mixes is labelled everywhere, the other nowhere."""
+
+    def make(labels):
+        monkeypatch.setattr("nnunet_semiseg.trainers.bcp.draw_box", lambda x, share: torch.zeros_like(BOX))
+        return behind_pretraining(labels)
+
+    return make
+
+
 @pytest.mark.parametrize("wrong", [0.1, 0.9])
-def test_ignored_voxels_do_not_count(wrong):
+def test_ignored_voxels_do_not_count(wrong, everything_is_labelled):
     """Half of the voxels are class 1, of p = 0.6; what the network says of the others has no effect."""
-    trainer = behind_pretraining()
-    trainer.label_manager = LabelManager({"background": 0, "a": 1, "ignore": 2}, None)
+    trainer = everything_is_labelled(LabelManager({"background": 0, "a": 1, "ignore": 2}, None))
     target = torch.ones(1, 1, 8, 8, 8)
     target[:, :, 4:] = 2
-    loss = trainer.loss_where(torch.ones_like(BOX), of_probability(*[0.6] * 4, *[wrong] * 4), target)
+    images = of_probability(*[0.6] * 4, *[wrong] * 4)
+    loss = terms_of(trainer, batch_of(images, target, weak=images, strong=images))["supervised"]
     assert loss.item() == pytest.approx(loss_by_hand(0.6), abs=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [0.1, 0.9])
-def test_nor_do_those_of_regions(wrong):
+def test_nor_do_those_of_regions(wrong, everything_is_labelled):
     """The same, of two regions that are both there; the last channel of the target says what is ignored."""
-    trainer = behind_pretraining()
-    trainer.label_manager = LabelManager({"background": 0, "both": (1, 2), "b": (2,), "ignore": 3}, [1, 2])
-    trainer.loss = nnunet_loss(True)
+    trainer = everything_is_labelled(LabelManager({"background": 0, "both": (1, 2), "b": (2,), "ignore": 3}, [1, 2]))
     target = torch.ones(1, 3, 8, 8, 8)
     target[:, 2, :4] = 0
     logits = torch.full((1, 2, 8, 8, 8), math.log(0.6 / 0.4))
     logits[:, :, 4:] = math.log(wrong / (1 - wrong))
-    loss = trainer.loss_where(torch.ones_like(BOX), logits, target)
+    loss = terms_of(trainer, batch_of(logits, target, weak=logits, strong=logits))["supervised"]
     assert loss.item() == pytest.approx(loss_by_hand(0.6), abs=1e-4)
 
 

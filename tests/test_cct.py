@@ -3,29 +3,41 @@ import math
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import REGIONS, bare_trainer, make_trainer
+from training import REGIONS, Echo, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks import feature_perturbation as perturbation
+from nnunet_semiseg.networks.multi_decoder import Encoded
 from nnunet_semiseg.trainers.cct import PERTURBATIONS, CCTTrainer
+from nnunet_semiseg.training.batch import Batch
 
+CLASSES_AND_B = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 X = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(1, 2, 8, 8, 8)
 
 
-def test_the_consistency_by_hand():
+def without_perturbation(monkeypatch, *args, decoders=1, **settings):
+    """A trainer whose main decoder says the first channels of an image, each auxiliary one the next."""
+    monkeypatch.setitem(PERTURBATIONS, "noise", lambda x: x)
+    return bare_trainer(CCTTrainer, *args, network=Echo(1 + decoders), perturbations=("noise",) * decoders, **settings)
+
+
+def test_the_consistency_by_hand(monkeypatch):
     """The main decoder says 1/2; one auxiliary decoder as well, another 0.8 and 0.2: (0 + 0.09) / 2."""
     same, other = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
     other[:, 0] = torch.logit(torch.tensor(0.8))
-    loss = bare_trainer(CCTTrainer).semi_losses(None, (same, [same, other]), {})["consistency"]
-    assert loss.item() == pytest.approx(0.1 * 0.09 / 2)
+    images = torch.cat((same, same, other), 1)
+    terms = terms_of(without_perturbation(monkeypatch, decoders=2), batch_of(images, strong=images))
+    assert terms["consistency"].item() == pytest.approx(0.1 * 0.09 / 2)
+    assert terms["supervised"].item() == pytest.approx(math.log(2))  # the main decoder's alone
 
 
-def test_the_weight_has_a_ramp():
+def test_the_weight_has_a_ramp(monkeypatch):
     """0.2 is half of a ramp of 0.4: exp(-5 * 0.5^2)."""
-    trainer = bare_trainer(CCTTrainer, progress=0.2, consistency_weight=2.0, ramp_length=0.4)
+    trainer = without_perturbation(monkeypatch, progress=0.2, consistency_weight=2.0, ramp_length=0.4)
     main, other = torch.zeros(2, 1, 2, 8, 8, 8)
     other[:, 0] = torch.logit(torch.tensor(0.8))
-    loss = trainer.semi_losses(None, (main, [other]), {})["consistency"]
+    images = torch.cat((main, other), 1)
+    loss = terms_of(trainer, batch_of(images, strong=images))["consistency"]
     assert loss.item() == pytest.approx(2 * math.exp(-1.25) * 0.09)
 
 
@@ -33,36 +45,69 @@ def test_only_auxiliary_decoders_and_the_encoder_learn_from_unlabelled_samples(r
     trainer = make_trainer(CCTTrainer, ready())
     trainer.on_train_start()
     trainer.network.train()
-    seen = {"encoder": [], "decoder": []}
-    trainer.network.encoder.register_forward_hook(lambda m, x, y: seen["encoder"].append(len(x[0])))
-    trainer.network.decoder.register_forward_hook(lambda m, x, y: seen["decoder"].append(len(x[0][-1])))
-    batch = next(trainer.dataloader_train)
-    labeled, (main, others) = trainer.forward_streams(batch)
-    assert seen == {"encoder": [4], "decoder": [2, 2]}
-    trainer.network.eval(), trainer.set_deep_supervision_enabled(False)
-    unperturbed = trainer.network(torch.cat((batch["data"], batch["unlabeled"][trainer.student_view])))
-    torch.testing.assert_close(torch.cat((labeled[0], main)), unperturbed)
     trainer.step = trainer.num_epochs * trainer.num_iterations_per_epoch
-    trainer.semi_losses(labeled, (main, others), batch)["consistency"].backward()
+    seen = {"encoder": [], "decoder": []}
+    outputs = []
+    bottleneck = trainer.network.encoder.stages[-1]  # the first stage runs again in the backward pass
+    bottleneck.register_forward_hook(lambda m, x, y: seen["encoder"].append(len(x[0])))
+    trainer.network.decoder.register_forward_hook(lambda m, x, y: seen["decoder"].append(len(x[0][-1])))
+    trainer.network.decoder.register_forward_hook(lambda m, x, y: outputs.append(y[0].detach()))
+    batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    groups = trainer.losses(batch)
+    next(groups)["supervised"].backward()
+    learn = {name.split(".")[0] for name, p in trainer.network.named_parameters() if p.grad is not None}
+    assert learn == {"encoder", "decoder"}
+    trainer.network.zero_grad()
+    trainer.backward(groups)
+    assert seen == {"encoder": [2, 2], "decoder": [2, 2]}  # each stream once
+    trainer.network.eval(), trainer.set_deep_supervision_enabled(False)
+    unperturbed = trainer.network(torch.cat((batch.images, batch.views["strong"])))
+    torch.testing.assert_close(torch.cat(outputs[:2]), unperturbed)
     learn = {name for name, p in trainer.network.named_parameters() if p.grad is not None and p.grad.any()}
     assert {name.split(".")[0] for name in learn} == {"encoder", "other_decoders"}
+
+
+class TwoLevels(Echo):
+    """Features on two levels are of the image's last channel; the main decoder says the others.
+
+    An auxiliary decoder keeps what it reads.
+    """
+
+    def __init__(self):
+        self.read = []
+
+    def encode(self, x, text=None):
+        fine = x[:, -1:].expand(-1, 5, -1, -1, -1)
+        return Encoded([fine, fine[..., ::2, ::2, ::2], x[:, :-1]], None)
+
+    def decode(self, skips, decoder=0):
+        if decoder:
+            self.read.append(skips[:2])
+        return skips[2]
 
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_perturbed_are_unlabelled_features_by_their_own_foreground(regions):
     """The unlabelled samples' foreground is slices 2 and 3; features: labelled 1 and 2, unlabelled 3 and 4."""
-    trainer = bare_trainer(CCTTrainer, REGIONS if regions else LabelManager({"background": 0, "a": 1, "b": 2}, None))
+    names = ("context_mask", "object_mask")
+    trainer = bare_trainer(
+        CCTTrainer, REGIONS if regions else CLASSES_AND_B, network=(network := TwoLevels()), perturbations=names
+    )
+    heads = 2 if regions else 3
     inside = torch.zeros(2, 8, 8, 8, dtype=torch.bool)
     inside[:, 2:4] = True
-    logits = torch.zeros(2, 2 if regions else 3, 8, 8, 8) - 3
+    logits = torch.zeros(2, heads, 8, 8, 8) - 3
     if not regions:
         logits[:, 0] = 0
     logits[:, -1][inside] = 3
-    fine = torch.arange(1.0, 5).view(4, 1, 1, 1, 1).expand(4, 5, 8, 8, 8)
-    skips = [fine, fine[..., ::2, ::2, ::2]]
+    labeled, unlabeled = (
+        torch.cat((x, torch.tensor(values).view(2, 1, 1, 1, 1).expand(2, 1, 8, 8, 8)), 1)
+        for x, values in ((-logits, [1.0, 2]), (logits, [3.0, 4]))
+    )
+    target = torch.zeros(2, heads if regions else 1, 8, 8, 8)
+    terms_of(trainer, batch_of(labeled, target, strong=unlabeled))
     only = torch.tensor([0.0, 0, 1, 1, 0, 0, 0, 0])
-    for name, expected in {"context_mask": only, "object_mask": 1 - only}.items():
-        perturbed = trainer.perturb(name, 2, skips, [None, [logits]])
+    for perturbed, expected in zip(network.read, (only, 1 - only), strict=True):
         for features, places in zip(perturbed, (expected, expected[::2]), strict=True):
             assert features.shape[:2] == (2, 5) and (features == features[:, :1, :, :1, :1]).all()
             assert torch.equal(features[:, 0, :, 0, 0], torch.stack((3 * places, 4 * places)))
@@ -87,8 +132,14 @@ def test_drop_takes_the_most_active_places():
 
 
 def test_dropout_takes_half_of_the_channels_on_every_level():
-    skips = [torch.ones(3, 400, 4, 4, 4), torch.ones(3, 400, 2, 2, 2)]
-    for x in CCTTrainer.perturb(None, "dropout", 1, skips, []):
+    network = Echo()
+    network.encode = lambda x: Encoded(
+        [x.expand(-1, 400, -1, -1, -1), x[..., :2, :2, :2].expand(-1, 400, -1, -1, -1)], 0
+    )
+    network.decode = lambda skips, decoder=0: (read.append(skips), torch.zeros(len(skips[0]), 2, 4, 4, 4))[1]
+    read, x = [], torch.ones(2, 1, 4, 4, 4)
+    terms_of(bare_trainer(CCTTrainer, network=network, perturbations=("dropout",)), batch_of(x, strong=x))
+    for x in read[-1]:
         assert x.shape[:2] == (2, 400) and (x == x[..., :1, :1, :1]).all()
         assert x.unique().tolist() == [0, 2]  # of 1 / (1 - 0.5)
         assert 0.4 < (x > 0).float().mean() < 0.6

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from training import REGIONS, bare_trainer, make_trainer
+from training import REGIONS, Echo, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.trainers.cps import CPSTrainer
 
@@ -13,28 +13,39 @@ def of_probability(p, heads=2):
     return logits
 
 
+def two_networks(*args, **settings):
+    """A trainer whose first network says the first half of an image's channels, the second one the others."""
+    trainer = bare_trainer(CPSTrainer, *args, network=Echo(2), **settings)
+    trainer.auxiliary = {"second": Echo(2, main=1)}
+    return trainer
+
+
+def of_both(*ps):
+    """Images of which the networks say these probabilities."""
+    return torch.cat([of_probability(p) for p in ps], 1)
+
+
 def test_each_network_learns_the_others_decision():
     """Network 1 says class 1 with 0.8, network 2 with 0.4, so decides for 0: CE -log 0.2 of one, -log 0.4 of two."""
-    trainer = bare_trainer(CPSTrainer, cps_weight=0.2)
-    first, second = of_probability(0.8), of_probability(0.4)
-    loss = trainer.semi_losses((first, second), (first, second), {})["cps"]
+    images = of_both(0.8, 0.4)
+    loss = terms_of(two_networks(cps_weight=0.2), batch_of(images, strong=images))["cps"]
     assert loss.item() == pytest.approx(0.2 * -(math.log(0.2) + math.log(0.4)))
 
 
 def test_both_streams_count_by_a_ramp():
     """Labelled as above; elsewhere network 1 says class 1 with 0.9, network 2 with 0.3; the ramp at 0.2."""
-    trainer = bare_trainer(CPSTrainer, progress=0.2, cps_weight=0.2)
-    labeled, unlabeled = ([of_probability(p).repeat(2, 1, 1, 1, 1) for p in ps] for ps in ((0.8, 0.4), (0.9, 0.3)))
-    loss = trainer.semi_losses(labeled, unlabeled, {})["cps"]
+    trainer = two_networks(progress=0.2, cps_weight=0.2)
+    labeled, unlabeled = (of_both(*ps).repeat(2, 1, 1, 1, 1) for ps in ((0.8, 0.4), (0.9, 0.3)))
+    loss = terms_of(trainer, batch_of(labeled, strong=unlabeled))["cps"]
     both = -(math.log(0.2) + math.log(0.4)) - (math.log(0.1) + math.log(0.3))
     assert loss.item() == pytest.approx(0.2 * math.exp(-5 * 0.8**2) * both / 2)
 
 
 def test_regions_one_by_one():
     """Region 0: both say 1/2, which is no; region 1 as above."""
-    trainer = bare_trainer(CPSTrainer, REGIONS, cps_weight=0.2)
-    first, second = of_probability(0.8), of_probability(0.4)
-    loss = trainer.semi_losses((first, second), (first, second), {})["cps"]
+    images = of_both(0.8, 0.4)
+    batch = batch_of(images, torch.zeros(1, 2, 8, 8, 8), strong=images)
+    loss = terms_of(two_networks(REGIONS, cps_weight=0.2), batch)["cps"]
     region_0, region_1 = -2 * math.log(0.5), -(math.log(0.2) + math.log(0.4))
     assert loss.item() == pytest.approx(0.2 * (region_0 + region_1) / 2)
 
@@ -65,9 +76,32 @@ def test_both_networks_run_in_bfloat16(ready):
             assert torch.equal(a, b)  # both rounded
 
 
+def test_the_mean_is_over_samples():
+    """One labelled sample and three others: the first counts a quarter."""
+    labeled, unlabeled = of_both(0.8, 0.4), of_both(0.9, 0.3).repeat(3, 1, 1, 1, 1)
+    loss = terms_of(two_networks(cps_weight=0.2), batch_of(labeled, strong=unlabeled))["cps"]
+    expected = -(math.log(0.2) + math.log(0.4)) / 4 - 3 * (math.log(0.1) + math.log(0.3)) / 4
+    assert loss.item() == pytest.approx(0.2 * expected)
+
+
 def test_both_networks_learn_from_labels():
-    trainer = bare_trainer(CPSTrainer)
-    trainer.loss = lambda output, target: (output, target)
-    terms = trainer.supervised_losses(("one", "two"), {"target": "label"})
-    assert terms == {"supervised_1": ("one", "label"), "supervised_2": ("two", "label")}
-    assert CPSTrainer.settings_class().cps_weight == 0.1
+    """The labels are class 1, of which the networks say 0.8 and 0.4; what they say elsewhere does not matter."""
+    batch = batch_of(of_both(0.8, 0.4), torch.ones(1, 1, 8, 8, 8), strong=of_both(0.1, 0.9))
+    terms = terms_of(two_networks(), batch)
+    assert terms["supervised_1"].item() == pytest.approx(-math.log(0.8))
+    assert terms["supervised_2"].item() == pytest.approx(-math.log(0.4))
+    assert set(terms) == {"supervised_1", "supervised_2", "cps"} and CPSTrainer.settings_class().cps_weight == 0.1
+
+
+def test_a_network_learns_its_own_losses_and_gives_the_other_labels():
+    """Each gets the gradient of its own two cross-entropies; towards the labels of the other there is none."""
+    images = of_both(0.8, 0.4)
+    trainer = two_networks(cps_weight=0.2)
+    scales = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    trainer.network.decode = lambda skips, i=0: scales[0] * skips[0][:, :2]
+    trainer.auxiliary["second"].decode = lambda skips, i=0: scales[1] * skips[0][:, 2:]
+    trainer.backward(trainer.losses(batch_of(images, torch.ones(1, 1, 8, 8, 8), strong=images)))
+    for scale, p, others in zip(scales, (0.8, 0.4), (0, 1), strict=True):
+        # d CE / d scale = logit (p - label), for the label 1 and for the other's decision
+        expected = math.log(p / (1 - p)) * ((p - 1) + 0.2 * (p - others))
+        assert scale.grad.item() == pytest.approx(expected, rel=1e-4)

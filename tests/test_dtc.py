@@ -4,9 +4,22 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import CLASSES, REGIONS, bare_trainer, make_trainer
+from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.trainers.dtc import DTCTrainer, add_level_sets, level_set
+
+
+def images_of(logits, level_sets):
+    """Images of which the network says these logits, and, by tanh, these level sets."""
+    return torch.cat((logits, level_sets.atanh()), 1)
+
+
+def a_batch(labeled, unlabeled, target=None, level_sets=None):
+    """A labelled stream and an unlabelled one, each of logits and level sets."""
+    images = images_of(*labeled)
+    target = torch.zeros_like(images[:, :1]) if target is None else target
+    extra = {"level_sets": torch.zeros_like(labeled[1]) if level_sets is None else level_sets}
+    return batch_of(images, target, extra, strong=images_of(*unlabeled))
 
 
 def test_a_level_set_by_hand():
@@ -40,7 +53,7 @@ def test_both_tasks_agree_where_the_sign_is_right():
     z[:, :, :4] = -0.1
     z[:, :, 2:6] = 0
     flat = torch.zeros(1, 2, 8, 8, 8)
-    loss = bare_trainer(DTCTrainer).semi_losses((flat, z), (flat, z), {})["dtc"]
+    loss = terms_of(bare_trainer(DTCTrainer), a_batch((flat, z), (flat, z)))["dtc"]
     assert loss.item() == pytest.approx(0.25 / 2)
 
 
@@ -52,7 +65,7 @@ def test_tasks_agree_in_both_streams_by_a_ramp():
     inside = torch.full((2, 2, 8, 8, 8), -0.1)
     z = inside.clone()
     z[:, 0] = 0.1
-    loss = trainer.semi_losses((flat, inside), (other, z), {})["dtc"]
+    loss = terms_of(trainer, a_batch((flat, inside), (other, z)))["dtc"]
     assert loss.item() == pytest.approx(3 * math.exp(-5 * 0.8**2) * (0.5**2 + 0.2**2) / 2)
 
 
@@ -60,18 +73,31 @@ def test_each_task_learns_from_the_other():
     p, z = torch.zeros(2, 2, 2, 8, 8, 8)
     z[:, 0] = -0.001
     p.requires_grad_(), z.requires_grad_()
-    bare_trainer(DTCTrainer).semi_losses((p, z), (p, z), {})["dtc"].backward()
+    trainer = bare_trainer(DTCTrainer, memory="fast")  # one graph, from the loss to the images
+    terms_of(trainer, a_batch((p, z), (p, z)))["dtc"].backward()
     assert p.grad.all() and z.grad[:, 0].all()
 
 
 def test_level_sets_are_the_second_half_of_the_heads_by_tanh():
-    trainer = bare_trainer(DTCTrainer)
-    trainer.network = None
-    trainer.decode = lambda network, x: [[torch.cat((x, 2 * x, 3 * x, 4 * x), 1)]]
-    batch = {"data": torch.full((2, 1, 8, 8, 8), 0.5), "unlabeled": {"strong": torch.full((2, 1, 8, 8, 8), -0.25)}}
-    for (output, z), x in zip(trainer.forward_streams(batch), (0.5, -0.25), strict=True):
-        assert output[0][1, :, 0, 0, 0].tolist() == [x, 2 * x]
-        assert z[1, :, 0, 0, 0].tolist() == pytest.approx([math.tanh(3 * x), math.tanh(4 * x)])
+    """The network says x, 2 x, 3 x, 4 x, where there are labels with x = 0.5, elsewhere -0.25; true level sets are 0.
+
+    The former's are above 0, which is outside, the latter's below: all is inside.
+    """
+    trainer, seen = bare_trainer(DTCTrainer), []
+    trainer.loss = lambda output, target: (seen.append(output), output.sum())[1]
+    labeled, unlabeled = (
+        torch.tensor([x, 2 * x, 3 * x, 4 * x]).view(1, 4, 1, 1, 1).expand(2, 4, 8, 8, 8) for x in (0.5, -0.25)
+    )
+    batch = batch_of(labeled, extra={"level_sets": torch.zeros(2, 2, 8, 8, 8)}, strong=unlabeled)
+    terms = terms_of(trainer, batch)
+    assert len(seen) == 1 and seen[0][1, :, 0, 0, 0].tolist() == [0.5, 1]
+    assert terms["level_sets"].item() == pytest.approx(0.3 * (math.tanh(1.5) ** 2 + math.tanh(2) ** 2) / 2)
+
+    def p(difference):
+        return 1 / (1 + math.exp(-difference))
+
+    outside, inside = (p(-0.5) ** 2 + p(0.5) ** 2) / 2, ((1 - p(0.25)) ** 2 + (1 - p(-0.25)) ** 2) / 2
+    assert terms["dtc"].item() == pytest.approx((outside + inside) / 2)
 
 
 def test_the_supervised_loss_of_level_sets():
@@ -81,7 +107,7 @@ def test_the_supervised_loss_of_level_sets():
     target = torch.zeros(1, 1, 8, 8, 8)
     trainer = bare_trainer(DTCTrainer)
     trainer.loss = lambda output, target: torch.tensor(7.0)
-    terms = trainer.supervised_losses((None, z), {"target": target, "targets": {"level_sets": true}})
+    terms = terms_of(trainer, a_batch((z, z), (z, z), target, true))
     assert terms["supervised"] == 7 and terms["level_sets"].item() == pytest.approx(0.3 * 0.25 / 4)
 
 
@@ -92,11 +118,11 @@ def test_a_patch_with_ignored_voxels_has_no_level_sets():
     z, true = torch.zeros(2, 2, 8, 8, 8), torch.tensor([0.5, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 8, 8, 8)
     target = torch.zeros(2, 1, 8, 8, 8)
     target[1, 0, 0, 0, 0] = 2
-    batch = {"target": target, "targets": {"level_sets": true}}
-    loss = trainer.supervised_losses((None, z), batch)["level_sets"]
+    batch = a_batch((z, z), (z, z), target, true)
+    loss = terms_of(trainer, batch)["level_sets"]
     assert loss.item() == pytest.approx(2 * 0.25)
     target[:] = 2
-    assert trainer.supervised_losses((None, z), batch)["level_sets"] == 0
+    assert terms_of(trainer, batch)["level_sets"] == 0
 
 
 def test_the_loader_makes_level_sets_of_the_augmented_labels(ready):
@@ -104,9 +130,9 @@ def test_the_loader_makes_level_sets_of_the_augmented_labels(ready):
     trainer.on_train_start()
     batch = next(trainer.dataloader_train)
     again = add_level_sets(batch, {}, trainer.label_manager)["level_sets"]
-    assert torch.equal(batch["targets"]["level_sets"], again) and again.min() == -1 and again.max() == 1
+    assert torch.equal(batch["extra"]["level_sets"], again) and again.min() == -1 and again.max() == 1
     x = batch["data"]
     trainer.network.eval()
-    (both,) = trainer.network(x, None, (0,))
+    both = trainer.network.decode(trainer.network.encode(x).skips)
     for deployed, output in zip(trainer.network(x), both, strict=True):
         assert torch.equal(deployed, output[:, :3]) and output.shape[1] == 6

@@ -2,10 +2,15 @@ import math
 
 import pytest
 import torch
-from training import CLASSES, REGIONS, bare_trainer, make_trainer
+from training import CLASSES, REGIONS, Echo, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.networks.multi_decoder import InterpolationUpsampling
 from nnunet_semiseg.trainers.mc_net import MCNetTrainer
+
+
+def three_decoders(*args, **settings):
+    """A trainer whose decoders say the first, second and last third of an image's channels."""
+    return bare_trainer(MCNetTrainer, *args, network=Echo(3), **settings)
 
 
 @pytest.mark.parametrize("labels", [CLASSES, REGIONS])
@@ -15,21 +20,22 @@ def test_decoders_approach_each_others_sharpened_output(labels):
     Ordered pairs (i learns from j): (0 of 1) and (0 of 2): 0.1^2 each; (1 of 0) and (2 of 0): (0.692 - 0.5)^2 each;
     (1 of 2) and (2 of 1): 0. Regions: only one of both heads differs from 1/2.
     """
-    trainer = bare_trainer(MCNetTrainer, labels, sharpening=0.5, mutual_weight=2.0)
+    trainer = three_decoders(labels, sharpening=0.5, mutual_weight=2.0)
     even, first = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
     first[:, 1] = math.log(0.6 / 0.4)
-    outputs = (first, even, even)
-    loss = trainer.semi_losses(outputs, outputs, {})["mutual"]
+    images = torch.cat((first, even, even), 1)
+    target = torch.zeros(1, 2 if labels is REGIONS else 1, 8, 8, 8)
+    loss = terms_of(trainer, batch_of(images, target, strong=images))["mutual"]
     expected = 2 * 0.1**2 + 2 * (0.36 / 0.52 - 0.5) ** 2
     assert loss.item() == pytest.approx(2 * expected * (0.5 if labels is REGIONS else 1))
 
 
 def test_consistency_of_both_streams_by_a_ramp():
     """Decoders: 0.6, 0.5, 0.5 where there are labels, as above; 0.8, 0.5, 0.5 elsewhere; the ramp at 0.2."""
-    trainer = bare_trainer(MCNetTrainer, progress=0.2, sharpening=0.5, mutual_weight=2.0)
-    labeled, unlabeled = (torch.zeros(3, 2, 2, 8, 8, 8) for _ in range(2))
-    labeled[0, :, 1], unlabeled[0, :, 1] = math.log(0.6 / 0.4), math.log(0.8 / 0.2)
-    loss = trainer.semi_losses(tuple(labeled), tuple(unlabeled), {})["mutual"]
+    trainer = three_decoders(progress=0.2, sharpening=0.5, mutual_weight=2.0)
+    labeled, unlabeled = (torch.zeros(2, 6, 8, 8, 8) for _ in range(2))
+    labeled[:, 1], unlabeled[:, 1] = math.log(0.6 / 0.4), math.log(0.8 / 0.2)
+    loss = terms_of(trainer, batch_of(labeled, strong=unlabeled))["mutual"]
     of_labeled = 2 * 0.1**2 + 2 * (0.36 / 0.52 - 0.5) ** 2
     of_unlabeled = 2 * 0.3**2 + 2 * (0.64 / 0.68 - 0.5) ** 2
     assert loss.item() == pytest.approx(2 * math.exp(-5 * 0.8**2) * (of_labeled + of_unlabeled) / 2)
@@ -37,9 +43,11 @@ def test_consistency_of_both_streams_by_a_ramp():
 
 @pytest.mark.parametrize("settings, weight", [({}, 0.5), ({"supervised_weight": 0.25}, 0.25)])
 def test_each_decoder_learns_the_labels(settings, weight):
-    trainer = bare_trainer(MCNetTrainer, **settings)
-    trainer.loss = lambda output, target: output + target
-    terms = trainer.supervised_losses((1.0, 2.0, 3.0), {"target": 5.0})
+    trainer = three_decoders(**settings)
+    trainer.loss = lambda output, target: output.mean() + target.mean()
+    images = torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(2).view(1, 6, 1, 1, 1).expand(1, 6, 8, 8, 8)
+    terms = terms_of(trainer, batch_of(images, torch.full((1, 1, 8, 8, 8), 5.0), strong=images))
+    del terms["mutual"]
     assert terms == {"supervised_1": 6 * weight, "supervised_2": 7 * weight, "supervised_3": 8 * weight}
 
 
@@ -50,7 +58,9 @@ def test_default_settings():
 
 def test_labels_of_the_others_get_no_gradient():
     a, b = torch.randn(1, 2, 8, 8, 8, requires_grad=True), torch.randn(1, 2, 8, 8, 8)
-    bare_trainer(MCNetTrainer).semi_losses((a, b, b), (a, b, b), {})["mutual"].backward()
+    trainer = three_decoders(supervised_weight=0.0)
+    images = torch.cat((a, b, b), 1)
+    trainer.backward(trainer.losses(batch_of(images, strong=images)))
     with_labels = a.grad.clone()
     a.grad = None
     p = a.softmax(1)
@@ -67,6 +77,7 @@ def test_three_decoders_that_upsample_differently(ready):
     assert not isinstance(trainer.network.decoder.transpconvs[0], InterpolationUpsampling)
     size = trainer.configuration_manager.patch_size
     with torch.no_grad():
-        outputs = trainer.network(torch.zeros(1, 1, *size), None, (0, 1, 2))
+        skips = trainer.network.encode(torch.zeros(1, 1, *size)).skips
+        outputs = [trainer.network.decode(skips, i) for i in range(3)]
     grids = [[x.shape for x in output] for output in outputs]  # each is supervised deeply
     assert len(grids[0]) > 1 and grids[0] == grids[1] == grids[2]

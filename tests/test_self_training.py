@@ -5,7 +5,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from training import bare_trainer, make_trainer, nnunet_loss
+from training import bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
 from nnunet_semiseg.data.pseudo_labels import label_cases
 from nnunet_semiseg.errors import UserError
@@ -21,10 +21,10 @@ def test_pseudo_labels_lie_on_disk_and_are_what_is_trained_on(ready, kind):
 
     def recording(batch):
         if not trainer.round:
-            assert batch["unlabeled"] == {} == batch["targets"]  # nothing is loaded that is not used
+            assert batch["views"] == {} == batch["extra"] and not batch["cases"]  # nothing is loaded that is not used
         else:
-            target = batch["targets"]["pseudo"]
-            assert len(target[0]) == 2 and set(batch["unlabeled_keys"]) <= {f"un_{i:03d}" for i in range(4)}
+            target = batch["extra"]["pseudo"]
+            assert len(target[0]) == 2 and set(batch["cases"]) <= {f"un_{i:03d}" for i in range(4)}
         losses.append(step(batch))
         return losses[-1]
 
@@ -246,8 +246,12 @@ def test_the_loss_by_hand():
     logits = torch.zeros(1, 2, 8, 8, 8)
     logits[:, 1] = math.log(4)
     trainer = bare_trainer(SelfTrainingTrainer, pseudo_weight=0.5)
-    trainer.loss = nnunet_loss(False)
-    batch = {"targets": {"pseudo": torch.ones(1, 1, 8, 8, 8)}}
-    loss = trainer.semi_losses(logits, logits, batch)["pseudo"]
-    assert loss.item() == pytest.approx(0.5 * (-1.6 / 1.8 - math.log(0.8)), abs=1e-4)
-    assert trainer.semi_losses(logits, None, batch)["pseudo"] == 0
+    trainer.loss, trainer.num_epochs, trainer.current_epoch = nnunet_loss(False), 2, 1
+    ones = torch.ones(1, 1, 8, 8, 8)
+    terms = terms_of(trainer, batch_of(logits, ones, {"pseudo": ones}, strong=logits))
+    assert terms["supervised"].item() == pytest.approx(-1.6 / 1.8 - math.log(0.8), abs=1e-4)
+    assert terms["pseudo"].item() == pytest.approx(0.5 * (-1.6 / 1.8 - math.log(0.8)), abs=1e-4)
+    trainer.current_epoch = 0  # there are no pseudo-labels yet
+    terms = terms_of(trainer, batch_of(logits, ones))
+    assert terms["supervised"].item() == pytest.approx(-1.6 / 1.8 - math.log(0.8), abs=1e-4)
+    assert terms["pseudo"] == 0

@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from training import CLASSES, REGIONS, bare_trainer, make_trainer
+from training import CLASSES, REGIONS, Echo, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.losses.pseudo_labels import entropy
+from nnunet_semiseg.networks.multi_decoder import Encoded
 from nnunet_semiseg.trainers.ua_mt import UAMTTrainer, masked_mse
 
 
@@ -29,6 +30,22 @@ def test_entropy_of_classes_and_of_regions():
     torch.testing.assert_close(entropy(p, True), torch.full((1, 2, 8, 8, 8), one))  # 0.25 and 0.75, either way
 
 
+class Teacher(Echo):
+    """Counts what it is asked; its passes, which begin with `encode` alone, may say something of their own."""
+
+    def __init__(self, of_passes=None):
+        super().__init__()
+        self.of_passes, self.asked = of_passes, {"target": 0, "pass": 0}
+
+    def __call__(self, x):
+        self.asked["target"] += 1
+        return x
+
+    def decode(self, skips, decoder=0):
+        self.asked["pass"] += 1
+        return super().decode(skips) if self.of_passes is None else next(self.of_passes)
+
+
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("certain", [False, True])
 def test_the_consistency_of_a_step(regions, certain):
@@ -37,18 +54,14 @@ def test_the_consistency_of_a_step(regions, certain):
     logit = math.log(p / (1 - p))
     logits = torch.zeros(1, 2, 8, 8, 8)
     logits[:, 0], logits[:, 1] = (logit, -logit) if regions else (logit, 0)
-    calls = []
-
-    def teacher(x, text=None, decoders=None, perturbations=()):
-        calls.append(perturbations)
-        return logits if decoders is None else [logits]
-
     labels = REGIONS if regions else CLASSES
-    trainer = bare_trainer(UAMTTrainer, labels, progress=0, mc_passes=3, input_noise=0.0)
-    trainer.teacher = teacher
-    batch = {"unlabeled": {"weak": torch.zeros(1, 1, 8, 8, 8)}}
-    (loss,) = trainer.semi_losses(None, torch.zeros(1, 2, 8, 8, 8), batch).values()
-    assert len(calls) == 1 + 3
+    trainer = bare_trainer(
+        UAMTTrainer, labels, progress=0, teacher=Teacher(), mc_passes=3, input_noise=0.0, mc_dropout=0.0
+    )
+    student = torch.zeros(1, 2, 8, 8, 8)
+    target = torch.zeros(1, 2 if regions else 1, 8, 8, 8)
+    loss = terms_of(trainer, batch_of(student, target, weak=logits, strong=student))["consistency"]
+    assert trainer.teacher.asked == {"target": 1, "pass": 3}
     # the student says 1/2 of everything; weight 0.1 exp(-5)
     assert loss.item() == pytest.approx(0.1 * math.exp(-5) * (p - 0.5) ** 2 * certain, rel=1e-4)
 
@@ -70,18 +83,14 @@ def test_where_the_teacher_is_certain(passes):
     dropped = [of_slices([0.66, 0.17, 0.17], [0.6, 0.2, 0.2], sure[i], sure[0]) for i in range(3)]
     says = [0.5, 0.3, 0.2]
     student = [[0.4, 0.4, 0.2], [0.1, 0.1, 0.8], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]]
-    of_passes = iter(dropped)
+    labels = LabelManager({"background": 0, "a": 1, "b": 2}, None)
     trainer = bare_trainer(
-        UAMTTrainer, LabelManager({"background": 0, "a": 1, "b": 2}, None), progress=0.2,
-        mc_passes=passes, input_noise=0.0, ramp_length=0.4, consistency_weight=2,
+        UAMTTrainer, labels, progress=0.2, teacher=Teacher(iter(dropped)),
+        mc_passes=passes, input_noise=0.0, mc_dropout=0.0, ramp_length=0.4, consistency_weight=2,
     )  # fmt: skip
-
-    def teacher(x, text=None, decoders=None, perturbations=()):
-        return of_slices(*[says] * 4) if decoders is None else [next(of_passes)]
-
-    trainer.teacher = teacher
-    batch = {"unlabeled": {"weak": torch.zeros(2, 1, 8, 8, 8)}}
-    loss = trainer.semi_losses(None, of_slices(*student), batch)["consistency"]
+    batch = batch_of(torch.zeros(2, 3, 8, 8, 8), weak=of_slices(*[says] * 4), strong=of_slices(*student))
+    loss = terms_of(trainer, batch)["consistency"]
+    assert trainer.teacher.asked == {"target": 1, "pass": passes}
     distances = [sum((a - b) ** 2 for a, b in zip(p, says, strict=True)) / 3 for p in student]
     count = distances[::3] if passes else distances
     assert loss.item() == pytest.approx(2 * math.exp(-1.25) * sum(count) / len(count), rel=1e-4)
@@ -89,15 +98,20 @@ def test_where_the_teacher_is_certain(passes):
 
 def test_a_pass_sees_noise_that_is_cut_off_and_a_dropped_bottleneck():
     """Noise of 0.1 is cut off at 0.2. Normal numbers cut off at 2 have a variance of 0.74 + 4 * 0.046, 0.92."""
-    seen = []
+    seen, read = [], []
 
-    def teacher(x, text, decoders, perturbations):
-        seen.append(x)
-        return perturbations[0]([x, torch.ones(2, 64, 4, 4, 4)], [])[1:]
+    class Noisy(Echo):
+        def encode(self, x, text=None):
+            seen.append(x)
+            return Encoded([x, torch.ones(2, 64, 4, 4, 4)], None)
 
-    trainer, images = bare_trainer(UAMTTrainer, REGIONS), torch.full((2, 1, 32, 32, 32), 3.0)
-    trainer.teacher = teacher
-    p = trainer.sample(images)
+        def decode(self, skips, decoder=0):
+            read.append(skips[0])
+            return skips[1]
+
+    images = torch.full((2, 1, 32, 32, 32), 3.0)
+    p = bare_trainer(UAMTTrainer, REGIONS, teacher=Noisy()).sample(images)
+    assert len(read) == 1 and read[0] is seen[0]  # the bottleneck alone is dropped
     noise = seen[0] - images
     assert noise.min().item() == pytest.approx(-0.2, abs=1e-5) and noise.max().item() == pytest.approx(0.2, abs=1e-5)
     assert noise.std().item() == pytest.approx(0.1 * math.sqrt(0.92), rel=0.02) and abs(noise.mean()) < 0.003
@@ -107,14 +121,30 @@ def test_a_pass_sees_noise_that_is_cut_off_and_a_dropped_bottleneck():
 
 def test_the_student_sees_the_strong_view_with_a_dropped_bottleneck():
     """Labelled samples are 1, the weak view 2, the strong one 3; the dropout is 1/2, and only of the last features."""
-    trainer = bare_trainer(UAMTTrainer)
-    trainer.network = None
-    trainer.decode = lambda network, x, decoders, perturbations: [f([x, x, x], []) for f in perturbations]
+    read = []
+
+    class Student(Echo):
+        def encode(self, x, text=None):
+            return Encoded([x, x, x], None)
+
+        def decode(self, skips, decoder=0):
+            read.append(skips)
+            return skips[-1]
+
     labeled, weak, strong = (torch.full((2, 64, 4, 4, 4), value) for value in (1.0, 2.0, 3.0))
-    batch = {"data": labeled, "unlabeled": {"weak": weak, "strong": strong}}
-    streams = trainer.forward_streams(batch)
-    seen = [[x.unique().tolist() for x in features] for features in streams]
+    trainer = bare_trainer(UAMTTrainer, network=Student())
+    terms_of(trainer, batch_of(labeled, weak=weak, strong=strong))
+    seen = [[x.unique().tolist() for x in features] for features in read]
     assert seen == [[[1], [1], [0, 2]], [[3], [3], [0, 6]]]
+
+
+def test_labels_teach_the_student():
+    """Labelled background, of which it says 0.8; what it says elsewhere does not matter."""
+    images, other = torch.zeros(2, 2, 2, 8, 8, 8)
+    images[:, 0] = math.log(0.8 / 0.2)
+    trainer = bare_trainer(UAMTTrainer, mc_dropout=0.0)
+    loss = terms_of(trainer, batch_of(images, weak=other, strong=other))["supervised"]
+    assert loss.item() == pytest.approx(-math.log(0.8))
 
 
 def test_default_settings():

@@ -2,13 +2,26 @@ import math
 
 import pytest
 import torch
-from training import REGIONS, bare_trainer, make_trainer
+from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, terms_of
 
-from nnunet_semiseg.trainers.urpc import HEAD_DROPOUT, URPCTrainer, perturb, pyramid_consistency
+from nnunet_semiseg.trainers.urpc import HEAD_DROPOUT, URPCTrainer, perturb
+from nnunet_semiseg.training.batch import Batch
 
 
-def two_scales(a, b):
-    return [torch.tensor([p, 1 - p]).view(1, 2, 1, 1, 1).expand(1, 2, 8, 8, 8) for p in (a, b)]
+def logits_of(p, regions=False):
+    """Logits (1, 2, 8, 8, 8) of p and 1 - p, as classes or as regions."""
+    p = torch.tensor([p, 1 - p]).view(1, 2, 1, 1, 1).expand(1, 2, 8, 8, 8)
+    return torch.logit(p) if regions else p.log()
+
+
+def pyramid(fine, coarse, labels=CLASSES, step=1, **settings):
+    """The term of a step whose network gives these outputs, the second one in so many voxels less (`step`)."""
+    trainer = bare_trainer(URPCTrainer, labels, **{"consistency_weight": 1.0} | settings)
+    trainer.enable_deep_supervision, trainer.loss = True, lambda output, target: output[0].sum()
+    steps = (..., *[slice(None, None, step)] * (fine.ndim - 2))
+    trainer.network = lambda x: [x[:, : fine.shape[1]], x[:, fine.shape[1] :][steps]]
+    images = torch.cat((fine, coarse), 1)
+    return terms_of(trainer, batch_of(images, strong=images))["pyramid"]
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -19,64 +32,74 @@ def test_the_pyramid_by_hand(regions):
     """
     d_1 = 0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3)
     d_2 = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
-    loss = pyramid_consistency(two_scales(0.9, 0.5), regions)
+    loss = pyramid(*(logits_of(p, regions) for p in (0.9, 0.5)), REGIONS if regions else CLASSES)
     assert loss.item() == pytest.approx(0.04 + (d_1 + d_2) / 2, rel=1e-5)
 
 
 def test_uncertain_voxels_count_less():
     """In half of the volume scales agree. Weighted: w / (w + 1) of what differs, instead of 1/2."""
-    a, b = two_scales(0.9, 0.5)
-    b = b.clone()
+    a, b = logits_of(0.9), logits_of(0.5).clone()
     b[..., :4, :, :] = a[..., :4, :, :]
     d = [0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3), 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)]
     expected = sum(0.04 * math.exp(-x) / (math.exp(-x) + 1) + x / 2 for x in d) / 2
-    assert pyramid_consistency([a, b], False).item() == pytest.approx(expected, rel=1e-5)
+    assert pyramid(a, b).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_sample_is_weighted_on_its_own():
+    """One sample as above, one whose scales differ everywhere: the mean of both, not one mean over all voxels."""
+    a, b = logits_of(0.9), logits_of(0.5).clone()
+    b[..., :4, :, :] = a[..., :4, :, :]
+    one, other = pyramid(a, b), pyramid(a, logits_of(0.5))
+    both = pyramid(torch.cat((a, a)), torch.cat((b, logits_of(0.5))))
+    assert both.item() == pytest.approx((one + other).item() / 2, rel=1e-5)
 
 
 def test_equal_scales_have_no_loss():
-    assert pyramid_consistency(two_scales(0.8, 0.8), False).item() == pytest.approx(0, abs=1e-7)
+    assert pyramid(logits_of(0.8), logits_of(0.8)).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_all_scales_are_supervised_and_compared(ready, monkeypatch):
+def test_all_scales_are_supervised_and_compared(ready):
     trainer = make_trainer(URPCTrainer, ready())
     trainer.on_train_start()
-    seen = []
-    monkeypatch.setattr(
-        "nnunet_semiseg.trainers.urpc.pyramid_consistency",
-        lambda p, regions: (seen.append([tuple(x.shape) for x in p]), sum(x.mean() for x in p))[1],
-    )
     trainer.network.train()
-    batch = next(trainer.dataloader_train)
-    trainer.train_step(batch)
-    n = len(batch["target"])
-    assert trainer.loss.weight_factors == pytest.approx([2 / 3, 1 / 3])
-    assert n == 2 and seen == [[(2, 3, *trainer.configuration_manager.patch_size)] * n]
+    batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    assert len(batch.target) == 2 and trainer.loss.weight_factors == pytest.approx([2 / 3, 1 / 3])
+    heads = list(trainer.network.decoder.seg_layers)
+    names = []
+    for group in trainer.losses(batch):
+        names += group
+        sum(group.values()).backward()
+        assert all(head.weight.grad.any() for head in heads), names
+        trainer.network.zero_grad()
+    assert names == ["supervised", "pyramid"] and len(heads) == 2
 
 
 def test_the_loss_of_a_step_by_hand():
-    """The two outputs of test_the_pyramid_by_hand, as logits, the second one of half the size; the ramp at 0.2."""
-    trainer = bare_trainer(URPCTrainer, progress=0.2, consistency_weight=0.3)
-    trainer.enable_deep_supervision = True
-    outputs = [x.log()[..., : 8 // n, : 8 // n, : 8 // n] for n, x in enumerate(two_scales(0.9, 0.5), 1)]
+    """The two outputs of test_the_pyramid_by_hand, the second one of half the size; the ramp at 0.2."""
+    about = dict(step=2, progress=0.2, consistency_weight=0.3)
     d_1 = 0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3)
     d_2 = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
-    loss = trainer.semi_losses(None, outputs, {})["pyramid"]
+    fine, coarse = (logits_of(p).clone().requires_grad_() for p in (0.9, 0.5))
+    loss = pyramid(fine, coarse, **about)
     assert loss.item() == pytest.approx(0.3 * math.exp(-5 * 0.8**2) * (0.04 + (d_1 + d_2) / 2), rel=1e-4)
-    grown = [x.clone().requires_grad_() for x in outputs]
-    trainer.semi_losses(None, grown, {})["pyramid"].backward()
-    assert all(x.grad.any() for x in grown)  # the coarse output learns as well
-    trainer.label_manager = REGIONS
-    outputs = [torch.full((1, 2, 8, 8, 8), math.log(p / (1 - p))) for p in (0.9, 0.5)]
-    loss = trainer.semi_losses(None, outputs, {})["pyramid"]
+    loss.backward()
+    assert all(x.grad.any() for x in (fine, coarse))  # the coarse output learns as well
+    loss = pyramid(*(torch.full((1, 2, 8, 8, 8), math.log(p / (1 - p))) for p in (0.9, 0.5)), REGIONS, **about)
     assert loss.item() == pytest.approx(0.3 * math.exp(-5 * 0.8**2) * (0.04 + (d_1 + d_2) / 2), rel=1e-4)
+
+
+def test_without_deep_supervision_there_is_nothing_to_compare():
+    images = logits_of(0.9)
+    assert terms_of(bare_trainer(URPCTrainer), batch_of(images, strong=images))["pyramid"].item() == 0
 
 
 def test_logits_are_brought_to_full_resolution_not_probabilities():
-    trainer = bare_trainer(URPCTrainer, REGIONS)
-    trainer.enable_deep_supervision = True
+    """Between -4 and 4 lies 0, whose probability is 1/2 either way; next to it they differ."""
     coarse = torch.tensor([-4.0, 4.0]).view(1, 1, 2, 1).repeat(1, 1, 1, 2)
     fine = torch.nn.functional.interpolate(coarse, (4, 4), mode="bilinear")
-    assert trainer.semi_losses(None, [fine, coarse], {})["pyramid"].item() == pytest.approx(0, abs=1e-6)
+    trainer = bare_trainer(URPCTrainer, REGIONS, network=lambda x: [fine, coarse])
+    trainer.enable_deep_supervision, trainer.loss = True, lambda output, target: output[0].sum()
+    assert terms_of(trainer, batch_of(fine, strong=fine))["pyramid"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_features_are_perturbed_before_every_output_in_training_alone():
