@@ -1,6 +1,6 @@
 """Peak memory of a training step of each trainer at the plans' full size, without a GPU and without that memory.
 
-    python tools/peak_memory.py -d 501 -p nnUNetSemiSegPlans --trainers SupervisedTrainer TextSemiSegTrainer
+    python tools/peak_memory.py -d 501 --trainers SupervisedTrainer TextSemiSegTrainer
 
 Fake tensors have shapes and no values. Counted is what is alive at once: weights, gradients, the optimiser's state,
 feature maps, losses and the batch, under autocast to a 16-bit type as on a GPU. What cuDNN, the allocator and the
@@ -20,16 +20,16 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from step_cost import LiveMemory
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.settings.plans import parse_assignments, update_settings
 
 
 def make(name: str, args, folder: str):
-    changes = {**parse_assignments(args.set), "bfloat16_on_cpu": True}
-    plans = update_settings(load_json(os.path.join(folder, f"{args.p}.json")), changes)
+    plans = update_settings(load_json(os.path.join(folder, f"{args.p}.json")), parse_assignments(args.set))
     plans["continue_training"] = False
     trainer = recursive_find_trainer_class_by_name(name)(
         plans, args.c, "all", load_json(os.path.join(folder, "dataset.json")), torch.device("cpu")
@@ -49,9 +49,9 @@ def batch_of(trainer) -> dict:
     batch = {"data": image, "target": [torch.zeros(n, heads, *grid, dtype=torch.int16) for grid in grids], "keys": []}
     if hasattr(trainer, "views"):
         unlabeled = {"data": image, "target": batch["target"], "keys": [""] * n}
-        batch["unlabeled"] = dict.fromkeys(trainer.views, image)
-        batch["targets"] = trainer.target_maker()(batch, unlabeled)
-        batch["unlabeled_keys"] = trainer.unlabeled_cases[:n]
+        batch["views"] = {view: torch.zeros_like(image) for view in trainer.views}
+        batch["extra"] = trainer.target_maker()(batch, unlabeled)
+        batch["cases"] = trainer.unlabeled_cases[:n]
     return batch
 
 
@@ -78,6 +78,30 @@ class Mixed(TorchDispatchMode):
             return function(*args, **(kwargs or {}))
 
 
+FLOAT32 = {
+    torch.softmax, torch.log_softmax, torch.nn.functional.softmax, torch.nn.functional.log_softmax,
+    torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss, torch.nn.functional.mse_loss,
+    torch.nn.functional.binary_cross_entropy_with_logits, torch.nn.functional.cosine_similarity,
+    torch.nn.functional.kl_div, torch.sum, torch.exp, torch.log, torch.pow, torch.norm, torch.cumsum, torch.prod,
+    torch.Tensor.softmax, torch.Tensor.log_softmax, torch.Tensor.sum, torch.Tensor.exp, torch.Tensor.log,
+    torch.Tensor.pow, torch.Tensor.norm, torch.Tensor.cumsum, torch.Tensor.prod,
+}  # fmt: skip
+"""what autocast computes in float32 on CUDA, and not on a CPU"""
+
+
+class AsOnCuda(TorchFunctionMode):
+    """With autocast on a CPU: what CUDA's autocast computes in float32 is computed in it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in FLOAT32:
+            args, kwargs = tree_map_only(torch.Tensor, raised, (args, kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+def raised(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def peak(trainer) -> tuple[float, float]:
     """MiB of the weights, and of all that is alive at the peak of the second step, at the end of the training."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -93,7 +117,8 @@ def peak(trainer) -> tuple[float, float]:
         for _ in range(2):
             trainer.step -= 1
             memory.peak = memory.now
-            trainer.train_step(batch)
+            with torch.autocast("cpu", torch.bfloat16), AsOnCuda():
+                trainer.train_step(batch)
     return weights / 2**20, (weights + inputs + memory.peak) / 2**20
 
 
@@ -101,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", required=True)
     parser.add_argument("-c", default="3d_fullres")
-    parser.add_argument("-p", default="nnUNetSemiSegPlans")
+    parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("--trainers", nargs="+", required=True)
     parser.add_argument("--set", nargs="+", action="extend", default=[])
     args = parser.parse_args()

@@ -102,22 +102,17 @@ class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
         x_u, other = pairs(batch.views["strong"], len(x_l))
         label, other_label = pairs(self.pseudo_label(batch.views["weak"][: len(x_l) + 1]), len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
-        yield self.mix_terms(next(outputs), target, ~box, label)  # inwards
-        yield self.mix_terms(next(outputs), target, box, other_label)  # outwards
+        for labeled, pseudo_label in ((~box, label), (box, other_label)):  # inwards, outwards: eq. 5 and 6
+            with self.shared(next(outputs)) as output:
+                yield {"supervised": self.loss_where(labeled, output, target)}
+                loss = self.loss_where(~labeled, self.finest(output), pseudo_label)
+                yield {"pseudo": self.settings.bcp_weight * loss}
 
     @torch.no_grad()
     def pseudo_label(self, images: Tensor) -> Tensor:
         """The teacher's decision."""
         label = hard_pseudo_label(self.teacher(images), self.label_manager)
         return keep_largest_component(label, self.label_manager) if self.settings.largest_component else label
-
-    def mix_terms(self, output, target, labeled: Tensor, pseudo_label: Tensor) -> dict[str, Tensor]:
-        """Eq. 5 and 6 of one mix: where it is `labeled` (1, 1, *S) its target is true, elsewhere a pseudo-label."""
-        pseudo = self.loss_where(~labeled, self.finest(output), pseudo_label)
-        return {
-            "supervised": self.loss_where(labeled, output, target),
-            "pseudo": self.settings.bcp_weight * pseudo,
-        }
 
     def loss_where(self, mask: Tensor, output, target) -> Tensor:
         """nnU-Net's loss over the voxels of a mask (1, 1, *S); of lists on every grid, as its deep supervision is."""

@@ -66,7 +66,7 @@ class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         convolutions = arch_kwargs["n_conv_per_stage_decoder"]
         others = [extra_decoder(network, convolutions, False, finest_only=True) for _ in settings.perturbations]
-        return MultiDecoderUNet(network, others)
+        return MultiDecoderUNet(network, others, recompute=settings.memory == "stock")
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         network, names = self.bare_network, self.settings.perturbations

@@ -71,16 +71,18 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
         networks = self.bare_network, self.auxiliary["second"]
         for images, target, share in batch.streams("strong"):
             passes = [partial(predict, network, images, text) for network in networks]
-            for i, (output, aligned), logits in self.in_turn(passes, lambda prediction: self.finest(prediction[0])):
-                terms = self.cog(aligned, self.finest(output), text, share)
-                if target is not None:
-                    terms[f"supervised_{i + 1}"] = self.loss(output, target)
-                label = hard_pseudo_label(logits[1 - i], self.label_manager)
-                cps = cross_entropy(self.finest(output), label, self.label_manager.has_regions)
-                terms["cps"] = share * weight * cps
-                del output, aligned, cps
-                yield terms
-                del terms
+            for i, prediction, labels in self.in_turn(passes, self.decision):
+                with self.shared(prediction) as (output, aligned):
+                    del prediction
+                    if target is not None:
+                        yield {f"supervised_{i + 1}": self.loss(output, target)}
+                    logits = self.finest(output)
+                    cps = cross_entropy(logits, labels[1 - i], self.label_manager.has_regions)
+                    yield {"cps": share * weight * cps} | self.cog(aligned, logits, text, share)
+
+    def decision(self, prediction) -> Tensor:
+        """What one network says to the other."""
+        return hard_pseudo_label(self.finest(prediction[0]), self.label_manager)
 
 
 def predict(network: MultiDecoderUNet, images: Tensor, text: Tensor | None):

@@ -83,36 +83,46 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         return partial(add_level_sets, label_manager=self.label_manager)
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        network, heads = self.bare_network, self.label_manager.num_segmentation_heads
+        network = self.bare_network
 
         def predict(images: Tensor):
             skips, aligned = network.encode(images, text)
-            output = network.decode(skips)
-            return tree_map(lambda t: t[:, :heads], output), self.finest(output)[:, heads:].float().tanh(), aligned
+            return network.decode(skips), aligned
 
         streams = batch.streams("strong")
         predictions = self.each(predict, *(images for images, _, _ in streams))
         for _, target, share in streams:
-            output, level_sets, aligned = next(predictions)
-            terms = {"dtc": share * self.dtc_loss(self.finest(output), level_sets)}
-            if target is not None:
-                terms["supervised"] = self.loss(output, target)
-                terms["level_sets"] = self.level_set_loss(level_sets, batch.extra["level_sets"], target)
-            terms |= self.cog(aligned, self.finest(output), text, share)
-            del output, level_sets, aligned
-            yield terms
+            with self.shared(next(predictions)) as (output, aligned):
+                if target is not None:
+                    yield {"supervised": self.loss(tree_map(lambda t: self.split(t)[0], output), target)}
+                    yield {"level_sets": self.level_set_loss(self.finest(output), batch.extra["level_sets"], target)}
+                samples = self.finest(output).split(1)
+                for sample in samples:  # one at a time: with many classes these tensors are the largest of a step
+                    yield {"dtc": share / len(samples) * self.dtc_loss(sample)}
+                yield self.cog(aligned, self.finest(output), text, share)
 
-    def level_set_loss(self, level_sets: Tensor, true: Tensor, target) -> Tensor:
-        """beta L_LSF, of the patches whose distances are known: an ignored voxel may hold the nearest boundary."""
+    def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes' or regions' logits (B, heads, *S), and what tanh makes the level sets of."""
+        segmentation, level_sets = logits.chunk(2, 1)
+        return segmentation, level_sets
+
+    def level_set_loss(self, logits: Tensor, true: Tensor, target) -> Tensor:
+        """beta L_LSF, of the patches whose distances are known: an ignored voxel may hold the nearest boundary.
+
+        Args:
+            logits: of both tasks, (B, 2 heads, *S).
+            true: T(y), (B, heads, *S).
+        """
         known = has_label(self.finest(target), self.label_manager).flatten(1).all(1).float()
-        squared = (level_sets - true).square().flatten(1).mean(1)
+        squared = (self.split(logits)[1].float().tanh() - true).square().flatten(1).mean(1)
         return self.settings.level_set_weight * (squared * known).sum() / known.sum().clamp_min(1)
 
-    def dtc_loss(self, logits: Tensor, level_sets: Tensor) -> Tensor:
-        """lambda(t) L_DTC of one stream: logits and level sets in -1 to 1, both (B, heads, *S)."""
-        p = probabilities(logits, self.label_manager)
+    def dtc_loss(self, logits: Tensor) -> Tensor:
+        """lambda(t) L_DTC of the logits of both tasks, (B, 2 heads, *S)."""
+        segmentation, level_sets = self.split(logits)
+        p = probabilities(segmentation, self.label_manager)
         weight = self.settings.dtc_weight * gaussian_ramp(self.progress)
-        return weight * F.mse_loss((-STEEPNESS * level_sets).sigmoid(), p)
+        return weight * F.mse_loss((-STEEPNESS * level_sets.float().tanh()).sigmoid(), p)
 
 
 def add_level_sets(labeled: dict, unlabeled: dict, label_manager) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         convolutions = arch_kwargs["n_conv_per_stage_decoder"]
         others = [extra_decoder(network, convolutions, deep_supervision, kind) for kind in UPSAMPLING]
-        return MultiDecoderUNet(network, others)
+        return MultiDecoderUNet(network, others, recompute=settings.memory == "stock")
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
         network, settings = self.bare_network, self.settings
@@ -67,12 +67,12 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
             with self.shared(next(encoded)) as (skips, aligned):
                 passes = [partial(network.decode, skips, i) for i in range(1 + len(UPSAMPLING))]
                 for i, output, logits in self.in_turn(passes):
-                    terms = self.cog(aligned, self.finest(output), text, share)
-                    if target is not None:
-                        terms[f"supervised_{i + 1}"] = settings.supervised_weight * self.loss(output, target)
-                    others = [x for j, x in enumerate(logits) if j != i]
-                    yield terms | {"mutual": share * weight * self.mutual_loss(self.finest(output), others)}
-                    del output, terms
+                    with self.shared(output) as output:
+                        if target is not None:
+                            yield {f"supervised_{i + 1}": settings.supervised_weight * self.loss(output, target)}
+                        own, others = self.finest(output), [x for j, x in enumerate(logits) if j != i]
+                        mutual = share * weight * self.mutual_loss(own, others)
+                        yield {"mutual": mutual} | self.cog(aligned, own, text, share)
 
     def mutual_loss(self, logits: Tensor, others: Sequence[Tensor]) -> Tensor:
         """sum_j MSE(p, p*_j) of a decoder's logits (B, heads, *S) with the others', which get no gradient."""

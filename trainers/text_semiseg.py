@@ -65,7 +65,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         second = extra_decoder(network, arch_kwargs["n_conv_per_stage_decoder"], deep_supervision, "linear")
-        return MultiDecoderUNet(network, [second])
+        return MultiDecoderUNet(network, [second], recompute=settings.memory == "stock")
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         if self.settings.dca != "off":
@@ -81,23 +81,23 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     def guided_losses(self, batch: Batch, text: Tensor) -> Iterator[dict[str, Tensor]]:
         network, settings = self.bare_network, self.settings
         better = int(self.method_state["second_is_better"])  # of the step before
-        supervised, pseudo = [], []
-        streams = batch.streams("strong")
-        encoded = self.each(partial(network.encode, text=text), *(images for images, _, _ in streams))
-        for _, target, share in streams:
-            with self.shared(next(encoded)) as (skips, aligned):
-                for i, output, logits in self.in_turn([partial(network.decode, skips, j) for j in range(2)]):
-                    terms = self.cog(aligned, self.finest(output), text, share)
-                    if target is not None:
-                        terms[f"supervised_{i + 1}"] = self.loss(output, target)
-                        supervised.append(terms[f"supervised_{i + 1}"].detach())
-                    else:
-                        pseudo = pseudo or [self.pseudo_label(x) for x in logits]
-                        weight = settings.unsupervised_weight * gaussian_ramp(self.progress)
-                        terms["unsupervised"] = weight * self.finest_loss(self.finest(output), pseudo[1 - i])
-                    del output
-                    yield terms
-                    del terms
+        (x_l, target, share_l), (x_u, _, share_u) = batch.streams("strong")
+        encoded = self.each(partial(network.encode, text=text), x_l, x_u)
+        supervised = []
+        with self.shared(next(encoded)) as (skips, aligned):
+            for i in range(2):
+                with self.shared(network.decode(skips, i)) as output:
+                    loss = self.loss(output, target)
+                    supervised.append(loss.detach())
+                    yield {f"supervised_{i + 1}": loss}
+                    yield self.cog(aligned, self.finest(output), text, share_l)
+        weight, pseudo = settings.unsupervised_weight * gaussian_ramp(self.progress), []
+        with self.shared(next(encoded)) as (skips, aligned):
+            passes = [partial(network.decode, skips, i) for i in range(2)]
+            for i, output, pseudo in self.in_turn(passes, self.pseudo_label):
+                with self.shared(output) as output:
+                    yield {"unsupervised": weight * self.finest_loss(self.finest(output), pseudo[1 - i])}
+                    yield self.cog(aligned, self.finest(output), text, share_u)
         # on its way to the CPU while the GPU works; the next step reads it
         self.method_state["second_is_better"].copy_(supervised[1] < supervised[0], non_blocking=True)
         if settings.dca == "off":
@@ -108,11 +108,9 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
         mixes = self.mixes(batch, pseudo[better])
         predictions = self.each(partial(self.predict, text=text, decoder=1 - better), *(images for images, _ in mixes))
         for _, target in mixes:
-            logits, aligned = next(predictions)
-            loss = self.finest_loss(logits, target)
-            loss = loss + 0.5 * self.alignment(aligned, logits, text) if settings.csa else loss
-            del logits, aligned
-            yield {"mix": loss}
+            with self.shared(next(predictions)) as (logits, aligned):
+                yield {"mix": self.finest_loss(logits, target)}
+                yield {"mix": 0.5 * self.alignment(aligned, logits, text)} if settings.csa else {}
 
     def predict(self, images: Tensor, text: Tensor, decoder: int) -> tuple[Tensor, Tensor]:
         """One decoder's finest logits, and the aligned features."""
@@ -127,8 +125,9 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
         mask_u = mask_l if self.settings.dca == "complementary" else self.foreground(y_u)
         return [mix(mask_l, x_l, x_u, y_l, y_u), mix(mask_u, x_u, x_l, y_u, y_l)]
 
-    def pseudo_label(self, logits: Tensor) -> Tensor:
-        label = hard_pseudo_label(logits, self.label_manager)
+    def pseudo_label(self, output) -> Tensor:
+        """A decoder's decision."""
+        label = hard_pseudo_label(self.finest(output), self.label_manager)
         return keep_largest_component(label, self.label_manager) if self.settings.largest_component else label
 
     def foreground(self, target: Tensor) -> Tensor:

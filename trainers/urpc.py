@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_semiseg.losses.pseudo_labels import probabilities
 from nnunet_semiseg.networks.feature_perturbation import drop_channels, feature_noise
@@ -62,11 +62,11 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
         yield {"pyramid": weight * self.pyramid(next(outputs))}
 
     def pyramid(self, output) -> Tensor:
-        """Eq. 4 of an output with or without deep supervision."""
+        """Eq. 4 of an output with or without deep supervision, one sample after the other."""
         scales = output if self.enable_deep_supervision else [output]
-        size = scales[0].shape[2:]
-        p = [probabilities(F.interpolate(x.float(), size, mode=LINEAR[len(size)]), self.label_manager) for x in scales]
-        return pyramid_consistency(p, self.label_manager.has_regions)
+        samples = zip(*(x.split(1) for x in scales), strict=True)
+        losses = [pyramid_consistency(sample, self.label_manager) for sample in samples]
+        return sum(losses) / len(losses)
 
 
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -75,19 +75,38 @@ def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (feature_noise(drop_channels(x, p)),) if head.training else inputs
 
 
-def pyramid_consistency(p: Sequence[Tensor], regions: bool) -> Tensor:
-    """Eq. 4, of S probabilities (B, heads, *S); a region is a class and its complement, of a D_s of its own."""
-    scales = torch.stack(list(p))
-    mean = scales.mean(0, keepdim=True)
+def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
+    """Eq. 4, of one pyramid of logits; a region is a class and its complement, of a D_s of its own.
+
+    The probabilities of a scale are not kept: with many classes those of all scales take more than the network.
+
+    Args:
+        scales: S logits (B, heads, *s), the first of full resolution.
+        label_manager: nnU-Net's; says whether the heads are classes or regions.
+    """
+    size = scales[0].shape[2:]
+
+    def at_full_size(logits: Tensor) -> Tensor:
+        return probabilities(F.interpolate(logits.float(), size, mode=LINEAR[len(size)]), label_manager)
+
+    def of_scale(logits: Tensor, mean: Tensor) -> Tensor:
+        return scale_consistency(at_full_size(logits), mean, label_manager.has_regions)
+
+    mean = sum(checkpoint(at_full_size, x, use_reentrant=False) / len(scales) for x in scales)
+    return sum(checkpoint(of_scale, x, mean, use_reentrant=False) for x in scales) / len(scales)
+
+
+def scale_consistency(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
+    """One scale's part of eq. 4, from its probabilities and their mean over scales, both (B, heads, *S)."""
 
     def relative(p: Tensor, q: Tensor) -> Tensor:
         return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
 
     if regions:
-        divergence = relative(scales, mean) + relative(1 - scales, 1 - mean)
+        divergence = relative(p, mean) + relative(1 - p, 1 - mean)
     else:
-        divergence = relative(scales, mean).sum(2, keepdim=True)
+        divergence = relative(p, mean).sum(1, keepdim=True)
     weight = (-divergence).exp()
-    axes = tuple(range(1, scales.ndim))
-    distance = ((scales - mean).square() * weight).mean(axes) / weight.mean(axes)
+    axes = tuple(range(1, p.ndim))
+    distance = ((p - mean).square() * weight).mean(axes) / weight.mean(axes)
     return (distance + divergence.mean(axes)).mean()

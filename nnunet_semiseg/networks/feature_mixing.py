@@ -100,11 +100,15 @@ class FeatureMixingUNet(nn.Module):
             half; and with `similarity` a list of the weights (B, C, 1, ..., 1) at each point, else [].
         """
         run = partial(checkpoint, use_reentrant=False) if samples else call
+
+        def in_parts(module: nn.Module, x: Tensor) -> Tensor:
+            return torch.cat([run(module, part) for part in x.split(samples)]) if samples else module(x)
+
         if (stem := getattr(self.encoder, "stem", None)) is not None:
-            x = run(stem, x)
+            x = in_parts(stem, x)
         streams, skips, weights = [x], ([], []), []
         for i, stage in enumerate(self.encoder.stages):
-            streams = [run(stage, streams[0])] if len(streams) == 1 else [stage(x) for x in streams]
+            streams = [in_parts(stage, streams[0])] if len(streams) == 1 else [stage(x) for x in streams]
             if i in points:
                 mixed, dropped = streams[0], streams[-1]  # the same tensor at the first point: computed once
                 if self.mixing == "dropblock":

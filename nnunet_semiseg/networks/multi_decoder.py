@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -86,13 +88,16 @@ class MultiDecoderUNet(nn.Module):
     Args:
         network: the plans' network, a PlainConvUNet or ResidualEncoderUNet.
         others: further decoders (`extra_decoder`). nnU-Net switches the deep supervision of the first alone.
+        recompute: do not keep the feature maps of the encoder's first stage, the largest, while decoders run one after
+            the other: the backward pass computes them again, for about 4 % more time.
 
     Attributes:
         guidance: text guidance, applied once, before all decoders; None: no text.
     """
 
-    def __init__(self, network: nn.Module, others: Sequence[UNetDecoder] = ()):
+    def __init__(self, network: nn.Module, others: Sequence[UNetDecoder] = (), recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         self.encoder = network.encoder
         self.decoder = network.decoder
         self.other_decoders = nn.ModuleList(others)
@@ -108,9 +113,19 @@ class MultiDecoderUNet(nn.Module):
             x: (B, C, *S).
             text: (K, d) text features with their graph, in training; None: the stored ones.
         """
-        *skips, bottleneck = self.encoder(x)
+        *skips, bottleneck = self.features(x) if self.recompute and torch.is_grad_enabled() else self.encoder(x)
         guided = bottleneck if self.guidance is None else self.guidance(bottleneck, text)
         return Encoded([*skips, guided], None if text is None else self.guidance.align(bottleneck))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """What `self.encoder(x)` gives, without the feature maps of its first stage."""
+        encoder, features = self.encoder, []
+        if (stem := getattr(encoder, "stem", None)) is not None:
+            x = checkpoint(stem, x, use_reentrant=False)
+        for i, stage in enumerate(encoder.stages):
+            x = checkpoint(stage, x, use_reentrant=False) if i == 0 else stage(x)
+            features.append(x)
+        return features
 
     def decode(self, skips: list[Tensor], decoder: int = 0):
         """The output of one decoder, 0 is the main one; in the form of `forward`."""
@@ -118,5 +133,7 @@ class MultiDecoderUNet(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """What `encode` and `decode` run."""
-        parts = [self.encoder, self.decoder, *self.other_decoders]
+        stem = getattr(self.encoder, "stem", None)
+        stages = [*([] if stem is None else [stem]), *self.encoder.stages] if self.recompute else []
+        parts = [*stages, self.encoder, self.decoder, *self.other_decoders]
         return parts if self.guidance is None else [*parts, self.guidance]

@@ -68,7 +68,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
         A backward pass follows each yield and frees the group's feature maps, so that the memory of a step is that of
         its largest group: yield as soon as a group is complete, and hold nothing of it. What a step draws or makes is
-        a local variable. A name may come in several groups, whose terms add up; all names come in every step.
+        a local variable. A name may come in several groups, whose terms add up; all names come in every step. An
+        empty group is passed over.
 
         Yields:
             Scalars by name, weighted as they enter the sum.
@@ -186,33 +187,33 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             torch.autograd.backward(*zip(*ends, strict=True))
 
     def in_turn(
-        self, passes: Sequence[Callable[[], Any]], logits_of: Callable[[Any], Tensor] | None = None
+        self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Tensor] | None = None
     ) -> Iterator[tuple[int, Any, list[Tensor]]]:
-        """Decoders or networks that teach each other: one at a time has its graph, and knows the logits of all.
+        """Decoders or networks that teach each other: one at a time has its graph, and knows what all of them say.
 
         All but the first run once more, before and without gradients. With `memory=fast` each runs once.
 
         Args:
             passes: each gives an output; the same every time.
-            logits_of: the finest logits of an output, by default `finest`.
+            keep: what the others are told of an output, without gradients; by default its finest logits.
 
         Yields:
-            The pass's number, its output, and the finest logits (B, heads, *S) of all passes, detached.
+            The pass's number, its output, and what is kept of all passes.
         """
-        logits_of = logits_of or self.finest
+        keep = torch.no_grad()(keep or (lambda output: self.finest(output).detach()))
         if self.settings.memory == "fast":
             outputs = [function() for function in passes]
-            logits = [logits_of(output).detach() for output in outputs]
+            kept = [keep(output) for output in outputs]
             for i, output in enumerate(outputs):
-                yield i, output, logits
+                yield i, output, kept
             return
         with torch.no_grad():
-            logits = [logits_of(function()) for function in passes[1:]]
+            kept = [keep(function()) for function in passes[1:]]
         for i, function in enumerate(passes):
             output = function()
             if i == 0:
-                logits.insert(0, logits_of(output).detach())
-            yield i, output, logits
+                kept.insert(0, keep(output))
+            yield i, output, kept
             del output
 
     # ----------------------------------------------------------------------------------------------- the training
@@ -304,7 +305,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
                 terms[name] = term.detach() + terms[name] if name in terms else term.detach()
             if self.settings.memory == "fast":
                 total = loss if total is None else total + loss
-            elif loss.requires_grad:
+            elif isinstance(loss, Tensor) and loss.requires_grad:
                 self._scaled(loss).backward()
             del group, loss
         if total is not None:
