@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from nnunet_semiseg.errors import UserError, report
 
 CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]
+PLANS = "nnUNetPlans"  # nnU-Net's own, and its default
 DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's
 
 Command = Callable[[Namespace], None]
@@ -22,7 +23,12 @@ Command = Callable[[Namespace], None]
 def plan_and_preprocess(parser: ArgumentParser) -> Command:
     """Fingerprint, plans and preprocessing of labelled and unlabelled cases."""
     parser.add_argument("-d", type=int, nargs="+", required=True, metavar="ID", help="dataset numbers")
-    parser.add_argument("-pl", default="SemiSegPlanner", metavar="PLANNER", help="default: %(default)s")
+    parser.add_argument(
+        "-pl",
+        default="ExperimentPlanner",
+        metavar="PLANNER",
+        help=f"default: %(default)s, nnU-Net's own, which makes {PLANS}",
+    )
     parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="default: the planner's own")
     parser.add_argument(
         "-overwrite_target_spacing",
@@ -35,7 +41,7 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
     parser.add_argument("-npfp", type=int, default=_cores(8), metavar="N", help="processes for the fingerprint")
     parser.add_argument("--verify_dataset_integrity", action="store_true", help="recommended, once a dataset")
     parser.add_argument("--no_pp", action="store_true", help="end with the plans")
-    parser.add_argument("--labeled_only", action="store_true", help="there is no imagesUn: for the upper bound")
+    parser.add_argument("--labeled_only", action="store_true", help="no imagesUn is needed: for the upper bound")
     _add_preprocessing_arguments(parser)
     _add_set_argument(parser)
 
@@ -66,12 +72,17 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
 def preprocess_unlabeled(parser: ArgumentParser) -> Command:
     """Preprocess imagesUn for plans that are there already, nnU-Net's own among them."""
     parser.add_argument("-d", type=int, nargs="+", required=True, metavar="ID", help="dataset numbers")
-    parser.add_argument("-plans_name", default="nnUNetPlans", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("-plans_name", default=PLANS, metavar="NAME", help="default: %(default)s")
     _add_preprocessing_arguments(parser)
 
     def run(args: Namespace) -> None:
+        from nnunet_semiseg import planning
         from nnunet_semiseg.data import unlabeled
+        from nnunet_semiseg.files import dataset_folder
 
+        for dataset_id in args.d:
+            dataset_folder("nnUNet_raw", dataset_id)
+            planning.read_plans(dataset_folder("nnUNet_preprocessed", dataset_id), args.plans_name, "-plans_name")
         for dataset_id in args.d:
             unlabeled.preprocess_unlabeled(
                 dataset_id,
@@ -89,8 +100,7 @@ def preprocess_unlabeled(parser: ArgumentParser) -> Command:
 def train(parser: ArgumentParser) -> Command:
     """What nnUNetv2_train does, and --set."""
     names = ("dataset_name_or_id", "configuration", "fold")
-    options = {"-tr": "nnUNetTrainer", "-p": "nnUNetPlans", "-pretrained_weights": None, "-num_gpus": None}
-    options["-device"] = None
+    options = {"-tr": "nnUNetTrainer", "-p": PLANS, "-pretrained_weights": None, "-num_gpus": None, "-device": None}
     flags = ("--npz", "--c", "--val", "--val_best", "--disable_checkpointing")
     for name in names:
         parser.add_argument(name)
@@ -213,6 +223,7 @@ def compare(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.evaluation.compare import compare
         from nnunet_semiseg.evaluation.request import Request
 
+        _check_plans(args)
         request = Request(
             dataset=args.d,
             configuration=args.c,
@@ -246,6 +257,8 @@ def text_effect(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.evaluation import text_effect
         from nnunet_semiseg.evaluation.request import Request
 
+        _check_plans(args)
+        _trained_run(args)
         request = Request(
             dataset=args.d,
             configuration=args.c,
@@ -296,7 +309,7 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
     """Vision-language pre-training on a dataset's images and texts (AMVLM); under torchrun on several GPUs."""
     parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name, with texts.json")
     parser.add_argument("-c", default="2d", metavar="CONFIGURATION", help="default: %(default)s")
-    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-p", default=PLANS, metavar="PLANS", help="default: %(default)s")
     parser.add_argument(
         "--model", metavar="MODEL",
         help="hf-hub:OWNER/NAME, NAME:TAG of open_clip's, or a folder; with :none untrained; default: BiomedCLIP",
@@ -308,6 +321,7 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
     def run(args: Namespace) -> None:
         from nnunet_semiseg.vlm import pretraining
 
+        _check_plans(args)
         model = args.model or pretraining.DEFAULT_MODEL
         chosen = {"configuration": args.c, "plans": args.p, "device": args.device}
         output = pretraining.pretrain(args.d, model, args.o, args.set, **chosen)
@@ -367,7 +381,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. What the user can mend comes as `error: ` lines on stderr and exit status 1."""
+    """Run one subcommand. What the user can fix comes as `error: ` lines on stderr and exit status 1."""
     parser = ArgumentParser("nnunet_semiseg", description="Semi-supervised training with nnU-Net v2.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -407,16 +421,32 @@ def _add_model_arguments(parser: ArgumentParser, configuration: str | None = Non
     parser.add_argument("-d", required=True, metavar="ID", help="dataset number or name")
     parser.add_argument("-c", required=configuration is None, default=configuration, metavar="CONFIGURATION")
     parser.add_argument("-f", default="0", metavar="FOLD", help="number, or all; default: %(default)s")
-    parser.add_argument("-p", default="nnUNetSemiSegPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-p", default=PLANS, metavar="PLANS", help="default: %(default)s")
+
+
+def _check_plans(args: Namespace) -> None:
+    """Raises UserError where the dataset has no such plans, with the names of those it has."""
+    from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.planning import read_plans
+
+    read_plans(dataset_folder("nnUNet_preprocessed", args.d), args.p)
 
 
 def _trained_run(args: Namespace):
+    """Raises UserError where the trainer does not exist, or its only models are those of other plans."""
     from nnunet_semiseg.discovery import find_trainer
     from nnunet_semiseg.files import dataset_folder
     from nnunet_semiseg.runs import Run
 
     find_trainer(args.tr)
-    return Run(dataset_folder("nnUNet_results", args.d).name, args.c, args.f, args.tr, args.p)
+    results = dataset_folder("nnUNet_results", args.d)
+    run = Run(results.name, args.c, args.f, args.tr, args.p)
+    before, after = f"{args.tr}__", f"__{args.c}"
+    others = [f.name.removeprefix(before).removesuffix(after) for f in sorted(results.glob(f"{before}*{after}"))]
+    if others and not run.model_folder.is_dir():
+        names = f"there {'are models' if len(others) > 1 else 'is one'} with {', '.join(others)}"
+        raise UserError(f"{run.model_folder}: no such model; {names}: choose with -p")
+    return run
 
 
 def _add_prediction_arguments(parser: ArgumentParser) -> None:

@@ -1,9 +1,10 @@
-"""Planning for semi-supervised training: nnU-Net's rules, with the memory of all streams and a teacher."""
+"""Planning for semi-supervised training: with nnU-Net's planners, or with ours, which differ from them in one rule."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,9 +18,12 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     preprocess_dataset,
 )
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.unlabeled import (
     DEFAULT_CONFIGURATIONS,
     check_headers,
@@ -36,14 +40,47 @@ from nnunet_semiseg.text.prompts import read_prompts
 NUM_FOLDS = 5  # of nnU-Net's own split
 
 
-class SemiSegMemory:
-    """Mixin for nnU-Net's planners: patch and batch fit what semi-supervised training keeps in memory.
-
-    The batch size in the plans is that of the labelled stream. One file of plans serves every trainer, so the
-    numbers are those of the most demanding method, TextSemiSegTrainer, with a teacher on top.
-    """
+class SemiSegPlans:
+    """Mixin for nnU-Net's planners: plans of another name, with preprocessed data of their own."""
 
     default_plans_name: str
+
+    def __init__(self, dataset_name_or_id: str | int, *, plans_name: str | None = None, **kwargs):
+        super().__init__(dataset_name_or_id, plans_name=plans_name or self.default_plans_name, **kwargs)
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        # nnU-Net's ResEnc planners write into the folders of nnUNetPlans, and where the batch size alone differs, so
+        # could we. But nnU-Net removes a folder and fills it anew each time it preprocesses. With another target
+        # spacing, or with a fingerprint taken anew, the folder would then hold other data than nnUNetPlans were made
+        # for; nothing in nnU-Net notices, and a training that reads from it would break. So each has its own.
+        return f"{self.plans_identifier}_{configuration_name}"
+
+
+class CountUnlabeled(SemiSegPlans):
+    """Mixin for nnU-Net's planners: the cap on the batch size counts all images, not only those with labels.
+
+    A batch is at most a share of the voxels of the data set, against overfitting: 5 % with nnU-Net's default planner,
+    all with its ResEnc presets. nnU-Net counts the labelled cases. Semi-supervised training sees the others, too: few
+    labels would make a small batch, with few unlabelled images in it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        folder = Path(self.raw_dataset_folder, IMAGES_FOLDER)
+        ending = self.dataset_json["file_ending"]
+        cases = get_identifiers_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else ()
+        unlabeled = sum(not case.startswith(".") for case in cases)
+        # the planner's copy; the file is copied to the preprocessed data as it is
+        self.dataset_json = {**self.dataset_json, "numTraining": self.dataset_json["numTraining"] + unlabeled}
+
+
+class SemiSegMemory(SemiSegPlans):
+    """Mixin for nnU-Net's planners: patch and batch are so small that all streams fit into the memory at once.
+
+    The batch size in the plans is that of the labelled stream. One file of plans serves every trainer, so the
+    numbers are those of the most demanding method, TextSemiSegTrainer, with a teacher on top, where all of a step is
+    one backward pass. Trainers need not do that: with nnU-Net's own patch they stay near its memory.
+    """
 
     num_decoders = 2
     """decoders on one encoder"""
@@ -100,16 +137,11 @@ class SemiSegMemory:
             + cls.has_teacher * (sum(skips) + skips[1] + 5 * skips[0]) / 2
         )
 
-    def generate_data_identifier(self, configuration_name: str) -> str:
-        # nnU-Net's ResEnc planners write into the folders of nnUNetPlans. With another target spacing, or a
-        # fingerprint taken anew, that replaces data under the plans they were made for: each to their own.
-        return f"{self.plans_identifier}_{configuration_name}"
-
 
 def plan_and_preprocess(
     dataset_ids: Iterable[int],
     configurations: Sequence[str] = DEFAULT_CONFIGURATIONS,
-    planner: str = "SemiSegPlanner",
+    planner: str = "ExperimentPlanner",
     *,
     num_processes: int | Sequence[int] = 2,
     num_processes_fingerprint: int = 2,
@@ -127,18 +159,21 @@ def plan_and_preprocess(
     """nnU-Net's fingerprint, plans and preprocessing, from labelled cases alone; then the unlabelled cases.
 
     Args:
-        planner: one of ours or one of nnU-Net's.
+        planner: one of nnU-Net's or one of ours.
         num_processes: one number, or one for each configuration.
         verify_dataset_integrity: nnU-Net's check of the labelled cases, and all unlabelled headers.
         clean: take the fingerprint and preprocess unlabelled cases anew, even where there is nothing new.
         preprocess: False ends with the plans.
-        labeled_only: there is no unlabelled case: for the upper bound, with plans like the others'.
+        labeled_only: no unlabelled case is needed or preprocessed: for the upper bound, with plans like the others'.
         settings: `KEY=VALUE`, kept in the plans beside those that are already there.
 
     Raises:
         UserError: before any work, whatever can be checked quickly, for all data sets; bad unlabelled images.
     """
     planner_class = find_planner(planner)
+    if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
+        # it asks torch for that many threads
+        raise UserError(f"nnUNet_n_proc_DA=0: nnU-Net's {planner} needs 1 or more: set it to 1 while you plan")
     plans_name = overwrite_plans_name or _default_plans_name(planner_class)
     changes = parse_assignments(settings)
     update_settings({}, changes)
@@ -194,13 +229,47 @@ def find_planner(name: str) -> type[ExperimentPlanner]:
     return planner
 
 
+def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
+    """The plans of that name, of a dataset's preprocessed data.
+
+    Args:
+        option: of the command, with which plans are chosen.
+
+    Raises:
+        UserError: there are none, with the names of those that there are; no JSON.
+    """
+    file = preprocessed / f"{name}.json"
+    plan_first = f"plan first with {planning_command(preprocessed.name, name)}"
+    if file.is_file():
+        return read_json(file, plan_first)
+    there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
+    # not the copies that a comparison makes of plans, one a run
+    there = [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
+    if there:
+        names = f"there {'are' if len(there) > 1 else 'is'} {', '.join(there)}: choose with {option}"
+        raise UserError(f"{file}: no such plans; {names}; or {plan_first}")
+    raise UserError(f"{file}: no such plans: {plan_first}")
+
+
+def planning_command(dataset: str, plans_name: str) -> str:
+    """What is to be typed to have plans of this name."""
+    command = f"nnunet_semiseg plan_and_preprocess -d {convert_dataset_name_to_id(dataset)}"
+    if plans_name == _default_plans_name(ExperimentPlanner):
+        return command
+    for ours in iter_classes("planners"):
+        for planner in ours.__mro__:  # nnU-Net's presets are among the bases of ours
+            if issubclass(planner, ExperimentPlanner) and _default_plans_name(planner) == plans_name:
+                return f"{command} -pl {planner.__name__}"
+    return f"{command} -overwrite_plans_name {plans_name}"
+
+
 def write_settings(plans_file: Path, changes: dict) -> None:
     """Put settings into a plans file and print what changes, for every trainer that uses it.
 
     Raises:
         UserError: no such plans; a setting that no trainer has, or of the wrong type.
     """
-    plans = read_json(plans_file, "plan first with nnunet_semiseg plan_and_preprocess, or name others with -p")
+    plans = read_plans(plans_file.parent, plans_file.stem)
     if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after the former
         raise UserError(
             f"{plans_file}: its plans_name is {plans['plans_name']}, so that a training would replace that model: copy"
@@ -221,7 +290,7 @@ def copy_plans(plans_file: Path, name: str) -> Path:
     Raises:
         UserError: no such plans; there are plans of that name.
     """
-    plans = read_json(plans_file, "plan first with nnunet_semiseg plan_and_preprocess, or name others with -p")
+    plans = read_plans(plans_file.parent, plans_file.stem)
     copy = plans_file.with_name(f"{name}.json")
     if copy.exists():
         raise UserError(f"{copy}: is there already: go on with -p {name}, or choose another name")
@@ -255,7 +324,7 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
-    if ours.is_file() and theirs.is_file() and not _agree(read_json(ours, "delete it"), read_json(theirs, "mend it")):
+    if ours.is_file() and theirs.is_file() and not _agree(read_json(ours, "delete it"), read_json(theirs, "fix it")):
         raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
     if headers:
         example = next(iter(labeled.values()))[0]
@@ -272,6 +341,6 @@ def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:
 
 
 def _default_plans_name(planner_class: type[ExperimentPlanner]) -> str:
-    if issubclass(planner_class, SemiSegMemory):
+    if issubclass(planner_class, SemiSegPlans):
         return planner_class.default_plans_name
     return inspect.signature(planner_class).parameters["plans_name"].default

@@ -2,10 +2,10 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncL,
 )
 
-from nnunet_semiseg.planning import SemiSegMemory
+from nnunet_semiseg.planning import CountUnlabeled
 
 
-class SemiSegPlannerResEncL(SemiSegMemory, nnUNetPlannerResEncL):
-    """nnU-Net's ResEnc L preset and its memory target, with the memory of semi-supervised training."""
+class SemiSegPlannerResEncL(CountUnlabeled, nnUNetPlannerResEncL):
+    """nnU-Net's ResEnc L preset, with a batch size that counts the unlabelled images, too."""
 
     default_plans_name = "nnUNetSemiSegResEncUNetLPlans"

@@ -2,10 +2,10 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
 )
 
-from nnunet_semiseg.planning import SemiSegMemory
+from nnunet_semiseg.planning import CountUnlabeled
 
 
-class SemiSegPlannerResEncM(SemiSegMemory, nnUNetPlannerResEncM):
-    """nnU-Net's ResEnc M preset and its memory target, with the memory of semi-supervised training."""
+class SemiSegPlannerResEncM(CountUnlabeled, nnUNetPlannerResEncM):
+    """nnU-Net's ResEnc M preset, with a batch size that counts the unlabelled images, too."""
 
     default_plans_name = "nnUNetSemiSegResEncUNetMPlans"

@@ -2,10 +2,10 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncXL,
 )
 
-from nnunet_semiseg.planning import SemiSegMemory
+from nnunet_semiseg.planning import CountUnlabeled
 
 
-class SemiSegPlannerResEncXL(SemiSegMemory, nnUNetPlannerResEncXL):
-    """nnU-Net's ResEnc XL preset and its memory target, with the memory of semi-supervised training."""
+class SemiSegPlannerResEncXL(CountUnlabeled, nnUNetPlannerResEncXL):
+    """nnU-Net's ResEnc XL preset, with a batch size that counts the unlabelled images, too."""
 
     default_plans_name = "nnUNetSemiSegResEncUNetXLPlans"

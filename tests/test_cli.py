@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 
 import pytest
 
@@ -71,10 +72,68 @@ def test_errors_are_lines_without_traceback(tiny_dataset, capsys):
     assert all(line.startswith("error: ") for line in lines)
 
 
-def test_plans_that_are_missing_are_named(tiny_dataset, capsys):
-    tiny_dataset(size=6)
-    (line,) = error_lines(capsys, "preprocess_unlabeled", "-d", "901")
-    assert "nnUNetPlans.json: no such file: make the plans with nnunet_semiseg plan_and_preprocess -d 901" in line
+READERS_OF_PLANS = (
+    "train 901 3d_fullres 0",
+    "train 901 3d_fullres 0 --as other",
+    "preprocess_unlabeled -d 901",
+    "compare -d 901 -c 3d_fullres --trainers SupervisedTrainer MeanTeacherTrainer",
+    "text_effect -d 901 -c 3d_fullres",
+    "pretrain_vlm -d 901",
+)
+
+
+@pytest.mark.parametrize("command", READERS_OF_PLANS)
+def test_plans_that_are_missing_are_named(tiny_dataset, monkeypatch, capsys, command):
+    dataset = tiny_dataset(size=6)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    option = "-plans_name" if command.startswith("preprocess") else "-p"
+    (line,) = error_lines(capsys, *command.split())
+    file = dataset.preprocessed / "nnUNetPlans.json"
+    plan = "plan first with nnunet_semiseg plan_and_preprocess -d 901"
+    assert line == f"error: {file}: no such plans: {plan}"
+
+    dataset.preprocessed.mkdir(parents=True)
+    for name in ("nnUNetSemiSegSmallPlans", "nnUNetPlans"):
+        (dataset.preprocessed / f"{name}.json").write_text(json.dumps({"plans_name": name}))
+    (line,) = error_lines(capsys, *command.split(), option, "nnUNetSemiSegPlans")
+    there = f"there are nnUNetPlans, nnUNetSemiSegSmallPlans: choose with {option}"
+    file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
+    assert line == f"error: {file}: no such plans; {there}; or {plan} -pl SemiSegPlanner"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "distill -tr MeanTeacherTrainer",
+        "export -tr MeanTeacherTrainer --onnx F",
+        "text_masks -tr MeanTeacherTrainer -o F",
+    ],
+)
+def test_models_with_other_plans_are_named(tiny_dataset, capsys, command):
+    dataset = tiny_dataset(size=6)
+    models = [dataset.results / f"MeanTeacherTrainer__{plans}__2d" for plans in ("nnUNetSemiSegSmallPlans", "Mine")]
+    models[0].mkdir(parents=True)
+    (dataset.results / "CPSTrainer__Another__2d").mkdir()
+    missing = f"error: {dataset.results / 'MeanTeacherTrainer__nnUNetPlans__2d'}: no such model; there"
+    words = [*command.split(), "-d", "901", "-c", "2d"]
+    (line,) = error_lines(capsys, *words)
+    assert line == f"{missing} is one with nnUNetSemiSegSmallPlans: choose with -p"
+    models[1].mkdir()
+    (line,) = error_lines(capsys, *words)
+    assert line == f"{missing} are models with Mine, nnUNetSemiSegSmallPlans: choose with -p"
+
+
+def test_every_default_of_plans_is_nnunets():
+    defaults = {}
+    for command in cli.COMMANDS:
+        parser = ArgumentParser()
+        command(parser)
+        name = {"-p", "-plans_name"} & set(parser._option_string_actions)
+        defaults |= {(command.__name__, n): parser.get_default(n.removeprefix("-")) for n in name}
+    assert set(defaults.values()) == {"nnUNetPlans"} and len(defaults) == 8
+    parser = ArgumentParser()
+    cli.plan_and_preprocess(parser)
+    assert parser.get_default("pl") == "ExperimentPlanner"
 
 
 def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):

@@ -7,7 +7,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from conftest import in_threads, write_image
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
@@ -17,15 +17,23 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_semiseg.discovery import iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.planning import SemiSegMemory, find_planner, plan_and_preprocess
+from nnunet_semiseg.planning import SemiSegMemory, find_planner, plan_and_preprocess, read_plans
 
 PLANNERS = {
     "SemiSegPlanner": ("nnUNetSemiSegPlans", 8),
+    "SemiSegPlannerFast": ("nnUNetSemiSegFastPlans", 8),
     "SemiSegPlannerResEncM": ("nnUNetSemiSegResEncUNetMPlans", 8),
     "SemiSegPlannerResEncL": ("nnUNetSemiSegResEncUNetLPlans", 24),
     "SemiSegPlannerResEncXL": ("nnUNetSemiSegResEncUNetXLPlans", 40),
     "SemiSegPlannerSmall": ("nnUNetSemiSegSmallPlans", 8),
 }
+STOCK = {
+    "SemiSegPlanner": "ExperimentPlanner",
+    "SemiSegPlannerResEncM": "nnUNetPlannerResEncM",
+    "SemiSegPlannerResEncL": "nnUNetPlannerResEncL",
+    "SemiSegPlannerResEncXL": "nnUNetPlannerResEncXL",
+}
+"""planners that count the unlabelled images, and those they are otherwise equal to"""
 
 
 def architecture(dim: int) -> tuple:
@@ -101,10 +109,11 @@ def test_the_teachers_share_is_what_is_alive_in_its_forward_pass():
     assert with_teacher - without == max(alive) / 2
 
 
-def fingerprinted(tiny_dataset, monkeypatch, shape=(200, 300, 300)):
+def fingerprinted(tiny_dataset, monkeypatch, shape=(200, 300, 300), **kwargs):
     """A dataset whose fingerprint, but not whose images, is of clinical size."""
     monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
-    dataset = tiny_dataset(labeled=1, unlabeled=1, size=6, numTraining=100)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner asks torch for that many threads
+    dataset = tiny_dataset(**{"labeled": 1, "unlabeled": 1, "size": 6, "numTraining": 100} | kwargs)
     statistics = {
         "mean": 1,
         "median": 1,
@@ -129,10 +138,10 @@ def test_every_planner_is_tested():
     assert {c.__name__ for c in iter_classes("planners")} == set(PLANNERS)
 
 
-@pytest.mark.parametrize("name", PLANNERS)
-def test_planners_keep_nnunets_rules_within_its_memory(tiny_dataset, name, monkeypatch):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner asks torch for that many threads
+@pytest.mark.parametrize("name", sorted(set(PLANNERS) - set(STOCK)))
+def test_smaller_patches_keep_nnunets_rules_within_its_memory(tiny_dataset, name, monkeypatch):
     dataset = fingerprinted(tiny_dataset, monkeypatch)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     planner = find_planner(name)(dataset.id)
     plans = planner.plan_experiment()
     plans_name, gigabytes = PLANNERS[name]
@@ -161,12 +170,61 @@ def test_planners_keep_nnunets_rules_within_its_memory(tiny_dataset, name, monke
         assert (min(features), max(features)) == widths
 
 
-def test_a_semi_supervised_patch_is_smaller(tiny_dataset, monkeypatch):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+def without_names(plans):
+    """What plans say, without what the plans' and the planner's name make of it."""
+    configurations = {
+        name: {key: value for key, value in content.items() if key != "data_identifier"}
+        for name, content in plans["configurations"].items()
+    }
+    names = ("plans_name", "experiment_planner_used", "dataset_name")
+    return {k: v for k, v in plans.items() if k not in names} | {"configurations": configurations}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_plans_are_stock_where_no_case_is_unlabelled(tiny_dataset, monkeypatch, name):
+    dataset = fingerprinted(tiny_dataset, monkeypatch, (40, 96, 96), unlabeled=0, numTraining=6)
+    ours, theirs = (find_planner(n)(dataset.id) for n in (name, STOCK[name]))
+    plans = ours.plan_experiment()
+    assert (plans["plans_name"], ours.UNet_vram_target_GB) == PLANNERS[name]
+    assert plans["experiment_planner_used"] == name
+    assert {"2d", "3d_fullres"} <= set(plans["configurations"])
+    assert without_names(plans) == without_names(theirs.plan_experiment())
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_plans_are_those_of_the_same_images_with_all_labels(tiny_dataset, monkeypatch, name):
+    few, all_labeled = (
+        fingerprinted(
+            tiny_dataset, monkeypatch, (32, 32, 32), labeled=n, unlabeled=100 - n, numTraining=n, dataset_id=i
+        )
+        for n, i in ((6, 901), (100, 902))
+    )
+    (few.raw / "imagesUn" / "._un_000_0000.nii.gz").touch()  # of a Mac
+    (few.raw / "imagesUn" / "notes.txt").touch()
+    ours, theirs = find_planner(name)(few.id).plan_experiment(), find_planner(STOCK[name])(all_labeled.id)
+    assert without_names(ours) == without_names(theirs.plan_experiment())
+    # the planner's own count goes nowhere
+    assert json.loads((few.preprocessed / "dataset.json").read_text())["numTraining"] == 6
+
+
+def test_the_batch_covers_5_percent_of_all_images(tiny_dataset, monkeypatch):
+    dataset = fingerprinted(tiny_dataset, monkeypatch, (32, 32, 32), labeled=6, unlabeled=94, numTraining=6)
+
+    def batches(planner):
+        configurations = find_planner(planner)(dataset.id).plan_experiment()["configurations"]
+        assert {tuple(c["patch_size"]) for c in configurations.values()} == {(32, 32), (32, 32, 32)}
+        return configurations["2d"]["batch_size"], configurations["3d_fullres"]["batch_size"]
+
+    # patches are whole slices and whole volumes; nnU-Net's smallest batch is 2
+    assert batches("ExperimentPlanner") == (round(0.05 * 6 * 32), 2)
+    assert batches("SemiSegPlanner") == (0.05 * 100 * 32, 0.05 * 100)
+
+
+def test_a_fast_patch_is_smaller(tiny_dataset, monkeypatch):
     dataset = fingerprinted(tiny_dataset, monkeypatch, (128, 128, 128))
     ours, theirs = (
         find_planner(name)(dataset.id).plan_experiment()["configurations"]["3d_fullres"]["patch_size"]
-        for name in ("SemiSegPlanner", "ExperimentPlanner")
+        for name in ("SemiSegPlannerFast", "ExperimentPlanner")
     )
     assert np.prod(ours) < np.prod(theirs) / 3
 
@@ -178,17 +236,58 @@ def test_plans_with_another_spacing_never_share_data(tiny_dataset, monkeypatch):
         planner = find_planner(planner)(dataset.id, **kwargs)
         return {planner.generate_data_identifier(c) for c in ("2d", "3d_fullres", "3d_lowres")}
 
-    everyones = [identifiers(name) for name in (*PLANNERS, "nnUNetPlannerResEncM")]
+    everyones = [identifiers(name) for name in (*PLANNERS, "ExperimentPlanner")]
     everyones.append(identifiers("SemiSegPlannerResEncM", plans_name="Coarse", overwrite_target_spacing=[3.0] * 3))
     assert len(set.union(*everyones)) == sum(map(len, everyones))
 
 
-def test_planners_of_nnunet_can_be_used(tiny_dataset):
+def test_the_default_are_nnunets_own_plans(tiny_dataset):
     dataset = tiny_dataset(labeled=2, unlabeled=2)
-    assert find_planner("nnUNetPlannerResEncM") is nnUNetPlannerResEncM
-    plans = dataset.plan("ExperimentPlanner", settings=["num_epochs=2"])
-    assert plans["plans_name"] == "nnUNetPlans" and plans["semiseg"] == {"num_epochs": 2}
+    with in_threads():
+        settings = {"num_processes": 1, "num_processes_fingerprint": 1, "settings": ["num_epochs=2"]}
+        plan_and_preprocess([dataset.id], ["3d_fullres"], show_progress_bar=False, **settings)
+    plans = dataset.plans("nnUNetPlans")
+    assert plans.pop("semiseg") == {"num_epochs": 2}
     assert (dataset.preprocessed / "nnUNetPlans_3d_fullres__unlabeled.json").is_file()
+    with in_threads():
+        ExperimentPlanner(dataset.id).plan_experiment()
+    assert dataset.plans("nnUNetPlans") == plans
+    assert find_planner("nnUNetPlannerResEncM") is nnUNetPlannerResEncM
+
+
+def test_nnunets_planner_without_a_thread_is_refused(tiny_dataset, monkeypatch):
+    dataset = tiny_dataset(size=6)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    with pytest.raises(
+        UserError, match="^nnUNet_n_proc_DA=0: nnU-Net's ExperimentPlanner needs 1 or more: set it to 1"
+    ):
+        plan_and_preprocess([dataset.id])
+    assert not dataset.preprocessed.exists()
+
+
+def test_plans_that_are_missing(tiny_dataset):
+    dataset = tiny_dataset(size=6)
+
+    def refusal(name, **kwargs):
+        with pytest.raises(UserError) as refused:
+            read_plans(dataset.preprocessed, name, **kwargs)
+        file, _, rest = str(refused.value).partition(": ")
+        assert file == f"{dataset.preprocessed / name}.json"
+        return rest
+
+    plan = "plan first with nnunet_semiseg plan_and_preprocess -d 901"
+    assert refusal("nnUNetPlans") == f"no such plans: {plan}"
+    dataset.preprocessed.mkdir(parents=True)
+    (dataset.preprocessed / "dataset.json").write_text("{}")
+    (dataset.preprocessed / "nnUNetPlans.json").write_text('{"plans_name": "nnUNetPlans"}')
+    there = "no such plans; there is nnUNetPlans: choose with -p; or"
+    assert refusal("nnUNetSemiSegFastPlans") == f"{there} {plan} -pl SemiSegPlannerFast"
+    assert refusal("nnUNetResEncUNetLPlans") == f"{there} {plan} -pl nnUNetPlannerResEncL"
+    for name in ("nnUNetPlans_seed0", "nnUNetPlans_4labeled_seed0", "Mine"):
+        (dataset.preprocessed / f"{name}.json").write_text(json.dumps({"plans_name": name}))
+    there = "no such plans; there are Mine, nnUNetPlans: choose with -plans_name; or"
+    assert refusal("nnUNetFoo", option="-plans_name") == f"{there} {plan} -overwrite_plans_name nnUNetFoo"
+    assert read_plans(dataset.preprocessed, "Mine") == {"plans_name": "Mine"}
 
 
 def test_regions_two_channels_and_other_names(tiny_dataset):
