@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from unittest import mock
@@ -23,51 +22,60 @@ from weakref import WeakSet, finalize
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.settings.plans import parse_assignments, update_settings
 
 
-def make(name: str, args, folder: str):
-    plans = update_settings(load_json(os.path.join(folder, f"{args.p}.json")), parse_assignments(args.set))
-    plans["continue_training"] = False
-    trainer = recursive_find_trainer_class_by_name(name)(
-        plans, args.c, args.f, load_json(os.path.join(folder, "dataset.json")), torch.device(args.device)
-    )
+def make(trainer_class: type, plans: dict, args, folder: str):
+    """A trainer that is ready for its first step."""
+    plans = {**plans, "continue_training": False}
+    dataset_json = load_json(os.path.join(folder, "dataset.json"))
+    fold = int(args.f) if args.f.isdigit() else args.f
+    trainer = trainer_class(plans, args.c, fold, dataset_json, torch.device(args.device))
     trainer.on_train_start()
     trainer.network.train()
     return trainer
 
 
+def now(device: str) -> float:
+    """Seconds on a clock, once the GPU has done all that it was told to."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
 def timed_step(trainer, device: str) -> dict[str, float]:
-    """Seconds for load, forward, backward and update, and the peak memory in MiB (GPU only)."""
+    """Seconds for load, forward, backward and update, and the peak memory in MiB (GPU only).
 
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return perf_counter()
-
-    marks = {}
-    backward = torch.Tensor.backward
+    A step has several backward passes; what lies between them is forward, what follows the last one is update.
+    """
+    backward, spent, ends = torch.autograd.backward, [], []
 
     def timed_backward(*args, **kwargs):
-        marks["forward"] = now()
+        start = now(device)
         backward(*args, **kwargs)
-        marks["backward"] = now()
+        ends.append(now(device))
+        spent.append(ends[-1] - start)
 
-    start = now()
+    start = now(device)
     batch = next(trainer.dataloader_train)
-    marks["load"] = now()
+    loaded = now(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with mock.patch.object(torch.Tensor, "backward", timed_backward):
+    # Tensor.backward calls this function, too
+    with mock.patch.object(torch.autograd, "backward", timed_backward):
         trainer.train_step(batch)
-    marks["update"] = now()
-    ends = [start, *(marks[k] for k in ("load", "forward", "backward", "update"))]
-    seconds = dict(zip(("load", "forward", "backward", "update"), (b - a for a, b in pairwise(ends)), strict=True))
+    end = now(device)
+    seconds = {
+        "load": loaded - start,
+        "forward": ends[-1] - loaded - sum(spent),
+        "backward": sum(spent),
+        "update": end - ends[-1],
+    }
     return {**seconds, "MiB": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else seconds
 
 
@@ -122,7 +130,8 @@ def main() -> None:
     folder = str(dataset_folder("nnUNet_preprocessed", args.d))
     rows: dict[tuple[str, str], list[dict]] = {}
     with tempfile.TemporaryDirectory() as results, mock.patch.dict(os.environ, nnUNet_results=results):
-        trainers = {name: make(name, args, folder) for name in args.trainers}
+        plans = update_settings(load_json(os.path.join(folder, f"{args.p}.json")), parse_assignments(args.set))
+        trainers = {name: make(find_trainer(name), plans, args, folder) for name in args.trainers}
         for i in range(args.n + 2):
             for name, trainer in trainers.items():
                 total = trainer.num_epochs * trainer.num_iterations_per_epoch
