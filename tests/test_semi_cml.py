@@ -1,6 +1,7 @@
 """Semi-CML: its equations on arrays small enough to work out by hand, its modalities, phases and teachers."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import CLASSES, REGIONS, bare_trainer, make_trainer
+from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.networks.modalities import (
@@ -29,6 +30,7 @@ from nnunet_semiseg.trainers.semi_cml import (
     dynamic_threshold,
     pseudo_dice,
 )
+from nnunet_semiseg.training.batch import Batch
 
 # ------------------------------------------------------------------------------------------------------ equations
 
@@ -82,62 +84,111 @@ def logits_of(*p):
     return torch.log(torch.cat((1 - p, p), 1))
 
 
+class Decoders:
+    """A network of two decoders that says the same whatever it is shown, and remembers what it is asked."""
+
+    def __init__(self, *branches, mean=None, sampled=None):
+        self.branches, self.mean, self.sampled, self.asked = branches, mean, sampled, []
+
+    def __call__(self, images, branches=False, passes=None, dropout=0.0):
+        assert branches
+        self.asked.append((images, passes, dropout))
+        outputs = [x.expand(len(images), *x.shape[1:]) for x in self.branches]
+        return outputs if passes is None else (outputs, self.mean, self.sampled)
+
+
+OFF = dict(inter_weight=0, contrast_weight=0, intra_weight=0, relearning_weight=0)
+
+
+def terms_by_hand(student, teacher=None, label_manager=CLASSES, progress=1.0, **settings):
+    """A step of one labelled and one unlabelled sample, of which the networks say what they always say."""
+    trainer = bare_trainer(
+        SemiCMLTrainer, label_manager, progress=progress, network=student, teacher=teacher, **OFF | settings
+    )
+    images = torch.zeros_like(student.branches[0][:, :1])
+    target = images if label_manager is CLASSES else torch.zeros_like(student.branches[0])
+    terms = terms_of(trainer, batch_of(images, target, weak=images - 1, strong=images))
+    return {name: term.item() for name, term in terms.items()}
+
+
 def relearning(student, branches, mean, sampled=None, progress=0.5, **settings):
-    """`relearning_loss` without a training; the weight's parts are what matters."""
+    """The loss of the re-learning, its ramp and the other terms taken away."""
     own = dict(relearning_start=0.5, threshold_warmup=0.1, threshold=0.7, disagreement_weight=0.3) | settings
-    trainer = bare_trainer(SemiCMLTrainer, progress=progress, **own)
-    return trainer.relearning_loss(student, branches, mean, sampled).item()
+    ramp = math.exp(-5 * (1 - progress) ** 2)
+    teacher = Decoders(*branches, mean=mean, sampled=sampled)
+    terms = terms_by_hand(Decoders(*student), teacher, progress=progress, relearning_weight=1 / ramp, **own)
+    assert set(terms) == {"supervised_a", "supervised_b", "relearning"}
+    return terms["relearning"]
 
 
 def test_disagreement_weighs_the_loss_and_not_the_label():
     """Three voxels: the modalities agree, differ, and the third is below tau = 0.7. Labels: a, a, (background)."""
-    student = logits_of(0.6, 0.2, 0.9)
+    student, other = logits_of(0.6, 0.2, 0.9), logits_of(0.3, 0.7, 0.9)
     a, b, mean = logits_of(0.9, 0.9, 0.4), logits_of(0.9, 0.4, 0.4), logits_of(0.9, 0.8, 0.4)
-    expected = (-math.log(0.6) - 0.3 * math.log(0.2)) / 3  # had the label been scaled, the second were background's
-    assert relearning([student], [a, b], mean) == pytest.approx(expected, abs=1e-6)
+    # had the label been scaled, the second were background's
+    expected = (-math.log(0.6) - 0.3 * math.log(0.2)) / 3
+    of_other = (-math.log(0.3) - 0.3 * math.log(0.7)) / 3
+    assert relearning([student, other], [a, b], mean) == pytest.approx(expected + of_other, abs=1e-6)
     assert relearning([student, student], [a, b], mean) == pytest.approx(2 * expected, abs=1e-6)
     # after the warm-up tau is 0.97: nothing counts
-    assert relearning([student], [a, b], mean, progress=0.7) == 0
+    assert relearning([student, student], [a, b], mean, progress=0.7) == 0
     # in the middle of it tau is 0.85: the first voxel alone
-    assert relearning([student], [a, b], mean, progress=0.55) == pytest.approx(-math.log(0.6) / 3, abs=1e-6)
+    halfway = relearning([student, student], [a, b], mean, progress=0.55)
+    assert halfway == pytest.approx(2 * -math.log(0.6) / 3, abs=1e-6)
+    # before it there is no re-learning
+    assert relearning([student, student], [a, b], mean, progress=0.45) == 0
 
 
 def test_uncertain_voxels_weigh_less():
     student, sure = logits_of(0.6, 0.6), logits_of(0.9, 0.9)
     sampled = logits_of(0.5, 0.75)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    expected = (0 + (1 - entropy / math.log(2)) * -math.log(0.6)) / 2
-    assert relearning([student], [sure, sure], sure, sampled) == pytest.approx(expected, abs=1e-6)
+    expected = 2 * (0 + (1 - entropy / math.log(2)) * -math.log(0.6)) / 2
+    assert relearning([student, student], [sure, sure], sure, sampled) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_supervised_loss_and_that_between_the_modalities_by_hand():
+    """Two voxels of background; P(a) of the decoders is (1/2, 0) and (1/2, 1/2) of both streams."""
+    a, b = logits_of(0.5, 1e-9), logits_of(0.5, 0.5)
+    terms = terms_by_hand(Decoders(a, b), progress=0.5, inter_weight=0.7)
+    dice = 2 * (0.25 + 0) / (0.5 + 1)
+    assert terms == pytest.approx(
+        {
+            "supervised_a": math.log(2) / 2,
+            "supervised_b": math.log(2),
+            "inter": 0.7 * math.exp(-1.25) * (1 - dice),  # one mean over both streams
+        },
+        abs=1e-4,
+    )
+
+
+def test_the_consistency_with_the_teacher_by_hand():
+    """P(a) of the student's decoders is 0.5 and 0.6, of the teacher's 0.9 and 0.2."""
+    teacher = Decoders(logits_of(0.9), logits_of(0.2), mean=logits_of(0.5))
+    terms = terms_by_hand(Decoders(logits_of(0.5), logits_of(0.6)), teacher, progress=0.5, intra_weight=0.3)
+    assert terms["intra"] == pytest.approx(0.3 * math.exp(-1.25) * (0.4**2 + 0.4**2), abs=1e-6)
+    ((images, passes, _),) = teacher.asked
+    assert passes == 0 and (images == -1).all()  # the weak view, without dropout
 
 
 def test_the_first_region_is_compared_too():
     """The modalities differ in the first region and agree in the second."""
     a, b = torch.tensor([[[[30.0]], [[30.0]]], [[[-30.0]], [[30.0]]]])[:, None]
-    trainer = bare_trainer(
-        SemiCMLTrainer, REGIONS, inter_weight=1.0, contrast_weight=0, intra_weight=0, relearning_weight=0
-    )
-    terms = trainer.semi_losses([a, b], [a, b], {"data": a, "unlabeled": {"weak": a}})
-    assert terms["inter"].item() == pytest.approx(0.5, abs=1e-3)
+    terms = terms_by_hand(Decoders(a, b), label_manager=REGIONS, inter_weight=1.0)
+    assert terms["inter"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_relearning_asks_the_teacher_for_its_passes_and_is_weighted_and_ramped():
-    asked = []
-
-    def teacher(images, branches=False, passes=None, dropout=0.0):
-        asked.append((passes, dropout))
-        sure = logits_of(0.999)
-        return [sure, sure], sure, None
-
-    trainer = bare_trainer(
-        SemiCMLTrainer, progress=0.75, relearning_weight=0.6, mc_passes=3, mc_dropout=0.35,
-        inter_weight=0, contrast_weight=0, intra_weight=0,
+    sure = logits_of(0.999)
+    teacher = Decoders(sure, sure, mean=sure)
+    terms = terms_by_hand(
+        Decoders(logits_of(0.5), logits_of(0.8)), teacher, progress=0.75, relearning_weight=0.6, mc_passes=3,
+        mc_dropout=0.35,
     )  # fmt: skip
-    trainer.teacher = teacher
-    a, b, weak = logits_of(0.5), logits_of(0.8), torch.zeros(1, 2, 1, 1, 1)
-    terms = trainer.semi_losses([a, b], [a, b], {"data": weak, "unlabeled": {"weak": weak}})
     expected = 0.6 * math.exp(-5 / 16) * -(math.log(0.5) + math.log(0.8))  # one voxel, both decoders
-    assert terms["relearning"].item() == pytest.approx(expected, abs=1e-6)
-    assert asked == [(3, 0.35)]
+    assert terms["relearning"] == pytest.approx(expected, abs=1e-6)
+    ((images, passes, dropout),) = teacher.asked
+    assert (passes, dropout) == (3, 0.35) and (images == -1).all()
 
 
 def test_a_pool_of_two_by_hand():
@@ -155,14 +206,13 @@ def test_a_pool_of_two_by_hand():
 
 
 def test_the_student_lacks_a_modality_of_each_sample():
-    trainer = bare_trainer(SemiCMLTrainer, modality_dropout=1.0)
-    seen = []
-    trainer.network = lambda images, branches: seen.append(images) or [images, images]
-    trainer.network.modalities = SimpleNamespace(groups=((0, 2), (1,)))
-    ones = torch.ones(10, 3, 2, 2)
-    trainer.forward_streams({"data": ones, "unlabeled": {"weak": ones, "strong": ones}})
-    (images,) = seen
-    assert set(map(tuple, images[..., 0, 0].tolist())) == {(0.0, 1.0, 0.0), (1.0, 0.0, 1.0)} and len(images) == 20
+    student = Decoders(logits_of(0.5), logits_of(0.5))
+    student.modalities = SimpleNamespace(groups=((0, 2), (1,)))
+    trainer = bare_trainer(SemiCMLTrainer, network=student, modality_dropout=1.0, **OFF)
+    ones = torch.ones(10, 3, 1, 1, 1)
+    terms_of(trainer, batch_of(ones, strong=ones, weak=ones))
+    images = torch.cat([images for images, _, _ in student.asked])
+    assert set(map(tuple, images.flatten(1).tolist())) == {(0.0, 1.0, 0.0), (1.0, 0.0, 1.0)} and len(images) == 20
 
 
 def test_each_modality_takes_the_others_voxels_and_keeps_its_own():
@@ -329,31 +379,57 @@ def test_a_case_that_lacks_a_modality(regions, ready):
 
 def test_losses(ready):
     trainer = started(ready(dims=2, size=32, channels=2))
-    batch = next(trainer.dataloader_train)
-    labeled, unlabeled = trainer.forward_streams(batch)
+    batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    labeled, unlabeled = (trainer.network(x, branches=True) for x in (batch.images, batch.views["strong"]))
     trainer.step = 2  # of 6: before re-learning
-    terms = trainer.semi_losses(labeled, unlabeled, batch)
-    assert list(terms) == ["inter", "contrast", "intra", "relearning"] and terms["relearning"] == 0
+    terms = terms_of(trainer, batch)
+    assert set(terms) == {"supervised_a", "supervised_b", "inter", "contrast", "intra", "relearning"}
+    assert terms["relearning"] == 0
     ramp = math.exp(-5 * (2 / 3) ** 2)
+    for name, output in zip("ab", labeled, strict=True):
+        torch.testing.assert_close(terms[f"supervised_{name}"], trainer.loss(output, batch.target))
     a, b = (torch.cat((x[0], y[0])).softmax(1) for x, y in zip(labeled, unlabeled, strict=True))
     foreground = a[:, 1:].flatten(2), b[:, 1:].flatten(2)
     dice = 2 * (foreground[0] * foreground[1]).sum(2) / (foreground[0].sum(2) + foreground[1].sum(2))
     torch.testing.assert_close(terms["inter"], 0.5 * ramp * (1 - dice.mean()), rtol=1e-3, atol=1e-5)
     similarity = area_similarity(torch.cat((a, b))[:, 1:])
     torch.testing.assert_close(terms["contrast"], 0.4 * area_similarity_contrast(similarity))  # without a ramp
-    teacher = trainer.teacher(batch["unlabeled"]["weak"], branches=True)
-    n = len(batch["data"])
+    teacher = trainer.teacher(batch.views["weak"], branches=True)
+    n = len(batch.images)
     mse = sum(F.mse_loss(p[n:], t.softmax(1)) for p, t in zip((a, b), teacher, strict=True))
     torch.testing.assert_close(terms["intra"], 0.1 * ramp * mse)
     trainer.step = 3
-    assert trainer.semi_losses(labeled, unlabeled, batch)["relearning"] != 0
+    assert terms_of(trainer, batch)["relearning"] != 0
+
+
+@pytest.mark.parametrize("contrast_weight", [0.4, 0.0])
+def test_the_gradients_do_not_depend_on_the_memory(contrast_weight, ready):
+    """With the contrast the student's features are computed again, without it a stream ends before the next."""
+    trainer = started(ready(dims=2, size=32, channels=2), contrast_weight=contrast_weight, mc_passes=0)
+    batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    trainer.step, results, encoded = 4, [], []
+    trainer.network.encoder[0].register_forward_pre_hook(lambda *_: encoded.append(1))
+    for memory in ("stock", "fast"):
+        trainer.settings = replace(trainer.settings, memory=memory)
+        trainer.network.zero_grad()
+        encoded.clear()
+        terms = trainer.backward(trainer.losses(batch))
+        gradients = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
+        results.append((terms, gradients))
+        # once a stream and again for its gradients, or both streams once
+        assert len(encoded) == (1 if memory == "fast" else 4 if contrast_weight else 2)
+    (terms, gradients), other = results
+    assert terms.keys() == other[0].keys() and gradients.keys() == other[1].keys()
+    for a, b in ((terms, other[0]), (gradients, other[1])):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_dropout_passes_leave_the_encoder_alone_and_differ(ready):
     trainer = started(ready())
     calls = []
     trainer.teacher.encoder[0].register_forward_hook(lambda *_: calls.append(1))
-    images = next(trainer.dataloader_train)["unlabeled"]["weak"]
+    images = next(trainer.dataloader_train)["views"]["weak"]
     outputs, mean, sampled = trainer.predict(trainer.teacher, images, 3)
     assert len(calls) == 1 and not sampled.equal(mean)
     torch.testing.assert_close(mean, trainer.teacher(images))
@@ -362,9 +438,6 @@ def test_dropout_passes_leave_the_encoder_alone_and_differ(ready):
     assert trainer.predict(trainer.teacher, images, 0)[2] is None
     without = trainer.teacher(images, branches=True, passes=2, dropout=0.0)[2]
     torch.testing.assert_close(without.softmax(1), mean.softmax(1))
-
-
-OFF = dict(inter_weight=0, contrast_weight=0, intra_weight=0, relearning_weight=0)
 
 
 @pytest.mark.parametrize("term", ["inter", "contrast", "intra", "relearning"])
@@ -412,7 +485,7 @@ def test_resume_across_the_phases_with_a_pool(ready):
 
 def test_the_pool_keeps_the_best_and_labels_with_their_better_decoder(ready):
     trainer = started(ready(), teacher="best_pool", pool_size=2, mc_passes=0)
-    images = next(trainer.dataloader_train)["unlabeled"]["weak"]
+    images = next(trainer.dataloader_train)["views"]["weak"]
     assert trainer.predict_with_pool(images) is None
     kept = []
     for dice, branch in ((0.5, 0), (0.3, 1), (0.2, 0), (0.7, 1)):
@@ -433,7 +506,7 @@ def test_the_pool_keeps_the_best_and_labels_with_their_better_decoder(ready):
 def test_the_pool_does_not_label_with_the_decoder_of_a_modality_that_is_not_there(ready):
     trainer = started(ready(channels=2), teacher="best_pool", pool_size=1, mc_passes=0)
     trainer.offer_to_pool(0.9, 1)
-    images = next(trainer.dataloader_train)["unlabeled"]["weak"].clone()
+    images = next(trainer.dataloader_train)["views"]["weak"].clone()
     images[0, 1] = 0
     branches, mean, _ = trainer.predict_with_pool(images)
     a, b = trainer.auxiliary["pool"][0](images, branches=True)

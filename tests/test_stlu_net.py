@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
-from training import CLASSES, REGIONS, bare_trainer, make_trainer, nnunet_loss
+from torch.utils._pytree import tree_map
+from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
@@ -23,6 +25,7 @@ from nnunet_semiseg.networks.feature_mixing import (
     similarity_weights,
 )
 from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer, draw_beta
+from nnunet_semiseg.training.batch import Batch
 
 # ------------------------------------------------------------------------------------------------------ equations
 
@@ -129,6 +132,12 @@ def unet(kind=PlainConvUNet, ndim=2, **kwargs):
     )  # fmt: skip
 
 
+def streams(network, *args, **kwargs):
+    """The outputs of the mixing stream and of the other, the halves of the batch together, and the weights."""
+    *halves, weights = network.paired(*args, **kwargs)
+    return *(tree_map(lambda *x: torch.cat(x), *of_halves) for of_halves in zip(*halves, strict=True)), weights
+
+
 @pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_streams(kind, ndim):
@@ -140,16 +149,16 @@ def test_streams(kind, ndim):
     out = plain(x)
     assert network(x).equal(out)
     # w = 1 and no dropout: both streams are the plain network
-    mixed, dropped, weights = network(x, (0, 1, 2), torch.ones(()))
+    mixed, dropped, weights = streams(network, x, (0, 1, 2), torch.ones(()))
     torch.testing.assert_close(mixed, out)
     torch.testing.assert_close(dropped, out)
     assert weights == []
     # w = 0 at the first stage: the partners change places in the mixing stream
-    mixed, dropped, _ = network(x, (0,), torch.zeros(()))
+    mixed, dropped, _ = streams(network, x, (0,), torch.zeros(()))
     torch.testing.assert_close(mixed, torch.cat((out[2:], out[:2])))
     torch.testing.assert_close(dropped, out)
     # similarity: what the deeper stages see is mixed with the weights that are returned
-    mixed, _, weights = FeatureMixingUNet(plain, "similarity", dropout=0.5)(x, (1, 2))
+    mixed, _, weights = streams(FeatureMixingUNet(plain, "similarity", dropout=0.5), x, (1, 2))
     assert [w.shape for w in weights] == [(2, 8, *[1] * ndim)] * 2
     assert not torch.allclose(mixed, out)
 
@@ -159,19 +168,48 @@ def test_what_both_streams_share_is_computed_once():
     calls = {0: 0, 1: 0, 2: 0}
     for i, stage in enumerate(network.encoder.stages):
         stage.register_forward_hook(lambda *_, i=i: calls.update({i: calls[i] + 1}))
-    network(torch.randn(2, 1, 8, 8), (1,))
+    network.paired(torch.randn(2, 1, 8, 8), (1,))
     assert calls == {0: 1, 1: 1, 2: 2}
 
 
-# Three stages that pass on what they get and a decoder that returns the skips, so that the streams can be seen.
-TRANSPARENT = SimpleNamespace(encoder=SimpleNamespace(stages=[nn.Identity()] * 3), decoder=lambda skips: skips)
+@pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_what_is_computed_again_gives_the_same_outputs_and_gradients(kind, samples):
+    torch.manual_seed(0)
+    network, x = FeatureMixingUNet(unet(kind), "similarity", dropout=0.5), torch.randn(4, 1, 8, 8)
+
+    def run(samples):
+        torch.manual_seed(1)  # the same channels are dropped
+        network.zero_grad()
+        mixed, dropped, weights = streams(network, x, (1, 2), samples=samples)
+        (mixed.square().mean() + dropped.pow(3).mean()).backward()
+        return [mixed, dropped, *weights, *(p.grad for p in network.parameters() if p.grad is not None)]
+
+    kept, again = run(None), run(samples)
+    assert len(kept) == len(again) > 4 and all(p.any() for p in kept[4:6])
+    for a, b in zip(kept, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_decoder_takes_as_many_samples_at_once_as_it_is_told():
+    network, seen = FeatureMixingUNet(unet(), "similarity", dropout=0.5), []
+    network.decoder.register_forward_hook(lambda _, args, output: seen.append(len(output)))
+    for samples in (None, 2, 1):
+        network.paired(torch.randn(4, 1, 8, 8), (1,), samples=samples)
+    assert seen == [2] * 4 + [2] * 4 + [1] * 8  # two halves of two streams
+
+
+# Three stages that pass on what they get and a decoder that returns the skips (B, 3, C, *S): the streams can be seen.
+TRANSPARENT = SimpleNamespace(
+    encoder=SimpleNamespace(stages=[nn.Identity()] * 3), decoder=lambda skips: torch.stack(skips, 1)
+)
 
 
 def test_the_enhancement_stream_drops_channels_after_each_point():
     torch.manual_seed(0)
-    _, dropped, _ = FeatureMixingUNet(TRANSPARENT, "weight", dropout=0.75)(
-        torch.ones(2, 1000, 2, 2), (1, 2), torch.tensor(0.5)
-    )
+    network = FeatureMixingUNet(TRANSPARENT, "weight", dropout=0.75)
+    _, dropped, _ = streams(network, torch.ones(2, 1000, 2, 2), (1, 2), torch.tensor(0.5))
+    dropped = dropped.unbind(1)
     assert dropped[0].eq(1).all()
     assert set(dropped[1].unique().tolist()) == {0.0, 4.0} and set(dropped[2].unique().tolist()) == {0.0, 16.0}
     assert (dropped[1] == 0).float().mean().item() == pytest.approx(0.75, abs=0.03)
@@ -181,95 +219,165 @@ def test_the_enhancement_stream_drops_channels_after_each_point():
 def test_dropblock_drops_its_share_of_the_mixing_stream(p):
     torch.manual_seed(0)
     x = torch.ones(2, 2000, 1, 1)  # of a map of one voxel, a block is that voxel
-    mixed, _, weights = FeatureMixingUNet(TRANSPARENT, "dropblock", dropout=p)(x, (1,))
+    mixed, _, weights = streams(FeatureMixingUNet(TRANSPARENT, "dropblock", dropout=p), x, (1,))
+    mixed = mixed.unbind(1)
     assert (mixed[1] == 0).float().mean().item() == pytest.approx(p, abs=0.03) and weights == []
     assert mixed[0].equal(x) and mixed[2].equal(mixed[1])
 
 
 def test_without_mixing_the_stream_is_the_plain_network():
     x = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
-    mixed, _, weights = FeatureMixingUNet(TRANSPARENT, "off", dropout=0.5)(x, (0, 1, 2))
-    assert all(skip.equal(x) for skip in mixed) and weights == []
+    mixed, _, weights = streams(FeatureMixingUNet(TRANSPARENT, "off", dropout=0.5), x, (0, 1, 2))
+    assert all(skip.equal(x) for skip in mixed.unbind(1)) and weights == []
 
 
 # -------------------------------------------------------------------------------------------------------- trainer
 
 
-def transparent_trainer(points=(0, 1, 2), **settings):
+class Recording:
+    """A network whose decoder says the skips; it keeps what `paired` gives."""
+
+    def __init__(self, settings):
+        self.network = STLUNetTrainer.adapt_network(TRANSPARENT, settings, {}, False)
+
+    def paired(self, *args):
+        self.given = self.network.paired(*args)
+        return *[(torch.ones(1, 2, 1, 1),) * 2] * 2, self.given[-1]
+
+
+def recording_trainer(points=(0, 1, 2), **settings):
     """At the end of the ramp, with the transparent network."""
     trainer = bare_trainer(STLUNetTrainer, **settings)
-    trainer.points, trainer.device, trainer.histogram = points, torch.device("cpu"), torch.zeros(len(points), 10)
-    trainer.network = STLUNetTrainer.adapt_network(TRANSPARENT, trainer.settings, {}, False)
+    trainer.points, trainer.histogram = points, torch.zeros(len(points), 10)
+    trainer.network = Recording(trainer.settings)
     return trainer
+
+
+def given(trainer, labeled, unlabeled):
+    """What a step of the trainer's method has its network give for the two halves: pairs of (B, 3, C, *S)."""
+    terms_of(trainer, batch_of(labeled, torch.zeros(1, 1, 1, 1), strong=unlabeled))
+    return trainer.network.given[:2]
 
 
 def mixed_features(trainer):
     """After each stage, the labelled sample in the mixing stream: it is 1, and its partner 0."""
     one = torch.ones(1, 1, 1, 1)
-    labeled, unlabeled = trainer.forward_streams({"data": one, "unlabeled": {"strong": 0 * one}})
-    after = [skip.item() for skip in labeled[0]]
-    assert [1 - skip.item() for skip in unlabeled[0]] == pytest.approx(after)
+    labeled, unlabeled = given(trainer, one, 0 * one)
+    after = labeled[0].flatten().tolist()
+    assert [1 - x for x in unlabeled[0].flatten().tolist()] == pytest.approx(after)
     return after
 
 
 def test_a_scalar_weight_is_the_settings_or_drawn_with_their_beta(monkeypatch):
     monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(b / 10))
-    fixed = transparent_trainer((2,), mixing="scalar", mixing_weight=0.3)
+    fixed = recording_trainer((2,), mixing="scalar", mixing_weight=0.3)
     assert mixed_features(fixed) == pytest.approx([1, 1, 0.3])
-    drawn = transparent_trainer((0,), mixing="scalar", mixing_weight=0.3, mixing_beta=4.0)
+    drawn = recording_trainer((0,), mixing="scalar", mixing_weight=0.3, mixing_beta=4.0)
     assert mixed_features(drawn) == pytest.approx([0.4, 0.4, 0.4])
 
 
 def test_mixup_mixes_after_any_one_of_the_points_with_a_weight_from_its_beta(monkeypatch):
     monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(b / 10))
     torch.manual_seed(0)
-    trainer = transparent_trainer((0, 2), mixing="mixup", mixing_beta=2.0)
+    trainer = recording_trainer((0, 2), mixing="mixup", mixing_beta=2.0)
     seen = {tuple(round(x, 4) for x in mixed_features(trainer)) for _ in range(30)}
     assert seen == {(0.8, 0.8, 0.8), (1.0, 1.0, 0.8)}
-    assert mixed_features(transparent_trainer((0,), mixing="mixup")) == pytest.approx([0.9] * 3)  # Beta(1, 1)
+    assert mixed_features(recording_trainer((0,), mixing="mixup")) == pytest.approx([0.9] * 3)  # Beta(1, 1)
 
 
 def test_channel_dropout_is_the_settings():
     torch.manual_seed(0)
-    trainer = transparent_trainer((0,), channel_dropout=0.2)
+    trainer = recording_trainer((0,), channel_dropout=0.2)
     x = torch.ones(1, 1000, 1, 1)
-    (_, dropped), _ = trainer.forward_streams({"data": x, "unlabeled": {"strong": x}})
-    assert set(dropped[0].unique().tolist()) == {0.0, 1.25}
+    (_, dropped), _ = given(trainer, x, x)
+    assert set(dropped[:, 0].unique().tolist()) == {0.0, 1.25}
 
 
-def test_pseudo_losses_by_hand():
-    """Two voxels, with P(a) of 0.9 and 0.6 in the mixing stream, of 0.8 and 0.3 in the other."""
-    p = torch.tensor([[0.9, 0.6], [0.8, 0.3]])
-    unlabeled = torch.stack((1 - p, p), 1).log()[:, None, :, :, None]
+class Saying:
+    """A network that says what it is given: logits of two classes, for each half of each stream."""
 
-    def losses(**settings):
-        terms = transparent_trainer(stlu_weight=0.5, **settings).semi_losses(None, unlabeled, {})
-        return terms["unsupervised_mixing"].item(), terms["unsupervised_enhancement"].item()
+    def __init__(self, *halves):
+        self.halves = halves
+
+    def paired(self, images, points, weight, mixed_at, samples):
+        return *self.halves, []
+
+
+def says(*p):
+    """Logits of one sample, P(a) of each voxel."""
+    p = torch.tensor(p)
+    return torch.stack((1 - p, p)).log()[None, :, :, None].requires_grad_()
+
+
+def terms_by_hand(halves, progress=1.0, **settings):
+    """A step of one sample a stream, whose two labelled voxels are a and background."""
+    trainer = bare_trainer(STLUNetTrainer, progress=progress, network=Saying(*halves), **settings)
+    trainer.points, trainer.histogram = (0,), torch.zeros(1, 10)
+    images = torch.zeros(1, 1, 2, 1)
+    terms = terms_of(trainer, batch_of(images, torch.tensor([1, 0]).view(1, 1, 2, 1), strong=images))
+    return {name: term.item() for name, term in terms.items()}
+
+
+HALVES = (says(0.7, 0.4), says(0.55, 0.2)), (says(0.9, 0.6), says(0.8, 0.3))
+"""of the mixing stream and of the other one, for the labelled sample and for the unlabelled one"""
+
+
+def test_losses_by_hand():
+    """Two voxels, with P(a) of 0.9 and 0.6 in the mixing stream's unlabelled half, of 0.8 and 0.3 in the other's."""
+    supervised = {
+        "supervised_mixing": -math.log(0.7 * 0.6) / 2,
+        "supervised_enhancement": -math.log(0.55 * 0.8) / 2,
+    }
 
     # labels: the mixing stream's a and a, the other's a and background
-    expected = -0.5 * math.log(0.9 * 0.4) / 2, -0.5 * math.log(0.8 * 0.3) / 2
-    assert losses() == pytest.approx(expected, abs=1e-6)
+    def expected(gamma):
+        return supervised | {
+            "unsupervised_mixing": -gamma * math.log(0.9 * 0.4) / 2,
+            "unsupervised_enhancement": -gamma * math.log(0.8 * 0.3) / 2,
+        }
+
+    assert terms_by_hand(HALVES, stlu_weight=0.5) == pytest.approx(expected(0.5), abs=1e-6)
+    assert terms_by_hand(HALVES, progress=0.5) == pytest.approx(expected(math.exp(-1.25)), abs=1e-6)
     # in both the first alone is sure: 0.9 and 0.6, 0.8 and 0.7
-    expected = -0.5 * math.log(0.9) / 2, -0.5 * math.log(0.8) / 2
-    assert losses(confidence_threshold=0.75) == pytest.approx(expected, abs=1e-6)
+    sure = supervised | {
+        "unsupervised_mixing": -0.5 * math.log(0.9) / 2,
+        "unsupervised_enhancement": -0.5 * math.log(0.8) / 2,
+    }
+    terms = terms_by_hand(HALVES, stlu_weight=0.5, confidence_threshold=0.75)
+    assert terms == pytest.approx(sure, abs=1e-6)
+    one = terms_by_hand(HALVES, stlu_weight=0.5, supervision="mixing")
+    assert one == pytest.approx({k: v for k, v in expected(0.5).items() if k.endswith("mixing")}, abs=1e-6)
+
+
+def test_a_pseudo_label_has_no_gradient():
+    mixed, enhanced = says(0.9, 0.6), says(0.8, 0.3)
+    network = Saying((says(0.7, 0.4), says(0.55, 0.2)), (mixed, enhanced))
+    trainer = bare_trainer(STLUNetTrainer, network=network, memory="fast")  # where nothing ends at leaves
+    trainer.points, trainer.histogram, images = (0,), torch.zeros(1, 10), torch.zeros(1, 1, 2, 1)
+    terms = terms_of(trainer, batch_of(images, strong=images))
+    for name, learns, labels in (("mixing", mixed, enhanced), ("enhancement", enhanced, mixed)):
+        grads = torch.autograd.grad(terms[f"unsupervised_{name}"], [learns, labels], allow_unused=True)
+        assert grads[0].abs().sum() > 0 and grads[1] is None
 
 
 def test_losses_are_those_of_the_paper(ready):
     trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), confidence_threshold=None, channel_dropout=0.0)
     trainer.on_train_start()
-    batch = next(trainer.dataloader_train)
-    labeled, unlabeled = trainer.forward_streams(batch)
     trainer.step = 3  # of 6
-    (p_ml, p_dl), (p_mu, p_du) = labeled, unlabeled
-    supervised = trainer.supervised_losses(labeled, batch)
-    assert supervised["supervised_mixing"] == trainer.loss(p_ml, batch["target"])
-    assert supervised["supervised_enhancement"] == trainer.loss(p_dl, batch["target"])
-    semi = trainer.semi_losses(labeled, unlabeled, batch)
+    batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    images = torch.cat((batch.images, batch.views["strong"]))
+    (p_ml, p_dl), (p_mu, p_du), _ = trainer.network.paired(images, trainer.points)
+    terms = terms_of(trainer, batch)
     gamma, loss = math.exp(-1.25), trainer.loss.loss
-    torch.testing.assert_close(semi["unsupervised_enhancement"], gamma * loss(p_du[0], p_mu[0].argmax(1, keepdim=True)))
-    torch.testing.assert_close(semi["unsupervised_mixing"], gamma * loss(p_mu[0], p_du[0].argmax(1, keepdim=True)))
-    grads = torch.autograd.grad(semi["unsupervised_mixing"], [p_mu[0], p_du[0]], allow_unused=True)
-    assert grads[0].abs().sum() > 0 and grads[1] is None  # a pseudo-label has no gradient
+    expected = {
+        "supervised_mixing": trainer.loss(p_ml, batch.target),
+        "supervised_enhancement": trainer.loss(p_dl, batch.target),
+        "unsupervised_mixing": gamma * loss(p_mu[0], p_du[0].argmax(1, keepdim=True)),
+        "unsupervised_enhancement": gamma * loss(p_du[0], p_mu[0].argmax(1, keepdim=True)),
+    }
+    assert terms.keys() == expected.keys()
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name])
 
 
 OPTIONS = [
@@ -299,23 +407,27 @@ def test_every_option_trains(options, kind, ready):
     assert trainer.finest_loss.weight_ce == (options.get("loss") != "dice")
 
 
-def test_mixup_mixes_the_labels_too(ready, monkeypatch):
-    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), mixing="mixup")
-    trainer.on_train_start()
+def test_mixup_mixes_the_labels_too(monkeypatch):
     monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(0.2))
-    batch = next(trainer.dataloader_train)
-    labeled, unlabeled = trainer.forward_streams(batch)
-    assert trainer.weight.item() == pytest.approx(0.8)  # a sample keeps the larger part of its own
-    trainer.step = 6
-    y, loss = batch["target"], trainer.loss.loss
-    pseudo = unlabeled[1][0].argmax(1, keepdim=True)
-    torch.testing.assert_close(
-        trainer.supervised_losses(labeled, batch)["supervised_mixing"], 0.8 * trainer.loss(labeled[0], y)
-    )
-    torch.testing.assert_close(
-        trainer.semi_losses(labeled, unlabeled, batch)["unsupervised_mixing"],
-        0.8 * loss(unlabeled[0][0], pseudo) + 0.2 * (loss(labeled[0][0], pseudo) + trainer.loss(unlabeled[0], y)),
-    )
+    terms = terms_by_hand(HALVES, mixing="mixup", stlu_weight=0.5)
+    # a sample keeps the larger part of its own: 0.8
+    assert terms["supervised_mixing"] == pytest.approx(-0.8 * math.log(0.7 * 0.6) / 2, abs=1e-6)
+    # pseudo-labels are a and background, as the true labels happen to be
+    own, of_labeled, of_true = 0.9 * 0.4, 0.7 * 0.6, 0.9 * 0.4
+    expected = -0.5 * (0.8 * math.log(own) + 0.2 * (math.log(of_labeled) + math.log(of_true))) / 2
+    assert terms["unsupervised_mixing"] == pytest.approx(expected, abs=1e-6)
+    assert terms["supervised_enhancement"] == pytest.approx(-math.log(0.55 * 0.8) / 2, abs=1e-6)
+    assert terms["unsupervised_enhancement"] == pytest.approx(-0.5 * math.log(0.8 * 0.3) / 2, abs=1e-6)
+
+
+def test_mixup_of_another_label(monkeypatch):
+    """As above, where the pseudo-labels are background and background, so that it matters which label is whose."""
+    monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(0.2))
+    halves = HALVES[0], (says(0.9, 0.6), says(0.1, 0.3))
+    own, of_labeled, of_true = 0.1 * 0.4, 0.3 * 0.6, 0.9 * 0.4
+    expected = -0.5 * (0.8 * math.log(own) + 0.2 * (math.log(of_labeled) + math.log(of_true))) / 2
+    terms = terms_by_hand(halves, mixing="mixup", stlu_weight=0.5)
+    assert terms["unsupervised_mixing"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_drawn_weight_lies_between_0_and_1():
@@ -350,21 +462,34 @@ def test_refusals(ready):
 
 
 def test_mixup_mixes_at_one_point_and_drops_channels_at_all(ready):
-    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), mixing="mixup")
+    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), mixing="mixup", memory="fast")
     trainer.on_train_start()
-    dropped = []
+    dropped, mixed = [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nnunet_semiseg.networks.feature_mixing.drop_channels", lambda x, p: (dropped.append(p), x)[1])
+        patch.setattr("nnunet_semiseg.networks.feature_mixing.mix", lambda *args: (mixed.append(args), mix(*args))[1])
         trainer.network.train()
-        trainer.forward_streams(next(trainer.dataloader_train))
-    assert dropped == [0.5] * len(trainer.points) and len(trainer.points) > 1
+        trainer.train_step(next(trainer.dataloader_train))
+    assert dropped == [0.5] * len(trainer.points) and len(trainer.points) > 1 and len(mixed) == 1
 
 
 def test_streams_that_are_the_same_are_computed_once(ready):
+    """And both have their losses, on the same outputs."""
     trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), mixing="off", channel_dropout=0.0)
     trainer.on_train_start()
     trainer.network.train()
-    calls = []
+    calls, losses, gradients = [], [], []
     trainer.network.decoder.register_forward_hook(lambda *args: calls.append(1))
-    mixed, enhanced = trainer.forward_streams(next(trainer.dataloader_train))[0]
-    assert len(calls) == 1 and all(torch.equal(a, b) for a, b in zip(mixed, enhanced, strict=True))
+    batch = next(trainer.dataloader_train)
+    for memory in ("stock", "fast"):
+        trainer.settings = replace(trainer.settings, memory=memory)
+        calls.clear()
+        trainer.network.zero_grad()
+        losses.append(trainer.backward(trainer.losses(Batch.from_loader(batch, trainer.device))))
+        gradients.append([p.grad.clone() for p in trainer.network.parameters() if p.grad is not None])
+        assert len(calls) == 2  # the halves; a forward pass that is computed again ends before the hook
+    for terms in losses:
+        torch.testing.assert_close(terms["supervised_mixing"], terms["supervised_enhancement"])
+        torch.testing.assert_close(terms["unsupervised_mixing"], terms["unsupervised_enhancement"])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
