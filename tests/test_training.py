@@ -2,6 +2,8 @@
 
 import math
 import random
+import weakref
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,13 +11,15 @@ import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from PIL import Image
 from torch import nn
-from training import make_trainer
+from training import TRAINERS, bare_trainer, make_trainer
 
+from nnunet_semiseg.settings.base import SemiSupervisedSettings, TrainingSettings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.random_state import get_random_state, seed_everything, set_random_state
-from nnunet_semiseg.training.semi_supervised import split_streams
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
 
 
@@ -67,11 +71,137 @@ def test_random_state_is_restored_in_every_generator():
     assert draw() == first
 
 
-def test_streams_are_split_in_nested_outputs():
-    x = torch.arange(5)
-    labeled, unlabeled = split_streams(([x, x + 1], {"a": x}), 2)
-    assert labeled[0][1].tolist() == [1, 2] and unlabeled[0][1].tolist() == [3, 4, 5]
-    assert unlabeled[1]["a"].tolist() == [2, 3, 4]
+def test_a_batch_is_sent_and_knows_its_streams():
+    """Two labelled samples and three others: a mean over all counts the former with 2/5."""
+    labeled, unlabeled = torch.zeros(2, 1, 4, 4), torch.ones(3, 1, 4, 4)
+    loaded = {
+        "data": labeled, "target": [labeled, labeled[..., ::2, ::2]], "keys": ["tr_0", "tr_1"],
+        "views": {"strong": unlabeled}, "extra": {"map": labeled}, "cases": ["un_0", "un_1", "un_2"],
+    }  # fmt: skip
+    batch = Batch.from_loader(loaded, torch.device("meta"))
+    assert {x.device.type for x in (batch.images, *batch.target, *batch.views.values(), *batch.extra.values())} == {
+        "meta"
+    }
+    assert batch.cases == ["un_0", "un_1", "un_2"] and loaded["data"] is labeled  # the loader's is not touched
+    here = Batch.from_loader(loaded, torch.device("cpu"))
+    (x_l, target, share_l), (x_u, nothing, share_u) = here.streams("strong")
+    assert x_l is labeled and x_u is unlabeled and target == loaded["target"] and nothing is None
+    assert (share_l, share_u) == (2 / 5, 3 / 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherSettings(SemiSupervisedSettings):
+    other: int = 1
+
+
+def test_settings_are_the_type_argument_of_the_base():
+    class Mine(SemiSupervisedTrainer[OtherSettings]):
+        pass
+
+    class Derived(Mine):
+        pass
+
+    class Plain(SemiSupervisedTrainer):
+        pass
+
+    assert Mine.settings_class is Derived.settings_class is OtherSettings
+    assert Plain.settings_class is SemiSupervisedTrainer.settings_class is SemiSupervisedSettings
+    assert SupervisedTrainer.settings_class is TrainingSettings
+    assert all(issubclass(t.settings_class, SemiSupervisedSettings) for t in TRAINERS)
+
+
+@pytest.mark.parametrize("memory", ["stock", "fast", "small"])
+def test_each_gives_the_outputs_of_each_batch(memory):
+    """One pass for all where memory does not matter, else one when its output is asked for."""
+    trainer, seen = bare_trainer(SemiSupervisedTrainer, memory=memory), []
+    outputs = trainer.each(lambda x: (seen.append(len(x)), [x, {"twice": 2 * x, "none": None}])[1],
+                           torch.arange(2.0), torch.arange(2.0, 5))  # fmt: skip
+    first, more = next(outputs)
+    assert first.tolist() == [0, 1] and more["twice"].tolist() == [0, 2] and more["none"] is None
+    assert seen == ([5] if memory == "fast" else [2])
+    second, more = next(outputs)
+    assert second.tolist() == [2, 3, 4] and more["twice"].tolist() == [4, 6, 8]
+    assert next(outputs, None) is None and seen == ([5] if memory == "fast" else [2, 3])
+
+
+class Groups(SemiSupervisedTrainer):
+    """f = w^2 is shared by two groups: a = 3 f, and b = f + 5 v; g = v is in no group's graph; c is a constant."""
+
+    def losses(self, batch):
+        with self.shared(({"f": self.w.square(), "none": None}, [self.v.detach()])) as (tensors, (g,)):
+            assert tensors["none"] is None and not g.requires_grad
+            yield {"a": 3 * tensors["f"]}
+            yield {"b": tensors["f"] + 5 * self.v}
+        yield {}
+        yield {"a": 4 * self.v, "c": self.w.new_zeros(())}
+
+
+@pytest.mark.parametrize("memory", ["stock", "fast", "small"])
+def test_groups_that_share_tensors_give_the_gradients_of_their_sum(memory):
+    """With w = 2 and v = 10: a = 12 + 40, b = 4 + 50; dL/dw = 4 * 2 w = 16, dL/dv = 5 + 4."""
+    trainer = bare_trainer(Groups, memory=memory)
+    trainer.w, trainer.v = (torch.tensor(x, requires_grad=True) for x in (2.0, 10.0))
+    terms = trainer.backward(trainer.losses(None))
+    assert {name: term.item() for name, term in terms.items()} == {"a": 52, "b": 54, "c": 0}
+    assert not any(term.requires_grad for term in terms.values())
+    assert (trainer.w.grad.item(), trainer.v.grad.item()) == (16, 9)
+
+
+def test_losses_are_scaled_before_their_backward_passes():
+    for memory in ("stock", "fast"):
+        trainer = bare_trainer(Groups, memory=memory)
+        trainer.w, trainer.v = (torch.tensor(x, requires_grad=True) for x in (2.0, 10.0))
+        trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        terms = trainer.backward(trainer.losses(None))
+        assert (trainer.w.grad.item(), trainer.v.grad.item()) == (8 * 16, 8 * 9)
+        assert terms["a"] == 52  # what is logged is not
+
+
+@pytest.mark.parametrize("memory", ["stock", "fast"])
+def test_a_group_is_learnt_from_and_freed_before_the_next_is_made(memory):
+    kept, gradients = [], []
+
+    class Two(SemiSupervisedTrainer):
+        def losses(self, batch):
+            for _ in range(2):
+                gradients.append(self.w.grad is not None)
+                features = self.w.exp()
+                kept.append(weakref.ref(features))
+                loss = features.square().sum()
+                del features
+                yield {"loss": loss}
+                del loss
+                gradients.append(kept[-1]() is None)
+
+    trainer = bare_trainer(Two, memory=memory)
+    trainer.w = torch.ones(3, requires_grad=True)
+    trainer.backward(trainer.losses(None))
+    if memory == "stock":
+        assert gradients == [False, True, True, True]
+    else:  # all is kept for the one backward pass
+        assert gradients == [False, False, False, False] and trainer.w.grad is not None
+
+
+@pytest.mark.parametrize("memory", ["stock", "fast"])
+def test_decoders_in_turn_know_what_all_say(memory):
+    """Three say w, 2 w and 3 w: one at a time has its graph, and each runs once or, but for the first, twice."""
+    trainer, runs = bare_trainer(SemiSupervisedTrainer, memory=memory), []
+    w = torch.tensor([1.0], requires_grad=True)
+
+    def decoder(i):
+        runs.append((i, torch.is_grad_enabled()))
+        return [(i + 1) * w, "coarse"]
+
+    turns = []
+    for i, (output, _), said in trainer.in_turn([lambda i=i: decoder(i) for i in range(3)]):
+        assert output.requires_grad and output.item() == i + 1
+        assert [x.item() for x in said] == [1, 2, 3] and not any(x.requires_grad for x in said)
+        turns.append(i)
+    assert turns == [0, 1, 2]
+    with_gradients = [(i, True) for i in range(3)]
+    assert runs == (with_gradients if memory == "fast" else [(1, False), (2, False), *with_gradients])
+    kept = next(trainer.in_turn([lambda: [w, None]], lambda output: output[0] * 7))[2]
+    assert [x.item() for x in kept] == [7] and not kept[0].requires_grad
 
 
 def epoch(logger, i):
@@ -124,7 +254,9 @@ def test_a_term_that_only_some_steps_have_is_refused(ready):
     one, two = ({"loss": torch.ones(()), name: torch.ones(())} for name in ("a", "b"))
     trainer.initialize()
     for outputs in ([one, two], [one, one | two], [one | two, two]):
-        with pytest.raises(RuntimeError, match="MeanTeacherTrainer: .* not the same names in every step"):
+        with pytest.raises(
+            RuntimeError, match="MeanTeacherTrainer.losses must yield terms of the same names in every step"
+        ):
             trainer.on_train_epoch_end(outputs)
 
 

@@ -3,17 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from training import make_trainer
 
 from nnunet_semiseg.data.two_streams import ViewsTransform
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
@@ -41,6 +45,77 @@ def test_views_share_the_mirroring_and_differ_in_intensity():
         mirrored.add(flips[0])
         assert 0 < (strong - weak).abs().max() < 5  # noise on the same mirror image: another would differ by tens
     assert len(mirrored) > 1
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [Rot90Transform(1, (1, 2, 3), {0, 1, 2}), TransposeAxesTransform({0, 1, 2})],
+    ids=["turned", "transposed"],
+)
+def test_views_share_turns_and_transposed_axes(transform):
+    """Voxel 2 * 4 * 4 + 3 * 4 + 1 = 45 of 0 to 63 lies where the weak view says, in the strong one, too."""
+    places = set()
+    for seed in range(20):
+        np.random.seed(seed)
+        (weak, strong), image = views([NOISE, transform])
+        place = tuple(weak[0].eq(45).nonzero()[0].tolist())
+        assert sorted(weak.flatten().tolist()) == list(range(64))  # moved, and nothing else
+        assert (strong - weak).abs().max() < 5 and not torch.equal(strong, weak)  # moved otherwise it differs by tens
+        assert image[0, 2, 3, 1] == 45
+        places.add(place)
+    assert len(places) > 3
+
+
+class OfAUser(BasicTransform):
+    """Adds a number that is drawn anew for each call."""
+
+    def _apply_to_image(self, img, **params):
+        return img + torch.rand(1)
+
+    def _apply_to_segmentation(self, segmentation, **params):
+        return segmentation
+
+
+class OfSegmentations(SegOnlyTransform):
+    def _apply_to_segmentation(self, segmentation, **params):
+        raise AssertionError("unlabelled patches have no segmentation")
+
+
+@pytest.mark.parametrize(
+    "transform, name",
+    [
+        (OfAUser(), "OfAUser"),
+        (RandomTransform(OfAUser(), apply_probability=0.1), "OfAUser"),
+        (ComposeTransforms([NOISE, OfAUser()]), "OfAUser"),
+        (OneOfTransform([GaussianNoiseTransform(), MirrorTransform((0,))]), "OneOfTransform"),
+        (RandomTransform(OneOfTransform([GaussianNoiseTransform(), OfSegmentations()])), "OneOfTransform"),
+    ],
+    ids=["bare", "random", "composed", "one of two kinds", "one of two kinds, random"],
+)
+def test_a_transform_of_which_it_is_not_known_whether_views_share_it_is_refused(transform, name):
+    with pytest.raises(
+        UserError, match=f"^{name}: it is not known.*ImageOnlyTransform.*shared_by_views = True"
+    ) as error:
+        ViewsTransform(ComposeTransforms([MirrorTransform((0,)), transform]), ("weak", "strong"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, RandomTransform, lambda t: OneOfTransform([t, t])])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_users_transform_says_whether_views_share_it(shared, wrap):
+    (weak, *strong), image = views(
+        [wrap(type("Mine", (OfAUser,), {"shared_by_views": shared})())], ("weak", "strong_1", "strong_2")
+    )
+    if shared:
+        assert all(torch.equal(weak, x) for x in strong) and not torch.equal(weak, image)
+    else:  # one draw for each strong view, none for the weak one
+        assert torch.equal(weak, image) and not torch.equal(*strong)
+        assert not any(torch.equal(weak, x) for x in strong)
+
+
+def test_one_of_a_kind_is_known():
+    (weak, strong), image = views([OneOfTransform([MirrorTransform((0, 1, 2)), Rot90Transform(1)]), OfSegmentations()])
+    assert torch.equal(weak, strong) and sorted(weak.flatten().tolist()) == sorted(image.flatten().tolist())
 
 
 def test_strong_views_are_drawn_anew():
@@ -88,10 +163,8 @@ def test_nnunets_own_transforms_are_split(anisotropic):
 
 
 @pytest.fixture
-def dataset(tiny_dataset):
-    dataset = tiny_dataset(labeled=3, unlabeled=4)
-    dataset.plan()
-    return dataset
+def dataset(ready):
+    return ready()
 
 
 def test_batch_and_seeded_workers(dataset, monkeypatch):
@@ -102,21 +175,20 @@ def test_batch_and_seeded_workers(dataset, monkeypatch):
     try:
         batch = next(train)
         assert batch["data"].shape[0] == 2 and isinstance(batch["target"], list)
-        assert list(batch["unlabeled"]) == ["weak", "strong"]
-        assert {v.shape[0] for v in batch["unlabeled"].values()} == {3}
-        assert all(k.startswith("un_") for k in batch["unlabeled_keys"])
+        assert list(batch["views"]) == ["weak", "strong"] and batch["extra"] == {}
+        assert {v.shape[0] for v in batch["views"].values()} == {3}
+        assert len(batch["cases"]) == 3 and all(k.startswith("un_") for k in batch["cases"])
         assert all(k.startswith("tr_") for k in batch["keys"])
         assert len(set(train.seeds)) == 2 and None not in train.seeds
-        seen = [next(train)["unlabeled"]["strong"] for _ in range(8)]
+        seen = [next(train)["views"]["strong"] for _ in range(8)]
         assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
     finally:
         train._finish()
         val._finish()
 
 
-def test_unlabelled_patches_are_drawn_uniformly(dataset, monkeypatch):
+def test_unlabelled_patches_are_drawn_uniformly(dataset):
     """Every position is as likely, however much foreground is there: no class is known."""
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     trainer = make_trainer(MeanTeacherTrainer, dataset)
     trainer.initialize()
     train, _ = trainer.get_dataloaders()
@@ -129,9 +201,7 @@ def test_unlabelled_patches_are_drawn_uniformly(dataset, monkeypatch):
 
 
 @pytest.mark.parametrize("trainer_class", [SupervisedTrainer, MeanTeacherTrainer], ids=lambda t: t.__name__)
-def test_a_seed_gives_the_same_batches_from_worker_processes(trainer_class, tiny_dataset, monkeypatch):
-    dataset = tiny_dataset()
-    dataset.plan()
+def test_a_seed_gives_the_same_batches_from_worker_processes(trainer_class, dataset, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     sums = []
     for seed in (7, 7, 8):

@@ -22,8 +22,8 @@ def test_defaults_are_nnunets():
 
 
 def test_values_are_typed():
-    settings = read(TextSemiSegSettings, tmr="copy", csa=False, dca_start=1, text_shape=[2, 512])
-    assert (settings.tmr, settings.csa, settings.text_shape) == ("copy", False, (2, 512))
+    settings = read(TextSemiSegSettings, tmr="copy", csa=False, dca_start=1, unlabeled_batch_size=3)
+    assert (settings.tmr, settings.csa, settings.unlabeled_batch_size) == ("copy", False, 3)
     assert isinstance(settings.dca_start, float)
 
 
@@ -41,7 +41,7 @@ def test_values_are_typed():
         ({"unsupervised_weight": float("inf")}, ["a number"]),
         ({"seed": -1}, ["at least 0"]),
         ({"unlabeled_batch_size": 0}, ["at least 1"]),
-        ({"text_shape": ["a"]}, ["list"]),
+        ({"memory": "most"}, ["memory", "stock or fast or small"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(given, words):
@@ -55,7 +55,7 @@ def test_what_is_wrong_is_said_in_one_line(given, words):
     [("perturbations", "noise", "noise"), ("contrast_gammas", "2", "2"), ("modalities", "[0]", "0")],
 )
 def test_how_a_list_is_typed_is_shown_and_works(key, wrong, value):
-    with pytest.raises(UserError, match=f"{key}=.*: must be a list of .*; mend it with --set {key}=") as error:
+    with pytest.raises(UserError, match=f"{key}=.*: must be a list of .*; fix it with --set {key}=") as error:
         update_settings({}, parse_assignments([f"{key}={wrong}"]))
     shown = str(error.value).partition("--set ")[2]
     for i in "01":  # a list of lists names channels, which must differ
