@@ -93,11 +93,14 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         predictions = self.each(predict, *(images for images, _, _ in streams))
         for _, target, share in streams:
             with self.shared(next(predictions)) as (output, aligned):
+                # one sample at a time: with many classes the level sets' tensors are the largest of a step
+                samples = self.finest(output).split(1)
                 if target is not None:
                     yield {"supervised": self.loss(tree_map(lambda t: self.split(t)[0], output), target)}
-                    yield {"level_sets": self.level_set_loss(self.finest(output), batch.extra["level_sets"], target)}
-                samples = self.finest(output).split(1)
-                for sample in samples:  # one at a time: with many classes these tensors are the largest of a step
+                    shares = self.known_shares(target)
+                    for sample, true, known in zip(samples, batch.extra["level_sets"], shares, strict=True):
+                        yield {"level_sets": known * self.level_set_loss(sample, true)}
+                for sample in samples:
                     yield {"dtc": share / len(samples) * self.dtc_loss(sample)}
                 yield self.cog(aligned, self.finest(output), text, share)
 
@@ -106,16 +109,17 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         segmentation, level_sets = logits.chunk(2, 1)
         return segmentation, level_sets
 
-    def level_set_loss(self, logits: Tensor, true: Tensor, target) -> Tensor:
-        """beta L_LSF, of the patches whose distances are known: an ignored voxel may hold the nearest boundary.
+    def known_shares(self, target) -> Tensor:
+        """(B,), a sum of 1 or 0: weights of the patches whose distances are known, 0 for the others.
 
-        Args:
-            logits: of both tasks, (B, 2 heads, *S).
-            true: T(y), (B, heads, *S).
+        An ignored voxel may hold the nearest boundary, so a patch with one is not known.
         """
         known = has_label(self.finest(target), self.label_manager).flatten(1).all(1).float()
-        squared = (self.split(logits)[1].float().tanh() - true).square().flatten(1).mean(1)
-        return self.settings.level_set_weight * (squared * known).sum() / known.sum().clamp_min(1)
+        return known / known.sum().clamp_min(1)
+
+    def level_set_loss(self, logits: Tensor, true: Tensor) -> Tensor:
+        """beta L_LSF of the logits of both tasks (1, 2 heads, *S), with T(y), (heads, *S)."""
+        return self.settings.level_set_weight * F.mse_loss(self.split(logits)[1][0].float().tanh(), true.float())
 
     def dtc_loss(self, logits: Tensor) -> Tensor:
         """lambda(t) L_DTC of the logits of both tasks, (B, 2 heads, *S)."""
@@ -126,12 +130,13 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
 
 
 def add_level_sets(labeled: dict, unlabeled: dict, label_manager) -> dict[str, Tensor]:
-    """The level sets (B, heads, *S) of a batch's labels; see `level_set`."""
+    """The level sets (B, heads, *S) of a batch's labels, float16; see `level_set`."""
     target = labeled["target"]
     target = (target[0] if isinstance(target, (list, tuple)) else target).numpy()
     heads = range(label_manager.num_segmentation_heads)
     masks = target[:, heads] > 0 if label_manager.has_regions else np.concatenate([target == c for c in heads], 1)
-    return {"level_sets": torch.from_numpy(np.stack([[level_set(mask) for mask in sample] for sample in masks]))}
+    level_sets = torch.from_numpy(np.stack([[level_set(mask) for mask in sample] for sample in masks]))
+    return {"level_sets": level_sets.half()}  # a copy to the GPU of half the size; nothing asks for more digits
 
 
 def level_set(mask: np.ndarray) -> np.ndarray:

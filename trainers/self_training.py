@@ -79,11 +79,11 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         super().initialize()
         self.method_state["starts"] = torch.tensor([*self.starts, self.num_epochs])
 
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
+    def load_checkpoint(self, checkpoint: dict | str) -> None:
+        super().load_checkpoint(checkpoint)
         if self.method_state["starts"].tolist() != [*self.starts, self.num_epochs]:
             raise UserError(
-                f"{filename_or_checkpoint}: its training cannot go on, since num_epochs or rounds changed: set them"
+                f"{self.output_folder}: its training cannot go on, since num_epochs or rounds changed: set them"
                 " back with --set, or train again without --c"
             )
 

@@ -191,7 +191,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             target: None for the unlabelled stream.
             share: of the samples.
             own: the teacher's logits for each decoder, None where they are not needed.
-            taught: what `relearning_loss` takes of it, None before the re-learning.
+            taught: what `relearning_target` takes of it, None before the re-learning.
         """
         settings, ramp = self.settings, gaussian_ramp(self.progress)
         if target is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -62,11 +63,8 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
         yield {"pyramid": weight * self.pyramid(next(outputs))}
 
     def pyramid(self, output) -> Tensor:
-        """Eq. 4 of an output with or without deep supervision, one sample after the other."""
-        scales = output if self.enable_deep_supervision else [output]
-        samples = zip(*(x.split(1) for x in scales), strict=True)
-        losses = [pyramid_consistency(sample, self.label_manager) for sample in samples]
-        return sum(losses) / len(losses)
+        """Eq. 4 of an output with or without deep supervision."""
+        return pyramid_consistency(output if self.enable_deep_supervision else [output], self.label_manager)
 
 
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -76,12 +74,13 @@ def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
-    """Eq. 4, of one pyramid of logits; a region is a class and its complement, of a D_s of its own.
+    """Eq. 4; a region is a class and its complement, of a D_s of its own.
 
-    The probabilities of a scale are not kept: with many classes those of all scales take more than the network.
+    One scale of one sample is computed at a time, and computed again by the backward pass: with many classes the
+    probabilities of all scales at full size would take more than the network.
 
     Args:
-        scales: S logits (B, heads, *s), the first of full resolution.
+        scales: S logits (B, heads, *s) from fine to coarse, the first of full resolution.
         label_manager: nnU-Net's; says whether the heads are classes or regions.
     """
     size = scales[0].shape[2:]
@@ -89,15 +88,25 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
     def at_full_size(logits: Tensor) -> Tensor:
         return probabilities(F.interpolate(logits.float(), size, mode=LINEAR[len(size)]), label_manager)
 
-    def of_scale(logits: Tensor, mean: Tensor) -> Tensor:
-        return scale_consistency(at_full_size(logits), mean, label_manager.has_regions)
+    def sums_of_scale(logits: Tensor, mean: Tensor) -> Tensor:
+        return scale_sums(at_full_size(logits), mean, label_manager.has_regions)
 
-    mean = sum(checkpoint(at_full_size, x, use_reentrant=False) / len(scales) for x in scales)
-    return sum(checkpoint(of_scale, x, mean, use_reentrant=False) for x in scales) / len(scales)
+    sums = 0  # (S, 3)
+    for sample in zip(*(x.split(1) for x in scales), strict=True):
+        mean = sum(checkpoint(at_full_size, x, use_reentrant=False) / len(scales) for x in sample)
+        sums = sums + torch.stack([checkpoint(sums_of_scale, x, mean, use_reentrant=False) for x in sample])
+    distance, weight, divergence = (sums / len(scales[0])).unbind(1)
+    return (distance / weight + divergence).mean()
 
 
-def scale_consistency(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
-    """One scale's part of eq. 4, from its probabilities and their mean over scales, both (B, heads, *S)."""
+def scale_sums(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
+    """Means over voxels and classes of ||p_s - p_c||^2 w_s, of w_s, and of D_s: (3,).
+
+    Args:
+        p: p_s, one scale's probabilities at full resolution, (B, heads, *S).
+        mean: p_c, their mean over the scales.
+        regions: each head is a class and its complement; else a softmax over the heads.
+    """
 
     def relative(p: Tensor, q: Tensor) -> Tensor:
         return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
@@ -107,6 +116,4 @@ def scale_consistency(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
     else:
         divergence = relative(p, mean).sum(1, keepdim=True)
     weight = (-divergence).exp()
-    axes = tuple(range(1, p.ndim))
-    distance = ((p - mean).square() * weight).mean(axes) / weight.mean(axes)
-    return (distance + divergence.mean(axes)).mean()
+    return torch.stack([((p - mean).square() * weight).mean(), weight.mean(), divergence.mean()])

@@ -183,8 +183,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         yield leaves
         pairs = zip(tree_leaves(tensors), tree_leaves(leaves), strict=True)
         ends = [(x, leaf.grad) for x, leaf in pairs if leaf is not None and leaf.grad is not None]
+        for leaf in tree_leaves(leaves):
+            if leaf is not None:  # the method's variables still name it: let go of its memory
+                leaf.grad, leaf.data = None, leaf.new_empty(0)
         if ends:
-            torch.autograd.backward(*zip(*ends, strict=True))
+            with self.autocast(enabled=False):  # as in every backward pass: what ran in float32 is to stay in it
+                torch.autograd.backward(*zip(*ends, strict=True))
 
     def in_turn(
         self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Tensor] | None = None
@@ -296,7 +300,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         total = None
         while True:
             # autocast ends before each backward pass, as in nnU-Net; it also forgets its 16-bit copies of weights
-            with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            with self.autocast():
                 group = next(groups, None)
                 loss = None if group is None else sum(group.values())
             if group is None:
@@ -311,6 +315,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if total is not None:
             self._scaled(total).backward()
         return terms
+
+    def autocast(self, enabled: bool = True):
+        """nnU-Net's mixed precision, on a GPU; on other devices nothing."""
+        return autocast(self.device.type, enabled=enabled) if self.device.type == "cuda" else dummy_context()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
