@@ -18,16 +18,11 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from training import CLASSES, PLANS, TRAINERS
+from training import PLANS, TRAINERS, bare_trainer, batch_of, terms_of
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.deployment import onnx_export
-from nnunet_semiseg.deployment.distillation import (
-    DistillationSettings,
-    DistillationTrainer,
-    distill,
-    soft_target_loss,
-)
+from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, soft_target_loss
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.runs import Run
@@ -55,17 +50,23 @@ def test_soft_target_loss_by_hand():
 
 
 def test_distillation_teaches_on_both_halves_from_the_weak_view_at_the_settings_temperature():
-    """One voxel a sample, T = 3; the model's logits are 0 and the image, which is 0 in all but the strong view."""
-    trainer = DistillationTrainer.__new__(DistillationTrainer)
-    trainer.settings, trainer.label_manager = DistillationSettings(temperature=3.0, distillation_weight=0.5), CLASSES
-    trainer.model = lambda x: torch.cat((torch.zeros_like(x), x), 1)
-    image = torch.zeros(1, 1, 1, 1)
-    same, other = (torch.tensor([0.0, 3 * math.log(odds)]).view(1, 2, 1, 1) for odds in (1.0, 3.0))
-    batch = {"data": image, "unlabeled": {"weak": image, "strong": image + 9}}
-    kl = math.log(0.5) - (math.log(0.25) + math.log(0.75)) / 2  # of (1/4, 3/4) from (1/2, 1/2); that of `same` is 0
-    for labeled, unlabeled in ((same, other), (other, same)):
-        terms = trainer.semi_losses(labeled, unlabeled, batch)
-        assert terms["distillation"].item() == pytest.approx(0.5 * 9 * (0 + kl) / 2, abs=1e-6)
+    """One voxel a sample, T = 3; the networks' logits are 0 and the image; the model that teaches is shown zeros."""
+
+    def says(x):
+        return torch.cat((torch.zeros_like(x), x), 1)
+
+    trainer = bare_trainer(DistillationTrainer, network=says, temperature=3.0, distillation_weight=0.5)
+    shown = []
+    trainer.model = lambda x: (shown.append(x), says(torch.zeros_like(x)))[1]
+    weak = torch.full((3, 1, 1, 1), 9.0)
+    kl = math.log(0.5) - (math.log(0.25) + math.log(0.75)) / 2  # of (1/4, 3/4) from (1/2, 1/2); of the same it is 0
+    same, other = 0.0, 3 * math.log(3.0)
+    for labeled, unlabeled, share in ((same, other, 3 / 4), (other, same, 1 / 4)):
+        images, strong = torch.full((1, 1, 1, 1), labeled), torch.full((3, 1, 1, 1), unlabeled)
+        terms = terms_of(trainer, batch_of(images, weak=weak, strong=strong))
+        assert terms["distillation"].item() == pytest.approx(0.5 * 9 * share * kl, abs=1e-6)  # of four samples
+        assert terms["supervised"].item() == pytest.approx(math.log(1 + math.exp(labeled)), abs=1e-6)
+        assert torch.equal(shown[-2], images) and torch.equal(shown[-1], weak)
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_what_a_case_lacks_is_not_shown_to_the_model_as_noise(trained, no_plots,
     monkeypatch.setattr(DistillationTrainer, "train_step", lambda s, b: (seen.append(b), step(s, b))[1])
     distill(run, ["num_epochs=3"], "cpu")
     for batch in seen:
-        for images in (batch["data"], *batch["unlabeled"].values()):
+        for images in (batch["data"], *batch["views"].values()):
             assert (images[:, 1] == 0).all() and (images[:, 0] != 0).any()
 
 
@@ -223,7 +224,7 @@ def test_a_model_that_knows_sides_teaches_no_flips(trained, no_plots, monkeypatc
     assert checkpoint["inference_allowed_mirroring_axes"] == (0,)
 
 
-def test_the_mend_names_the_plans_that_there_are(trained):
+def test_the_fix_names_the_plans_that_there_are(trained):
     dataset, run, _ = trained(SupervisedTrainer, dims=2, size=32)
     shutil.copy(dataset.image("un_000"), dataset.image("un_009"))
     with pytest.raises(UserError, match=f"preprocess_unlabeled -d 901 -c 2d -plans_name {PLANS}$"):

@@ -125,7 +125,7 @@ def test_bad_prompts_are_refused_in_one_line(section, message):
 
 @pytest.mark.parametrize("labels", [{"a": 1}, {"background": 0, "a": 1, "b": 1}])
 def test_labels_without_background_or_with_a_value_twice_are_refused(labels):
-    with pytest.raises(UserError, match="dataset.json: .*mend"):
+    with pytest.raises(UserError, match='dataset.json: .* value.* "labels"'):
         class_names({"labels": labels})
 
 
