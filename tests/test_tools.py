@@ -198,6 +198,28 @@ def test_a_worker_that_fails_before_its_first_trainer_is_not_started_again(tool,
     assert "no GPU here" in capsys.readouterr().err
 
 
+def test_functions_that_torch_gives_up_compiling_are_seen(tool):
+    gpu_check, _ = tool("gpu_check")
+    counters = torch._dynamo.utils.counters
+
+    def count(numbers) -> int | str:
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(lambda x, n: x + n, backend="eager", dynamic=False)
+        before = counters["stats"]["unique_graphs"]
+        for n in numbers:  # a graph for each
+            compiled(torch.ones(2), n)
+        return gpu_check.recompiles(counters, before)
+
+    try:
+        limit = torch._dynamo.config.recompile_limit
+        assert count(range(3)) == 3
+        assert count(range(limit + 2)) == f"{limit}; LIMIT REACHED: uncompiled parts"
+    finally:
+        torch._dynamo.reset()
+        counters.clear()
+
+
 def test_the_loaders_rate_is_that_of_batches_made_meanwhile(tool, monkeypatch):
     gpu_check, _ = tool("gpu_check")
     clock = SimpleNamespace(now=0.0, made=5)

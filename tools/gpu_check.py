@@ -365,14 +365,26 @@ def measure(trainer_class: type, plans: dict, args: argparse.Namespace, rates: d
         row["scale"] = trainer.grad_scaler.get_scale()  # 65536 at first, halved where a step was skipped
         if args.compile:
             row["graph_breaks"] = sum(counters["graph_break"].values())
-            row["recompiles"] = counters["stats"]["unique_graphs"] - graphs
+            row["recompiles"] = recompiles(counters, graphs)
             row["graphs"] = counters["stats"]["unique_graphs"]
-            row["graph_break_reasons"] = [reason[:300] for reason in counters["graph_break"]]
+            row["graph_break_reasons"] = [
+                reason[:300] for kind in ("graph_break", "unimplemented") for reason in counters[kind]
+            ]
         kind = loader_kind(trainer)
         if kind not in rates:
             rates[kind] = loader_rate(trainer.dataloader_train, seconds=1 if args.dry_run else 4)
         row["batches_per_s"] = rates[kind]
         row["loading_share"] = 1 / rates[kind] / (row["step_ms"] / 1000)
+
+
+def recompiles(counters: dict, before: int) -> int | str:
+    """The graphs beyond those that there were before.
+
+    Past its limit torch.compile makes no more graphs of a function and runs it uncompiled: that is no graph break.
+    """
+    number = counters["stats"]["unique_graphs"] - before
+    limit = any("recompile limit" in reason.lower() for reason in counters["unimplemented"])
+    return f"{number}; LIMIT REACHED: uncompiled parts" if limit else number
 
 
 def sgd(optimizer_class: type, choice: bool, /, *args, **kwargs):
