@@ -1,5 +1,10 @@
-"""Whole trainings and predictions through nnU-Net's own commands, each in a process of its own."""
+"""Whole trainings and predictions through nnU-Net's own commands, each in a process of its own.
 
+Three trainers stand for all: with a teacher, with text, with a network of its own. The others are run once, in this
+process; what holds for every trainer is in test_contracts.py.
+"""
+
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +15,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from test_contracts import assert_same, every_trainer
-from training import PLANS, write_settings
+from conftest import in_threads
+from nnunetv2.run.run_training import run_training
+from test_contracts import assert_same
+from training import PLANS, TRAINERS, write_settings
 
+from nnunet_semiseg.deployment.trained_model import load_predictor
+from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
+from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +42,15 @@ def command(name, *args, **env) -> list[str]:
     ).stdout
 
 
+THOROUGH = [MeanTeacherTrainer, TextSemiSegTrainer, SemiCMLTrainer]
+thoroughly = pytest.mark.parametrize("trainer_class", THOROUGH, ids=lambda t: t.__name__)
+briefly = pytest.mark.parametrize("trainer_class", [t for t in TRAINERS if t not in THOROUGH], ids=lambda t: t.__name__)
+
+
 @pytest.fixture
-def ready(tiny_dataset, monkeypatch):
-    dataset = tiny_dataset(test=2)
-    dataset.plan()
+def dataset(ready):
+    dataset = ready(test=2)
     write_settings(dataset)
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     return dataset
 
 
@@ -48,19 +62,24 @@ def images(folder: Path) -> dict:
     return {f.name: sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(folder.glob("*.nii.gz"))}
 
 
-@every_trainer
-def test_predict_export_and_install_without_open_clip(trainer_class, ready, tmp_path):
-    command("nnUNetv2_train", *train_args(ready, trainer_class))
-    model = ready.results / f"{trainer_class.__name__}__{PLANS}__{ready.configuration}"
+@thoroughly
+def test_predict_export_and_install_without_open_clip(trainer_class, dataset, tmp_path):
+    command("nnUNetv2_train", *train_args(dataset, trainer_class))
+    model = dataset.results / f"{trainer_class.__name__}__{PLANS}__{dataset.configuration}"
     assert (model / "fold_all" / "progress.png").stat().st_size > 0
+    summary = model / "fold_all" / "validation" / "summary.json"
+    validated = json.loads(summary.read_text())["foreground_mean"]
+    summary.unlink()
+    command("nnUNetv2_train", *train_args(dataset, trainer_class), "--val")
+    assert json.loads(summary.read_text())["foreground_mean"] == validated
 
     # from here on importing open_clip fails, and there is no internet to want
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "open_clip.py").write_text("raise ImportError('open_clip is not for prediction')")
     block = {"PYTHONPATH": str(blocked), "HF_HUB_OFFLINE": "1"}
-    source = ready.raw / "imagesTs"
-    chosen = ["-d", ready.id, "-c", ready.configuration, "-tr", trainer_class.__name__, "-p", PLANS, "-f", "all"]
+    source = dataset.raw / "imagesTs"
+    chosen = ["-d", dataset.id, "-c", dataset.configuration, "-tr", trainer_class.__name__, "-p", PLANS, "-f", "all"]
     common = ["-i", source, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta"]
 
     command("nnUNetv2_predict", *chosen, *common, "-o", tmp_path / "a", **block)
@@ -77,21 +96,37 @@ def test_predict_export_and_install_without_open_clip(trainer_class, ready, tmp_
         assert all(np.array_equal(first[name], other[name]) for name in first)
 
 
-def test_a_refusal_is_one_line_in_nnunets_own_command(ready):
-    args = train_args(ready, MeanTeacherTrainer)
-    (ready.preprocessed / f"{PLANS}_{ready.configuration}__unlabeled.json").unlink()
+@briefly
+def test_trains_and_predicts(trainer_class, ready, tmp_path, monkeypatch):
+    dataset = ready(dims=2, size=32, test=1)
+    epochs = 1 + getattr(trainer_class.settings_class, "rounds", 0)  # self-training begins anew in each
+    write_settings(dataset, num_epochs=epochs, num_iterations_per_epoch=1)
+    with in_threads():
+        run_training(str(dataset.id), "2d", "all", trainer_class.__name__, PLANS, device=torch.device("cpu"))
+    run = Run(dataset.name, "2d", "all", trainer_class.__name__, PLANS)
+    assert (run.folder / "validation" / "summary.json").exists()
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # from here on importing it fails
+    image = dataset.image("ts_000", folder="imagesTs")
+    load_predictor(run).predict_from_files_sequential([[str(image)]], [str(tmp_path / "out")])
+    predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out.png")))
+    assert predicted.shape == (32, 32) and set(np.unique(predicted)) <= {0, 1, 2}
+
+
+def test_a_refusal_is_one_line_in_nnunets_own_command(dataset):
+    args = train_args(dataset, MeanTeacherTrainer)
+    (dataset.preprocessed / f"{PLANS}_{dataset.configuration}__unlabeled.json").unlink()
     done = subprocess.run([BIN / "nnUNetv2_train", *map(str, args)], capture_output=True, encoding="utf-8")
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert "Traceback" not in done.stderr and lines[-1].startswith("error: ") and "preprocess_unlabeled" in lines[-1]
-    assert not ready.results.exists()
+    assert not dataset.results.exists()
 
 
-@every_trainer
-def test_killed_in_mid_epoch_and_continued(trainer_class, ready, tmp_path):
+@thoroughly
+def test_killed_in_mid_epoch_and_continued(trainer_class, dataset, tmp_path):
     """SIGKILL, then `--c`: the same weights, teacher and epoch count as a training that was never stopped."""
-    args = train_args(ready, trainer_class)
-    folder = Path(ready.name) / f"{trainer_class.__name__}__{PLANS}__{ready.configuration}" / "fold_all"
+    args = train_args(dataset, trainer_class)
+    folder = Path(dataset.name) / f"{trainer_class.__name__}__{PLANS}__{dataset.configuration}" / "fold_all"
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     command("nnUNetv2_train", *args, nnUNet_results=str(straight))
 
@@ -120,9 +155,9 @@ def test_killed_in_mid_epoch_and_continued(trainer_class, ready, tmp_path):
     assert not list(killed.rglob("*.tmp"))
 
 
-def test_the_baseline_trains_for_as_long_as_the_plans_say(ready):
-    command("nnUNetv2_train", *train_args(ready, SupervisedTrainer))
-    folder = ready.results / f"SupervisedTrainer__{PLANS}__{ready.configuration}" / "fold_all"
+def test_the_baseline_trains_for_as_long_as_the_plans_say(dataset):
+    command("nnUNetv2_train", *train_args(dataset, SupervisedTrainer))
+    folder = dataset.results / f"SupervisedTrainer__{PLANS}__{dataset.configuration}" / "fold_all"
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["current_epoch"] == 3 and len(checkpoint["logging"]["train_losses"]) == 3
 
