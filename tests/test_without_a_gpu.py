@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch._subclasses.fake_tensor import unset_fake_temporarily as for_real
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import TRAINERS, make_trainer, write_vlm
+from training import TRAINERS, make_trainer, towers
 
 from nnunet_semiseg.text.open_clip_models import load_clip
 from nnunet_semiseg.vlm.model import AMVLM
@@ -94,14 +94,27 @@ def test_nor_does_one_in_2d_with_other_settings(trainer_class, ready, request, m
     take_steps(trainer_class, dataset, request, monkeypatch, **OPTIONS.get(trainer_class.__name__, {}))
 
 
-def test_a_step_of_the_pretraining(on_fake_gpu, tmp_path):
-    model = AMVLM(*load_clip(str(write_vlm(tmp_path / "vlm")), "none"), 16, 32)
+def test_a_step_of_the_pretraining(on_fake_gpu):
+    _, vlm = towers()
+    model = AMVLM(*load_clip(str(vlm), "none"), 16, 32)
     task = PretrainingTask(model, PretrainingSettings(dim=16, hidden=32)).to("cuda")
     images, ids = torch.randn(3, 3, 32, 32), model.tokenize(["one lesion", "two", "a b c d"])
     with torch.autocast("cuda"):
         terms = task.train()(images.to("cuda"), ids.to("cuda"))
     assert len(terms) == 4 and all(term.device.type == "cuda" for term in terms.values())
     task.update_momentum()
+
+
+def leaves_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What gets a gradient from a backward pass through the graphs of these."""
+    functions, seen, leaves = [x.grad_fn for x in tensors], set(), []
+    while functions:
+        function = functions.pop()
+        if function not in seen:
+            seen.add(function)
+            leaves += [function.variable] if hasattr(function, "variable") else []
+            functions += [f for f, _ in function.next_functions if f is not None]
+    return leaves
 
 
 def take_steps(trainer_class, dataset, request, monkeypatch, **settings):
@@ -115,16 +128,22 @@ def take_steps(trainer_class, dataset, request, monkeypatch, **settings):
     trainer.network.train()
     assert {p.device.type for p in trainer.trainable} == {"cuda"}
 
-    # autograd's own need the device
+    # autograd's own and the fused optimizer need the device
     def grad(outputs, inputs, *args, **kwargs):
         return tuple(torch.zeros_like(x) for x in tree_leaves(inputs))
 
-    def backward(loss):
-        for p in trainer.trainable:
-            p.grad = torch.zeros_like(p)
+    def backward(tensors, gradients=None):
+        for leaf in leaves_of(tree_leaves(tensors)):
+            leaf.grad = torch.zeros_like(leaf)
+
+    def fused_sgd(*args, **kwargs):
+        assert {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} == {"cuda"}
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
+    monkeypatch.setattr(torch.autograd, "backward", backward)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
     for trainer.step in range(6):
         out = trainer.train_step(batch)
         assert all(term.device.type == "cuda" and term.ndim == 0 for term in out.values())
+        assert sum(p.grad is not None for p in trainer.trainable) > 0.9 * len(trainer.trainable)
