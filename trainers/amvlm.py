@@ -47,6 +47,8 @@ from nnunet_semiseg.vlm.text_masks import (
 
 @dataclass(frozen=True, kw_only=True)
 class AMVLMSettings(TeacherSettings):
+    """Settings of `AMVLMTrainer`; without `vlm` it does not start."""
+
     vlm: str | None = None
     """the folder of `nnunet_semiseg pretrain_vlm`"""
     texts: Literal["auto", "cases", "classes"] = "auto"

@@ -28,6 +28,8 @@ from nnunet_semiseg.training.teacher import update_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class BCPSettings(TeacherSettings):
+    """Settings of `BCPTrainer`."""
+
     pretraining: float = 2 / 17
     """share of the training before unlabelled samples come in; the paper's 2,000 of 17,000 iterations"""
     box: float = 2 / 3

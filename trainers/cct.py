@@ -32,6 +32,8 @@ GUIDED = {"object_mask", "context_mask", "cutout"}
 
 @dataclass(frozen=True, kw_only=True)
 class CCTSettings(ConsistencySettings):
+    """Settings of `CCTTrainer`."""
+
     perturbations: tuple[str, ...] = ("noise", "drop", "dropout")
     """one auxiliary decoder for each: noise, drop, dropout, object_mask, context_mask, cutout"""
 

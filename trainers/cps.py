@@ -21,6 +21,8 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class CPSSettings(OptionalTextSettings):
+    """Settings of `CPSTrainer`."""
+
     cps_weight: float = 0.1
     """lambda, at the end of the ramp"""
 

@@ -27,6 +27,8 @@ STEEPNESS = 1500
 
 @dataclass(frozen=True, kw_only=True)
 class DTCSettings(OptionalTextSettings):
+    """Settings of `DTCTrainer`; the ramp is as long as the training."""
+
     level_set_weight: float = 0.3
     """beta of the level sets' supervised loss"""
     dtc_weight: float = 1.0

@@ -22,6 +22,8 @@ UPSAMPLING = ("linear", "nearest")
 
 @dataclass(frozen=True, kw_only=True)
 class MCNetSettings(OptionalTextSettings):
+    """Settings of `MCNetTrainer`; the ramp is as long as the training."""
+
     supervised_weight: float = 0.5
     """lambda, of the sum of the decoders' supervised losses"""
     mutual_weight: float = 1.0

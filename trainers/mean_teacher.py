@@ -17,6 +17,8 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class MeanTeacherSettings(ConsistencySettings, TeacherSettings):
+    """Settings of `MeanTeacherTrainer`, whose ramp is shorter than that of other methods."""
+
     ramp_length: float = 0.4
     """of the consistency's weight, as a share of the training"""
 

@@ -26,6 +26,8 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTrainingSettings(SemiSupervisedSettings):
+    """Settings of `SelfTrainingTrainer`."""
+
     rounds: int = 1
     """how often the unlabelled cases are labelled, and a new training begins, on both"""
     pseudo_weight: float = 1.0

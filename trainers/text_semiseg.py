@@ -21,6 +21,8 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class TextSemiSegSettings(TextSettings):
+    """Settings of `TextSemiSegTrainer`; the ramp is as long as the training."""
+
     dca: Literal["complementary", "foreground", "off"] = "complementary"
     """the masks of the mixes: one and its complement, or each image's own foreground, as the paper has it"""
     dca_start: float = 0.2

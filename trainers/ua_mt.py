@@ -20,6 +20,8 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings):
+    """Settings of `UAMTTrainer`; the ramp is the weight's and the threshold's."""
+
     mc_passes: int = 8
     """0: everywhere is certain"""
     mc_dropout: float = 0.5

@@ -21,6 +21,8 @@ BOX_VOLUME = (0.02, 0.4)
 
 @dataclass(frozen=True, kw_only=True)
 class UniMatchSettings(MatchSettings):
+    """Settings of `UniMatchTrainer`."""
+
     feature_dropout: float = 0.5
     """p of the channel dropout of the feature stream"""
     cutmix: float = 0.5

@@ -22,8 +22,9 @@ HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
 
 
 class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
-    """Luo et al., "Efficient semi-supervised gross target volume segmentation by uncertainty rectified pyramid
-    consistency" (URPC; MICCAI 2021, arXiv 2012.07042; Medical Image Analysis 2022).
+    """Luo et al., "Efficient semi-supervised gross target volume segmentation by uncertainty rectified pyramid ...".
+
+    URPC; MICCAI 2021, arXiv 2012.07042; Medical Image Analysis 2022.
 
     The outputs p_s of nnU-Net's deep supervision, all brought to full resolution, have to agree on unlabelled
     samples with their mean p_c. In training, channels of the features are dropped and noise is added before each
@@ -67,6 +68,10 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
         return pyramid_consistency(output if self.enable_deep_supervision else [output], self.label_manager)
 
 
+SLAB = 32
+"""voxels along the first axis, of what is computed at a time"""
+
+
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """What a head gets of its features (B, C, *s): in training with channels dropped and with noise."""
     (x,) = inputs
@@ -76,7 +81,7 @@ def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
     """Eq. 4; a region is a class and its complement, of a D_s of its own.
 
-    One scale of one sample is computed at a time, and computed again by the backward pass: with many classes the
+    A slab of one scale of one sample is computed at a time, and again by the backward pass: with many classes the
     probabilities of all scales at full size would take more than the network.
 
     Args:
@@ -89,7 +94,12 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
         return probabilities(F.interpolate(logits.float(), size, mode=LINEAR[len(size)]), label_manager)
 
     def sums_of_scale(logits: Tensor, mean: Tensor) -> Tensor:
-        return scale_sums(at_full_size(logits), mean, label_manager.has_regions)
+        p = at_full_size(logits)
+        slabs = zip(p.split(SLAB, 2), mean.split(SLAB, 2), strict=True)
+        return sum(checkpoint(in_slab, *slab, use_reentrant=False) for slab in slabs)
+
+    def in_slab(p: Tensor, mean: Tensor) -> Tensor:
+        return scale_means(p, mean, label_manager.has_regions) * (p.shape[2] / size[0])
 
     sums = 0  # (S, 3)
     for sample in zip(*(x.split(1) for x in scales), strict=True):
@@ -99,7 +109,7 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
     return (distance / weight + divergence).mean()
 
 
-def scale_sums(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
+def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
     """Means over voxels and classes of ||p_s - p_c||^2 w_s, of w_s, and of D_s: (3,).
 
     Args:

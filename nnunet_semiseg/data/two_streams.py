@@ -136,7 +136,9 @@ class TwoStreamLoader(SlimDataLoaderBase):
         if self.unlabeled is None:
             return batch | {"views": {}, "extra": {}, "cases": []}
         unlabeled = next(self.unlabeled)
-        batch["views"] = dict(zip(self.views, unlabeled["data"].chunk(len(self.views), dim=1), strict=True))
+        views = unlabeled["data"].chunk(len(self.views), dim=1)
+        # contiguous, or the copy to the GPU waits and torch.compile sees another layout
+        batch["views"] = {name: view.contiguous() for name, view in zip(self.views, views, strict=True)}
         batch["extra"] = self.make_targets(batch, unlabeled)
         batch["cases"] = unlabeled["keys"]
         return batch

@@ -19,11 +19,11 @@ def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
         label_manager: nnU-Net's; says whether the heads are classes (softmax) or regions (sigmoid).
 
     Returns:
-        Classes: (B, 1, *S), int64. Regions: (B, heads, *S), bool, with a last channel of False where the
-        dataset has an ignore label (nothing in a pseudo-label is ignored).
+        Classes: (B, 1, *S), int16, as nnU-Net's labels. Regions: (B, heads, *S), bool, with a last channel of False
+        where the dataset has an ignore label (nothing in a pseudo-label is ignored).
     """
     if not label_manager.has_regions:
-        return logits.argmax(1, keepdim=True)
+        return logits.argmax(1, keepdim=True).short()
     regions = logits > 0
     if label_manager.has_ignore_label:
         regions = torch.cat((regions, torch.zeros_like(regions[:, :1])), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,10 @@ class FeatureMixingUNet(nn.Module):
         dropout: p of the other stream's channel dropout, and of dropblock.
     """
 
-    def __init__(self, network: nn.Module, mixing: str, dropout: float):
+    encoder: Any
+    decoder: Any
+
+    def __init__(self, network: Any, mixing: str, dropout: float):
         super().__init__()
         self.encoder, self.decoder = network.encoder, network.decoder
         self.mixing, self.dropout = mixing, dropout

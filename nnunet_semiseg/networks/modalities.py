@@ -67,11 +67,13 @@ class ContrastCurve:
 
 
 def halves(n_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The channels 0 to n - 1 in two groups; of an odd number the second has one more."""
     middle = n_channels // 2
     return tuple(range(middle)), tuple(range(middle, n_channels))
 
 
 def is_ct(configuration_manager) -> bool:
+    """Whether nnU-Net normalises the first channel as CT."""
     return configuration_manager.normalization_schemes[0] == "CTNormalization"
 
 
@@ -135,6 +137,7 @@ def make_modalities(settings, n_channels: int, plans_manager, configuration_mana
 
 
 def make_views(settings, plans_manager, configuration_manager) -> Views:
+    """Two views of a single channel: CT windows where they are asked for or it is CT, else contrast curves."""
     kind = settings.modality_views
     if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
         about = plans_manager.foreground_intensity_properties_per_channel["0"]

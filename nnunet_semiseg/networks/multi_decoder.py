@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
@@ -95,20 +95,25 @@ class MultiDecoderUNet(nn.Module):
         guidance: text guidance, applied once, before all decoders; None: no text.
     """
 
-    def __init__(self, network: nn.Module, others: Sequence[UNetDecoder] = (), recompute: bool = False):
+    encoder: Any
+    decoder: Any
+    guidance: Any
+
+    def __init__(self, network: Any, others: Sequence[UNetDecoder] = (), recompute: bool = False):
         super().__init__()
         self.recompute = recompute
         self.encoder = network.encoder
         self.decoder = network.decoder
         self.other_decoders = nn.ModuleList(others)
-        self.guidance: nn.Module | None = None
+        self.guidance = None
 
     def forward(self, x: Tensor):
         """Logits (B, heads, *S) of images (B, C, *S), or with deep supervision a list of logits from fine to coarse."""
         return self.decoder(self.encode(x).skips)
 
     def encode(self, x: Tensor, text: Tensor | None = None) -> Encoded:
-        """
+        """What the decoders read of images, the text in its last level.
+
         Args:
             x: (B, C, *S).
             text: (K, d) text features with their graph, in training; None: the stored ones.

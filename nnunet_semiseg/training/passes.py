@@ -48,6 +48,8 @@ def as_method(function: Callable) -> Callable:
 
 
 def in_bfloat16(function: Callable) -> Callable:
+    """A pass under autocast to bfloat16 on the CPU; what it returns is float32, but for `encode`'s features."""
+
     @wraps(function)
     def run(self, *args, **kwargs):
         with torch.autocast("cpu", torch.bfloat16):
@@ -59,6 +61,8 @@ def in_bfloat16(function: Callable) -> Callable:
 
 
 def sample_by_sample(function: Callable) -> Callable:
+    """A pass that, where gradients are on, takes (1, C, *S) at a time and is computed again by backward."""
+
     @wraps(function)
     def run(self, x, *args, **kwargs):
         if not torch.is_grad_enabled():

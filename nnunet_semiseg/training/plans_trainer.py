@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, cast, get_args
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -32,6 +32,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     settings_class: type[TrainingSettings] = TrainingSettings
     settings: S
+    # nnU-Net sets these to None first; once `initialize` has run they are a network, a loss, an optimizer
+    network: Any
+    loss: Any
+    optimizer: Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -49,7 +53,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         device: torch.device = torch.device("cuda"),
     ):
         # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
-        self.settings = read_settings(self.settings_class, plans)
+        self.settings = cast(S, read_settings(self.settings_class, plans))
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         plans = self.prepare(plans, configuration, fold, dataset_json)
@@ -69,7 +73,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return plans
 
     @property
-    def bare_network(self) -> nn.Module:
+    def bare_network(self) -> Any:
         """The network without the wrapper of torch.compile."""
         return bare(self.network)
 

@@ -9,6 +9,7 @@ import torch
 
 
 def get_random_state() -> dict:
+    """The states of the generators of Python, NumPy, torch and every GPU; for `set_random_state`."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -27,6 +28,7 @@ def set_random_state(state: dict) -> None:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch, those of GPUs included."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

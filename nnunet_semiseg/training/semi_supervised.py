@@ -13,6 +13,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, distributed, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
@@ -55,7 +56,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.auxiliary = nn.ModuleDict()  # trained, but not deployed: outside self.network
-        self.teacher: nn.Module | None = None
+        self.teacher: Any = None  # a network, where the settings ask for one
         self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
         self.step = 0
         self._resume_random_state = None
@@ -182,10 +183,11 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         leaves = tree_map(lambda x: None if x is None else x.detach().requires_grad_(x.requires_grad), tensors)
         yield leaves
         pairs = zip(tree_leaves(tensors), tree_leaves(leaves), strict=True)
-        ends = [(x, leaf.grad) for x, leaf in pairs if leaf is not None and leaf.grad is not None]
+        ends = [(gradient_edge(x), leaf.grad) for x, leaf in pairs if leaf is not None and leaf.grad is not None]
         for leaf in tree_leaves(leaves):
             if leaf is not None:  # the method's variables still name it: let go of its memory
                 leaf.grad, leaf.data = None, leaf.new_empty(0)
+        del tensors, pairs
         if ends:
             with self.autocast(enabled=False):  # as in every backward pass: what ran in float32 is to stay in it
                 torch.autograd.backward(*zip(*ends, strict=True))
@@ -228,6 +230,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         compiled = self._do_i_compile()
         if compiled:  # compile one static graph per batch size
             torch._dynamo.config.automatic_dynamic_shapes = False
+            torch._dynamo.config.cache_size_limit = 64  # parts that are compiled on their own count together
         super().initialize()
         if compiled:
             compile_parts(self.bare_network)
@@ -393,7 +396,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
 
 def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
+    """For a method that needs no more than the batches: `Batch.extra` is empty."""
     return {}
+
+
+def gradient_edge(x: Tensor):
+    """Where a backward pass into x begins, for `torch.autograd.backward`: it goes on without the memory of x."""
+    return get_gradient_edge(x) if torch.__version__ >= (2, 6) else x
 
 
 def compile_parts(network: nn.Module) -> None:
