@@ -41,6 +41,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
+    """Two cases a patient, at end-diastole and end-systole: `Info.cfg` says which frames these are."""
     cases = {}
     infos = by_name((path.parent.name, path) for path in find_files(folder, "patient*/Info.cfg"))
     for patient, info in infos.items():

@@ -68,7 +68,8 @@ def with_own_ending(about: About, cases: Mapping[str, Case]) -> About:
 
 
 def find_cases(folder: Path, task: str = "whole_tumor") -> Source:
-    """
+    """The published split, with the channels and the labels of a task.
+
     Args:
         task: `whole_tumor`, the semi-supervised protocol (FLAIR alone), or `regions`, nnU-Net's, on four channels.
     """
@@ -78,6 +79,7 @@ def find_cases(folder: Path, task: str = "whole_tumor") -> Source:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--task", choices=TASKS, default="whole_tumor",
         help="whole_tumor: FLAIR alone, as the literature; regions: four channels, nnU-Net's regions",

@@ -26,6 +26,7 @@ ODD_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm.nii"}  # so it is in 
 
 
 def find_cases(folder: Path) -> Source:
+    """The training cases, a seeded fifth of them for testing; the challenge's validation cases are unlabelled."""
     cases = brats2019.find_sequences(folder, ABOUT, ODD_LABELS)
     own = [name for name in cases if name.startswith("BraTS20_Training_")]
     others = sorted(cases.keys() - set(own))

@@ -62,7 +62,8 @@ def find_cases(
     split: str | Path | None = None,
     spacing: Sequence[float] | None = None,
 ) -> Source:
-    """
+    """The cases of the folders `images` and `labels`; an image without a label is an unlabelled case.
+
     Args:
         labels: names of the label values 1, 2, ...; with a single one, 255 is 1 as well.
         channels: names of the channels, in their order; also the suffixes of the files, where those have no numbers.
@@ -279,12 +280,12 @@ def _mode(path: Path) -> str | None:
 
 
 def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
-    mend = 'write {"train": [case, ...], "val": [...], "test": [...]}'
-    lists = read_json(file, mend)
+    fix = 'write {"train": [case, ...], "val": [...], "test": [...]}'
+    lists = read_json(file, fix)
     if not isinstance(lists, dict) or "train" not in lists or lists.keys() - {"train", "val", "test"}:
-        raise UserError(f"{file}: {mend}")
+        raise UserError(f"{file}: {fix}")
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists.values()):
-        raise UserError(f"{file}: {mend}")
+        raise UserError(f"{file}: {fix}")
     for part, names in lists.items():
         for name in names:
             if name not in cases:
@@ -296,6 +297,7 @@ def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The command's options, which are arguments of `find_cases`."""
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="of the label values 1, 2, ...")
     parser.add_argument(
         "--channels", nargs="+", default=["image"], metavar="NAME",

@@ -64,7 +64,8 @@ KNOWN = (
 
 
 def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Sequence[str] | None = None) -> Source:
-    """
+    """The cases of .h5 files, one file each; their names tell the set, and that its voxel size, labels and split.
+
     Args:
         spacing: x y z, in mm, or one number; None: that of the known set.
         labels: names of the label values 1, 2, ...; None: those of the known set.
@@ -108,6 +109,7 @@ def find_known(files: Mapping[str, Path]) -> Known | None:
 
 
 def describe(known: Known | None, labels: Sequence[str] | None) -> About:
+    """What is known of the set; `labels` names its values anew. With neither, there are no labels."""
     about = ABOUT
     if known:
         changes = {"name": f"{known.about.name}H5", "file_ending": ".nii.gz", "label_values": None, "crop": None}
@@ -135,6 +137,7 @@ def find_lists(folder: Path, names: Collection[str], known: Known | None) -> tup
 
 
 def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
+    """The array `key` of a file, `image` or `label`, which is stored x y z; its spacing is in mm."""
     with h5py.File(path) as file:
         if key not in file:
             raise UserError(f"{path}: has no dataset `{key}`")
@@ -158,6 +161,7 @@ def _case(path: Path) -> str:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """The command's options, which are arguments of `find_cases`."""
     parser.add_argument("--spacing", type=float, nargs="+", metavar="MM", help="x y z; default: the known set's")
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="of the values 1, 2, ...; default: the known set's")
 

@@ -32,6 +32,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
+    """Cases of two channels, CT and the PET on its grid; a seeded fifth is for testing."""
     names = ((p.name.removesuffix("__CT.nii.gz"), p) for p in find_files(folder, "*__CT.nii.gz"))
     scans = by_name((name, p) for name, p in names if p.parent.name in ("imagesTr", name))  # those with a label
     cases = {}

@@ -30,6 +30,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
+    """One case for each `volume-N.nii`; a seeded fifth is for testing."""
     found = ((re.fullmatch(r"volume-(\d+)\.nii", p.name), p) for p in find_files(folder, "volume-*.nii"))
     volumes = by_name((f"liver_{int(match[1]):03d}", p) for match, p in found if match)  # no `volume-1 (copy).nii`
     labels = by_name((p.name.replace("segmentation", "volume"), p) for p in find_files(folder, "segmentation-*.nii"))

@@ -34,6 +34,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
+    """The images that have an annotation, with their texts, if there are any; the folder says what is for testing."""
     cases, train, test, texts = {}, [], [], read_texts(folder)
     found = find_files(folder, "*.tif")
     places = ("Tissue Images", "MoNuSegTestData")

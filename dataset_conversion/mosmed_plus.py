@@ -26,6 +26,7 @@ ABOUT = replace(
 
 
 def find_cases(folder: Path) -> Source:
+    """The images, masks and texts of LViT's folders; see `qata_cov19.find_images`."""
     return qata_cov19.find_images(folder, ABOUT)
 
 

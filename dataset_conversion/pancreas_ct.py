@@ -47,6 +47,7 @@ CLEAR_STEP = 20  # HU; the step is near 0 in a wrong place; chosen on phantoms, 
 
 
 def find_cases(folder: Path) -> Source:
+    """DICOM series, each with its label on its own grid (`read_label`); the published split."""
     scans = by_name((p.name, p) for p in find_files(folder, "PANCREAS_*") if re.fullmatch(r"PANCREAS_\d{4}", p.name))
     labels = by_name((p.name, p) for p in find_files(folder, "label*.nii.gz"))
     cases = {}

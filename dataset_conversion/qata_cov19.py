@@ -109,6 +109,7 @@ def _key(name: str) -> str:
 
 
 def find_cases(folder: Path) -> Source:
+    """The images, masks and texts of LViT's folders; see `find_images`."""
     return find_images(folder, ABOUT)
 
 

@@ -42,6 +42,8 @@ COLORS = {"liver": "#ff5a4f", "spleen": "#4fd06a", "kidney": "#4fa8ff"}
 
 @dataclass(frozen=True)
 class Organ:
+    """An organ of the synthetic abdomen as it is on average; every case varies it."""
+
     center: tuple[float, float, float]  # z y x, in mm from the image's centre
     radii: tuple[float, float, float]  # mm
     brightness: float

@@ -74,6 +74,7 @@ def module_names(package: str) -> list[str]:
 
 
 def load_module(package: str, name: str) -> ModuleType:
+    """Import one of `module_names`; what it raises is passed on."""
     return importlib.import_module(f"nnunet_semiseg.{package}.{name}")
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and how they reach him."""
+"""Errors that the user can fix, and how they reach him."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class UserError(ValueError):
-    """Something the user can mend. One line for each problem: which file, what is wrong, how to mend it."""
+    """Something the user can fix. One line for each problem: which file, what is wrong, how to fix it."""
 
 
 def report(error: Exception) -> None:

@@ -38,16 +38,16 @@ def base_folder(variable: str) -> Path:
     return Path(base).absolute()
 
 
-def read_json(file: Path, mend: str) -> dict:
+def read_json(file: Path, fix: str) -> dict:
     """Raises UserError where the file is missing or no JSON."""
     try:
         return json.loads(file.read_bytes())  # as bytes: always UTF-8, whatever the locale (reading DICOM changes it)
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file: {mend}") from None
+        raise UserError(f"{file}: no such file: {fix}") from None
     except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror}): {mend}") from None
+        raise UserError(f"{file}: cannot be read ({e.strerror}): {fix}") from None
     except ValueError as e:  # no JSON, or no UTF-8
-        raise UserError(f"{file}: not valid JSON ({e}): {mend}") from None
+        raise UserError(f"{file}: not valid JSON ({e}): {fix}") from None
 
 
 def read_dataset_json(dataset: Path) -> dict:

@@ -126,8 +126,8 @@ class Run:
             UserError: no base plans; a trainer that has no such setting.
         """
         preprocessed = base_folder("nnUNet_preprocessed") / self.dataset
-        mend = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
-        base = read_json(preprocessed / f"{self.base_plans}.json", mend)
+        fix = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
+        base = read_json(preprocessed / f"{self.base_plans}.json", fix)
         if self.num_labeled is not None and not has_settings(self.trainer):
             raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
         if self.plans != self.base_plans and not self.is_begun:

@@ -301,7 +301,7 @@ def test_a_bad_case_is_named_and_the_rest_goes_on(kind, two_channels, raw, capsy
     assert json.loads((raw / "dataset.json").read_text())["numTraining"] == 2
     assert not [f for f in files(raw) if "c1" in f]
 
-    image, label = cuboid(1)  # mended, the same command goes on
+    image, label = cuboid(1)  # fixed, the same command goes on
     for c in range(2):
         save(image, two_channels / "images" / f"c1_000{c}.nii.gz")
     save(label, two_channels / "labels" / "c1.nii.gz")

@@ -129,7 +129,7 @@ def test_cascades_and_missing_configurations(planned, capsys):
         ),
         (
             lambda d: (d.image("un_001").unlink(), d.image("un_001").symlink_to("/nowhere.nii.gz")),
-            r"un_001_0000.nii.gz: a link to a file that is not there: mend it",
+            r"un_001_0000.nii.gz: a link to a file that is not there: fix it",
         ),
         (
             lambda d: [d.image("un_001", c).rename(d.image("tr_001", c)) for c in range(2)],
@@ -356,8 +356,8 @@ def test_data_for_other_plans_are_refused_and_redone(planned):
     plans = planned.plans(PLANS)
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
     plans_file.write_text(json.dumps(plans))
-    mend = f"run nnunet_semiseg preprocess_unlabeled -d {planned.id} -c 3d_fullres -plans_name {PLANS}"
-    with pytest.raises(UserError, match=rf"^\S*__unlabeled: preprocessed for other plans .*: {mend}$"):
+    fix = f"run nnunet_semiseg preprocess_unlabeled -d {planned.id} -c 3d_fullres -plans_name {PLANS}"
+    with pytest.raises(UserError, match=rf"^\S*__unlabeled: preprocessed for other plans .*: {fix}$"):
         manifest(planned)
     run(planned)
     assert not set(before.items()) & set(whole_cases(planned).items())
@@ -365,11 +365,11 @@ def test_data_for_other_plans_are_refused_and_redone(planned):
 
 
 def test_missing_data_are_refused_with_the_command(planned):
-    mend = f"run nnunet_semiseg preprocess_unlabeled -d {planned.id} -c 3d_fullres -plans_name {PLANS}"
-    with pytest.raises(UserError, match=rf"^\S*__unlabeled.json: .*not .all. preprocessed: {mend}$"):
+    fix = f"run nnunet_semiseg preprocess_unlabeled -d {planned.id} -c 3d_fullres -plans_name {PLANS}"
+    with pytest.raises(UserError, match=rf"^\S*__unlabeled.json: .*not .all. preprocessed: {fix}$"):
         manifest(planned)
     shutil.rmtree(planned.raw / "imagesUn")
-    with pytest.raises(UserError, match=rf"put the unlabelled images into \S*/imagesUn, then {mend}$"):
+    with pytest.raises(UserError, match=rf"put the unlabelled images into \S*/imagesUn, then {fix}$"):
         manifest(planned)
 
 

@@ -163,8 +163,10 @@ def files_of(path: Path) -> list[Path]:
 
 
 def paths_of(source: Path | Read | None) -> tuple[Path, ...]:
+    """The files that an image or a label is read from."""
     return () if source is None else source.paths if isinstance(source, Read) else (source,)
 
 
 def some(names: Sequence[str]) -> str:
+    """At most five of the names, for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -150,6 +150,7 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
 
 
 def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) -> None:
+    """Print what the dataset is, how many cases each part has, and what is missing or left out."""
     about, count = source.about, Counter(parts.values())
     print(about.title)
     facts = {"": about.url, "licence: ": about.licence, "cite: ": about.citation, "protocol: ": about.protocol}
@@ -257,12 +258,10 @@ def _convert(source: Source, folder: Path, target: Path, request: dict, num_proc
         ) from None
     lines = [f"case {name}: {problems[name]}" for name in sorted(problems)]
     if not {name for name, part in parts.items() if part == "labeled"} - set(problems):
-        raise UserError(
-            "\n".join([*lines, f"{target}: no labelled case is whole: mend them and run the command again"])
-        )
+        raise UserError("\n".join([*lines, f"{target}: no labelled case is whole: fix them and run the command again"]))
     _finish(source, target, request, [name for name in parts if name not in problems])
     if problems:
-        raise UserError("\n".join([*lines, f"{target}: made without these; mend them and run the command again"]))
+        raise UserError("\n".join([*lines, f"{target}: made without these; fix them and run the command again"]))
     shutil.rmtree(state)
 
 

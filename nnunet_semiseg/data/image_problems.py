@@ -1,4 +1,4 @@
-"""What can be wrong with an unlabelled image: each problem in one line, with the file and the mend."""
+"""What can be wrong with an unlabelled image: each problem in one line, with the file and the fix."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ def reading_problems(images: list[str], reader: type) -> list[str]:
 
 
 def one_line_of(error: Exception) -> str:
+    """The last line of an error's text; the name of its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 

@@ -12,7 +12,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 
 TEXTS_FILE = "texts.json"
-MEND = 'write {"case id": "text", ...} into it'
+FIX = 'write {"case id": "text", ...} into it'
 
 
 def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error", "skip"] = "error") -> dict[str, str]:
@@ -30,9 +30,9 @@ def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error"
             that is no text.
     """
     file = _texts_file(dataset_name)
-    content = read_json(file, MEND)
+    content = read_json(file, FIX)
     if not isinstance(content, dict):
-        raise UserError(f"{file}: no JSON object: {MEND}")
+        raise UserError(f"{file}: no JSON object: {FIX}")
     cases = set(cases)
     images = _raw_cases(file.parent)
     known = cases | images
@@ -42,18 +42,19 @@ def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error"
             hint = f": did you mean {' or '.join(near)}?" if near else ": remove it"
             raise UserError(f'{file}: there is a text for "{name}", but no such case{hint}')
         if not isinstance(text, str):
-            raise UserError(f'{file}: "{name}": {text!r} is no text: {MEND}')
+            raise UserError(f'{file}: "{name}": {text!r} is no text: {FIX}')
     texts = {case: content[case].strip() for case in sorted(cases) if content.get(case, "").strip()}
     if missing == "error" and (without := sorted(cases - texts.keys())):
         what = "an empty text" if without[0] in content else "no text"
         more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
         raise UserError(f'{file}: {what} for case "{without[0]}"{more}: add it, or --set missing_texts=skip')
     if not texts:
-        raise UserError(f"{file}: no case has a text: {MEND}")
+        raise UserError(f"{file}: no case has a text: {FIX}")
     return texts
 
 
 def has_texts(dataset_name: str) -> bool:
+    """Whether there is a texts.json, in the raw or in the preprocessed dataset."""
     return _texts_file(dataset_name).is_file()
 
 

@@ -88,7 +88,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     for name in images:
         match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name)
         if not (folder / name).exists():
-            problems.append(f"{folder / name}: a link to a file that is not there: mend it or remove it")
+            problems.append(f"{folder / name}: a link to a file that is not there: fix it or remove it")
         if match:
             cases.setdefault(match[1], {})[int(match[2])] = folder / name
         else:
@@ -173,34 +173,35 @@ def load_manifest(
     preprocessed = Path(preprocessed_dataset_folder)
     folder, manifest_file = _output(preprocessed, plans, configuration)
     plans_name = plans["plans_name"]
-    mend = f"run nnunet_semiseg preprocess_unlabeled -d {_number(dataset)} -c {configuration} -plans_name {plans_name}"
+    fix = f"run nnunet_semiseg preprocess_unlabeled -d {_number(dataset)} -c {configuration} -plans_name {plans_name}"
     # where training runs, there need not be any raw data
     raw = Path(os.environ["nnUNet_raw"]) / preprocessed.name if os.environ.get("nnUNet_raw") else None
     images = raw / IMAGES_FOLDER if raw and raw.is_dir() else None
     if not manifest_file.is_file():
         if images and not images.is_dir():
-            mend = f"put the unlabelled images into {images}, then {mend}"
-        raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {mend}")
-    manifest = read_json(manifest_file, mend)
+            fix = f"put the unlabelled images into {images}, then {fix}"
+        raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
+    manifest = read_json(manifest_file, fix)
     if manifest["plans_hash"] != plans_hash(plans, configuration):
-        raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {mend}")
+        raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
     cases: dict[str, list] = manifest["cases"]
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     for file in (case + suffix for case in cases for suffix in _SUFFIXES):
         if file not in present:
-            raise UserError(f"{folder / file}: missing: {mend}")
+            raise UserError(f"{folder / file}: missing: {fix}")
     if images and images.is_dir():
         found = find_unlabeled_cases(raw, read_dataset_json(raw))
         for case in sorted(found.keys() ^ cases.keys()):
             what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
-            raise UserError(f"{images}: case {case} {what}: {mend}")
+            raise UserError(f"{images}: case {case} {what}: {fix}")
         for case, files in found.items():  # a copy of the data has other times of modification
             if [file[:2] for file in _signature(files)] != [file[:2] for file in cases[case]]:
-                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {mend}")
+                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
     return str(folder), list(cases)
 
 
 def channel_names(dataset_json: dict) -> list[str]:
+    """The channels' names in their order; old datasets have them under `modality`."""
     return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
 
 

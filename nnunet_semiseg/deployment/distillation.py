@@ -38,6 +38,8 @@ STOCK_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings(SemiSupervisedSettings):
+    """Settings of `DistillationTrainer`: the temperature T of both models' softmax, and the weight w of that term."""
+
     temperature: float = 2.0
     distillation_weight: float = 1.0
 
@@ -211,4 +213,5 @@ def publish(trained: Path, stock: Path) -> None:
 
 
 def without_settings(plans: dict) -> dict:
+    """The plans as nnU-Net's own trainers have them: without this package's settings and findings."""
     return {key: value for key, value in plans.items() if key not in (PLANS_KEY, FOUND_KEY)}

@@ -79,6 +79,7 @@ def noise_levels(request: Request, run: Run, upper_bound: Sequence[Run]) -> tupl
 
 
 def collect(request: Request, runs: list[Run], upper_bound: list[Run], test_set: TestSet, output: Path) -> Results:
+    """Evaluate the predictions of every run, with and without noise, against the references of the test set."""
     everything = [*runs, *upper_bound]
     folders = {
         run: run.validation if test_set.is_validation else predictions_folder(run, 0.0, output) for run in everything

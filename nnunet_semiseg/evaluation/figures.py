@@ -28,6 +28,7 @@ _STYLE = {
 
 
 def color_of(methods: Sequence[str]) -> dict[str, str]:
+    """A colour for each method; from the ninth on they repeat."""
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 

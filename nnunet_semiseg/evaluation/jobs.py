@@ -28,11 +28,13 @@ class Job:
 
 
 def training_job(run: Run, device: str) -> Job:
+    """The training of a run by `nnUNetv2_train`, with the settings of its plans."""
     content = {"job": "train", "words": run.train_command(device), "folder": str(run.folder)}
     return Job(f"train_{run.dataset}_{run.name}", f"training {run.title} ({run.dataset})", content)
 
 
 def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, output: Path) -> Job:
+    """The prediction of the test images; the noise is a standard deviation, of normalised intensities."""
     folder = predictions_folder(run, noise, output)
     images = list(test_set.images.values())
     signed = [run.checkpoint, *(Path(file) for files in images for file in files)]
@@ -53,6 +55,7 @@ def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, 
 
 
 def predictions_folder(run: Run, noise: float, output: Path) -> Path:
+    """Where the predictions of a run under this noise are; without noise the name does not speak of it."""
     suffix = f"__noise{noise:g}" if noise else ""
     return output / "predictions" / f"{run.dataset}__{run.name}__fold_{run.fold}{suffix}"
 

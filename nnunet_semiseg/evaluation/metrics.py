@@ -39,7 +39,7 @@ HIGHER_IS_BETTER = {"dice", "jaccard", "nsd"}
 def segmentation_metrics(
     prediction: np.ndarray, reference: np.ndarray, labels: Labels, spacing: Sequence[float], tolerance: float = 2.0
 ) -> dict[str, dict[str, float]]:
-    """The metrics of every class or region, with MONAI's definitions:
+    """The metrics of every class or region, as MONAI defines them.
 
     - `dice`, `jaccard`: overlap of the voxels, 0 to 1;
     - `hd95`: 95 % Hausdorff distance, the larger of the two directed ones, each the 95th percentile over the voxels

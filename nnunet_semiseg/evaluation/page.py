@@ -40,6 +40,14 @@ class Section:
 
 @dataclass
 class Report:
+    """What a page shows.
+
+    Attributes:
+        facts: what was compared and how, name to value.
+        warnings: what makes the comparison unfair, in bold at the top.
+        findings: the results in sentences.
+    """
+
     title: str
     facts: Mapping[str, str]
     sections: list[Section]
@@ -73,5 +81,6 @@ def write(report: Report, output: Path) -> Path:
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; a `|` within a cell is escaped."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

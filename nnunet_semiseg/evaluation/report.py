@@ -118,6 +118,7 @@ def write_report(results: Results, output: Path) -> Path:
 
 
 def size_name(num_labeled: int | None) -> str:
+    """How many labelled cases, as the tables have it; None stands for all."""
     return "all" if num_labeled is None else str(num_labeled)
 
 
@@ -144,6 +145,7 @@ def per_case(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def number(metric: str, value: float) -> str:
+    """A value with the digits of its metric; a dash for NaN."""
     return "–" if np.isnan(value) else f"{value:.{DIGITS[metric]}f}"
 
 
@@ -164,6 +166,7 @@ def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
 
 
 def difference_section(baseline: str, differences: pd.DataFrame, metric: str) -> Section:
+    """A metric's paired differences from the baseline, one row a method, with their tests."""
     rows = [
         [
             method,
@@ -197,12 +200,14 @@ def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
 
 
 def interval(metric: str, d: pd.Series) -> str:
+    """The bounds of the 95 % interval with their signs, where there is one."""
     if np.isnan(d["low"]):
         return "no interval"
     return " to ".join(f"{d[key]:+.{DIGITS[metric]}f}" for key in ("low", "high"))
 
 
 def class_section(main: pd.DataFrame) -> Section:
+    """Means over runs and cases, for every method and class."""
     rows = []
     for (method, label), group in main.groupby(["method", "label"], sort=False):
         rows.append([method, label, *(number(metric, group[metric].mean()) for metric in METRICS)])
@@ -233,11 +238,14 @@ def run_table(results: Results) -> pd.DataFrame:
 
 
 def runs_section(runs: pd.DataFrame) -> Section:
+    """Means over the cases, for every run."""
     rows = [[r["run"], *(number(m, r[m]) for m in METRICS)] for _, r in runs.iterrows()]
     return Section("Every run", headers=["run", *METRICS.values()], rows=rows)
 
 
 def cost_section(runs: pd.DataFrame) -> Section:
+    """Time, memory and parameters of every run; a dash for what was not measured."""
+
     def missing_or(form: Callable[[float], str], value: float) -> str:
         return "–" if np.isnan(value) else form(value)
 
@@ -303,6 +311,7 @@ def share_section(of_case: pd.DataFrame) -> Section:
 
 
 def noise_section(of_case: pd.DataFrame) -> Section:
+    """Dice against the noise on the test images."""
     note = (
         "Gaussian noise, the same for all methods, on the test images as nnU-Net has normalised and resampled them; its"
         " standard deviation is in units of the normalised image. Bars: spread over runs."

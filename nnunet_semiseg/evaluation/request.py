@@ -103,8 +103,8 @@ def check_sizes(request: Request, run: Run) -> None:
     plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
     fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
     if None in request.labeled and fixed is not None:
-        mend = "--set num_labeled=null first"
-        raise UserError(f"--labeled all: the plans {request.plans} say num_labeled={fixed}: {mend}")
+        fix = "--set num_labeled=null first"
+        raise UserError(f"--labeled all: the plans {request.plans} say num_labeled={fixed}: {fix}")
     raw = dataset_folder("nnUNet_raw", request.dataset)
     cases = labeled_images(raw, read_dataset_json(raw))
     if request.fold != "all":

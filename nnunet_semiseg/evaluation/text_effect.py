@@ -120,6 +120,7 @@ def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, st
 def make_report(
     request: Request, run: Run, test_set: TestSet, variants: list[Prompts], folders: dict[str, Path], output: Path
 ) -> Report:
+    """Dice with each kind of prompts, and the voxels it changes; `voxels.csv` and `cases.csv` hold the numbers."""
     tables = []
     for name, folder in folders.items():
         rows = evaluate(folder, test_set, request, output / "scores" / f"{name}.json")
@@ -184,5 +185,6 @@ def changed_voxels(true: Path, other: Path, test_set: TestSet) -> np.ndarray:
 
 
 def foreground_voxels(folder: Path, test_set: TestSet) -> int:
+    """How many voxels of all cases together are not background."""
     ending, reader = test_set.file_ending, test_set.reader()
     return sum(np.count_nonzero(reader.read_seg(str(folder / f"{case}{ending}"))[0]) for case in test_set.images)

@@ -46,6 +46,8 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SemiSupervisedSettings(TrainingSettings):
+    """Settings of every method with unlabelled samples."""
+
     unlabeled_batch_size: int | None = None
     """unlabelled samples in a batch; None: as many as labelled ones"""
     memory: Literal["stock", "fast", "small"] = "stock"
@@ -138,4 +140,5 @@ class OptionalTextSettings(TextSettings):
 
 
 def uses_text(settings: TrainingSettings) -> bool:
+    """Whether a method with these settings is guided by class prompts; with `OptionalTextSettings` the user decides."""
     return getattr(settings, "text", isinstance(settings, TextSettings))

@@ -172,29 +172,29 @@ def load_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> Te
 def _read_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> tuple[Tensor, bool]:
     from safetensors import safe_open
 
-    mend = f"make it with `nnunet_semiseg embed_prompts -d ID -o {path}`"
+    fix = f"make it with `nnunet_semiseg embed_prompts -d ID -o {path}`"
     if not Path(path).is_file():
-        raise UserError(f"text_embeddings={path}: no such file; {mend}")
+        raise UserError(f"text_embeddings={path}: no such file; {fix}")
     try:
         with safe_open(path, framework="pt") as file:
             about = {key: json.loads(value) for key, value in file.metadata().items()}
             embeddings, classes = file.get_tensor("embeddings").float(), about["classes"]
             made_for = dict(zip(classes, map(tuple, about["prompts"]), strict=True))
     except Exception as e:
-        raise UserError(f"text_embeddings={path}: no readable file of embeddings ({e}); {mend}") from None
+        raise UserError(f"text_embeddings={path}: no readable file of embeddings ({e}); {fix}") from None
     if classes != list(prompts):
         raise UserError(
             f"text_embeddings={path}: made for the classes {', '.join(classes)}, but the data set has "
-            f"{', '.join(prompts)}; {mend}"
+            f"{', '.join(prompts)}; {fix}"
         )
     other = [name for name in classes if made_for[name] != tuple(prompts[name])]
     if other:
         raise UserError(
             f"text_embeddings={path}: made with other prompts for {', '.join(other)} "
-            f"({json.dumps(made_for[other[0]])}, now {json.dumps(prompts[other[0]])}); {mend}"
+            f"({json.dumps(made_for[other[0]])}, now {json.dumps(prompts[other[0]])}); {fix}"
         )
     if embeddings.ndim != 2 or len(embeddings) != len(classes) or not embeddings.isfinite().all():
-        raise UserError(f"text_embeddings={path}: must hold one row of finite numbers per class; {mend}")
+        raise UserError(f"text_embeddings={path}: must hold one row of finite numbers per class; {fix}")
     return embeddings, about.get("trained", True)
 
 

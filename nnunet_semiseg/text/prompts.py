@@ -26,11 +26,11 @@ def class_names(dataset_json: dict) -> list[str]:
     labels = {k: _values(v) for k, v in dataset_json["labels"].items() if k != "ignore"}
     background = [name for name, values in labels.items() if set(values) == {0}]
     if len(background) != 1:
-        raise UserError('dataset.json: exactly one label must have the value 0; mend "labels"')
+        raise UserError('dataset.json: exactly one label must have the value 0; fix "labels"')
     foreground = [name for name in labels if name not in background]
     if all(len(values) == 1 for values in labels.values()):
         if len(set(labels.values())) < len(labels):
-            raise UserError('dataset.json: two labels have the same value; mend "labels"')
+            raise UserError('dataset.json: two labels have the same value; fix "labels"')
         foreground.sort(key=labels.get)
     return background + foreground
 

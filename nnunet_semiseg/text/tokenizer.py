@@ -31,7 +31,8 @@ class Tokenizer:
         self._has_end = int(int((a != self._pad).sum()) > self.start + 1)
 
     def __call__(self, texts: Sequence[str], n_ctx: int = 0) -> Tensor:
-        """
+        """The tokens of texts, with places for learnt context.
+
         Args:
             texts: N texts.
             n_ctx: number of placeholders after the start token, whose embeddings are meant to be replaced.

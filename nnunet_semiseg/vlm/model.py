@@ -109,6 +109,7 @@ class AMVLM(nn.Module):
 
 
 def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
+    """An MLP from (..., width) to (..., dim), with one hidden layer."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 

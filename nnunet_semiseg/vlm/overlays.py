@@ -55,7 +55,8 @@ class TrainedMasks:
 
 
 def load_text_masks(run: Run) -> TrainedMasks:
-    """
+    """The text masks of a trained model.
+
     Args:
         run: trained, with a text mask generator.
 

@@ -271,12 +271,14 @@ class Pretraining:
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that appears whole or not at all."""
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
     os.replace(temporary, file)
 
 
 def draw_progress(history: dict[str, list[float]], file: Path) -> None:
+    """Two panels over the epochs: the loss with its terms, and the recalls of retrieval."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for ax, title in zip(figure.subplots(1, 2), ("loss", "recall"), strict=True):
         for name, values in history.items():

@@ -29,20 +29,20 @@ def load_vlm(folder: str | Path) -> AMVLM:
         UserError: no such folder, or not of `pretrain_vlm`.
     """
     folder = Path(folder)
-    mend = "name the folder that nnunet_semiseg pretrain_vlm made"
-    about = read_json(folder / ABOUT, mend)
+    fix = "name the folder that nnunet_semiseg pretrain_vlm made"
+    about = read_json(folder / ABOUT, fix)
     if not isinstance(about, dict) or "settings" not in about:
-        raise UserError(f"{folder / ABOUT}: not of a pre-training: {mend}")
+        raise UserError(f"{folder / ABOUT}: not of a pre-training: {fix}")
     settings = about["settings"]
     try:
         clip, tokenizer = load_clip(str(folder), UNTRAINED)
     except UserError as error:
-        raise UserError(f"{folder}: its towers cannot be built: {mend} [{error}]") from None
+        raise UserError(f"{folder}: its towers cannot be built: {fix} [{error}]") from None
     vlm = AMVLM(clip, tokenizer, settings["dim"], settings["hidden"])
     try:
         vlm.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())[:200]}): {mend}") from None
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())[:200]}): {fix}") from None
     return vlm.requires_grad_(False).eval()
 
 
@@ -104,7 +104,8 @@ class TextMaskGenerator(nn.Module):
         return F.normalize(self.up(patches).float(), dim=1)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Where each image shows what each of its texts says.
+
         Args:
             images: (B, C, H, W).
             texts: (B, K, d), normalised: of each image its own.
