@@ -1,6 +1,6 @@
 """What a training step of each trainer costs, as a ratio to the first trainer's on the same plans.
 
-    python tools/step_cost.py -d 501 -c 3d_fullres -p nnUNetSemiSegPlans --trainers SupervisedTrainer \
+    python tools/step_cost.py -d 501 -c 3d_fullres --trainers SupervisedTrainer \
         MeanTeacherTrainer TextSemiSegTrainer [-device cuda] [-n 10] [--set KEY=VALUE ...]
 
 The trainers take turns, so that a machine whose speed drifts is as unfair to all; medians are printed. A trainer
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", required=True)
     parser.add_argument("-c", default="3d_fullres")
-    parser.add_argument("-p", default="nnUNetSemiSegPlans")
+    parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("-f", default="all")
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("-n", type=int, default=10, help="counted steps")

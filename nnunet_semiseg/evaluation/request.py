@@ -45,7 +45,7 @@ class Request:
     configuration: str
     fold: str
     trainers: Sequence[str]
-    plans: str = "nnUNetSemiSegPlans"
+    plans: str = "nnUNetPlans"
     seeds: int | None = None
     labeled: Sequence[int | None] = ()
     curve: Sequence[str] | None = None

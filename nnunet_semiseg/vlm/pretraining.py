@@ -48,7 +48,7 @@ def pretrain(
     settings: Iterable[str] = (),
     *,
     configuration: str = "2d",
-    plans: str = "nnUNetSemiSegPlans",
+    plans: str = "nnUNetPlans",
     device: str = "cuda",
 ) -> Path:
     """Pre-train on the images and texts of a dataset; under torchrun on several GPUs. Interrupted, it goes on.
