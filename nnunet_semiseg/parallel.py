@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 
-def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Iterator:
+def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Generator:
     """`function(*job)` of every job, as they are done; close the iterator to cancel those not begun.
 
     Args:

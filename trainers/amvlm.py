@@ -203,7 +203,8 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         if not self.swapped:
             return False, False
         drawn = torch.rand(2) < 0.5
-        return tuple(bool(drawn[side]) and side in self.swapped for side in SIDES)
+        vertical, horizontal = (bool(drawn[side]) and side in self.swapped for side in SIDES)
+        return vertical, horizontal
 
     def flipped(self, batch: Batch, flip: tuple[bool, bool]) -> Batch:
         axes = [axis + 2 for side in SIDES if flip[side] for axis in self.side_axes[side]]

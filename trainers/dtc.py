@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +155,8 @@ def level_set(mask: np.ndarray) -> np.ndarray:
     """
     if mask.all() or not mask.any():
         return np.where(mask, np.float32(-1), np.float32(1))
-    outside, inside = distance_transform_edt(~mask), distance_transform_edt(mask)
+    distance: Any = distance_transform_edt  # by its annotation it can return several arrays, or none
+    outside, inside = distance(~mask), distance(mask)
     result = outside / outside.max() - inside / inside.max()
     result[find_boundaries(mask, mode="inner")] = 0
     return result.astype(np.float32)

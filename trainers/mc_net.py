@@ -80,4 +80,4 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
         """sum_j MSE(p, p*_j) of a decoder's logits (B, heads, *S) with the others', which get no gradient."""
         p = probabilities(logits, self.label_manager)
         sharpened = (probabilities(x.detach().float() / self.settings.sharpening, self.label_manager) for x in others)
-        return sum(F.mse_loss(p, x) for x in sharpened)
+        return sum(F.mse_loss(p, x) for x in sharpened)  # pyright: ignore[reportReturnType]: sum's 0 is not left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,9 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
             skips, aligned = network.encode(images, text)
             return network.decode(self.drop(skips)), aligned
 
-        ramp, teacher, certain = self.settings.ramp(self.progress), None, None
+        ramp = self.settings.ramp(self.progress)
+        teacher: Any = None
+        certain: Any = None
         streams = batch.streams("strong")
         outputs = self.each(student, *(images for images, _, _ in streams))
         for _, target, share in streams:

@@ -57,7 +57,7 @@ def nifti_damage(image: str | Path) -> str | None:
     if not str(image).lower().endswith((".nii", ".nii.gz")):
         return None
     try:
-        voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()
+        voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as e:  # of many kinds, by what is damaged
         return f"cannot be read ({one_line_of(e)})"
     return _not_finite(voxels) if np.issubdtype(voxels.dtype, np.floating) else None

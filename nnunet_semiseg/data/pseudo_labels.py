@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -32,9 +33,11 @@ def pseudo_label_loader(
     labeled: nnUNetDataLoader, data: PseudoLabeledDataset, batch_size: int, label_manager
 ) -> nnUNetDataLoader:
     """A loader with pseudo-labels that is like the one with labels, foreground sampling and augmentation included."""
-    sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
+    sizes = (s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size))
+    patch_size, final_patch_size = sizes
     loader = nnUNetDataLoader(
-        data, batch_size, *sizes, label_manager, labeled.oversample_foreground_percent,
+        data,  # pyright: ignore[reportArgumentType]: the loader uses no more of a dataset than this one has
+        batch_size, patch_size, final_patch_size, label_manager, labeled.oversample_foreground_percent,
         probabilistic_oversampling=labeled.get_do_oversample == labeled._probabilistic_oversampling,
         transforms=labeled.transforms,
     )  # fmt: skip
@@ -59,7 +62,8 @@ def label_cases(trainer: nnUNetTrainer, dataset, folder: Path) -> None:
     trainer.print_to_log_file(f"labelling {len(todo)} unlabelled cases: {folder}")
     predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=True, allow_tqdm=False)
     predictor.manual_initialization(
-        trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
+        trainer.network,  # pyright: ignore[reportArgumentType]: there is one after `initialize`
+        trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
         type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
     )  # fmt: skip
     trainer.set_deep_supervision_enabled(False)
@@ -68,8 +72,12 @@ def label_cases(trainer: nnUNetTrainer, dataset, folder: Path) -> None:
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 
 
-def label_case(predictor: nnUNetPredictor, dataset, case: str, folder: Path) -> None:
-    """Write a network's decision on a case: in the image's geometry, to be looked at, and for the loader."""
+def label_case(predictor: Any, dataset, case: str, folder: Path) -> None:
+    """Write a network's decision on a case: in the image's geometry, to be looked at, and for the loader.
+
+    Args:
+        predictor: an initialised `nnUNetPredictor`, whose annotations are those of one that is not.
+    """
     data, outside, _, properties = dataset.load_case(case)
     logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
     label = np.asarray(predictor.label_manager.convert_logits_to_segmentation(logits))
@@ -84,7 +92,8 @@ def label_case(predictor: nnUNetPredictor, dataset, case: str, folder: Path) -> 
 def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager) -> None:
     """The label map (*S) for the loader, and where its classes are; the latter comes last and makes the case done."""
     label = label.astype(np.int16 if max(label_manager.all_labels) > 127 else np.int8)[None]
-    blosc2.asarray(np.ascontiguousarray(label), urlpath=str(folder / f"{case}.b2nd"), mode="w")
+    array: Any = np.ascontiguousarray(label)  # blosc2's annotation leaves NumPy's arrays out
+    blosc2.asarray(array, urlpath=str(folder / f"{case}.b2nd"), mode="w")
     classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
     locations = DefaultPreprocessor._sample_foreground_locations(label, classes)
     write_pickle({"class_locations": locations}, str(folder / f"{case}.tmp"))

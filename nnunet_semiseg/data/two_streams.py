@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +80,11 @@ class ViewsTransform(BasicTransform):
         return {"image": torch.cat(images), "segmentation": torch.empty(0)}
 
 
-def kind_of(transform: BasicTransform) -> str:
+def kind_of(transform: Any) -> str:
     """A key of `KNOWN`: intensity, segmentation, masking or shared.
+
+    Args:
+        transform: a `BasicTransform`, which may have an attribute `shared_by_views`.
 
     Raises:
         UserError: it is none of these, or holds transforms of two kinds.
@@ -132,10 +136,10 @@ class TwoStreamLoader(SlimDataLoaderBase):
         self.labeled, self.unlabeled, self.views, self.make_targets = labeled, unlabeled, views, make_targets
 
     def generate_train_batch(self) -> dict:
-        batch = next(self.labeled)
+        batch: Any = next(self.labeled)  # by their annotations, loaders return nothing
         if self.unlabeled is None:
             return batch | {"views": {}, "extra": {}, "cases": []}
-        unlabeled = next(self.unlabeled)
+        unlabeled: Any = next(self.unlabeled)
         views = unlabeled["data"].chunk(len(self.views), dim=1)
         # contiguous, or the copy to the GPU waits and torch.compile sees another layout
         batch["views"] = {name: view.contiguous() for name, view in zip(self.views, views, strict=True)}

@@ -189,7 +189,7 @@ def load_manifest(
     for file in (case + suffix for case in cases for suffix in _SUFFIXES):
         if file not in present:
             raise UserError(f"{folder / file}: missing: {fix}")
-    if images and images.is_dir():
+    if raw and images and images.is_dir():
         found = find_unlabeled_cases(raw, read_dataset_json(raw))
         for case in sorted(found.keys() ^ cases.keys()):
             what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
@@ -314,7 +314,12 @@ def _preprocess_case(
     try:
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed):
             Unlabeled(verbose).run_case_save(
-                str(staging / case), images, None, plans_manager, configuration_manager, dataset_json
+                str(staging / case),
+                images,
+                None,  # pyright: ignore[reportArgumentType]: nnU-Net itself passes None where there is no label
+                plans_manager,
+                configuration_manager,
+                dataset_json,
             )
         # out with an old .pkl before the data changes, in with the new one after
         (folder / (case + _SUFFIXES[-1])).unlink(missing_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from monai.losses import DiceLoss
-from monai.transforms import KeepLargestConnectedComponent
+from monai.losses.dice import DiceLoss
+from monai.transforms.post.array import KeepLargestConnectedComponent
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +36,7 @@ def keep_largest_component(label: Tensor, label_manager) -> Tensor:
     """A pseudo-label with the largest component of each class or region, on the CPU, one sample after the other."""
     # regions have no background channel, which MONAI would leave out
     regions = range(label_manager.num_segmentation_heads) if label_manager.has_regions else None
-    keep = KeepLargestConnectedComponent(regions, is_onehot=label_manager.has_regions)
+    keep: Any = KeepLargestConnectedComponent(regions, is_onehot=label_manager.has_regions)
     return torch.stack([keep(sample).as_tensor() for sample in label]).to(label)
 
 

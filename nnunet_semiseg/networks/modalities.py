@@ -19,6 +19,8 @@ class ChannelGroups(nn.Module):
         nothing: of each channel, see `values_of_nothing`.
     """
 
+    nothing: Tensor
+
     def __init__(self, groups: Sequence[Sequence[int]], nothing: Sequence[float]):
         super().__init__()
         self.groups = tuple(tuple(group) for group in groups)
@@ -142,7 +144,7 @@ def make_views(settings, plans_manager, configuration_manager) -> Views:
     if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
         about = plans_manager.foreground_intensity_properties_per_channel["0"]
         windows = settings.ct_windows or two_thirds(*kept_range(plans_manager))
-        return Views([Window(*window, about["mean"], about["std"]) for window in windows])
+        return Views([Window(level, width, about["mean"], about["std"]) for level, width in windows])
     return Views([ContrastCurve(gamma) for gamma in settings.contrast_gammas])
 
 

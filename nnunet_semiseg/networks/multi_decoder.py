@@ -19,10 +19,13 @@ class InterpolationUpsampling(nn.Sequential):
 
     The two commute (interpolation weights sum to one), so the convolution runs first, on the smaller grid.
 
+    Args:
+        conv_op: torch's convolution of the plans, such as `nn.Conv3d`.
+
     Shape: (B, C_in, *S) -> (B, C_out, *(S * stride))
     """
 
-    def __init__(self, conv_op: type[nn.Module], in_channels: int, out_channels: int, stride, bias: bool, mode: str):
+    def __init__(self, conv_op: Any, in_channels: int, out_channels: int, stride, bias: bool, mode: str):
         if mode == "linear":
             mode = LINEAR[convert_conv_op_to_dim(conv_op)]
         scale = tuple(float(s) for s in stride)
@@ -30,7 +33,7 @@ class InterpolationUpsampling(nn.Sequential):
 
 
 def extra_decoder(
-    network: nn.Module,
+    network: Any,
     n_conv_per_stage,
     deep_supervision: bool,
     upsampling: Literal["transposed", "linear", "nearest"] = "transposed",
@@ -50,10 +53,11 @@ def extra_decoder(
     """
     encoder = network.encoder
     decoder = UNetDecoder(encoder, network.decoder.num_classes, n_conv_per_stage, deep_supervision)
-    decoder.encoder = None
+    decoder.encoder = None  # pyright: ignore[reportAttributeAccessIssue]
     if finest_only:
         decoder.seg_layers = decoder.seg_layers[-1:]
     if upsampling != "transposed":
+        transposed: Any
         for i, transposed in enumerate(decoder.transpconvs):
             decoder.transpconvs[i] = InterpolationUpsampling(
                 encoder.conv_op,
@@ -120,7 +124,8 @@ class MultiDecoderUNet(nn.Module):
         """
         *skips, bottleneck = self.features(x) if self.recompute and torch.is_grad_enabled() else self.encoder(x)
         guided = bottleneck if self.guidance is None else self.guidance(bottleneck, text)
-        return Encoded([*skips, guided], None if text is None else self.guidance.align(bottleneck))
+        guidance: Any = self.guidance  # there is one, where there is text
+        return Encoded([*skips, guided], None if text is None else guidance.align(bottleneck))
 
     def features(self, x: Tensor) -> list[Tensor]:
         """What `self.encoder(x)` gives, without the feature maps of its first stage."""

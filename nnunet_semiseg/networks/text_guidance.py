@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ class TextGuidance(nn.Module):
         tmr: multiplanar, copy or off.
     """
 
-    def __init__(self, encoder: nn.Module, text_shape: tuple[int, int], tmr: str):
+    def __init__(self, encoder: Any, text_shape: tuple[int, int], tmr: str):
         super().__init__()
         channels, ndim = encoder.output_channels[-1], convert_conv_op_to_dim(encoder.conv_op)
         self.register_buffer("features", torch.zeros(text_shape))

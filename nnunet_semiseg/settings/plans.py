@@ -97,7 +97,7 @@ def known_settings() -> dict[str, list[type[TrainingSettings]]]:
 
     known: dict[str, list[type[TrainingSettings]]] = {}
     for trainer in iter_classes("trainers"):
-        settings_class = getattr(trainer, "settings_class", None)
+        settings_class: Any = getattr(trainer, "settings_class", None)
         for field in fields(settings_class) if settings_class else ():
             if settings_class not in known.setdefault(field.name, []):
                 known[field.name].append(settings_class)

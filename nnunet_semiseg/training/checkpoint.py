@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -20,8 +21,12 @@ def read(checkpoint: dict | str) -> dict:
     return torch.load(checkpoint, map_location="cpu", weights_only=False)
 
 
-def collect(save: Callable[[io.BytesIO], None]) -> dict:
-    """The dictionary that nnU-Net's `save_checkpoint` writes: it builds and writes it in one go."""
+def collect(save: Callable[[Any], None]) -> dict:
+    """The dictionary that nnU-Net's `save_checkpoint` writes: it builds and writes it in one go.
+
+    Args:
+        save: that method; it asks for a file's name, and takes an open file as well, as `torch.save` does.
+    """
     buffer = io.BytesIO()
     save(buffer)
     buffer.seek(0)

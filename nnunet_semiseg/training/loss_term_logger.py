@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os.path import join
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,7 +36,8 @@ class LossTermLogger(LocalLogger):
         ax.set(xlabel="epoch", ylabel="loss term, as it enters the sum")
         ax.legend(loc=(0, 1), ncols=4)
         figure.canvas.draw()
-        panel = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+        canvas: Any = figure.canvas  # of Agg, which nnU-Net chooses
+        panel = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         plt.close(figure)
         with Image.open(join(output_folder, "progress.png")) as above:
             both = Image.new("RGB", (max(above.width, panel.width), above.height + panel.height), "white")

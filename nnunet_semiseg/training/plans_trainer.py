@@ -32,10 +32,13 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     settings_class: type[TrainingSettings] = TrainingSettings
     settings: S
-    # nnU-Net sets these to None first; once `initialize` has run they are a network, a loss, an optimizer
+    # by nnU-Net's annotations these can be None; from `initialize` on they are not
     network: Any
     loss: Any
     optimizer: Any
+    dataset_class: Any
+    num_input_channels: Any
+    output_folder: Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -104,8 +107,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return transforms if self.settings.seed is None else repeatable(transforms)
 
     def do_split(self):
-        split = super().do_split()
-        training, validation, self.hidden_cases = take_labeled(*split, self.settings.num_labeled, self.dataset_json)
+        split: Any = super().do_split()  # names of cases, which nnU-Net's annotations call arrays
+        training, validation, self.hidden_cases = take_labeled(
+            split[0], split[1], self.settings.num_labeled, self.dataset_json
+        )
         return training, validation
 
     def get_dataloaders(self):
@@ -127,6 +132,6 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             super().load_checkpoint(file.name)
 
 
-def bare(module: nn.Module) -> nn.Module:
+def bare(module: nn.Module) -> Any:
     """The module without the wrapper of torch.compile."""
     return module._orig_mod if isinstance(module, OptimizedModule) else module

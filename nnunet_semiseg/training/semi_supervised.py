@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os.path import join
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.auxiliary = nn.ModuleDict()  # trained, but not deployed: outside self.network
+        self.auxiliary: Any = nn.ModuleDict()  # trained, but not deployed: outside self.network
         self.teacher: Any = None  # a network, where the settings ask for one
         self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
         self.step = 0
@@ -190,7 +190,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         del tensors, pairs
         if ends:
             with self.autocast(enabled=False):  # as in every backward pass: what ran in float32 is to stay in it
-                torch.autograd.backward(*zip(*ends, strict=True))
+                tensors_and_gradients: Any = zip(*ends, strict=True)
+                torch.autograd.backward(*tensors_and_gradients)
 
     def in_turn(
         self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Tensor] | None = None
@@ -253,7 +254,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             self.bare_network.load_state_dict(self._resume_student)
         self.refresh_network()
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
-            update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)
+            update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).ema_decay)
 
     def extend_loader(self, augmenter) -> None:
         add_unlabeled_stream(augmenter, self._make_unlabeled_loader, self.views, self.target_maker())
@@ -271,11 +272,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
 
     def _make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader | None:
-        sizes = [s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size)]
+        sizes = (s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size))
+        patch_size, final_patch_size = sizes
         return UnlabeledDataLoader(
             self.unlabeled_dataset(),
             self.settings.unlabeled_batch_size or self.batch_size,
-            *sizes,
+            patch_size,
+            final_patch_size,
             self.label_manager,
             transforms=ViewsTransform(labeled.transforms, self.views),
         )
@@ -294,18 +297,18 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             self.optimizer.step()
         self.step += 1
         if self.teacher is not None:
-            update_teacher(self.teacher, self.network, self.step, self.settings.ema_decay)
+            update_teacher(self.teacher, self.network, self.step, cast(TeacherSettings, self.settings).ema_decay)
         return {"loss": sum(terms.values()), **terms}
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """A backward pass for each group of terms, or with `memory=fast` one for all; returns the terms, detached."""
         terms: dict[str, Tensor] = {}
-        total = None
+        total: Any = None
         while True:
             # autocast ends before each backward pass, as in nnU-Net; it also forgets its 16-bit copies of weights
             with self.autocast():
                 group = next(groups, None)
-                loss = None if group is None else sum(group.values())
+                loss: Any = None if group is None else sum(group.values())
             if group is None:
                 break
             for name, term in group.items():
@@ -344,7 +347,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     def _load_deployed_weights(self):
         """What is validated is what is deployed: after the last epoch `self.network` may become the teacher."""
-        if self.teacher is not None and self.settings.deploy == "teacher":
+        if self.teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher":
             self.bare_network.load_state_dict(bare(self.teacher).state_dict())
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -360,7 +363,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         checkpoint = checkpoints.collect(super().save_checkpoint)
         teacher = None if self.teacher is None else bare(self.teacher).state_dict()
         student = None
-        if teacher is not None and self.settings.deploy == "teacher":
+        if teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher":
             student, checkpoint["network_weights"] = checkpoint["network_weights"], teacher
         checkpoint["teacher"] = teacher
         checkpoint["semiseg"] = {
@@ -402,10 +405,11 @@ def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
 
 def gradient_edge(x: Tensor):
     """Where a backward pass into x begins, for `torch.autograd.backward`: it goes on without the memory of x."""
-    return get_gradient_edge(x) if torch.__version__ >= (2, 6) else x
+    recent = torch.__version__ >= (2, 6)  # pyright: ignore[reportOperatorIssue]: a TorchVersion, not a str
+    return get_gradient_edge(x) if recent else x
 
 
-def compile_parts(network: nn.Module) -> None:
+def compile_parts(network: Any) -> None:
     """Compile, in place, the parts that a method runs on their own, of networks that have such."""
     for part in network.parts() if hasattr(network, "parts") else ():
         part.compile()

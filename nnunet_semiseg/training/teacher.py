@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 
 def make_teacher(student: nn.Module) -> nn.Module:
     """A frozen copy in eval mode that outputs the full resolution only: nothing is learnt from its others."""
-    teacher = deepcopy(student).requires_grad_(False).eval()
+    teacher: Any = deepcopy(student).requires_grad_(False).eval()
     teacher.decoder.deep_supervision = False
     return teacher
 
@@ -23,6 +24,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
     Buffers are copied. `parameters()`, not `state_dict()`: nnU-Net's modules appear twice in the latter.
     """
     alpha = min(1 - 1 / (step + 1), decay)
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - alpha)
+    lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]: there is no public name
+    lerp(list(teacher.parameters()), list(student.parameters()), 1 - alpha)
     for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
         old.copy_(new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
     it, so that prediction needs no text encoder.
     """
 
-    settings_class = TextSettings
+    settings_class: type[TextSettings] = TextSettings
     prompt_learner: nn.Module | None = None
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
@@ -45,7 +45,7 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
 
     @classmethod
     def build_network_architecture(cls, plans_manager, *args, **kwargs) -> nn.Module:
-        network = super().build_network_architecture(plans_manager, *args, **kwargs)
+        network: Any = super().build_network_architecture(plans_manager, *args, **kwargs)
         settings = read_settings(cls.settings_class, plans_manager.plans)
         if uses_text(settings):
             text_shape = tuple(plans_manager.plans[FOUND_KEY]["text_shape"])
@@ -88,4 +88,5 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
         """
         if text is None or not self.settings.csa:
             return {}
-        return {"cog": share * self.alignment(aligned, logits, text)}
+        features: Any = aligned  # there are some, where there is text
+        return {"cog": share * self.alignment(features, logits, text)}
