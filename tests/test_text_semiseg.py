@@ -88,7 +88,7 @@ def test_largest_component():
     logits[:, 1, 6, 6, 6] = 2  # and one apart
     logits[:, 2, 5:7, 1:3, 1] = 3  # class 2, four voxels: stays, as each class keeps its own
     label = trainer.pseudo_label(logits)
-    assert label.shape == (1, 1, 8, 8, 8) and label.dtype == torch.int64
+    assert label.shape == (1, 1, 8, 8, 8) and label.dtype == torch.int16
     assert [(label == k).sum().item() for k in (1, 2)] == [27, 4] and label[0, 0, 6, 6, 6] == 0
 
 
