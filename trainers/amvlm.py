@@ -228,6 +228,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         to_slices, samples = self.draw_slices(weak)
         masks, has_text, loss = self.text_masks(to_slices(weak), [batch.cases[i] for i in samples], flip)
         yield {"mask": settings.mask_weight * loss}
+        del loss
 
         # without a text the teacher's word is all there is
         taught_2d = to_slices(taught)

@@ -171,9 +171,9 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         taught = self.ask_teacher(batch.views["weak"])
         predict = partial(self.network, branches=True)
         if not settings.contrast_weight:
-            for output, (_, target, share) in zip(self.each(predict, *images), streams, strict=True):
-                with self.shared(output) as branches:
-                    del output
+            outputs = self.each(predict, *images)
+            for _, target, share in streams:
+                with self.shared(next(outputs)) as branches:
                     yield from self.stream_losses(branches, target, share, *taught)
             return
         if settings.memory == "stock":  # the contrast is between the streams: logits of both are kept, features are not
@@ -191,7 +191,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             target: None for the unlabelled stream.
             share: of the samples.
             own: the teacher's logits for each decoder, None where they are not needed.
-            taught: what `relearning_target` takes of it, None before the re-learning.
+            taught: the re-learning's target and weight, see `relearning_target`; None before it.
         """
         settings, ramp = self.settings, gaussian_ramp(self.progress)
         if target is not None:
@@ -209,21 +209,24 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         if settings.relearning_weight and taught is None:
             yield {"relearning": logits[0].new_zeros(())}
         elif settings.relearning_weight:
-            label, weight = self.relearning_target(*taught)
+            label, weight = taught
             for x in logits:
                 loss = weighted_loss(self.finest_loss, x, label, weight)
                 yield {"relearning": settings.relearning_weight * ramp * loss}
 
-    def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple | None]:
-        """The teacher's logits for each decoder, and what the re-learning takes of it; None where there is no need."""
+    def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:
+        """The teacher's logits for each decoder, and the re-learning's target and weight; None where there is no need."""
         settings = self.settings
         relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
         pooled = self.predict_with_pool(weak) if relearns and settings.teacher == "best_pool" else None
+        own, taught = None, pooled
         if relearns and pooled is None:
             taught = self.predict(self.teacher, weak, settings.mc_passes)
-            return taught[0], taught
-        own = self.predict(self.teacher, weak, 0)[0] if settings.intra_weight else None
-        return own, pooled
+            own = taught[0]
+        elif settings.intra_weight:
+            own = self.predict(self.teacher, weak, 0)[0]
+        target = None if taught is None else self.relearning_target(*taught)
+        return own if settings.intra_weight else None, target
 
     def inter(self, a: Tensor, b: Tensor) -> Tensor:
         """1 - the soft Dice between the decoders' predictions, the mean over samples and foreground classes."""

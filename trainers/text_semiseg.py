@@ -93,7 +93,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
                     supervised.append(loss.detach())
                     yield {f"supervised_{i + 1}": loss}
                     yield self.cog(aligned, self.finest(output), text, share_l)
-        weight, pseudo = settings.unsupervised_weight * gaussian_ramp(self.progress), []
+        weight = settings.unsupervised_weight * gaussian_ramp(self.progress)
         with self.shared(next(encoded)) as (skips, aligned):
             passes = [partial(network.decode, skips, i) for i in range(2)]
             for i, output, pseudo in self.in_turn(passes, self.pseudo_label):
