@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ BRANCHES = ("a", "b")
 
 @dataclass(frozen=True, kw_only=True)
 class SemiCMLSettings(TeacherSettings):
+    """Settings of `SemiCMLTrainer`."""
+
     modalities: tuple[tuple[int, ...], ...] | None = None
     """two groups of channels; None: the first half of the channels, and the others"""
     modality_views: Literal["auto", "ct_windows", "contrast"] = "auto"
@@ -147,7 +149,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's; a channel that a case lacks stays empty under them."""
-        transforms = super().get_training_transforms(*args, **kwargs)
+        transforms: Any = super().get_training_transforms(*args, **kwargs)
         return keep_empty(transforms, self.plans_manager, self.configuration_manager)
 
     def initialize(self):
@@ -183,7 +185,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             for branches, (_, target, share) in zip(outputs, streams, strict=True):
                 yield from self.stream_losses(branches, target, share, *taught)
 
-    def stream_losses(self, branches: list, target, share: float, own: list[Tensor] | None, taught: tuple | None):
+    def stream_losses(self, branches: list, target, share: float, own: Any, taught: Any):
         """The terms of one stream but the contrast.
 
         Args:
@@ -215,11 +217,12 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
                 yield {"relearning": settings.relearning_weight * ramp * loss}
 
     def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """The teacher's logits for each decoder, and the re-learning's target and weight; None where there is no need."""
+        """The teacher's logits for each decoder, and the re-learning's target and weight; None where not needed."""
         settings = self.settings
         relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
         pooled = self.predict_with_pool(weak) if relearns and settings.teacher == "best_pool" else None
-        own, taught = None, pooled
+        own: Any = None
+        taught: Any = pooled
         if relearns and pooled is None:
             taught = self.predict(self.teacher, weak, settings.mc_passes)
             own = taught[0]
@@ -259,7 +262,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
         tau = dynamic_threshold(t, settings.threshold)
         weight = (confidence(self.probabilities(mean), self.label_manager) >= tau).float()
-        weight *= torch.where(disagree(*branches, self.label_manager), settings.disagreement_weight, 1.0)
+        weight *= torch.where(disagree(branches[0], branches[1], self.label_manager), settings.disagreement_weight, 1.0)
         if sampled is not None:
             weight *= certainty(self.probabilities(sampled), self.label_manager)
         return hard_pseudo_label(mean, self.label_manager), weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -24,6 +24,8 @@ HISTOGRAM_BINS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class STLUNetSettings(SemiSupervisedSettings):
+    """Settings of `STLUNetTrainer`."""
+
     mixing_groups: str = "SIB"
     """the groups of encoder stages to mix after: any of S (shallow), I (intermediate), B (bottleneck)"""
     mixing: Literal["similarity", "scalar", "mixup", "dropblock", "off"] = "similarity"
@@ -139,7 +141,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
             (mixed_l, enhanced_l), (mixed_u, enhanced_u) = outputs
             mixed, enhanced = self.finest(mixed_u), self.finest(enhanced_u)
             if settings.supervision != "enhancement":
-                own = weight if settings.mixing == "mixup" else 1
+                own: Any = weight if settings.mixing == "mixup" else 1
                 yield {"supervised_mixing": own * self.loss(mixed_l, target)}
                 yield {"unsupervised_mixing": own * gamma * self.pseudo_loss(mixed, enhanced)}
                 if settings.mixing == "mixup":  # each sample is supervised with both labels, in proportion
@@ -168,4 +170,5 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
 
 
 def draw_beta(concentration: float) -> Tensor:
+    """A draw from Beta(b, b), a scalar on the CPU."""
     return torch.distributions.Beta(concentration, concentration).sample()

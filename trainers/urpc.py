@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
         return network
 
     def _build_loss(self):
-        loss = super()._build_loss()
+        loss: Any = super()._build_loss()
         if self.enable_deep_supervision:
             weights = [0.5**i for i in range(len(loss.weight_factors))]
             loss.weight_factors = tuple(weight / sum(weights) for weight in weights)
@@ -93,7 +94,7 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
     def at_full_size(logits: Tensor) -> Tensor:
         return probabilities(F.interpolate(logits.float(), size, mode=LINEAR[len(size)]), label_manager)
 
-    def sums_of_scale(logits: Tensor, mean: Tensor) -> Tensor:
+    def sums_of_scale(logits: Tensor, mean: Tensor) -> Any:
         p = at_full_size(logits)
         slabs = zip(p.split(SLAB, 2), mean.split(SLAB, 2), strict=True)
         return sum(checkpoint(in_slab, *slab, use_reentrant=False) for slab in slabs)
@@ -101,7 +102,7 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
     def in_slab(p: Tensor, mean: Tensor) -> Tensor:
         return scale_means(p, mean, label_manager.has_regions) * (p.shape[2] / size[0])
 
-    sums = 0  # (S, 3)
+    sums: Any = 0  # (S, 3)
     for sample in zip(*(x.split(1) for x in scales), strict=True):
         mean = sum(checkpoint(at_full_size, x, use_reentrant=False) / len(scales) for x in sample)
         sums = sums + torch.stack([checkpoint(sums_of_scale, x, mean, use_reentrant=False) for x in sample])

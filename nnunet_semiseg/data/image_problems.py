@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -57,7 +58,8 @@ def nifti_damage(image: str | Path) -> str | None:
     if not str(image).lower().endswith((".nii", ".nii.gz")):
         return None
     try:
-        voxels = nibabel.load(image, mmap=False).dataobj.get_unscaled()  # pyright: ignore[reportAttributeAccessIssue]
+        nifti: Any = nibabel.load(image, mmap=False)  # by its annotation, a file of any kind
+        voxels = nifti.dataobj.get_unscaled()
     except Exception as e:  # of many kinds, by what is damaged
         return f"cannot be read ({one_line_of(e)})"
     return _not_finite(voxels) if np.issubdtype(voxels.dtype, np.floating) else None

@@ -122,7 +122,8 @@ class FeatureMixingUNet(nn.Module):
                     if self.mixing == "similarity":
                         weight = similarity_weights(labeled, unlabeled)
                         weights.append(weight)
-                    mixed = torch.cat(mix(labeled, unlabeled, weight))
+                    w: Any = weight  # is given, or has just been computed
+                    mixed = torch.cat(mix(labeled, unlabeled, w))
                 dropped = drop_channels(dropped, self.dropout) if self.dropout else dropped
                 streams = [mixed] if mixed is dropped else [mixed, dropped]  # nothing mixed, nothing dropped
             skips[0].append(streams[0])
@@ -148,4 +149,5 @@ class FeatureMixingUNet(nn.Module):
 
 
 def call(function, *args):
+    """The function's output, with its feature maps kept; in the place of `checkpoint`."""
     return function(*args)

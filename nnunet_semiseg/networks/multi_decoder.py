@@ -53,7 +53,7 @@ def extra_decoder(
     """
     encoder = network.encoder
     decoder = UNetDecoder(encoder, network.decoder.num_classes, n_conv_per_stage, deep_supervision)
-    decoder.encoder = None  # pyright: ignore[reportAttributeAccessIssue]
+    decoder.encoder = None  # pyright: ignore[reportAttributeAccessIssue]: see above
     if finest_only:
         decoder.seg_layers = decoder.seg_layers[-1:]
     if upsampling != "transposed":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,12 @@ class Decoders(nn.ModuleList):
 
     @property
     def deep_supervision(self) -> bool:
-        return self[0].deep_supervision
+        first: Any = self[0]
+        return first.deep_supervision
 
     @deep_supervision.setter
     def deep_supervision(self, enabled: bool) -> None:
+        decoder: Any
         for decoder in self:
             decoder.deep_supervision = enabled
 
@@ -61,7 +64,10 @@ class MutualLearningUNet(nn.Module):
         regions: sigmoid heads instead of softmax.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], modalities: nn.Module, regions: bool):
+    encoder: Any
+    decoder: Any
+
+    def __init__(self, networks: Sequence[Any], modalities: nn.Module, regions: bool):
         super().__init__()
         self.modalities, self.regions = modalities, regions
         self.encoder = nn.ModuleList(network.encoder for network in networks)
@@ -72,7 +78,8 @@ class MutualLearningUNet(nn.Module):
         self.fusion = CrossModalFusion(encoder.output_channels[-1], encoder.conv_op)
 
     def forward(self, x: Tensor, branches: bool = False, passes: int | None = None, dropout: float = 0.0):
-        """
+        """The mean of both decoders, or what else is asked for.
+
         Args:
             x: (B, C, *S).
             branches: the outputs of both decoders in place of their mean.
@@ -104,7 +111,7 @@ class MutualLearningUNet(nn.Module):
             for weight, output in zip(weights, outputs, strict=True)
         ]
         sampled = []
-        for _ in range(passes):
+        for _ in range(passes or 0):
             logits = self.decode([[F.dropout(f, dropout) for f in s] for s in skips])
             sampled.append(average_logits(logits, self.regions, weights))
         return outputs, mean, average_logits(sampled, self.regions) if sampled else None

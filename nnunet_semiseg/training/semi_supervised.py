@@ -97,7 +97,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return plans
 
     @classmethod
-    def adapt_network(cls, network: nn.Module, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+    def adapt_network(cls, network: Any, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         """What the method makes of the plans' network.
 
         Args:
