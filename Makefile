@@ -1,4 +1,4 @@
-# Each target does its own set-up: a fresh machine needs Python >= 3.10 and make, and the internet for pip.
+# Each target does its own set-up: a fresh machine needs Python >= 3.10 and make, and the internet for pip (and npm, for pyright).
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -13,6 +13,8 @@ demo: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 .venv/installed: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[dev]'

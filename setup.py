@@ -57,6 +57,7 @@ if __name__ == "__main__":  # the tests read this file
         packages=[*inner, *outer],
         package_dir=outer,
         package_data={
+            "nnunet_semiseg": ["py.typed"],
             "nnunet_semiseg.dataset_conversion": ["splits/*.json"],
             "nnunet_semiseg.evaluation": ["templates/*.html"],
         },

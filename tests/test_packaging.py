@@ -132,6 +132,7 @@ def test_wheel_holds_every_module_under_one_name(wheels, checkout, way):
     packed = {str(m) if m.parts[0] == "nnunet_semiseg" else f"nnunet_semiseg/{m}" for m in modules}
     assert {n for n in names if n.endswith(".py")} == packed
     assert any(n.endswith("LICENSE") for n in names)
+    assert "nnunet_semiseg/py.typed" in names  # or type checkers pass over our annotations
 
 
 @pytest.mark.slow
