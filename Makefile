@@ -1,4 +1,5 @@
-# Each target does its own set-up: a fresh machine needs Python >= 3.10 and make, and the internet for pip (and npm, for pyright).
+# Each target does its own set-up: a fresh machine needs Python >= 3.10 and make, and the internet for pip
+# and, by way of pyright, for npm.
 PYTHON ?= python3
 BIN := .venv/bin
 
