@@ -45,13 +45,19 @@ def test_uncertain_voxels_count_less():
     assert pyramid(a, b).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_each_sample_is_weighted_on_its_own():
-    """One sample as above, one whose scales differ everywhere: the mean of both, not one mean over all voxels."""
+def test_weights_are_over_all_voxels_of_a_batch():
+    """One sample as above, one whose scales differ everywhere: 3 of 4 halves differ, each with weight w, one has 1."""
     a, b = logits_of(0.9), logits_of(0.5).clone()
     b[..., :4, :, :] = a[..., :4, :, :]
-    one, other = pyramid(a, b), pyramid(a, logits_of(0.5))
+    d = [0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3), 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)]
+    expected = sum(0.04 * 3 * math.exp(-x) / (3 * math.exp(-x) + 1) + 3 / 4 * x for x in d) / 2
     both = pyramid(torch.cat((a, a)), torch.cat((b, logits_of(0.5))))
-    assert both.item() == pytest.approx((one + other).item() / 2, rel=1e-5)
+    assert both.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_slabs_of_unequal_size_are_weighted_by_it(monkeypatch):
+    monkeypatch.setattr("nnunet_semiseg.trainers.urpc.SLAB", 3)  # 8 = 3 + 3 + 2
+    test_uncertain_voxels_count_less()
 
 
 def test_equal_scales_have_no_loss():

@@ -105,9 +105,9 @@ def test_a_step_of_the_pretraining(on_fake_gpu):
     task.update_momentum()
 
 
-def leaves_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What gets a gradient from a backward pass through the graphs of these."""
-    functions, seen, leaves = [x.grad_fn for x in tensors], set(), []
+def leaves_of(tensors: list) -> list[torch.Tensor]:
+    """What gets a gradient from a backward pass through the graphs of these tensors or gradient edges."""
+    functions, seen, leaves = [x.grad_fn if isinstance(x, torch.Tensor) else x.node for x in tensors], set(), []
     while functions:
         function = functions.pop()
         if function not in seen:

@@ -20,6 +20,8 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
 """of the outputs from the finest to the fourth; coarser ones have the last"""
+SLAB = 32
+"""voxels along the first axis, of what is computed at a time"""
 
 
 class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
@@ -67,10 +69,6 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
     def pyramid(self, output) -> Tensor:
         """Eq. 4 of an output with or without deep supervision."""
         return pyramid_consistency(output if self.enable_deep_supervision else [output], self.label_manager)
-
-
-SLAB = 32
-"""voxels along the first axis, of what is computed at a time"""
 
 
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -113,7 +113,7 @@ class MultiDecoderUNet(nn.Module):
 
     def forward(self, x: Tensor):
         """Logits (B, heads, *S) of images (B, C, *S), or with deep supervision a list of logits from fine to coarse."""
-        return self.decoder(self.encode(x).skips)
+        return self.decode(self.encode(x).skips)
 
     def encode(self, x: Tensor, text: Tensor | None = None) -> Encoded:
         """What the decoders read of images, the text in its last level.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import MethodType
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-PASSES = ("forward", "encode", "decode")
-"""the methods of a network that run its layers; nnU-Net's own networks have the first alone"""
+PASSES = ("encode", "decode")
+"""the methods that run the layers of a network that is run in halves; `forward` calls them. Others have `forward`."""
+PAIRED = ("paired",)
+"""what runs a network in which samples touch each other"""
 
 
 def run_in_bfloat16(network: nn.Module) -> None:
@@ -21,7 +23,7 @@ def run_in_bfloat16(network: nn.Module) -> None:
     Losses stay in float32, as under nnU-Net's mixed precision on a GPU. bfloat16 has float32's range, so that no
     gradient needs scaling. A deep copy of the network (a teacher) does the same with its own weights.
     """
-    wrap_passes(network, in_bfloat16)
+    wrap_passes(network, in_bfloat16, PAIRED)
 
 
 def run_sample_by_sample(network: nn.Module) -> None:
@@ -32,10 +34,11 @@ def run_sample_by_sample(network: nn.Module) -> None:
     wrap_passes(network, sample_by_sample)
 
 
-def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable], more: Sequence[str] = ()) -> None:
     """Replace the network's passes, in place. What torch.compile made of `forward` is wrapped from outside."""
-    for name in PASSES:
-        owner = network if name == "forward" else getattr(network, "_orig_mod", network)
+    inner = getattr(network, "_orig_mod", network)
+    for name in (*(PASSES if hasattr(inner, PASSES[0]) else ("forward",)), *more):
+        owner = network if name == "forward" else inner
         if hasattr(owner, name):
             setattr(owner, name, MethodType(wrap(as_method(getattr(owner, name))), owner))
 
