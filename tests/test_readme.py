@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import CLASSES, bare_trainer, make_trainer
+from training import CLASSES, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg import cli
 
@@ -18,11 +18,13 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_the_method_in_the_readme_trains(tiny_dataset, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.splitlines()) <= 25
     module = types.ModuleType("readme_method")
     monkeypatch.setitem(sys.modules, "readme_method", module)
     exec(code, module.__dict__)
     (its_test,) = re.findall(r"```\n(trainer = .*?)```", README, re.DOTALL)
-    names = {"math": math, "pytest": pytest, "torch": torch, "CLASSES": CLASSES, "bare_trainer": bare_trainer}
+    shared = {"CLASSES": CLASSES, "bare_trainer": bare_trainer, "terms_of": terms_of, "batch_of": batch_of}
+    names = {"math": math, "pytest": pytest, "torch": torch} | shared
     exec(its_test, names | module.__dict__)
     dataset = tiny_dataset()
     dataset.plan()
