@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,7 +75,7 @@ class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
         yield {"supervised": self.loss(network.decode(next(encoded).skips), batch.target)}
         weight = self.settings.consistency_weight * self.settings.ramp(self.progress) / len(names)
         with self.shared(next(encoded).skips) as skips:
-            with torch.no_grad():  # a target needs no backward pass through the main decoder
+            with self.without_gradients():  # a target needs no backward pass through the main decoder
                 logits = self.finest(network.decode(skips))
                 main = probabilities(logits, self.label_manager)
                 foreground = (hard_pseudo_label(logits, self.label_manager) > 0).any(1, keepdim=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from nnunet_semiseg.losses.pseudo_labels import confidence, cross_entropy, hard_pseudo_label, probabilities
@@ -28,7 +27,7 @@ class FixMatchTrainer(SemiSupervisedTrainer[MatchSettings]):
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         outputs = self.each(self.network, batch.images, batch.views["strong"])
         yield {"supervised": self.loss(next(outputs), batch.target)}
-        with torch.no_grad():
+        with self.without_gradients():
             weak = self.finest(self.network(batch.views["weak"]))
             certain = confidence(probabilities(weak, self.label_manager), self.label_manager)
             weight = (certain >= self.settings.match_threshold).float()

@@ -73,11 +73,11 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
             loss = self.match_loss(next(outputs), cut_mix(target, box), cut_mix(weight, box))
             yield {f"strong_{i}": 0.25 * loss}
 
-    @torch.no_grad()
     def pseudo_label(self, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The decision on these features as a target, and where it is certain, (B, 1, *S), 0 or 1."""
-        logits = self.finest(self.bare_network.decode(skips))
-        certain = confidence(probabilities(logits, self.label_manager), self.label_manager)
+        with self.without_gradients():
+            logits = self.finest(self.bare_network.decode(skips))
+            certain = confidence(probabilities(logits, self.label_manager), self.label_manager)
         return hard_pseudo_label(logits, self.label_manager), (certain >= self.settings.match_threshold).float()
 
     def match_loss(self, output, target: Tensor, weight: Tensor) -> Tensor:

@@ -193,6 +193,17 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
                 tensors_and_gradients: Any = zip(*ends, strict=True)
                 torch.autograd.backward(*tensors_and_gradients)
 
+    @contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """`torch.no_grad` for the network that is trained.
+
+        What autocast kept of its weights is forgotten: older versions of torch would take these 16-bit copies, which
+        have no gradient, for the next pass.
+        """
+        with torch.no_grad():
+            yield
+        torch.clear_autocast_cache()
+
     def in_turn(
         self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Tensor] | None = None
     ) -> Iterator[tuple[int, Any, list[Tensor]]]:
@@ -214,7 +225,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             for i, output in enumerate(outputs):
                 yield i, output, kept
             return
-        with torch.no_grad():
+        with self.without_gradients():
             kept = [keep(function()) for function in passes[1:]]
         for i, function in enumerate(passes):
             output = function()
