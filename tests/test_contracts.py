@@ -238,6 +238,7 @@ def test_gradients_do_not_depend_on_the_memory(trainer_class, ready):
             trainer.on_train_start()
             begin_last_epoch(trainer)
             batch, first = next(trainer.dataloader_train), trainer
+            state = {name: value.clone() for name, value in trainer.method_state.items()}
         else:
             trainer.initialize()
             trainer.current_epoch, trainer.step = first.current_epoch, first.step
@@ -245,7 +246,7 @@ def test_gradients_do_not_depend_on_the_memory(trainer_class, ready):
             trainer.auxiliary.load_state_dict(first.auxiliary.state_dict())
             if first.teacher is not None:
                 trainer.teacher.load_state_dict(first.teacher.state_dict())
-            trainer.method_state = first.method_state
+            trainer.method_state = {name: value.clone() for name, value in state.items()}
         in_float64(trainer)
         trainer.network.train()
         same = tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, batch)

@@ -76,7 +76,7 @@ class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
         self.method_state["first_step"] = torch.tensor(first)
         self.method_state["pretraining"] = torch.tensor(self.settings.pretraining, dtype=torch.float64)
 
-    def load_checkpoint(self, checkpoint: dict | str) -> None:
+    def load_checkpoint(self, checkpoint) -> None:
         super().load_checkpoint(checkpoint)
         if (before := self.method_state["pretraining"].item()) != self.settings.pretraining:
             raise UserError(

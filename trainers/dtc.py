@@ -105,6 +105,7 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
                         yield {"level_sets": known * self.level_set_loss(sample, true)}
                 for sample in samples:
                     yield {"dtc": share / len(samples) * self.dtc_loss(sample)}
+                del samples, sample  # views of logits, which would outlive this stream
                 yield self.cog(aligned, self.finest(output), text, share)
 
     def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,10 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
                             yield {f"supervised_{i + 1}": settings.supervised_weight * self.loss(output, target)}
                         own, others = self.finest(output), [x for j, x in enumerate(logits) if j != i]
                         mutual = share * weight * self.mutual_loss(own, others)
-                        yield {"mutual": mutual} | self.cog(aligned, own, text, share)
+                        terms = {"mutual": mutual} | self.cog(aligned, own, text, share)
+                        del own, others, mutual
+                        yield terms
+                del logits, terms  # else they would outlive this stream
 
     def mutual_loss(self, logits: Tensor, others: Sequence[Tensor]) -> Tensor:
         """sum_j MSE(p, p*_j) of a decoder's logits (B, heads, *S) with the others', which get no gradient."""

@@ -81,7 +81,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         super().initialize()
         self.method_state["starts"] = torch.tensor([*self.starts, self.num_epochs])
 
-    def load_checkpoint(self, checkpoint: dict | str) -> None:
+    def load_checkpoint(self, checkpoint) -> None:
         super().load_checkpoint(checkpoint)
         if self.method_state["starts"].tolist() != [*self.starts, self.num_epochs]:
             raise UserError(

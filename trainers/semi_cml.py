@@ -294,10 +294,12 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         network, results = self.network, []
         with torch.no_grad(), autocast("cuda") if self.device.type == "cuda" else dummy_context():
             branches, mean, _ = network(batch["data"].to(self.device, non_blocking=True), branches=True, passes=0)
-        for output in (mean, *branches):  # nnU-Net's own counting, three times, of one forward
-            self.network = lambda x, output=output: output
-            results.append(super().validation_step(batch))
-        self.network = network
+        try:
+            for output in (mean, *branches):  # nnU-Net's own counting, three times, of one forward
+                self.network = lambda x, output=output: output
+                results.append(super().validation_step(batch))
+        finally:
+            self.network = network
         counts = ("tp_hard", "fp_hard", "fn_hard")
         of_branches = zip(BRANCHES, results[1:], strict=True)
         return results[0] | {f"{key}_{name}": result[key] for name, result in of_branches for key in counts}

@@ -60,7 +60,8 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     once, there is as much foreground as before, and a seam is not always a boundary.
 
     Where the paper is silent: pseudo-label losses use the full resolution alone; the decoders are compared by the
-    losses of the step before (they are on the CPU by then, so that no step waits for them); foreground of a region
+    losses of the step before (on a GPU of an earlier one, where the copy of the comparison to the CPU is not there yet:
+    no step waits for it, and a seed does not fix it there); foreground of a region
     dataset is where any region is; one augmented view of a sample serves all terms.
     """
 
@@ -82,7 +83,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
 
     def guided_losses(self, batch: Batch, text: Tensor) -> Iterator[dict[str, Tensor]]:
         network, settings = self.bare_network, self.settings
-        better = int(self.method_state["second_is_better"])  # of the step before
+        better = int(self.method_state["second_is_better"])  # of a step before
         (x_l, target, share_l), (x_u, _, share_u) = batch.streams("strong")
         encoded = self.each(partial(network.encode, text=text), x_l, x_u)
         supervised = []

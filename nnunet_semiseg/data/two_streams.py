@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class ViewsTransform(BasicTransform):
     def __init__(self, training_transforms: ComposeTransforms, views: Sequence[str]):
         super().__init__()
         self.views = tuple(views)
-        kinds = [(kind_of(transform), transform) for transform in training_transforms.transforms]
+        kinds = [(kind_of(transform), transform) for transform in flat(training_transforms)]
         self.spatial, self.intensity, self.masking = (
             ComposeTransforms([transform for k, transform in kinds if k == kind])
             for kind in ("shared", "intensity", "masking")
@@ -68,7 +69,8 @@ class ViewsTransform(BasicTransform):
         The views are stacked along the channels, because nnU-Net's loader carries one image.
         """
         data_dict["segmentation"].clamp_(max=0)  # a labelled case that is used as an unlabelled one has labels there
-        if not any(isinstance(transform, MaskImageTransform) for transform in self.masking.transforms):
+        masked = any(isinstance(transform, MaskImageTransform) for transform in self.masking.transforms)
+        if not masked and all(isinstance(transform, SHARED) for transform in self.spatial.transforms):
             data_dict.pop("segmentation")  # nothing reads it: spare its interpolation
         data_dict = self.spatial(**data_dict)
         images = []
@@ -78,6 +80,12 @@ class ViewsTransform(BasicTransform):
                 sample = self.intensity(**sample)
             images.append(self.masking(**sample)["image"])
         return {"image": torch.cat(images), "segmentation": torch.empty(0)}
+
+
+def flat(transforms: ComposeTransforms) -> list[BasicTransform]:
+    """The transforms in order, those of nested `ComposeTransforms` in their place."""
+    inner = (flat(t) if isinstance(t, ComposeTransforms) else [t] for t in transforms.transforms)
+    return list(chain.from_iterable(inner))
 
 
 def kind_of(transform: Any) -> str:
@@ -93,9 +101,17 @@ def kind_of(transform: Any) -> str:
         return "shared" if transform.shared_by_views else "intensity"
     if isinstance(transform, RandomTransform):
         return kind_of(transform.transform)
-    if isinstance(transform, (OneOfTransform, ComposeTransforms)):
-        inner = transform.transforms if isinstance(transform, ComposeTransforms) else transform.list_of_transforms
-        kinds = {kind_of(t) for t in inner}
+    if isinstance(transform, OneOfTransform):
+        kinds = {kind_of(t): type(t).__name__ for t in transform.list_of_transforms}
+        if len(kinds) > 1:
+            found = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
+            raise UserError(
+                f"OneOfTransform: chooses between kinds, {found}, of which views share some and draw others anew: give"
+                " each kind a OneOfTransform of its own"
+            )
+        return next(iter(kinds), "intensity")
+    if isinstance(transform, ComposeTransforms):  # within a RandomTransform: applied as a whole
+        kinds = {kind_of(t) for t in flat(transform)}
         if len(kinds) == 1:
             return kinds.pop()
     for kind, classes in KNOWN.items():

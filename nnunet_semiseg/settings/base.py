@@ -51,8 +51,8 @@ class SemiSupervisedSettings(TrainingSettings):
     unlabeled_batch_size: int | None = None
     """unlabelled samples in a batch; None: as many as labelled ones"""
     memory: Literal["stock", "fast", "small"] = "stock"
-    """stock: within 1.15 of nnU-Net's memory; fast: one pass and one backward pass, which takes several times as much;
-    small: one sample at a time, computed twice"""
+    """stock: within 1.15 of nnU-Net's memory; fast: streams joined where a method runs them alike, one backward pass,
+    several times the memory; small: one sample at a time, computed twice"""
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,7 +14,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.plans import PLANS_KEY
 
 
-def read(checkpoint: dict | str) -> dict:
+def read(checkpoint: dict | str | os.PathLike) -> dict:
     """A checkpoint, on the CPU, from its file or as it is."""
     if isinstance(checkpoint, dict):
         return checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from typing import Any, Generic, TypeVar, cast, get_args
 
@@ -123,10 +124,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def extend_loader(self, augmenter) -> None:
         """Change nnU-Net's training loader, in place, before its workers start."""
 
-    def load_checkpoint(self, checkpoint: dict | str) -> None:
+    def load_checkpoint(self, checkpoint: dict | str | os.PathLike) -> None:
         """nnU-Net's; a dictionary is taken, too, as its signature says (nnU-Net 2.8.1 itself fails on one)."""
-        if isinstance(checkpoint, str):
-            return super().load_checkpoint(checkpoint)
+        if not isinstance(checkpoint, dict):
+            return super().load_checkpoint(os.fspath(checkpoint))
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:
             torch.save(checkpoint, file.name)
             super().load_checkpoint(file.name)

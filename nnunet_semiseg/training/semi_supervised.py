@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from os.path import join
 from typing import Any, TypeVar, cast
 
@@ -200,9 +201,11 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         What autocast kept of its weights is forgotten: older versions of torch would take these 16-bit copies, which
         have no gradient, for the next pass.
         """
-        with torch.no_grad():
-            yield
-        torch.clear_autocast_cache()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     def in_turn(
         self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Tensor] | None = None
@@ -263,6 +266,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         # until here the network is what is deployed, for a checkpoint may be loaded only to be validated
         if self._resume_student is not None and self.current_epoch < self.num_epochs:
             self.bare_network.load_state_dict(self._resume_student)
+        self._resume_student = None
         self.refresh_network()
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
             update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).ema_decay)
@@ -385,14 +389,20 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         }
         checkpoints.write(checkpoint, filename)
 
-    def load_checkpoint(self, checkpoint: dict | str) -> None:
+    def load_checkpoint(self, checkpoint: dict | str | PathLike) -> None:
         """Go on from a checkpoint's file, or from its dictionary.
 
         Raises:
             UserError: settings changed since, so that it does not fit.
         """
-        name = checkpoint if isinstance(checkpoint, str) else "the checkpoint"
+        name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
         content = checkpoints.read(checkpoint)
+        if "semiseg" not in content:
+            trainer = content.get("trainer_name", "another trainer")
+            raise UserError(
+                f"{name}: of {trainer}, which is not semi-supervised: this training cannot go on from it; give it with"
+                " -pretrained_weights instead"
+            )
         state = content["semiseg"]
         try:
             super().load_checkpoint(checkpoint)
