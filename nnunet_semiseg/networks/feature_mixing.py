@@ -133,7 +133,12 @@ class FeatureMixingUNet(nn.Module):
             mine = [skip.chunk(2)[half] for skip in skips[stream]]
             n = len(mine[0])
             starts = range(0, n, samples or n)
-            parts = [run(self.decoder, [skip[j : j + (samples or n)] for skip in mine]) for j in starts]
+            parts = []
+            for j in starts:
+                last = half == stream == 1 and j == starts[-1]
+                # the backward pass begins with the last one: it would be computed again at once
+                decoder = self.decoder if last else partial(run, self.decoder)
+                parts.append(decoder([skip[j : j + (samples or n)] for skip in mine]))
             return tree_map(lambda *outputs: torch.cat(outputs), *parts) if len(parts) > 1 else parts[0]
 
         halves = []
