@@ -238,3 +238,11 @@ def test_nor_do_those_of_regions(wrong, everything_is_labelled):
 def test_it_needs_pairs(ready):
     with pytest.raises(UserError, match="unlabeled_batch_size=1: BCP mixes each of the 2 labelled samples"):
         make_trainer(BCPTrainer, ready(), unlabeled_batch_size=1)
+
+
+def test_the_teacher_sees_the_weak_view_and_the_mixes_are_of_the_strong_one(behind_pretraining):
+    """The weak view says class 1 with 0.9; the strong one would say 0, with 0.3 within the box and 0.2 around it."""
+    images, strong = of_probability(*[0.6] * 8), within_and_around(within=0.3, around=0.2)
+    weak = of_probability(*[0.9] * 8)
+    pseudo = terms_of(behind_pretraining(), batch_of(images, weak=weak, strong=strong))["pseudo"]
+    assert pseudo.item() == pytest.approx(0.5 * (loss_by_hand(0.3) + loss_by_hand(0.2)), abs=1e-4)

@@ -160,3 +160,24 @@ def test_default_settings():
     settings = UniMatchTrainer.settings_class()
     assert (settings.match_weight, settings.match_threshold) == (1, 0.95)
     assert (settings.feature_dropout, settings.cutmix) == (0.5, 0.5)
+
+
+class Scaled(Echo):
+    """A network whose encoder multiplies the image by a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.ones((), requires_grad=True)
+
+    def encode(self, x, text=None):
+        return Encoded([self.weight * x], None)
+
+
+def test_the_feature_stream_teaches_the_encoder():
+    """The weak view says class 1, with the logit w log 4: d CE / dw = -(1 - 0.8) log 4, and the term counts half."""
+    trainer = bare_trainer(UniMatchTrainer, network=Scaled(), match_threshold=0.0, feature_dropout=0.0)
+    weak = torch.zeros(2, 2, 8, 8, 8)
+    weak[:, 1] = math.log(4)
+    batch = batch_of(torch.zeros_like(weak), weak=weak, strong_1=weak, strong_2=weak)
+    terms_of(trainer, batch)["feature"].backward()
+    assert trainer.network.weight.grad.item() == pytest.approx(-0.5 * 0.2 * math.log(4), rel=1e-4)
