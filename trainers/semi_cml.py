@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +30,8 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import make_teacher
 
 BRANCHES = ("a", "b")
+recomputed: Any = partial(checkpoint, use_reentrant=False)
+"""calls a function, whose intermediate tensors the backward pass computes again"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,17 +174,23 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             images = [x * here for x, here in zip(images, present.split([len(x) for x in images]), strict=True)]
         taught = self.ask_teacher(batch.views["weak"])
         predict = partial(self.network, branches=True)
-        if not settings.contrast_weight:
-            outputs = self.each(predict, *images)
-            for _, target, share in streams:
-                with self.shared(next(outputs)) as branches:
-                    yield from self.stream_losses(branches, target, share, *taught)
-            return
-        if settings.memory == "stock":  # the contrast is between the streams: logits of both are kept, features are not
-            predict = partial(checkpoint, predict, use_reentrant=False)
-        with self.shared(list(self.each(predict, *images))) as outputs:
-            yield {"contrast": settings.contrast_weight * self.contrast(outputs)}
-            for branches, (_, target, share) in zip(outputs, streams, strict=True):
+        outputs: Any = self.each(predict, *reversed(images))
+        others: list[Tensor] = []  # the other stream's logits for the contrast; its feature maps are not kept
+        if settings.contrast_weight and settings.memory == "fast":
+            joint = list(outputs)
+            outputs, others = iter(joint), [x.detach() for x in self.of_branches(joint[1])]
+        elif settings.contrast_weight:
+            with self.without_gradients():
+                others = self.of_branches(predict(images[0]))
+        for _, target, share in reversed(streams):
+            with self.shared(next(outputs)) as branches:
+                if settings.contrast_weight:
+                    own = self.of_branches(branches)
+                    contrast = settings.contrast_weight * self.contrast(own, others)
+                    # each stream gets its part of the gradient; the value is logged once
+                    yield {"contrast": contrast if target is None else contrast - contrast.detach()}
+                    others = [x.detach() for x in own]
+                    del own, contrast
                 yield from self.stream_losses(branches, target, share, *taught)
 
     def stream_losses(self, branches: list, target, share: float, own: Any, taught: Any):
@@ -199,7 +207,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         if target is not None:
             for name, output in zip(BRANCHES, branches, strict=True):
                 yield {f"supervised_{name}": self.loss(output, target)}
-        logits = [self.finest(output) for output in branches]
+        logits = self.of_branches(branches)
         if settings.inter_weight:
             yield {"inter": share * settings.inter_weight * ramp * self.inter(*logits)}
         if target is not None:
@@ -233,19 +241,26 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     def inter(self, a: Tensor, b: Tensor) -> Tensor:
         """1 - the soft Dice between the decoders' predictions, the mean over samples and foreground classes."""
-        both = self.foreground(torch.cat((a, b)))
-        return 1 - area_similarity(both).diagonal(len(a)).mean()
+        return 1 - self.similarity([a, b]).diagonal(len(a)).mean()
 
-    def contrast(self, outputs: list) -> Tensor:
-        """The area-similarity contrast of both streams' outputs, each of both decoders."""
-        of_branches = zip(*([self.finest(output) for output in branches] for branches in outputs), strict=True)
-        return area_similarity_contrast(
-            area_similarity(torch.cat([self.foreground(torch.cat(x)) for x in of_branches]))
-        )
+    def of_branches(self, outputs: list) -> list[Tensor]:
+        """The full-resolution logits of both decoders."""
+        return [self.finest(output) for output in outputs]
 
-    def foreground(self, logits: Tensor) -> Tensor:
-        """Probabilities of the classes but the background."""
-        return self.probabilities(logits)[:, 0 if self.label_manager.has_regions else 1 :]
+    def contrast(self, *streams: list[Tensor]) -> Tensor:
+        """The area-similarity contrast of all samples of the streams, each with the logits of both decoders."""
+        return area_similarity_contrast(self.similarity([x for branch in zip(*streams, strict=True) for x in branch]))
+
+    def similarity(self, logits: Sequence[Tensor]) -> Tensor:
+        """The mean over foreground classes of `area_similarity` of all samples of these logits, k times (B, heads, *S).
+
+        One class at a time, and computed again by the backward pass: the probabilities of all would be the largest
+        tensors of a step.
+        """
+        regions = self.label_manager.has_regions
+        norms = [None if regions else recomputed(log_normaliser, x) for x in logits]
+        classes = list(zip(*(x.unbind(1) for x in logits), strict=True))[0 if regions else 1 :]
+        return torch.stack([recomputed(class_similarity, of_class, norms) for of_class in classes]).mean(0)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self.label_manager)
@@ -343,6 +358,25 @@ def area_similarity(p: Tensor) -> Tensor:
         area = flat.sum(2)
         overlap = torch.einsum("icv,jcv->ijc", flat, flat)
         return ((2 * overlap + 1e-5) / (area[:, None] + area[None] + 1e-5)).mean(2)
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """log sum exp over the heads, (B, *S), float32 or float64."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
+
+
+def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None]) -> Tensor:
+    """`area_similarity` of one class.
+
+    Args:
+        logits: k times (B, *S), of this class alone.
+        norms: `log_normaliser` of all heads for each of them; None for a region, whose probability is a sigmoid.
+
+    Returns:
+        (k B, k B), in 0 to 1.
+    """
+    p = [x.sigmoid() if norm is None else (x - norm).exp() for x, norm in zip(logits, norms, strict=True)]
+    return area_similarity(torch.cat(p)[:, None])
 
 
 def area_similarity_contrast(similarity: Tensor) -> Tensor:

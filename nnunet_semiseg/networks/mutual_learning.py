@@ -128,8 +128,8 @@ def presence(images: Sequence[Tensor]) -> Tensor:
 
 
 def where_present(weight: Tensor, logits: Tensor, others: Tensor) -> Tensor:
-    """The logits (B, heads, *S) of samples whose weight (B,) is above 0, of the rest the others."""
-    return torch.where(weight.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, others)
+    """The logits (B, heads, *S) of samples whose weight (B,) is above 0, of the rest the others, in the same type."""
+    return torch.where(weight.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, others.to(logits.dtype))
 
 
 def average_logits(logits: Sequence[Tensor], regions: bool, weights: Tensor | None = None) -> Tensor:
