@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 HISTOGRAM_BINS = 10
+STREAMS = ("mixing", "enhancement")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,8 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     The paper's comparisons: `mixing_groups`; `mixing=scalar` (a fixed weight, or one drawn from Beta(b, b));
     `mixing=mixup`, after Verma et al. (ICML 2019), at one of the groups' stages drawn anew in each step, with a
     weight above 1/2, each sample supervised with both labels in proportion (labelled with pseudo-labels under gamma);
-    `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other (whose
-    labelled half is then computed for nothing); `confidence_threshold`.
+    `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other;
+    `confidence_threshold`.
     """
 
     @classmethod
@@ -134,31 +136,45 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         mixed_at, weight = self.draw()
         samples = {"stock": len(batch.images), "small": 1, "fast": None}[settings.memory]
         images = torch.cat((batch.images, batch.views["strong"]))
-        *outputs, weights = self.bare_network.paired(images, self.points, weight, mixed_at, samples)
+        *halves, weights = self.bare_network.paired(images, self.points, weight, mixed_at, samples)
         for counts, w in zip(self.histogram, weights, strict=False):
             counts += torch.histc(w, HISTOGRAM_BINS, 0, 1)
-        with self.shared(outputs) as outputs:
-            (mixed_l, enhanced_l), (mixed_u, enhanced_u) = outputs
-            mixed, enhanced = self.finest(mixed_u), self.finest(enhanced_u)
-            if settings.supervision != "enhancement":
-                own: Any = weight if settings.mixing == "mixup" else 1
-                yield {"supervised_mixing": own * self.loss(mixed_l, target)}
-                yield {"unsupervised_mixing": own * gamma * self.pseudo_loss(mixed, enhanced)}
-                if settings.mixing == "mixup":  # each sample is supervised with both labels, in proportion
-                    others = self.pseudo_loss(self.finest(mixed_l), enhanced) + self.loss(mixed_u, target)
-                    yield {"unsupervised_mixing": (1 - own) * gamma * others}
-            if settings.supervision != "mixing":
-                yield {"supervised_enhancement": self.loss(enhanced_l, target)}
-                yield {"unsupervised_enhancement": gamma * self.pseudo_loss(enhanced, mixed)}
+        learns = [settings.supervision in ("symmetric", name) for name in STREAMS]
+        mixup = settings.mixing == "mixup"  # the mixing stream is supervised with both labels, in proportion
+        own: list[Any] = [weight if mixup else 1, 1]
+        with self.shared(halves) as halves:
+            labeled, unlabeled = ([partial(self.bare_network.decode, skips) for skips in half] for half in halves)
+            for i, output, decisions in self.in_turn(unlabeled, self.decide):
+                if learns[i]:
+                    loss = own[i] * self.pseudo_loss(output, decisions[1 - i])
+                    if mixup and i == 0:
+                        loss = loss + (1 - own[0]) * self.loss(output, target)
+                    yield {f"unsupervised_{STREAMS[i]}": gamma * loss}
+                    del loss
+                del output
+            for i, decode in enumerate(labeled):
+                if learns[i]:
+                    with self.shared(decode()) as output:
+                        yield {f"supervised_{STREAMS[i]}": own[i] * self.loss(output, target)}
+                        if mixup and i == 0:
+                            loss = (1 - own[0]) * gamma * self.pseudo_loss(output, decisions[1])
+                            yield {"unsupervised_mixing": loss}
 
-    def pseudo_loss(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of these logits towards the decisions of the others, which get no gradient."""
-        target = hard_pseudo_label(teacher, self.label_manager)
-        threshold = self.settings.confidence_threshold
-        if threshold is None:
+    def decide(self, output) -> tuple[Tensor, Tensor | None]:
+        """What a stream teaches: its decision, and where it is sure of it, (B, 1, *S); None: everywhere."""
+        logits, threshold = self.finest(output), self.settings.confidence_threshold
+        sure = None
+        if threshold is not None:
+            sure = (confidence(probabilities(logits, self.label_manager), self.label_manager) >= threshold).float()
+        return hard_pseudo_label(logits, self.label_manager), sure
+
+    def pseudo_loss(self, output, decision: tuple[Tensor, Tensor | None]) -> Tensor:
+        """The loss of an output, at full resolution alone, towards what the other stream teaches."""
+        target, sure = decision
+        logits = self.finest(output)
+        if sure is None:
             return self.finest_loss(logits, target)
-        sure = confidence(probabilities(teacher.detach(), self.label_manager), self.label_manager) >= threshold
-        return weighted_loss(self.finest_loss, logits, target, sure.float())
+        return weighted_loss(self.finest_loss, logits, target, sure)
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
@@ -79,7 +77,15 @@ class FeatureMixingUNet(nn.Module):
 
     def forward(self, x: Tensor):
         """The plain network: (B, C, *S) to its output."""
-        return self.decoder(self.encoder(x))
+        return self.decode(self.encode(x))
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """The plain network's skips, from fine to coarse."""
+        return self.encoder(x)
+
+    def decode(self, skips: list[Tensor]):
+        """The output for the skips of either stream, or of the plain network."""
+        return self.decoder(skips)
 
     def paired(
         self,
@@ -89,28 +95,30 @@ class FeatureMixingUNet(nn.Module):
         mixed_at: Sequence[int] | None = None,
         samples: int | None = None,
     ):
-        """Both streams of labelled samples and their partners.
+        """What both streams give to the decoder, for labelled samples and their partners.
 
         Args:
             x: (2 B, C, *S), the labelled samples and then their partners.
             points: the stages after which features are mixed and channels dropped, ascending.
             weight: w, where the features do not give it.
             mixed_at: those of the points after which features are mixed; None: all.
-            samples: that a decoder takes at once. The feature maps of decoders, and of the stages before the streams
-                part, are then not kept, and computed again by the backward pass. None: all are kept.
+            samples: that a stage takes at once before the streams part. The feature maps within such a stage are then
+                not kept, and computed again by the backward pass. None: all are kept.
 
         Returns:
-            The outputs of the mixing stream and of the dropout stream, for the labelled half; the same for the other
-            half; and with `similarity` a list of the weights (B, C, 1, ..., 1) at each point, else [].
+            The skips of the mixing stream and of the dropout stream, each from fine to coarse, for the labelled half;
+            the same for the other half; and with `similarity` a list of the weights (B, C, 1, ..., 1) at each point,
+            else []. What both streams share is the same tensor.
         """
-        run = partial(checkpoint, use_reentrant=False) if samples else call
 
         def in_parts(module: nn.Module, x: Tensor) -> Tensor:
-            return torch.cat([run(module, part) for part in x.split(samples)]) if samples else module(x)
+            if not samples:
+                return module(x)
+            return torch.cat([checkpoint(module, part, use_reentrant=False) for part in x.split(samples)])
 
         if (stem := getattr(self.encoder, "stem", None)) is not None:
             x = in_parts(stem, x)
-        streams, skips, weights = [x], ([], []), []
+        streams, halves, weights = [x], (([], []), ([], [])), []
         for i, stage in enumerate(self.encoder.stages):
             streams = [in_parts(stage, streams[0])] if len(streams) == 1 else [stage(x) for x in streams]
             if i in points:
@@ -126,33 +134,13 @@ class FeatureMixingUNet(nn.Module):
                     mixed = torch.cat(mix(labeled, unlabeled, w))
                 dropped = drop_channels(dropped, self.dropout) if self.dropout else dropped
                 streams = [mixed] if mixed is dropped else [mixed, dropped]  # nothing mixed, nothing dropped
-            skips[0].append(streams[0])
-            skips[1].append(streams[-1])
-
-        def decode(half: int, stream: int):
-            mine = [skip.chunk(2)[half] for skip in skips[stream]]
-            n = len(mine[0])
-            starts = range(0, n, samples or n)
-            parts = []
-            for j in starts:
-                last = half == stream == 1 and j == starts[-1]
-                # the backward pass begins with the last one: it would be computed again at once
-                decoder = self.decoder if last else partial(run, self.decoder)
-                parts.append(decoder([skip[j : j + (samples or n)] for skip in mine]))
-            return tree_map(lambda *outputs: torch.cat(outputs), *parts) if len(parts) > 1 else parts[0]
-
-        halves = []
-        for half in range(2):
-            mixed = decode(half, 0)
-            halves.append((mixed, mixed if len(streams) == 1 else decode(half, 1)))
+            parts = [x.chunk(2) for x in streams]
+            for half in range(2):
+                halves[half][0].append(parts[0][half])
+                halves[half][1].append(parts[-1][half])
         return *halves, weights
 
     def parts(self) -> list[nn.Module]:
         """What `paired` runs."""
         stem = getattr(self.encoder, "stem", None)
         return [*self.encoder.stages, self.decoder, *([] if stem is None else [stem])]
-
-
-def call(function, *args):
-    """The function's output, with its feature maps kept; in the place of `checkpoint`."""
-    return function(*args)

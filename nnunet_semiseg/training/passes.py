@@ -51,14 +51,14 @@ def as_method(function: Callable) -> Callable:
 
 
 def in_bfloat16(function: Callable) -> Callable:
-    """A pass under autocast to bfloat16 on the CPU; what it returns is float32, but for `encode`'s features."""
+    """A pass under autocast to bfloat16 on the CPU; it returns float32, but for features that a decoder reads."""
 
     @wraps(function)
     def run(self, *args, **kwargs):
         with torch.autocast("cpu", torch.bfloat16):
             output = function(self, *args, **kwargs)
         # decoders read features, and take bfloat16
-        return output if function.__name__ == "encode" else tree_map_only(Tensor, Tensor.float, output)
+        return output if function.__name__ in ("encode", *PAIRED) else tree_map_only(Tensor, Tensor.float, output)
 
     return run
 

@@ -181,14 +181,14 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if self.settings.memory == "fast":
             yield tensors
             return
-        leaves = tree_map(lambda x: None if x is None else x.detach().requires_grad_(x.requires_grad), tensors)
-        yield leaves
-        pairs = zip(tree_leaves(tensors), tree_leaves(leaves), strict=True)
-        ends = [(gradient_edge(x), leaf.grad) for x, leaf in pairs if leaf is not None and leaf.grad is not None]
-        for leaf in tree_leaves(leaves):
-            if leaf is not None:  # the method's variables still name it: let go of its memory
-                leaf.grad, leaf.data = None, leaf.new_empty(0)
-        del tensors, pairs
+        unique = {id(x): x for x in tree_leaves(tensors) if x is not None}  # one that is there twice is one leaf
+        leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in unique.items()}
+        yield tree_map(lambda x: None if x is None else leaves[id(x)], tensors)
+        pairs = [(x, leaves[key]) for key, x in unique.items()]
+        ends = [(gradient_edge(x), leaf.grad) for x, leaf in pairs if leaf.grad is not None]
+        for leaf in leaves.values():  # the method's variables still name it: let go of its memory
+            leaf.grad, leaf.data = None, leaf.new_empty(0)
+        del tensors, unique, pairs
         if ends:
             with self.autocast(enabled=False):  # as in every backward pass: what ran in float32 is to stay in it
                 tensors_and_gradients: Any = zip(*ends, strict=True)
@@ -208,8 +208,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             torch.clear_autocast_cache()
 
     def in_turn(
-        self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Tensor] | None = None
-    ) -> Iterator[tuple[int, Any, list[Tensor]]]:
+        self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Any] | None = None
+    ) -> Iterator[tuple[int, Any, list[Any]]]:
         """Decoders or networks that teach each other: one at a time has its graph, and knows what all of them say.
 
         All but the first run once more, before and without gradients. With `memory=fast` each runs once.
