@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -109,6 +110,9 @@ def disk_errors(place: Path | str) -> Iterator[None]:
     """
     try:
         yield
+    except shutil.Error as error:  # of copytree: source, target and cause of each file
+        ((_, target, cause), *_) = error.args[0]
+        raise disk_error(target, cause) from None
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
