@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from training import PLANS, TRAINERS, begin_last_epoch, in_last_epoch, make_trainer
+from watching import nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import TeacherSettings
@@ -613,7 +614,7 @@ def test_no_label_of_an_unlabelled_case_is_read(trainer_class, tiny_dataset, mon
     """Labels where hidden ones might be looked for change not one bit of fingerprint, plans, batches, weights."""
     results = []
     for noise in (None, 1):
-        dataset = tiny_dataset(dataset_id=910 + (noise or 0))
+        dataset = tiny_dataset(dataset_id=910 + (noise or 0), test=1)
         if noise is not None:
             hide_labels(dataset, noise)
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
@@ -630,7 +631,7 @@ def test_no_label_of_an_unlabelled_case_is_read(trainer_class, tiny_dataset, mon
 @every_other_trainer
 def test_nor_by_the_training_of_any_other_method(trainer_class, ready):
     """The same of batches and weights, with labels that came after planning."""
-    dataset = ready()
+    dataset = ready(test=1)
     before = short_training(trainer_class, dataset)
     hide_labels(dataset, 1)
     assert_same_training(before, short_training(trainer_class, dataset))
@@ -646,7 +647,8 @@ def short_training(trainer_class, dataset) -> tuple[list[dict], dict]:
         return step(batch)
 
     trainer.train_step = recording
-    trainer.run_training()
+    with nothing_of_the_test_set_is_opened(dataset):
+        trainer.run_training()
     return batches, trainer.network.state_dict()
 
 
