@@ -20,6 +20,7 @@ from nnunet_semiseg.trainers.bcp import BCPTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
@@ -48,7 +49,7 @@ def name_of(x) -> str | None:
 every_trainer = pytest.mark.parametrize("trainer_class", TRAINERS, ids=name_of)
 three_trainers = pytest.mark.parametrize("trainer_class", REPRESENTATIVES, ids=name_of)
 every_other_trainer = pytest.mark.parametrize(
-    "trainer_class", [t for t in TRAINERS if t not in REPRESENTATIVES], ids=name_of
+    "trainer_class", [SupervisedTrainer, *(t for t in TRAINERS if t not in REPRESENTATIVES)], ids=name_of
 )
 every_trainer_with_a_teacher = pytest.mark.parametrize(
     "trainer_class", [t for t in TRAINERS if issubclass(t.settings_class, TeacherSettings)], ids=name_of
@@ -643,7 +644,7 @@ def short_training(trainer_class, dataset) -> tuple[list[dict], dict]:
     batches, step = [], trainer.train_step
 
     def recording(batch):
-        batches.append({"data": batch["data"].clone(), **batch["views"], **batch["extra"]})
+        batches.append({"data": batch["data"].clone(), **batch.get("views", {}), **batch.get("extra", {})})
         return step(batch)
 
     trainer.train_step = recording

@@ -26,7 +26,7 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.passes import run_in_bfloat16
-from nnunet_semiseg.training.plans_trainer import SETTINGS
+from nnunet_semiseg.training.plans_trainer import LOCK, SETTINGS
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -163,8 +163,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     maybe_load_checkpoint(trainer, begun, False)
     trainer.run_training()
     trainer.perform_actual_validation()
-    with disk_errors(stock):
-        publish(Path(trainer.output_folder), stock)
+    publish(Path(trainer.output_folder), stock)
     discard(training)
     return stock
 
@@ -200,18 +199,23 @@ def with_settings(plans: dict, changes: dict) -> dict:
 
 
 def publish(trained: Path, stock: Path) -> None:
-    """A stock model from a distillation's fold; its checkpoint comes last, for it says that all is there."""
+    """A stock model from a distillation's fold; its checkpoint comes last, for it says that all is there.
+
+    Raises:
+        DiskError: the disk is full or read-only; the same command goes on.
+    """
     fold = stock / trained.name
-    shutil.copytree(trained, fold, ignore=shutil.ignore_patterns("*.pth", SETTINGS), dirs_exist_ok=True)
-    for name in ("dataset.json", "dataset_fingerprint.json"):
-        if (trained.parent / name).is_file():
-            shutil.copy(trained.parent / name, stock)
-    plans = read_json(trained.parent / "plans.json", "distil again")
-    write_json(without_settings(plans), stock / "plans.json")
-    checkpoint = checkpoints.read(trained / "checkpoint_final.pth", f"remove {trained} to distil again")
-    checkpoint = {key: checkpoint[key] for key in STOCK_KEYS} | {"trainer_name": STOCK_TRAINER}
-    checkpoint["init_args"]["plans"] = without_settings(checkpoint["init_args"]["plans"])
-    checkpoints.write(checkpoint, fold / "checkpoint_final.pth")
+    with disk_errors(stock):
+        shutil.copytree(trained, fold, ignore=shutil.ignore_patterns("*.pth", SETTINGS, LOCK), dirs_exist_ok=True)
+        for name in ("dataset.json", "dataset_fingerprint.json"):
+            if (trained.parent / name).is_file():
+                shutil.copy(trained.parent / name, stock)
+        plans = read_json(trained.parent / "plans.json", "distil again")
+        write_json(without_settings(plans), stock / "plans.json")
+        checkpoint = checkpoints.read(trained / "checkpoint_final.pth", f"remove {trained} to distil again")
+        checkpoint = {key: checkpoint[key] for key in STOCK_KEYS} | {"trainer_name": STOCK_TRAINER}
+        checkpoint["init_args"]["plans"] = without_settings(checkpoint["init_args"]["plans"])
+        checkpoints.write(checkpoint, fold / "checkpoint_final.pth")
 
 
 def without_settings(plans: dict) -> dict:
