@@ -36,7 +36,7 @@ def read(checkpoint: dict | str | os.PathLike, fix: str = "remove it, and train 
     except FileNotFoundError:
         raise UserError(f"{checkpoint}: no such file: {fix}") from None
     except Exception as e:  # a damaged file raises nearly anything
-        raise UserError(f"{checkpoint}: cannot be read ({type(e).__name__}), is it whole? {fix}") from None
+        raise UserError(f"{checkpoint}: cannot be read ({type(e).__name__}), it is not whole: {fix}") from None
     if not isinstance(content, dict) or any(key not in content for key in KEYS):
         raise UserError(f"{checkpoint}: is no checkpoint of nnU-Net's: {fix}")
     return content
