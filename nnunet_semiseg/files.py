@@ -121,7 +121,8 @@ def disk_errors(place: Path | str) -> Iterator[None]:
 
 def disk_error(place: Path | str, cause: str) -> DiskError:
     """The error of a file that could not be written."""
-    return DiskError(f"{place}: cannot be written ({cause}): make room or use another disk, then run the command again")
+    fix = "make room or use another disk, then run the command again (a training: with --c)"
+    return DiskError(f"{place}: cannot be written ({cause}): {fix}")
 
 
 @contextmanager
@@ -144,6 +145,25 @@ def written_whole(file: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def put_back(file: Path) -> Iterator[None]:
+    """Put the file back as it was where something fails that writes it, not whole, in this context."""
+    before = file.with_name(f"{file.name}.before.tmp")
+    if file.is_file():
+        with written_whole(before) as temporary:
+            shutil.copyfile(file, temporary)
+    try:
+        yield
+    except BaseException:
+        if before.is_file():
+            os.replace(before, file)
+        else:
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        before.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- locks

@@ -33,7 +33,7 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_dataset_json, read_json, write_json
 from nnunet_semiseg.settings.plans import (
     PLANS_KEY,
     locked,
@@ -204,7 +204,7 @@ def plan_and_preprocess(
             show_progress_bar=show_progress_bar,
         )
         print("Experiment planning...")
-        with locked(plans_file):
+        with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
             kept = read_json(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
             plan_experiment_dataset(
                 dataset_id,

@@ -11,7 +11,16 @@ import pytest
 
 from nnunet_semiseg import files
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import BusyError, DiskError, disk_errors, only_one, read_json, write_json, written_whole
+from nnunet_semiseg.files import (
+    BusyError,
+    DiskError,
+    disk_errors,
+    only_one,
+    put_back,
+    read_json,
+    write_json,
+    written_whole,
+)
 
 
 def test_json_is_utf8_in_every_locale(tmp_path):
@@ -66,6 +75,20 @@ def test_each_writer_has_a_name_of_its_own(tmp_path):
         one.write_bytes(b"1")
         two.write_bytes(b"2")
     assert (tmp_path / "a").read_bytes() == b"1" and os.listdir(tmp_path) == ["a"]
+
+
+def test_what_fails_to_write_a_file_leaves_it_as_it_was(tmp_path):
+    """nnU-Net writes its plans into the file itself."""
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("1", encoding="utf-8")
+    for file in (old, new):
+        with pytest.raises(KeyError), put_back(file):
+            file.write_text("half", encoding="utf-8")
+            raise KeyError
+    assert old.read_text(encoding="utf-8") == "1" and os.listdir(tmp_path) == ["old.json"]
+    with put_back(old):
+        old.write_text("2", encoding="utf-8")
+    assert old.read_text(encoding="utf-8") == "2" and os.listdir(tmp_path) == ["old.json"]
 
 
 # ------------------------------------------------------------------------------------------------------------- locks

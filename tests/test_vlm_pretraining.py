@@ -146,9 +146,7 @@ def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset
     monkeypatch.setattr(pretraining.Pretraining, "train_epoch", dies)
     with pytest.raises(Killed):
         run(dataset, towers, tmp_path / "killed", "accumulation=2")
-    unfinished = (
-        "killed: the pre-training is not finished, 2 of 3 epochs are done: run the same"
-    )
+    unfinished = "killed: the pre-training is not finished, 2 of 3 epochs are done: run the same"
     with pytest.raises(UserError, match=unfinished):
         load_vlm(tmp_path / "killed")
     shutil.copy(straight / "vlm.safetensors", tmp_path / "killed")  # as it was before only finished ones were models

@@ -312,4 +312,5 @@ def draw_progress(history: dict[str, list[float]], file: Path) -> None:
         ax.set(title=title, xlabel="epoch")
         if ax.lines:
             ax.legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+    with written_whole(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
