@@ -300,9 +300,10 @@ def copy_plans(plans_file: Path, name: str) -> Path:
     """
     plans = read_plans(plans_file.parent, plans_file.stem)
     copy = plans_file.with_name(f"{name}.json")
-    if copy.exists():
-        raise UserError(f"{copy}: is there already: go on with -p {name}, or choose another name")
-    write_json({**plans, "plans_name": name}, copy)
+    with locked(copy):
+        if copy.exists():
+            raise UserError(f"{copy}: is there already: go on with -p {name}, or choose another name")
+        write_json({**plans, "plans_name": name}, copy)
     return copy
 
 
