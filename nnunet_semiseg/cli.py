@@ -114,6 +114,11 @@ def train(parser: ArgumentParser) -> Command:
         metavar="NAME",
         help="train with a copy of the plans, of this name: another experiment on the same preprocessed data",
     )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --c: go on, though settings changed since it began",
+    )
     _add_set_argument(parser)
 
     def run(args: Namespace) -> None:
@@ -121,29 +126,32 @@ def train(parser: ArgumentParser) -> Command:
 
         from nnunet_semiseg.discovery import find_trainer
         from nnunet_semiseg.files import dataset_folder
-        from nnunet_semiseg.planning import copy_plans, write_settings
-        from nnunet_semiseg.settings.plans import parse_assignments, refuse_foreign
+        from nnunet_semiseg.planning import check_name, copy_plans
+        from nnunet_semiseg.runs import Run
+        from nnunet_semiseg.settings.plans import given_settings, parse_assignments, refuse_foreign, update_settings
 
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
-        dataset_folder("nnUNet_results", args.dataset_name_or_id)
+        results = dataset_folder("nnUNet_results", args.dataset_name_or_id)
         changes = parse_assignments(args.set)
         refuse_foreign(find_trainer(args.tr), changes)
+        update_settings({}, changes)
         plans_file = preprocessed / f"{args.p}.json"
         if args.copy:
             plans_file, args.p = copy_plans(plans_file, args.copy), args.copy
-        before = None if args.copy or not plans_file.is_file() else plans_file.read_bytes()
+        check_name(plans_file)
         given = {key: getattr(args, key.lstrip("-")) for key in (*options, *flags)}
         sys.argv = ["nnUNetv2_train", *(getattr(args, name) for name in names)]
         sys.argv += [word for option in options if given[option] for word in (option, given[option])]
         sys.argv += [flag for flag in flags if given[flag]]
         try:
-            write_settings(plans_file, changes)
-            run_training_entry()
-        except UserError:  # raised before training only
-            if args.copy:
+            with given_settings(changes, args.accept_changes):  # the trainer puts them into the plans when it begins
+                run_training_entry()
+        except UserError:
+            if (
+                args.copy
+                and not Run(results.name, args.configuration, args.fold, args.tr, args.p).settings_file.exists()
+            ):
                 plans_file.unlink()
-            elif before is not None:
-                plans_file.write_bytes(before)
             raise
 
     return run

@@ -1,11 +1,19 @@
-"""nnU-Net's folders, and JSON files that are read with a clear error and written whole."""
+"""nnU-Net's folders; files that are read with a clear error and written whole; locks against a second process."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 
+from filelock import SoftFileLease, Timeout
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_semiseg.errors import UserError
@@ -70,7 +78,157 @@ def read_dataset_json(dataset: Path) -> dict:
 
 
 def write_json(content: dict | list, file: Path) -> None:
-    """Write the whole file or nothing."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=4))
-    os.replace(temporary, file)
+    """Write the whole file or nothing; raises DiskError."""
+    text = json.dumps(content, indent=4)
+    with written_whole(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------- disks
+
+NOT_WRITABLE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
+    if hasattr(errno, name)
+}
+"""what a disk says that is full, read-only or gone"""
+
+
+class DiskError(UserError):
+    """A file that could not be written: the disk is full or read-only, or the folder is not the user's."""
+
+
+@contextmanager
+def disk_errors(place: Path | str) -> Iterator[None]:
+    """Say in one line what could not be written and why, where a disk is full or read-only.
+
+    Args:
+        place: the file or folder to name where the system names none.
+
+    Raises:
+        DiskError: in place of the system's error; other errors pass.
+    """
+    try:
+        yield
+    except shutil.Error as error:  # of copytree: source, target and cause of each file
+        ((_, target, cause), *_) = error.args[0]
+        raise disk_error(target, cause) from None
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise disk_error(error.filename or place, error.strerror) from None
+
+
+def disk_error(place: Path | str, cause: str) -> DiskError:
+    """The error of a file that could not be written."""
+    fix = "make room or use another disk, then run the command again (a training: with --c)"
+    return DiskError(f"{place}: cannot be written ({cause}): {fix}")
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Give a name to write to; what was written there takes the file's place, or is gone where writing failed.
+
+    The name is new each time, so that two processes do not write into each other's file.
+
+    Raises:
+        DiskError: the disk is full or read-only.
+    """
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise disk_error(file, error.strerror) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def put_back(file: Path) -> Iterator[None]:
+    """Put the file back as it was where something fails that writes it, not whole, in this context."""
+    before = file.with_name(f"{file.name}.before.tmp")
+    if file.is_file():
+        with written_whole(before) as temporary:
+            shutil.copyfile(file, temporary)
+    try:
+        yield
+    except BaseException:
+        if before.is_file():
+            os.replace(before, file)
+        else:
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        before.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- locks
+
+LEASE = 60.0
+"""seconds: a process on another computer that gives no sign of life for so long is dead"""
+
+
+class BusyError(UserError):
+    """Another process is at work on the same files."""
+
+
+@contextmanager
+def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
+    """Do what two processes must not do at once; the second one is told who is there.
+
+    The lock file holds the computer's name and the process's number, and is gone at the end. A dead process does not
+    block for ever: on this computer it is known at once, on another one after `LEASE` seconds without a sign of life.
+
+    Args:
+        lock: the lock file; its folder must be there.
+        does: what the process does, with its object, as in "trains this model".
+        wait: seconds to wait for the other one to end.
+
+    Raises:
+        BusyError: another process is there.
+        DiskError: the lock cannot be written.
+    """
+    lease = SoftFileLease(lock, lease_duration=LEASE, heartbeat_interval=LEASE / 6, thread_local=False)
+    with disk_errors(lock):
+        if not (_acquired(lease, wait) or (_is_elsewhere(lease) and _acquired_from_the_dead(lease))):
+            raise BusyError(f"{lock}: {_name_of(lease)} {does}: wait until it has ended, or end it")
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _acquired(lease: SoftFileLease, wait: float) -> bool:
+    with suppress(Timeout):
+        lease.acquire(timeout=wait)
+    return lease.is_locked
+
+
+def _name_of(lease: SoftFileLease) -> str:
+    owner = lease.owner
+    return f"process {owner.pid} on {owner.hostname}" if owner else "another process"
+
+
+def _is_elsewhere(lease: SoftFileLease) -> bool:
+    """Whether the one who is there cannot be looked at from here: on another computer, or in another container."""
+    return lease.owner is not None and lease.owner.hostname != gethostname()
+
+
+def _acquired_from_the_dead(lease: SoftFileLease) -> bool:
+    print(f"{lease.lock_file}: left by {_name_of(lease)}: looking for a sign of life, up to {LEASE:.0f} s", flush=True)
+    seen, end = _sign_of_life(lease), time.monotonic() + 1.5 * LEASE
+    while _sign_of_life(lease) in (seen, None) and time.monotonic() < end:
+        if _acquired(lease, LEASE / 60):
+            return True
+    return False
+
+
+def _sign_of_life(lease: SoftFileLease) -> int | None:
+    """When the lock file was last touched; None where it is gone."""
+    with suppress(OSError):
+        return os.stat(lease.lock_file).st_mtime_ns
+    return None

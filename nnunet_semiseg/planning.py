@@ -33,8 +33,14 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
-from nnunet_semiseg.settings.plans import PLANS_KEY, parse_assignments, update_settings
+from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_dataset_json, read_json, write_json
+from nnunet_semiseg.settings.plans import (
+    PLANS_KEY,
+    locked,
+    parse_assignments,
+    store_settings,
+    update_settings,
+)
 from nnunet_semiseg.text.prompts import read_prompts
 
 NUM_FOLDS = 5  # of nnU-Net's own split
@@ -187,7 +193,6 @@ def plan_and_preprocess(
     for dataset_id in dataset_ids:
         preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
         plans_file = preprocessed / f"{plans_name}.json"
-        kept = read_json(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
 
         print("Fingerprint extraction...")
         extract_fingerprint_dataset(
@@ -199,14 +204,18 @@ def plan_and_preprocess(
             show_progress_bar=show_progress_bar,
         )
         print("Experiment planning...")
-        plan_experiment_dataset(
-            dataset_id,
-            planner_class,
-            gpu_memory_target,
-            overwrite_target_spacing=overwrite_target_spacing,
-            overwrite_plans_name=overwrite_plans_name,
-        )
-        write_settings(plans_file, {**kept, **changes})
+        with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
+            kept = read_json(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
+            plan_experiment_dataset(
+                dataset_id,
+                planner_class,
+                gpu_memory_target,
+                overwrite_target_spacing=overwrite_target_spacing,
+                overwrite_plans_name=overwrite_plans_name,
+            )
+            if kept:
+                write_json(update_settings(read_json(plans_file, "plan again"), kept), plans_file)
+        store_settings(plans_file, changes)
         write_small_split(dataset_id)
         if preprocess:
             print("Preprocessing...")
@@ -269,19 +278,18 @@ def write_settings(plans_file: Path, changes: dict) -> None:
     Raises:
         UserError: no such plans; a setting that no trainer has, or of the wrong type.
     """
+    check_name(plans_file)
+    store_settings(plans_file, changes)
+
+
+def check_name(plans_file: Path) -> None:
+    """Raises UserError where there are no such plans, or where they are called otherwise within."""
     plans = read_plans(plans_file.parent, plans_file.stem)
     if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after the former
         raise UserError(
             f"{plans_file}: its plans_name is {plans['plans_name']}, so that a training would replace that model: copy"
             " plans with nnunet_semiseg train ... --as NAME"
         )
-    if changes:
-        write_json(update_settings(plans, changes), plans_file)
-    before = plans.get(PLANS_KEY, {})
-    for key, value in changes.items():
-        old = before.get(key, "(default)")
-        if old != value:
-            print(f"{plans_file}: {key} {old} -> {value}, for every trainer with these plans")
 
 
 def copy_plans(plans_file: Path, name: str) -> Path:
@@ -292,9 +300,10 @@ def copy_plans(plans_file: Path, name: str) -> Path:
     """
     plans = read_plans(plans_file.parent, plans_file.stem)
     copy = plans_file.with_name(f"{name}.json")
-    if copy.exists():
-        raise UserError(f"{copy}: is there already: go on with -p {name}, or choose another name")
-    write_json({**plans, "plans_name": name}, copy)
+    with locked(copy):
+        if copy.exists():
+            raise UserError(f"{copy}: is there already: go on with -p {name}, or choose another name")
+        write_json({**plans, "plans_name": name}, copy)
     return copy
 
 

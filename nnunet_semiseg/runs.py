@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, read_json, write_json
-from nnunet_semiseg.settings.plans import PLANS_KEY, update_settings
+from nnunet_semiseg.settings.plans import locked, settings_of, update_settings
+from nnunet_semiseg.training import checkpoint as checkpoints
+from nnunet_semiseg.training.plans_trainer import SETTINGS
 
 RESOURCES = "resources.json"
 """in a run's folder: what training it took, if this package started it"""
+
+PLAN_FIRST = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
 
 RECORD = "prediction.json"
 """written last into a folder of predictions: what they were made with, and how long it took"""
@@ -83,6 +85,11 @@ class Run:
         return self.folder / "checkpoint_final.pth"
 
     @property
+    def settings_file(self) -> Path:
+        """The settings that the training was started with; written when it begins."""
+        return self.folder / SETTINGS
+
+    @property
     def is_trained(self) -> bool:
         return self.checkpoint.is_file()
 
@@ -103,10 +110,10 @@ class Run:
         Raises:
             UserError: a damaged file.
         """
-        try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=False, mmap=True)
-        except Exception as e:  # a damaged checkpoint raises nearly anything
-            raise UserError(f"{self.checkpoint}: cannot be read ({type(e).__name__}): remove it and train on") from None
+        command = (
+            f"nnUNetv2_train {self.dataset} {self.configuration} {self.fold} -tr {self.trainer} -p {self.plans} --c"
+        )
+        return checkpoints.read(self.checkpoint, f"remove it and train on: {command}", mmap=True)
 
     @property
     def is_begun(self) -> bool:
@@ -119,21 +126,29 @@ class Run:
             return [*words, "--val"]
         return [*words, "--c"] if self.is_begun else words
 
+    def check(self) -> None:
+        """Raises UserError where there are no base plans, or where the trainer has no such setting."""
+        read_json(self._plans_file(self.base_plans), PLAN_FIRST)
+        if self.num_labeled is not None and not has_settings(self.trainer):
+            raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
+
     def write_plans(self) -> None:
         """Write this run's plans, unless they are the base plans, or training with them has begun.
 
         Raises:
-            UserError: no base plans; a trainer that has no such setting.
+            UserError: as `check`.
         """
-        preprocessed = base_folder("nnUNet_preprocessed") / self.dataset
-        fix = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
-        base = read_json(preprocessed / f"{self.base_plans}.json", fix)
-        if self.num_labeled is not None and not has_settings(self.trainer):
-            raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
-        if self.plans != self.base_plans and not self.is_begun:
-            changes = {"seed": self.seed, "num_labeled": self.num_labeled}
-            plans = update_settings(base, {key: value for key, value in changes.items() if value is not None})
-            write_json({**plans, "plans_name": self.plans}, preprocessed / f"{self.plans}.json")
+        self.check()
+        if self.plans == self.base_plans or self.is_begun:
+            return
+        changes = {"seed": self.seed, "num_labeled": self.num_labeled}
+        base = read_json(self._plans_file(self.base_plans), PLAN_FIRST)
+        plans = update_settings(base, {key: value for key, value in changes.items() if value is not None})
+        with locked(self._plans_file(self.plans)):
+            write_json({**plans, "plans_name": self.plans}, self._plans_file(self.plans))
+
+    def _plans_file(self, name: str) -> Path:
+        return base_folder("nnUNet_preprocessed") / self.dataset / f"{name}.json"
 
 
 def has_settings(trainer: str) -> bool:
@@ -198,8 +213,13 @@ class TrainedRun:
 
     @property
     def settings(self) -> dict:
-        """What the trainer took from the plans."""
-        return self.plans.get(PLANS_KEY, {}) if has_settings(self.run.trainer) else {}
+        """Those that the training was started with, defaults included; nnU-Net's own trainers have none."""
+        if not has_settings(self.run.trainer):
+            return {}
+        if self.run.settings_file.is_file():
+            return read_json(self.run.settings_file, "train this run again")
+        # of a training before settings were kept for each fold
+        return settings_of(find_class("trainers", self.run.trainer).settings_class, self.plans)
 
     @cached_property
     def validated_cases(self) -> set[str] | None:
@@ -248,10 +268,21 @@ def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> 
             a, b = (t.settings.get("num_labeled") or "all" for t in (other, first))
             if a != b:
                 found.append(f"{pair}: trained with {a} and {b} of the labels")
+        found += _unequal_settings(other, runs)
         if other.run.fold != "all" and None not in (other.validated_cases, first.validated_cases):
             if other.validated_cases != first.validated_cases:
                 found.append(f"{pair}: trained with different splits (their validation cases differ)")
     return found
+
+
+def _unequal_settings(trained: TrainedRun, runs: Sequence[Run]) -> list[str]:
+    """A sentence where a repetition's settings are not those of the first run of its trainer, but for the seed."""
+    run = trained.run
+    first = next(r for r in runs if (r.trainer, r.num_labeled) == (run.trainer, run.num_labeled))
+    a, b = trained.settings, TrainedRun(first).settings
+    keys = sorted(_different(a, b) - {"seed"})
+    values = "; ".join(f"{key} {a.get(key)} and {b.get(key)}" for key in keys)
+    return [f"{run.title} and {first.title}: the settings differ: {values}"] if keys else []
 
 
 def _different(a: dict, b: dict) -> set[str]:

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.settings.plans import GIVEN, store_given, store_settings, with_given
 
 
 def error_lines(capsys, *arguments):
@@ -163,14 +165,25 @@ def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):
     }
 
 
+def pretend_training(monkeypatch, plans_file) -> list[list[str]]:
+    """nnU-Net's command begins to train and ends: the trainer puts the settings into the plans. Gives its words."""
+    called = []
+
+    def begin():
+        called.append(sys.argv[1:])
+        store_given(plans_file)
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", begin)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    return called
+
+
 def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
     dataset.preprocessed.mkdir(parents=True)
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
     plans_file.write_text(json.dumps({"plans_name": "nnUNetSemiSegPlans", "semiseg": {"num_epochs": 9}}))
-    called = []
-    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv[1:]))
-    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    called = pretend_training(monkeypatch, plans_file)
     command = "train -device cpu 901 3d_fullres all -p nnUNetSemiSegPlans -tr SupervisedTrainer --npz --c"
     assert cli.main([*command.split(), "--set", "num_epochs=3", "num_iterations_per_epoch=7"]) == 0
     assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 3, "num_iterations_per_epoch": 7}
@@ -201,9 +214,7 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     dataset.preprocessed.mkdir(parents=True)
     base = {"plans_name": "P", "configurations": {"2d": {"data_identifier": "P_2d"}}}
     (dataset.preprocessed / "P.json").write_text(json.dumps(base))
-    called = []
-    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv[1:]))
-    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    called = pretend_training(monkeypatch, dataset.preprocessed / "off.json")
     command = "train 901 2d all -p P -tr STLUNetTrainer --as off --set".split()
     assert cli.main([*command, "mixing=off"]) == 0
     assert called[0][-2:] == ["-p", "off"]
@@ -219,7 +230,7 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     assert "its plans_name is P, so that a training would replace that model" in line and len(called) == 1
 
 
-def test_a_refused_training_leaves_the_plans_as_they_were(tiny_dataset, monkeypatch, capsys):
+def test_a_refused_training_leaves_the_plans_as_they_are(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
     dataset.preprocessed.mkdir(parents=True)
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
@@ -227,14 +238,18 @@ def test_a_refused_training_leaves_the_plans_as_they_were(tiny_dataset, monkeypa
     plans_file.write_text(before)
 
     def refuse():
-        assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 3}
+        plans = json.loads(plans_file.read_text())
+        assert plans["semiseg"] == {"num_epochs": 9}  # nothing is written before the training has begun
+        assert with_given(plans)["semiseg"] == {"num_epochs": 3}  # what the trainer trains with
+        store_settings(plans_file, {"seed": 3})  # of another command
         raise UserError("too few")
 
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", refuse)
     monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
     command = "train 901 3d_fullres all -p nnUNetSemiSegPlans -tr MeanTeacherTrainer --set num_epochs=3"
     assert error_lines(capsys, *command.split()) == ["error: too few"]
-    assert plans_file.read_text() == before
+    assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 9, "seed": 3}
+    assert GIVEN not in os.environ
 
 
 def test_train_takes_every_option_of_nnunet(monkeypatch, capsys):

@@ -18,12 +18,13 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from training import PLANS, write_settings
+from watching import no_room_for_files_of
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare, jobs, scores
 from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import BusyError, DiskError, only_one, write_json
 from nnunet_semiseg.runs import RECORD, Run, TrainedRun, unequal_conditions
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
@@ -174,6 +175,46 @@ def test_whatever_is_unequal_is_found(planned, tiny_dataset):
         f"{other}: 81 and 6 training iterations",
         f"{other}: one was trained in bfloat16",
     ]
+
+
+def test_repetitions_with_other_settings_are_named(planned):
+    """A setting changed between the seeds; nnU-Net's own trainer does not look at it. What the fold says counts."""
+    asked = request(planned, trainers=[*TRAINERS[:2], "nnUNetTrainer"], seeds=3)
+    for run in (runs := all_runs(asked)):
+        pretend_trained(run)
+        if run.seed == 1:
+            settings = json.loads((run.model_folder / "plans.json").read_text())["semiseg"]
+            change(run, "plans.json", semiseg={**settings, "ema_decay": 0.5, "save_every": 7})
+    write_json(TrainedRun(runs[0]).settings | {"seed": 2, "save_every": 50}, runs[2].settings_file)
+    write_json(TrainedRun(runs[3]).settings | {"seed": 2, "ema_decay": 0.9}, runs[5].settings_file)
+    assert unequal_conditions(runs) == [
+        "SupervisedTrainer, seed 1 and SupervisedTrainer, seed 0: the settings differ: save_every 7 and 50",
+        "MeanTeacherTrainer, seed 1 and MeanTeacherTrainer, seed 0: the settings differ: ema_decay 0.5 and 0.99;"
+        " save_every 7 and 50",
+        "MeanTeacherTrainer, seed 2 and MeanTeacherTrainer, seed 0: the settings differ: ema_decay 0.9 and 0.99",
+    ]
+
+
+def test_a_second_comparison_is_told_who_is_at_it(planned, tmp_path):
+    asked, out = request(planned, trainers=TRAINERS[:1], seeds=1), tmp_path / "out"
+    out.mkdir()
+    with only_one(out / "evaluation.lock", "works"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on .* works on this report: wait"):
+            compare.compare(asked, out, run=True)
+    assert not (planned.preprocessed / f"{PLANS}_seed0.json").exists()
+
+
+def test_a_full_disk_leaves_no_half_report(planned, pretend_predicted, tmp_path):
+    asked, out = request(planned, trainers=TRAINERS[:2]), tmp_path / "out"
+    for run in all_runs(asked):
+        pretend_trained(run)
+    compare.compare(asked, out)
+    before = (out / "report.html").read_bytes()
+    with no_room_for_files_of(len(before) // 2), pytest.raises(DiskError, match="report.html: cannot be written"):
+        compare.compare(asked, out)
+    assert (out / "report.html").read_bytes() == before and not list(out.rglob("*.tmp"))
+    with no_room_for_files_of(500), pytest.raises(DiskError, match="cases.csv: cannot be written"):
+        compare.compare(asked, out)
 
 
 def test_nnunets_own_trainer_leaves_no_label_out_and_has_no_seed(planned):

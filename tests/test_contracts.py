@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from training import PLANS, TRAINERS, begin_last_epoch, in_last_epoch, make_trainer
+from watching import nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import TeacherSettings
@@ -19,6 +20,7 @@ from nnunet_semiseg.trainers.bcp import BCPTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
@@ -47,7 +49,7 @@ def name_of(x) -> str | None:
 every_trainer = pytest.mark.parametrize("trainer_class", TRAINERS, ids=name_of)
 three_trainers = pytest.mark.parametrize("trainer_class", REPRESENTATIVES, ids=name_of)
 every_other_trainer = pytest.mark.parametrize(
-    "trainer_class", [t for t in TRAINERS if t not in REPRESENTATIVES], ids=name_of
+    "trainer_class", [SupervisedTrainer, *(t for t in TRAINERS if t not in REPRESENTATIVES)], ids=name_of
 )
 every_trainer_with_a_teacher = pytest.mark.parametrize(
     "trainer_class", [t for t in TRAINERS if issubclass(t.settings_class, TeacherSettings)], ids=name_of
@@ -613,7 +615,7 @@ def test_no_label_of_an_unlabelled_case_is_read(trainer_class, tiny_dataset, mon
     """Labels where hidden ones might be looked for change not one bit of fingerprint, plans, batches, weights."""
     results = []
     for noise in (None, 1):
-        dataset = tiny_dataset(dataset_id=910 + (noise or 0))
+        dataset = tiny_dataset(dataset_id=910 + (noise or 0), test=1)
         if noise is not None:
             hide_labels(dataset, noise)
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
@@ -630,7 +632,7 @@ def test_no_label_of_an_unlabelled_case_is_read(trainer_class, tiny_dataset, mon
 @every_other_trainer
 def test_nor_by_the_training_of_any_other_method(trainer_class, ready):
     """The same of batches and weights, with labels that came after planning."""
-    dataset = ready()
+    dataset = ready(test=1)
     before = short_training(trainer_class, dataset)
     hide_labels(dataset, 1)
     assert_same_training(before, short_training(trainer_class, dataset))
@@ -642,11 +644,12 @@ def short_training(trainer_class, dataset) -> tuple[list[dict], dict]:
     batches, step = [], trainer.train_step
 
     def recording(batch):
-        batches.append({"data": batch["data"].clone(), **batch["views"], **batch["extra"]})
+        batches.append({"data": batch["data"].clone(), **batch.get("views", {}), **batch.get("extra", {})})
         return step(batch)
 
     trainer.train_step = recording
-    trainer.run_training()
+    with nothing_of_the_test_set_is_opened(dataset):
+        trainer.run_training()
     return batches, trainer.network.state_dict()
 
 

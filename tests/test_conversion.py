@@ -22,11 +22,13 @@ import pytest
 import SimpleITK as sitk
 from conftest import write_image
 from PIL import Image
+from watching import no_room_for_files_of
 
 from nnunet_semiseg import cli, conversion
 from nnunet_semiseg.archives import unpacked
 from nnunet_semiseg.conversion import Case, Crop, Source, assign, seeded_split
 from nnunet_semiseg.dataset_conversion import folder as own
+from nnunet_semiseg.files import BusyError, DiskError, only_one
 
 convert = own.convert
 OPTIONS = {"labels": ["organ"], "num_processes": 0, "show_progress_bar": False}
@@ -941,3 +943,28 @@ def test_options_of_a_data_set_are_its_own(capsys):
     with pytest.raises(SystemExit):
         cli.main(["convert", "la2018", "-i", "x", "-d", "1", "--spacing", "1"])
     assert "unrecognized arguments: --spacing" in capsys.readouterr().err
+
+
+def test_a_second_conversion_is_told_who_is_at_it(download, raw):
+    with only_one(raw.parent / ".Dataset801.lock", "converts"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on .* converts to dataset 801: wait"):
+            convert(download, 801, **OPTIONS)
+        assert not raw.exists()
+        convert(download, 801, **OPTIONS, dry_run=True)
+        convert(download, 802, **OPTIONS)
+    convert(download, 801, **OPTIONS)
+    assert (raw / "dataset.json").is_file() and not list(raw.parent.glob(".*"))
+
+
+def test_a_full_disk_ends_the_conversion_in_one_line_and_leaves_nothing_half(tmp_path, raw):
+    folder = tmp_path / "download"
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 255, (60, 60, 60)).astype(np.uint8)
+        save(noise, folder / "images" / f"c{i}.nhdr")  # which nnU-Net does not read
+        save(np.ones((60, 60, 60), np.uint8), folder / "labels" / f"c{i}.nhdr")
+    with no_room_for_files_of(100_000), pytest.raises(DiskError) as error:
+        convert(folder, 801, **OPTIONS)
+    assert re.fullmatch(rf"{raw}/.*c0_0000.nii.gz: cannot be written \(.*\): make room .*", str(error.value))
+    assert not list(raw.rglob("*.nii.gz")) and not list(raw.rglob("*.tmp")) and not (raw / "dataset.json").exists()
+    convert(folder, 801, **OPTIONS)
+    assert len(list(raw.rglob("*.nii.gz"))) == 6

@@ -19,12 +19,14 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from training import PLANS, TRAINERS, bare_trainer, batch_of, terms_of
+from watching import no_room_for_files_of, nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.deployment import onnx_export
-from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, soft_target_loss
+from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, publish, soft_target_loss
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import DiskError
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.dtc import DTCTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
@@ -90,7 +92,8 @@ ONE_OF_EACH_NETWORK = (MeanTeacherTrainer, TextSemiSegTrainer, DTCTrainer, STLUN
 )
 def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, trained, tmp_path):
     dataset, run, _ = trained(trainer_class, **kind)
-    stock = distill(run, ["num_epochs=1", "distillation_weight=0.5"], "cpu")
+    with nothing_of_the_test_set_is_opened(dataset):
+        stock = distill(run, ["num_epochs=1", "distillation_weight=0.5"], "cpu")
     assert stock.name == f"nnUNetTrainer__{PLANS}_from_{trainer_class.__name__}__3d_fullres"
     checkpoint = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainer" and not {"teacher", "semiseg"} & set(checkpoint)
@@ -174,6 +177,17 @@ def test_removed_it_is_distilled_again_and_another_model_or_setting_is_not_mixed
     stock = distill(run, [*settings, "temperature=7", "distillation_weight=50"], "cpu")
     again = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)["network_weights"]
     assert any(not torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_full_disk_publishes_no_half_model(tmp_path):
+    trained, stock = tmp_path / "trained" / "fold_0", tmp_path / "stock"
+    (trained / "validation").mkdir(parents=True)
+    (trained / "validation" / "a.nii.gz").write_bytes(bytes(200_000))
+    with no_room_for_files_of(100_000), pytest.raises(DiskError) as error:
+        publish(trained, stock)
+    half = stock / "fold_0" / "validation" / "a.nii.gz"
+    assert str(error.value).startswith(f"{half}: cannot be written (") and "File too large" in str(error.value)
+    assert not list(stock.rglob("checkpoint*"))
 
 
 def test_another_model_is_not_gone_on_with(trained, no_plots, monkeypatch):

@@ -19,6 +19,7 @@ from conftest import in_threads
 from nnunetv2.run.run_training import run_training
 from test_contracts import assert_same
 from training import PLANS, TRAINERS, write_settings
+from watching import nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.runs import Run
@@ -64,7 +65,8 @@ def images(folder: Path) -> dict:
 
 @thoroughly
 def test_predict_export_and_install_without_open_clip(trainer_class, dataset, tmp_path):
-    command("nnUNetv2_train", *train_args(dataset, trainer_class))
+    with nothing_of_the_test_set_is_opened(dataset):
+        command("nnUNetv2_train", *train_args(dataset, trainer_class))
     model = dataset.results / f"{trainer_class.__name__}__{PLANS}__{dataset.configuration}"
     assert (model / "fold_all" / "progress.png").stat().st_size > 0
     summary = model / "fold_all" / "validation" / "summary.json"
@@ -101,7 +103,7 @@ def test_trains_and_predicts(trainer_class, ready, tmp_path, monkeypatch):
     dataset = ready(dims=2, size=32, test=1)
     epochs = 1 + getattr(trainer_class.settings_class, "rounds", 0)  # self-training begins anew in each
     write_settings(dataset, num_epochs=epochs, num_iterations_per_epoch=1)
-    with in_threads():
+    with in_threads(), nothing_of_the_test_set_is_opened(dataset):
         run_training(str(dataset.id), "2d", "all", trainer_class.__name__, PLANS, device=torch.device("cpu"))
     run = Run(dataset.name, "2d", "all", trainer_class.__name__, PLANS)
     assert (run.folder / "validation" / "summary.json").exists()
@@ -156,7 +158,8 @@ def test_killed_in_mid_epoch_and_continued(trainer_class, dataset, tmp_path):
 
 
 def test_the_baseline_trains_for_as_long_as_the_plans_say(dataset):
-    command("nnUNetv2_train", *train_args(dataset, SupervisedTrainer))
+    with nothing_of_the_test_set_is_opened(dataset):
+        command("nnUNetv2_train", *train_args(dataset, SupervisedTrainer))
     folder = dataset.results / f"SupervisedTrainer__{PLANS}__{dataset.configuration}" / "fold_all"
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["current_epoch"] == 3 and len(checkpoint["logging"]["train_losses"]) == 3

@@ -1,9 +1,26 @@
+import errno
 import locale
+import os
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from nnunet_semiseg import files
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.files import (
+    BusyError,
+    DiskError,
+    disk_errors,
+    only_one,
+    put_back,
+    read_json,
+    write_json,
+    written_whole,
+)
 
 
 def test_json_is_utf8_in_every_locale(tmp_path):
@@ -27,3 +44,128 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     file.write_bytes(b"{,")
     with pytest.raises(UserError, match=r"a.json: not valid JSON .*: fix it"):
         read_json(file, "fix it")
+
+
+# ------------------------------------------------------------------------------------------------------------- disks
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_file_as_it_was(tmp_path):
+    file = tmp_path / "a.json"
+    write_json({"a": 1}, file)
+    with pytest.raises(DiskError) as error, written_whole(file) as temporary:
+        temporary.write_text("{", encoding="utf-8")
+        Path("/dev/full").write_text("no room", encoding="utf-8")
+    assert str(error.value).startswith(f"{file}: cannot be written (No space left on device): make room")
+    assert "\n" not in str(error.value)
+    assert read_json(file, "fix it") == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_read_only_disk_is_named_with_its_path(tmp_path):
+    with pytest.raises(DiskError, match="^/a/b: cannot be written .Read-only file system."), disk_errors(tmp_path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/a/b")
+    with pytest.raises(DiskError, match=f"^{tmp_path}: cannot be written .No space left"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):  # this is no fault of the disk
+        Path(tmp_path / "missing").read_bytes()
+
+
+def test_each_writer_has_a_name_of_its_own(tmp_path):
+    with written_whole(tmp_path / "a") as one, written_whole(tmp_path / "a") as two:
+        assert one != two
+        one.write_bytes(b"1")
+        two.write_bytes(b"2")
+    assert (tmp_path / "a").read_bytes() == b"1" and os.listdir(tmp_path) == ["a"]
+
+
+def test_what_fails_to_write_a_file_leaves_it_as_it_was(tmp_path):
+    """nnU-Net writes its plans into the file itself."""
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("1", encoding="utf-8")
+    for file in (old, new):
+        with pytest.raises(KeyError), put_back(file):
+            file.write_text("half", encoding="utf-8")
+            raise KeyError
+    assert old.read_text(encoding="utf-8") == "1" and os.listdir(tmp_path) == ["old.json"]
+    with put_back(old):
+        old.write_text("2", encoding="utf-8")
+    assert old.read_text(encoding="utf-8") == "2" and os.listdir(tmp_path) == ["old.json"]
+
+
+# ------------------------------------------------------------------------------------------------------------- locks
+
+
+def leave_lock(lock: Path, **owner) -> None:
+    """A lock as a killed process leaves it, with these entries in place of its own."""
+    with only_one(lock, "works"):
+        content = lock.read_text(encoding="utf-8")
+    for key, value in owner.items():
+        content = re.sub(rf"(?m)^{key}=.*$", f"{key}={value}", content)
+    lock.write_text(content, encoding="utf-8")
+
+
+def test_the_second_is_told_who_is_there_and_a_lock_ends_with_the_work(tmp_path):
+    lock = tmp_path / "training.lock"
+    with only_one(lock, "trains this model"):
+        assert f"pid={os.getpid()}\n" in lock.read_text(encoding="utf-8")
+        with pytest.raises(BusyError) as error, only_one(lock, "trains this model"):
+            pytest.fail("two at once")
+        assert str(error.value).startswith(f"{lock}: process {os.getpid()} on {os.uname().nodename} trains this model")
+    assert not lock.exists()
+    with only_one(lock, "trains this model"):
+        assert lock.exists()
+
+
+def test_one_who_waits_comes_next(tmp_path):
+    lock, order = tmp_path / "a.lock", []
+
+    def first():
+        with only_one(lock, "writes"):
+            started.set()
+            time.sleep(0.3)
+            order.append(1)
+
+    started = threading.Event()
+    thread = threading.Thread(target=first)
+    thread.start()
+    started.wait()
+    with only_one(lock, "writes", wait=30):
+        order.append(2)
+    thread.join()
+    assert order == [1, 2]
+
+
+def test_a_dead_process_of_this_computer_blocks_nobody(tmp_path):
+    lock = tmp_path / "a.lock"
+    process = subprocess.Popen(["true"])
+    process.wait()
+    leave_lock(lock, pid=process.pid)
+    with only_one(lock, "works"):
+        assert f"pid={os.getpid()}\n" in lock.read_text(encoding="utf-8")
+
+
+def test_nor_does_a_dead_process_of_another_computer_for_ever(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "LEASE", 0.6)
+    lock = tmp_path / "a.lock"
+    leave_lock(lock, host="elsewhere", pid=7)
+    with only_one(lock, "works"):
+        assert f"pid={os.getpid()}\n" in lock.read_text(encoding="utf-8")
+    assert f"{lock}: left by process 7 on elsewhere: looking for a sign of life" in capsys.readouterr().out
+
+
+def test_but_one_that_lives_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LEASE", 3.0)
+    lock, stop = tmp_path / "a.lock", threading.Event()
+    leave_lock(lock, host="elsewhere", pid=7)
+
+    def live():
+        while not stop.wait(0.2):
+            os.utime(lock)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(BusyError, match="process 7 on elsewhere works"), only_one(lock, "works"):
+            pytest.fail("two at once")
+    finally:
+        stop.set()
+        thread.join()

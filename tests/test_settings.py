@@ -1,10 +1,22 @@
+import json
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings, TrainingSettings
-from nnunet_semiseg.settings.plans import known_settings, parse_assignments, read_settings, update_settings
+from nnunet_semiseg.settings.plans import (
+    changed_settings,
+    given_settings,
+    known_settings,
+    parse_assignments,
+    read_settings,
+    store_given,
+    store_settings,
+    update_settings,
+    with_given,
+)
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegSettings
 
 
@@ -98,3 +110,54 @@ def test_every_trainers_settings_are_known():
     known = known_settings()
     assert {"num_epochs", "unlabeled_batch_size", "ema_decay", "deploy", "tmr", "consistency_weight"} <= set(known)
     assert issubclass(TeacherSettings, SemiSupervisedSettings)
+
+
+def write_plans(folder, **settings):
+    file = folder / "P.json"
+    file.write_text(json.dumps({"plans_name": "P", "semiseg": settings}), encoding="utf-8")
+    return file
+
+
+def settings_in(file) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))["semiseg"]
+
+
+def test_of_two_commands_at_once_neither_loses_a_setting(tmp_path):
+    """As many commands as there are weights, each with a setting of its own and one that all have."""
+    file = write_plans(tmp_path, num_epochs=9)
+    names = sorted(name for name in known_settings() if name.endswith("_weight"))
+    assert len(names) > 8
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: store_settings(file, {name: 0.75, "seed": 3}), names))
+    assert settings_in(file) == {"num_epochs": 9, "seed": 3, **dict.fromkeys(names, 0.75)}
+    assert [f.name for f in tmp_path.iterdir()] == ["P.json"]
+
+
+def test_a_refused_setting_writes_nothing_not_even_the_others_of_its_command(tmp_path):
+    file = write_plans(tmp_path, num_epochs=9)
+    before = file.stat().st_mtime_ns
+    with pytest.raises(UserError, match="ema_decay=2.0: must be"):
+        store_settings(file, {"num_epochs": 5, "ema_decay": 2})
+    assert settings_in(file) == {"num_epochs": 9} and file.stat().st_mtime_ns == before
+
+
+def test_given_settings_reach_the_trainer_before_they_reach_the_plans(tmp_path, capsys):
+    file = write_plans(tmp_path, num_epochs=9)
+    with given_settings({"num_epochs": 5}):
+        assert with_given({"semiseg": {"num_epochs": 9, "seed": 1}})["semiseg"] == {"num_epochs": 5, "seed": 1}
+        store_settings(file, {"seed": 2})  # another command, meanwhile
+        capsys.readouterr()
+        store_given(file)
+    assert settings_in(file) == {"num_epochs": 5, "seed": 2}
+    assert capsys.readouterr().out == f"{file}: num_epochs 9 -> 5, for every trainer with these plans\n"
+    assert with_given({}) == {}
+    store_given(file)
+    assert settings_in(file) == {"num_epochs": 5, "seed": 2}
+
+
+def test_changed_settings_are_a_trainers_own_and_defaults_count():
+    old = {"semiseg": {"num_epochs": 5, "perturbations": ["noise"], "seed": 1}}
+    new = {"semiseg": {"num_epochs": 1000, "seed": 1, "tmr": "copy"}}
+    assert changed_settings(TrainingSettings, old, new) == {"num_epochs": (5, 1000)}
+    assert changed_settings(TrainingSettings, {}, new) == {"seed": (None, 1)}  # 1000 epochs are the default
+    assert changed_settings(TextSemiSegSettings, old, new)["tmr"] == ("multiplanar", "copy")

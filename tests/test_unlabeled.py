@@ -22,6 +22,7 @@ from nnunet_semiseg.data.unlabeled import (
     preprocess_unlabeled,
 )
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import BusyError, only_one
 
 PLANS = "nnUNetSemiSegSmallPlans"
 
@@ -439,3 +440,13 @@ def test_hidden_labels_change_nothing(tiny_dataset):
             noise = np.random.default_rng(seed).integers(0, 3, (24, 24, 24)).astype(np.uint8)
             write_image(noise, dataset.raw / folder / f"{case}.nii.gz")
     assert everything() == without
+
+
+def test_a_second_preprocessing_is_told_who_is_at_it(planned):
+    folder, _ = output(planned)
+    with only_one(folder.with_name(f"{folder.name}.lock"), "preprocesses"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on .* preprocesses these unlabelled cases"):
+            run(planned)
+    assert not folder.exists()
+    run(planned)
+    assert len(whole_cases(planned)) == 4 and not list(planned.preprocessed.glob("*.lock"))

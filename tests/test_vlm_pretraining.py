@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import write_text_tower, write_vlm
+from watching import no_room_for_files_of
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import BusyError, DiskError, only_one
 from nnunet_semiseg.text.open_clip_models import load_clip
 from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -25,7 +27,7 @@ from nnunet_semiseg.vlm.overlays import draw, how_well_labels_are_found, load_te
 from nnunet_semiseg.vlm.pairs import Pairs, random_crop
 from nnunet_semiseg.vlm.pretraining import pretrain, split_model
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, gather, retrieval
-from nnunet_semiseg.vlm.text_masks import load_vlm
+from nnunet_semiseg.vlm.text_masks import load_vlm, read_state
 
 PLANS = "nnUNetSemiSegSmallPlans"
 SHORT = ["num_epochs=3", "batch_size=2", "dim=16", "hidden=32", "num_workers=0", "held_out=0.3", "learning_rate=1e-3"]
@@ -144,6 +146,12 @@ def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset
     monkeypatch.setattr(pretraining.Pretraining, "train_epoch", dies)
     with pytest.raises(Killed):
         run(dataset, towers, tmp_path / "killed", "accumulation=2")
+    unfinished = "killed: the pre-training is not finished, 2 of 3 epochs are done: run the same"
+    with pytest.raises(UserError, match=unfinished):
+        load_vlm(tmp_path / "killed")
+    shutil.copy(straight / "vlm.safetensors", tmp_path / "killed")  # as it was before only finished ones were models
+    with pytest.raises(UserError, match=unfinished):
+        load_vlm(tmp_path / "killed")
     monkeypatch.setattr(pretraining.Pretraining, "train_epoch", train_epoch)
     resumed = run(dataset, towers, tmp_path / "killed", "accumulation=2")
     for name in ("vlm.safetensors", "training_state.safetensors"):
@@ -165,6 +173,38 @@ def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset
     state.write_bytes(state.read_bytes()[:500])
     with pytest.raises(UserError, match="training_state.safetensors: cannot be read .*: remove .* to begin anew"):
         run(dataset, towers, killed, "accumulation=2")
+
+
+def test_a_pretraining_that_has_just_begun_is_no_model(tmp_path):
+    folder = write_vlm(tmp_path / "vlm")
+    (folder / "vlm.safetensors").unlink()
+    (folder / "vlm.json").write_text(json.dumps({"settings": {"dim": 16, "hidden": 32, "num_epochs": 5}}))
+    with pytest.raises(UserError, match="vlm: the pre-training is not finished, 0 of 5 epochs are done"):
+        load_vlm(folder)
+
+
+def test_a_pretraining_without_a_finite_loss_ends_and_keeps_the_epoch_before(dataset, towers, tmp_path, monkeypatch):
+    train_epoch, out = pretraining.Pretraining.train_epoch, tmp_path / "out"
+
+    def breaks(self, task):
+        means = train_epoch(self, task)
+        return means | ({"icl": float("nan"), "loss": float("nan")} if self.epoch == 1 else {})
+
+    monkeypatch.setattr(pretraining.Pretraining, "train_epoch", breaks)
+    with pytest.raises(UserError, match="out: epoch 2: the loss is nan .of icl.: .* what 1 epochs gave is kept"):
+        run(dataset, towers, out)
+    assert read_state(out)["epoch"] == 1 and not (out / "vlm.safetensors").exists()
+
+
+def test_two_pretrainings_and_a_full_disk(dataset, towers, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with only_one(out / "training.lock", "pre-trains"), pytest.raises(BusyError, match="out/training.lock: process"):
+        run(dataset, towers, out)
+    assert not list(out.iterdir())
+    with no_room_for_files_of(20_000), pytest.raises(DiskError, match="training_state.safetensors: cannot be written"):
+        run(dataset, towers, out)
+    assert not list(out.glob("*.tmp")) and not list(out.glob("*.lock"))
 
 
 def test_a_damaged_model_is_said_to_be_one(tmp_path):

@@ -15,8 +15,9 @@ import SimpleITK as sitk
 from nnunet_semiseg.conversion.description import About, Case, Crop, Read
 from nnunet_semiseg.conversion.readers import one_channel
 from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
+from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import DiskError, disk_errors, write_json
 
 STATE = ".conversion"
 
@@ -28,25 +29,37 @@ def convert_case(
 
     Returns:
         The case's name, and what is wrong with it, in one line.
+
+    Raises:
+        DiskError: the disk is full or read-only.
     """
     staging = target / STATE / f"case_{case.name}"
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
     try:
-        # the label of an unlabelled case is not opened, unless the user has asked for a crop round it
-        notes = _write_case(case, subset, about, crop, staging)
-        for file in staging.rglob(f"*{about.file_ending}"):
-            os.replace(file, target / file.parent.name / file.name)
-        labels = () if case.label is None or subset == "Un" else (case.label,)
-        sources = {}
-        for source in (*case.images, *labels):
-            for path in paths_of(source):
-                sources[os.path.relpath(path, folder)] = _sha256(path)
-        write_json({"sources": sources, "notes": notes}, target / STATE / f"case_{case.name}.json")
+        with disk_errors(target):
+            _convert_case(case, subset, about, crop, folder, target, staging)
+    except DiskError:  # so do the other cases
+        raise
     except Exception as e:  # readers raise of many kinds
         return case.name, one_line_of(e)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return case.name, None
+
+
+def _convert_case(
+    case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path, staging: Path
+) -> None:
+    # the label of an unlabelled case is not opened, unless the user has asked for a crop round it
+    notes = _write_case(case, subset, about, crop, staging)
+    for file in staging.rglob(f"*{about.file_ending}"):
+        os.replace(file, target / file.parent.name / file.name)
+    labels = () if case.label is None or subset == "Un" else (case.label,)
+    sources = {}
+    for source in (*case.images, *labels):
+        for path in paths_of(source):
+            sources[os.path.relpath(path, folder)] = _sha256(path)
+    write_json({"sources": sources, "notes": notes}, target / STATE / f"case_{case.name}.json")
 
 
 def _write_case(case: Case, subset: str, about: About, crop: Crop | None, staging: Path) -> list[str]:
@@ -133,7 +146,7 @@ def _write(image: sitk.Image, source: Path | Read | None, slices, file: Path, en
     """Link the source's file where it is what nnU-Net reads, copy it where links do not work, else write."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if slices is not None or not isinstance(source, Path) or not source.name.endswith(ending):
-        sitk.WriteImage(image if slices is None else image[slices], file, useCompression=True)
+        write_image(image if slices is None else image[slices], file)
         return
     try:
         os.link(source.resolve(), file)

@@ -21,7 +21,7 @@ from nnunet_semiseg.conversion.case import STATE, convert_case, files_of, paths_
 from nnunet_semiseg.conversion.description import Case, Source
 from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import base_folder, read_json, write_json
+from nnunet_semiseg.files import base_folder, disk_errors, only_one, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
 
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
@@ -58,6 +58,7 @@ def convert_dataset(
         The dataset's folder.
 
     Raises:
+        BusyError: another process converts to this number.
         UserError: nothing to convert, or it cannot be written; one line for each case that is bad, after all others
             are done.
     """
@@ -68,6 +69,8 @@ def convert_dataset(
             raw.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to a folder") from None
+        if not dry_run:
+            stack.enter_context(only_one(raw / f".Dataset{dataset_id:03d}.lock", f"converts to dataset {dataset_id}"))
         if source.is_file() and source.name.lower().endswith(ARCHIVES):
             folder = stack.enter_context(unpacked(source, raw, f"for_{dataset_id}"))
         elif not source.is_dir():
@@ -94,8 +97,9 @@ def convert_dataset(
         if not dry_run:
             if target.exists() and begun is None:
                 shutil.rmtree(target)
-            _take_back(target, begun or {}, request, found.about.file_ending)
-            _convert(found, folder, target, request, num_processes, show_progress_bar)
+            with disk_errors(target):
+                _take_back(target, begun or {}, request, found.about.file_ending)
+                _convert(found, folder, target, request, num_processes, show_progress_bar)
     return target
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_semiseg.data.written_images import refuse_half_written
+from nnunet_semiseg.files import written_whole
 
 
 class PseudoLabeledDataset:
@@ -85,6 +87,7 @@ def label_case(predictor: Any, dataset, case: str, folder: Path) -> None:
         logits, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
         str(folder / case),
     )  # fmt: skip
+    refuse_half_written(folder.glob(f"{case}.nii*"))
     label = np.where(outside[:][0] < 0, -1, label)  # nnU-Net's mark of what is outside of the nonzero mask
     write_pseudo_label(label, folder, case, predictor.label_manager)
 
@@ -93,8 +96,10 @@ def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager
     """The label map (*S) for the loader, and where its classes are; the latter comes last and makes the case done."""
     label = label.astype(np.int16 if max(label_manager.all_labels) > 127 else np.int8)[None]
     array: Any = np.ascontiguousarray(label)  # blosc2's annotation leaves NumPy's arrays out
-    blosc2.asarray(array, urlpath=str(folder / f"{case}.b2nd"), mode="w")
+    content: Any = blosc2.asarray(array)
+    with written_whole(folder / f"{case}.b2nd") as temporary:  # blosc2 would not say that the disk is full
+        temporary.write_bytes(content.to_cframe())
     classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
     locations = DefaultPreprocessor._sample_foreground_locations(label, classes)
-    write_pickle({"class_locations": locations}, str(folder / f"{case}.tmp"))
-    os.replace(folder / f"{case}.tmp", folder / f"{case}.pkl")
+    with written_whole(folder / f"{case}.pkl") as temporary:
+        write_pickle({"class_locations": locations}, str(temporary))

@@ -34,7 +34,7 @@ from nnunet_semiseg.data.image_problems import (
 )
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, only_one, read_dataset_json, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
 
 PROPERTIES_KEY = "semiseg"
@@ -155,9 +155,11 @@ def preprocess_unlabeled(
         raise UserError(f"-np {' '.join(map(str, processes))}: give one number, or one for each of -c")
     for configuration, n in zip(configurations, processes * len(configurations), strict=False):
         if configuration in known:
-            _preprocess_configuration(
-                cases, preprocessed, plans, configuration, dataset_json, n, clean, show_progress_bar, verbose
-            )
+            folder, _ = _output(preprocessed, plans, configuration)
+            with only_one(folder.with_name(f"{folder.name}.lock"), "preprocesses these unlabelled cases"):
+                _preprocess_configuration(
+                    cases, preprocessed, plans, configuration, dataset_json, n, clean, show_progress_bar, verbose
+                )
         else:
             print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
 

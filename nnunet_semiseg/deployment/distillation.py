@@ -18,13 +18,15 @@ from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, disk_errors, read_json, write_json
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
 from nnunet_semiseg.settings.plans import FOUND_KEY, PLANS_KEY, parse_assignments, settings_from
+from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.passes import run_in_bfloat16
+from nnunet_semiseg.training.plans_trainer import LOCK, SETTINGS
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -197,19 +199,23 @@ def with_settings(plans: dict, changes: dict) -> dict:
 
 
 def publish(trained: Path, stock: Path) -> None:
-    """A stock model from a distillation's fold; its checkpoint comes last, for it says that all is there."""
+    """A stock model from a distillation's fold; its checkpoint comes last, for it says that all is there.
+
+    Raises:
+        DiskError: the disk is full or read-only; the same command goes on.
+    """
     fold = stock / trained.name
-    shutil.copytree(trained, fold, ignore=shutil.ignore_patterns("*.pth"), dirs_exist_ok=True)
-    for name in ("dataset.json", "dataset_fingerprint.json"):
-        if (trained.parent / name).is_file():
-            shutil.copy(trained.parent / name, stock)
-    plans = read_json(trained.parent / "plans.json", "distil again")
-    write_json(without_settings(plans), stock / "plans.json")
-    checkpoint = torch.load(trained / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-    checkpoint = {key: checkpoint[key] for key in STOCK_KEYS} | {"trainer_name": STOCK_TRAINER}
-    checkpoint["init_args"]["plans"] = without_settings(checkpoint["init_args"]["plans"])
-    torch.save(checkpoint, fold / "checkpoint_final.tmp")
-    (fold / "checkpoint_final.tmp").rename(fold / "checkpoint_final.pth")
+    with disk_errors(stock):
+        shutil.copytree(trained, fold, ignore=shutil.ignore_patterns("*.pth", SETTINGS, LOCK), dirs_exist_ok=True)
+        for name in ("dataset.json", "dataset_fingerprint.json"):
+            if (trained.parent / name).is_file():
+                shutil.copy(trained.parent / name, stock)
+        plans = read_json(trained.parent / "plans.json", "distil again")
+        write_json(without_settings(plans), stock / "plans.json")
+        checkpoint = checkpoints.read(trained / "checkpoint_final.pth", f"remove {trained} to distil again")
+        checkpoint = {key: checkpoint[key] for key in STOCK_KEYS} | {"trainer_name": STOCK_TRAINER}
+        checkpoint["init_args"]["plans"] = without_settings(checkpoint["init_args"]["plans"])
+        checkpoints.write(checkpoint, fold / "checkpoint_final.pth")
 
 
 def without_settings(plans: dict) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import written_whole
 from nnunet_semiseg.runs import Run
 
 TOLERANCE = 1e-3
@@ -66,12 +66,8 @@ def export_onnx(run: Run, file: str | Path) -> float:
             worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
     if not worst <= TOLERANCE:
         raise UserError(f"{file}: not written: ONNX differs from torch by {worst:.1e} of the largest logit")
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        onnx.save(model, str(unfinished))
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(file) as temporary:
+        onnx.save(model, str(temporary))
     return worst
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.jobs import do_all, is_predicted, prediction_job, predictions_folder, training_job
+from nnunet_semiseg.evaluation.jobs import (
+    LOGS,
+    alone,
+    do_all,
+    is_predicted,
+    prediction_job,
+    predictions_folder,
+    training_job,
+)
 from nnunet_semiseg.evaluation.report import Results, write_report
 from nnunet_semiseg.evaluation.request import (
     Request,
@@ -54,22 +62,23 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
             what, file = "not validated with the last checkpoint", missing[0].validation / "summary.json"
         raise UserError(f"{what}: {names} (no {file}): train with nnUNetv2_train, or add --run")
     for r in missing:
-        r.write_plans()
+        r.check()
 
     if output is None:
         output = runs[0].model_folder.parent / "comparison" / f"{runs[0].configuration}__fold_{request.fold}"
     output = Path(output).absolute()
-    logs = output / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    do_all([training_job(r, request.device) for r in missing], devices, logs)
-    if not test_set.is_validation:
-        jobs = [
-            prediction_job(r, noise, request, test_set, output)
-            for r in everything
-            for noise in noise_levels(request, r, upper_bound)
-        ]
-        do_all([job for job in jobs if not is_predicted(job, test_set)], devices, logs)
-    return write_report(collect(request, runs, upper_bound, test_set, output), output)
+    with alone(output):
+        for r in missing:
+            r.write_plans()
+        do_all([training_job(r, request.device) for r in missing], devices, output / LOGS)
+        if not test_set.is_validation:
+            jobs = [
+                prediction_job(r, noise, request, test_set, output)
+                for r in everything
+                for noise in noise_levels(request, r, upper_bound)
+            ]
+            do_all([job for job in jobs if not is_predicted(job, test_set)], devices, output / LOGS)
+        return write_report(collect(request, runs, upper_bound, test_set, output), output)
 
 
 def noise_levels(request: Request, run: Run, upper_bound: Sequence[Run]) -> tuple[float, ...]:

@@ -7,15 +7,34 @@ import os
 import queue
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, TestSet
 from nnunet_semiseg.evaluation.scores import signature
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import disk_errors, only_one, write_json
 from nnunet_semiseg.runs import RECORD, Run
+
+LOGS, LOCK = "logs", "evaluation.lock"
+"""in the folder of a report: what jobs print; who works there now"""
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Make the folder of a report, and keep a second process out of it.
+
+    Raises:
+        BusyError: another process works there.
+        DiskError: its disk is full or read-only.
+    """
+    with disk_errors(output):
+        (output / LOGS).mkdir(parents=True, exist_ok=True)
+        with only_one(output / LOCK, "works on this report"):
+            yield
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from nnunet_semiseg.evaluation import figures
+from nnunet_semiseg.files import written_whole
 
 COLOR_NAMES = dict(zip(
     (figures.REFERENCE_COLOR, *figures.COLORS),
@@ -73,10 +75,12 @@ def write(report: Report, output: Path) -> Path:
         captions = [*section.svgs, *section.images]
         for (name, content), caption in zip(pictures.items(), captions, strict=True):
             (output / "figures").mkdir(exist_ok=True)
-            (output / "figures" / name).write_bytes(content)
+            with written_whole(output / "figures" / name) as temporary:
+                temporary.write_bytes(content)
             markdown.append(f"![{caption}](figures/{name})")
-    (output / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
-    (output / "report.html").write_text(html, encoding="utf-8")
+    for name, text in (("report.md", "\n\n".join(markdown) + "\n"), ("report.html", html)):
+        with written_whole(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return output / "report.html"
 
 
@@ -84,3 +88,9 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """A table in Markdown; a `|` within a cell is escaped."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write_csv(table: pd.DataFrame, file: Path, **options) -> None:
+    """A table as CSV, written whole; the options are of pandas."""
+    with written_whole(file) as temporary:
+        table.to_csv(temporary, **options)

@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import figures
-from nnunet_semiseg.evaluation.jobs import Job, do_all, is_predicted, prediction_job
+from nnunet_semiseg.evaluation.jobs import LOGS, Job, alone, do_all, is_predicted, prediction_job
 from nnunet_semiseg.evaluation.metrics import METRICS
-from nnunet_semiseg.evaluation.page import Report, Section, write
+from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
 from nnunet_semiseg.evaluation.report import number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.scores import evaluate
 from nnunet_semiseg.evaluation.statistics import caution, differences_from
+from nnunet_semiseg.files import written_whole
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.encoder import load_text_tower
@@ -66,18 +67,19 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
     variants = make_variants(run)
 
     output = Path(output).absolute() if output else run.model_folder.parent / "text_effect" / run.model_folder.name
-    (output / "logs").mkdir(parents=True, exist_ok=True)
-    jobs, folders = [], {}
-    for variant in variants:
-        content = prediction_job(run, 0, request, test_set, output).content
-        file, folder = output / f"{variant.name}.safetensors", output / "predictions" / variant.name
-        save_file({FEATURES: variant.features.contiguous()}, file)
-        content |= {"output": str(folder), "features": str(file)}
-        content["settings"]["features"] = variant.features.sum(1).tolist()
-        jobs.append(Job(f"predict_{variant.name}", f"predicting with {variant.name} prompts", content))
-        folders[variant.name] = folder
-    do_all([job for job in jobs if not is_predicted(job, test_set)], devices, output / "logs")
-    return write(make_report(request, run, test_set, variants, folders, output), output)
+    with alone(output):
+        jobs, folders = [], {}
+        for variant in variants:
+            content = prediction_job(run, 0, request, test_set, output).content
+            file, folder = output / f"{variant.name}.safetensors", output / "predictions" / variant.name
+            with written_whole(file) as temporary:
+                temporary.write_bytes(save({FEATURES: variant.features.contiguous()}))
+            content |= {"output": str(folder), "features": str(file)}
+            content["settings"]["features"] = variant.features.sum(1).tolist()
+            jobs.append(Job(f"predict_{variant.name}", f"predicting with {variant.name} prompts", content))
+            folders[variant.name] = folder
+        do_all([job for job in jobs if not is_predicted(job, test_set)], devices, output / LOGS)
+        return write(make_report(request, run, test_set, variants, folders, output), output)
 
 
 def make_variants(run: Run) -> list[Prompts]:
@@ -86,7 +88,7 @@ def make_variants(run: Run) -> list[Prompts]:
     Raises:
         UserError: the model has no text features.
     """
-    checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=False)
+    checkpoint = run.load_checkpoint()
     if FEATURES not in checkpoint["network_weights"]:
         raise UserError(f"{run.checkpoint}: a model without text: give one that was trained with a text-guided trainer")
     true = checkpoint["network_weights"][FEATURES].float()
@@ -147,8 +149,8 @@ def make_report(
         ])
     headers = ["prompts", "meaning", "Dice", "change (95 % interval)", "p, Holm", "voxels changed", "of the foreground"]
     cases = pd.DataFrame(changed, index=list(test_set.images))
-    cases.to_csv(output / "voxels.csv", index_label="case")
-    of_case.drop(columns="run").to_csv(output / "cases.csv", index=False)
+    write_csv(cases, output / "voxels.csv", index_label="case")
+    write_csv(of_case.drop(columns="run"), output / "cases.csv", index=False)
     sections = [
         Section("What the text changes", headers=headers, rows=rows),
         Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"), "cases")}),

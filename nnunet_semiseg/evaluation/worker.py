@@ -21,7 +21,8 @@ from nnunetv2.run.run_training import run_training_entry
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.data.written_images import check_written
+from nnunet_semiseg.files import disk_errors, write_json
 from nnunet_semiseg.runs import RECORD, RESOURCES
 
 
@@ -57,7 +58,8 @@ def predict(
     folder = Path(output)
     (folder / RECORD).unlink(missing_ok=True)  # first: what is left of an interrupted removal is not whole
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
     predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
     predictor.noise = noise
     predictor.initialize_from_trained_model_folder(model, (fold,), "checkpoint_final.pth")
@@ -67,7 +69,10 @@ def predict(
     ending = predictor.dataset_json["file_ending"]
     targets = [str(folder / Path(files[0]).name[: -len(ending) - 5]) for files in images]
     start = time.perf_counter()
-    predictor.predict_from_files(images, targets, num_processes_preprocessing=1, num_processes_segmentation_export=1)
+    with disk_errors(folder), check_written(folder):
+        predictor.predict_from_files(
+            images, targets, num_processes_preprocessing=1, num_processes_segmentation_export=1
+        )
     seconds = time.perf_counter() - start
     write_json({"settings": settings, "seconds_per_case": seconds / len(images)}, folder / RECORD)
 

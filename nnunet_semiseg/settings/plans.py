@@ -9,17 +9,24 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import only_one, read_json, write_json
 from nnunet_semiseg.settings.base import TrainingSettings
 
 PLANS_KEY = "semiseg"
 FOUND_KEY = "semiseg_found"
 """of the plans in a trained model: what a trainer found in its data and the predictor needs to build the network"""
+
+GIVEN, ACCEPT_CHANGES = "NNUNET_SEMISEG_SET", "NNUNET_SEMISEG_ACCEPT_CHANGES"
+"""variables of the environment: settings of one command, as JSON, and whether `--c` may go on with other settings"""
 
 S = TypeVar("S", bound=TrainingSettings)
 
@@ -76,6 +83,76 @@ def update_settings(plans: dict, changes: dict[str, Any]) -> dict:
         for settings_class in known[key]:
             settings_class(**{key: _convert(key, value, _hints(settings_class)[key])})
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
+
+
+@contextmanager
+def given_settings(changes: dict[str, Any], accept_changes: bool = False) -> Iterator[None]:
+    """Hand settings to the trainer that nnU-Net's command makes; it puts them into the plans when it has begun.
+
+    So nothing is written where it refuses to train. Environment variables reach nnU-Net's processes, too.
+    """
+    new = {GIVEN: json.dumps(changes)} | ({ACCEPT_CHANGES: "1"} if accept_changes else {})
+    before = {name: os.environ.get(name) for name in new}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+
+
+def with_given(plans: dict) -> dict:
+    """The plans with the settings of `given_settings`, if there are any."""
+    changes = json.loads(os.environ.get(GIVEN, "{}"))
+    return update_settings(plans, changes) if changes else plans
+
+
+def store_given(plans_file: Path) -> None:
+    """Put the settings of `given_settings` into the plans file, if there are any."""
+    if changes := json.loads(os.environ.get(GIVEN, "{}")):
+        store_settings(plans_file, changes)
+
+
+@contextmanager
+def locked(plans_file: Path) -> Iterator[None]:
+    """Keep other processes from changing the plans file; it waits for its turn.
+
+    Raises:
+        BusyError: another process holds it for more than a minute.
+    """
+    lock = plans_file.with_name(f".{plans_file.name}.lock")
+    with only_one(lock, "changes these plans", wait=60):
+        yield
+
+
+def store_settings(plans_file: Path, changes: dict[str, Any]) -> None:
+    """Put settings into a plans file, beside what other processes put there, and print what changes.
+
+    Raises:
+        UserError: no such plans; a setting that no trainer has, or of the wrong type; nothing is written.
+    """
+    if not changes:
+        return
+    with locked(plans_file):
+        plans = read_json(plans_file, "plan first")
+        write_json(update_settings(plans, changes), plans_file)
+    before = plans.get(PLANS_KEY, {})
+    for key, value in changes.items():
+        if (old := before.get(key, "(default)")) != value:
+            print(f"{plans_file}: {key} {old} -> {value}, for every trainer with these plans")
+
+
+def settings_of(settings_class: type[TrainingSettings], plans: dict) -> dict[str, Any]:
+    """A trainer's settings as they stand in the plans, unchecked, with the defaults of the others, as in JSON."""
+    given = plans.get(PLANS_KEY, {})
+    return json.loads(json.dumps({f.name: given.get(f.name, f.default) for f in fields(settings_class)}))
+
+
+def changed_settings(settings_class: type[TrainingSettings], before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """The settings of a trainer that differ between two plans: name to their values, as in JSON."""
+    old, new = (settings_of(settings_class, plans) for plans in (before, now))
+    return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
 
 def refuse_foreign(trainer: type, changes: Iterable[str]) -> None:

@@ -1,24 +1,45 @@
-"""Checkpoints of semi-supervised trainings: what nnU-Net's hold, and what a method needs to go on."""
+"""Checkpoints: read, collected from nnU-Net, written whole, and compared with the settings of now."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.settings.plans import PLANS_KEY
+from nnunet_semiseg.files import written_whole
+from nnunet_semiseg.settings.plans import ACCEPT_CHANGES
+
+KEYS = ("network_weights", "logging")
+"""that every checkpoint of nnU-Net has"""
 
 
-def read(checkpoint: dict | str | os.PathLike) -> dict:
-    """A checkpoint, on the CPU, from its file or as it is."""
+def read(checkpoint: dict | str | os.PathLike, fix: str = "remove it, and train again", **options) -> dict:
+    """A checkpoint, on the CPU, from its file or as it is.
+
+    Args:
+        fix: what to do with a damaged file.
+        options: for `torch.load`.
+
+    Raises:
+        UserError: the file is damaged, or is no checkpoint.
+    """
     if isinstance(checkpoint, dict):
         return checkpoint
-    return torch.load(checkpoint, map_location="cpu", weights_only=False)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=False, **options)
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint}: no such file: {fix}") from None
+    except Exception as e:  # a damaged file raises nearly anything
+        raise UserError(f"{checkpoint}: cannot be read ({type(e).__name__}), it is not whole: {fix}") from None
+    if not isinstance(content, dict) or any(key not in content for key in KEYS):
+        raise UserError(f"{checkpoint}: is no checkpoint of nnU-Net's: {fix}")
+    return content
 
 
 def collect(save: Callable[[Any], None]) -> dict:
@@ -33,27 +54,51 @@ def collect(save: Callable[[Any], None]) -> dict:
     return torch.load(buffer, map_location="cpu", weights_only=False)
 
 
-def write(checkpoint: dict, filename: str) -> None:
-    """Write a file that appears whole or not at all."""
-    torch.save(checkpoint, filename + ".tmp")
-    os.replace(filename + ".tmp", filename)
+def write(checkpoint: dict, filename: str | os.PathLike) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        DiskError: the disk is full or read-only; the file is as it was.
+    """
+    buffer = io.BytesIO()  # torch.save hides what a full disk says
+    torch.save(checkpoint, buffer)
+    with written_whole(Path(filename)) as temporary, open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # some shared disks say only now that they are full
 
 
-def explain_other_settings(settings_class: type, checkpoint: dict, plans: dict, name: str) -> None:
-    """Say why a checkpoint does not fit, where settings changed since.
+def refuse_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> None:
+    """Refuse to go on with other settings than those that a training was started with.
 
     Args:
-        plans: of the training that is to go on.
+        changed: of `changed_settings`.
         name: of the checkpoint's file, for the message.
+
+    Raises:
+        UserError: settings differ; it says which, how to set them back, and how to go on with the new ones.
+    """
+    if changed:
+        back = " ".join(f"{key}={json.dumps(old)}" for key, (old, _) in changed.items())
+        raise UserError(
+            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with --set {back}, or go on"
+            f" with the new ones: nnunet_semiseg train ... --c --accept-changes, or {ACCEPT_CHANGES}=1 nnUNetv2_train"
+            " ... --c"
+        )
+
+
+def explain_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> None:
+    """Say why a checkpoint does not fit, where settings changed since; see `refuse_other_settings`.
 
     Raises:
         UserError: settings differ.
     """
-    old, new = (p.get(PLANS_KEY, {}) for p in (checkpoint["init_args"]["plans"], plans))
-    now = {f.name: (old.get(f.name, f.default), new.get(f.name, f.default)) for f in fields(settings_class)}
-    changed = [f"{key} was {a} and is {b}" for key, (a, b) in now.items() if a != b]
     if changed:
         raise UserError(
-            f"{name}: its training cannot go on, since {'; '.join(changed)}: set it back with --set, or train again"
+            f"{name}: its training cannot go on, since {_sentence(changed)}: set it back with --set, or train again"
             " without --c"
         ) from None
+
+
+def _sentence(changed: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())

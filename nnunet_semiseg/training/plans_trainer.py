@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_args
 
 import torch
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
@@ -14,14 +19,23 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.two_streams import seed_workers
+from nnunet_semiseg.data.written_images import check_written
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import disk_errors, only_one, write_json
 from nnunet_semiseg.settings.base import TrainingSettings
-from nnunet_semiseg.settings.plans import read_settings
+from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
+from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import repeatable
+from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
 from nnunet_semiseg.training.random_state import seed_everything
 
 S = TypeVar("S", bound=TrainingSettings)
+
+LAST = ("checkpoint_latest.pth", "checkpoint_best.pth")
+SETTINGS, LOCK = "settings.json", "training.lock"
+"""in a training's folder: the settings that it was started with; who trains or validates now"""
 
 
 class PlansTrainer(nnUNetTrainer, Generic[S]):
@@ -57,11 +71,14 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         device: torch.device = torch.device("cuda"),
     ):
         # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
+        plans = with_given(plans)
         self.settings = cast(S, read_settings(self.settings_class, plans))
+        self.goes_on = plans.get("continue_training", False)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         plans = self.prepare(plans, configuration, fold, dataset_json)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with disk_errors(str(nnUNet_results)):
+            super().__init__(plans, configuration, fold, dataset_json, device)
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             setattr(self, name, getattr(self.settings, name))
         self.logger.local_logger = LossTermLogger()
@@ -124,13 +141,119 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def extend_loader(self, augmenter) -> None:
         """Change nnU-Net's training loader, in place, before its workers start."""
 
+    # ---------------------------------------------------------------------------------------------------- a training
+
+    @contextmanager
+    def alone(self, does: str) -> Iterator[None]:
+        """Keep a second process out of the training's folder, and say in one line where its disk is full.
+
+        Raises:
+            BusyError: another process is there.
+            DiskError: the folder cannot be written.
+        """
+        with disk_errors(self.output_folder):
+            if self.local_rank:
+                yield
+                return
+            Path(self.output_folder).mkdir(parents=True, exist_ok=True)
+            with only_one(Path(self.output_folder, LOCK), does):
+                yield
+
+    def run_training(self):
+        with self.alone("trains this model"):
+            for half in Path(self.output_folder).glob("*.tmp"):  # of a training that was killed
+                half.unlink(missing_ok=True)
+            super().run_training()
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        with self.alone("validates this model"), check_written(Path(self.output_folder, "validation")):
+            super().perform_actual_validation(save_probabilities)
+
+    def on_train_start(self):
+        super().on_train_start()
+        if not self.local_rank:
+            write_json(asdict(self.settings), Path(self.output_folder, SETTINGS))
+            plans = self.plans_manager
+            store_given(Path(nnUNet_preprocessed, plans.dataset_name, f"{plans.plans_name}.json"))
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        super().on_train_epoch_end(train_outputs)
+        self.end_unless_finite()
+
+    def end_unless_finite(self) -> None:
+        """End a training that learns nothing any more, before its weights take the place of the last good ones.
+
+        Called once an epoch: to look at the weights, the CPU waits for the GPU.
+
+        Raises:
+            UserError: the epoch's loss or the weights are not finite.
+        """
+        weights = (p for module in self.trained_modules() for p in module.parameters() if p.requires_grad)
+        what = what_is_not_finite(self.logger.local_logger.my_fantastic_logging, weights)
+        if what is None:
+            return
+        there = [file for file in LAST if Path(self.output_folder, file).is_file()]
+        kept = f"{there[0]} is kept" if there else "no checkpoint was written"
+        raise UserError(
+            f"{self.output_folder}: epoch {self.current_epoch}: {what}: the training ends here; {kept}: look for images"
+            " with extreme intensities, or set a smaller weight of a loss term, and train again"
+        )
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def collect_checkpoint(self) -> dict:
+        """All that a checkpoint holds."""
+        return checkpoints.collect(super().save_checkpoint)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint, written whole or not at all.
+
+        Raises:
+            DiskError: the disk is full or read-only.
+        """
+        if self.disable_checkpointing or self.local_rank:
+            return super().save_checkpoint(filename)
+        checkpoints.write(self.collect_checkpoint(), filename)
+
     def load_checkpoint(self, checkpoint: dict | str | os.PathLike) -> None:
-        """nnU-Net's; a dictionary is taken, too, as its signature says (nnU-Net 2.8.1 itself fails on one)."""
-        if not isinstance(checkpoint, dict):
-            return super().load_checkpoint(os.fspath(checkpoint))
-        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-            torch.save(checkpoint, file.name)
-            super().load_checkpoint(file.name)
+        """Go on from a checkpoint's file, or from its dictionary, as nnU-Net's signature says (2.8.1 fails on one).
+
+        Raises:
+            UserError: a damaged file; a checkpoint that does not fit; with `--c`, other settings than it was trained
+                with, unless they are accepted.
+        """
+        plans = self.plans_manager
+        command = f"nnUNetv2_train {plans.dataset_name} {self.configuration_name} {self.fold}"
+        command += f" -tr {type(self).__name__} -p {plans.plans_name} --c"
+        fix = f"remove it and run {command}, which goes on from another checkpoint or begins anew"
+        name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
+        content = checkpoints.read(checkpoint, fix)
+        self.check_checkpoint(content, name)
+        before = content.get("init_args", {}).get("plans", plans.plans)
+        changed = changed_settings(self.settings_class, before, plans.plans)
+        if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
+            checkpoints.refuse_other_settings(changed, name)
+        own = self.my_init_kwargs
+        try:
+            if isinstance(checkpoint, dict):
+                with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+                    torch.save(checkpoint, file.name)
+                    super().load_checkpoint(file.name)
+            else:
+                super().load_checkpoint(os.fspath(checkpoint))
+            self.restore(content)
+        except (RuntimeError, KeyError):
+            checkpoints.explain_other_settings(changed, name)
+            raise
+        self.my_init_kwargs = own  # nnU-Net takes the checkpoint's, with the settings of before
+        for setting, (old, new) in changed.items() if self.goes_on else ():
+            self.print_to_log_file(f"going on with another setting: {setting} was {old} and is {new}")
+
+    def check_checkpoint(self, checkpoint: dict, name: str) -> None:
+        """Raises UserError where the checkpoint is not of such a training."""
+
+    def restore(self, checkpoint: dict) -> None:
+        """Take from a checkpoint what nnU-Net does not know of."""
 
 
 def bare(module: nn.Module) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from os import PathLike
 from os.path import join
 from typing import Any, TypeVar, cast
 
@@ -23,7 +22,6 @@ from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
 from nnunet_semiseg.settings.plans import read_settings
-from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_labeled_cases
 from nnunet_semiseg.training.loss_term_logger import PREFIX
@@ -351,10 +349,11 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             raise RuntimeError(f"{type(self).__name__}.losses must yield terms of the same names in every step")
         means = torch.stack([torch.stack([o[k].float() for k in names]) for o in train_outputs]).mean(0).cpu()
         means = dict(zip(names, means.tolist(), strict=True))
-        super().on_train_epoch_end([{"loss": np.float64(means.pop("loss"))}])
+        loss = np.float64(means.pop("loss"))
         for name, value in means.items():
             self.logger.log(PREFIX + name, value, self.current_epoch)
         self.print_to_log_file("loss terms:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        super().on_train_epoch_end([{"loss": loss}])
 
     def on_train_end(self):
         super().on_train_end()
@@ -368,14 +367,15 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint with the top-level keys `teacher` (or None) and `semiseg`, written atomically.
+        self.refresh_network()
+        super().save_checkpoint(filename)
+
+    def collect_checkpoint(self) -> dict:
+        """nnU-Net's checkpoint with the top-level keys `teacher` (or None) and `semiseg`.
 
         `network_weights` holds what is deployed; where that is the teacher, `semiseg` also holds the student.
         """
-        self.refresh_network()
-        if self.disable_checkpointing:
-            return super().save_checkpoint(filename)
-        checkpoint = checkpoints.collect(super().save_checkpoint)
+        checkpoint = super().collect_checkpoint()
         teacher = None if self.teacher is None else bare(self.teacher).state_dict()
         student = None
         if teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher":
@@ -387,34 +387,24 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             "method_state": self.method_state,
             "random_state": get_random_state(),
         }
-        checkpoints.write(checkpoint, filename)
+        return checkpoint
 
-    def load_checkpoint(self, checkpoint: dict | str | PathLike) -> None:
-        """Go on from a checkpoint's file, or from its dictionary.
-
-        Raises:
-            UserError: settings changed since, so that it does not fit.
-        """
-        name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
-        content = checkpoints.read(checkpoint)
-        if "semiseg" not in content:
-            trainer = content.get("trainer_name", "another trainer")
+    def check_checkpoint(self, checkpoint: dict, name: str) -> None:
+        if "semiseg" not in checkpoint:
+            trainer = checkpoint.get("trainer_name", "another trainer")
             raise UserError(
                 f"{name}: of {trainer}, which is not semi-supervised: this training cannot go on from it; give it with"
                 " -pretrained_weights instead"
             )
-        state = content["semiseg"]
-        try:
-            super().load_checkpoint(checkpoint)
-            self.auxiliary.load_state_dict(state["auxiliary"])
-            for key in self.method_state.keys() | state["method_state"].keys():
-                self.method_state[key].copy_(state["method_state"][key])
-        except (RuntimeError, KeyError):
-            checkpoints.explain_other_settings(self.settings_class, content, self.plans_manager.plans, name)
-            raise
+
+    def restore(self, checkpoint: dict) -> None:
+        state = checkpoint["semiseg"]
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        for key in self.method_state.keys() | state["method_state"].keys():
+            self.method_state[key].copy_(state["method_state"][key])
         self.step = self.current_epoch * self.num_iterations_per_epoch
         if self.teacher is not None:
-            bare(self.teacher).load_state_dict(content["teacher"])
+            bare(self.teacher).load_state_dict(checkpoint["teacher"])
         self._resume_student = state["student"]
         self._resume_random_state = state["random_state"]
 

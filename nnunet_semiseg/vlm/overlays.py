@@ -18,6 +18,7 @@ from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import disk_errors, written_whole
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.prompts import class_names, read_prompts
@@ -90,15 +91,16 @@ def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 2
     output = Path(output)
     if output.is_file():
         raise UserError(f"-o {output}: is a file: name a folder")
-    output.mkdir(parents=True, exist_ok=True)
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     files = []
     for case in [case for case in trained.unlabeled if case in trained.texts][:n_cases]:
         image = torch.from_numpy(np.asarray(trained.data.load_case(case)[0], dtype=np.float32))
         image, texts = image[:, image.shape[1] // 2], trained.texts[case]
         files.append(output / f"{case}.png")
-        draw(image.mean(0), *trained.of(image, texts), [" / ".join(t) for t in texts.values()]).savefig(
-            files[-1], dpi=110
-        )
+        figure = draw(image.mean(0), *trained.of(image, texts), [" / ".join(t) for t in texts.values()])
+        with written_whole(files[-1]) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
     return files
 
 

@@ -6,14 +6,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, read_json, write_json, written_whole
 from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config, save_text_config
@@ -32,11 +33,11 @@ from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
-from nnunet_semiseg.vlm.text_masks import ABOUT, WEIGHTS
+from nnunet_semiseg.vlm.text_masks import ABOUT, STATE, WEIGHTS, read_state
 
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
-STATE = "training_state"
+LOCK = "training.lock"
 HARMLESS = ("num_workers", "cache_dir")
 """settings that no result depends on"""
 
@@ -96,14 +97,31 @@ def pretrain(
     except UserError as error:
         raise UserError(f"texts.json of {name}: {error}") from None
     about |= {"trained": weights != UNTRAINED, "held_out": held_out}
-    if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(model_config(base, clip), output / "open_clip_config.json")
-        if is_hf(clip.text):
-            save_text_config(clip, tokenizer, output)
-        write_json(about, output / ABOUT)
-    Pretraining(vlm, chosen, train_pairs, held_out_pairs, [texts[c] for c in held_out], output, device, rank).run()
+    with alone(output, rank):
+        if rank == 0:
+            write_json(model_config(base, clip), output / "open_clip_config.json")
+            if is_hf(clip.text):
+                save_text_config(clip, tokenizer, output)
+            write_json(about, output / ABOUT)
+        Pretraining(vlm, chosen, train_pairs, held_out_pairs, [texts[c] for c in held_out], output, device, rank).run()
     return output
+
+
+@contextmanager
+def alone(output: Path, rank: int) -> Iterator[None]:
+    """Make the folder, and keep a second pre-training out of it; torchrun's first process speaks for all.
+
+    Raises:
+        BusyError: another process pre-trains there.
+        DiskError: its disk is full or read-only.
+    """
+    with disk_errors(output):
+        if rank:
+            yield
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        with only_one(output / LOCK, "pre-trains this model"):
+            yield
 
 
 def check_goes_on(about: dict, output: Path) -> None:
@@ -175,6 +193,13 @@ class Pretraining:
         task = DistributedDataParallel(self.task, find_unused_parameters=True) if self.sampler else self.task
         while self.epoch < self.settings.num_epochs:
             means = self.train_epoch(task)
+            if not math.isfinite(means["loss"]):
+                terms = ", ".join(name for name, value in means.items() if not math.isfinite(value) and name != "loss")
+                raise UserError(
+                    f"{self.output}: epoch {self.epoch + 1}: the loss is {means['loss']} (of {terms}): the pre-training"
+                    f" ends here; what {self.epoch} epochs gave is kept: look for images with extreme intensities, or"
+                    " set a smaller learning_rate or weight of a loss term"
+                )
             self.epoch += 1
             if self.rank == 0:
                 for name, value in (means | self.evaluate()).items():
@@ -226,8 +251,9 @@ class Pretraining:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """The state comes last but one, and its description last: a kill in between leaves the epoch before."""
-        save_whole(self.task.model.state_dict(), self.output / WEIGHTS)
+        """The state; and before it, at the end of the last epoch, the model: what is not finished is none."""
+        if self.epoch == self.settings.num_epochs:
+            save_whole(self.task.model.state_dict(), self.output / WEIGHTS)
         tensors = {f"task.{k}": v for k, v in self.task.state_dict().items()}
         optimizer = self.optimizer.state_dict()
         for i, state in optimizer["state"].items():
@@ -240,16 +266,15 @@ class Pretraining:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
-        save_whole(tensors, self.output / f"{STATE}.safetensors", {"state": json.dumps(content)})
+        save_whole(tensors, self.output / STATE, {"state": json.dumps(content)})
         draw_progress(self.history, self.output / "progress.png")
 
     def load(self) -> None:
-        file = self.output / f"{STATE}.safetensors"
+        file = self.output / STATE
         if not file.is_file():
             return
+        content = read_state(self.output)
         try:
-            with safe_open(str(file), "pt") as opened:
-                content = json.loads(opened.metadata()["state"])
             tensors = load_file(file, device=str(self.device))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: cannot be read ({error}): remove {self.output} to begin anew") from None
@@ -272,9 +297,9 @@ class Pretraining:
 
 def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that appears whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
-    os.replace(temporary, file)
+    content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+    with written_whole(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def draw_progress(history: dict[str, list[float]], file: Path) -> None:
@@ -287,4 +312,5 @@ def draw_progress(history: dict[str, list[float]], file: Path) -> None:
         ax.set(title=title, xlabel="epoch")
         if ax.lines:
             ax.legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+    with written_whole(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from nnunet_semiseg.vlm.losses import one_way
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
 from nnunet_semiseg.vlm.pamr import refine
 
-ABOUT, WEIGHTS = "vlm.json", "vlm.safetensors"
+ABOUT, WEIGHTS, STATE = "vlm.json", "vlm.safetensors", "training_state.safetensors"
 RAW_SHARE = 0.3
 """of the mask before PAMR, in the final one"""
 
@@ -26,7 +27,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
     """A pre-trained model from the folder of `pretrain_vlm`, frozen and in eval mode; no internet is needed.
 
     Raises:
-        UserError: no such folder, or not of `pretrain_vlm`.
+        UserError: no such folder, not of `pretrain_vlm`, or of one that is not finished.
     """
     folder = Path(folder)
     fix = "name the folder that nnunet_semiseg pretrain_vlm made"
@@ -34,6 +35,14 @@ def load_vlm(folder: str | Path) -> AMVLM:
     if not isinstance(about, dict) or "settings" not in about:
         raise UserError(f"{folder / ABOUT}: not of a pre-training: {fix}")
     settings = about["settings"]
+    begun = (folder / STATE).is_file()
+    if begun or not (folder / WEIGHTS).is_file():
+        done, epochs = read_state(folder)["epoch"] if begun else 0, settings.get("num_epochs", 0)
+        if done < epochs:
+            raise UserError(
+                f"{folder}: the pre-training is not finished, {done} of {epochs} epochs are done: run the same"
+                " nnunet_semiseg pretrain_vlm command again, it goes on"
+            )
     try:
         clip, tokenizer = load_clip(str(folder), UNTRAINED)
     except UserError as error:
@@ -44,6 +53,20 @@ def load_vlm(folder: str | Path) -> AMVLM:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())[:200]}): {fix}") from None
     return vlm.requires_grad_(False).eval()
+
+
+def read_state(folder: Path) -> dict:
+    """What a pre-training's state says beside its tensors: `epoch`, how many are done, and more.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / STATE
+    try:
+        with safe_open(str(file), "pt") as opened:
+            return json.loads(opened.metadata()["state"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}): remove {folder} to begin anew") from None
 
 
 class UpBlock(nn.Module):

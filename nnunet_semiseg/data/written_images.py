@@ -1,0 +1,62 @@
+"""Images that were written, read back: SimpleITK does not say that the disk was full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import SimpleITK as sitk
+
+from nnunet_semiseg.data.image_problems import nifti_damage
+from nnunet_semiseg.files import disk_error
+
+LITTLE = 2**20
+"""bytes: a disk with less room is full"""
+
+
+def refuse_half_written(images: Iterable[Path]) -> None:
+    """Raises DiskError for the first image that was not written whole, and removes it."""
+    for image in images:
+        if damage := nifti_damage(image):
+            full = shutil.disk_usage(image.parent).free < LITTLE
+            image.unlink()
+            raise disk_error(image, os.strerror(errno.ENOSPC) if full else f"what was written {damage}")
+
+
+def write_image(image: sitk.Image, file: Path) -> None:
+    """Write an image, compressed.
+
+    Raises:
+        DiskError: the disk is full or read-only; no half file is left.
+    """
+    try:
+        sitk.WriteImage(image, file, useCompression=True)
+    except RuntimeError as error:
+        full = shutil.disk_usage(file.parent).free < LITTLE
+        file.unlink(missing_ok=True)
+        if not full:
+            raise
+        raise disk_error(file, os.strerror(errno.ENOSPC)) from error
+    refuse_half_written([file])
+
+
+@contextmanager
+def check_written(folder: Path) -> Iterator[None]:
+    """Read the images back that are written into a folder in this context; see `refuse_half_written`.
+
+    A half one often raises something else first, when it is read by another.
+    """
+
+    def images() -> Iterator[Path]:
+        return (file for file in sorted(folder.glob("*")) if file.is_file())
+
+    try:
+        yield
+    except Exception:
+        refuse_half_written(images())
+        raise
+    refuse_half_written(images())

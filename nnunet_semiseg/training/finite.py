@@ -1,0 +1,26 @@
+"""Whether a training still has numbers to learn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nnunet_semiseg.training.loss_term_logger import PREFIX
+
+
+def what_is_not_finite(log: Mapping[str, Sequence], weights: Iterable[Tensor]) -> str | None:
+    """What is NaN or infinite at the end of an epoch, in words; None where all is finite.
+
+    Args:
+        log: nnU-Net's, with a value an epoch: `train_losses`, and terms that begin with `loss/`.
+    """
+    loss = log["train_losses"][-1]
+    if not math.isfinite(loss):
+        bad = [k.removeprefix(PREFIX) for k, v in log.items() if k.startswith(PREFIX) and not math.isfinite(v[-1])]
+        return f"the loss is {loss}" + (f" (of {', '.join(bad)})" if bad else "")
+    if not torch.stack([w.isfinite().all() for w in weights]).all():
+        return "the weights are not finite"
+    return None
