@@ -33,7 +33,8 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, write_json
+from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, parse_assignments, update_settings
 from nnunet_semiseg.text.prompts import read_prompts
 
@@ -174,6 +175,8 @@ def plan_and_preprocess(
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
         # it asks torch for that many threads
         raise UserError(f"nnUNet_n_proc_DA=0: nnU-Net's {planner} needs 1 or more: set it to 1 while you plan")
+    if overwrite_plans_name is not None:
+        check_name("-overwrite_plans_name", overwrite_plans_name)
     plans_name = overwrite_plans_name or _default_plans_name(planner_class)
     changes = parse_assignments(settings)
     update_settings({}, changes)
@@ -187,7 +190,7 @@ def plan_and_preprocess(
     for dataset_id in dataset_ids:
         preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
         plans_file = preprocessed / f"{plans_name}.json"
-        kept = read_json(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
+        kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
 
         print("Fingerprint extraction...")
         extract_fingerprint_dataset(
@@ -241,7 +244,7 @@ def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
     file = preprocessed / f"{name}.json"
     plan_first = f"plan first with {planning_command(preprocessed.name, name)}"
     if file.is_file():
-        return read_json(file, plan_first)
+        return load_plans(file, plan_first)
     there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
     # not the copies that a comparison makes of plans, one a run
     there = [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
@@ -304,7 +307,7 @@ def write_small_split(dataset_id: int) -> None:
     cases = sorted(labeled_images(raw, read_dataset_json(raw)))
     splits_file = preprocessed / "splits_final.json"
     if splits_file.is_file():
-        folds = read_json(splits_file, "delete it")
+        folds = read_splits(splits_file, "delete it")
         if new := sorted(set(cases) - {case for fold in folds for case in (*fold["train"], *fold["val"])}):
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
             print(f"WARNING: {splits_file}: no fold has {new[0]}{more}: delete the file to have new folds")
@@ -324,7 +327,8 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
-    if ours.is_file() and theirs.is_file() and not _agree(read_json(ours, "delete it"), read_json(theirs, "fix it")):
+    both = ours.is_file() and theirs.is_file()
+    if both and not _agree(read_splits(ours, "delete it"), read_splits(theirs, "fix it")):
         raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
     if headers:
         example = next(iter(labeled.values()))[0]

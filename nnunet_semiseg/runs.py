@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, read_json, write_json
+from nnunet_semiseg.schema import load_plans, read_dataset_json
 from nnunet_semiseg.settings.plans import PLANS_KEY, update_settings
+from nnunet_semiseg.training import checkpoint as checkpoints
 
 RESOURCES = "resources.json"
 """in a run's folder: what training it took, if this package started it"""
@@ -101,12 +101,9 @@ class Run:
         """The last checkpoint; its tensors stay on the disk until they are used.
 
         Raises:
-            UserError: a damaged file.
+            UserError: a damaged file, or one that can run code.
         """
-        try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=False, mmap=True)
-        except Exception as e:  # a damaged checkpoint raises nearly anything
-            raise UserError(f"{self.checkpoint}: cannot be read ({type(e).__name__}): remove it and train on") from None
+        return checkpoints.read(self.checkpoint, "remove it and train on", mmap=True)
 
     @property
     def is_begun(self) -> bool:
@@ -127,7 +124,7 @@ class Run:
         """
         preprocessed = base_folder("nnUNet_preprocessed") / self.dataset
         fix = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
-        base = read_json(preprocessed / f"{self.base_plans}.json", fix)
+        base = load_plans(preprocessed / f"{self.base_plans}.json", fix)
         if self.num_labeled is not None and not has_settings(self.trainer):
             raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
         if self.plans != self.base_plans and not self.is_begun:
@@ -190,11 +187,11 @@ class TrainedRun:
 
     @cached_property
     def plans(self) -> dict:
-        return read_json(self.run.model_folder / "plans.json", "train this run again")
+        return load_plans(self.run.model_folder / "plans.json", "train this run again")
 
     @cached_property
     def dataset_json(self) -> dict:
-        return read_json(self.run.model_folder / "dataset.json", "train this run again")
+        return read_dataset_json(self.run.model_folder)
 
     @property
     def settings(self) -> dict:

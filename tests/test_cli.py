@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -8,6 +9,19 @@ import pytest
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
+
+
+def write_plans(dataset, name="nnUNetSemiSegPlans", **more) -> dict:
+    """Plans as short as they may be, and the `dataset.json` beside them."""
+    configuration = {
+        "data_identifier": "P", "batch_size": 2, "patch_size": [8, 8], "spacing": [1.0, 1.0], "architecture": {},
+        "normalization_schemes": ["ZScoreNormalization"],
+    }  # fmt: skip
+    plans = {"plans_name": name, "configurations": {"2d": configuration, "3d_fullres": configuration}, **more}
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    (dataset.preprocessed / f"{name}.json").write_text(json.dumps(plans))
+    shutil.copy(dataset.raw / "dataset.json", dataset.preprocessed)
+    return plans
 
 
 def error_lines(capsys, *arguments):
@@ -165,9 +179,8 @@ def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):
 
 def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
-    dataset.preprocessed.mkdir(parents=True)
+    write_plans(dataset, semiseg={"num_epochs": 9})
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
-    plans_file.write_text(json.dumps({"plans_name": "nnUNetSemiSegPlans", "semiseg": {"num_epochs": 9}}))
     called = []
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv[1:]))
     monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
@@ -198,33 +211,32 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
 
 def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
-    dataset.preprocessed.mkdir(parents=True)
-    base = {"plans_name": "P", "configurations": {"2d": {"data_identifier": "P_2d"}}}
-    (dataset.preprocessed / "P.json").write_text(json.dumps(base))
+    base = write_plans(dataset, "P")
     called = []
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv[1:]))
     monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
-    command = "train 901 2d all -p P -tr STLUNetTrainer --as off --set".split()
+    command = "train 901 2d all -p P -tr STLUNetTrainer -device cpu --as off --set".split()
     assert cli.main([*command, "mixing=off"]) == 0
-    assert called[0][-2:] == ["-p", "off"]
+    assert called[0][-4:] == ["-p", "off", "-device", "cpu"]
     assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"mixing": "off"}}
     assert dataset.plans("P") == base
     (line,) = error_lines(capsys, *command, "mixing=off")
     assert line.endswith("off.json: is there already: go on with -p off, or choose another name")
-    (line,) = error_lines(capsys, *"train 901 2d all -p P -tr STLUNetTrainer --as new --set mixin=off".split())
+    (line,) = error_lines(
+        capsys, *"train 901 2d all -p P -tr STLUNetTrainer -device cpu --as new --set mixin=off".split()
+    )
     assert "unknown setting mixin" in line and not (dataset.preprocessed / "new.json").exists()
     # a copy by hand, in which the name was forgotten
     (dataset.preprocessed / "hand.json").write_text(json.dumps(base))
-    (line,) = error_lines(capsys, *"train 901 2d all -p hand -tr STLUNetTrainer".split())
+    (line,) = error_lines(capsys, *"train 901 2d all -p hand -tr STLUNetTrainer -device cpu".split())
     assert "its plans_name is P, so that a training would replace that model" in line and len(called) == 1
 
 
 def test_a_refused_training_leaves_the_plans_as_they_were(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
-    dataset.preprocessed.mkdir(parents=True)
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
-    before = json.dumps({"plans_name": "nnUNetSemiSegPlans", "semiseg": {"num_epochs": 9}})
-    plans_file.write_text(before)
+    write_plans(dataset, semiseg={"num_epochs": 9})
+    before = plans_file.read_text()
 
     def refuse():
         assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 3}
@@ -232,7 +244,7 @@ def test_a_refused_training_leaves_the_plans_as_they_were(tiny_dataset, monkeypa
 
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", refuse)
     monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
-    command = "train 901 3d_fullres all -p nnUNetSemiSegPlans -tr MeanTeacherTrainer --set num_epochs=3"
+    command = "train 901 3d_fullres all -p nnUNetSemiSegPlans -tr MeanTeacherTrainer -device cpu --set num_epochs=3"
     assert error_lines(capsys, *command.split()) == ["error: too few"]
     assert plans_file.read_text() == before
 

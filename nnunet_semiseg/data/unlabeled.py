@@ -34,8 +34,9 @@ from nnunet_semiseg.data.image_problems import (
 )
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.schema import check, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -52,6 +53,7 @@ _CONFIGURATION_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
+MANIFEST = {"plans_hash": str, "cases": dict[str, list[list]]}
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 
@@ -141,7 +143,7 @@ def preprocess_unlabeled(
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans_file = preprocessed / f"{plans_name}.json"
     plan = f"nnunet_semiseg plan_and_preprocess -d {_number(raw.name)}"
-    plans = read_json(plans_file, f"make the plans with {plan}, or name others with -plans_name")
+    plans = load_plans(plans_file, f"make the plans with {plan}, or name others with -plans_name")
     dataset_json = read_dataset_json(raw)
     cases = find_unlabeled_cases(raw, dataset_json)
 
@@ -182,6 +184,7 @@ def load_manifest(
             fix = f"put the unlabelled images into {images}, then {fix}"
         raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
     manifest = read_json(manifest_file, fix)
+    check(manifest, MANIFEST, manifest_file, fix)
     if manifest["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
     cases: dict[str, list] = manifest["cases"]

@@ -17,9 +17,10 @@ from nnunet_semiseg.data.unlabeled import labeled_images
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json
+from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.planning import NUM_FOLDS
 from nnunet_semiseg.runs import Run
+from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY
 
 
@@ -100,7 +101,7 @@ def check_sizes(request: Request, run: Run) -> None:
     if not request.labeled:
         return
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
-    plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    plans = load_plans(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
     fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
     if None in request.labeled and fixed is not None:
         fix = "--set num_labeled=null first"
@@ -118,7 +119,7 @@ def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
     """nnU-Net's folds; before the first training those that it will draw."""
     file, cases = preprocessed / "splits_final.json", sorted(cases)
     if file.is_file() or len(cases) < NUM_FOLDS:
-        return read_json(file, "plan first with nnunet_semiseg plan_and_preprocess")
+        return read_splits(file, "plan first with nnunet_semiseg plan_and_preprocess")
     return generate_crossval_split(cases)
 
 
@@ -168,9 +169,9 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
     dataset_json = read_dataset_json(raw)
     ending = dataset_json["file_ending"]
-    plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
-    if request.configuration not in plans["configurations"]:
-        raise UserError(f"-c {request.configuration}: {request.plans} has {' and '.join(plans['configurations'])}")
+    plans = load_plans(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    file = preprocessed / f"{request.plans}.json"
+    check_configuration(plans, request.configuration, file, "plan first with nnunet_semiseg plan_and_preprocess")
     about = dataset_json["labels"], ending, PlansManager(plans).image_reader_writer_class
 
     def cases_of(folder: Path) -> dict[str, list[str]]:

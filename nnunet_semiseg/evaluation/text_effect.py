@@ -86,7 +86,7 @@ def make_variants(run: Run) -> list[Prompts]:
     Raises:
         UserError: the model has no text features.
     """
-    checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=False)
+    checkpoint = run.load_checkpoint()
     if FEATURES not in checkpoint["network_weights"]:
         raise UserError(f"{run.checkpoint}: a model without text: give one that was trained with a text-guided trainer")
     true = checkpoint["network_weights"][FEATURES].float()

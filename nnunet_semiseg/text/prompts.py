@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import read_dataset_json
+from nnunet_semiseg.schema import read_dataset_json
 
 SETTINGS_KEY = "semiseg"
 

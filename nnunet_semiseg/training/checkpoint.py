@@ -4,21 +4,77 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.plans import PLANS_KEY
 
+TRUST = "nnUNet_semiseg_trust"
+"""a variable; 1: checkpoints that can run code are loaded"""
 
-def read(checkpoint: dict | str | os.PathLike) -> dict:
-    """A checkpoint, on the CPU, from its file or as it is."""
+HARMLESS = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool")),
+    # what NumPy pickles its numbers and arrays with, by its name in NumPy 1 and in NumPy 2
+    *(
+        (function, f"numpy.{core}.multiarray.{function.__name__}")
+        for core in ("core", "_core")
+        for function in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
+    ),
+]
+"""what else may be in a checkpoint: nnU-Net's log and the states of random generators are made of these"""
+
+
+KEYS = ("network_weights", "init_args", "logging")
+
+
+def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, keys: Sequence[str] = KEYS) -> dict:
+    """A checkpoint, on the CPU, from its file or as it is; no code that a file may hold is run.
+
+    Args:
+        fix: what to do where the file is missing or damaged.
+        mmap: its tensors stay on the disk until they are used.
+        keys: of what it must hold, each a dictionary.
+
+    Raises:
+        UserError: no such file, damaged, not one of nnU-Net's, or it holds more than numbers and can run code.
+    """
     if isinstance(checkpoint, dict):
         return checkpoint
-    return torch.load(checkpoint, map_location="cpu", weights_only=False)
+    try:
+        with safe_globals(HARMLESS):
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint}: no such file: {fix}") from None
+    except Exception as e:  # a damaged checkpoint raises nearly anything
+        content = _read_trusted(checkpoint, fix, e)
+    if missing := [k for k in keys if not (isinstance(content, dict) and isinstance(content.get(k), dict))]:
+        raise UserError(f"{checkpoint}: is no checkpoint of nnU-Net's (it has no {missing[0]}): {fix}")
+    return content
+
+
+def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:
+    """A checkpoint that holds objects of other classes, if the user says that it may run code."""
+    try:
+        with safe_globals(HARMLESS):
+            unknown = get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # not to be read at all
+        unknown = []
+    if not unknown:
+        raise UserError(f"{file}: cannot be read ({type(error).__name__}): {fix}") from None
+    warning = f"{file}: holds {', '.join(unknown[:3])}, so that loading it can run code that is in it"
+    if os.environ.get(TRUST) != "1":
+        raise UserError(f"{warning}: if you trust where it comes from, export {TRUST}=1") from None
+    print(f"WARNING: {warning}")
+    return torch.load(file, map_location="cpu", weights_only=False)
 
 
 def collect(save: Callable[[Any], None]) -> dict:
@@ -30,7 +86,7 @@ def collect(save: Callable[[Any], None]) -> dict:
     buffer = io.BytesIO()
     save(buffer)
     buffer.seek(0)
-    return torch.load(buffer, map_location="cpu", weights_only=False)
+    return torch.load(buffer, map_location="cpu", weights_only=False)  # written by this process: nothing foreign
 
 
 def write(checkpoint: dict, filename: str) -> None:
@@ -39,17 +95,33 @@ def write(checkpoint: dict, filename: str) -> None:
     os.replace(filename + ".tmp", filename)
 
 
-def explain_other_settings(settings_class: type, checkpoint: dict, plans: dict, name: str) -> None:
-    """Say why a checkpoint does not fit, where settings changed since.
+@contextmanager
+def fitting(settings_class: type, checkpoint: dict, plans: dict, name: str, fix: str) -> Iterator[None]:
+    """Say why a checkpoint that is loaded here does not fit: settings changed since, or it is another model's.
 
     Args:
         plans: of the training that is to go on.
         name: of the checkpoint's file, for the message.
+        fix: what to do where no setting changed.
 
     Raises:
-        UserError: settings differ.
+        UserError: it does not fit.
     """
-    old, new = (p.get(PLANS_KEY, {}) for p in (checkpoint["init_args"]["plans"], plans))
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as e:
+        try:
+            old = checkpoint["init_args"]["plans"].get(PLANS_KEY, {})
+        except (KeyError, TypeError, AttributeError):
+            old = plans.get(PLANS_KEY, {})
+        _explain_other_settings(settings_class, old, plans.get(PLANS_KEY, {}), name)
+        what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"{name}: does not fit this training ({what}): {fix}") from None
+
+
+def _explain_other_settings(settings_class: type, old: dict, new: dict, name: str) -> None:
     now = {f.name: (old.get(f.name, f.default), new.get(f.name, f.default)) for f in fields(settings_class)}
     changed = [f"{key} was {a} and is {b}" for key, (a, b) in now.items() if a != b]
     if changed:

@@ -14,12 +14,18 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.two_streams import seed_workers
+from nnunet_semiseg.files import base_folder
+from nnunet_semiseg.schema import PLANS, check, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import read_settings
+from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import repeatable
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
 from nnunet_semiseg.training.random_state import seed_everything
+from nnunet_semiseg.training.workers import quiet_loaders, stop
+
+CHECKPOINT_FIX = "remove it, and go on from another checkpoint of its folder, or train again without --c"
 
 S = TypeVar("S", bound=TrainingSettings)
 
@@ -73,8 +79,25 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         Returns:
             The plans, or a copy with what was found in the data (`with_found`). They reach the checkpoint and the
             predictor.
+
+        Raises:
+            UserError: plans or `dataset.json` are damaged; no such configuration.
         """
+        folder = base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name"))
+        file, fix = folder / f"{plans.get('plans_name')}.json", "plan again with nnunet_semiseg plan_and_preprocess"
+        check(plans, PLANS, file, fix)
+        check_configuration(plans, configuration, file, fix)
+        check_dataset_json(dataset_json, folder / "dataset.json")
         return plans
+
+    def run_training(self):
+        """nnU-Net's; however it ends, no process and no thread of the loaders is left to print after the reason."""
+        with quiet_loaders():
+            try:
+                super().run_training()
+            finally:
+                for loader in (self.dataloader_train, self.dataloader_val):
+                    stop(loader)
 
     @property
     def bare_network(self) -> Any:
@@ -116,21 +139,33 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
-        self.extend_loader(train)
-        seed_workers(train, self.settings.seed, self.current_epoch * self.num_iterations_per_epoch)
-        next(train)  # starts the workers here, as nnU-Net does
+        try:
+            self.extend_loader(train)
+            seed_workers(train, self.settings.seed, self.current_epoch * self.num_iterations_per_epoch)
+            next(train)  # starts the workers here, as nnU-Net does
+        except BaseException:
+            stop(train)
+            stop(val)
+            raise
         return train, val
 
     def extend_loader(self, augmenter) -> None:
         """Change nnU-Net's training loader, in place, before its workers start."""
 
     def load_checkpoint(self, checkpoint: dict | str | os.PathLike) -> None:
-        """nnU-Net's; a dictionary is taken, too, as its signature says (nnU-Net 2.8.1 itself fails on one)."""
-        if not isinstance(checkpoint, dict):
-            return super().load_checkpoint(os.fspath(checkpoint))
-        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-            torch.save(checkpoint, file.name)
-            super().load_checkpoint(file.name)
+        """nnU-Net's; a dictionary is taken, too, as its signature says (nnU-Net 2.8.1 itself fails on one).
+
+        Raises:
+            UserError: the file is damaged, can run code, or is of another network.
+        """
+        name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
+        content = checkpoints.read(checkpoint, CHECKPOINT_FIX, mmap=True)  # nnU-Net itself would run what is in it
+        with checkpoints.fitting(self.settings_class, content, self.plans_manager.plans, name, CHECKPOINT_FIX):
+            if not isinstance(checkpoint, dict):
+                return super().load_checkpoint(os.fspath(checkpoint))
+            with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+                torch.save(checkpoint, file.name)
+                super().load_checkpoint(file.name)
 
 
 def bare(module: nn.Module) -> Any:

@@ -28,7 +28,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_labeled_cases
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 from nnunet_semiseg.training.passes import run_sample_by_sample
-from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
+from nnunet_semiseg.training.plans_trainer import CHECKPOINT_FIX, PlansTrainer, bare
 from nnunet_semiseg.training.random_state import get_random_state, set_random_state
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
 
@@ -87,9 +87,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         """
         if distributed.is_available() and distributed.is_initialized():
             raise UserError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
-        if configuration not in plans["configurations"]:
-            known = " or ".join(plans["configurations"])
-            raise UserError(f"plans {plans['plans_name']}: no configuration {configuration}: use {known}")
+        plans = super().prepare(plans, configuration, fold, dataset_json)
         if "previous_stage" in plans["configurations"][configuration]:
             raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
@@ -396,7 +394,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             UserError: settings changed since, so that it does not fit.
         """
         name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
-        content = checkpoints.read(checkpoint)
+        content = checkpoints.read(checkpoint, CHECKPOINT_FIX)
         if "semiseg" not in content:
             trainer = content.get("trainer_name", "another trainer")
             raise UserError(
@@ -404,19 +402,16 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
                 " -pretrained_weights instead"
             )
         state = content["semiseg"]
-        try:
+        with checkpoints.fitting(self.settings_class, content, self.plans_manager.plans, name, CHECKPOINT_FIX):
             super().load_checkpoint(checkpoint)
             self.auxiliary.load_state_dict(state["auxiliary"])
             for key in self.method_state.keys() | state["method_state"].keys():
                 self.method_state[key].copy_(state["method_state"][key])
-        except (RuntimeError, KeyError):
-            checkpoints.explain_other_settings(self.settings_class, content, self.plans_manager.plans, name)
-            raise
+            if self.teacher is not None:
+                bare(self.teacher).load_state_dict(content["teacher"])
+            self._resume_student = state["student"]
+            self._resume_random_state = state["random_state"]
         self.step = self.current_epoch * self.num_iterations_per_epoch
-        if self.teacher is not None:
-            bare(self.teacher).load_state_dict(content["teacher"])
-        self._resume_student = state["student"]
-        self._resume_random_state = state["random_state"]
 
 
 def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
