@@ -161,8 +161,9 @@ def embed_prompts(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.schema import read_dataset_json
         from nnunet_semiseg.text import prompt_learner
 
-        dataset_json = read_dataset_json(dataset_folder("nnUNet_raw", args.d))
-        if not prompt_learner.embed_prompts(dataset_json, args.model, args.pretrained, args.cache_dir, args.o):
+        raw = dataset_folder("nnUNet_raw", args.d)
+        given = args.model, args.pretrained, args.cache_dir, args.o, str(raw / "dataset.json")
+        if not prompt_learner.embed_prompts(read_dataset_json(raw), *given):
             print("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
 
     return run

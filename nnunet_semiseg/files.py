@@ -46,6 +46,15 @@ def base_folder(variable: str) -> Path:
     return Path(base).absolute()
 
 
+def folder_for(output: str | Path) -> Path:
+    """The folder that `-o` names. Raises UserError where it, or what is above it, is a file."""
+    output = Path(output).absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"-o {output}: {there} is a file: name a folder")
+    return output
+
+
 def read_json(file: Path, fix: str, kind: type = dict) -> Any:
     """The content of a JSON file: an object, or with `kind=list` a list.
 

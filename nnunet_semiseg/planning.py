@@ -321,7 +321,7 @@ def write_small_split(dataset_id: int) -> None:
 def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
-    read_prompts(dataset_json)
+    read_prompts(dataset_json, str(raw / "dataset.json"))
     unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     labeled = labeled_images(raw, dataset_json)
     if not labeled:

@@ -7,7 +7,6 @@ name. nnU-Net names its output folders after the plans, so that every run has on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from pathlib import Path
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, read_json, write_json
-from nnunet_semiseg.schema import load_plans, read_dataset_json
+from nnunet_semiseg.schema import check, load_plans, read_dataset_json
 from nnunet_semiseg.settings.plans import PLANS_KEY, update_settings
 from nnunet_semiseg.training import checkpoint as checkpoints
 
@@ -174,12 +173,16 @@ class TrainedRun:
         file = self.run.folder / RESOURCES
         if not file.is_file():
             return None
-        content = json.loads(file.read_bytes())
+        content = read_json(file, "remove it")
+        check(content, {"peak_memory_mib": float, "memory": str}, file, "remove it")
         return content["peak_memory_mib"], content["memory"]
 
     @cached_property
     def _debug(self) -> dict[str, str]:
-        return read_json(self.run.folder / "debug.json", "train this run again")
+        file, fix = self.run.folder / "debug.json", "train this run again"
+        content = read_json(file, fix)
+        check(content, {"num_epochs": str, "num_iterations_per_epoch": str}, file, fix)
+        return content
 
     @property
     def iterations(self) -> int:

@@ -262,7 +262,7 @@ def test_train_takes_every_option_of_nnunet(monkeypatch, capsys):
 
 
 def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatch):
-    tiny_dataset(size=6)
+    dataset = tiny_dataset(size=6)
     called = []
     monkeypatch.setattr(
         "nnunet_semiseg.text.prompt_learner.embed_prompts",
@@ -272,7 +272,10 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
     labels = {"background": 0, "kidney": 1, "tumour": 2}
     monkeypatch.setattr("nnunet_semiseg.demo.run_demo", lambda *args: called.append(args))
     assert cli.main("demo -o D".split()) == 0
-    assert called == [(labels, "ViT-B-32", "W.pt", "C", "F.safetensors"), ("D", "cpu")]
+    assert called == [
+        (labels, "ViT-B-32", "W.pt", "C", "F.safetensors", str(dataset.raw / "dataset.json")),
+        ("D", "cpu"),
+    ]
 
 
 def test_env_prints_the_export_line(capsys):

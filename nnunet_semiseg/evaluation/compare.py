@@ -21,6 +21,7 @@ from nnunet_semiseg.evaluation.request import (
     make_runs,
 )
 from nnunet_semiseg.evaluation.scores import evaluate
+from nnunet_semiseg.files import folder_for
 from nnunet_semiseg.runs import Run, unequal_conditions
 
 
@@ -58,7 +59,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
 
     if output is None:
         output = runs[0].model_folder.parent / "comparison" / f"{runs[0].configuration}__fold_{request.fold}"
-    output = Path(output).absolute()
+    output = folder_for(output)
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     do_all([training_job(r, request.device) for r in missing], devices, logs)

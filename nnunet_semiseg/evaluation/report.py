@@ -221,7 +221,7 @@ def run_table(results: Results) -> pd.DataFrame:
         trained = TrainedRun(run)
         memory = trained.peak_memory
         record = results.predictions[run] / RECORD
-        seconds = read_json(record, "predict again")["seconds_per_case"] if record.is_file() else np.nan
+        seconds = read_json(record, "predict again").get("seconds_per_case", np.nan) if record.is_file() else np.nan
         of_run = results.scores[(results.scores["run"] == i) & (results.scores["noise"] == 0)]
         means = of_run.groupby("case")[list(METRICS)].mean().mean()
         rows.append({

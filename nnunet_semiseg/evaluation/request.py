@@ -109,7 +109,7 @@ def check_sizes(request: Request, run: Run) -> None:
     raw = dataset_folder("nnUNet_raw", request.dataset)
     cases = labeled_images(raw, read_dataset_json(raw))
     if request.fold != "all":
-        cases = [case for case in find_splits(preprocessed, cases)[int(request.fold)]["train"] if case in cases]
+        cases = [case for case in fold_of(request, preprocessed, cases)["train"] if case in cases]
     largest = max((size for size in request.labeled if size is not None), default=0)
     if largest > len(cases):
         raise UserError(f"--labeled {largest}: fold {request.fold} of {run.dataset} has {len(cases)} labelled cases")
@@ -121,6 +121,15 @@ def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
     if file.is_file() or len(cases) < NUM_FOLDS:
         return read_splits(file, "plan first with nnunet_semiseg plan_and_preprocess")
     return generate_crossval_split(cases)
+
+
+def fold_of(request: Request, preprocessed: Path, cases: Iterable[str]) -> dict:
+    """The asked fold of `find_splits`. Raises UserError where there is none of this number."""
+    splits = find_splits(preprocessed, cases)
+    if int(request.fold) >= len(splits):
+        file = preprocessed / "splits_final.json"
+        raise UserError(f"-f {request.fold}: {file} has the folds 0 to {len(splits) - 1}: give one of them")
+    return splits[int(request.fold)]
 
 
 def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
@@ -193,10 +202,9 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             f" labelsTs, or compare a numbered fold with -f"
         )
     images = cases_of(raw / "imagesTr")
-    splits = find_splits(preprocessed, images)
-    if int(request.fold) >= len(splits) or not splits[int(request.fold)]["val"]:
+    cases = sorted(fold_of(request, preprocessed, images)["val"])
+    if not cases:
         raise UserError(f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}")
-    cases = sorted(splits[int(request.fold)]["val"])
     for case in cases:
         if case not in images:
             raise UserError(f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}")

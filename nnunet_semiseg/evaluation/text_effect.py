@@ -22,6 +22,7 @@ from nnunet_semiseg.evaluation.report import number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.scores import evaluate
 from nnunet_semiseg.evaluation.statistics import caution, differences_from
+from nnunet_semiseg.files import folder_for
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.encoder import load_text_tower
@@ -65,7 +66,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
     variants = make_variants(run)
 
-    output = Path(output).absolute() if output else run.model_folder.parent / "text_effect" / run.model_folder.name
+    output = folder_for(output) if output else run.model_folder.parent / "text_effect" / run.model_folder.name
     (output / "logs").mkdir(parents=True, exist_ok=True)
     jobs, folders = [], {}
     for variant in variants:
@@ -110,7 +111,7 @@ def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, st
         tower = load_text_tower(settings.text_model, settings.text_pretrained, settings.text_cache_dir)
     except UserError:
         return torch.zeros_like(true), "zeros, as the text encoder's weights cannot be had here"
-    empty = {name: ("",) for name in class_names(checkpoint["init_args"]["dataset_json"])}
+    empty = {name: ("",) for name in class_names(checkpoint["init_args"]["dataset_json"], str(run.checkpoint))}
     learner = PromptLearner(tower, empty, settings.n_ctx)
     with torch.no_grad():
         learner.ctx.data = context.to(learner.ctx)

@@ -21,8 +21,9 @@ from nnunetv2.run.run_training import run_training_entry
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import read_json, write_json
 from nnunet_semiseg.runs import RECORD, RESOURCES
+from nnunet_semiseg.training import checkpoint as checkpoints
 
 
 def train(words: list[str], folder: str) -> None:
@@ -31,7 +32,7 @@ def train(words: list[str], folder: str) -> None:
     run_training_entry()
     file = Path(folder, RESOURCES)
     peak, memory = _peak_memory()
-    before = json.loads(file.read_bytes())["peak_memory_mib"] if file.is_file() else 0
+    before = read_json(file, "remove it").get("peak_memory_mib", 0) if file.is_file() else 0
     write_json({"peak_memory_mib": max(peak, before), "memory": memory}, file)
 
 
@@ -60,6 +61,8 @@ def predict(
     folder.mkdir(parents=True)
     predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
     predictor.noise = noise
+    checkpoint = Path(model, f"fold_{fold}", "checkpoint_final.pth")
+    checkpoints.read(checkpoint, "remove it and train on", mmap=True)  # nnU-Net would run code that is in it
     predictor.initialize_from_trained_model_folder(model, (fold,), "checkpoint_final.pth")
     if features:
         for parameters in predictor.list_of_parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_args
 
 import torch
@@ -25,6 +26,7 @@ from nnunet_semiseg.training.passes import run_in_bfloat16
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.training.workers import quiet_loaders, stop
 
+PLAN_AGAIN = "plan again with nnunet_semiseg plan_and_preprocess"
 CHECKPOINT_FIX = "remove it, and go on from another checkpoint of its folder, or train again without --c"
 
 S = TypeVar("S", bound=TrainingSettings)
@@ -83,11 +85,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         Raises:
             UserError: plans or `dataset.json` are damaged; no such configuration.
         """
-        folder = base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name"))
-        file, fix = folder / f"{plans.get('plans_name')}.json", "plan again with nnunet_semiseg plan_and_preprocess"
+        about = Path(dataset_json_file(plans))
+        file, fix = about.with_name(f"{plans.get('plans_name')}.json"), PLAN_AGAIN
         check(plans, PLANS, file, fix)
         check_configuration(plans, configuration, file, fix)
-        check_dataset_json(dataset_json, folder / "dataset.json")
+        check_dataset_json(dataset_json, about)
         return plans
 
     def run_training(self):
@@ -166,6 +168,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             with tempfile.NamedTemporaryFile(suffix=".pth") as file:
                 torch.save(checkpoint, file.name)
                 super().load_checkpoint(file.name)
+
+
+def dataset_json_file(plans: dict) -> str:
+    """The file that a trainer's `dataset_json` is from, for messages."""
+    return str(base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name")) / "dataset.json")
 
 
 def bare(module: nn.Module) -> Any:

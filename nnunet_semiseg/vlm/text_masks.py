@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.schema import check
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
 from nnunet_semiseg.vlm.losses import one_way
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
@@ -30,10 +31,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
     """
     folder = Path(folder)
     fix = "name the folder that nnunet_semiseg pretrain_vlm made"
-    about = read_json(folder / ABOUT, fix)
-    if not isinstance(about, dict) or "settings" not in about:
-        raise UserError(f"{folder / ABOUT}: not of a pre-training: {fix}")
-    settings = about["settings"]
+    settings = read_about(folder, fix)["settings"]
     try:
         clip, tokenizer = load_clip(str(folder), UNTRAINED)
     except UserError as error:
@@ -44,6 +42,17 @@ def load_vlm(folder: str | Path) -> AMVLM:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())[:200]}): {fix}") from None
     return vlm.requires_grad_(False).eval()
+
+
+def read_about(folder: Path, fix: str) -> dict:
+    """The checked `vlm.json` of a pre-training. Raises UserError where it is missing, damaged or another file."""
+    about = read_json(folder / ABOUT, fix)
+    check(about, {"settings": dict}, folder / ABOUT, fix)
+    sizes = {"dim": int, "hidden": int, "slice_axis?": int}
+    check(about["settings"], sizes, folder / ABOUT, fix, '"settings" ')
+    if min(about["settings"]["dim"], about["settings"]["hidden"]) < 1:
+        raise UserError(f"{folder / ABOUT}: dim and hidden must be 1 or more: {fix}")
+    return about
 
 
 class UpBlock(nn.Module):
