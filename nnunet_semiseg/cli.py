@@ -477,6 +477,9 @@ def _add_conversion_arguments(parser: ArgumentParser) -> None:
         "-np", type=_at_least(0), default=_cores(8), dest="num_processes", metavar="N", help="processes"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this number and name")
+    parser.add_argument(
+        "--max-size", type=_positive, metavar="GB", help="that an archive may unpack to; default: 100 times its size"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--no_pbar", action="store_false", dest="show_progress_bar", help="no progress bar")
 

@@ -51,7 +51,7 @@ def folder_for(output: str | Path) -> Path:
     output = Path(output).absolute()
     there = next(path for path in (output, *output.parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"-o {output}: {there} is a file: name a folder")
+        raise UserError(f"{there}: is a file: name a folder with -o")
     return output
 
 

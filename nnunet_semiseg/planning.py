@@ -23,9 +23,11 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+from nnunet_semiseg.data.headers import count_channels
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.unlabeled import (
     DEFAULT_CONFIGURATIONS,
+    channel_names,
     check_headers,
     find_unlabeled_cases,
     labeled_images,
@@ -326,6 +328,13 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
+    case, images = next(iter(labeled.items()))
+    found, named = count_channels(images), len(channel_names(dataset_json))
+    if found not in (None, named):
+        raise UserError(
+            f'{raw / "dataset.json"}: "channel_names" names {named} channels, but {case} has {found}: name those that'
+            " there are, or add the missing files"
+        )
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
     both = ours.is_file() and theirs.is_file()
     if both and not _agree(read_splits(ours, "delete it"), read_splits(theirs, "fix it")):

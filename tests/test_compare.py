@@ -352,7 +352,7 @@ def test_no_test_set_and_no_validation_fold(planned, tmp_path):
     out = tmp_path / "out"
     refused(request(planned), "labelsTs: no .*, and fold all has no validation cases", out)
     refused(request(planned, fold="0", noise=[0.1]), "--noise: needs a test set", out)
-    refused(request(planned, fold="7"), "splits_final.json: no validation cases for fold 7", out)
+    refused(request(planned, fold="7"), "-f 7: .*splits_final.json has the folds 0 to 2", out)
 
 
 def test_a_reference_without_an_image_and_predictions_that_do_not_fit(planned, pretend_predicted, tmp_path):

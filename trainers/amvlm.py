@@ -41,6 +41,7 @@ from nnunet_semiseg.vlm.text_masks import (
     contrast_between_classes,
     contrast_between_images,
     load_vlm,
+    read_about,
 )
 
 

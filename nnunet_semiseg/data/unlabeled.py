@@ -23,6 +23,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnunet_semiseg.data.headers import flat_problem
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
     TAKE_OUT,
@@ -306,6 +307,8 @@ def _preprocess_case(
     class Unlabeled(configuration_manager.preprocessor_class):
         def run_case_npy(self, data, *args, **kwargs):
             problems.extend(intensity_problems(data, images, channel_names(dataset_json)))
+            if flat := flat_problem(data.shape[1:], plans):
+                problems.append(f"{images[0]}: {flat}: {TAKE_OUT}")
             if problems:
                 raise UserError(problems[0])
             missing.extend(missing_channels(data, channel_names(dataset_json)))

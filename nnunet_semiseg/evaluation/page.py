@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape as html_escape
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from nnunet_semiseg.evaluation import figures
@@ -75,9 +78,25 @@ def write(report: Report, output: Path) -> Path:
             (output / "figures").mkdir(exist_ok=True)
             (output / "figures" / name).write_bytes(content)
             markdown.append(f"![{caption}](figures/{name})")
-    (output / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    text = html_escape("\n\n".join(markdown), quote=False)  # names of cases and classes must not become tags
+    (output / "report.md").write_text(text + "\n", encoding="utf-8")
     (output / "report.html").write_text(html, encoding="utf-8")
     return output / "report.html"
+
+
+def write_csv(table: pd.DataFrame, file: Path) -> None:
+    """A table without its index; a text that a spreadsheet would run as a formula gets a quote in front."""
+    table.rename(columns=harmless).apply(lambda column: column.map(harmless)).to_csv(file, index=False)
+
+
+def harmless(cell):
+    """The cell itself, or a text that begins with = + - @ with a quote in front; `-1.5` is a number and stays one."""
+    if not (isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))):
+        return cell
+    with contextlib.suppress(ValueError):
+        float(cell)
+        return cell
+    return f"'{cell}"
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
-from nnunet_semiseg.evaluation.page import Report, Section, write
+from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
 from nnunet_semiseg.evaluation.request import Request, TestSet
 from nnunet_semiseg.evaluation.statistics import caution, differences_from, spreads
 from nnunet_semiseg.files import read_json
@@ -64,10 +64,10 @@ class Results:
 def write_report(results: Results, output: Path) -> Path:
     """The report of `compare`; `cases.csv`, `runs.csv` and `differences.csv` hold every number of it."""
     scores = tidy(results)
-    scores.to_csv(output / "cases.csv", index=False)
+    write_csv(scores, output / "cases.csv")
     clean = scores[scores["noise"] == 0]
     runs = run_table(results)
-    runs.to_csv(output / "runs.csv", index=False)
+    write_csv(runs, output / "runs.csv")
 
     request = results.request
     size = request.main_size
@@ -112,7 +112,8 @@ def write_report(results: Results, output: Path) -> Path:
     title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
     findings = [finding(baseline, table, metric) for metric, table in differences.items()]
     if differences:
-        pd.concat(differences, names=["metric", "method"]).to_csv(output / "differences.csv")
+        table = pd.concat(differences, names=["metric", "method"]).reset_index()
+        write_csv(table, output / "differences.csv")
         findings += caution(compared["case"].nunique())
     return write(Report(title, facts, sections, results.warnings, findings), output)
 

@@ -17,7 +17,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.jobs import Job, do_all, is_predicted, prediction_job
 from nnunet_semiseg.evaluation.metrics import METRICS
-from nnunet_semiseg.evaluation.page import Report, Section, write
+from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
 from nnunet_semiseg.evaluation.report import number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.scores import evaluate
@@ -148,8 +148,8 @@ def make_report(
         ])
     headers = ["prompts", "meaning", "Dice", "change (95 % interval)", "p, Holm", "voxels changed", "of the foreground"]
     cases = pd.DataFrame(changed, index=list(test_set.images))
-    cases.to_csv(output / "voxels.csv", index_label="case")
-    of_case.drop(columns="run").to_csv(output / "cases.csv", index=False)
+    write_csv(cases.rename_axis("case").reset_index(), output / "voxels.csv")
+    write_csv(of_case.drop(columns="run"), output / "cases.csv")
     sections = [
         Section("What the text changes", headers=headers, rows=rows),
         Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"), "cases")}),

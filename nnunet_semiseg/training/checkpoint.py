@@ -19,16 +19,14 @@ from nnunet_semiseg.settings.plans import PLANS_KEY
 TRUST = "nnUNet_semiseg_trust"
 """a variable; 1: checkpoints that can run code are loaded"""
 
+_NUMPY: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
+"""what NumPy pickles its numbers and arrays with; NumPy 1 and NumPy 2 call their module differently"""
+
 HARMLESS = [
     np.ndarray,
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool")),
-    # what NumPy pickles its numbers and arrays with, by its name in NumPy 1 and in NumPy 2
-    *(
-        (function, f"numpy.{core}.multiarray.{function.__name__}")
-        for core in ("core", "_core")
-        for function in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
-    ),
+    *((function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core") for function in _NUMPY),
 ]
 """what else may be in a checkpoint: nnU-Net's log and the states of random generators are made of these"""
 
