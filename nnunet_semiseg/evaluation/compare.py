@@ -54,12 +54,12 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
         if missing[0].is_trained:
             what, file = "not validated with the last checkpoint", missing[0].validation / "summary.json"
         raise UserError(f"{what}: {names} (no {file}): train with nnUNetv2_train, or add --run")
-    for r in missing:
-        r.write_plans()
-
     if output is None:
         output = runs[0].model_folder.parent / "comparison" / f"{runs[0].configuration}__fold_{request.fold}"
     output = folder_for(output)
+    for r in missing:
+        r.write_plans()
+
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     do_all([training_job(r, request.device) for r in missing], devices, logs)
