@@ -66,6 +66,8 @@ def data_files(image: Path) -> Iterator[str]:
             in_list = line.upper().startswith(b"LIST")
             if in_list:
                 continue
+        if not line:
+            continue
         name = line.decode("utf-8", "surrogateescape")
         yield name.split()[0] if "%" in name else name  # a pattern for numbered files, and their range
 
