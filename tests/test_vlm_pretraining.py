@@ -173,9 +173,17 @@ def test_a_damaged_model_is_said_to_be_one(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="vlm.safetensors: cannot be read .*: name the folder that"):
         load_vlm(folder)
-    (folder / "vlm.json").write_text("{}")
-    with pytest.raises(UserError, match='vlm.json: has no "settings": name the folder that'):
-        load_vlm(folder)
+    for content, words in (
+        ("{}", 'has no "settings"'),
+        ('{"settings": 5}', '"settings" is 5, but must be an object'),
+        ('{"settings": {"hidden": 8}}', '"settings" has no "dim"'),
+        ('{"settings": {"dim": "a", "hidden": 8}}', "\"dim\" is 'a', but must be a whole number"),
+        ('{"settings": {"dim": 0, "hidden": 8}}', "dim and hidden must be 1 or more"),
+        ("[" * 100_000, "not valid JSON"),
+    ):
+        (folder / "vlm.json").write_text(content)
+        with pytest.raises(UserError, match=f"vlm.json: .*{words}.*: name the folder that"):
+            load_vlm(folder)
 
 
 def test_a_hugging_face_text_tower_comes_back_without_what_it_was_made_of(dataset, tmp_path):
