@@ -12,6 +12,9 @@ from nnunet_semiseg.errors import UserError
 DEAD = "background workers are no longer alive"
 """what batchgenerators says of a process that was killed, or could not load a case"""
 
+THREAD = "results_loop"
+"""of batchgenerators: fails where one of its processes does, and the main thread says so, too"""
+
 
 @contextlib.contextmanager
 def quiet_loaders() -> Iterator[None]:
@@ -21,7 +24,7 @@ def quiet_loaders() -> Iterator[None]:
         UserError: one of them was killed, or failed.
     """
     before = threading.excepthook
-    threading.excepthook = lambda args: None if DEAD in str(args.exc_value) else before(args)
+    threading.excepthook = lambda args: None if THREAD in getattr(args.thread, "name", "") else before(args)
     try:
         yield
     except RuntimeError as error:
