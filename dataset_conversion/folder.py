@@ -279,7 +279,7 @@ def _mode(path: Path) -> str | None:
     try:
         with Image.open(path) as picture:
             return picture.mode
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return None  # what reads it later says why
 
 

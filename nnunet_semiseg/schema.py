@@ -43,8 +43,21 @@ PLANS: Shape = {
     "semiseg?": dict,
     "semiseg_found?": dict,
 }
+USED: Shape = {
+    "dataset_name": str,
+    "image_reader_writer": str,
+    "transpose_forward": list[int],
+    "transpose_backward": list[int],
+}
+"""of plans that are trained with"""
 CONFIGURATION: Shape = {
     "data_identifier": str,
+    "preprocessor_name": str,
+    "use_mask_for_norm": list[bool],
+    "resampling_fn_data": str,
+    "resampling_fn_data_kwargs": dict,
+    "resampling_fn_seg": str,
+    "resampling_fn_seg_kwargs": dict,
     "batch_size": int,
     "patch_size": list[int],
     "spacing": list[float],
@@ -143,6 +156,10 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
     readers = [reader.__name__ for reader in LIST_OF_IO_CLASSES]
     if content.get(READER_KEY, "None") not in (*readers, "None"):
         raise UserError(f'{file}: "{READER_KEY}" is "{content[READER_KEY]}": use {" or ".join(readers)}')
+    if isinstance(content.get("semiseg"), dict):  # another type is refused with the prompts
+        check(content["semiseg"], {"labeled_order?": list[str]}, file, DATASET_FIX, '"semiseg" ')
+    for case, entry in content.get("dataset", {}).items():
+        check(entry, {"images": list[str], "label": str}, file, DATASET_FIX, f'"dataset" {case} ')
     _check_labels(content, file)
 
 
@@ -222,6 +239,7 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
     known = plans["configurations"]
     if configuration not in known:
         raise UserError(f"{file}: no configuration {configuration}: use {' or '.join(known) or fix}")
+    check(plans, USED, file, fix)
     within = f"configuration {configuration} "
     try:
         resolved = PlansManager(plans).get_configuration(configuration).configuration

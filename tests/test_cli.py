@@ -15,8 +15,12 @@ def write_plans(dataset, name="nnUNetSemiSegPlans", **more) -> dict:
     """Plans as short as they may be, and the `dataset.json` beside them."""
     configuration = {
         "data_identifier": "P", "batch_size": 2, "patch_size": [8, 8], "spacing": [1.0, 1.0], "architecture": {},
-        "normalization_schemes": ["ZScoreNormalization"],
+        "normalization_schemes": ["ZScoreNormalization"], "preprocessor_name": "DefaultPreprocessor",
+        "use_mask_for_norm": [False], "resampling_fn_data": "f", "resampling_fn_data_kwargs": {},
+        "resampling_fn_seg": "f", "resampling_fn_seg_kwargs": {},
     }  # fmt: skip
+    used = {"dataset_name": dataset.name, "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2]}
+    more |= used | {"image_reader_writer": "SimpleITKIO"}
     plans = {"plans_name": name, "configurations": {"2d": configuration, "3d_fullres": configuration}, **more}
     dataset.preprocessed.mkdir(parents=True, exist_ok=True)
     (dataset.preprocessed / f"{name}.json").write_text(json.dumps(plans))

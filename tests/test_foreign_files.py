@@ -17,6 +17,7 @@ from training import make_trainer
 from nnunet_semiseg import archives
 from nnunet_semiseg.data import headers
 from nnunet_semiseg.data.headers import data_files, flat_problem, header_problem
+from nnunet_semiseg.dataset_conversion import h5
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
@@ -123,6 +124,28 @@ def test_a_single_slice_is_not_preprocessed(ready):
 
     with pytest.raises(UserError, match=r"un_001_0000.nii.gz: has the shape 1 x 24 x 24, a single slice"):
         preprocess_unlabeled(901, ["3d_fullres"], "nnUNetSemiSegSmallPlans", 0, show_progress_bar=False)
+
+
+def test_an_h5_file_whose_array_is_elsewhere_or_too_large(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "secret").write_bytes(b"TOPSECRET!" * 100)
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["image"] = np.ones((2, 2, 2))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["own"] = np.ones((2, 3, 4))
+        file["link"] = h5py.ExternalLink("other.h5", "image")
+        file["soft"] = h5py.SoftLink("/link")
+        file.create_dataset("raw", (10, 10, 10), "u1", external=[(str(tmp_path / "secret"), 0, 1000)])
+        layout = h5py.VirtualLayout((2, 2, 2))
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "image", (2, 2, 2))
+        file.create_virtual_dataset("virtual", layout)
+        file.create_dataset("large", (100_000,) * 3, "u1", chunks=(100,) * 3)
+    assert h5.read_h5(tmp_path / "a.h5", "own", [1]).GetSize() == (2, 3, 4)
+    for key in ("link", "soft", "raw", "virtual"):
+        with pytest.raises(UserError, match=f"a.h5: `{key}` is no array, or lies in another file"):
+            h5.read_h5(tmp_path / "a.h5", key, [1])
+    with pytest.raises(UserError, match="a.h5: `large` claims 931323 GiB"):
+        h5.read_h5(tmp_path / "a.h5", "large", [1])
 
 
 @pytest.mark.parametrize("labels, words", [(["ignore"], "no class beside"), ([""], "a name is empty")])

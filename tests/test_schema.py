@@ -14,9 +14,15 @@ DATASET = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "
 REGIONS = {"labels": {"background": 0, "both": [1, 2], "b": [2]}, "regions_class_order": [1, 2]}
 CONFIGURATION = {
     "data_identifier": "P", "batch_size": 2, "patch_size": [8, 8], "spacing": [1.0, 1], "architecture": {},
-    "normalization_schemes": ["ZScoreNormalization"],
+    "normalization_schemes": ["ZScoreNormalization"], "preprocessor_name": "DefaultPreprocessor",
+    "use_mask_for_norm": [False], "resampling_fn_data": "f", "resampling_fn_data_kwargs": {},
+    "resampling_fn_seg": "f", "resampling_fn_seg_kwargs": {},
 }  # fmt: skip
-PLANS = {"plans_name": "P", "dataset_name": "Dataset901_Tiny", "configurations": {"2d": CONFIGURATION}}
+USED = {
+    "dataset_name": "Dataset901_Tiny", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+    "image_reader_writer": "SimpleITKIO",
+}  # fmt: skip
+PLANS = {"plans_name": "P", "configurations": {"2d": CONFIGURATION}, **USED}
 
 
 def refusal(function, *args) -> str:
@@ -84,6 +90,8 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"numTraining": None}, '"numTraining" is None'),
         ({"numTraining": math.nan}, '"numTraining" is nan, but must be a whole number'),
         ({"overwrite_image_reader_writer": "MyIO"}, 'is "MyIO": use NaturalImage2DIO or SimpleITKIO'),
+        ({"semiseg": {"labeled_order": 5}}, '"semiseg" "labeled_order" is 5, but must be a list of a text'),
+        ({"dataset": {"c": {"images": "c.png"}}}, '"dataset" c "images" is'),
         (REGIONS | {"regions_class_order": None}, '"regions_class_order" is missing, but label "both" is a region'),
         (REGIONS | {"regions_class_order": [1]}, '"regions_class_order" has 1 values'),
         (REGIONS | {"regions_class_order": [1, 3]}, '"regions_class_order" has 3, which is no value'),
@@ -133,6 +141,12 @@ def test_plans_that_are_none(plans, words, tmp_path):
 def test_a_configuration_that_is_none(change, words):
     plans = PLANS | {"configurations": {"2d": CONFIGURATION | change}}
     assert words in refusal(check_configuration, plans, "2d", "P.json", "plan")
+
+
+@pytest.mark.parametrize("key", USED)
+def test_plans_that_cannot_be_trained_with(key):
+    plans = {k: v for k, v in PLANS.items() if k != key}
+    assert refusal(check_configuration, plans, "2d", "P.json", "plan") == f'P.json: has no "{key}": plan'
 
 
 def test_a_configuration_that_is_not_there():

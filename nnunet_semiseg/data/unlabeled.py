@@ -37,7 +37,7 @@ from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
-from nnunet_semiseg.schema import check, load_plans, read_dataset_json
+from nnunet_semiseg.schema import check, check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -158,6 +158,7 @@ def preprocess_unlabeled(
         raise UserError(f"-np {' '.join(map(str, processes))}: give one number, or one for each of -c")
     for configuration, n in zip(configurations, processes * len(configurations), strict=False):
         if configuration in known:
+            check_configuration(plans, configuration, plans_file, f"plan again with {plan}")
             _preprocess_configuration(
                 cases, preprocessed, plans, configuration, dataset_json, n, clean, show_progress_bar, verbose
             )
