@@ -136,7 +136,7 @@ def test_an_h5_file_whose_array_is_elsewhere_or_too_large(tmp_path):
         file["link"] = h5py.ExternalLink("other.h5", "image")
         file["soft"] = h5py.SoftLink("/link")
         file.create_dataset("raw", (10, 10, 10), "u1", external=[(str(tmp_path / "secret"), 0, 1000)])
-        layout = h5py.VirtualLayout((2, 2, 2))
+        layout = h5py.VirtualLayout((2, 2, 2), "f8")
         layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "image", (2, 2, 2))
         file.create_virtual_dataset("virtual", layout)
         file.create_dataset("large", (100_000,) * 3, "u1", chunks=(100,) * 3)
