@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import write_image
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from test_conversion import OPTIONS, convert, save
 from training import make_trainer
 
@@ -19,8 +20,10 @@ from nnunet_semiseg.data import headers
 from nnunet_semiseg.data.headers import data_files, flat_problem, header_problem
 from nnunet_semiseg.dataset_conversion import h5
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation import figures
+from nnunet_semiseg.evaluation import figures, worker
+from nnunet_semiseg.evaluation.metrics import evaluate_case
 from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
+from nnunet_semiseg.text.prompts import read_prompts
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training import checkpoint as checkpoints
@@ -273,3 +276,27 @@ def test_a_class_may_have_dollars_in_its_name():
     scores = pd.DataFrame({"method": "$m_1$", "label": ["$\\frac$", "b"], "case": "c", "dice": [0.5, 0.6]})
     svg = figures.to_svg(figures.box_plots(scores, "dice", "Dice"), "x")
     assert "$\\frac$" in svg and "$m_1$" in svg
+
+
+# ---------------------------------------------------------------------------------- messages that name their file
+
+
+def test_every_message_on_prompts_has_the_path():
+    for labels in ({"a": 1}, {"background": 0, "a": 1, "b": 1}):
+        with pytest.raises(UserError, match=r"^/x/dataset.json: "):
+            read_prompts({"labels": labels}, "/x/dataset.json")
+
+
+def test_a_damaged_checkpoint_is_named_where_it_predicts(tmp_path):
+    (tmp_path / "model" / "fold_0").mkdir(parents=True)
+    (tmp_path / "model" / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK")
+    with pytest.raises(UserError, match="fold_0/checkpoint_final.pth: cannot be read .*: remove it and train on"):
+        worker.predict(str(tmp_path / "model"), "0", [], str(tmp_path / "out"), "cpu", False, 0.0, {})
+
+
+def test_a_damaged_prediction_is_named(tmp_path):
+    for name in ("p", "r"):
+        (tmp_path / f"{name}.nii.gz").write_bytes(b"no image")
+    with pytest.raises(UserError, match="p.nii.gz: cannot be read .*: predict this case again") as refused:
+        evaluate_case(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz", {"background": 0, "a": 1}, SimpleITKIO)
+    assert "\n" not in str(refused.value)
