@@ -166,8 +166,12 @@ def _root(folder: Path) -> Path:
 def _check(folder: Path, labels: Sequence[str] | None, channels: Sequence[str]) -> None:
     if not labels:
         raise UserError(f"{folder}: what do the label values 1, 2, ... mean? Say it with --labels NAME ...")
+    if set(labels) == {"ignore"}:
+        raise UserError("--labels ignore: there is no class beside what is ignored: name one")
     for option, names in (("--labels", ["background", *labels]), ("--channels", channels)):
         for name in names:
+            if not name.strip():
+                raise UserError(f"{option}: a name is empty: give a name for each")
             if names.count(name) > 1:
                 why = "is value 0 in any case" if name == "background" else "is named twice"
                 raise UserError(f"{option}: {name} {why}: leave it out")
@@ -275,7 +279,7 @@ def _mode(path: Path) -> str | None:
     try:
         with Image.open(path) as picture:
             return picture.mode
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return None  # what reads it later says why
 
 

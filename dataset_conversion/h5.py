@@ -22,6 +22,7 @@ from nnunet_semiseg.conversion import (
     find_files,
     published_split,
 )
+from nnunet_semiseg.data.headers import total_memory
 from nnunet_semiseg.dataset_conversion import brats2019, la2018, pancreas_ct
 from nnunet_semiseg.errors import UserError
 
@@ -137,11 +138,22 @@ def find_lists(folder: Path, names: Collection[str], known: Known | None) -> tup
 
 
 def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
-    """The array `key` of a file, `image` or `label`, which is stored x y z; its spacing is in mm."""
+    """The array `key` of a file, `image` or `label`, which is stored x y z; its spacing is in mm.
+
+    Raises:
+        UserError: no such array; it lies in another file, or claims more than the memory.
+    """
     with h5py.File(path) as file:
         if key not in file:
             raise UserError(f"{path}: has no dataset `{key}`")
-        voxels = file[key][()]
+        stored = None if isinstance(file.get(key, getlink=True), h5py.ExternalLink) else file[key]
+        if not isinstance(stored, h5py.Dataset) or stored.file != file or stored.external or stored.is_virtual:
+            raise UserError(f"{path}: `{key}` is no array, or lies in another file: do not trust it")
+        memory = total_memory()
+        if memory and stored.nbytes > memory:
+            claim = f"claims {stored.nbytes / 2**30:.0f} GiB, but this machine has {memory / 2**30:.0f}"
+            raise UserError(f"{path}: `{key}` {claim}: do not trust it, or crop it elsewhere")
+        voxels = stored[()]
     image = sitk.GetImageFromArray(voxels.T)  # x y z to z y x
     image.SetSpacing([float(s) for s in spacing] * (voxels.ndim // len(spacing)))
     return image

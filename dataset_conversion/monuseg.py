@@ -61,7 +61,7 @@ def rasterise(outlines: Path, image: Path) -> sitk.Image:
             points = np.array([(float(v.get("Y")), float(v.get("X"))) for v in region.iter("Vertex")]).reshape(-1, 2)
             if len(points):  # ImageScope leaves empty regions
                 mask[polygon(*points.T, mask.shape)] = 1
-    except (ElementTree.ParseError, TypeError) as e:
+    except (ElementTree.ParseError, TypeError, ValueError) as e:
         raise UserError(f"{outlines}: no annotation of Aperio ImageScope's ({e}): download it again") from None
     label = sitk.GetImageFromArray(mask)
     label.CopyInformation(header)

@@ -5,7 +5,9 @@ What takes long to import is imported in there, so that help is quick.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import os
 import sys
 from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
@@ -22,23 +24,25 @@ Command = Callable[[Namespace], None]
 
 def plan_and_preprocess(parser: ArgumentParser) -> Command:
     """Fingerprint, plans and preprocessing of labelled and unlabelled cases."""
-    parser.add_argument("-d", type=int, nargs="+", required=True, metavar="ID", help="dataset numbers")
+    parser.add_argument("-d", type=_dataset_id, nargs="+", required=True, metavar="ID", help="dataset numbers")
     parser.add_argument(
         "-pl",
         default="ExperimentPlanner",
         metavar="PLANNER",
         help=f"default: %(default)s, nnU-Net's own, which makes {PLANS}",
     )
-    parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="default: the planner's own")
+    parser.add_argument("-gpu_memory_target", type=_positive, metavar="GB", help="default: the planner's own")
     parser.add_argument(
         "-overwrite_target_spacing",
-        type=float,
+        type=_positive,
         nargs=3,
         metavar="MM",
         help="of 3d_fullres; z y x, as in nnU-Net",
     )
     parser.add_argument("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
-    parser.add_argument("-npfp", type=int, default=_cores(8), metavar="N", help="processes for the fingerprint")
+    parser.add_argument(
+        "-npfp", type=_at_least(1), default=_cores(8), metavar="N", help="processes for the fingerprint"
+    )
     parser.add_argument("--verify_dataset_integrity", action="store_true", help="recommended, once a dataset")
     parser.add_argument("--no_pp", action="store_true", help="end with the plans")
     parser.add_argument("--labeled_only", action="store_true", help="no imagesUn is needed: for the upper bound")
@@ -71,7 +75,7 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
 
 def preprocess_unlabeled(parser: ArgumentParser) -> Command:
     """Preprocess imagesUn for plans that are there already, nnU-Net's own among them."""
-    parser.add_argument("-d", type=int, nargs="+", required=True, metavar="ID", help="dataset numbers")
+    parser.add_argument("-d", type=_dataset_id, nargs="+", required=True, metavar="ID", help="dataset numbers")
     parser.add_argument("-plans_name", default=PLANS, metavar="NAME", help="default: %(default)s")
     _add_preprocessing_arguments(parser)
 
@@ -99,15 +103,9 @@ def preprocess_unlabeled(parser: ArgumentParser) -> Command:
 
 def train(parser: ArgumentParser) -> Command:
     """What nnUNetv2_train does, and --set."""
-    names = ("dataset_name_or_id", "configuration", "fold")
-    options = {"-tr": "nnUNetTrainer", "-p": PLANS, "-pretrained_weights": None, "-num_gpus": None, "-device": None}
-    flags = ("--npz", "--c", "--val", "--val_best", "--disable_checkpointing")
-    for name in names:
-        parser.add_argument(name)
-    for option, default in options.items():
-        parser.add_argument(option, default=default, help="as in nnUNetv2_train")
-    for flag in flags:
-        parser.add_argument(flag, action="store_true", help="as in nnUNetv2_train")
+    from nnunet_semiseg.training_command import add_training_arguments
+
+    add_training_arguments(parser)
     parser.add_argument(
         "--as",
         dest="copy",
@@ -126,23 +124,25 @@ def train(parser: ArgumentParser) -> Command:
 
         from nnunet_semiseg.discovery import find_trainer
         from nnunet_semiseg.files import dataset_folder
-        from nnunet_semiseg.planning import check_name, copy_plans
+        from nnunet_semiseg.planning import check_plans_name, copy_plans
         from nnunet_semiseg.runs import Run
+        from nnunet_semiseg.schema import check_name
         from nnunet_semiseg.settings.plans import given_settings, parse_assignments, refuse_foreign, update_settings
+        from nnunet_semiseg.training_command import check_training, words
 
-        preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
-        results = dataset_folder("nnUNet_results", args.dataset_name_or_id)
         changes = parse_assignments(args.set)
         refuse_foreign(find_trainer(args.tr), changes)
         update_settings({}, changes)
+        if args.copy:
+            check_name("--as", args.copy)
+        check_training(args, args.copy)
+        preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
+        results = dataset_folder("nnUNet_results", args.dataset_name_or_id)
         plans_file = preprocessed / f"{args.p}.json"
         if args.copy:
             plans_file, args.p = copy_plans(plans_file, args.copy), args.copy
-        check_name(plans_file)
-        given = {key: getattr(args, key.lstrip("-")) for key in (*options, *flags)}
-        sys.argv = ["nnUNetv2_train", *(getattr(args, name) for name in names)]
-        sys.argv += [word for option in options if given[option] for word in (option, given[option])]
-        sys.argv += [flag for flag in flags if given[flag]]
+        check_plans_name(plans_file)
+        sys.argv = words(args)
         try:
             with given_settings(changes, args.accept_changes):  # the trainer puts them into the plans when it begins
                 run_training_entry()
@@ -159,18 +159,20 @@ def train(parser: ArgumentParser) -> Command:
 
 def embed_prompts(parser: ArgumentParser) -> Command:
     """Write a dataset's prompt embeddings to a file, for training where there is no internet."""
-    parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset number")
+    parser.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset number")
     parser.add_argument("-o", required=True, metavar="FILE", help="FILE.safetensors")
     parser.add_argument("-model", default="ViT-B-32", help="of open_clip; default: %(default)s")
     parser.add_argument("-pretrained", default="openai", help="tag or file of weights; default: %(default)s")
     parser.add_argument("-cache_dir", help="where open_clip keeps its downloads")
 
     def run(args: Namespace) -> None:
-        from nnunet_semiseg.files import dataset_folder, read_dataset_json
+        from nnunet_semiseg.files import dataset_folder
+        from nnunet_semiseg.schema import read_dataset_json
         from nnunet_semiseg.text import prompt_learner
 
-        dataset_json = read_dataset_json(dataset_folder("nnUNet_raw", args.d))
-        if not prompt_learner.embed_prompts(dataset_json, args.model, args.pretrained, args.cache_dir, args.o):
+        raw = dataset_folder("nnUNet_raw", args.d)
+        given = args.model, args.pretrained, args.cache_dir, args.o, str(raw / "dataset.json")
+        if not prompt_learner.embed_prompts(read_dataset_json(raw), *given):
             print("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
 
     return run
@@ -468,7 +470,7 @@ def _add_device_argument(parser: ArgumentParser) -> None:
 
 def _add_conversion_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-i", required=True, metavar="DOWNLOAD", help="folder, or archive (zip, tar)")
-    parser.add_argument("-d", type=_at_least(1), required=True, metavar="ID", help="dataset number")
+    parser.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset number")
     parser.add_argument(
         "--labeled", type=_labeled, metavar="N", help="number, fraction or all; default: what is published"
     )
@@ -484,6 +486,9 @@ def _add_conversion_arguments(parser: ArgumentParser) -> None:
         "-np", type=_at_least(0), default=_cores(8), dest="num_processes", metavar="N", help="processes"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this number and name")
+    parser.add_argument(
+        "--max-size", type=_positive, metavar="GB", help="that an archive may unpack to; default: 100 times its size"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--no_pbar", action="store_false", dest="show_progress_bar", help="no progress bar")
 
@@ -508,6 +513,21 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def _positive(text: str) -> float:
+    """Raises ArgumentTypeError for what is no finite number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise ArgumentTypeError(f"{text}: give a number above 0")
+
+
+def _dataset_id(text: str) -> int:
+    """Raises ArgumentTypeError for a number that nnU-Net cannot tell from others: it reads three digits."""
+    if text.isdecimal() and 1 <= int(text) <= 999:
+        return int(text)
+    raise ArgumentTypeError(f"{text}: give a number from 1 to 999")
 
 
 def _size(text: str) -> int | None:

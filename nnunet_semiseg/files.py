@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -12,13 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
+from typing import Any
 
 from filelock import SoftFileLease, Timeout
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_semiseg.errors import UserError
-
-DATASET_JSON_GUIDE = "write it as nnU-Net's documentation/dataset_format.md says"
 
 
 def dataset_folder(variable: str, dataset: int | str) -> Path:
@@ -29,12 +30,17 @@ def dataset_folder(variable: str, dataset: int | str) -> Path:
     """
     base = base_folder(variable)
     try:
-        return base / str(maybe_convert_to_dataset_name(dataset))
+        name = str(maybe_convert_to_dataset_name(dataset))
     except ValueError:
         raise UserError(f"dataset {dataset}: give its number or its name, 501 or Dataset501_LA") from None
     except RuntimeError as e:
         what = "several datasets have" if "More than one" in str(e) else "no dataset has"
         raise UserError(f"dataset {dataset}: {what} this number: look into {variable}={base}") from None
+    if not re.fullmatch(r"Dataset\d{3}_[^/\\]+", name):  # nnU-Net reads three digits: it takes 1500 for 150
+        raise UserError(
+            f"dataset {dataset}: {name} is no name like Dataset501_LA, with three digits: rename its folder"
+        )
+    return base / name
 
 
 def base_folder(variable: str) -> Path:
@@ -43,37 +49,58 @@ def base_folder(variable: str) -> Path:
     if not base:
         guide = "see nnU-Net's documentation/setting_up_paths.md"
         raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
+    if base.startswith(("~", "$", '"', "'")) or base.endswith(('"', "'")):  # nnU-Net would make a folder of this name
+        raise UserError(f"{variable}={base}: no shell has read the ~, $ or quotes: export the plain path")
     return Path(base).absolute()
 
 
-def read_json(file: Path, fix: str) -> dict:
-    """Raises UserError where the file is missing or no JSON."""
+def folder_for(output: str | Path) -> Path:
+    """The folder that `-o` names. Raises UserError where it, or what is above it, is a file."""
+    output = Path(output).absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: is a file: name a folder with -o")
+    return output
+
+
+def read_json(file: Path, fix: str, kind: type = dict) -> Any:
+    """The content of a JSON file: an object, or with `kind=list` a list.
+
+    Raises:
+        UserError: the file is missing, no JSON, not in UTF-8, has a key twice or is of another kind.
+    """
     try:
-        return json.loads(file.read_bytes())  # as bytes: always UTF-8, whatever the locale (reading DICOM changes it)
+        # as bytes: always UTF-8, whatever the locale (reading DICOM changes it)
+        content = json.loads(_utf8(file.read_bytes()), object_pairs_hook=_no_key_twice)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file: {fix}") from None
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror}): {fix}") from None
+    except RecursionError:
+        raise UserError(f"{file}: not valid JSON (too many brackets within each other): {fix}") from None
     except ValueError as e:  # no JSON, or no UTF-8
         raise UserError(f"{file}: not valid JSON ({e}): {fix}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{file}: is no JSON {'object' if kind is dict else 'list'}: {fix}")
+    return content
 
 
-def read_dataset_json(dataset: Path) -> dict:
-    """A raw dataset's `dataset.json`, with the keys that nnU-Net cannot do without.
+def _utf8(content: bytes) -> str:
+    """nnU-Net refuses what an editor on Windows may put in front of a text; so that it says why, we do, too."""
+    if content.startswith(codecs.BOM_UTF8):
+        raise ValueError("it begins with a byte order mark: save it as UTF-8 without BOM")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16: save it as UTF-8")
+    return content.decode("utf-8")
 
-    Raises:
-        UserError: missing, no JSON, or not what nnU-Net's documentation says.
-    """
-    file = dataset / "dataset.json"
-    content = read_json(file, DATASET_JSON_GUIDE)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: is no JSON object: {DATASET_JSON_GUIDE}")
-    for key in ("labels", "file_ending", "channel_names"):
-        if key not in content and not (key == "channel_names" and "modality" in content):
-            raise UserError(f'{file}: has no "{key}": {DATASET_JSON_GUIDE}')
-    for name, value in content["labels"].items():
-        if not all(isinstance(v, int) for v in (value if isinstance(value, list) else [value])):
-            raise UserError(f'{file}: label "{name}": {value!r} is no whole number: {DATASET_JSON_GUIDE}')
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict:
+    """Of two values Python would take the last one without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'"{twice}" is there twice')
     return content
 
 

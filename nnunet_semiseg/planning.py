@@ -23,9 +23,11 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+from nnunet_semiseg.data.headers import count_channels
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.unlabeled import (
     DEFAULT_CONFIGURATIONS,
+    channel_names,
     check_headers,
     find_unlabeled_cases,
     labeled_images,
@@ -33,14 +35,9 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_dataset_json, read_json, write_json
-from nnunet_semiseg.settings.plans import (
-    PLANS_KEY,
-    locked,
-    parse_assignments,
-    store_settings,
-    update_settings,
-)
+from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, write_json
+from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
+from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
 from nnunet_semiseg.text.prompts import read_prompts
 
 NUM_FOLDS = 5  # of nnU-Net's own split
@@ -180,6 +177,8 @@ def plan_and_preprocess(
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
         # it asks torch for that many threads
         raise UserError(f"nnUNet_n_proc_DA=0: nnU-Net's {planner} needs 1 or more: set it to 1 while you plan")
+    if overwrite_plans_name is not None:
+        check_name("-overwrite_plans_name", overwrite_plans_name)
     plans_name = overwrite_plans_name or _default_plans_name(planner_class)
     changes = parse_assignments(settings)
     update_settings({}, changes)
@@ -205,7 +204,7 @@ def plan_and_preprocess(
         )
         print("Experiment planning...")
         with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
-            kept = read_json(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
+            kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
             plan_experiment_dataset(
                 dataset_id,
                 planner_class,
@@ -214,7 +213,7 @@ def plan_and_preprocess(
                 overwrite_plans_name=overwrite_plans_name,
             )
             if kept:
-                write_json(update_settings(read_json(plans_file, "plan again"), kept), plans_file)
+                write_json(update_settings(load_plans(plans_file, "plan again"), kept), plans_file)
         store_settings(plans_file, changes)
         write_small_split(dataset_id)
         if preprocess:
@@ -250,7 +249,7 @@ def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
     file = preprocessed / f"{name}.json"
     plan_first = f"plan first with {planning_command(preprocessed.name, name)}"
     if file.is_file():
-        return read_json(file, plan_first)
+        return load_plans(file, plan_first)
     there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
     # not the copies that a comparison makes of plans, one a run
     there = [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
@@ -278,11 +277,11 @@ def write_settings(plans_file: Path, changes: dict) -> None:
     Raises:
         UserError: no such plans; a setting that no trainer has, or of the wrong type.
     """
-    check_name(plans_file)
+    check_plans_name(plans_file)
     store_settings(plans_file, changes)
 
 
-def check_name(plans_file: Path) -> None:
+def check_plans_name(plans_file: Path) -> None:
     """Raises UserError where there are no such plans, or where they are called otherwise within."""
     plans = read_plans(plans_file.parent, plans_file.stem)
     if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after the former
@@ -313,7 +312,7 @@ def write_small_split(dataset_id: int) -> None:
     cases = sorted(labeled_images(raw, read_dataset_json(raw)))
     splits_file = preprocessed / "splits_final.json"
     if splits_file.is_file():
-        folds = read_json(splits_file, "delete it")
+        folds = read_splits(splits_file, "delete it")
         if new := sorted(set(cases) - {case for fold in folds for case in (*fold["train"], *fold["val"])}):
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
             print(f"WARNING: {splits_file}: no fold has {new[0]}{more}: delete the file to have new folds")
@@ -327,13 +326,21 @@ def write_small_split(dataset_id: int) -> None:
 def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
-    read_prompts(dataset_json)
+    read_prompts(dataset_json, str(raw / "dataset.json"))
     unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
+    case, images = next(iter(labeled.items()))
+    found, named = count_channels(images), len(channel_names(dataset_json))
+    if found not in (None, named):
+        raise UserError(
+            f'{raw / "dataset.json"}: "channel_names" names {named} channels, but {case} has {found}: name those that'
+            " there are, or add the missing files"
+        )
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
-    if ours.is_file() and theirs.is_file() and not _agree(read_json(ours, "delete it"), read_json(theirs, "fix it")):
+    both = ours.is_file() and theirs.is_file()
+    if both and not _agree(read_splits(ours, "delete it"), read_splits(theirs, "fix it")):
         raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
     if headers:
         example = next(iter(labeled.values()))[0]

@@ -7,7 +7,6 @@ name. nnU-Net names its output folders after the plans, so that every run has on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from pathlib import Path
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, read_json, write_json
+from nnunet_semiseg.schema import check, load_plans, read_dataset_json
 from nnunet_semiseg.settings.plans import locked, settings_of, update_settings
 from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.plans_trainer import SETTINGS
@@ -108,7 +108,7 @@ class Run:
         """The last checkpoint; its tensors stay on the disk until they are used.
 
         Raises:
-            UserError: a damaged file.
+            UserError: a damaged file, or one that can run code.
         """
         command = (
             f"nnUNetv2_train {self.dataset} {self.configuration} {self.fold} -tr {self.trainer} -p {self.plans} --c"
@@ -142,7 +142,7 @@ class Run:
         if self.plans == self.base_plans or self.is_begun:
             return
         changes = {"seed": self.seed, "num_labeled": self.num_labeled}
-        base = read_json(self._plans_file(self.base_plans), PLAN_FIRST)
+        base = load_plans(self._plans_file(self.base_plans), PLAN_FIRST)
         plans = update_settings(base, {key: value for key, value in changes.items() if value is not None})
         with locked(self._plans_file(self.plans)):
             write_json({**plans, "plans_name": self.plans}, self._plans_file(self.plans))
@@ -192,12 +192,16 @@ class TrainedRun:
         file = self.run.folder / RESOURCES
         if not file.is_file():
             return None
-        content = json.loads(file.read_bytes())
+        content = read_json(file, "remove it")
+        check(content, {"peak_memory_mib": float, "memory": str}, file, "remove it")
         return content["peak_memory_mib"], content["memory"]
 
     @cached_property
     def _debug(self) -> dict[str, str]:
-        return read_json(self.run.folder / "debug.json", "train this run again")
+        file, fix = self.run.folder / "debug.json", "train this run again"
+        content = read_json(file, fix)
+        check(content, {"num_epochs": str, "num_iterations_per_epoch": str}, file, fix)
+        return content
 
     @property
     def iterations(self) -> int:
@@ -205,11 +209,11 @@ class TrainedRun:
 
     @cached_property
     def plans(self) -> dict:
-        return read_json(self.run.model_folder / "plans.json", "train this run again")
+        return load_plans(self.run.model_folder / "plans.json", "train this run again")
 
     @cached_property
     def dataset_json(self) -> dict:
-        return read_json(self.run.model_folder / "dataset.json", "train this run again")
+        return read_dataset_json(self.run.model_folder)
 
     @property
     def settings(self) -> dict:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -10,6 +11,23 @@ import pytest
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.plans import GIVEN, store_given, store_settings, with_given
+
+
+def write_plans(dataset, name="nnUNetSemiSegPlans", **more) -> dict:
+    """Plans as short as they may be, and the `dataset.json` beside them."""
+    configuration = {
+        "data_identifier": "P", "batch_size": 2, "patch_size": [8, 8], "spacing": [1.0, 1.0], "architecture": {},
+        "normalization_schemes": ["ZScoreNormalization"], "preprocessor_name": "DefaultPreprocessor",
+        "use_mask_for_norm": [False], "resampling_fn_data": "f", "resampling_fn_data_kwargs": {},
+        "resampling_fn_seg": "f", "resampling_fn_seg_kwargs": {},
+    }  # fmt: skip
+    used = {"dataset_name": dataset.name, "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2]}
+    more |= used | {"image_reader_writer": "SimpleITKIO"}
+    plans = {"plans_name": name, "configurations": {"2d": configuration, "3d_fullres": configuration}, **more}
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    (dataset.preprocessed / f"{name}.json").write_text(json.dumps(plans))
+    shutil.copy(dataset.raw / "dataset.json", dataset.preprocessed)
+    return plans
 
 
 def error_lines(capsys, *arguments):
@@ -180,9 +198,8 @@ def pretend_training(monkeypatch, plans_file) -> list[list[str]]:
 
 def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
-    dataset.preprocessed.mkdir(parents=True)
+    write_plans(dataset, semiseg={"num_epochs": 9})
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
-    plans_file.write_text(json.dumps({"plans_name": "nnUNetSemiSegPlans", "semiseg": {"num_epochs": 9}}))
     called = pretend_training(monkeypatch, plans_file)
     command = "train -device cpu 901 3d_fullres all -p nnUNetSemiSegPlans -tr SupervisedTrainer --npz --c"
     assert cli.main([*command.split(), "--set", "num_epochs=3", "num_iterations_per_epoch=7"]) == 0
@@ -211,31 +228,29 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
 
 def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
-    dataset.preprocessed.mkdir(parents=True)
-    base = {"plans_name": "P", "configurations": {"2d": {"data_identifier": "P_2d"}}}
-    (dataset.preprocessed / "P.json").write_text(json.dumps(base))
+    base = write_plans(dataset, "P")
     called = pretend_training(monkeypatch, dataset.preprocessed / "off.json")
-    command = "train 901 2d all -p P -tr STLUNetTrainer --as off --set".split()
+    command = "train 901 2d all -p P -tr STLUNetTrainer -device cpu --as off --set".split()
     assert cli.main([*command, "mixing=off"]) == 0
-    assert called[0][-2:] == ["-p", "off"]
+    assert called[0][-4:] == ["-p", "off", "-device", "cpu"]
     assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"mixing": "off"}}
     assert dataset.plans("P") == base
     (line,) = error_lines(capsys, *command, "mixing=off")
     assert line.endswith("off.json: is there already: go on with -p off, or choose another name")
-    (line,) = error_lines(capsys, *"train 901 2d all -p P -tr STLUNetTrainer --as new --set mixin=off".split())
+    (line,) = error_lines(
+        capsys, *"train 901 2d all -p P -tr STLUNetTrainer -device cpu --as new --set mixin=off".split()
+    )
     assert "unknown setting mixin" in line and not (dataset.preprocessed / "new.json").exists()
     # a copy by hand, in which the name was forgotten
     (dataset.preprocessed / "hand.json").write_text(json.dumps(base))
-    (line,) = error_lines(capsys, *"train 901 2d all -p hand -tr STLUNetTrainer".split())
+    (line,) = error_lines(capsys, *"train 901 2d all -p hand -tr STLUNetTrainer -device cpu".split())
     assert "its plans_name is P, so that a training would replace that model" in line and len(called) == 1
 
 
 def test_a_refused_training_leaves_the_plans_as_they_are(tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6)
-    dataset.preprocessed.mkdir(parents=True)
     plans_file = dataset.preprocessed / "nnUNetSemiSegPlans.json"
-    before = json.dumps({"plans_name": "nnUNetSemiSegPlans", "semiseg": {"num_epochs": 9}})
-    plans_file.write_text(before)
+    write_plans(dataset, semiseg={"num_epochs": 9})
 
     def refuse():
         plans = json.loads(plans_file.read_text())
@@ -246,7 +261,7 @@ def test_a_refused_training_leaves_the_plans_as_they_are(tiny_dataset, monkeypat
 
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", refuse)
     monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
-    command = "train 901 3d_fullres all -p nnUNetSemiSegPlans -tr MeanTeacherTrainer --set num_epochs=3"
+    command = "train 901 3d_fullres all -p nnUNetSemiSegPlans -tr MeanTeacherTrainer -device cpu --set num_epochs=3"
     assert error_lines(capsys, *command.split()) == ["error: too few"]
     assert json.loads(plans_file.read_text())["semiseg"] == {"num_epochs": 9, "seed": 3}
     assert GIVEN not in os.environ
@@ -265,7 +280,7 @@ def test_train_takes_every_option_of_nnunet(monkeypatch, capsys):
 
 
 def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatch):
-    tiny_dataset(size=6)
+    dataset = tiny_dataset(size=6)
     called = []
     monkeypatch.setattr(
         "nnunet_semiseg.text.prompt_learner.embed_prompts",
@@ -275,7 +290,10 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
     labels = {"background": 0, "kidney": 1, "tumour": 2}
     monkeypatch.setattr("nnunet_semiseg.demo.run_demo", lambda *args: called.append(args))
     assert cli.main("demo -o D".split()) == 0
-    assert called == [(labels, "ViT-B-32", "W.pt", "C", "F.safetensors"), ("D", "cpu")]
+    assert called == [
+        (labels, "ViT-B-32", "W.pt", "C", "F.safetensors", str(dataset.raw / "dataset.json")),
+        ("D", "cpu"),
+    ]
 
 
 def test_env_prints_the_export_line(capsys):

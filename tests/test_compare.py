@@ -55,7 +55,7 @@ def pretend_trained(run: Run, iterations=6, dice=0.5, **configuration) -> None:
     log = {"train_losses": [2.0, 1.0, 0.5], "val_losses": [2.0, 1.5, 1.0], "mean_fg_dice": [0, dice, dice]}
     log |= {"ema_fg_dice": [0, dice, dice], "epoch_start_timestamps": [0, 1800, 5400]}
     log |= {"epoch_end_timestamps": [1800, 3600, 7200], "loss/consistency": [0.1, 0.2, 0.3]}
-    torch.save({"network_weights": {"w": torch.zeros(5, 2)}, "logging": log}, run.checkpoint)
+    torch.save({"network_weights": {"w": torch.zeros(5, 2)}, "logging": log, "init_args": {}}, run.checkpoint)
 
 
 def pretend_validated(run: Run, dataset, cases: list[str]) -> None:
@@ -368,7 +368,10 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     write_json(fixed | {"plans_name": "Fixed"}, planned.preprocessed / "Fixed.json")
     refused(request(planned, labeled=[1, None], plans="Fixed"), "--labeled all: the plans Fixed say num_labeled=2", out)
     refused(request(planned, fold="first"), "-f first: give the number of a fold, or all", out)
-    refused(request(planned, configuration="3d_lowres"), "-c 3d_lowres: nnUNetSemiSegSmallPlans has", out)
+    refused(request(planned, labeled=[2], fold="99"), "-f 99: .*splits_final.json has the folds 0 to 2", out, run=True)
+    (tmp_path / "file").touch()
+    refused(request(planned), "/file: is a file: name a folder with -o", tmp_path / "file" / "below", run=True)
+    refused(request(planned, configuration="3d_lowres"), "no configuration 3d_lowres: use 2d or 3d_fullres", out)
     refused(request(planned, plans="Mine"), "Mine.json: no such file", out)
     unknown = Request(dataset=77, configuration="2d", fold="0", trainers=TRAINERS)
     refused(unknown, "dataset 77: no dataset has this number", out)
@@ -393,7 +396,7 @@ def test_no_test_set_and_no_validation_fold(planned, tmp_path):
     out = tmp_path / "out"
     refused(request(planned), "labelsTs: no .*, and fold all has no validation cases", out)
     refused(request(planned, fold="0", noise=[0.1]), "--noise: needs a test set", out)
-    refused(request(planned, fold="7"), "splits_final.json: no validation cases for fold 7", out)
+    refused(request(planned, fold="7"), "-f 7: .*splits_final.json has the folds 0 to 2", out)
 
 
 def test_a_reference_without_an_image_and_predictions_that_do_not_fit(planned, pretend_predicted, tmp_path):

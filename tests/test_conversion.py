@@ -503,7 +503,8 @@ def kill_worker(*_):
         ("--labeled 1.5", "1.5: give a number of cases"),
         ("--labeled few", "few: give a number of cases"),
         ("-np -1", "-1: give a whole number, 0 or more"),
-        ("-d 0", "0: give a whole number, 1 or more"),
+        ("-d 0", "0: give a number from 1 to 999"),
+        ("-d 1000", "1000: give a number from 1 to 999"),
     ],
 )
 def test_numbers_that_are_none(words, message, capsys):
@@ -757,7 +758,7 @@ def test_names_that_make_no_sense(options, words, download):
 @pytest.mark.parametrize(
     "split, words",
     [
-        ([{"train": ["c0"], "val": []}], 'split.json: write {"train"'),
+        ([{"train": ["c0"], "val": []}], 'split.json: is no JSON object: write {"train"'),
         ({"val": ["c0"]}, 'split.json: write {"train"'),
         ({"train": ["c0"], "tset": ["c1"]}, 'split.json: write {"train"'),
         ({"train": ["c0", "c1.nii.gz"]}, "split.json: train: there is no case c1.nii.gz: did you mean c1"),

@@ -666,6 +666,16 @@ def test_monuseg_polygons(tmp_path):
     assert np.array_equal(read(raw / "labelsTs" / "TCGA-T1.tif"), expected)
 
 
+def test_a_vertex_that_is_no_number(tmp_path):
+    from nnunet_semiseg.dataset_conversion.monuseg import rasterise
+
+    monuseg(tmp_path)
+    image = next(tmp_path.rglob("TCGA-T1.tif"))
+    image.with_suffix(".xml").write_text(XML.format('<Region><Vertices><Vertex X="a" Y="1"/></Vertices></Region>'))
+    with pytest.raises(ValueError, match="TCGA-T1.xml: no annotation of Aperio ImageScope's"):
+        rasterise(image.with_suffix(".xml"), image)
+
+
 def test_hecktor_pet_is_on_the_grid_of_the_ct(tmp_path):
     download = tmp_path / "download"
     hecktor_(download)

@@ -287,7 +287,9 @@ def test_plans_that_are_missing(tiny_dataset):
         (dataset.preprocessed / f"{name}.json").write_text(json.dumps({"plans_name": name}))
     there = "no such plans; there are Mine, nnUNetPlans: choose with -plans_name; or"
     assert refusal("nnUNetFoo", option="-plans_name") == f"{there} {plan} -overwrite_plans_name nnUNetFoo"
-    assert read_plans(dataset.preprocessed, "Mine") == {"plans_name": "Mine"}
+    mine = {"plans_name": "Mine", "configurations": {}}
+    (dataset.preprocessed / "Mine.json").write_text(json.dumps(mine))
+    assert read_plans(dataset.preprocessed, "Mine") == mine
 
 
 def test_regions_two_channels_and_other_names(tiny_dataset):
@@ -385,7 +387,11 @@ def test_a_published_split_is_copied_and_never_contradicted(tiny_dataset):
         (lambda d: (d.raw / "dataset.json").write_bytes(b'{"a": "\xe9"}'), {}, "dataset.json: not valid JSON"),
         (lambda d: (d.raw / "dataset.json").write_text("[1]"), {}, "dataset.json: is no JSON object"),
         (lambda d: (d.raw / "dataset.json").write_text('{"labels": {}}'), {}, 'dataset.json: has no "file_ending"'),
-        (lambda d: d.update_dataset_json(labels={"background": 0, "a": "one"}), {}, "label \"a\": 'one' is no whole"),
+        (
+            lambda d: d.update_dataset_json(labels={"background": 0, "a": "one"}),
+            {},
+            '"labels": "a" is .one., but must be a whole number',
+        ),
         (lambda d: shutil.rmtree(d.raw / "imagesUn"), {}, "imagesUn: no such folder"),
         (lambda d: d.update_dataset_json(semiseg={"prompts": {"liver": ["the liver"]}}), {}, "liver"),
         (

@@ -213,9 +213,17 @@ def test_a_damaged_model_is_said_to_be_one(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="vlm.safetensors: cannot be read .*: name the folder that"):
         load_vlm(folder)
-    (folder / "vlm.json").write_text("{}")
-    with pytest.raises(UserError, match="vlm.json: not of a pre-training: name the folder that"):
-        load_vlm(folder)
+    for content, words in (
+        ("{}", 'has no "settings"'),
+        ('{"settings": 5}', '"settings" is 5, but must be an object'),
+        ('{"settings": {"hidden": 8}}', '"settings" has no "dim"'),
+        ('{"settings": {"dim": "a", "hidden": 8}}', "\"dim\" is 'a', but must be a whole number"),
+        ('{"settings": {"dim": 0, "hidden": 8}}', "dim and hidden must be 1 or more"),
+        ("[" * 100_000, "not valid JSON"),
+    ):
+        (folder / "vlm.json").write_text(content)
+        with pytest.raises(UserError, match=f"vlm.json: .*{words}.*: name the folder that"):
+            load_vlm(folder)
 
 
 def test_a_hugging_face_text_tower_comes_back_without_what_it_was_made_of(dataset, tmp_path):
@@ -409,7 +417,7 @@ def test_wrong_use_is_one_line_before_anything_is_written(dataset, towers, tmp_p
     for words, expected in (
         (["--model", f"{towers}:none", "--set", "batch_sise=2"], "batch_sise"),
         (["--model", f"{towers}:none", "--set", "batch_size=64"], "9 pairs are too few for batches of 64"),
-        (["--model", f"{towers}:none", "-c", "3d_fullres"], "-c 3d_fullres: nnUNetSemiSegSmallPlans has 2d"),
+        (["--model", f"{towers}:none", "-c", "3d_fullres"], "no configuration 3d_fullres: use 2d"),
         (["--model", "ViT-B-33:openai"], "--model ViT-B-33"),
         (["--model", str(tmp_path)], "the folder has no open_clip_config.json"),
         (["--model", f"{towers}:none", "--set", "dim=5"], "setting dim=5: must be even"),

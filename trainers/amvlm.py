@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import read_json
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.settings.base import TeacherSettings, require
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.plans_trainer import dataset_json_file
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.vlm.sides import (
     HORIZONTAL,
@@ -37,11 +37,11 @@ from nnunet_semiseg.vlm.sides import (
     named_sides,
 )
 from nnunet_semiseg.vlm.text_masks import (
-    ABOUT,
     TextMaskGenerator,
     contrast_between_classes,
     contrast_between_images,
     load_vlm,
+    read_about,
 )
 
 
@@ -128,12 +128,12 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
                 " --set vlm=FOLDER"
             )
         check_prompts_are_current(plans["dataset_name"], dataset_json)
-        self.prompts = list(read_prompts(dataset_json).values())
+        self.prompts = list(read_prompts(dataset_json, dataset_json_file(plans)).values())
         self.case_texts = self.read_case_texts(plans, configuration)
         self.vlm = load_vlm(self.settings.vlm)
         texts = list(self.case_texts.values() if self.case_texts else chain(*self.prompts))
         n_dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
-        axis = read_json(Path(self.settings.vlm) / ABOUT, "")["settings"].get("slice_axis", 0)
+        axis = read_about(Path(self.settings.vlm), "pre-train again")["settings"].get("slice_axis", 0)
         if n_dims == 3 and axis != 0:
             raise UserError(
                 f"setting vlm={self.settings.vlm}: was pre-trained on slices across axis {axis}, and text masks are of"

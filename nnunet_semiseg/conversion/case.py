@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 from nnunet_semiseg.conversion.description import About, Case, Crop, Read
 from nnunet_semiseg.conversion.readers import one_channel
+from nnunet_semiseg.data.headers import header_problem
 from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
@@ -51,7 +52,7 @@ def _convert_case(
     case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path, staging: Path
 ) -> None:
     # the label of an unlabelled case is not opened, unless the user has asked for a crop round it
-    notes = _write_case(case, subset, about, crop, staging)
+    notes = _write_case(case, subset, about, crop, folder, staging)
     for file in staging.rglob(f"*{about.file_ending}"):
         os.replace(file, target / file.parent.name / file.name)
     labels = () if case.label is None or subset == "Un" else (case.label,)
@@ -62,9 +63,9 @@ def _convert_case(
     write_json({"sources": sources, "notes": notes}, target / STATE / f"case_{case.name}.json")
 
 
-def _write_case(case: Case, subset: str, about: About, crop: Crop | None, staging: Path) -> list[str]:
+def _write_case(case: Case, subset: str, about: About, crop: Crop | None, root: Path, staging: Path) -> list[str]:
     notes: list[str] = []
-    images = [_load(image, notes) for image in case.images]
+    images = [_load(image, notes, root) for image in case.images]
     channels = sum(image.GetNumberOfComponentsPerPixel() for image in images)
     if channels != len(about.channels):
         expected = f"{len(about.channels)} ({', '.join(about.channels)})"
@@ -78,7 +79,7 @@ def _write_case(case: Case, subset: str, about: About, crop: Crop | None, stagin
     if case.label is None and subset == "Tr":
         raise UserError("has no label, which a labelled case needs")
     if case.label is not None and (subset != "Un" or crop):
-        given = _load(case.label, notes)
+        given = _load(case.label, notes, root)
         label = one_channel(given, _name(case.label))
         if difference := geometry_difference(label, images[0]):
             raise UserError(f"{_name(case.label)}: {difference} in {_name(case.images[0])}")
@@ -97,11 +98,11 @@ def _write_case(case: Case, subset: str, about: About, crop: Crop | None, stagin
     return notes
 
 
-def _load(source: Path | Read, notes: list[str]) -> sitk.Image:
+def _load(source: Path | Read, notes: list[str], root: Path) -> sitk.Image:
     for path in source.paths if isinstance(source, Read) else (source,):
         if not path.exists():
             raise UserError(f"{path}: missing")
-        if path.is_file() and (damage := nifti_damage(path)):
+        if path.is_file() and (damage := header_problem(path, root) or nifti_damage(path)):
             raise UserError(f"{path}: {damage}")
     try:
         loaded = (

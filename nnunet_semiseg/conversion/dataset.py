@@ -38,6 +38,7 @@ def convert_dataset(
     num_processes: int = 8,
     overwrite: bool = False,
     dry_run: bool = False,
+    max_size: float | None = None,
     show_progress_bar: bool = True,
     **options,
 ) -> Path:
@@ -53,6 +54,7 @@ def convert_dataset(
         num_processes: 0 works in this process; a script that asks for more needs `if __name__ == "__main__":`.
         overwrite: begin anew where there is such a dataset.
         dry_run: say what would be done, write nothing.
+        max_size: in GB, what an archive may unpack to; None: `archives.RATIO` times its size.
 
     Returns:
         The dataset's folder.
@@ -66,13 +68,15 @@ def convert_dataset(
     with contextlib.ExitStack() as stack:
         folder, raw = source, base_folder("nnUNet_raw")
         try:
-            raw.mkdir(parents=True, exist_ok=True)
+            if not dry_run:
+                raw.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to a folder") from None
+        place = next(path for path in (raw, *raw.parents) if path.is_dir())
         if not dry_run:
             stack.enter_context(only_one(raw / f".Dataset{dataset_id:03d}.lock", f"converts to dataset {dataset_id}"))
         if source.is_file() and source.name.lower().endswith(ARCHIVES):
-            folder = stack.enter_context(unpacked(source, raw, f"for_{dataset_id}"))
+            folder = stack.enter_context(unpacked(source, place, f"for_{dataset_id}", max_size and max_size * 1e9))
         elif not source.is_dir():
             kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
             raise UserError(f"{source}: {kind}: give the download with -i")

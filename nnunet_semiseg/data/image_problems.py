@@ -13,12 +13,17 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_semiseg.data.headers import header_problem
+
 IMAGES_FOLDER = "imagesUn"
 TAKE_OUT = f"replace the image or take its case out of {IMAGES_FOLDER}"
 
 
 def header_problems(images: list[str], reader: type) -> list[str]:
     """Headers that cannot be read, and channels whose geometry differs from the first one's."""
+    found = [(image, header_problem(Path(image), Path(image).parent)) for image in images]
+    if wrong := [f"{image}: {problem}; {TAKE_OUT}" for image, problem in found if problem]:
+        return wrong
     if not issubclass(reader, SimpleITKIO):
         return []  # the other readers compare channels themselves
     headers, problems = {}, []

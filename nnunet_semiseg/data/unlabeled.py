@@ -23,6 +23,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnunet_semiseg.data.headers import flat_problem
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
     TAKE_OUT,
@@ -34,8 +35,9 @@ from nnunet_semiseg.data.image_problems import (
 )
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, only_one, read_dataset_json, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, only_one, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.schema import check, check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -52,6 +54,7 @@ _CONFIGURATION_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
+MANIFEST = {"plans_hash": str, "cases": dict[str, list[list]]}
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 
@@ -141,7 +144,7 @@ def preprocess_unlabeled(
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans_file = preprocessed / f"{plans_name}.json"
     plan = f"nnunet_semiseg plan_and_preprocess -d {_number(raw.name)}"
-    plans = read_json(plans_file, f"make the plans with {plan}, or name others with -plans_name")
+    plans = load_plans(plans_file, f"make the plans with {plan}, or name others with -plans_name")
     dataset_json = read_dataset_json(raw)
     cases = find_unlabeled_cases(raw, dataset_json)
 
@@ -155,6 +158,7 @@ def preprocess_unlabeled(
         raise UserError(f"-np {' '.join(map(str, processes))}: give one number, or one for each of -c")
     for configuration, n in zip(configurations, processes * len(configurations), strict=False):
         if configuration in known:
+            check_configuration(plans, configuration, plans_file, f"plan again with {plan}")
             folder, _ = _output(preprocessed, plans, configuration)
             with only_one(folder.with_name(f"{folder.name}.lock"), "preprocesses these unlabelled cases"):
                 _preprocess_configuration(
@@ -184,6 +188,7 @@ def load_manifest(
             fix = f"put the unlabelled images into {images}, then {fix}"
         raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
     manifest = read_json(manifest_file, fix)
+    check(manifest, MANIFEST, manifest_file, fix)
     if manifest["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
     cases: dict[str, list] = manifest["cases"]
@@ -305,6 +310,8 @@ def _preprocess_case(
     class Unlabeled(configuration_manager.preprocessor_class):
         def run_case_npy(self, data, *args, **kwargs):
             problems.extend(intensity_problems(data, images, channel_names(dataset_json)))
+            if flat := flat_problem(data.shape[1:], plans):
+                problems.append(f"{images[0]}: {flat}: {TAKE_OUT}")
             if problems:
                 raise UserError(problems[0])
             missing.extend(missing_channels(data, channel_names(dataset_json)))

@@ -20,6 +20,7 @@ from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, read_json, write_json
 from nnunet_semiseg.runs import Run
+from nnunet_semiseg.schema import load_plans, read_dataset_json
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
 from nnunet_semiseg.settings.plans import FOUND_KEY, PLANS_KEY, parse_assignments, settings_from
 from nnunet_semiseg.training import checkpoint as checkpoints
@@ -129,7 +130,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     """
     check_device(device)
     predictor = load_predictor(run)
-    plans = read_json(run.model_folder / "plans.json", "train this model again")
+    plans = load_plans(run.model_folder / "plans.json", "train this model again")
     plans = with_settings(plans, parse_assignments(settings)) | {"plans_name": f"{run.plans}_from_{run.trainer}"}
     digest = hashlib.sha256(run.checkpoint.read_bytes()).hexdigest()
     origin = {"checkpoint": digest, "settings": plans[PLANS_KEY]}
@@ -147,7 +148,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     if device == "cuda":  # as nnU-Net's training command does
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
-    dataset_json = read_json(run.model_folder / "dataset.json", "train this model again")
+    dataset_json = read_dataset_json(run.model_folder)
     fold = run.fold if run.fold == "all" else int(run.fold)
     # the trainer asks for them, too, but a refusal should name the plans that there are
     load_manifest(dataset_folder("nnUNet_preprocessed", run.dataset), plans | {"plans_name": run.plans},
@@ -210,7 +211,7 @@ def publish(trained: Path, stock: Path) -> None:
         for name in ("dataset.json", "dataset_fingerprint.json"):
             if (trained.parent / name).is_file():
                 shutil.copy(trained.parent / name, stock)
-        plans = read_json(trained.parent / "plans.json", "distil again")
+        plans = load_plans(trained.parent / "plans.json", "distil again")
         write_json(without_settings(plans), stock / "plans.json")
         checkpoint = checkpoints.read(trained / "checkpoint_final.pth", f"remove {trained} to distil again")
         checkpoint = {key: checkpoint[key] for key in STOCK_KEYS} | {"trainer_name": STOCK_TRAINER}

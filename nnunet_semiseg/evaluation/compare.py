@@ -29,6 +29,7 @@ from nnunet_semiseg.evaluation.request import (
     make_runs,
 )
 from nnunet_semiseg.evaluation.scores import evaluate
+from nnunet_semiseg.files import folder_for
 from nnunet_semiseg.runs import Run, unequal_conditions
 
 
@@ -61,12 +62,12 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
         if missing[0].is_trained:
             what, file = "not validated with the last checkpoint", missing[0].validation / "summary.json"
         raise UserError(f"{what}: {names} (no {file}): train with nnUNetv2_train, or add --run")
+    if output is None:
+        output = runs[0].model_folder.parent / "comparison" / f"{runs[0].configuration}__fold_{request.fold}"
+    output = folder_for(output)
     for r in missing:
         r.check()
 
-    if output is None:
-        output = runs[0].model_folder.parent / "comparison" / f"{runs[0].configuration}__fold_{request.fold}"
-    output = Path(output).absolute()
     with alone(output):
         for r in missing:
             r.write_plans()

@@ -18,6 +18,7 @@ REFERENCE_COLOR = "#FFFFFF"
 _TEXT = "#010203"  # stands for the page's text colour
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may have dollars in it
     "svg.hashsalt": "nnunet_semiseg",  # the same figure is the same file
     "font.family": "sans-serif",
     "font.size": 10,

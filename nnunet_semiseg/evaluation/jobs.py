@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import subprocess
@@ -16,9 +15,10 @@ from pathlib import Path
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, TestSet
 from nnunet_semiseg.evaluation.scores import signature
-from nnunet_semiseg.files import disk_errors, only_one, write_json
+from nnunet_semiseg.files import disk_errors, only_one, read_json, write_json
 from nnunet_semiseg.runs import RECORD, Run
 
+PREDICT_AGAIN = "remove its folder to predict again"
 LOGS, LOCK = "logs", "evaluation.lock"
 """in the folder of a report: what jobs print; who works there now"""
 
@@ -85,7 +85,7 @@ def is_predicted(job: Job, test_set: TestSet) -> bool:
     if not all((folder / f"{case}{test_set.file_ending}").is_file() for case in test_set.images):
         return False
     record = folder / RECORD
-    return record.is_file() and json.loads(record.read_bytes())["settings"] == job.content["settings"]
+    return record.is_file() and read_json(record, PREDICT_AGAIN).get("settings") == job.content["settings"]
 
 
 def do_all(jobs: list[Job], devices: list[str], logs: Path) -> None:

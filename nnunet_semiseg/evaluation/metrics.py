@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from monai.metrics import (
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_semiseg.data.image_problems import one_line_of
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.parallel import run_jobs
 
@@ -116,7 +119,8 @@ def evaluate_case(
     """
     if not prediction_file.is_file():
         raise UserError(f"{prediction_file}: missing: predict this case, or take its reference out")
-    (prediction, p), (reference, r) = (reader().read_seg(str(f)) for f in (prediction_file, reference_file))
+    prediction, p = _read(prediction_file, reader, "predict this case again")
+    reference, r = _read(reference_file, reader, "replace it")
     if prediction.shape != reference.shape or not np.allclose(p["spacing"], r["spacing"]):
         raise UserError(
             f"{prediction_file}: shape {prediction.shape[1:]} and spacing {_listed(p)} mm, but {reference_file} has"
@@ -128,6 +132,14 @@ def evaluate_case(
             " the other: give images and references the same header"
         )
     return segmentation_metrics(prediction[0], reference[0], labels, r["spacing"], tolerance)
+
+
+def _read(file: Path, reader: type[BaseReaderWriter], fix: str) -> tuple[np.ndarray, dict]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's readers print what is wrong
+            return reader().read_seg(str(file))
+    except Exception as e:  # of many kinds
+        raise UserError(f"{file}: cannot be read ({one_line_of(e)}): {fix}") from None
 
 
 def _same_place(a: dict, b: dict) -> bool:

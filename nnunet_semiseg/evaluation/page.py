@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape as html_escape
 from pathlib import Path
 
 import pandas as pd
@@ -78,19 +80,30 @@ def write(report: Report, output: Path) -> Path:
             with written_whole(output / "figures" / name) as temporary:
                 temporary.write_bytes(content)
             markdown.append(f"![{caption}](figures/{name})")
-    for name, text in (("report.md", "\n\n".join(markdown) + "\n"), ("report.html", html)):
+    text = html_escape("\n\n".join(markdown), quote=False)  # names of cases and classes must not become tags
+    for name, content in (("report.md", text + "\n"), ("report.html", html)):
         with written_whole(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
     return output / "report.html"
+
+
+def write_csv(table: pd.DataFrame, file: Path) -> None:
+    """A table without its index, written whole; a text that is a formula in a spreadsheet gets a quote in front."""
+    with written_whole(file) as temporary:
+        table.rename(columns=harmless).apply(lambda column: column.map(harmless)).to_csv(temporary, index=False)
+
+
+def harmless(cell):
+    """The cell itself, or a text that begins with = + - @ with a quote in front; `-1.5` is a number and stays one."""
+    if not (isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))):
+        return cell
+    with contextlib.suppress(ValueError):
+        float(cell)
+        return cell
+    return f"'{cell}"
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; a `|` within a cell is escaped."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def write_csv(table: pd.DataFrame, file: Path, **options) -> None:
-    """A table as CSV, written whole; the options are of pandas."""
-    with written_whole(file) as temporary:
-        table.to_csv(temporary, **options)

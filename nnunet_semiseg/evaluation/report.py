@@ -64,10 +64,10 @@ class Results:
 def write_report(results: Results, output: Path) -> Path:
     """The report of `compare`; `cases.csv`, `runs.csv` and `differences.csv` hold every number of it."""
     scores = tidy(results)
-    write_csv(scores, output / "cases.csv", index=False)
+    write_csv(scores, output / "cases.csv")
     clean = scores[scores["noise"] == 0]
     runs = run_table(results)
-    write_csv(runs, output / "runs.csv", index=False)
+    write_csv(runs, output / "runs.csv")
 
     request = results.request
     size = request.main_size
@@ -112,7 +112,8 @@ def write_report(results: Results, output: Path) -> Path:
     title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
     findings = [finding(baseline, table, metric) for metric, table in differences.items()]
     if differences:
-        write_csv(pd.concat(differences, names=["metric", "method"]), output / "differences.csv")
+        table = pd.concat(differences, names=["metric", "method"]).reset_index()
+        write_csv(table, output / "differences.csv")
         findings += caution(compared["case"].nunique())
     return write(Report(title, facts, sections, results.warnings, findings), output)
 
@@ -221,7 +222,7 @@ def run_table(results: Results) -> pd.DataFrame:
         trained = TrainedRun(run)
         memory = trained.peak_memory
         record = results.predictions[run] / RECORD
-        seconds = read_json(record, "predict again")["seconds_per_case"] if record.is_file() else np.nan
+        seconds = read_json(record, "predict again").get("seconds_per_case", np.nan) if record.is_file() else np.nan
         of_run = results.scores[(results.scores["run"] == i) & (results.scores["noise"] == 0)]
         means = of_run.groupby("case")[list(METRICS)].mean().mean()
         rows.append({

@@ -17,9 +17,10 @@ from nnunet_semiseg.data.unlabeled import labeled_images
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_dataset_json, read_json
+from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.planning import NUM_FOLDS
 from nnunet_semiseg.runs import Run
+from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY
 
 
@@ -100,7 +101,7 @@ def check_sizes(request: Request, run: Run) -> None:
     if not request.labeled:
         return
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
-    plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    plans = load_plans(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
     fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
     if None in request.labeled and fixed is not None:
         fix = "--set num_labeled=null first"
@@ -108,7 +109,7 @@ def check_sizes(request: Request, run: Run) -> None:
     raw = dataset_folder("nnUNet_raw", request.dataset)
     cases = labeled_images(raw, read_dataset_json(raw))
     if request.fold != "all":
-        cases = [case for case in find_splits(preprocessed, cases)[int(request.fold)]["train"] if case in cases]
+        cases = [case for case in fold_of(request, preprocessed, cases)["train"] if case in cases]
     largest = max((size for size in request.labeled if size is not None), default=0)
     if largest > len(cases):
         raise UserError(f"--labeled {largest}: fold {request.fold} of {run.dataset} has {len(cases)} labelled cases")
@@ -118,8 +119,17 @@ def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
     """nnU-Net's folds; before the first training those that it will draw."""
     file, cases = preprocessed / "splits_final.json", sorted(cases)
     if file.is_file() or len(cases) < NUM_FOLDS:
-        return read_json(file, "plan first with nnunet_semiseg plan_and_preprocess")
+        return read_splits(file, "plan first with nnunet_semiseg plan_and_preprocess")
     return generate_crossval_split(cases)
+
+
+def fold_of(request: Request, preprocessed: Path, cases: Iterable[str]) -> dict:
+    """The asked fold of `find_splits`. Raises UserError where there is none of this number."""
+    splits = find_splits(preprocessed, cases)
+    if int(request.fold) >= len(splits):
+        file = preprocessed / "splits_final.json"
+        raise UserError(f"-f {request.fold}: {file} has the folds 0 to {len(splits) - 1}: give one of them")
+    return splits[int(request.fold)]
 
 
 def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
@@ -168,9 +178,9 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
     dataset_json = read_dataset_json(raw)
     ending = dataset_json["file_ending"]
-    plans = read_json(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
-    if request.configuration not in plans["configurations"]:
-        raise UserError(f"-c {request.configuration}: {request.plans} has {' and '.join(plans['configurations'])}")
+    plans = load_plans(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    file = preprocessed / f"{request.plans}.json"
+    check_configuration(plans, request.configuration, file, "plan first with nnunet_semiseg plan_and_preprocess")
     about = dataset_json["labels"], ending, PlansManager(plans).image_reader_writer_class
 
     def cases_of(folder: Path) -> dict[str, list[str]]:
@@ -192,10 +202,9 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             f" labelsTs, or compare a numbered fold with -f"
         )
     images = cases_of(raw / "imagesTr")
-    splits = find_splits(preprocessed, images)
-    if int(request.fold) >= len(splits) or not splits[int(request.fold)]["val"]:
+    cases = sorted(fold_of(request, preprocessed, images)["val"])
+    if not cases:
         raise UserError(f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}")
-    cases = sorted(splits[int(request.fold)]["val"])
     for case in cases:
         if case not in images:
             raise UserError(f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from nnunet_semiseg.evaluation.metrics import evaluate_folder
 from nnunet_semiseg.evaluation.request import Request, TestSet
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import read_json, write_json
 
 
 def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> list[dict]:
@@ -19,7 +18,7 @@ def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> 
         "labels": test_set.labels,
         "files": [signature(file) for file in files if file.is_file()],
     }
-    if cache.is_file() and (known := json.loads(cache.read_bytes()))["key"] == key:
+    if cache.is_file() and (known := read_json(cache, "remove it")).get("key") == key:
         return known["rows"]
     rows = evaluate_folder(
         folder, test_set.references, test_set.labels, ending, test_set.reader, request.tolerance,

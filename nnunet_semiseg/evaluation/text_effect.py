@@ -22,7 +22,7 @@ from nnunet_semiseg.evaluation.report import number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.scores import evaluate
 from nnunet_semiseg.evaluation.statistics import caution, differences_from
-from nnunet_semiseg.files import written_whole
+from nnunet_semiseg.files import folder_for, written_whole
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.encoder import load_text_tower
@@ -66,7 +66,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
     variants = make_variants(run)
 
-    output = Path(output).absolute() if output else run.model_folder.parent / "text_effect" / run.model_folder.name
+    output = folder_for(output) if output else run.model_folder.parent / "text_effect" / run.model_folder.name
     with alone(output):
         jobs, folders = [], {}
         for variant in variants:
@@ -112,7 +112,7 @@ def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, st
         tower = load_text_tower(settings.text_model, settings.text_pretrained, settings.text_cache_dir)
     except UserError:
         return torch.zeros_like(true), "zeros, as the text encoder's weights cannot be had here"
-    empty = {name: ("",) for name in class_names(checkpoint["init_args"]["dataset_json"])}
+    empty = {name: ("",) for name in class_names(checkpoint["init_args"]["dataset_json"], str(run.checkpoint))}
     learner = PromptLearner(tower, empty, settings.n_ctx)
     with torch.no_grad():
         learner.ctx.data = context.to(learner.ctx)
@@ -149,8 +149,8 @@ def make_report(
         ])
     headers = ["prompts", "meaning", "Dice", "change (95 % interval)", "p, Holm", "voxels changed", "of the foreground"]
     cases = pd.DataFrame(changed, index=list(test_set.images))
-    write_csv(cases, output / "voxels.csv", index_label="case")
-    write_csv(of_case.drop(columns="run"), output / "cases.csv", index=False)
+    write_csv(cases.rename_axis("case").reset_index(), output / "voxels.csv")
+    write_csv(of_case.drop(columns="run"), output / "cases.csv")
     sections = [
         Section("What the text changes", headers=headers, rows=rows),
         Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"), "cases")}),

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nnunet_semiseg.data.written_images import check_written
-from nnunet_semiseg.files import disk_errors, write_json
+from nnunet_semiseg.files import disk_errors, read_json, write_json
 from nnunet_semiseg.runs import RECORD, RESOURCES
+from nnunet_semiseg.training import checkpoint as checkpoints
 
 
 def train(words: list[str], folder: str) -> None:
@@ -32,7 +33,7 @@ def train(words: list[str], folder: str) -> None:
     run_training_entry()
     file = Path(folder, RESOURCES)
     peak, memory = _peak_memory()
-    before = json.loads(file.read_bytes())["peak_memory_mib"] if file.is_file() else 0
+    before = read_json(file, "remove it").get("peak_memory_mib", 0) if file.is_file() else 0
     write_json({"peak_memory_mib": max(peak, before), "memory": memory}, file)
 
 
@@ -62,6 +63,8 @@ def predict(
         folder.mkdir(parents=True)
     predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
     predictor.noise = noise
+    checkpoint = Path(model, f"fold_{fold}", "checkpoint_final.pth")
+    checkpoints.read(checkpoint, "remove it and train on", mmap=True)  # nnU-Net would run code that is in it
     predictor.initialize_from_trained_model_folder(model, (fold,), "checkpoint_final.pth")
     if features:
         for parameters in predictor.list_of_parameters:

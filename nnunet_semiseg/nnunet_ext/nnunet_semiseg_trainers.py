@@ -5,10 +5,12 @@ they exist once, keep their identity and pickle. An ImportError is passed on, no
 """
 
 from nnunet_semiseg.discovery import find_class
+from nnunet_semiseg.training_command import check_running_command
 
 
 def __getattr__(name: str) -> type:
     trainer = find_class("trainers", name)
     if trainer is None:
         raise AttributeError(f"nnunet_semiseg has no trainer {name}")
+    check_running_command()
     return trainer

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
-import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import only_one, read_json, write_json
+from nnunet_semiseg.files import only_one, write_json
+from nnunet_semiseg.schema import in_words, load_plans, matches
 from nnunet_semiseg.settings.base import TrainingSettings
 
 PLANS_KEY = "semiseg"
@@ -70,7 +69,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"--set {assignment}: write KEY=VALUE, for example --set num_epochs=100")
         try:
             settings[key] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             settings[key] = {"True": True, "False": False, "None": None}.get(text, text)
     return settings
 
@@ -135,7 +134,7 @@ def store_settings(plans_file: Path, changes: dict[str, Any]) -> None:
     if not changes:
         return
     with locked(plans_file):
-        plans = read_json(plans_file, "plan first")
+        plans = load_plans(plans_file, "plan first")
         write_json(update_settings(plans, changes), plans_file)
     before = plans.get(PLANS_KEY, {})
     for key, value in changes.items():
@@ -194,26 +193,13 @@ def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
-    if not _matches(value, hint):
+    if not matches(value, hint):
         raise UserError(
-            f"setting {key}={json.dumps(value)}: must be {_name(hint)}; fix it with --set {key}={_example(hint)}"
+            f"setting {key}={json.dumps(value)}: must be {in_words(hint)}; fix it with --set {key}={_example(hint)}"
         )
     if isinstance(value, list):
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
     return float(value) if hint is float else value
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_matches(value, a) for a in args)
-    if origin is Literal:
-        return value in args and not isinstance(value, bool)
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(_matches(v, args[0]) for v in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)
 
 
 def _example(hint: Any) -> str:
@@ -224,14 +210,3 @@ def _example(hint: Any) -> str:
     (inner, *_) = get_args(lists[0])
     item = '"VALUE"' if inner is str else _example(inner).strip("'")
     return f"'[{item}, {item}]'"
-
-
-def _name(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_name(a) for a in args)
-    if origin is Literal:
-        return " or ".join(map(str, args))
-    if origin is tuple:
-        return f"a list of {_name(args[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "null")

@@ -28,12 +28,15 @@ class PromptLearner(nn.Module):
         tower: the frozen text tower.
         prompts: per class its prompts, in the order of the K classes.
         n_ctx: number of context tokens of a class; 0 for the plain prompts.
+        source: how messages call the file that the prompts are from.
 
     Raises:
         UserError: a prompt and its context tokens are longer than the tower's context.
     """
 
-    def __init__(self, tower: TextTower, prompts: dict[str, tuple[str, ...]], n_ctx: int = 4):
+    def __init__(
+        self, tower: TextTower, prompts: dict[str, tuple[str, ...]], n_ctx: int = 4, source: str = "dataset.json"
+    ):
         super().__init__()
         self._tower = (tower,)  # in a tuple, or nn.Module would register it
         self.trained = tower.trained
@@ -41,7 +44,7 @@ class PromptLearner(nn.Module):
         try:
             ids = tower.tokenize([text for texts in prompts.values() for text in texts], n_ctx)
         except UserError as error:
-            raise UserError(f"dataset.json: prompt {error} (or try --set n_ctx=NUMBER)") from None
+            raise UserError(f"{source}: prompt {error} (or try --set n_ctx=NUMBER)") from None
         embeddings = tower.embed_tokens(ids).detach()
         one_hot = F.one_hot(torch.tensor(owner), len(prompts)).T.float()
         device = embeddings.device
@@ -93,7 +96,9 @@ class EmbeddingLearner(nn.Module):
         return F.normalize(self.embeddings + self.offset, dim=-1)
 
 
-def build_prompt_learner(settings, dataset_json: dict) -> PromptLearner | EmbeddingLearner:
+def build_prompt_learner(
+    settings, dataset_json: dict, source: str = "dataset.json"
+) -> PromptLearner | EmbeddingLearner:
     """The learner that the settings ask for.
 
     Args:
@@ -101,21 +106,30 @@ def build_prompt_learner(settings, dataset_json: dict) -> PromptLearner | Embedd
             :func:`~nnunet_semiseg.text.encoder.load_text_tower`), ``n_ctx``, and ``text_embeddings``, a file
             of :func:`embed_prompts` that replaces all of them, or None.
         dataset_json: the content of ``dataset.json``.
+        source: how messages call that file.
 
     Raises:
         UserError: bad prompts, or weights or embeddings that cannot be had.
     """
-    prompts = read_prompts(dataset_json)
+    prompts = read_prompts(dataset_json, source)
     if settings.text_embeddings:
         return EmbeddingLearner(*_read_embeddings(settings.text_embeddings, prompts))
     tower = load_text_tower(settings.text_model, settings.text_pretrained, settings.text_cache_dir)
-    return PromptLearner(tower, prompts, settings.n_ctx)
+    return PromptLearner(tower, prompts, settings.n_ctx, source)
 
 
 def embed_prompts(
-    dataset_json: dict, model: str, pretrained: str | None, cache_dir: str | None, output: str | Path
+    dataset_json: dict,
+    model: str,
+    pretrained: str | None,
+    cache_dir: str | None,
+    output: str | Path,
+    source: str = "dataset.json",
 ) -> bool:
     """Write the features F_t of the plain prompts, for a machine that cannot get the encoder's weights.
+
+    Args:
+        source: how messages call the file that the prompts are from.
 
     Returns:
         whether the tower's weights are trained ones.
@@ -123,11 +137,11 @@ def embed_prompts(
     Raises:
         UserError: bad prompts, weights that cannot be had, or an output that cannot be written.
     """
-    prompts = read_prompts(dataset_json)
+    prompts = read_prompts(dataset_json, source)
     _check_folder(output)  # before the download
     tower = load_text_tower(model, pretrained, cache_dir)
     with torch.no_grad():
-        embeddings = PromptLearner(tower, prompts, n_ctx=0)()
+        embeddings = PromptLearner(tower, prompts, 0, source)()
     save_embeddings(output, embeddings, prompts, f"{model} {pretrained}", tower.trained)
     return tower.trained
 

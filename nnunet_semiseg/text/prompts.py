@@ -8,17 +8,20 @@ import os
 from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import read_dataset_json
+from nnunet_semiseg.schema import read_dataset_json
 
 SETTINGS_KEY = "semiseg"
 
 
-def class_names(dataset_json: dict) -> list[str]:
+def class_names(dataset_json: dict, source: str = "dataset.json") -> list[str]:
     """The names of the K classes, background first, then in the order of nnU-Net's segmentation heads.
 
     Heads follow the value of their label or, with region-based labels, the order of the regions in
     ``dataset.json`` (nnunetv2 ``LabelManager``); the ignore label has none. For regions the background, which
     has no head then, comes first all the same.
+
+    Args:
+        source: how messages call the file.
 
     Raises:
         UserError: no label has the value 0, or two labels have the same value.
@@ -26,11 +29,11 @@ def class_names(dataset_json: dict) -> list[str]:
     labels = {k: _values(v) for k, v in dataset_json["labels"].items() if k != "ignore"}
     background = [name for name, values in labels.items() if set(values) == {0}]
     if len(background) != 1:
-        raise UserError('dataset.json: exactly one label must have the value 0; fix "labels"')
+        raise UserError(f'{source}: exactly one label must have the value 0; fix "labels"')
     foreground = [name for name in labels if name not in background]
     if all(len(values) == 1 for values in labels.values()):
         if len(set(labels.values())) < len(labels):
-            raise UserError('dataset.json: two labels have the same value; fix "labels"')
+            raise UserError(f'{source}: two labels have the same value; fix "labels"')
         foreground.sort(key=labels.get)
     return background + foreground
 
@@ -49,7 +52,7 @@ def read_prompts(dataset_json: dict, source: str = "dataset.json") -> dict[str, 
         UserError: a prompt for a class that does not exist (names the nearest), a foreground class without a
             prompt, an empty prompt, or a value of the wrong type.
     """
-    names = class_names(dataset_json)
+    names = class_names(dataset_json, source)
     given = _given_prompts(dataset_json, source)
     if given is None:
         return {name: (name,) for name in names}
@@ -70,8 +73,8 @@ def check_prompts_are_current(dataset_name: str, dataset_json: dict) -> None:
     raw = Path(os.environ.get("nnUNet_raw") or "", dataset_name, "dataset.json")
     if not os.environ.get("nnUNet_raw") or not raw.is_file():
         return
-    if read_prompts(read_dataset_json(raw.parent), str(raw)) != read_prompts(dataset_json):
-        copy = Path(os.environ["nnUNet_preprocessed"], dataset_name, "dataset.json")
+    copy = Path(os.environ["nnUNet_preprocessed"], dataset_name, "dataset.json")
+    if read_prompts(read_dataset_json(raw.parent), str(raw)) != read_prompts(dataset_json, str(copy)):
         raise UserError(f"{raw}: its prompts are no longer those in {copy}, which training uses: copy the file there")
 
 

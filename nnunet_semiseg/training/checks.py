@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from os.path import isdir, isfile, join
+from pathlib import Path
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.schema import read_splits
 
 
 def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuration: str, fold) -> None:
@@ -30,7 +31,7 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
     else:
         splits_file = join(preprocessed_folder_base, "splits_final.json")
         if isfile(splits_file):
-            splits = load_json(splits_file)
+            splits = read_splits(Path(splits_file), "correct the file, or delete it to have new folds")
             # a fold past the file is drawn at random by nnU-Net, 80 % for training
             split = splits[fold] if fold < len(splits) else {"train": list(cases)[: int(len(cases) * 0.8)], "val": []}
             training = split["train"]

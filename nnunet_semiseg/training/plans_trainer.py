@@ -21,7 +21,8 @@ from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import disk_errors, only_one, write_json
+from nnunet_semiseg.files import base_folder, disk_errors, only_one, write_json
+from nnunet_semiseg.schema import PLANS, check, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
 from nnunet_semiseg.training import checkpoint as checkpoints
@@ -30,6 +31,9 @@ from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
 from nnunet_semiseg.training.random_state import seed_everything
+from nnunet_semiseg.training.workers import quiet_loaders, stop
+
+PLAN_AGAIN = "plan again with nnunet_semiseg plan_and_preprocess"
 
 S = TypeVar("S", bound=TrainingSettings)
 
@@ -90,7 +94,15 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         Returns:
             The plans, or a copy with what was found in the data (`with_found`). They reach the checkpoint and the
             predictor.
+
+        Raises:
+            UserError: plans or `dataset.json` are damaged; no such configuration.
         """
+        about = Path(dataset_json_file(plans))
+        file, fix = about.with_name(f"{plans.get('plans_name')}.json"), PLAN_AGAIN
+        check(plans, PLANS, file, fix)
+        check_configuration(plans, configuration, file, fix)
+        check_dataset_json(dataset_json, about)
         return plans
 
     @property
@@ -133,9 +145,14 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
-        self.extend_loader(train)
-        seed_workers(train, self.settings.seed, self.current_epoch * self.num_iterations_per_epoch)
-        next(train)  # starts the workers here, as nnU-Net does
+        try:
+            self.extend_loader(train)
+            seed_workers(train, self.settings.seed, self.current_epoch * self.num_iterations_per_epoch)
+            next(train)  # starts the workers here, as nnU-Net does
+        except BaseException:
+            stop(train)
+            stop(val)
+            raise
         return train, val
 
     def extend_loader(self, augmenter) -> None:
@@ -160,10 +177,15 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 yield
 
     def run_training(self):
-        with self.alone("trains this model"):
+        """nnU-Net's; however it ends, no process and no thread of the loaders is left to print after the reason."""
+        with self.alone("trains this model"), quiet_loaders():
             for half in Path(self.output_folder).glob("*.tmp"):  # of a training that was killed
                 half.unlink(missing_ok=True)
-            super().run_training()
+            try:
+                super().run_training()
+            finally:
+                for loader in (self.dataloader_train, self.dataloader_val):
+                    stop(loader)
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         with self.alone("validates this model"), check_written(Path(self.output_folder, "validation")):
@@ -229,12 +251,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
         content = checkpoints.read(checkpoint, fix)
         self.check_checkpoint(content, name)
-        before = content.get("init_args", {}).get("plans", plans.plans)
-        changed = changed_settings(self.settings_class, before, plans.plans)
+        changed = changed_settings(self.settings_class, content["init_args"].get("plans", plans.plans), plans.plans)
         if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
             checkpoints.refuse_other_settings(changed, name)
         own = self.my_init_kwargs
-        try:
+        with checkpoints.fitting(changed, name, fix):
             if isinstance(checkpoint, dict):
                 with tempfile.NamedTemporaryFile(suffix=".pth") as file:
                     torch.save(checkpoint, file.name)
@@ -242,9 +263,6 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             else:
                 super().load_checkpoint(os.fspath(checkpoint))
             self.restore(content)
-        except (RuntimeError, KeyError):
-            checkpoints.explain_other_settings(changed, name)
-            raise
         self.my_init_kwargs = own  # nnU-Net takes the checkpoint's, with the settings of before
         for setting, (old, new) in changed.items() if self.goes_on else ():
             self.print_to_log_file(f"going on with another setting: {setting} was {old} and is {new}")
@@ -254,6 +272,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     def restore(self, checkpoint: dict) -> None:
         """Take from a checkpoint what nnU-Net does not know of."""
+
+
+def dataset_json_file(plans: dict) -> str:
+    """The file that a trainer's `dataset_json` is from, for messages."""
+    return str(base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name")) / "dataset.json")
 
 
 def bare(module: nn.Module) -> Any:

@@ -85,9 +85,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         """
         if distributed.is_available() and distributed.is_initialized():
             raise UserError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
-        if configuration not in plans["configurations"]:
-            known = " or ".join(plans["configurations"])
-            raise UserError(f"plans {plans['plans_name']}: no configuration {configuration}: use {known}")
+        plans = super().prepare(plans, configuration, fold, dataset_json)
         if "previous_stage" in plans["configurations"][configuration]:
             raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])

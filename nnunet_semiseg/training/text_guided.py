@@ -16,6 +16,7 @@ from nnunet_semiseg.settings.plans import FOUND_KEY, read_settings, with_found
 from nnunet_semiseg.text.prompt_learner import build_prompt_learner
 from nnunet_semiseg.text.prompts import check_prompts_are_current
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.plans_trainer import dataset_json_file
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 T = TypeVar("T", bound=TextSettings)
@@ -40,7 +41,7 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
         if not uses_text(self.settings):
             return plans
         check_prompts_are_current(plans["dataset_name"], dataset_json)
-        self.prompt_learner = build_prompt_learner(self.settings, dataset_json)
+        self.prompt_learner = build_prompt_learner(self.settings, dataset_json, dataset_json_file(plans))
         return with_found(plans, text_shape=list(self.prompt_learner.feature_shape))
 
     @classmethod

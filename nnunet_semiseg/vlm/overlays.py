@@ -134,7 +134,8 @@ def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[
 
 def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[str, dict[str, list[str]]]:
     """Of each case the texts of every mask, by the mask's name."""
-    names, prompts = class_names(dataset_json), read_prompts(dataset_json)
+    source = str(run.checkpoint)
+    names, prompts = class_names(dataset_json, source), read_prompts(dataset_json, source)
     if settings.texts == "cases" or settings.texts == "auto" and len(names) == 2 and has_texts(run.dataset):
         return {case: {names[1]: [text]} for case, text in read_texts(run.dataset, cases, "skip").items()}
     return {case: {name: list(prompts[name]) for name in names[1:]} for case in cases}

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, read_json
+from nnunet_semiseg.files import dataset_folder
+from nnunet_semiseg.schema import check_configuration, load_plans
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
 
 
@@ -61,9 +62,9 @@ def random_crop(image: Tensor, least: float) -> Tensor:
 def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[JoinedDataset, list[str]]:
     """nnU-Net's preprocessed labelled and unlabelled cases, as one dataset, and the names of the unlabelled ones."""
     base = dataset_folder("nnUNet_preprocessed", dataset_name)
-    plans = read_json(base / f"{plans_name}.json", "plan first with nnunet_semiseg plan_and_preprocess")
-    if configuration not in plans["configurations"]:
-        raise UserError(f"-c {configuration}: {plans_name} has {' and '.join(plans['configurations'])}")
+    file, fix = base / f"{plans_name}.json", "plan first with nnunet_semiseg plan_and_preprocess"
+    plans = load_plans(file, fix)
+    check_configuration(plans, configuration, file, fix)
     labeled = base / PlansManager(plans).get_configuration(configuration).data_identifier
     if not labeled.is_dir():
         raise UserError(f"{labeled}: no preprocessed cases: run nnunet_semiseg plan_and_preprocess")

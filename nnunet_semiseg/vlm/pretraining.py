@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, read_json, write_json, written_whole
+from nnunet_semiseg.files import dataset_folder, disk_errors, folder_for, only_one, write_json, written_whole
 from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config, save_text_config
@@ -33,7 +33,7 @@ from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
-from nnunet_semiseg.vlm.text_masks import ABOUT, STATE, WEIGHTS, read_state
+from nnunet_semiseg.vlm.text_masks import ABOUT, STATE, WEIGHTS, read_about, read_state
 
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
@@ -72,9 +72,7 @@ def pretrain(
     texts = read_texts(name, data.identifiers, chosen.missing_texts)
     if output is None:
         output = dataset_folder("nnUNet_results", dataset) / "vlm" / configuration
-    output = Path(output).absolute()
-    if output.is_file():
-        raise UserError(f"-o {output}: is a file: name a folder")
+    output = folder_for(output)
     about = {"model": model, "dataset": name, "configuration": configuration, "plans": plans}
     about["texts"] = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
     about["settings"] = json.loads(json.dumps(asdict(chosen)))
@@ -128,7 +126,7 @@ def check_goes_on(about: dict, output: Path) -> None:
     """Refuse to go on with a pre-training of another model, other texts or other settings that change a result."""
     if not (output / ABOUT).is_file():
         return
-    before = read_json(output / ABOUT, "remove the folder")
+    before = read_about(output, f"remove {output} to begin anew")
     flat = [{**a, **a.get("settings", {})} for a in (before, about)]
     keys = (about.keys() | about["settings"].keys()) - {"settings", *HARMLESS}
     if changed := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
@@ -276,8 +274,15 @@ class Pretraining:
         content = read_state(self.output)
         try:
             tensors = load_file(file, device=str(self.device))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: cannot be read ({error}): remove {self.output} to begin anew") from None
+            self.restore(content, tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{file}: cannot be read ({what}): remove {self.output} to begin anew") from None
+
+    def restore(self, content: dict, tensors: dict[str, Tensor]) -> None:
+        """Go on from a state. Raises errors of many kinds where it is another training's, or none."""
         self.task.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("task.")})
         state: dict[int, dict] = {}
         for key, value in tensors.items():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.schema import check
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
 from nnunet_semiseg.vlm.losses import one_way
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
@@ -31,10 +32,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
     """
     folder = Path(folder)
     fix = "name the folder that nnunet_semiseg pretrain_vlm made"
-    about = read_json(folder / ABOUT, fix)
-    if not isinstance(about, dict) or "settings" not in about:
-        raise UserError(f"{folder / ABOUT}: not of a pre-training: {fix}")
-    settings = about["settings"]
+    settings = read_about(folder, fix)["settings"]
     begun = (folder / STATE).is_file()
     if begun or not (folder / WEIGHTS).is_file():
         done, epochs = read_state(folder)["epoch"] if begun else 0, settings.get("num_epochs", 0)
@@ -65,8 +63,19 @@ def read_state(folder: Path) -> dict:
     try:
         with safe_open(str(file), "pt") as opened:
             return json.loads(opened.metadata()["state"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: cannot be read ({error}): remove {folder} to begin anew") from None
+
+
+def read_about(folder: Path, fix: str) -> dict:
+    """The checked `vlm.json` of a pre-training. Raises UserError where it is missing, damaged or another file."""
+    about = read_json(folder / ABOUT, fix)
+    check(about, {"settings": dict}, folder / ABOUT, fix)
+    sizes = {"dim": int, "hidden": int, "slice_axis?": int, "num_epochs?": int}
+    check(about["settings"], sizes, folder / ABOUT, fix, '"settings" ')
+    if min(about["settings"]["dim"], about["settings"]["hidden"]) < 1:
+        raise UserError(f"{folder / ABOUT}: dim and hidden must be 1 or more: {fix}")
+    return about
 
 
 class UpBlock(nn.Module):

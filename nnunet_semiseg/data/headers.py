@@ -1,0 +1,121 @@
+"""What an image's header says, asked before a voxel is read: files from others may lie, or reach for other files."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import SimpleITK as sitk
+
+DATA_FILE = {
+    ".mhd": rb"ElementDataFile\s*[=:]\s*(.*)",
+    ".mha": rb"ElementDataFile\s*[=:]\s*(.*)",
+    ".nhdr": rb"data ?file\s*:\s*(.*)",
+    ".nrrd": rb"data ?file\s*:\s*(.*)",
+}
+"""where a header of this kind says that the voxels are in another file"""
+
+
+def header_problem(image: Path, root: Path) -> str | None:
+    """What is wrong with an image before it is read, or None.
+
+    Args:
+        root: the folder that nothing may be read from outside of.
+    """
+    for name in data_files(image):
+        file = os.path.normpath(os.path.join(image.parent.absolute(), name))
+        if not Path(file).is_relative_to(os.path.normpath(root.absolute())):
+            return f"its voxels are said to be in {file}, outside of {root}: do not trust it, or bring the file there"
+    header = read_header(image)
+    if header is None:
+        return None  # who reads it says why
+    kind = header.GetPixelIDValue()
+    if kind in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
+        return "has complex numbers, of which only the real part would be taken: save their magnitude"
+    claimed, memory = claimed_bytes(header), total_memory()
+    if memory and claimed > memory:
+        size = " x ".join(map(str, header.GetSize()))
+        return (
+            f"its header claims {size} voxels, {claimed / 2**30:.0f} GiB, but this machine has {memory / 2**30:.0f}: "
+            "do not trust it, or crop it elsewhere"
+        )
+    return None
+
+
+def data_files(image: Path) -> Iterator[str]:
+    """The names of other files that a header of MetaImage or NRRD takes its voxels from."""
+    ending = image.suffix.lower()
+    if ending not in DATA_FILE or not image.is_file():
+        return
+    with open(image, "rb") as file:
+        lines = file.read(1 << 20).split(b"\n")
+    in_list = False
+    for line in map(bytes.strip, lines):
+        if not line and ending in (".nhdr", ".nrrd"):  # their voxels begin here
+            return
+        if not in_list:
+            found = re.fullmatch(DATA_FILE[ending], line, re.IGNORECASE)
+            if found is None:
+                continue
+            line = found[1]
+            if line.upper() == b"LOCAL":
+                return
+            in_list = line.upper().startswith(b"LIST")
+            if in_list:
+                continue
+        if not line:
+            continue
+        name = line.decode("utf-8", "surrogateescape")
+        yield name.split()[0] if "%" in name else name  # a pattern for numbered files, and their range
+
+
+def read_header(image: Path) -> sitk.ImageFileReader | None:
+    """The header of an image; None where SimpleITK cannot read it."""
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(image))
+    try:
+        header.ReadImageInformation()
+    except RuntimeError:
+        return None
+    return header
+
+
+def claimed_bytes(header: sitk.ImageFileReader) -> int:
+    """What the voxels of an image would take."""
+    kind = sitk.GetPixelIDValueAsString(header.GetPixelIDValue())
+    bits = re.search(r"(\d+)-bit", kind)
+    return math.prod(header.GetSize()) * header.GetNumberOfComponents() * (int(bits[1]) // 8 if bits else 1)
+
+
+def total_memory() -> int | None:
+    """Of this machine, in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def count_channels(images: Sequence[str]) -> int | None:
+    """How many channels nnU-Net reads from a case's files; None where a header cannot be read."""
+    channels = 0
+    for image in images:
+        header = read_header(Path(image))
+        if header is None:
+            return None
+        channels += header.GetSize()[3] if header.GetDimension() == 4 else header.GetNumberOfComponents()
+    return channels
+
+
+def flat_problem(shape: Sequence[int], plans: dict) -> str | None:
+    """Say so where an image has one slice and those of the plans have many.
+
+    Args:
+        shape: of the image, as nnU-Net reads it: z, y, x.
+    """
+    usual = plans.get("original_median_shape_after_transp")
+    if usual and 1 in shape and 1 not in usual:
+        return f"has the shape {' x '.join(map(str, shape))}, a single slice, and the data set has volumes"
+    return None

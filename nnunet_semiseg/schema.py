@@ -1,0 +1,261 @@
+"""What JSON files must hold: shapes, written as types, and nnU-Net's rules for `dataset.json` and for plans.
+
+nnU-Net takes what it finds, and fails hours later where it is wrong. So each file is read here, in one place.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json
+
+Shape = Mapping[str, Any]
+"""key to type; a key that ends with `?` may be left out"""
+
+DATASET_FIX = "write it as nnU-Net's documentation/dataset_format.md says"
+READER_KEY = "overwrite_image_reader_writer"
+
+DATASET: Shape = {
+    "labels": dict[str, int | list[int]],
+    "file_ending": str,
+    "numTraining": int,
+    "channel_names?": dict[str, str],
+    "modality?": dict[str, str],
+    "regions_class_order?": list[int] | None,
+    f"{READER_KEY}?": str,
+    "dataset?": dict[str, dict],
+}
+PLANS: Shape = {
+    "plans_name": str,
+    "configurations": dict[str, dict],
+    "dataset_name?": str,
+    "image_reader_writer?": str,
+    "transpose_forward?": list[int],
+    "semiseg?": dict,
+    "semiseg_found?": dict,
+}
+USED: Shape = {
+    "dataset_name": str,
+    "image_reader_writer": str,
+    "transpose_forward": list[int],
+    "transpose_backward": list[int],
+}
+"""of plans that are trained with"""
+CONFIGURATION: Shape = {
+    "data_identifier": str,
+    "preprocessor_name": str,
+    "use_mask_for_norm": list[bool],
+    "resampling_fn_data": str,
+    "resampling_fn_data_kwargs": dict,
+    "resampling_fn_seg": str,
+    "resampling_fn_seg_kwargs": dict,
+    "batch_size": int,
+    "patch_size": list[int],
+    "spacing": list[float],
+    "normalization_schemes": list[str],
+}
+FOLD: Shape = {"train": list[str], "val": list[str]}
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of this type; a number is finite, and true and false are none."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(matches(value, a) for a in args)
+    if origin is Literal:
+        return value in args and not isinstance(value, bool)
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(matches(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(matches(v, args[1]) for v in value.values())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def in_words(hint: Any) -> str:
+    """A type in plain words: `a list of whole numbers`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(in_words(a) for a in args)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin in (list, tuple):
+        return f"a list of {in_words(args[0])}"
+    if origin is dict:
+        return f"an object, and each value in it {in_words(args[1])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+    return names.get(hint, "null")
+
+
+def check(content: dict, shape: Shape, file: str | Path, fix: str, within: str = "") -> None:
+    """Refuse content that lacks a key, or has a value of another type.
+
+    Args:
+        within: where in the file the content stands, for the message.
+
+    Raises:
+        UserError: names the key and the type that its value must have.
+    """
+    for key, hint in shape.items():
+        name = key.removesuffix("?")
+        if name not in content:
+            if name == key:
+                raise UserError(f'{file}: {within}has no "{name}": {fix}')
+        elif not matches(content[name], hint):
+            raise UserError(f"{file}: {within}{_wrong(name, content[name], hint)}: {fix}")
+
+
+def _wrong(name: str, value: Any, hint: Any) -> str:
+    """Which value has another type: of an object, the one within it."""
+    if get_origin(hint) is dict and isinstance(value, dict):
+        inner = get_args(hint)[1]
+        key = next(key for key, v in value.items() if not matches(v, inner))
+        return f'"{name}": {_wrong(key, value[key], inner)}'
+    found = repr(value)
+    return f'"{name}" is {found if len(found) <= 60 else f"{found[:57]}..."}, but must be {in_words(hint)}'
+
+
+def read_dataset_json(dataset: Path) -> dict:
+    """The checked `dataset.json` of a dataset's folder.
+
+    Raises:
+        UserError: missing, no JSON, or not what nnU-Net takes: see `check_dataset_json`.
+    """
+    file = dataset / "dataset.json"
+    content = read_json(file, DATASET_FIX)
+    check_dataset_json(content, file)
+    return content
+
+
+def check_dataset_json(content: dict, file: str | Path) -> None:
+    """Refuse what nnU-Net cannot train on, or would train on wrongly.
+
+    Raises:
+        UserError: a key that is missing or of another type; a label below 0, a gap between labels, a background that is
+            not 0, no class; regions without their order; an ignore label that is not the last one; a reader that
+            nnU-Net does not have.
+    """
+    check(content, DATASET, file, DATASET_FIX)
+    channels = content.get("channel_names") or content.get("modality")
+    if not channels:
+        raise UserError(f'{file}: "channel_names" names no channel: {DATASET_FIX}')
+    if not content["file_ending"].startswith("."):
+        raise UserError(f'{file}: "file_ending" is "{content["file_ending"]}", and begins with no dot: {DATASET_FIX}')
+    if content["numTraining"] < 0:
+        raise UserError(f'{file}: "numTraining" is {content["numTraining"]}: write the number of labelled cases')
+    readers = [reader.__name__ for reader in LIST_OF_IO_CLASSES]
+    if content.get(READER_KEY, "None") not in (*readers, "None"):
+        raise UserError(f'{file}: "{READER_KEY}" is "{content[READER_KEY]}": use {" or ".join(readers)}')
+    if isinstance(content.get("semiseg"), dict):  # another type is refused with the prompts
+        check(content["semiseg"], {"labeled_order?": list[str]}, file, DATASET_FIX, '"semiseg" ')
+    for case, entry in content.get("dataset", {}).items():
+        check(entry, {"images": list[str], "label": str}, file, DATASET_FIX, f'"dataset" {case} ')
+    _check_labels(content, file)
+
+
+def _check_labels(content: dict, file: str | Path) -> None:
+    labels = {name: value if isinstance(value, list) else [value] for name, value in content["labels"].items()}
+    classes = [name for name in labels if name not in ("background", "ignore")]
+    for name, values in labels.items():
+        if not values or min(values) < 0:
+            what = f"is {values[0]}" if len(values) == 1 else f"is {values}"
+            raise UserError(f'{file}: label "{name}" {what}, but labels are 0 or more: {DATASET_FIX}')
+    if labels.get("background") != [0] or isinstance(content["labels"]["background"], list):
+        raise UserError(f'{file}: "labels" must have "background": 0: {DATASET_FIX}')
+    if not classes:
+        raise UserError(f'{file}: "labels" has no class beside background and ignore: add one')
+    regions = [name for name in classes if len(labels[name]) > 1]
+    known = sorted({value for name, values in labels.items() if name != "ignore" for value in values})
+    if regions:
+        _check_order(content.get("regions_class_order"), regions[0], classes, known, file)
+    elif known != list(range(len(classes) + 1)):
+        found = ", ".join(map(str, known))
+        raise UserError(f'{file}: "labels" has the values {found}, but must have 0 to {len(classes)}, each once')
+    largest = max(max(labels[name]) for name in classes)
+    if "ignore" in labels and labels["ignore"] != [largest + 1]:
+        raise UserError(f'{file}: label "ignore" is {labels["ignore"][0]}, but must be the last one: {largest + 1}')
+
+
+def _check_order(order: list[int] | None, region: str, classes: list[str], known: list[int], file: str | Path) -> None:
+    if order is None or len(order) != len(classes):
+        found = "is missing" if order is None else f"has {len(order)} values"
+        raise UserError(
+            f'{file}: "regions_class_order" {found}, but label "{region}" is a region: write one value for each of the'
+            f" {len(classes)} classes, in the order in which they are drawn"
+        )
+    if unknown := sorted(set(order) - set(known)):
+        raise UserError(f'{file}: "regions_class_order" has {unknown[0]}, which is no value in "labels": {DATASET_FIX}')
+    if len(set(order)) < len(order):
+        raise UserError(f'{file}: "regions_class_order" has a value twice: {DATASET_FIX}')
+
+
+def load_plans(file: Path, fix: str) -> dict:
+    """The checked plans of a file.
+
+    Args:
+        fix: what to do where there is no such file, or where it is damaged.
+
+    Raises:
+        UserError: missing, no JSON, a key that is missing or of another type.
+    """
+    plans = read_json(file, fix)
+    check(plans, PLANS, file, fix)
+    return plans
+
+
+def read_splits(file: Path, fix: str) -> list[dict]:
+    """The checked folds of a `splits_final.json`.
+
+    Raises:
+        UserError: missing, no JSON, no list of folds.
+    """
+    folds = read_json(file, fix, list)
+    for i, fold in enumerate(folds):
+        if not isinstance(fold, dict):
+            raise UserError(f"{file}: fold {i} is no JSON object: {fix}")
+        check(fold, FOLD, file, fix, f"fold {i} ")
+    return folds
+
+
+def check_configuration(plans: dict, configuration: str, file: str | Path, fix: str) -> None:
+    """Refuse a configuration that the plans do not have, or that is damaged.
+
+    Args:
+        file: the plans', for the message.
+
+    Raises:
+        UserError: names those that the plans have, or what is wrong with this one.
+    """
+    known = plans["configurations"]
+    if configuration not in known:
+        raise UserError(f"{file}: no configuration {configuration}: use {' or '.join(known) or fix}")
+    check(plans, USED, file, fix)
+    within = f"configuration {configuration} "
+    try:
+        resolved = PlansManager(plans).get_configuration(configuration).configuration
+    except Exception as e:  # plans of older versions, what they inherit from: of many kinds
+        raise UserError(f"{file}: {within}cannot be read ({type(e).__name__}: {e}): {fix}") from None
+    check(resolved, CONFIGURATION, file, fix, within)
+    if min(resolved["spacing"], default=0) <= 0:
+        raise UserError(f'{file}: {within}"spacing" is {resolved["spacing"]}, but must be above 0: {fix}')
+
+
+def check_name(option: str, name: str) -> None:
+    """Refuse a name of plans that cannot be a part of a folder's name.
+
+    Raises:
+        UserError: names the option that gave it.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise UserError(f"{option} {shown}: letters, digits, - _ and . only, at most 100 of them")

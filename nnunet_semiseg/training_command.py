@@ -1,0 +1,96 @@
+"""What `nnUNetv2_train` is asked for, checked before anything is made.
+
+Our own command calls `check_training`. nnU-Net's does not, but it asks for the trainer's class first, and that is the
+place where we look at its arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from nnunet_semiseg.errors import UserError
+
+COMMAND = "nnUNetv2_train"
+NAMES = ("dataset_name_or_id", "configuration", "fold")
+OPTIONS = {
+    "-tr": "nnUNetTrainer", "-p": "nnUNetPlans", "-pretrained_weights": None, "-num_gpus": None, "-device": None,
+}  # fmt: skip
+FLAGS = ("--npz", "--c", "--val", "--val_best", "--disable_checkpointing")
+
+
+def add_training_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `nnUNetv2_train`."""
+    for name in NAMES:
+        parser.add_argument(name)
+    for option, default in OPTIONS.items():
+        parser.add_argument(option, default=default, help=f"as in {COMMAND}")
+    for flag in FLAGS:
+        parser.add_argument(flag, action="store_true", help=f"as in {COMMAND}")
+
+
+def words(args: Namespace) -> list[str]:
+    """A command line of `nnUNetv2_train` with these arguments."""
+    given = {key: getattr(args, key.lstrip("-")) for key in (*OPTIONS, *FLAGS)}
+    line = [COMMAND, *(getattr(args, name) for name in NAMES)]
+    line += [word for option in OPTIONS if given[option] for word in (option, given[option])]
+    return line + [flag for flag in FLAGS if given[flag]]
+
+
+def check_running_command() -> None:
+    """`check_training` where this process is `nnUNetv2_train`; the predictor and others ask for trainers, too."""
+    if Path(sys.argv[0]).stem != COMMAND:
+        return
+    parser = ArgumentParser(COMMAND)
+    add_training_arguments(parser)
+    check_training(parser.parse_known_args(sys.argv[1:])[0])
+
+
+def check_training(args: Namespace, plans_name: str | None = None) -> None:
+    """Refuse what would end in nnU-Net's stack of calls, or leave a training behind that cannot be.
+
+    Args:
+        plans_name: under which the model is or will be, if not that of `args.p`.
+
+    Raises:
+        UserError: a fold, a device or a number of GPUs that makes no sense; no such data set, plans or configuration,
+            or damaged ones; weights that are missing, damaged or can run code; `--val` before a training has ended.
+    """
+    from nnunet_semiseg.devices import check_device
+    from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.planning import planning_command, read_plans
+    from nnunet_semiseg.runs import Run, has_settings
+    from nnunet_semiseg.schema import check_configuration, read_dataset_json
+    from nnunet_semiseg.training import checkpoint as checkpoints
+
+    preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
+    dataset_folder("nnUNet_results", args.dataset_name_or_id)
+    plans = read_plans(preprocessed, args.p)
+    fix = f"plan again with {planning_command(preprocessed.name, args.p)}"
+    check_configuration(plans, args.configuration, preprocessed / f"{args.p}.json", fix)
+    read_dataset_json(preprocessed)
+
+    if not (args.fold == "all" or args.fold.isdecimal()):
+        raise UserError(f"fold {args.fold}: give the number of a fold, 0 or more, or all")
+    device = args.device or "cuda"
+    check_device(device)
+    gpus = args.num_gpus or "1"
+    if not gpus.isdecimal() or int(gpus) < 1:
+        raise UserError(f"-num_gpus {gpus}: give a whole number, 1 or more")
+    if int(gpus) > 1 and device != "cuda":
+        raise UserError(f"-num_gpus {gpus}: several GPUs need -device cuda")
+    if int(gpus) > 1 and has_settings(args.tr):
+        raise UserError(f"-num_gpus {gpus}: {args.tr} trains on one GPU: leave it out")
+    if args.c and args.val:
+        raise UserError("--c and --val: give one of them: --c goes on with a training, --val validates a finished one")
+    if args.val_best and args.disable_checkpointing:
+        raise UserError("--val_best and --disable_checkpointing: give one of them: the best is a checkpoint")
+    if args.pretrained_weights:
+        if args.c:
+            raise UserError("-pretrained_weights and --c: give one of them: weights are for the start of a training")
+        fix = "give a checkpoint of nnU-Net's with -pretrained_weights"
+        checkpoints.read(args.pretrained_weights, fix, mmap=True, keys=("network_weights",))
+    run = Run(preprocessed.name, args.configuration, args.fold, args.tr, plans_name or args.p)
+    if args.val and not run.is_trained:
+        raise UserError(f"{run.checkpoint}: no such file: --val needs a finished training: train without --val first")

@@ -1,0 +1,143 @@
+"""What nnUNetv2_train is asked for is refused in one line, by our command and by nnU-Net's, and leaves nothing."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+from training import PLANS, make_trainer, save_untrained, write_settings
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+
+REFUSED = [
+    ("3d_fullres 0", "-device cuda: there is no GPU: use -device cpu"),
+    ("3d_fullres 0 -device mps", "-device mps: only on a Mac"),
+    ("3d_fullres x -device cpu", "fold x: give the number of a fold, 0 or more, or all"),
+    ("3d_fullres 1.5 -device cpu", "fold 1.5: give"),
+    ("3d_fullres -1 -device cpu", "fold -1: give"),
+    ("3d_lowres 0 -device cpu", f"{PLANS}.json: no configuration 3d_lowres: use 2d or 3d_fullres"),
+    ("3d_fullres 0 -device cpu -p nope", "nope.json: no such plans; there is"),
+    ("3d_fullres 0 -device cpu -pretrained_weights /nix.pth", "/nix.pth: no such file: give a checkpoint"),
+    ("3d_fullres 0 -device cpu -pretrained_weights /nix.pth --c", "-pretrained_weights and --c: give one"),
+    ("3d_fullres 0 -device cpu --val", "checkpoint_final.pth: no such file: --val needs a finished training"),
+    ("3d_fullres 0 -device cpu --val --c", "--c and --val: give one of them"),
+    ("3d_fullres 0 -device cpu -num_gpus 2", "-num_gpus 2: several GPUs need -device cuda"),
+    ("3d_fullres 0 -device cpu -num_gpus 0", "-num_gpus 0: give a whole number"),
+]
+ONLY_OURS = [
+    ("3d_fullres 0 -device tpu", "-device tpu: no such device: use cuda or cpu or mps"),
+    ("3d_fullres 0 -device cpu --as ../x", "--as ../x: letters, digits, - _ and . only"),
+    ("3d_fullres 0 -device cpu --as a/b", "--as a/b: letters"),
+    (f"3d_fullres 0 -device cpu --as {'a' * 300}", "--as aaa"),
+]
+
+
+@pytest.fixture
+def dataset(ready):
+    return ready(labeled=2, unlabeled=2)
+
+
+def nothing_is_left(dataset) -> bool:
+    return not dataset.results.exists() and not (dataset.preprocessed / "x.json").exists()
+
+
+@pytest.mark.parametrize("trainer", ["MeanTeacherTrainer", "SupervisedTrainer", "nnUNetTrainer"])
+@pytest.mark.parametrize("words, message", REFUSED + ONLY_OURS)
+def test_our_command_refuses(words, message, trainer, dataset, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    plans = dataset.preprocessed / f"{PLANS}.json"
+    before = plans.read_bytes()
+    assert cli.main(f"train 901 -p {PLANS} -tr {trainer} {words}".split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert nothing_is_left(dataset) and plans.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words, message", [case for case in REFUSED if not any(w in case[0] for w in (" x ", "1.5", "-num_gpus 2"))]
+)
+def test_nnunets_command_refuses(words, message, dataset, monkeypatch):
+    from nnunetv2.run.run_training import run_training_entry
+
+    argv = f"/bin/nnUNetv2_train 901 -p {PLANS} -tr MeanTeacherTrainer {words}".split()
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(torch, "set_num_interop_threads", lambda n: None)  # can be called once
+    with pytest.raises(UserError) as refused:
+        run_training_entry()
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert nothing_is_left(dataset)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '\ufeff{"plans_name": "P"}'])
+def test_nnunets_command_refuses_plans_that_are_none(content, dataset, monkeypatch):
+    from nnunetv2.run.run_training import run_training_entry
+
+    (dataset.preprocessed / f"{PLANS}.json").write_text(content, encoding="utf-8")
+    words = f"nnUNetv2_train 901 3d_fullres 0 -device cpu -p {PLANS} -tr MeanTeacherTrainer"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(UserError, match=f"^{dataset.preprocessed / PLANS}.json: .*plan first with"):
+        run_training_entry()
+
+
+def test_several_gpus_are_for_nnunets_own_trainers(dataset, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_semiseg.devices.check_device", lambda device: None)
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres 0 -p {PLANS} -num_gpus 2 -tr".split()
+    assert cli.main([*words, "MeanTeacherTrainer"]) == 1
+    assert "-num_gpus 2: MeanTeacherTrainer trains on one GPU" in capsys.readouterr().err
+    assert cli.main([*words, "nnUNetTrainer"]) == 0
+
+
+def test_validation_of_a_finished_training_begins(dataset, monkeypatch, capsys):
+    save_untrained(MeanTeacherTrainer, dataset)
+    called = []
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: called.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres all -p {PLANS} -tr MeanTeacherTrainer -device cpu --val"
+    assert cli.main(words.split()) == 0 and called[0][-1] == "--val"
+
+
+def test_a_trainer_refuses_a_configuration_that_is_not_there(dataset):
+    plans = dataset.plans(PLANS) | {"continue_training": False}
+    for trainer_class in (SupervisedTrainer, MeanTeacherTrainer):
+        with pytest.raises(UserError, match=f"{PLANS}.json: no configuration 3d_cascade: use 2d or 3d_fullres"):
+            trainer_class(plans, "3d_cascade", 0, dataset.dataset_json, torch.device("cpu"))
+        with pytest.raises(UserError, match=f'{dataset.preprocessed}/dataset.json: "labels" is 1'):
+            trainer_class(plans, "3d_fullres", 0, dataset.dataset_json | {"labels": 1}, torch.device("cpu"))
+    assert nothing_is_left(dataset)
+
+
+@pytest.mark.parametrize("what", ["killed", "refused"])
+def test_no_loader_speaks_after_the_reason(what, dataset, monkeypatch, capfd):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    write_settings(dataset)
+    trainer = make_trainer(MeanTeacherTrainer, dataset)
+    trainer.initialize()
+
+    processes = []
+
+    def end(outputs):
+        processes.extend(trainer.dataloader_train._processes + trainer.dataloader_val._processes)
+        if what == "refused":
+            raise UserError("a reason")
+        for process in trainer.dataloader_train._processes:
+            os.kill(process.pid, signal.SIGKILL)
+        while True:  # what is loaded already comes first
+            next(trainer.dataloader_train)
+
+    monkeypatch.setattr(trainer, "on_train_epoch_end", end)
+    reason = "a reason" if what == "refused" else "a process that loads the data has ended: killed"
+    said = []
+    monkeypatch.setattr(threading, "excepthook", before := said.append)
+    with pytest.raises(UserError, match=reason):
+        trainer.run_training()
+    assert threading.excepthook == before and said == []
+    assert len(processes) >= 3 and not any(process.is_alive() for process in processes)
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err + captured.out
