@@ -17,8 +17,9 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from tqdm import tqdm
 
 from nnunet_semiseg.archives import ARCHIVES, unpacked
-from nnunet_semiseg.conversion.case import STATE, convert_case, files_of, paths_of, some
+from nnunet_semiseg.conversion.case import STATE, convert_case, files_of, paths_of
 from nnunet_semiseg.conversion.description import Case, Source
+from nnunet_semiseg.conversion.names import some
 from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, read_json, write_json
