@@ -27,8 +27,8 @@ ABOUT = About(
     url="",
     licence="",
     citation="",
-    layout="images/CASE.nii.gz and labels/CASE.nii.gz, or CASE/t1.nii.gz, CASE/t2.nii.gz and CASE/seg.nii.gz, or one of\n"
-    "  many others (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM folders and more;\n"
+    layout="images/CASE.nii.gz and labels/CASE.nii.gz, or CASE/t1.nii.gz, CASE/t2.nii.gz and CASE/seg.nii.gz, or\n"
+    "  one of many others (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM folders and more;\n"
     "  a case without a label is an unlabelled one",
     protocol="labelled is what has a label; validation and test cases are those of such folders, or as --split says",
     channels=("image",),
@@ -74,7 +74,7 @@ def find_cases(
     if bad := next((n for n, why in left_out.items() if why == UNKNOWN and _is_label(n)), None):
         raise UserError(f"{folder / bad}: of no kind that can be read ({', '.join(VOLUMES[:3])}, ...): convert it")
     _check_names(labels, channels)
-    layout = recognise(found, channels or given.channels, stacked=spacing is not None)
+    layout = recognise(found, channels or given.channels, spacing is not None, str(folder))
     if not layout.images:
         return Source(ABOUT, {}, ())
     for case in [case for case in layout.labels if layout.parts.get(case) == "unlabeled"]:

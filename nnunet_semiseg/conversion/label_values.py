@@ -6,14 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.errors import UserError
 
-Value = Union[int, tuple[int, int, int]]
+Value = int | tuple[int, int, int]
 """a grey value, or the red, green and blue of a colour"""
 BACKGROUND = "background"
 

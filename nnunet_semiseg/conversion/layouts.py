@@ -64,44 +64,45 @@ class Layout:
         return f"{self.kind}: {with_label}{channels}"
 
 
-def recognise(paths: Iterable[str], channels: Sequence[str] | None = None, stacked: bool = False) -> Layout:
+def recognise(
+    paths: Iterable[str], channels: Sequence[str] | None = None, stacked: bool = False, source: str = ""
+) -> Layout:
     """The cases that relative paths tell of.
 
     Args:
         paths: of files that can be read, with slashes; see `listing` for what stands for DICOM.
         channels: wanted, by name and in this order; None: those that all labelled cases have.
         stacked: pictures in a folder of their case are the slices of a volume.
+        source: the folder, for messages.
 
     Raises:
         UserError: names that make no sense, or more than one: two cases of one name, a label of no case.
     """
     paths = sorted(paths, key=natural)
     root = common_root(paths)
-    names = [Name(path[len(root) :]) for path in paths]
+    names = [Name(path, root, source) for path in paths]
     layout = _bids(names) or _folders_of_kinds(names, channels, stacked) or _folders_of_cases(names, channels, stacked)
     layout = layout or _one_folder(names, channels)
-    _check_labels(layout)
+    _check_labels(layout, source)
     layout.channels, unused = choose_channels(layout.images, layout.labels, channels)
     layout.left_out |= unused
     for case, part in list(layout.parts.items()):
         if part == "train" or (part == "val" and case not in layout.labels):
             del layout.parts[case]
-    return replace(
-        layout,
-        images={case: {k: root + v for k, v in files.items()} for case, files in sorted(layout.images.items())},
-        labels={case: {k: root + v for k, v in files.items()} for case, files in sorted(layout.labels.items())},
-        left_out={root + path: why for path, why in layout.left_out.items()},
-    )
+    return replace(layout, images=dict(sorted(layout.images.items())), labels=dict(sorted(layout.labels.items())))
 
 
-def _check_labels(layout: Layout) -> None:
-    alone = [next(iter(files.values())) for case, files in layout.labels.items() if case not in layout.images]
-    if alone:
-        cases = {path: case for case, files in layout.labels.items() for path in files.values()}
-        raise UserError("\n".join(f"{path}: no image of case {cases[path]}: rename it" for path in alone[:5]))
+def _check_labels(layout: Layout, source: str) -> None:
+    alone = {case: files for case, files in layout.labels.items() if case not in layout.images}
+    lines = [
+        f"{os.path.join(source, next(iter(files.values())))}: no image of case {case}: rename it, or take it away"
+        for case, files in list(alone.items())[:5]
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
     for case, files in layout.labels.items():
         if len(files) == 1:  # whatever it is called
-            layout.labels[case] = {"": path for path in files.values()}
+            layout.labels[case] = {"": next(iter(files.values()))}
 
 
 # --------------------------------------------------------------------------------------------------------------- BIDS
@@ -131,9 +132,10 @@ def _bids(names: Sequence[Name]) -> Layout | None:
 
 
 def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
-    """`images/c1.nii.gz` and `labels/c1.nii.gz`, with parts (`imagesTs`, `test/images`), or folders of cases therein."""
+    """`images/c1.nii.gz` and `labels/c1.nii.gz`, with parts (`imagesTs`, `test/images`) or folders of cases."""
     above = {name.folders[: name.folder_kind[0]] for name in names if name.folder_kind and name.folder_kind[1] == IMAGE}
-    if not above or (len(above) > 1 and not all(any(map(part_of, folders)) for folders in above)):
+    in_parts = all(any(map(part_of, folders)) for folders in above)
+    if not above or (len(above) > 1 and not in_parts):
         return None
     inside: dict[str, list[Name]] = {IMAGE: [], LABEL: []}
     nested: dict[str, list[Name]] = {IMAGE: [], LABEL: []}
@@ -267,7 +269,7 @@ def _one_folder(names: Sequence[Name], channels: Sequence[str] | None) -> Layout
     return layout
 
 
-# ------------------------------------------------------------------------------------------------------- what they share
+# ----------------------------------------------------------------------------------------------------- what they share
 
 
 def _kind(name: Name) -> str:
@@ -282,7 +284,8 @@ def _kind(name: Name) -> str:
 def _put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
     files = (layout.images if kind == IMAGE else layout.labels)[case]
     if rest in files:
-        raise UserError(f"{name.path}: case {case} is there twice, also as {files[rest]}: take one away")
+        other = replace(name, path=files[rest])
+        raise UserError(f"{name}: case {case} is there twice, also as {other}: take one away")
     files[rest] = name.path
     if name.part and kind == IMAGE:
         layout.parts[case] = name.part
@@ -301,11 +304,10 @@ def _fill_case(layout: Layout, kind: str, case: str, files: Sequence[Name], stac
     slices = [name for name in files if name.ending in PICTURES]
     is_volume = kind == IMAGE and stacked or kind == LABEL and _volumes(layout.images.get(case, {}).values())
     if len(slices) > 1 and len(slices) == len(files) and is_volume:
-        folder = "/".join(slices[0].folders)
-        files = [replace(slices[0], path=folder + STACK)]
+        files = [replace(slices[0], path=os.path.dirname(slices[0].path) + STACK)]
     elif kind == IMAGE and len(slices) > 1 and len({re.sub(r"\d+", "", name.stem) for name in slices}) == 1:
         raise UserError(
-            f"{'/'.join(slices[0].folders)}: {len(slices)} numbered pictures: say the size of their voxels with"
+            f"{os.path.dirname(str(slices[0]))}: {len(slices)} numbered pictures: say the size of their voxels with"
             f" --spacing X Y Z (mm), and they are slices of a volume"
         )
     elif len(series) > 1:  # which is which, their headers say

@@ -1,4 +1,4 @@
-"""The files of a source by name, as `layouts` reads them: DICOM, whose files say little by their names, is summed up."""
+"""The files of a source by name, as `layouts` reads them: DICOM slices, whose names say little, are summed up."""
 
 from __future__ import annotations
 

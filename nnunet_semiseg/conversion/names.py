@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,19 @@ _SESSION = re.compile(
 
 @dataclass(frozen=True)
 class Name:
-    """A path relative to the source, with slashes, taken apart."""
+    """A path relative to the source, with slashes, taken apart.
+
+    Args:
+        skip: so many folders at its beginning say nothing.
+        source: where it lies, for messages.
+    """
 
     path: str
+    skip: int = 0
+    source: str = ""
+
+    def __str__(self) -> str:
+        return os.path.join(self.source, self.path)
 
     @cached_property
     def ending(self) -> str:
@@ -52,7 +63,7 @@ class Name:
 
     @cached_property
     def folders(self) -> tuple[str, ...]:
-        return tuple(self.path.split("/")[:-1])
+        return tuple(self.path.split("/")[self.skip : -1])
 
     @cached_property
     def stem(self) -> str:
@@ -140,15 +151,12 @@ def some(names: Iterable[str], at_most: int = 5) -> str:
     return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
 
 
-def common_root(paths: Sequence[str]) -> str:
-    """Folders that all lie in, often one that an archive was made of, with a slash at the end; or the empty string.
-
-    A folder that says what lies in it (`images`) is none.
-    """
-    root: list[str] = []
+def common_root(paths: Sequence[str]) -> int:
+    """How many folders all lie in, often one that an archive was made of; one that says what lies in it is none."""
     folders = [Name(path).folders for path in paths]
-    while folders and all(len(f) > len(root) for f in folders) and len({f[len(root)] for f in folders}) == 1:
-        if kind_of(folders[0][len(root)]) or folders[0][len(root)].lower().startswith("sub-"):
+    n = 0
+    while folders and all(len(f) > n for f in folders) and len({f[n] for f in folders}) == 1:
+        if kind_of(folders[0][n]) or folders[0][n].lower().startswith("sub-"):
             break
-        root.append(folders[0][len(root)])
-    return "".join(f"{folder}/" for folder in root)
+        n += 1
+    return n

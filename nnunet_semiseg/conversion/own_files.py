@@ -57,6 +57,7 @@ class Files:
     sizes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     names: list[str] = field(default_factory=list)
+    named: bool = False
 
     def describe(
         self,
@@ -72,6 +73,7 @@ class Files:
         """
         images = [self.place(path) for files in layout.images.values() for path in files.values()]
         self.sizes = _sizes(images)
+        self.named = len(self.channels) > 1 and any("" not in files for files in layout.images.values())
         dims = Counter(min(len(size), 3) for size in self.sizes.values())
         self.dims = dims.most_common(1)[0][0] if dims else 3
         self._check_channels(layout)
@@ -105,9 +107,12 @@ class Files:
     # -------------------------------------------------------------------------------------------------------- images
 
     def _images(self, files: Mapping[str, str]) -> Iterable[Path | Read]:
+        if "" in files and self.named:
+            why = f"its name ends with none of {', '.join(f'_{channel}' for channel in self.channels)}: rename it"
+            yield Read(refuse, (self.place(files[""]),), {"why": f"{why}, or name all --channels"})
+            return
         if "" in files or len(self.channels) == 1:
-            path = next(iter(files.values()))
-            yield from self._of_one_file(path)
+            yield from self._of_one_file(next(iter(files.values())))
             return
         for channel in self.channels:
             if channel in files:

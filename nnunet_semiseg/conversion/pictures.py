@@ -60,9 +60,8 @@ def read_colour_mask(path: Path, colours: Mapping[Colour, int], labels: Sequence
         return sitk.GetImageFromArray(np.ascontiguousarray(rgb[..., 0]))
     found = count(picture)
     if unknown := found.keys() - colours.keys():
-        raise UserError(
-            f"{path}: a label in colour: {found_text(found)}: {offer(found if len(unknown) == len(found) else unknown, labels)}"
-        )
+        new = found if len(unknown) == len(found) else {colour: found[colour] for colour in unknown}
+        raise UserError(f"{path}: a label in colour: {found_text(found)}: {offer(new, labels)}")
     values = np.zeros(rgb.shape[:-1], np.uint8)
     for colour, value in colours.items():
         values[(rgb == colour).all(-1)] = value
