@@ -28,7 +28,7 @@ ABOUT = About(
     licence="",
     citation="",
     layout="images/CASE.nii.gz and labels/CASE.nii.gz, or CASE/t1.nii.gz, CASE/t2.nii.gz and CASE/seg.nii.gz, or\n"
-    "  one of many others (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM folders and more;\n"
+    "  one of many others (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM and more;\n"
     "  a case without a label is an unlabelled one",
     protocol="labelled is what has a label; validation and test cases are those of such folders, or as --split says",
     channels=("image",),

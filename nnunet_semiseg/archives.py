@@ -41,9 +41,10 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         if archive.name.lower().endswith(".zip"):
             with zipfile.ZipFile(archive) as file:
-                for name in file.namelist():
-                    _refuse_outside(name, archive)
-                file.extractall(folder)
+                for member in file.infolist():
+                    _refuse_outside(member.filename, archive)
+                    member.filename = member.filename.replace("\\", "/")  # some programs on Windows write these
+                file.extractall(folder, file.infolist())
         else:
             with tarfile.open(archive) as file:
                 for member in file:

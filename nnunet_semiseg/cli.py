@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.__name__, help=command.__doc__, description=command.__doc__, allow_abbrev=False
         )
         subparser.set_defaults(run=command(subparser))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_with_folder(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except UserError as error:
@@ -399,6 +399,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _with_folder(words: Sequence[str]) -> list[str]:
+    """`convert -i FOLDER ...` is meant as `convert folder -i FOLDER ...`."""
+    words = list(words)
+    if (
+        words[:1] == ["convert"]
+        and words[1:2]
+        and words[1].startswith("-")
+        and words[1] not in ("-h", "--help", "--list")
+    ):
+        print("convert: taken for `convert folder`, your own images")
+        words.insert(1, "folder")
+    return words
 
 
 def _add_preprocessing_arguments(parser: ArgumentParser) -> None:
