@@ -150,7 +150,7 @@ def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, sta
             nested[_kind(name)].append(name)
     if nested[IMAGE] and _slice_by_slice(nested[IMAGE], nested[LABEL], stacked):
         layout.kind += ", with folders therein"
-        inside = {kind: inside[kind] + nested[kind] for kind in inside}
+        _fill_slices(layout, nested, channels)
         nested = {IMAGE: [], LABEL: []}
     elif nested[IMAGE]:
         layout.kind += ", with a folder a case"
@@ -163,6 +163,24 @@ def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, sta
         for case, files in groups.items():
             _fill_case(layout, kind, case, files, stacked)
     return layout
+
+
+def _fill_slices(layout: Layout, files: Mapping[str, Sequence[Name]], channels: Sequence[str] | None) -> None:
+    """Files in folders of patients, each a case; the folder comes into its name where it would be another's, too."""
+    groups: dict[str, dict[str, list[Name]]] = defaultdict(lambda: {IMAGE: [], LABEL: []})
+    for kind in files:
+        for name in files[kind]:
+            groups["_".join(name.folders[name.folder_kind[0] + 1 :])][kind].append(name)
+    stems = [name.stem for name in files[IMAGE]]
+    for folder, group in groups.items():
+        own = Layout("")
+        _fill_flat(own, group, channels)
+        prefix = f"{folder}_" if len(set(stems)) < len(stems) else ""
+        for case in (*own.images, *(case for case in own.labels if case not in own.images)):
+            layout.patients[prefix + case] = folder
+            for target, source in ((layout.images, own.images), (layout.labels, own.labels), (layout.parts, own.parts)):
+                if case in source:
+                    target[prefix + case] = source[case]
 
 
 def _slice_by_slice(images: Sequence[Name], labels: Sequence[Name], stacked: bool) -> bool:
