@@ -65,6 +65,10 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
             show_progress_bar=not args.no_pbar,
             verbose=args.verbose,
         )
+        configuration = "3d_fullres" if "3d_fullres" in args.c else args.c[0]
+        plans = "" if args.pl == "ExperimentPlanner" and not args.overwrite_plans_name else " -p PLANS"
+        trainer = "nnUNetTrainer" if args.labeled_only else "MeanTeacherTrainer"
+        _say_next(f"train {args.d[0]} {configuration} 0 -tr {trainer}{plans}")
 
     return run
 
@@ -139,6 +143,9 @@ def train(parser: ArgumentParser) -> Command:
         try:
             write_settings(plans_file, changes)
             run_training_entry()
+            if os.environ.get("RANK", "0") == "0" and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
+                where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"
+                _say_next(f"compare {where} --trainers SupervisedTrainer {args.tr} --run")
         except UserError:  # raised before training only
             if args.copy:
                 plans_file.unlink()
@@ -242,6 +249,8 @@ def compare(parser: ArgumentParser) -> Command:
             num_processes=args.np,
         )
         print(compare(request, args.o, args.train))
+        where = f"-d {args.d} -c {args.c} -f {args.f} -p {args.p} -tr {args.trainers[-1]}"
+        print(f"next: nnUNetv2_predict {where} -i IMAGES -o PREDICTIONS")
 
     return run
 
@@ -399,6 +408,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _say_next(words: str) -> None:
+    print(f"next: nnunet_semiseg {words}")
 
 
 def _with_folder(words: Sequence[str]) -> list[str]:

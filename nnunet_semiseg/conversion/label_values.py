@@ -100,17 +100,21 @@ def count_all(sources: Iterable, load: Callable[..., sitk.Image]) -> Counter:
     return total
 
 
+def _order(value: Value | float) -> tuple:
+    return isinstance(value, tuple), value
+
+
 def found_text(counts: Mapping) -> str:
     """`0 (900 voxels), 205 (80), 420 (20)`: ten at most, the most frequent ones, by value."""
     most = dict(Counter(counts).most_common(10))
-    parts = [f"{as_text(value)} ({n})" for value, n in sorted(most.items(), key=lambda pair: str(pair[0]).zfill(20))]
+    parts = [f"{as_text(value)} ({n})" for value, n in sorted(most.items(), key=lambda pair: _order(pair[0]))]
     more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
     return f"{', '.join(parts)}{more}".replace(")", " voxels)", 1)
 
 
 def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
     """The option to copy: names as given, where there are as many as values beside the background's."""
-    values = [value for value in sorted(counts, key=lambda value: str(value).zfill(20))]
+    values = sorted(counts, key=_order)
     zero = values[0] if values and values[0] in (0, (0, 0, 0)) else None
     others = [value for value in values if value != zero]
     if any(isinstance(value, float) for value in values) or len(others) > 10:

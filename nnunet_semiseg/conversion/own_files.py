@@ -193,7 +193,10 @@ class Files:
             options = {"names": self.names, "read_image": partial(read_grid, channel=self.channels[0])}
             return Read(read, (path, grid), options)
         if ending == STACK:
-            return Read(read_mask_stack, (path, grid), {"read_slice": self._read_picture, "channel": self.channels[0]})
+            options = {"read_slice": self._read_picture, "channel": self.channels[0]}
+            if Name(next(iter(images.values()))).ending == STACK:
+                options["spacing"] = self.spacing
+            return Read(read_mask_stack, (path, grid), options)
         if self.dims == 3 and ending in (".tif", ".tiff"):
             return Read(read_tiff_volume, (path,), {"spacing": self.spacing})
         reader = self._picture_reader(path)

@@ -59,24 +59,30 @@ def read_stack(folder: Path, spacing: Sequence[float] | None) -> tuple[sitk.Imag
 
 
 def read_mask_stack(
-    folder: Path, image: Path, read_slice: Callable[[Path], sitk.Image], channel: str | None = None
+    folder: Path,
+    image: Path,
+    read_slice: Callable[[Path], sitk.Image],
+    channel: str | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> tuple[sitk.Image, str]:
     """The masks in a folder on the grid of their image.
 
     The slices are in the order of the image's: of the names of its DICOM files, else of its slices.
 
     Args:
-        image: its file, or the folder of its DICOM files.
+        image: its file, or the folder of its DICOM files, or of its pictures.
         channel: the series, where there are several.
+        spacing: of an image in pictures; None where it is none.
     """
-    mask, grid = _stacked(folder, read_slice), read_grid(image, channel)
+    mask = _stacked(folder, read_slice)
+    grid = read_stack(image, spacing)[0] if spacing else read_grid(image, channel)
     if mask.GetSize() != grid.GetSize():
         raise UserError(
             f"{folder}: masks of size {mask.GetSize()}, but {image} has {grid.GetSize()}: is it their image?"
         )
     note = f"{mask.GetSize()[2]} pictures are the slices of the label, in the order of their names"
     voxels = sitk.GetArrayFromImage(mask)
-    if image.is_dir():
+    if image.is_dir() and not spacing:
         by_position = series_files(image, channel)
         by_name = {file: i for i, file in enumerate(sorted(by_position, key=natural))}
         voxels = voxels[[by_name[file] for file in by_position]]
