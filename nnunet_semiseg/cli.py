@@ -65,10 +65,11 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
             show_progress_bar=not args.no_pbar,
             verbose=args.verbose,
         )
-        configuration = "3d_fullres" if "3d_fullres" in args.c else args.c[0]
-        plans = "" if args.pl == "ExperimentPlanner" and not args.overwrite_plans_name else " -p PLANS"
-        trainer = "nnUNetTrainer" if args.labeled_only else "MeanTeacherTrainer"
-        _say_next(f"train {args.d[0]} {configuration} 0 -tr {trainer}{plans}")
+        if not args.no_pp:
+            configuration = "3d_fullres" if "3d_fullres" in args.c else args.c[0]
+            trainer = "SupervisedTrainer" if args.labeled_only else "MeanTeacherTrainer"
+            plans = args.overwrite_plans_name or planning._default_plans_name(planning.find_planner(args.pl))
+            _say_next(f"train {args.d[0]} {configuration} 0 -tr {trainer} -p {plans}")
 
     return run
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from argparse import ArgumentParser
+from pathlib import Path
+
 import pytest
 
 from nnunet_semiseg.conversion.layouts import recognise
 from nnunet_semiseg.conversion.names import kind_of, label_core, part_of
+from nnunet_semiseg.dataset_conversion import folder
 
 
 def tree(text: str) -> list[str]:
@@ -292,3 +298,24 @@ def test_words_of_folders():
     assert parts == {"imagesTs": "test", "labelsVal": "val", "Testing": "test", "BraTS-GLI": None,
                      "FLARE_UnlabeledCase": "unlabeled"}  # fmt: skip
     assert [label_core(stem) for stem in ("c_seg", "mask-c", "seg", "c", "c1_dseg")] == ["c", "c", "", None, "c1"]
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+GALLERY = re.findall(
+    r"### (.*?)\n\n```\n(.*?)```\n\n    (nnunet_semiseg convert .*?)\n\ntaken for (.*?)\n", PAGE, re.DOTALL
+)
+
+
+@pytest.mark.parametrize("title, paths, command, said", GALLERY, ids=[entry[0] for entry in GALLERY])
+def test_the_gallery_says_what_is_printed(title, paths, command, said):
+    parser = ArgumentParser()
+    folder.add_arguments(parser)
+    options, rest = parser.parse_known_args(shlex.split(command)[3:])
+    assert rest == ["-i", "MYDATA", "-d", "501"]
+    names = [path.replace("/*.dcm", ".dicom") for path in paths.split() if not path.endswith(".json")]
+    layout = recognise(names, options.channels, options.spacing is not None)
+    assert str(layout) == said and not layout.left_out
+
+
+def test_the_gallery_is_read():
+    assert len(GALLERY) == PAGE.count("\n### ") == 13

@@ -545,3 +545,36 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "taken for `convert folder`" in lines[0]
     assert lines[-1] == "next: nnunet_semiseg plan_and_preprocess -d 801 -c 3d_fullres"
+
+
+@pytest.mark.parametrize(
+    "words, following",
+    [
+        ("plan_and_preprocess -d 801 -c 2d", "nnunet_semiseg train 801 2d 0 -tr MeanTeacherTrainer -p nnUNetPlans"),
+        (
+            "plan_and_preprocess -d 801 --labeled_only -pl SemiSegPlanner",
+            "nnunet_semiseg train 801 3d_fullres 0 -tr SupervisedTrainer -p nnUNetSemiSegPlans",
+        ),
+        ("plan_and_preprocess -d 801 --no_pp", None),
+        (
+            "train 801 2d 1 -tr BCPTrainer",
+            "nnunet_semiseg compare -d 801 -c 2d -f 1 -p nnUNetPlans --trainers SupervisedTrainer BCPTrainer --run",
+        ),
+        (
+            "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer",
+            "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans -tr BCPTrainer -i IMAGES -o PREDICTIONS",
+        ),
+    ],
+)
+def test_every_command_ends_with_the_next(words, following, tiny_dataset, monkeypatch, capsys):
+    dataset = tiny_dataset(size=6, dataset_id=801)
+    for folder in (dataset.preprocessed, dataset.results):
+        folder.mkdir(parents=True)
+    (dataset.preprocessed / "nnUNetPlans.json").write_text(json.dumps({"plans_name": "nnUNetPlans"}))
+    monkeypatch.setattr("nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: None)
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: None)
+    monkeypatch.setattr("nnunet_semiseg.evaluation.compare.compare", lambda *args: "report.html")
+    monkeypatch.setattr("sys.argv", ["nnunet_semiseg"])
+    assert cli.main(words.split()) == 0
+    last = capsys.readouterr().out.splitlines()[-1:]
+    assert last == ([f"next: {following}"] if following else [])
