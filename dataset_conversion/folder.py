@@ -89,7 +89,12 @@ def find_cases(
         place=lambda path: real_path(path, folder, found),
     )
     about = files.describe(layout, labels, given.labels, folder)
-    about = replace(about, name=name, notes=(f"taken for {layout}", *about.notes), value_hint=ABOUT.value_hint)
+    notes = (
+        f"taken for {layout}",
+        *([f"names of labels and channels: {given.file}"] if given.file else ()),
+        *about.notes,
+    )
+    about = replace(about, name=name, notes=notes, value_hint=ABOUT.value_hint)
     cases = {case: files.case(case, layout) for case in layout.images}
     lists = _read_split(Path(split), cases) if split else _lists(layout)
     patients = find_patients(cases, layout.patients, group_by) if group_by else {}
@@ -109,6 +114,7 @@ class Given:
 
     labels: Mapping[str, int | tuple[int, ...]] | None = None
     channels: tuple[str, ...] | None = None
+    file: str = ""
 
 
 def _dataset_json(folder: Path, left_out: dict[str, str]) -> Given:
@@ -126,8 +132,8 @@ def _dataset_json(folder: Path, left_out: dict[str, str]) -> Given:
             labels[str(key)] = tuple(value) if isinstance(value, list) else int(value)
     except (AttributeError, KeyError, TypeError, ValueError):
         return Given()  # some other file of this name
-    left_out[files[0]] = "read: it names labels and channels"
-    return Given(labels, names or None)
+    del left_out[files[0]]
+    return Given(labels, names or None, files[0])
 
 
 def _is_label(path: str) -> bool:

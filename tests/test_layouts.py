@@ -11,6 +11,7 @@ import pytest
 
 from nnunet_semiseg.conversion.layouts import recognise
 from nnunet_semiseg.conversion.names import kind_of, label_core, part_of
+from nnunet_semiseg.conversion.patients import find_patients
 from nnunet_semiseg.dataset_conversion import folder
 
 
@@ -319,3 +320,17 @@ def test_the_gallery_says_what_is_printed(title, paths, command, said):
 
 def test_the_gallery_is_read():
     assert len(GALLERY) == PAGE.count("\n### ") == 13
+
+
+@pytest.mark.parametrize(
+    "cases, known, patients",
+    [
+        (["BraTS-GLI-00005-000", "BraTS-GLI-00005-001", "BraTS-GLI-00007-000"], {}, "BraTS-GLI-00005 BraTS-GLI-00007"),
+        (["patient001_frame01", "patient001_frame12", "patient002_frame01"], {}, "patient001 patient002"),
+        (["s1_ses-2", "s2_baseline_1"], {}, "s1 s2"),
+        (["a_2020-01-01", "a_2021-01-01", "b"], {"a_2020-01-01": "a", "a_2021-01-01": "a"}, "a b"),
+    ],
+)
+def test_patients_by_folders_or_names(cases, known, patients):
+    assert sorted(set(find_patients(cases, known, "patient").values())) == patients.split()
+    assert find_patients(["x_07_scan1"], {}, r"(.+)_scan") == {"x_07_scan1": "x_07"}

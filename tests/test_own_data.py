@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -148,7 +149,9 @@ def test_masks_in_colour(kind, tmp_path, raw):
             "labels/a.png: label values found are 0/0/0 (22 voxels), 0/0/255 (2), 255/0/0 (6): say what they are with"
             " --label-values 0/0/0=background 0/0/255=heart 255/0/0=lung"
         )
-    convert(folder, labels=None, label_values=["255/0/0=heart", "0/0/255=lung"])
+    values = ["255/0/0=heart", "0/0/255=lung"]
+    assert pickle.dumps(own.find_cases(folder, label_values=values).cases)  # workers get them
+    convert(folder, labels=None, label_values=values)
     assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
 
 
@@ -347,7 +350,7 @@ def test_what_is_written_anew_is_said(source, raw, capsys):
     (source / "images" / "c0.nii.gz").unlink()
     sitk.WriteImage(sitk.ReadImage(str(source / "labels" / "c0.nii.gz")), str(source / "images" / "c0.mhd"))
     convert(source)
-    assert "1 files (.mhd) are written as .nii.gz, voxel by voxel" in capsys.readouterr().out
+    assert "1 .mhd are written as .nii.gz, voxel by voxel" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------- stacks
@@ -452,6 +455,8 @@ def test_structure_sets(tmp_path, raw, capsys):
     save_structure_set(tmp_path / "d" / "P1" / "mr", tmp_path / "d" / "P1" / "rt.dcm")
     with pytest.raises(ValueError, match="rt.dcm: say which classes are wanted: --labels Heart Couch"):
         convert(tmp_path / "d", labels=None)
+    found = own.find_cases(tmp_path / "d", labels=["heart"])
+    assert pickle.loads(pickle.dumps(found.cases)).keys() == {"P1", "P2"}  # workers get them
     convert(tmp_path / "d", labels=["heart"])
     expected = np.zeros(SHAPE, np.uint8)
     expected[1:4, 1:5, 2] = 1

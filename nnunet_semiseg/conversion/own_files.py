@@ -71,7 +71,8 @@ class Files:
         Raises:
             UserError: labels or channels that must be named first; the message says what was found.
         """
-        images = [self.place(path) for files in layout.images.values() for path in files.values()]
+        by_name = {name: self.place(name) for files in layout.images.values() for name in files.values()}
+        images = list(by_name.values())
         self.sizes = _sizes(images)
         self.named = len(self.channels) > 1 and any("" not in files for files in layout.images.values())
         dims = Counter(min(len(size), 3) for size in self.sizes.values())
@@ -80,8 +81,9 @@ class Files:
         names = self._classes(layout, labels, given, folder)
         self._check_values(layout, names, labels, folder)
         ending = _file_ending(images, self.dims)
-        other = Counter(Name(path.name).ending or "DICOM" for path in images if not path.name.endswith(ending))
-        written = [f"{n} files ({kind}) are written as {ending}, voxel by voxel" for kind, n in other.items()]
+        kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
+        other = Counter(Name(name).ending for name in by_name if not name.endswith(ending))
+        written = [f"{n} {kinds.get(e, e)} are written as {ending}, voxel by voxel" for e, n in other.items()]
         regions = any(isinstance(value, tuple) for value in names.values())
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",

@@ -11,7 +11,7 @@ from nnunet_semiseg.conversion.names import some
 from nnunet_semiseg.errors import UserError
 
 _LAST_NUMBER = re.compile(
-    r"(?i)(.*\d.*?)[_-](?:ses|visit|scan|time|tp|day|week|month|frame|fu|baseline|bl|t|v)?[-_]?\d[\d-]*"
+    r"(?i)(.*\d.*?)[_-](?:(?:ses|session|visit|scan|time|tp|day|week|month|frame|fu|baseline|bl|t|v)[-_]?)?\d[\d-]*"
 )
 
 
@@ -30,8 +30,9 @@ def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str)
     if group_by == "patient":
         if known:
             return {case: known.get(case, case) for case in cases}
-        patients = {case: match[1] if (match := _LAST_NUMBER.fullmatch(case)) else case for case in cases}
-        if len(cases) > 1 and not 1 < len(set(patients.values())) < len(cases):
+        matches = {case: _LAST_NUMBER.fullmatch(case) for case in cases}
+        patients = {case: match[1] if match else case for case, match in matches.items()}
+        if not any(matches.values()) or len(set(patients.values())) == 1:
             raise UserError(
                 f"--group-by patient: names like {cases[0]} do not tell patients: give a regular expression whose group"
                 r" is the patient, for example --group-by '(.+)_\d+'"
