@@ -89,6 +89,8 @@ def find_cases(
         place=lambda path: real_path(path, folder, found),
     )
     about = files.describe(layout, labels, given.labels, folder)
+    if about.labels == given.labels:
+        about = replace(about, regions_class_order=given.regions_class_order)
     notes = (
         f"taken for {layout}",
         *([f"names of labels and channels: {given.file}"] if given.file else ()),
@@ -102,7 +104,8 @@ def find_cases(
         lists = _draw_test(lists, layout.labels, test, patients)
     if patients:
         refuse_shared(patients, lists[2], [*lists[0], *lists[1]])
-    return Source(about, cases, *lists, left_out=left_out | layout.left_out, patients=patients)
+    check = partial(files.check_values, layout, about)
+    return Source(about, cases, *lists, left_out=left_out | layout.left_out, patients=patients, check=check)
 
 
 # ------------------------------------------------------------------------------------------------ what is beside images
@@ -114,6 +117,7 @@ class Given:
 
     labels: Mapping[str, int | tuple[int, ...]] | None = None
     channels: tuple[str, ...] | None = None
+    regions_class_order: tuple[int, ...] | None = None
     file: str = ""
 
 
@@ -133,7 +137,11 @@ def _dataset_json(folder: Path, left_out: dict[str, str]) -> Given:
     except (AttributeError, KeyError, TypeError, ValueError):
         return Given()  # some other file of this name
     del left_out[files[0]]
-    return Given(labels, names or None, files[0])
+    order = content.get("regions_class_order")
+    if order is None and any(isinstance(value, tuple) for value in labels.values()):
+        where = folder / files[0]
+        raise UserError(f"{where}: has regions, but no regions_class_order: add it as nnU-Net's documentation says")
+    return Given(labels, names or None, tuple(order) if order else None, files[0])
 
 
 def _is_label(path: str) -> bool:

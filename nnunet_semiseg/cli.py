@@ -68,7 +68,7 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
         if not args.no_pp:
             configuration = "3d_fullres" if "3d_fullres" in args.c else args.c[0]
             trainer = "SupervisedTrainer" if args.labeled_only else "MeanTeacherTrainer"
-            plans = args.overwrite_plans_name or planning._default_plans_name(planning.find_planner(args.pl))
+            plans = args.overwrite_plans_name or planning.plans_name_of(args.pl)
             _say_next(f"train {args.d[0]} {configuration} 0 -tr {trainer} -p {plans}")
 
     return run

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.conversion import label_values
+from nnunet_semiseg.conversion import label_values, own_files
 from nnunet_semiseg.dataset_conversion import folder as own
 
 SHAPE = (5, 6, 7)  # x y z
@@ -323,6 +323,36 @@ def test_a_raw_dataset_of_nnunet(version, source, raw, tmp_path):
     assert sorted(p.name for p in raw.rglob("t0*")) == ["t0.nii.gz", "t0_0000.nii.gz"]
 
 
+def test_regions_of_a_raw_dataset(source, raw):
+    content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "whole": [1, 2], "core": [2]}}
+    (source / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="d/dataset.json: has regions, but no regions_class_order: add it"):
+        convert(source, labels=None)
+    (source / "dataset.json").write_text(json.dumps(content | {"regions_class_order": [2, 1]}))
+    convert(source, labels=None)
+    assert about(raw)["labels"] == content["labels"] and about(raw)["regions_class_order"] == [2, 1]
+
+
+def test_labels_that_are_not_used_are_not_opened(source, monkeypatch):
+    gaps(source)
+    opened = []
+    read = own_files.load
+    monkeypatch.setattr(own_files, "load", lambda path, *args: opened.append(path.name) or read(path, *args))
+    with pytest.raises(ValueError, match="label values found are"):
+        convert(source, labeled=1)
+    assert set(opened) == {"c0.nii.gz"}
+
+
+def test_a_single_xray_a_file(tmp_path, raw):
+    for name in ("a", "b"):
+        dicom(tmp_path / "x" / name, image()[:, :, :1], "chest", f"1.2.{name == 'a':d}", "1.2.840.10008.5.1.4.1.1.1")
+        (tmp_path / "d" / "images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name / "IM1.dcm").rename(tmp_path / "d" / "images" / f"{name}.dcm")
+    write(Image.fromarray(ORGAN[:, :, 3].T), tmp_path / "d" / "labels" / "a.png")
+    convert(tmp_path / "d", channels=["X-ray"])
+    assert np.array_equal(voxels(raw / "imagesUn" / "b_0000.tif"), image()[:, :, 0])
+
+
 def test_a_test_folder_beside_images_is_the_test_set(source, raw):
     nii(image(9), source / "imagesTs" / "t0.nii.gz")
     nii(ORGAN, source / "labelsTs" / "t0.nii.gz")
@@ -356,14 +386,14 @@ def test_what_is_written_anew_is_said(source, raw, capsys):
 # -------------------------------------------------------------------------------------------------------------- stacks
 
 
-def dicom(folder: Path, array: np.ndarray, description: str, uid: str) -> None:
+def dicom(folder: Path, array: np.ndarray, description: str, uid: str, kind="1.2.840.10008.5.1.4.1.1.4") -> None:
     """A slice a file, written from the top down: the names are in the other order than the positions."""
     folder.mkdir(parents=True, exist_ok=True)
     for z in range(array.shape[2]):
         plane = sitk.GetImageFromArray(array[:, :, z : z + 1].T.astype(np.int16))
         plane.SetSpacing((1, 1, 2))
         tags = {"0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": uid, "0008|0018": f"{uid}.{z}",
-                "0018|0050": "2", "0008|0016": "1.2.840.10008.5.1.4.1.1.4", "0008|103e": description,
+                "0018|0050": "2", "0008|0016": kind, "0008|103e": description,
                 "0020|0013": str(z),
                 "0020|0032": f"0\\0\\{2 * z}", "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0052": "1.2.3.9",
                 "0010|0020": "P1", "0010|0010": "P1"}  # fmt: skip
@@ -484,7 +514,8 @@ def test_dicom_segmentations(tmp_path, raw):
     segmentation = highdicom.seg.Segmentation(
         slices, masks, "BINARY", segments, "1.2.88", 5, "1.2.88.1", 1, "maker", "model", "1", "serial"
     )
-    segmentation.save_as(tmp_path / "d" / "P1" / "seg.dcm")
+    (tmp_path / "d" / "labels").mkdir()
+    segmentation.save_as(tmp_path / "d" / "labels" / "P1.dcm")
     convert(tmp_path / "d", labels=["spleen", "liver"])
     assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), np.choose(LABEL, [0, 2, 1]))
 

@@ -93,7 +93,10 @@ def convert_dataset(
         request |= {"form": form, "stamps": {n: stamp(found.cases[n], part, source) for n, part in parts.items()}}
         report(found, parts, target, crop, dry_run)
         begun = beginning(target, request, overwrite)
-        if not dry_run:
+        found.check([name for name, part in parts.items() if part != "unlabeled"])
+        if dry_run:
+            print("nothing is made: type the same without --dry-run")
+        else:
             if target.exists() and begun is None:
                 shutil.rmtree(target)
             _take_back(target, begun or {}, request, found.about.file_ending)

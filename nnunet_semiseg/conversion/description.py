@@ -129,6 +129,7 @@ class Source:
     Args:
         left_out: files of the download that are of no case, with the reason.
         patients: case to patient, where scans of one patient must not be apart; else empty.
+        check: looks, before anything is made, at the cases whose labels are used, by name; raises UserError.
     """
 
     about: About
@@ -138,3 +139,4 @@ class Source:
     test: Sequence[str] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     patients: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Sequence[str]], None] = lambda cases: None

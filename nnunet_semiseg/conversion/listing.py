@@ -9,6 +9,7 @@ from nnunet_semiseg.conversion.names import BESIDE, DICOM_SEG, ENDINGS, RTSTRUCT
 from nnunet_semiseg.conversion.sources import JUNK
 
 SYSTEM = ("thumbs.db", "desktop.ini", "dicomdir", "lockfile", "version")
+DICOM_FILES = (".dcm", ".ima")
 UNKNOWN = "of no known kind"
 _SINGLE = tuple(f"1.2.840.10008.5.1.4.1.1.{kind}\0".encode() for kind in ("1", "1.1", "1.2"))  # X-rays: a file a case
 _KINDS = {b"1.2.840.10008.5.1.4.1.1.66.4": DICOM_SEG, b"1.2.840.10008.5.1.4.1.1.481.3": RTSTRUCT}
@@ -39,7 +40,8 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
                 found[name] = here / file
             elif kind := dicom_kind(here / file):
                 series = kind == SERIES and not (inside == "." or kind_of(here.name) and _is_single(here / file))
-                found[f"{inside}{SERIES}" if series else f"{name}{kind}"] = here if series else here / file
+                own = name[:-4] if name.lower().endswith(DICOM_FILES) else name
+                found[f"{inside}{SERIES}" if series else f"{own}{kind}"] = here if series else here / file
             else:
                 left_out[name] = "no image" if file.lower().endswith(BESIDE) else UNKNOWN
     return found, left_out
@@ -53,7 +55,7 @@ def real_path(name: str, folder: Path, found: dict[str, Path]) -> Path:
 def dicom_kind(file: Path) -> str | None:
     """`.dicom`, `.dicom-seg` or `.dicom-rtstruct`; None where the file is no DICOM."""
     ending = file.suffix.lower()
-    by_name = ending in (".dcm", ".ima")
+    by_name = ending in DICOM_FILES
     if not by_name and ending and not ending[1:].isdecimal():
         return None
     head = _head(file)

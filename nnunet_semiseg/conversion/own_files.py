@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import SimpleITK as sitk
 
@@ -34,7 +35,7 @@ FEW, MANY = 3, 50
 """labels that are looked at before anything is made; those that are counted where none of them fits"""
 
 
-def refuse(path: Path, why: str) -> None:
+def refuse(path: Path, why: str) -> NoReturn:
     """In place of a reader: the case fails alone, and the others go on."""
     raise UserError(f"{path}: {why}")
 
@@ -79,19 +80,16 @@ class Files:
         self.dims = dims.most_common(1)[0][0] if dims else 3
         self._check_channels(layout)
         names = self._classes(layout, labels, given, folder)
-        self._check_values(layout, names, labels, folder)
         ending = _file_ending(images, self.dims)
         kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
         other = Counter(Name(name).ending for name in by_name if not name.endswith(ending))
         written = [f"{n} {kinds.get(e, e)} are written as {ending}, voxel by voxel" for e, n in other.items()]
-        regions = any(isinstance(value, tuple) for value in names.values())
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",
             protocol="labelled is what has a label; training, validation and test cases as folders or --split say",
             channels=self.channels,
             labels=names,
             prompts={name: name for name in names},
-            regions_class_order=tuple(range(1, len(names))) if regions else None,
             file_ending=ending,
             dims=self.dims,
             label_values=self._label_values(names),
@@ -236,7 +234,7 @@ class Files:
         if Name(file).ending in (DICOM_SEG, RTSTRUCT):
             words = " ".join(f"'{name}'" if " " in name else name for name in classes_in(self.place(file)))
             raise UserError(f"{self.place(file)}: say which classes are wanted: --labels {words}")
-        found = self._count(self._plain_labels(layout)[:FEW])
+        found = self._count(self._plain_labels(layout, layout.labels)[:FEW])
         values = sorted(value for value in found if isinstance(value, (int, float)))
         if values == list(range(len(values))):
             words = " ".join(f"NAME{i}" for i in values[1:])
@@ -251,11 +249,14 @@ class Files:
             return self.values.grey or known if not self.values.colours else {**known, **self.values.grey}
         return {0: 0, 1: 1, 255: 1} if len(names) == 2 and not self.classes else None
 
-    def _check_values(self, layout: Layout, names: Mapping, labels: Sequence[str] | None, folder: Path) -> None:
-        """Raises UserError where the first labels all have values that are not known; one that has fails alone."""
-        plain = self._plain_labels(layout)
-        values = {v for value in names.values() for v in (value if isinstance(value, tuple) else (value,))}
-        known = set(self._label_values(names) or values) | (set(self.values.colours) if self.values else set())
+    def check_values(self, layout: Layout, about: About, cases: Sequence[str]) -> None:
+        """Raises UserError where the first labels all have values that are not known; one that has fails alone.
+
+        Args:
+            cases: whose labels are used; others are not opened.
+        """
+        plain = self._plain_labels(layout, cases)
+        known = set(about.label_map) | (set(self.values.colours) if self.values else set())
         counts = [counted for path in plain[:FEW] if (counted := self._count([path]))]
         if not counts or any(counted.keys() <= known for counted in counts):
             return
@@ -263,9 +264,10 @@ class Files:
         where = plain[0].parent if len(plain) > 1 else plain[0]
         raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}")
 
-    def _plain_labels(self, layout: Layout) -> list[Path]:
+    def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:
         """Labels whose values are what is in one file."""
-        names = (files[""] for files in layout.labels.values() if set(files) == {""})
+        labels = [layout.labels[case] for case in cases if case in layout.labels]
+        names = (files[""] for files in labels if set(files) == {""})
         return [self.place(name) for name in names if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)]
 
     def _count(self, paths: Iterable[Path]) -> Counter:
