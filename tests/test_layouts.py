@@ -180,6 +180,13 @@ LAYOUTS = {
         {"p2_s2": "masks/p2/s2.png"},
         {},
     ),
+    "sites with the same names": (
+        "A/images/{1,2}.png A/labels/{1,2}.png B/images/{1,2}.png B/labels/1.png",
+        "2 folders of several cases each: 4 cases, 3 with a label",
+        {"A_1": "A/images/1.png", "B_2": "B/images/2.png"},
+        {"B_1": "B/labels/1.png"},
+        {},
+    ),
     "a folder a kind in each case": (
         "P{1,2}/images/flair.nii.gz P1/images/t1.nii.gz P2/images/t1.nii.gz P1/masks/mask.nii.gz",
         "2 folders of cases: 2 cases, 1 with a label, channels flair t1",
@@ -270,6 +277,7 @@ def test_channels_are_chosen_and_put_in_order():
         (tree("P1/{a,b,seg}.nii.gz P2/{c,d,seg}.nii.gz"), None, "no channel is there in every labelled case: found a"),
         (tree("images/{a,b}.png labels/c.png"), None, "/d/labels/c.png: no image of case c: rename it"),
         (tree("images/a.png images/a.bmp"), None, "/d/images/a.png: case a is there twice, also as /d/images/a.bmp"),
+        (tree("images/P1.nii.gz labels/P1/{a,b}/1.png"), None, "slices of one volume in labels/P1/a and labels/P1/b"),
         (tree("images/P1/{01,02}.png labels/P1.nii.gz"), None, "/d/images/P1: 2 numbered pictures: say the size of"),
     ],
 )  # fmt: skip

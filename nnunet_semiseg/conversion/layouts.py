@@ -89,7 +89,16 @@ def recognise(
     for case, part in list(layout.parts.items()):
         if part == "train" or (part == "val" and case not in layout.labels):
             del layout.parts[case]
+    layout.left_out |= dict.fromkeys(_unused(paths, layout), "of no case")
     return replace(layout, images=dict(sorted(layout.images.items())), labels=dict(sorted(layout.labels.items())))
+
+
+def _unused(paths: Sequence[str], layout: Layout) -> list[str]:
+    used = {path for files in (*layout.images.values(), *layout.labels.values()) for path in files.values()}
+    folders = tuple(
+        f"{path.removesuffix(SERIES).removesuffix(STACK)}/" for path in used if path.endswith((SERIES, STACK))
+    )
+    return [p for p in paths if p not in used and p not in layout.left_out and not p.startswith(folders)]
 
 
 def _check_labels(layout: Layout, source: str) -> None:
@@ -133,66 +142,40 @@ def _bids(names: Sequence[Name]) -> Layout | None:
 
 def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
     """`images/c1.nii.gz` and `labels/c1.nii.gz`, with parts (`imagesTs`, `test/images`) or folders of cases."""
-    above = {name.folders[: name.folder_kind[0]] for name in names if name.folder_kind and name.folder_kind[1] == IMAGE}
+    above = {name.above for name in names if name.folder_kind and name.folder_kind[1] == IMAGE}
     in_parts = all(any(map(part_of, folders)) for folders in above)
     if not above or (len(above) > 1 and not in_parts):
         return None
-    inside: dict[str, list[Name]] = {IMAGE: [], LABEL: []}
-    nested: dict[str, list[Name]] = {IMAGE: [], LABEL: []}
     layout = Layout("folders of images and of labels")
-    for name in names:
-        where = name.folder_kind
-        if where is None and name.part in (None, "train"):
-            layout.left_out[name.path] = "beside the folders of images and labels"
-        elif where is None or len(name.folders) == where[0] + 1:
-            inside[_kind(name)].append(name)
-        else:
-            nested[_kind(name)].append(name)
-    if nested[IMAGE] and _slice_by_slice(nested[IMAGE], nested[LABEL], stacked):
+    beside = [name for name in names if not name.folder_kind and name.part in (None, "train")]
+    layout.left_out = {name.path: "beside the folders of images and labels" for name in beside}
+    flat = [name for name in names if name not in beside and not name.below]
+    nested = [name for name in names if name.below]
+    _fill_flat(layout, flat, channels)
+    groups = defaultdict(list)
+    if _slice_by_slice(nested, stacked):
         layout.kind += ", with folders therein"
-        _fill_slices(layout, nested, channels)
-        nested = {IMAGE: [], LABEL: []}
-    elif nested[IMAGE]:
+        for name in nested:
+            groups["_".join(name.below)].append(name)
+        _fill_groups(layout, groups, channels)
+        return layout
+    for name in nested:
+        groups[name.below[0]].append(name)
+    for case, files in groups.items():
+        _fill_case(layout, case, files, stacked)
+    if any(_kind(name) == IMAGE for name in nested):
         layout.kind += ", with a folder a case"
-    _fill_flat(layout, inside, channels)
-    keys = {name: name.folders[: name.folder_kind[0] + 2] for kind in nested for name in nested[kind]}
-    for kind in nested:
-        groups = defaultdict(list)
-        for name in nested[kind]:
-            groups[keys[name][-1]].append(name)
-        for case, files in groups.items():
-            _fill_case(layout, kind, case, files, stacked)
     return layout
 
 
-def _fill_slices(layout: Layout, files: Mapping[str, Sequence[Name]], channels: Sequence[str] | None) -> None:
-    """Files in folders of patients, each a case; the folder comes into its name where it would be another's, too."""
-    groups: dict[str, dict[str, list[Name]]] = defaultdict(lambda: {IMAGE: [], LABEL: []})
-    for kind in files:
-        for name in files[kind]:
-            groups["_".join(name.folders[name.folder_kind[0] + 1 :])][kind].append(name)
-    stems = [name.stem for name in files[IMAGE]]
-    for folder, group in groups.items():
-        own = Layout("")
-        _fill_flat(own, group, channels)
-        prefix = f"{folder}_" if len(set(stems)) < len(stems) else ""
-        for case in (*own.images, *(case for case in own.labels if case not in own.images)):
-            layout.patients[prefix + case] = folder
-            for target, source in ((layout.images, own.images), (layout.labels, own.labels), (layout.parts, own.parts)):
-                if case in source:
-                    target[prefix + case] = source[case]
-
-
-def _slice_by_slice(images: Sequence[Name], labels: Sequence[Name], stacked: bool) -> bool:
+def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
     """Whether files in folders are cases of their own: several labels in a folder, each named as an image is."""
-
-    def below(name: Name) -> tuple:
-        return (*name.folders[name.folder_kind[0] + 1 :], core(label_core(name.stem) or name.stem))
-
-    if stacked and all(name.ending in PICTURES for name in images):
+    images, labels = ([name for name in names if _kind(name) == kind] for kind in (IMAGE, LABEL))
+    if not images or (stacked and all(name.ending in PICTURES for name in images)):
         return False
-    known, found = {below(name) for name in images}, [below(name) for name in labels]
-    several = len({key[:-1] for key in found}) < len(found)
+    known = {(name.below, core(name.stem)) for name in images}
+    found = [(name.below, core(label_core(name.stem) or name.stem)) for name in labels]
+    several = len({folders for folders, _ in found}) < len(found)
     return several and sum(key in known for key in found) * 2 > len(found)
 
 
@@ -217,16 +200,10 @@ def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, sta
     layout = Layout(f"{len(folders)} folders of cases")
     if _several_pairs(groups):
         layout.kind = f"{len(folders)} folders of several cases each"
-        for key, files in groups.items():
-            own = Layout("")
-            _fill_flat(own, {kind: [n for n in files if _kind(n) == kind] for kind in (IMAGE, LABEL)}, channels)
-            layout.images |= own.images
-            layout.labels |= own.labels
-            layout.patients |= dict.fromkeys(own.images, cases[key])
+        _fill_groups(layout, {cases[key]: files for key, files in groups.items()}, channels)
         return layout
     for key, files in groups.items():
-        for kind in (IMAGE, LABEL):
-            _fill_case(layout, kind, cases[key], [name for name in files if _kind(name) == kind], stacked)
+        _fill_case(layout, cases[key], files, stacked)
         if len(key) > 1 and is_session(key[-1]):
             layout.patients[cases[key]] = key[-2]
         if part := next((part for folder in reversed(key[:-1]) if (part := part_of(folder))), None):
@@ -247,13 +224,12 @@ def _case_folder(name: Name, dicom: bool) -> tuple[str, ...]:
         start = next((i for i, folder in enumerate(folders) if not part_of(folder)), len(folders))
         key = folders[: start + 1]
         return () if name.folder_kind and name.folder_kind[0] <= start else key
-    return folders[: name.folder_kind[0]] if name.folder_kind else folders
+    return name.above
 
 
 def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """The last folder of each, with those above where it is a session's or would be another case's, too."""
     keys = set(keys)
-    last = [key[-1] for key in keys]
     names = {}
     for key in keys:
         length = 1
@@ -262,7 +238,7 @@ def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
         ):
             length += 1
         names[key] = "_".join(key[-length:])
-    return names if len(last) else {}
+    return names
 
 
 def _several_pairs(groups: Mapping[tuple[str, ...], Sequence[Name]]) -> bool:
@@ -270,7 +246,7 @@ def _several_pairs(groups: Mapping[tuple[str, ...], Sequence[Name]]) -> bool:
     pairs = []
     for files in groups.values():
         images = {name.stem for name in files if _kind(name) == IMAGE and name.ending != SERIES}
-        labels = [label_core(name.stem) for name in files if _kind(name) == LABEL]
+        labels = [label_core(name.stem) or name.stem for name in files if _kind(name) == LABEL]
         pairs.append(sum(label in images for label in labels))
     return max(pairs, default=0) > 1
 
@@ -283,7 +259,7 @@ def _one_folder(names: Sequence[Name], channels: Sequence[str] | None) -> Layout
     layout = Layout(
         "one folder for images and labels" if any(_kind(n) == LABEL for n in names) else "a folder of images"
     )
-    _fill_flat(layout, {kind: [n for n in names if _kind(n) == kind] for kind in (IMAGE, LABEL)}, channels)
+    _fill_flat(layout, names, channels)
     return layout
 
 
@@ -309,43 +285,68 @@ def _put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
         layout.parts[case] = name.part
 
 
-def _fill_flat(layout: Layout, files: Mapping[str, Sequence[Name]], channels: Sequence[str] | None) -> None:
+def _fill_flat(layout: Layout, names: Sequence[Name], channels: Sequence[str] | None) -> None:
     """Files that lie among those of other cases, see `pairs`."""
-    for kind, found in zip((IMAGE, LABEL), pair(files[IMAGE], files[LABEL], channels), strict=True):
+    images, labels = ([name for name in names if _kind(name) == kind] for kind in (IMAGE, LABEL))
+    for kind, found in zip((IMAGE, LABEL), pair(images, labels, channels), strict=True):
         for case, rest, name in found:
             _put(layout, kind, case, rest, name)
 
 
-def _fill_case(layout: Layout, kind: str, case: str, files: Sequence[Name], stacked: bool) -> None:
-    """Files of one kind in a folder of their own: channels or classes, or slices of a volume."""
-    series = [name for name in files if name.ending == SERIES]
-    slices = [name for name in files if name.ending in PICTURES]
-    is_volume = kind == IMAGE and stacked or kind == LABEL and _volumes(layout.images.get(case, {}).values())
-    if len(slices) > 1 and len(slices) == len(files) and is_volume:
-        files = [replace(slices[0], path=os.path.dirname(slices[0].path) + STACK)]
-    elif kind == IMAGE and len(slices) > 1 and len({re.sub(r"\d+", "", name.stem) for name in slices}) == 1:
+def _fill_groups(layout: Layout, groups: Mapping[str, Sequence[Name]], channels: Sequence[str] | None) -> None:
+    """Files of several cases in the folder of a patient, which comes into a name that would be another case's, too."""
+    found = {}
+    for patient, names in groups.items():
+        found[patient] = Layout("")
+        _fill_flat(found[patient], names, channels)
+    cases = [case for own in found.values() for case in own.images]
+    for patient, own in found.items():
+        prefix = f"{patient}_" if len(set(cases)) < len(cases) else ""
+        layout.images |= {prefix + case: files for case, files in own.images.items()}
+        layout.labels |= {prefix + case: files for case, files in own.labels.items()}
+        layout.parts |= {prefix + case: part for case, part in own.parts.items()}
+        layout.patients |= {prefix + case: patient for case in own.images}
+
+
+def _fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -> None:
+    """Files in a folder of their own: channels and classes, or slices of a volume."""
+    images, labels = ([name for name in names if _kind(name) == kind] for kind in (IMAGE, LABEL))
+    series = [name for name in images if name.ending == SERIES]
+    if _are_slices(images) and stacked:
+        images = [_folder_of(images)]
+    elif _are_slices(images) and len({re.sub(r"\d+", "", name.stem) for name in images}) == 1:
         raise UserError(
-            f"{os.path.dirname(str(slices[0]))}: {len(slices)} numbered pictures: say the size of their voxels with"
+            f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures: say the size of their voxels with"
             f" --spacing X Y Z (mm), and they are slices of a volume"
         )
     elif len(series) > 1:  # which is which, their headers say
-        files = [name for name in files if name.ending != SERIES]
-        files.append(
-            replace(series[0], path=os.path.commonpath([name.path.removesuffix(SERIES) for name in series]) + SERIES)
-        )
-    for name in files:
-        stem = name.stem if kind == IMAGE else label_core(name.stem) if label_core(name.stem) is not None else name.stem
-        below = [] if name.ending in (SERIES, STACK) or kind == LABEL else _below(name, case)
-        rest = "" if name.ending in (SERIES, STACK) else "_".join([*below, without_case(stem, case)])
-        _put(layout, kind, case, rest, name)
+        folder = os.path.commonpath([name.path.removesuffix(SERIES) for name in series])
+        images = [name for name in images if name.ending != SERIES] + [replace(series[0], path=folder + SERIES)]
+    if _are_slices(labels) and not any(name.ending in PICTURES for name in images):
+        labels = [_folder_of(labels)]
+    for name in images:
+        rest = "_".join([*_folders_within(name, case), without_case(name.stem, case)])
+        _put(layout, IMAGE, case, "" if name.ending in (SERIES, STACK) else rest, name)
+    for name in labels:
+        own = label_core(name.stem)
+        rest = without_case(name.stem if own is None else own, case)
+        _put(layout, LABEL, case, "" if name.ending in (SERIES, STACK) else rest, name)
 
 
-def _below(name: Name, case: str) -> list[str]:
+def _are_slices(names: Sequence[Name]) -> bool:
+    return len(names) > 1 and all(name.ending in PICTURES for name in names)
+
+
+def _folder_of(slices: Sequence[Name]) -> Name:
+    """What stands for the slices of a volume."""
+    folders = sorted({os.path.dirname(name.path) for name in slices})
+    if len(folders) > 1:
+        raise UserError(f"{slices[0]}: slices of one volume in {' and '.join(folders)}: put them into one folder")
+    return replace(slices[0], path=folders[0] + STACK)
+
+
+def _folders_within(name: Name, case: str) -> list[str]:
     """Folders between that of the case and the file, less those that are named for a kind."""
     folders = list(name.folders)
     start = next((i for i in reversed(range(len(folders))) if folders[i] == case), len(folders) - 1)
     return [folder for folder in folders[start + 1 :] if not kind_of(folder)]
-
-
-def _volumes(paths: Iterable[str]) -> bool:
-    return all(Name(path).ending not in PICTURES for path in paths)

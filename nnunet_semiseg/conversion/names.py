@@ -80,6 +80,16 @@ class Name:
         return None
 
     @cached_property
+    def above(self) -> tuple[str, ...]:
+        """The folders above that one; all where none is named so."""
+        return self.folders[: self.folder_kind[0]] if self.folder_kind else self.folders
+
+    @cached_property
+    def below(self) -> tuple[str, ...]:
+        """The folders below that one."""
+        return self.folders[self.folder_kind[0] + 1 :] if self.folder_kind else ()
+
+    @cached_property
     def part(self) -> str | None:
         """train, val, test or unlabeled, as the deepest folder says that says any."""
         return next((part for folder in reversed(self.folders) if (part := part_of(folder))), None)
