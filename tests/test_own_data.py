@@ -134,6 +134,17 @@ def test_grey_masks_of_127_and_255(tmp_path, raw):
     convert(folder, labels=None, label_values=["0=background", "127=a", "255=b"])
     assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
 
+    for name in ("b", "c"):  # a smoothed one among them spoils nothing
+        write(Image.fromarray(image()[:, :, 0].astype(np.uint8)), folder / "images" / f"{name}.png")
+    write(Image.fromarray(np.choose(FLAT, [0, 127, 255]).astype(np.uint8)), folder / "labels" / "b.png")
+    write(Image.fromarray(np.arange(30, dtype=np.uint8).reshape(FLAT.shape) * 7), folder / "labels" / "c.png")
+    with pytest.raises(ValueError) as error:
+        convert(folder, labels=["a", "b"], overwrite=True)
+    assert str(error.value) == (
+        f"{folder}/labels: label values found are 0 (44 voxels), 127 (12), 255 (4): say what they are with"
+        f" --label-values 0=background 127=a 255=b; {folder}/labels/c.png was smoothed and has more: save it anew"
+    )
+
 
 @pytest.mark.parametrize("kind", ["RGB", "palette", "RGBA"])
 def test_masks_in_colour(kind, tmp_path, raw):
@@ -161,11 +172,12 @@ def test_a_colour_that_one_mask_alone_has_is_said_of_this_label(tmp_path, raw):
         write(Image.fromarray(image()[:, :, 0].astype(np.uint8)), folder / "images" / f"{name}.png")
         write(Image.fromarray((FLAT > 0).astype(np.uint8)), folder / "labels" / f"{name}.png")
     with pytest.raises(
-        ValueError, match=r"^case a: .*labels/a.png: a label in colour: 0/0/0 \(22 voxels\), 255/0/0 \(8\)"
+        ValueError,
+        match=r"^case a: .*/a.png: a label in colour: 0/0/0 \(22 voxels\), 255/0/0 \(8\): .*255/0/0=organ",
     ):
         convert(folder)
     assert len(list((raw / "labelsTr").iterdir())) == 2
-    convert(folder, labels=None, label_values=["1,255/0/0=organ"], overwrite=True)
+    convert(folder, label_values=["255/0/0=organ"], overwrite=True)
     for name in "abc":
         assert np.array_equal(voxels(raw / "labelsTr" / f"{name}.png").T, FLAT > 0)
 
@@ -251,6 +263,26 @@ def test_nan_is_filled_on_demand(source, raw, capsys):
     assert "case c3: 84 voxels that were NaN or infinite are now" in capsys.readouterr().out
     convert(source, nan=-5.0, overwrite=True)
     assert (voxels(raw / "imagesTr" / "c1_0000.nii.gz")[:2] == -5).all()
+    array = sitk.GetImageFromArray(image(1, np.float32).T)
+    array[0, 0, 0] = np.inf
+    sitk.WriteImage(array, str(source / "images" / "c4.nrrd"))
+    for i in (1, 3):
+        nii(image(i), source / "images" / f"c{i}.nii.gz")
+    with pytest.raises(ValueError, match="^case c4: .*c4.nrrd: has voxels that are NaN .*: choose .* --nan fill"):
+        convert(source, nan=None, overwrite=True)
+
+
+def test_4d_files_and_files_with_a_fourth_dimension_of_1(source, raw, capsys):
+    array = np.stack([image(3, np.float32), image(3, np.float32)], -1)
+    array[0, 0, 0, 1] = np.nan
+    for i in range(4):
+        nii(array if i == 3 else np.stack([image(i)] * 2, -1), source / "images" / f"c{i}.nii.gz")
+    nii(ORGAN[..., None], source / "labels" / "c0.nii.gz")
+    convert(source, channels=["a", "b"], nan=7.0)
+    assert voxels(raw / "imagesUn" / "c3_0001.nii.gz")[0, 0, 0] == 7
+    assert np.array_equal(voxels(raw / "imagesUn" / "c3_0000.nii.gz"), image(3, np.float32))
+    assert np.array_equal(voxels(raw / "labelsTr" / "c0.nii.gz"), ORGAN)
+    assert "1 voxels that were NaN or infinite are now 7 (c3.nii.gz); channel 2 of 2" in capsys.readouterr().out
 
 
 def test_sheared_axes_are_turned_on_demand(source, raw, capsys):

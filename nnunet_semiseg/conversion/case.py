@@ -135,7 +135,8 @@ def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path
     image, link = loaded
     difference, rounded = grid_difference(image, expected)
     if difference:
-        raise UserError(f"{_name(source)}: {difference} in {_name(of)}")
+        fix = "give both one header, if only that is wrong, or resample"
+        raise UserError(f"{_name(source)}: {difference} in {_name(of)}: {fix}")
     if rounded:
         notes.append(f"{rounded} ({Path(_name(source)).name})")
         image.CopyInformation(expected)

@@ -57,8 +57,8 @@ def parse(words: Sequence[str], labels: Sequence[str] | None = None) -> LabelVal
     names = {BACKGROUND: 0, **{name: i for i, name in enumerate(order, 1)}}
     grey = {value: names[name] for value, name in pairs if isinstance(value, int)}
     colours = {value: names[name] for value, name in pairs if isinstance(value, tuple)}
-    if 0 not in grey and colours:
-        grey = {0: 0, **grey}
+    if colours and not any(grey.values()):  # grey masks beside those in colour have 0, 1, 2, ...
+        grey = {value: value for value in names.values()}
     return LabelValues(names, grey, {(0, 0, 0): 0, **colours} if colours else {})
 
 

@@ -125,7 +125,7 @@ class Files:
         """One channel, or all of them in one file or DICOM folder."""
         path, n = self.place(name), len(self.channels)
         size = self.sizes.get(path, ())
-        if len(size) == 4 and not (n == 1 and size[3] == 1):
+        if len(size) == 4:
             if size[3] != n:
                 why = f"is 4D, of {size[3]} volumes, but {n} channels are named: name as many with --channels"
                 yield Read(refuse, (path,), {"why": why})
@@ -204,7 +204,7 @@ class Files:
 
     @property
     def _read_picture(self) -> Callable[[Path], sitk.Image]:
-        return partial(read_any_mask, colours=self.values.colours if self.values else {})
+        return partial(read_any_mask, colours=self.values.colours if self.values else {}, labels=tuple(self.names))
 
     def _picture_reader(self, path: Path) -> Callable[[Path], sitk.Image] | None:
         """None where SimpleITK reads the picture as it is."""
@@ -260,9 +260,13 @@ class Files:
         counts = [counted for path in plain[:FEW] if (counted := self._count([path]))]
         if not counts or any(counted.keys() <= known for counted in counts):
             return
-        found = self._count(plain[:MANY])
+        by_path = {path: self._count([path]) for path in plain[:MANY]}
+        usual = sorted(len(counted) for counted in by_path.values())[len(by_path) // 2]
+        smoothed = [path for path, counted in by_path.items() if len(counted) > max(10, 3 * usual)]
+        found = sum((counted for path, counted in by_path.items() if path not in smoothed), Counter())
         where = plain[0].parent if len(plain) > 1 else plain[0]
-        raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}")
+        more = f"; {some(map(str, smoothed))} was smoothed and has more: save it anew" if smoothed else ""
+        raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
 
     def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:
         """Labels whose values are what is in one file."""
@@ -289,11 +293,11 @@ class Files:
         return load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
 
 
-def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int]) -> sitk.Image:
+def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], labels: Sequence[str] = ()) -> sitk.Image:
     """A picture of labels: by colour, where it is one in colour (a palette counts as one where colours are named)."""
     mode = mode_of(path)
     if mode in ("RGB", "RGBA") or (mode == "P" and colours):
-        return read_colour_mask(path, colours)
+        return read_colour_mask(path, colours, labels)
     return read_mask(path) if mode in ("P", "1", "LA", "PA") else sitk.ReadImage(path)
 
 

@@ -16,6 +16,7 @@ from nnunet_semiseg.errors import UserError
 
 TOLERANCE = 0.1
 """of the smallest spacing: how far a corner of a grid may lie off; headers are rounded, and tools round differently"""
+FILL = "choose a value for them with --nan fill"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,14 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
     """
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     notes: list[str] = []
-    if path.is_file() and (damage := nifti_damage(path)) and not (repair.nan is not None and "NaN" in damage):
-        raise UserError(f"{path}: {damage}" + (": choose a value for them with --nan fill" if "NaN" in damage else ""))
+    wrong = _nifti_spacing(path) if is_nifti else None
+    if wrong is not None and repair.spacing is None:
+        raise UserError(f"{path}: the header's spacing is {_text(wrong)}: give it with --spacing X Y Z (mm)")
+    damage = nifti_damage(path)
+    if damage and "NaN" not in damage:
+        raise UserError(f"{path}: {damage}")
+    if damage and repair.nan is None:
+        raise UserError(f"{path}: {damage}: {FILL}")
     try:
         image = sitk.ReadImage(path)
     except Exception as e:
@@ -50,37 +57,34 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
             raise UserError(f"{path}: cannot be read ({one_line_of(e)})") from None
         image, note = _at_right_angles(path, repair.reorient)
         notes.append(note)
-    if is_nifti and (wrong := _nifti_spacing(path)) is not None:
-        if repair.spacing is None:
-            raise UserError(f"{path}: the header's spacing is {_text(wrong)}: give it with --spacing X Y Z (mm)")
-        image.SetSpacing([float(s) for s in repair.spacing[: image.GetDimension()]])
+    if wrong is not None and repair.spacing is not None:
+        image.SetSpacing([float(s) for s in (*repair.spacing, 1)[: image.GetDimension()]])
         notes.append(f"the header's spacing {_text(wrong)} is now {_text(repair.spacing)} ({path.name})")
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[:, :, :, 0]
-        notes.append(f"a fourth dimension of length 1 is left out ({path.name})")
     voxels = sitk.GetArrayViewFromImage(image)
-    if np.issubdtype(voxels.dtype, np.floating):
-        image, filled = _fill(image, path, is_nifti, repair.nan)
-        notes += filled
+    if damage:  # ITK reads 0 in place of these
+        finite = np.isfinite(np.asanyarray(nibabel.load(path).dataobj)).reshape(voxels.T.shape).T  # type: ignore
+    elif np.issubdtype(voxels.dtype, np.floating):
+        finite = np.isfinite(voxels)
+    else:
+        return image, notes
+    if not finite.all():
+        image, note = _fill(image, finite, path, repair.nan)
+        notes.append(note)
     return image, notes
 
 
-def _fill(image: sitk.Image, path: Path, is_nifti: bool, value: float | str | None) -> tuple[sitk.Image, list[str]]:
-    """NaN and infinity, which ITK reads from NIfTI as 0, get a value."""
-    voxels = sitk.GetArrayFromImage(image)
-    raw = np.asanyarray(nibabel.load(path).dataobj).reshape(voxels.T.shape).T if is_nifti else voxels  # type: ignore
-    bad = ~np.isfinite(raw)
-    if not bad.any():
-        return image, []
+def _fill(image: sitk.Image, finite: np.ndarray, path: Path, value: float | str | None) -> tuple[sitk.Image, str]:
+    """The image with a value in place of NaN and infinity."""
     if value is None:
-        raise UserError(f"{path}: has voxels that are NaN or infinite: choose a value for them with --nan fill")
-    if bad.all():
+        raise UserError(f"{path}: has voxels that are NaN or infinite: {FILL}")
+    if not finite.any():
         raise UserError(f"{path}: has no finite voxel: take the case out")
-    number = float(raw[~bad].min()) if value == "fill" else float(value)
-    voxels[bad] = number
-    filled = sitk.GetImageFromArray(voxels)
+    voxels = sitk.GetArrayFromImage(image)
+    number = float(voxels[finite].min()) if value == "fill" else float(value)
+    voxels[~finite] = number
+    filled = sitk.GetImageFromArray(voxels, isVector=image.GetNumberOfComponentsPerPixel() > 1)
     filled.CopyInformation(image)
-    return filled, [f"{np.count_nonzero(bad)} voxels that were NaN or infinite are now {number:g} ({path.name})"]
+    return filled, f"{np.count_nonzero(~finite)} voxels that were NaN or infinite are now {number:g} ({path.name})"
 
 
 def _nifti_spacing(path: Path) -> list[float] | None:
@@ -99,8 +103,8 @@ def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
     nifti = nibabel.load(path)
     affine = np.diag([-1, -1, 1, 1]) @ nifti.affine  # type: ignore  # RAS to LPS
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (np.isfinite(affine).all() and spacing.all()):
-        raise UserError(f"{path}: the header's axes are no directions (0 or NaN): write its header anew")
+    if not (np.isfinite(affine).all() and spacing.all() and len(nifti.shape) == 3):  # type: ignore
+        raise UserError(f"{path}: the header's axes are no directions of a volume: write it anew")
     left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
     direction = left @ right
     corner = np.array(nifti.shape[:3]) - 1  # type: ignore
