@@ -44,8 +44,8 @@ def image(i: int = 0, dtype=np.int16) -> np.ndarray:
 
 
 LABEL = np.zeros(SHAPE, np.uint8)
-LABEL[1:3, 1:4, 2:5] = 1  # 18 voxels
-LABEL[3, 1:3, 2:5] = 2  # 6 voxels
+LABEL[1:3, 1:4, 1:4] = 1  # 18 voxels
+LABEL[3, 1:3, 1:4] = 2  # 6 voxels
 ORGAN = (LABEL > 0).astype(np.uint8)  # 24 of 210
 
 
