@@ -287,6 +287,13 @@ def test_names_that_cannot_be_read_in_one_way(paths, channels, words):
     assert words in str(error.value)
 
 
+def test_one_mask_a_case_is_a_label_unless_few_classes_have_it_in_turn():
+    layout = recognise(tree("P{1,2,3}/ct.nii.gz P1/x_seg.nii.gz P2/y_seg.nii.gz"))
+    assert layout.labels == {"P1": {"": "P1/x_seg.nii.gz"}, "P2": {"": "P2/y_seg.nii.gz"}}
+    layout = recognise(tree("P{1,2,3,4}/ct.nii.gz P{1,2}/masks/liver.nii.gz P{3,4}/masks/spleen.nii.gz"))
+    assert [next(iter(files)) for files in layout.labels.values()] == ["liver", "liver", "spleen", "spleen"]
+
+
 def test_numbered_pictures_are_slices_where_a_spacing_is_given():
     layout = recognise(tree("images/P1/{1,2,10}.png labels/P1/{1,2,10}.png images/P2/{1,2}.png"), stacked=True)
     assert layout.images == {"P1": {"": "images/P1.stack"}, "P2": {"": "images/P2.stack"}}

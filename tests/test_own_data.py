@@ -335,6 +335,12 @@ def test_masks_of_a_class_each(tmp_path, raw, capsys):
     assert "18 voxels of spleen are in another mask, too: they are spleen" in capsys.readouterr().out
     convert(tmp_path / "d", labels=["spleen", "Liver"], channels=["CT"], overwrite=True)
     assert np.array_equal(voxels(raw / "labelsTr" / "s0.nii.gz"), np.choose(LABEL, [0, 2, 1]))
+    (tmp_path / "d" / "s1" / "segmentations" / "liver.nii.gz").unlink()
+    convert(tmp_path / "d", labels=["liver", "spleen"], channels=["CT"], overwrite=True)
+    assert np.array_equal(voxels(raw / "labelsTr" / "s1.nii.gz"), 2 * ORGAN)
+    assert "case s1: there is no mask of liver, which is taken for empty" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--label-values: here each class has a mask of its own: leave it out"):
+        convert(tmp_path / "d", labels=None, label_values=["1=liver"], overwrite=True)
     with pytest.raises(ValueError, match="--labels kidney: no mask is called so: there are liver, spleen"):
         convert(tmp_path / "d", labels=["kidney"], overwrite=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,17 +87,6 @@ def count(label: sitk.Image) -> Counter:
     whole = np.issubdtype(voxels.dtype, np.integer)
     found = (int(v) if whole or float(v).is_integer() else float(v) for v in values)
     return Counter(dict(zip(found, map(int, counts), strict=True)))
-
-
-def count_all(sources: Iterable, load: Callable[..., sitk.Image]) -> Counter:
-    """The sum over labels; what cannot be read is passed over, as its case says so later."""
-    total: Counter = Counter()
-    for source in sources:
-        try:
-            total.update(count(load(source)))
-        except Exception:  # readers raise of many kinds
-            continue
-    return total
 
 
 def _order(value: Value | float) -> tuple:

@@ -109,8 +109,9 @@ def _check_labels(layout: Layout, source: str) -> None:
     ]
     if lines:
         raise UserError("\n".join(lines))
-    for case, files in layout.labels.items():
-        if len(files) == 1:  # whatever it is called
+    names = [name for files in layout.labels.values() for name in files]
+    if len(names) == len(layout.labels) and not 1 < len(set(names)) <= len(names) / 2:
+        for case, files in layout.labels.items():  # one label a case, whatever it is called
             layout.labels[case] = {"": next(iter(files.values()))}
 
 

@@ -181,7 +181,9 @@ class Files:
                 why = f"no mask of {some(self.classes)} beside it: rename it, or take it out"
                 return Read(refuse, (self.place(next(iter(files.values()))),), {"why": why})
             values = [self.classes.index(name) + 1 for name, _ in there]
-            options = {"values": values, "names": [name for name, _ in there], "repair": self.repair}
+            missing = [name for name in self.classes if name.casefold() not in by_name]
+            options = {"values": values, "names": [name for name, _ in there], "missing": missing}
+            options["repair"] = self.repair
             return Read(read_class_masks, tuple(self.place(path) for _, path in there), options, True)
         name = files[""]
         path, ending = self.place(name), Name(name).ending
@@ -213,6 +215,8 @@ class Files:
     def _classes(self, layout: Layout, labels, given, folder: Path) -> dict[str, int | tuple[int, ...]]:
         """Class to value; sets `classes` where each has a mask of its own."""
         several = {name for files in layout.labels.values() if set(files) != {""} for name in files}
+        if several and self.values:
+            raise UserError("--label-values: here each class has a mask of its own: leave it out, and use --labels")
         if several:
             lacking = [name for name in labels or () if name.casefold() not in {n.casefold() for n in several}]
             if lacking:

@@ -103,17 +103,18 @@ def _stacked(folder: Path, read_slice: Callable[[Path], sitk.Image]) -> sitk.Ima
     return sitk.GetImageFromArray(np.stack(slices))
 
 
-def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], repair: Repair):
+def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], missing: Sequence[str], repair: Repair):
     """One label of several binary masks; where two overlap, the later one holds, and the note says so.
 
     Args:
         values: of each mask in the label.
+        missing: classes that have no mask here.
 
     Raises:
         UserError: masks on different grids, or one with more than two values.
     """
     label = first = None
-    notes: list[str] = []
+    notes = [f"there is no mask of {', '.join(missing)}, which is taken for empty"] if missing else []
     for path, value, name in zip(paths, values, names, strict=True):
         mask, found = read(path, repair)
         notes += found
