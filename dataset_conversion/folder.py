@@ -1,41 +1,25 @@
-"""The user's own images and (fewer) labels."""
+"""The user's own images and (fewer) labels, in whatever folders they are."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
-from argparse import ArgumentParser
-from collections import Counter
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import SimpleITK as sitk
-from PIL import Image
-
-from nnunet_semiseg.conversion import (
-    JUNK,
-    About,
-    Case,
-    Read,
-    Source,
-    by_name,
-    convert_dataset,
-    find_files,
-    one_channel,
-    read_dicom_series,
-    read_gray,
-)
+from nnunet_semiseg.conversion import About, Case, Source, convert_dataset, seeded_split
+from nnunet_semiseg.conversion.label_values import parse
+from nnunet_semiseg.conversion.layouts import Layout, recognise
+from nnunet_semiseg.conversion.listing import UNKNOWN, list_files, real_path
+from nnunet_semiseg.conversion.names import LABEL, VOLUMES, Name
+from nnunet_semiseg.conversion.own_files import Files
+from nnunet_semiseg.conversion.patients import find_patients, refuse_shared
+from nnunet_semiseg.conversion.repair import Repair
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
-
-VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
-PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
-READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
-BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".xlsx", ".raw", ".zraw", ".gz")  # no images, and no surprise
 
 ABOUT = About(
     name="MyData",
@@ -43,244 +27,160 @@ ABOUT = About(
     url="",
     licence="",
     citation="",
-    layout="images/CASE_0000.nii.gz, one a channel (CASE_0001.nii.gz, ...), or images/CASE.nii.gz, or with\n"
-    "  --channels t1 t2: images/CASE_t1.nii.gz and CASE_t2.nii.gz; .nrrd, .mha, .nii, .png, .tif and more,\n"
-    "  or a DICOM series in a folder images/CASE (images/CASE_0000, ...)\n"
-    "labels/CASE.nii.gz for the labelled cases, with the values 0, 1, 2, ...",
-    protocol="labelled is what has a label; training, validation and test cases as --split says",
+    layout="images/CASE.nii.gz and labels/CASE.nii.gz, or CASE/t1.nii.gz, CASE/t2.nii.gz and CASE/seg.nii.gz, or\n"
+    "  one of many others (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM and more;\n"
+    "  a case without a label is an unlabelled one",
+    protocol="labelled is what has a label; validation and test cases are those of such folders, or as --split says",
     channels=("image",),
     labels={},
     prompts={},
+    value_hint="correct it, or say what it is with --label-values VALUE=NAME ...",
 )
 
 
 def find_cases(
     folder: Path,
     labels: Sequence[str] | None = None,
-    channels: Sequence[str] = ("image",),
+    channels: Sequence[str] | None = None,
     name: str = ABOUT.name,
     split: str | Path | None = None,
     spacing: Sequence[float] | None = None,
+    label_values: Sequence[str] | None = None,
+    nan: float | str | None = None,
+    reorient: bool = False,
+    test: float | None = None,
+    group_by: str | None = None,
 ) -> Source:
-    """The cases of the folders `images` and `labels`; an image without a label is an unlabelled case.
+    """The cases below a folder, as the names of folders and files tell them; one without a label is unlabelled.
 
     Args:
-        labels: names of the label values 1, 2, ...; with a single one, 255 is 1 as well.
-        channels: names of the channels, in their order; also the suffixes of the files, where those have no numbers.
+        labels: names of the label values 1, 2, ... (with a single one, 255 is 1 as well); of masks a class in files of
+            their own, and of DICOM segmentations, the names of those wanted. None: as `dataset.json` or files say.
+        channels: names of the channels, in their order, as files or DICOM series are named. None: as files say.
         name: of the dataset.
-        split: a JSON file `{"train": [case, ...], "val": [...], "test": [...]}`; None: every case is for training.
-        spacing: x y z, in mm, of TIFF volumes, which do not say it themselves.
+        split: a JSON file `{"train": [case, ...], "val": [...], "test": [...]}`; None: as folders say.
+        spacing: x y z, in mm, of what does not say it itself: TIFF volumes, stacks of pictures, damaged headers.
+        label_values: `205=kidney`, `0,1=background`, `255/0/0=kidney` for a colour.
+        nan: what NaN and infinity become: a number, or `fill`, the image's least value.
+        reorient: turn axes that are not at right angles to the nearest that are.
+        test: share of the labelled cases that becomes the test set, drawn with a seed.
+        group_by: `patient`, or a regular expression: scans of a patient stay together in test set and folds.
 
     Raises:
-        UserError: options that make no sense, labels that belong to no image, a case that is there twice.
+        UserError: options that make no sense, names that do not tell which label belongs to which image.
     """
-    folder = _root(folder)
-    images, left_out = _files(folder / "images")
-    masks, unreadable = _files(folder / "labels")
-    if not images:
+    found, left_out = list_files(folder)
+    given = _dataset_json(folder, left_out)
+    if bad := next((n for n, why in left_out.items() if why == UNKNOWN and _is_label(n)), None):
+        raise UserError(f"{folder / bad}: of no kind that can be read ({', '.join(VOLUMES[:3])}, ...): convert it")
+    _check_names(labels, channels)
+    layout = recognise(found, channels or given.channels, spacing is not None, str(folder))
+    if not layout.images:
         return Source(ABOUT, {}, ())
-    _check(folder, labels, channels)
-    if unreadable:
-        raise UserError(f"{unreadable[0]}: of no kind that can be read ({', '.join(VOLUMES[:3])}, ...): convert it")
-    cases_of = _group_channels(images, channels)
-    labels_of = by_name((_case_of_label(stem, cases_of), path) for stem, path in masks)
-    if alone := sorted(labels_of.keys() - cases_of.keys()):
-        lines = (f"{labels_of[case]}: no image of case {case} in {folder / 'images'}: rename it" for case in alone)
-        raise UserError("\n".join(lines))
-
-    paths = [path for files in cases_of.values() for path in files if isinstance(path, Path)]
-    dims = _most_common_dimension(paths)
-    names = {"background": 0, **{label: i for i, label in enumerate(labels, 1)}}
-    some = ", ".join(path.name for path in left_out[:5])
-    about = replace(
-        ABOUT,
-        name=name,
-        labels=names,
-        label_values={0: 0, 1: 1, 255: 1} if len(labels) == 1 else None,
-        prompts={n: n for n in names},
-        channels=tuple(channels),
-        dims=dims,
-        file_ending=_file_ending(paths, dims),
-        notes=(f"{len(left_out)} files in images are of no known kind and left out: {some}",) if left_out else (),
+    for case in [case for case in layout.labels if layout.parts.get(case) == "unlabeled"]:
+        layout.left_out |= dict.fromkeys(
+            layout.labels.pop(case).values(), "the label of a case in an unlabelled folder"
+        )
+    files = Files(
+        layout.channels or ("image",),
+        spacing=tuple(spacing) if spacing else None,
+        repair=Repair(tuple(spacing) if spacing else None, nan, reorient),
+        values=parse(label_values, labels) if label_values else None,
+        place=lambda path: real_path(path, folder, found),
     )
-
-    def image(path: Path | Read) -> Path | Read:
-        if isinstance(path, Read):
-            return path
-        if path.is_dir():
-            return Read(read_dicom_series, (path,))
-        if dims == 3 and path.name.lower().endswith((".tif", ".tiff")):
-            return Read(read_tiff_volume, (path,), {"spacing": spacing})
-        return _picture(path, len(channels))
-
-    cases = {
-        case: Case(case, tuple(map(image, files)), _mask(labels_of[case], spacing, dims) if case in labels_of else None)
-        for case, files in cases_of.items()
-    }
-    if split is None:
-        return Source(about, cases, sorted(cases, key=lambda case: (case not in labels_of, case)))
-    return Source(about, cases, *_read_split(Path(split), cases))
-
-
-def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
-    """A TIFF stack with the voxel size of the file CASE.json beside it, as nnU-Net has them (z y x), or with `spacing`.
-
-    Raises:
-        UserError: neither is there.
-    """
-    volume = sitk.ReadImage(path)
-    beside = next((f for s in (path.stem, path.stem[:-5]) if (f := path.with_name(f"{s}.json")).is_file()), None)
-    if beside:
-        spacing = read_json(beside, 'write {"spacing": [z, y, x]}, in mm')["spacing"][::-1]
-    if not spacing:
-        raise UserError(f"{path}: a volume without a voxel size: give it with --spacing X Y Z (mm)")
-    volume.SetSpacing([float(s) for s in spacing])
-    return volume
+    about = files.describe(layout, labels, given.labels, folder)
+    if about.labels == given.labels:
+        about = replace(about, regions_class_order=given.regions_class_order)
+    notes = (
+        f"taken for {layout}",
+        *([f"names of labels and channels: {given.file}"] if given.file else ()),
+        *about.notes,
+    )
+    about = replace(about, name=name, notes=notes, value_hint=ABOUT.value_hint)
+    cases = {case: files.case(case, layout) for case in layout.images}
+    lists = _read_split(Path(split), cases) if split else _lists(layout)
+    patients = find_patients(cases, layout.patients, group_by) if group_by else {}
+    if test:
+        lists = _draw_test(lists, layout.labels, test, patients)
+    if patients:
+        refuse_shared(patients, lists[2], [*lists[0], *lists[1]])
+    check = partial(files.check_values, layout, about)
+    return Source(about, cases, *lists, left_out=left_out | layout.left_out, patients=patients, check=check)
 
 
-def read_mask(path: Path) -> sitk.Image:
-    """A picture of labels whose values are no grey: the indices of a palette, or one bit; transparency is left out."""
-    with Image.open(path) as picture:
-        labels = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
-    return sitk.GetImageFromArray(labels.astype(np.uint8))
+# ------------------------------------------------------------------------------------------------ what is beside images
 
 
-def read_jpeg(path: Path, channels: int) -> sitk.Image:
-    """With Pillow, which does not take a truncated file for a whole one."""
-    with Image.open(path) as picture:
-        image = sitk.GetImageFromArray(np.asarray(picture), isVector=picture.mode != "L")
-    return one_channel(image, str(path)) if channels == 1 else image
+@dataclass(frozen=True)
+class Given:
+    """What a `dataset.json` beside the folders says: that of nnU-Net 1 or 2, or of the Decathlon."""
+
+    labels: Mapping[str, int | tuple[int, ...]] | None = None
+    channels: tuple[str, ...] | None = None
+    regions_class_order: tuple[int, ...] | None = None
+    file: str = ""
 
 
-def refuse(path: Path, why: str) -> None:
-    """In place of a reader: the case fails alone, and the others go on."""
-    raise UserError(f"{path}: {why}")
+def _dataset_json(folder: Path, left_out: dict[str, str]) -> Given:
+    files = [name for name in left_out if name.rpartition("/")[2] == "dataset.json"]
+    if len(files) != 1:
+        return Given()
+    content = read_json(folder / files[0], "correct it, or take it away and give --labels")
+    try:
+        channels = content.get("channel_names") or content.get("modality") or {}
+        names = tuple(str(channels[key]) for key in sorted(channels, key=int))
+        labels = {}
+        for key, value in content["labels"].items():
+            if str(key).isdecimal() and isinstance(value, str):  # value to name, before nnU-Net 2
+                key, value = value, int(key)
+            labels[str(key)] = tuple(value) if isinstance(value, list) else int(value)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return Given()  # some other file of this name
+    del left_out[files[0]]
+    order = content.get("regions_class_order")
+    if order is None and any(isinstance(value, tuple) for value in labels.values()):
+        where = folder / files[0]
+        raise UserError(f"{where}: has regions, but no regions_class_order: add it as nnU-Net's documentation says")
+    return Given(labels, names or None, tuple(order) if order else None, files[0])
 
 
-def _root(folder: Path) -> Path:
-    """Where `images` is: often an archive has a folder of its own."""
-    found = [path.parent for path in find_files(folder, "images") if path.is_dir()]
-    return folder if (folder / "images").is_dir() or len(found) != 1 else found[0]
+def _is_label(path: str) -> bool:
+    where = Name(path).folder_kind
+    return where is not None and where[1] == LABEL
 
 
-def _check(folder: Path, labels: Sequence[str] | None, channels: Sequence[str]) -> None:
-    if not labels:
-        raise UserError(f"{folder}: what do the label values 1, 2, ... mean? Say it with --labels NAME ...")
-    if set(labels) == {"ignore"}:
+def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -> None:
+    if labels and set(labels) == {"ignore"}:
         raise UserError("--labels ignore: there is no class beside what is ignored: name one")
-    for option, names in (("--labels", ["background", *labels]), ("--channels", channels)):
+    for option, names in (("--labels", ["background", *(labels or ())]), ("--channels", channels or ())):
         for name in names:
             if not name.strip():
                 raise UserError(f"{option}: a name is empty: give a name for each")
-            if names.count(name) > 1:
+            if list(names).count(name) > 1:
                 why = "is value 0 in any case" if name == "background" else "is named twice"
                 raise UserError(f"{option}: {name} {why}: leave it out")
 
 
-def _files(folder: Path) -> tuple[list[tuple[str, Path]], list[Path]]:
-    """Images, and folders of DICOM series, with their names less the ending; and files of no known kind."""
-    found, unknown = [], []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        ending = next((e for e in (*VOLUMES, *PICTURES) if path.name.lower().endswith(e)), "")
-        if path.name.startswith(JUNK):
-            continue
-        if path.is_dir():
-            found.append((path.name, path))
-        elif ending:
-            found.append((path.name[: len(path.name) - len(ending)], path))
-        elif not path.name.lower().endswith(BESIDE):
-            unknown.append(path)
-    return found, unknown
+# -------------------------------------------------------------------------------------------------------------- splits
 
 
-def _group_channels(images: Sequence[tuple[str, Path]], channels: Sequence[str]) -> dict[str, list[Path | Read]]:
-    """Files by case: by numbers, by the channels' names, or one file a case.
-
-    A case that lacks a channel keeps the place where that was looked for, and fails alone; so does a file that has no
-    such suffix where most have.
-    """
-    by_stem = by_name(images)
-    if all(stem.endswith("_0000") for stem in by_stem):  # one file a case, of as many channels as it has
-        return {stem.removesuffix("_0000"): [path] for stem, path in by_stem.items()}
-    for suffixes in ([f"_{i:04d}" for i in range(len(channels))], [f"_{channel}" for channel in channels]):
-        cases: dict[str, dict[str, Path]] = {}
-        others = {}
-        for stem, path in by_stem.items():
-            suffix = next((s for s in suffixes if stem.endswith(s)), None)
-            if suffix is None:
-                others[stem] = path
-            else:
-                cases.setdefault(stem.removesuffix(suffix), {})[suffix] = path
-        if others and (len(channels) == 1 or len(others) > len(by_stem) / 2):
-            continue
-        why = f"its name ends with none of {', '.join(suffixes)}: rename it, or name all --channels"
-        return {
-            case: [files.get(s) or _sibling(next(iter(files.values())), case, s) for s in suffixes]
-            for case, files in cases.items()
-        } | {stem: [Read(refuse, (path,), {"why": why})] for stem, path in others.items()}
-    return {stem: [path] for stem, path in by_stem.items()}
+def _lists(layout: Layout) -> list[list[str]]:
+    """Training cases, those with a label first; validation and test cases, as folders say."""
+    train = [case for case in layout.images if layout.parts.get(case, "unlabeled") == "unlabeled"]
+    train = sorted(train, key=lambda case: (case not in layout.labels, case))
+    return [train, *([case for case in layout.images if layout.parts.get(case) == part] for part in ("val", "test"))]
 
 
-def _case_of_label(stem: str, cases: Mapping[str, list]) -> str:
-    return stem if stem in cases else stem.removesuffix("_0000")
-
-
-def _sibling(path: Path, case: str, suffix: str) -> Path:
-    ending = next((e for e in (*VOLUMES, *PICTURES) if path.name.lower().endswith(e)), "")
-    return path.with_name(case + suffix + ending)
-
-
-def _most_common_dimension(paths: Sequence[Path]) -> int:
-    """Of the images, by their headers; those that differ or cannot be read fail alone, later."""
-    count: Counter[int] = Counter()
-    for path in paths:
-        header = sitk.ImageFileReader()
-        header.SetFileName(str(path))
-        with contextlib.suppress(RuntimeError):
-            if path.is_dir():
-                count[3] += 1
-            elif path.exists():
-                header.ReadImageInformation()
-                count[header.GetDimension()] += 1
-    return count.most_common(1)[0][0] if count else 3
-
-
-def _file_ending(paths: Sequence[Path], dims: int) -> str:
-    """The images' own, where all have the same and nnU-Net reads it; else one that keeps every voxel."""
-    pictures = all(path.name.lower().endswith(PICTURES) for path in paths)
-    own = [e for e in READABLE if all(path.name.endswith(e) and not path.is_dir() for path in paths)]
-    if dims == 2 and pictures:
-        has_tiff = any(path.name.lower().endswith((".tif", ".tiff")) for path in paths)
-        return own[0] if own else ".tif" if has_tiff else ".png"
-    return own[0] if own and not pictures else ".nii.gz"
-
-
-def _picture(path: Path, channels: int) -> Path | Read:
-    """The path itself where nnU-Net reads as many channels from it as there ought to be."""
-    if path.name.lower().endswith((".jpg", ".jpeg")):
-        return Read(read_jpeg, (path,), {"channels": channels})
-    if channels > 1 or _mode(path) in (None, "L", "I;16", "I;16B", "I", "F") and not path.name.lower().endswith(".bmp"):
-        return path  # a grey BMP has a palette, which SimpleITK reads as colours
-    return Read(read_mask if _mode(path) == "LA" else read_gray, (path,))
-
-
-def _mask(path: Path, spacing: Sequence[float] | None, dims: int) -> Path | Read:
-    if dims == 3 and path.name.lower().endswith((".tif", ".tiff")):
-        return Read(read_tiff_volume, (path,), {"spacing": spacing})
-    if path.is_dir():
-        return Read(read_dicom_series, (path,))
-    return Read(read_mask, (path,)) if _mode(path) in ("P", "1", "LA", "PA") else path
-
-
-def _mode(path: Path) -> str | None:
-    """Pillow's name for what the pixels of a picture are; None for anything else. Reads the header only."""
-    if not path.name.lower().endswith(PICTURES):
-        return None
-    try:
-        with Image.open(path) as picture:
-            return picture.mode
-    except (OSError, Image.DecompressionBombError):
-        return None  # what reads it later says why
+def _draw_test(
+    lists: Sequence[Sequence[str]], labels: Mapping, share: float, patients: Mapping[str, str]
+) -> list[list[str]]:
+    train, val, test = lists
+    if test:
+        raise UserError(f"--test {share:g}: there is a test set of {len(test)} cases already: leave it out")
+    of = {case: patients.get(case, case) for case in train}
+    _, drawn = seeded_split({of[case] for case in train if case in labels}, share)
+    kept = [case for case in train if of[case] not in drawn]
+    return [kept, list(val), [case for case in train if of[case] in drawn and case in labels]]
 
 
 def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
@@ -300,16 +200,36 @@ def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
     return [lists.get(part, []) for part in ("train", "val", "test")]
 
 
+# ------------------------------------------------------------------------------------------------------------- command
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's options, which are arguments of `find_cases`."""
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="of the label values 1, 2, ...")
     parser.add_argument(
-        "--channels", nargs="+", default=["image"], metavar="NAME",
-        help="in their order, CT where it is one; default: one, `image`",
+        "--labels", nargs="+", metavar="NAME",
+        help="of the label values 1, 2, ...; of masks a class: those wanted; default: as files say",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label-values", nargs="+", metavar="VALUE=NAME",
+        help="205=kidney 420=tumour 0,1=background; for a colour 255/0/0=kidney",
+    )  # fmt: skip
+    parser.add_argument(
+        "--channels", nargs="+", metavar="NAME",
+        help="in their order, as files or DICOM series are named, CT where it is one; default: as files say",
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="of the dataset; default: %(default)s")
     parser.add_argument("--split", metavar="FILE", help='JSON: {"train": [case, ...], "val": [...], "test": [...]}')
-    parser.add_argument("--spacing", type=_millimetres, nargs=3, metavar="MM", help="x y z, of TIFF volumes")
+    parser.add_argument("--test", type=_share, metavar="SHARE", help="of the labelled cases, drawn for testing: 0.2")
+    parser.add_argument(
+        "--group-by", metavar="patient",
+        help="keep scans of a patient together in test set and folds; or a regular expression for names of cases",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spacing", type=_millimetres, nargs=3, metavar="MM",
+        help="x y z, of TIFF volumes, stacks of pictures, and headers that say 0, less or NaN",
+    )  # fmt: skip
+    parser.add_argument("--nan", type=_nan, metavar="fill", help="NaN and infinity become the least value, or a number")
+    parser.add_argument("--reorient", action="store_true", help="turn sheared axes to the nearest at right angles")
 
 
 def _millimetres(text: str) -> float:
@@ -317,6 +237,27 @@ def _millimetres(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError
+    return value
+
+
+def _share(text: str) -> float:
+    """Raises ValueError, which argparse shows, for what is no share."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+def _nan(text: str) -> float | str:
+    """Raises ArgumentTypeError for what is neither."""
+    if text == "fill":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"{text}: give fill, or a number")
     return value
 
 

@@ -28,6 +28,7 @@ ABOUT = About(
         "lymph nodes": "lymph nodes with metastases of the head and neck in a PET and computed tomography",
     },
     labeled=0.1,
+    notes=("PET is resampled to the CT's grid, linearly",),
 )
 
 

@@ -50,10 +50,11 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
     try:
         if archive.name.lower().endswith(".zip"):
             with zipfile.ZipFile(archive) as file:
-                for name in file.namelist():
-                    _refuse_outside(name, archive)
+                for member in file.infolist():
+                    _refuse_outside(member.filename, archive)
+                    member.filename = member.filename.replace("\\", "/")  # some programs on Windows write these
                 _refuse_large(sum(member.file_size for member in file.infolist()), archive, folder, max_size)
-                file.extractall(folder)
+                file.extractall(folder, file.infolist())
         else:
             with tarfile.open(archive) as file:
                 size = 0

@@ -69,6 +69,11 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
             show_progress_bar=not args.no_pbar,
             verbose=args.verbose,
         )
+        if not args.no_pp:
+            configuration = "3d_fullres" if "3d_fullres" in args.c else args.c[0]
+            trainer = "SupervisedTrainer" if args.labeled_only else "MeanTeacherTrainer"
+            plans = args.overwrite_plans_name or planning.plans_name_of(args.pl)
+            _say_next(f"train {args.d[0]} {configuration} 0 -tr {trainer} -p {plans}")
 
     return run
 
@@ -146,6 +151,9 @@ def train(parser: ArgumentParser) -> Command:
         try:
             with given_settings(changes, args.accept_changes):  # the trainer puts them into the plans when it begins
                 run_training_entry()
+            if os.environ.get("RANK", "0") == "0" and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
+                where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"
+                _say_next(f"compare {where} --trainers SupervisedTrainer {args.tr} --run")
         except UserError:
             if (
                 args.copy
@@ -252,6 +260,8 @@ def compare(parser: ArgumentParser) -> Command:
             num_processes=args.np,
         )
         print(compare(request, args.o, args.train))
+        where = f"-d {args.d} -c {args.c} -f {args.f} -p {args.p} -tr {args.trainers[-1]}"
+        print(f"next: nnUNetv2_predict {where} -i IMAGES -o PREDICTIONS")
 
     return run
 
@@ -399,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.__name__, help=command.__doc__, description=command.__doc__, allow_abbrev=False
         )
         subparser.set_defaults(run=command(subparser))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_with_folder(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except UserError as error:
@@ -409,6 +419,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _say_next(words: str) -> None:
+    print(f"next: nnunet_semiseg {words}")
+
+
+def _with_folder(words: Sequence[str]) -> list[str]:
+    """`convert -i FOLDER ...` is meant as `convert folder -i FOLDER ...`."""
+    words = list(words)
+    if (
+        words[:1] == ["convert"]
+        and words[1:2]
+        and words[1].startswith("-")
+        and words[1] not in ("-h", "--help", "--list")
+    ):
+        print("convert: taken for `convert folder`, your own images")
+        words.insert(1, "folder")
+    return words
 
 
 def _add_preprocessing_arguments(parser: ArgumentParser) -> None:

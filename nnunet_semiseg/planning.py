@@ -356,6 +356,11 @@ def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:
     )
 
 
+def plans_name_of(planner: str) -> str:
+    """What a planner, by its name, calls its plans where no other name is asked for."""
+    return _default_plans_name(find_planner(planner))
+
+
 def _default_plans_name(planner_class: type[ExperimentPlanner]) -> str:
     if issubclass(planner_class, SemiSegPlans):
         return planner_class.default_plans_name

@@ -6,16 +6,18 @@ import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.conversion.description import About, Case, Crop, Read
+from nnunet_semiseg.conversion.names import some
 from nnunet_semiseg.conversion.readers import one_channel
+from nnunet_semiseg.conversion.repair import Repair, grid_difference, read
 from nnunet_semiseg.data.headers import header_problem
-from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
+from nnunet_semiseg.data.image_problems import nifti_damage, one_line_of
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DiskError, disk_errors, write_json
@@ -65,72 +67,109 @@ def _convert_case(
 
 def _write_case(case: Case, subset: str, about: About, crop: Crop | None, root: Path, staging: Path) -> list[str]:
     notes: list[str] = []
-    images = [_load(image, notes, root) for image in case.images]
-    channels = sum(image.GetNumberOfComponentsPerPixel() for image in images)
+    images = [load(image, notes, about.repair, root) for image in case.images]
+    channels = sum(image.GetNumberOfComponentsPerPixel() for image, _ in images)
     if channels != len(about.channels):
         expected = f"{len(about.channels)} ({', '.join(about.channels)})"
         raise UserError(f"{_name(case.images[0])}: {channels} channels instead of {expected}")
-    for path, image in zip(case.images, images, strict=True):
+    first = images[0][0]
+    for i, (image, _) in enumerate(images):
         if image.GetDimension() != about.dimension:
-            raise UserError(f"{_name(path)}: {image.GetDimension()} dimensions, but the dataset has {about.dimension}")
-        if difference := geometry_difference(image, images[0]):
-            raise UserError(f"{_name(path)}: {difference} in {_name(case.images[0])}")
+            where = _name(case.images[i])
+            raise UserError(f"{where}: {image.GetDimension()} dimensions, but the dataset has {about.dimension}")
+        images[i] = _on_grid(images[i], case.images[i], first, case.images[0], notes)
     label = None
     if case.label is None and subset == "Tr":
         raise UserError("has no label, which a labelled case needs")
     if case.label is not None and (subset != "Un" or crop):
-        given = _load(case.label, notes, root)
+        given, link = load(case.label, notes, about.repair, root)
         label = one_channel(given, _name(case.label))
-        if difference := geometry_difference(label, images[0]):
-            raise UserError(f"{_name(case.label)}: {difference} in {_name(case.images[0])}")
-        label.CopyInformation(images[0])  # they differ by no more than what files round
+        label, link = _on_grid((label, link if label is given else None), case.label, first, case.images[0], notes)
+        label.CopyInformation(first)  # they differ by no more than what files round
     slices = crop(label) if crop else None
     folder, ending = staging / f"images{subset}", about.file_ending
-    for i, (path, image) in enumerate(zip(case.images, images, strict=True)):
-        _write(image, path, slices, folder / f"{case.name}_{i:04d}{ending}", ending)
+    for i, (image, whole) in enumerate(images):
+        _write(image, whole, slices, folder / f"{case.name}_{i:04d}{ending}", ending)
     if label is None or subset == "Un":
         return [*notes, "has no label: it can be predicted, not evaluated"] if subset == "Ts" else notes
-    mapped = _map_label(label, about.label_map, _name(case.label))
+    mapped = _map_label(label, about.label_map, _name(case.label), about.value_hint)
     if not sitk.GetArrayViewFromImage(mapped).any():
         notes.append("the label is empty")
-    path = case.label if mapped is given else None
-    _write(mapped, path, slices, staging / f"labels{subset}" / f"{case.name}{ending}", ending)
+    whole = link if mapped is label else None
+    _write(mapped, whole, slices, staging / f"labels{subset}" / f"{case.name}{ending}", ending)
     return notes
 
 
-def _load(source: Path | Read, notes: list[str], root: Path) -> sitk.Image:
-    for path in source.paths if isinstance(source, Read) else (source,):
+Loaded = tuple[sitk.Image, Path | None]
+"""an image, and its file, where the image is what the file holds"""
+
+
+def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | None = None) -> Loaded:
+    """An image of a case; notes say what is not as the file has it.
+
+    Args:
+        root: the folder that nothing may be read from outside of; None: the file's own.
+
+    Raises:
+        UserError: missing, damaged, or with what `repair` does not put right.
+    """
+    for path in paths_of(source):
         if not path.exists():
             raise UserError(f"{path}: missing")
-        if path.is_file() and (damage := header_problem(path, root) or nifti_damage(path)):
+        if path.is_file() and (problem := header_problem(path, root or path.parent)):
+            raise UserError(f"{path}: {problem}")
+    if isinstance(source, Path):
+        image, found = read(source, repair)
+        notes += found
+        link = None if found else source
+    else:
+        image, link = _run(source, notes), None
+    if image.GetDimension() == 2:  # dots per inch, which nnU-Net does not read and masks do not share
+        image.SetSpacing((1, 1))
+        image.SetOrigin((0, 0))
+    return image, link
+
+
+def _run(source: Read, notes: list[str]) -> sitk.Image:
+    for path in source.paths:
+        if path.is_file() and (damage := nifti_damage(path)) and not source.repairs:
             raise UserError(f"{path}: {damage}")
     try:
-        loaded = (
-            source.function(*source.paths, **source.options) if isinstance(source, Read) else sitk.ReadImage(source)
-        )
+        loaded = source.function(*source.paths, **source.options)
     except UserError:
         raise
     except Exception as e:
         raise UserError(f"{_name(source)}: cannot be read ({one_line_of(e)})") from None
     if isinstance(loaded, tuple):
         loaded, note = loaded
-        notes.append(note)
-    if loaded.GetDimension() == 2:  # dots per inch, which nnU-Net does not read and masks do not share
-        loaded.SetSpacing((1, 1))
-        loaded.SetOrigin((0, 0))
+        notes.extend([note] if note else [])
     voxels = sitk.GetArrayViewFromImage(loaded)
     if np.issubdtype(voxels.dtype, np.floating) and not np.isfinite(voxels).all():
         raise UserError(f"{_name(source)}: has voxels that are NaN or infinite")
     return loaded
 
 
-def _map_label(label: sitk.Image, values: Mapping[int, int], name: str) -> sitk.Image:
+def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path | Read, notes: list[str]) -> Loaded:
+    """With the expected header where what is in its own is rounded; raises UserError where it is another grid."""
+    image, link = loaded
+    difference, rounded = grid_difference(image, expected)
+    if difference:
+        fix = "give both one header, if only that is wrong, or resample"
+        raise UserError(f"{_name(source)}: {difference} in {_name(of)}: {fix}")
+    if rounded:
+        notes.append(f"{rounded} ({Path(_name(source)).name})")
+        image.CopyInformation(expected)
+        link = None
+    return image, link
+
+
+def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: str) -> sitk.Image:
     """The label itself where nothing is to be changed, else a copy with the dataset's values, uint8."""
     voxels = sitk.GetArrayViewFromImage(label)
-    present = np.unique(voxels)
-    if unknown := [f"{v:g}" for v in present if v not in values]:
+    present, counts = np.unique(voxels, return_counts=True)
+    if unknown := [f"{v:g} ({n} voxels)" for v, n in zip(present, counts, strict=True) if v not in values]:
         known = ", ".join(map(str, values))
-        raise UserError(f"{name}: label value {some(unknown)}, known are {known}: correct it, or name all its labels")
+        raise UserError(f"{name}: label value {some(unknown)}, known are {known}: {hint}")
     if {1, 255} <= set(present.tolist()) and values[1] == values[255]:
         raise UserError(f"{name}: label values 1 and 255 at once, and 255 is read as 1: leave one")
     if np.issubdtype(voxels.dtype, np.integer) and all(values[int(v)] == v for v in present):
@@ -143,16 +182,16 @@ def _map_label(label: sitk.Image, values: Mapping[int, int], name: str) -> sitk.
     return mapped
 
 
-def _write(image: sitk.Image, source: Path | Read | None, slices, file: Path, ending: str) -> None:
-    """Link the source's file where it is what nnU-Net reads, copy it where links do not work, else write."""
+def _write(image: sitk.Image, whole: Path | None, slices, file: Path, ending: str) -> None:
+    """Link the file where it holds the image as nnU-Net reads it, copy it where links do not work, else write."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if slices is not None or not isinstance(source, Path) or not source.name.endswith(ending):
+    if slices is not None or whole is None or not whole.name.endswith(ending):
         write_image(image if slices is None else image[slices], file)
         return
     try:
-        os.link(source.resolve(), file)
+        os.link(whole.resolve(), file)
     except OSError:
-        shutil.copyfile(source, file)
+        shutil.copyfile(whole, file)
 
 
 def _name(source: Path | Read) -> str:
@@ -179,8 +218,3 @@ def files_of(path: Path) -> list[Path]:
 def paths_of(source: Path | Read | None) -> tuple[Path, ...]:
     """The files that an image or a label is read from."""
     return () if source is None else source.paths if isinstance(source, Read) else (source,)
-
-
-def some(names: Sequence[str]) -> str:
-    """At most five of the names, for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,14 +16,15 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from tqdm import tqdm
 
 from nnunet_semiseg.archives import ARCHIVES, unpacked
-from nnunet_semiseg.conversion.case import STATE, convert_case, files_of, paths_of, some
-from nnunet_semiseg.conversion.description import Case, Source
+from nnunet_semiseg.conversion.case import STATE, convert_case, files_of, paths_of
+from nnunet_semiseg.conversion.description import About, Case, Source
+from nnunet_semiseg.conversion.names import some
+from nnunet_semiseg.conversion.patients import folds_by_patient
+from nnunet_semiseg.conversion.report import SUBSETS, report
 from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, disk_errors, only_one, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
-
-SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
 
 
 def convert_dataset(
@@ -80,6 +80,8 @@ def convert_dataset(
         elif not source.is_dir():
             kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
             raise UserError(f"{source}: {kind}: give the download with -i")
+        if source.resolve() in (raw.resolve(), *raw.resolve().parents):
+            raise UserError(f"{raw}: datasets and their source {source} must not lie in each other: move one")
         found = find_cases(folder, **options)
         if not found.cases:
             layout = "\n".join(f"    {line}" for line in found.about.layout.splitlines())
@@ -96,15 +98,26 @@ def convert_dataset(
         request |= {"options": {key: str(value) for key, value in options.items()}}
         form = [found.about.file_ending, found.about.dimension, *map(str, (found.about.labels, found.about.channels))]
         request |= {"form": form, "stamps": {n: stamp(found.cases[n], part, source) for n, part in parts.items()}}
-        report(found, parts, target, crop)
+        report(found, parts, target, crop, dry_run)
         begun = beginning(target, request, overwrite)
-        if not dry_run:
+        found.check([name for name, part in parts.items() if part != "unlabeled"])
+        if dry_run:
+            print("nothing is made: type the same without --dry-run")
+        else:
             if target.exists() and begun is None:
                 shutil.rmtree(target)
             with disk_errors(target):
                 _take_back(target, begun or {}, request, found.about.file_ending)
                 _convert(found, folder, target, request, num_processes, show_progress_bar)
+            print(f"next: {next_command(dataset_id, found.about, parts)}")
     return target
+
+
+def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str:
+    """What to type when the dataset is there."""
+    configuration = "2d" if about.dimension == 2 else "3d_fullres"
+    only = "" if "unlabeled" in parts.values() else " --labeled_only"
+    return f"nnunet_semiseg plan_and_preprocess -d {dataset_id} -c {configuration}{only}"
 
 
 def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
@@ -155,29 +168,6 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
             f"give a number from 1 to {candidates}, a fraction, or all"
         )
     return n
-
-
-def report(source: Source, parts: Mapping[str, str], target: Path, crop: str) -> None:
-    """Print what the dataset is, how many cases each part has, and what is missing or left out."""
-    about, count = source.about, Counter(parts.values())
-    print(about.title)
-    facts = {"": about.url, "licence: ": about.licence, "cite: ": about.citation, "protocol: ": about.protocol}
-    for heading, fact in facts.items():
-        if fact:
-            print(f"  {heading}{fact}")
-    for note in about.notes:
-        print(f"  note: {note}")
-    print(f"{target}: " + ", ".join(f"{count[part]} {part}" for part in SUBSETS if count[part]))
-    missing = [name for names in (source.train, source.val, source.test) for name in names if name not in source.cases]
-    if missing:
-        print(f"WARNING: {len(missing)} cases of the published lists are not there: {some(missing)}")
-    if not count["unlabeled"]:
-        print("no unlabelled case: plan it with --labeled_only, or with nnUNetv2_plan_and_preprocess")
-    left_out = sorted(set(source.cases) - set(parts))
-    if left_out:
-        print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {some(left_out)}")
-    if crop != "none":
-        print(f"WARNING: images are cropped round the ground truth, test cases too ({about.crop.source})")
 
 
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
@@ -285,6 +275,8 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
         (target / file).unlink(missing_ok=True)
     if validation:
         write_json([{"train": labeled, "val": validation}], target / "splits_final.json")
+    elif folds := folds_by_patient(labeled, source.patients) if source.patients else []:
+        write_json(folds, target / "splits_final.json")
     if texts := {name: source.cases[name].text for name in whole if source.cases[name].text}:
         write_json(texts, target / "texts.json")
     staging = state / "dataset"

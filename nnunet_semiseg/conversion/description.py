@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_semiseg.conversion.repair import Repair
 from nnunet_semiseg.errors import UserError
 
 PICTURES = (".png", ".bmp", ".tif")  # of those that nnU-Net reads
@@ -56,6 +57,8 @@ class About:
         labels, regions_class_order, file_ending: as in `dataset.json`.
         dims: of every image; None: 2 for pictures, else 3.
         label_values: value in the source to value in the dataset; None: the values of `labels`.
+        value_hint: how to put right a label value that is not known.
+        repair: what may be changed of headers and voxels.
         notes: what a user should know before using it.
     """
 
@@ -75,6 +78,8 @@ class About:
     label_values: Mapping[int, int] | None = None
     labeled: int | float | None = None
     crop: Crop | None = None
+    value_hint: str = "correct it, or name all its labels"
+    repair: Repair = Repair()
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,12 +100,16 @@ class About:
 class Read:
     """An image that is not what nnU-Net reads: `function(*paths, **options)` gives it, in a worker.
 
-    The function returns a SimpleITK image, or a pair of it and a note for the report.
+    The function returns a SimpleITK image, or a pair of it and a note for the report, which may be empty.
+
+    Args:
+        repairs: the function looks itself for what is wrong with the files.
     """
 
     function: Callable[..., sitk.Image | tuple[sitk.Image, str]]
     paths: tuple[Path, ...]
     options: Mapping = field(default_factory=dict)
+    repairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,10 +124,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Source:
-    """The cases of a download, and their published lists: the first of `train` are the labelled ones."""
+    """The cases of a download, and their published lists: the first of `train` are the labelled ones.
+
+    Args:
+        left_out: files of the download that are of no case, with the reason.
+        patients: case to patient, where scans of one patient must not be apart; else empty.
+        check: looks, before anything is made, at the cases whose labels are used, by name; raises UserError.
+    """
 
     about: About
     cases: Mapping[str, Case]
     train: Sequence[str]
     val: Sequence[str] = ()
     test: Sequence[str] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    patients: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Sequence[str]], None] = lambda cases: None

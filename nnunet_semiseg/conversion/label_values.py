@@ -1,0 +1,116 @@
+"""What the values of labels mean, where they are not 0, 1, 2, ...: `--label-values 205=kidney 420=tumour`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_semiseg.errors import UserError
+
+Value = int | tuple[int, int, int]
+"""a grey value, or the red, green and blue of a colour"""
+BACKGROUND = "background"
+
+
+@dataclass(frozen=True)
+class LabelValues:
+    """What the user says of values.
+
+    Args:
+        names: class to value in the dataset, `background` among them.
+        grey: value in the files to value in the dataset.
+        colours: the same for colours, 0 to 255 each.
+    """
+
+    names: dict[str, int]
+    grey: dict[int, int]
+    colours: dict[tuple[int, int, int], int]
+
+
+def parse(words: Sequence[str], labels: Sequence[str] | None = None) -> LabelValues:
+    """Read `205=kidney`, `0,1=background` and, for colours, `255/0/0=kidney`.
+
+    Args:
+        labels: classes in the order of their values 1, 2, ...; None: as they are named first.
+
+    Raises:
+        UserError: something else, a value that is named twice, a name that `labels` does not have.
+    """
+    pairs: list[tuple[Value, str]] = []
+    for word in words:
+        values, equals, name = word.partition("=")
+        parts = [_value(value) for value in values.split(",")]
+        if not (equals and name) or None in parts:
+            raise UserError(f"--label-values {word}: write VALUE=NAME, V,V=NAME or, of a colour, RED/GREEN/BLUE=NAME")
+        pairs += [(value, name) for value in parts if value is not None]
+    twice = [value for value, n in Counter(value for value, _ in pairs).items() if n > 1]
+    if twice:
+        raise UserError(f"--label-values: {as_text(twice[0])} is named twice: leave one")
+    order = list(labels or dict.fromkeys(name for _, name in pairs if name != BACKGROUND))
+    if unknown := [name for _, name in pairs if name not in (BACKGROUND, *order)]:
+        raise UserError(f"--label-values: {unknown[0]} is not among --labels {' '.join(order)}: give it there, too")
+    names = {BACKGROUND: 0, **{name: i for i, name in enumerate(order, 1)}}
+    grey = {value: names[name] for value, name in pairs if isinstance(value, int)}
+    colours = {value: names[name] for value, name in pairs if isinstance(value, tuple)}
+    if colours and not any(grey.values()):  # grey masks beside those in colour have 0, 1, 2, ...
+        grey = {value: value for value in names.values()}
+    return LabelValues(names, grey, {(0, 0, 0): 0, **colours} if colours else {})
+
+
+def _value(text: str) -> Value | None:
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    parts = text.split("/")
+    if len(parts) == 3 and all(part.isdecimal() and int(part) < 256 for part in parts):
+        red, green, blue = map(int, parts)
+        return red, green, blue
+    return None
+
+
+def as_text(value: Value | float) -> str:
+    """As it is written with `--label-values`."""
+    return "/".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+
+
+def count(label: sitk.Image) -> Counter:
+    """Voxels by value, or pixels by colour (red, green, blue)."""
+    voxels = sitk.GetArrayViewFromImage(label)
+    if label.GetNumberOfComponentsPerPixel() >= 3:
+        values, counts = np.unique(voxels[..., :3].reshape(-1, 3), axis=0, return_counts=True)
+        return Counter({tuple(map(int, value)): int(n) for value, n in zip(values, counts, strict=True)})
+    values, counts = np.unique(voxels, return_counts=True)
+    whole = np.issubdtype(voxels.dtype, np.integer)
+    found = (int(v) if whole or float(v).is_integer() else float(v) for v in values)
+    return Counter(dict(zip(found, map(int, counts), strict=True)))
+
+
+def _order(value: Value | float) -> tuple:
+    return isinstance(value, tuple), value
+
+
+def found_text(counts: Mapping) -> str:
+    """`0 (900 voxels), 205 (80), 420 (20)`: ten at most, the most frequent ones, by value."""
+    most = dict(Counter(counts).most_common(10))
+    parts = [f"{as_text(value)} ({n})" for value, n in sorted(most.items(), key=lambda pair: _order(pair[0]))]
+    more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
+    return f"{', '.join(parts)}{more}".replace(")", " voxels)", 1)
+
+
+def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
+    """The option to copy: names as given, where there are as many as values beside the background's."""
+    values = sorted(counts, key=_order)
+    zero = values[0] if values and values[0] in (0, (0, 0, 0)) else None
+    others = [value for value in values if value != zero]
+    if any(isinstance(value, float) for value in values) or len(others) > 10:
+        return "save masks as whole numbers, without smoothing or compression with loss"
+    names = labels if len(labels) == len(others) else [f"NAME{i}" for i in range(1, len(others) + 1)]
+    words = ([f"{as_text(zero)}={BACKGROUND}"] if zero is not None else []) + [
+        f"{as_text(value)}={name}" if re.fullmatch(r"[\w.-]+", name) else f"'{as_text(value)}={name}'"
+        for value, name in zip(others, names, strict=True)
+    ]
+    return f"say what they are with --label-values {' '.join(words)}"

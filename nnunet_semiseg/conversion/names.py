@@ -1,0 +1,172 @@
+"""What the name of a file or a folder says: its kind, its part of the data set, the case it belongs to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
+PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
+SERIES, DICOM_SEG, RTSTRUCT = ".dicom", ".dicom-seg", ".dicom-rtstruct"
+"""endings that a folder of DICOM files, a DICOM segmentation and an RT structure set get, see `listing`"""
+STACK = ".stack"
+"""the ending that a folder of pictures gets, which are the slices of one volume"""
+ENDINGS = (*VOLUMES, *PICTURES, SERIES, DICOM_SEG, RTSTRUCT, STACK)
+BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".xlsx", ".raw", ".zraw", ".gz", ".cfg", ".bval", ".bvec", ".pdf")
+"""of files that are no images, and no surprise among them"""
+
+IMAGE, LABEL = "image", "label"
+IMAGE_WORDS = frozenset("image images img imgs imaging volume volumes scan scans".split())
+LABEL_WORDS = frozenset(
+    "label labels mask masks msk seg segs segmentation segmentations dseg gt gts ground truth truths groundtruth "
+    "annotation annotations".split()
+)
+PARTS = {
+    **dict.fromkeys(("train", "training", "tr"), "train"),
+    **dict.fromkeys(("val", "validation", "valid", "va"), "val"),
+    **dict.fromkeys(("test", "testing", "ts"), "test"),
+    **dict.fromkeys(("unlabeled", "unlabelled", "un"), "unlabeled"),
+}
+_SHORT = re.compile(r"(?i)(images?|imgs?|labels?|masks?)[_-]?(tr|va|ts|un|val|test|train)")
+_SUFFIX = re.compile(rf"(?i)(.*?)[ _.-]+({'|'.join(sorted(LABEL_WORDS, key=len, reverse=True))})")
+_PREFIX = re.compile(
+    rf"(?i)(?:{'|'.join(sorted(LABEL_WORDS | IMAGE_WORDS | {'vol'}, key=len, reverse=True))})(?:[ _.-]+|(?=\d))(.+)"
+)
+_SESSION = re.compile(
+    r"(?i)(ses|session|visit|scan|study|series|timepoint|time|tp|day|week|month|year|t|v)?[-_ ]?[\d._-]+"
+)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A path relative to the source, with slashes, taken apart.
+
+    Args:
+        skip: so many folders at its beginning say nothing.
+        source: where it lies, for messages.
+    """
+
+    path: str
+    skip: int = 0
+    source: str = ""
+
+    def __str__(self) -> str:
+        return os.path.join(self.source, self.path)
+
+    @cached_property
+    def ending(self) -> str:
+        """The known ending, in small letters; the empty string if it is none of `ENDINGS`."""
+        return next((e for e in ENDINGS if self.path.lower().endswith(e)), "")
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        return tuple(self.path.split("/")[self.skip : -1])
+
+    @cached_property
+    def stem(self) -> str:
+        """The file's name without its ending."""
+        name = self.path.rpartition("/")[2]
+        return name[: len(name) - len(self.ending)]
+
+    @cached_property
+    def folder_kind(self) -> tuple[int, str] | None:
+        """The deepest folder that is named for images or for labels: its index, and which of the two."""
+        for i in reversed(range(len(self.folders))):
+            if kind := kind_of(self.folders[i]):
+                return i, kind
+        return None
+
+    @cached_property
+    def above(self) -> tuple[str, ...]:
+        """The folders above that one; all where none is named so."""
+        return self.folders[: self.folder_kind[0]] if self.folder_kind else self.folders
+
+    @cached_property
+    def below(self) -> tuple[str, ...]:
+        """The folders below that one."""
+        return self.folders[self.folder_kind[0] + 1 :] if self.folder_kind else ()
+
+    @cached_property
+    def part(self) -> str | None:
+        """train, val, test or unlabeled, as the deepest folder says that says any."""
+        return next((part for folder in reversed(self.folders) if (part := part_of(folder))), None)
+
+
+def words_of(name: str) -> list[str]:
+    """`TrainingImg` and `training-img` are training, img; numbers are words of their own."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
+
+
+def kind_of(folder: str) -> str | None:
+    """Whether a folder is named for images or for labels; one that is numbered is a case's, or a data set's."""
+    if match := _SHORT.fullmatch(folder):
+        return LABEL if match[1].lower().startswith(("label", "mask")) else IMAGE
+    words = set(words_of(folder))
+    if any(word.isdecimal() for word in words):
+        return None
+    return LABEL if words & LABEL_WORDS else IMAGE if words & IMAGE_WORDS else None
+
+
+def part_of(folder: str) -> str | None:
+    """The part of a data set that a folder is named for. Two letters count behind `images` and the like alone."""
+    if match := _SHORT.fullmatch(folder):
+        return PARTS[match[2].lower()]
+    return next((PARTS[word] for word in words_of(folder) if len(word) > 2 and word in PARTS), None)
+
+
+def label_core(stem: str) -> str | None:
+    """`c1` of c1_seg, c1-label or mask_c1; the empty string where there is no more; None: not named like a label."""
+    if stem.lower() in LABEL_WORDS:
+        return ""
+    if match := _SUFFIX.fullmatch(stem):
+        return match[1]
+    if (match := _PREFIX.fullmatch(stem)) and words_of(stem)[0] in LABEL_WORDS:
+        return match[1]
+    return None
+
+
+def core(stem: str) -> str:
+    """What an image and its label have in common: `0001` of img0001 and label0001."""
+    match = _PREFIX.fullmatch(stem)
+    return match[1] if match else stem
+
+
+def without_case(stem: str, case: str) -> str:
+    """What is left of a file's stem when the name of its case is taken away: `t1ce` of P1_t1ce."""
+    if stem.casefold().startswith(case.casefold()):
+        rest = stem[len(case) :]
+        if not rest or not rest[0].isalnum():
+            return rest.strip(" _.-")
+    return stem
+
+
+def is_session(folder: str) -> bool:
+    """Whether a folder is named by a date or a number, so that the one above it is the patient."""
+    return _SESSION.fullmatch(folder) is not None
+
+
+def natural(name: str) -> list:
+    """A key to sort by: `slice10` after `slice9`."""
+    return [
+        (1, int(part), "") if part.isdecimal() else (0, 0, part.casefold()) for part in re.findall(r"\d+|\D+", name)
+    ]
+
+
+def some(names: Iterable[str], at_most: int = 5) -> str:
+    """The first of the names, for a message."""
+    names = list(names)
+    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
+
+
+def common_root(paths: Sequence[str]) -> int:
+    """How many folders all lie in, often one that an archive was made of; one that says what lies in it is none."""
+    folders = [Name(path).folders for path in paths]
+    n = 0
+    while folders and all(len(f) > n for f in folders) and len({f[n] for f in folders}) == 1:
+        if kind_of(folders[0][n]) or folders[0][n].lower().startswith("sub-"):
+            break
+        n += 1
+    return n

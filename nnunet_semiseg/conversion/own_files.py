@@ -1,0 +1,331 @@
+"""How each file of the user's own folders is read, and what all of them together are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import SimpleITK as sitk
+
+from nnunet_semiseg.conversion.case import load
+from nnunet_semiseg.conversion.description import About, Case, Read
+from nnunet_semiseg.conversion.dicom_labels import classes_in, read_segmentation, read_structure_set
+from nnunet_semiseg.conversion.label_values import LabelValues, count, found_text, offer
+from nnunet_semiseg.conversion.layouts import Layout
+from nnunet_semiseg.conversion.names import DICOM_SEG, PICTURES, RTSTRUCT, SERIES, STACK, Name, some
+from nnunet_semiseg.conversion.pictures import mode_of, read_colour_mask, read_colours, read_jpeg, read_mask
+from nnunet_semiseg.conversion.readers import find_series, read_dicom_picture, read_dicom_series, read_gray, read_grid
+from nnunet_semiseg.conversion.repair import Repair
+from nnunet_semiseg.conversion.volumes import (
+    read_channel,
+    read_class_masks,
+    read_mask_stack,
+    read_stack,
+    read_tiff_volume,
+)
+from nnunet_semiseg.errors import UserError
+
+READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
+FEW, MANY = 3, 50
+"""labels that are looked at before anything is made; those that are counted where none of them fits"""
+
+
+def refuse(path: Path, why: str) -> NoReturn:
+    """In place of a reader: the case fails alone, and the others go on."""
+    raise UserError(f"{path}: {why}")
+
+
+@dataclass
+class Files:
+    """What to read the files of a layout with.
+
+    Args:
+        place: a name of the layout to its file or folder.
+        values: what the user says of label values; None: they are 0, 1, 2, ...
+    """
+
+    channels: tuple[str, ...]
+    spacing: tuple[float, ...] | None
+    repair: Repair
+    values: LabelValues | None
+    place: Callable[[str], Path]
+    dims: int = 3
+    sizes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    names: list[str] = field(default_factory=list)
+    named: bool = False
+
+    def describe(
+        self,
+        layout: Layout,
+        labels: Sequence[str] | None,
+        given: Mapping[str, int | tuple[int, ...]] | None,
+        folder: Path,
+    ) -> About:
+        """Everything of the dataset that the files decide on.
+
+        Raises:
+            UserError: labels or channels that must be named first; the message says what was found.
+        """
+        by_name = {name: self.place(name) for files in layout.images.values() for name in files.values()}
+        images = list(by_name.values())
+        self.sizes = _sizes(images)
+        self.named = len(self.channels) > 1 and any("" not in files for files in layout.images.values())
+        dims = Counter(min(len(size), 3) for size in self.sizes.values())
+        self.dims = dims.most_common(1)[0][0] if dims else 3
+        self._check_channels(layout)
+        names = self._classes(layout, labels, given, folder)
+        ending = _file_ending(images, self.dims)
+        kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
+        other = Counter(Name(name).ending for name in by_name if not name.endswith(ending))
+        written = [f"{n} {kinds.get(e, e)} are written as {ending}, voxel by voxel" for e, n in other.items()]
+        return About(
+            name="", title="Your own images", url="", licence="", citation="", layout="",
+            protocol="labelled is what has a label; training, validation and test cases as folders or --split say",
+            channels=self.channels,
+            labels=names,
+            prompts={name: name for name in names},
+            file_ending=ending,
+            dims=self.dims,
+            label_values=self._label_values(names),
+            repair=self.repair,
+            notes=tuple(written),
+        )  # fmt: skip
+
+    def case(self, case: str, layout: Layout) -> Case:
+        """With a reader for each file that nnU-Net does not read as it is."""
+        files = layout.images[case]
+        images = tuple(self._images(files))
+        label = layout.labels.get(case)
+        return Case(case, images, self._label(label, files) if label else None)
+
+    # -------------------------------------------------------------------------------------------------------- images
+
+    def _images(self, files: Mapping[str, str]) -> Iterable[Path | Read]:
+        if "" in files and self.named:
+            why = f"its name ends with none of {', '.join(f'_{channel}' for channel in self.channels)}: rename it"
+            yield Read(refuse, (self.place(files[""]),), {"why": f"{why}, or name all --channels"})
+            return
+        if "" in files or len(self.channels) == 1:
+            yield from self._of_one_file(next(iter(files.values())))
+            return
+        for channel in self.channels:
+            if channel in files:
+                yield self._image(files[channel], channel)
+            else:
+                path = self.place(next(iter(files.values())))
+                yield Read(refuse, (path,), {"why": f"its case has no channel {channel}: rename or add the file"})
+
+    def _of_one_file(self, name: str) -> Iterable[Path | Read]:
+        """One channel, or all of them in one file or DICOM folder."""
+        path, n = self.place(name), len(self.channels)
+        size = self.sizes.get(path, ())
+        if len(size) == 4:
+            if size[3] != n:
+                why = f"is 4D, of {size[3]} volumes, but {n} channels are named: name as many with --channels"
+                yield Read(refuse, (path,), {"why": why})
+                return
+            yield from (Read(read_channel, (path,), {"channel": i, "repair": self.repair}, True) for i in range(n))
+        elif Name(name).ending == SERIES and n > 1:
+            yield from (self._image(name, channel) for channel in self.channels)
+        elif n > 1 and any(len(others) == 4 for others in self.sizes.values()) and len(size) == 3:
+            yield Read(refuse, (path,), {"why": f"is 3D, but {n} channels are named: rename it, or take it out"})
+        else:
+            yield self._image(name, self.channels[0])
+
+    def _image(self, name: str, channel: str) -> Path | Read:
+        path, ending = self.place(name), Name(name).ending
+        if ending == SERIES:
+            return (
+                Read(read_dicom_series, (path,), {"channel": channel})
+                if path.is_dir()
+                else Read(read_dicom_picture, (path,))
+            )
+        if ending == STACK:
+            return Read(read_stack, (path,), {"spacing": self.spacing})
+        if self.dims == 3 and ending in (".tif", ".tiff"):
+            return Read(read_tiff_volume, (path,), {"spacing": self.spacing})
+        if ending in (".jpg", ".jpeg"):
+            return Read(read_jpeg, (path,), {"channels": len(self.channels)})
+        mode = mode_of(path)
+        if len(self.channels) > 1 or mode in (None, "L", "I;16", "I;16B", "I", "F") and ending != ".bmp":
+            return path  # a grey BMP has a palette, which SimpleITK reads as colours
+        return Read(read_mask if mode == "LA" else read_gray, (path,))
+
+    def _check_channels(self, layout: Layout) -> None:
+        """Before anything is made: what all cases have in a way that needs names."""
+        if len(self.channels) > 1:
+            return
+        path = next(iter(next(iter(layout.images.values())).values()))
+        place = self.place(path)
+        several = sum(len(size) == 4 and size[3] > 1 for size in self.sizes.values())
+        if several * 2 > len(self.sizes):
+            file, size = next((file, size) for file, size in self.sizes.items() if len(size) == 4 and size[3] > 1)
+            words = " ".join(f"NAME{i + 1}" for i in range(size[3]))
+            raise UserError(f"{file}: is 4D, of {size[3]} volumes: name them as channels with --channels {words}")
+        if Name(path).ending == SERIES and place.is_dir() and not layout.channels and len(find_series(place)) > 1:
+            read_dicom_series(place)  # says which there are
+
+    # -------------------------------------------------------------------------------------------------------- labels
+
+    def _label(self, files: Mapping[str, str], images: Mapping[str, str]) -> Path | Read:
+        if set(files) != {""} or self.classes:
+            by_name = {name.casefold(): path for name, path in files.items()}
+            there = [(name, by_name[name.casefold()]) for name in self.classes if name.casefold() in by_name]
+            if not there:
+                why = f"no mask of {some(self.classes)} beside it: rename it, or take it out"
+                return Read(refuse, (self.place(next(iter(files.values()))),), {"why": why})
+            values = [self.classes.index(name) + 1 for name, _ in there]
+            missing = [name for name in self.classes if name.casefold() not in by_name]
+            options = {"values": values, "names": [name for name, _ in there], "missing": missing}
+            options["repair"] = self.repair
+            return Read(read_class_masks, tuple(self.place(path) for _, path in there), options, True)
+        name = files[""]
+        path, ending = self.place(name), Name(name).ending
+        if ending == SERIES:
+            return Read(read_dicom_series, (path,)) if path.is_dir() else Read(read_dicom_picture, (path,))
+        grid = self.place(next(iter(images.values())))
+        if ending in (DICOM_SEG, RTSTRUCT):
+            read = read_segmentation if ending == DICOM_SEG else read_structure_set
+            options = {"names": self.names, "read_image": partial(read_grid, channel=self.channels[0])}
+            return Read(read, (path, grid), options)
+        if ending == STACK:
+            options = {"read_slice": self._read_picture, "channel": self.channels[0]}
+            if Name(next(iter(images.values()))).ending == STACK:
+                options["spacing"] = self.spacing
+            return Read(read_mask_stack, (path, grid), options)
+        if self.dims == 3 and ending in (".tif", ".tiff"):
+            return Read(read_tiff_volume, (path,), {"spacing": self.spacing})
+        reader = self._picture_reader(path)
+        return Read(reader, (path,)) if reader else path
+
+    @property
+    def _read_picture(self) -> Callable[[Path], sitk.Image]:
+        return partial(read_any_mask, colours=self.values.colours if self.values else {}, labels=tuple(self.names))
+
+    def _picture_reader(self, path: Path) -> Callable[[Path], sitk.Image] | None:
+        """None where SimpleITK reads the picture as it is."""
+        return self._read_picture if mode_of(path) in ("P", "1", "LA", "PA", "RGB", "RGBA") else None
+
+    def _classes(self, layout: Layout, labels, given, folder: Path) -> dict[str, int | tuple[int, ...]]:
+        """Class to value; sets `classes` where each has a mask of its own."""
+        several = {name for files in layout.labels.values() if set(files) != {""} for name in files}
+        if several and self.values:
+            raise UserError("--label-values: here each class has a mask of its own: leave it out, and use --labels")
+        if several:
+            lacking = [name for name in labels or () if name.casefold() not in {n.casefold() for n in several}]
+            if lacking:
+                raise UserError(f"--labels {lacking[0]}: no mask is called so: there are {some(sorted(several), 20)}")
+            self.classes = tuple(labels or sorted(several))
+        if self.values:
+            self.names = [name for name in self.values.names if self.values.names[name]]
+            return dict(self.values.names)
+        self.names = list(labels or self.classes)
+        if self.names:
+            return {"background": 0, **{name: i for i, name in enumerate(self.names, 1)}}
+        if given:
+            return dict(given)
+        file = next((path for files in layout.labels.values() for path in files.values()), None)
+        if file is None:
+            raise UserError(
+                f"{folder}: no file is a label: name label files CASE_seg, or put them into a folder labels"
+            )
+        if Name(file).ending in (DICOM_SEG, RTSTRUCT):
+            words = " ".join(f"'{name}'" if " " in name else name for name in classes_in(self.place(file)))
+            raise UserError(f"{self.place(file)}: say which classes are wanted: --labels {words}")
+        found = self._count(self._plain_labels(layout, layout.labels)[:FEW])
+        values = sorted(value for value in found if isinstance(value, (int, float)))
+        if values == list(range(len(values))):
+            words = " ".join(f"NAME{i}" for i in values[1:])
+            raise UserError(
+                f"{folder}: what do the label values mean? Found are {found_text(found)}: say it with --labels {words}"
+            )
+        raise UserError(f"{folder}: what do the label values mean? Found are {found_text(found)}: {offer(found)}")
+
+    def _label_values(self, names: Mapping[str, int | tuple[int, ...]]) -> Mapping[int, int] | None:
+        if self.values:
+            known = {value: value for value in self.values.colours.values()}  # of colours that are read already
+            return self.values.grey or known if not self.values.colours else {**known, **self.values.grey}
+        return {0: 0, 1: 1, 255: 1} if len(names) == 2 and not self.classes else None
+
+    def check_values(self, layout: Layout, about: About, cases: Sequence[str]) -> None:
+        """Raises UserError where the first labels all have values that are not known; one that has fails alone.
+
+        Args:
+            cases: whose labels are used; others are not opened.
+        """
+        plain = self._plain_labels(layout, cases)
+        known = set(about.label_map) | (set(self.values.colours) if self.values else set())
+        counts = [counted for path in plain[:FEW] if (counted := self._count([path]))]
+        if not counts or any(counted.keys() <= known for counted in counts):
+            return
+        by_path = {path: self._count([path]) for path in plain[:MANY]}
+        usual = sorted(len(counted) for counted in by_path.values())[len(by_path) // 2]
+        smoothed = [path for path, counted in by_path.items() if len(counted) > max(10, 3 * usual)]
+        found = sum((counted for path, counted in by_path.items() if path not in smoothed), Counter())
+        where = plain[0].parent if len(plain) > 1 else plain[0]
+        more = f"; {some(map(str, smoothed))} was smoothed and has more: save it anew" if smoothed else ""
+        raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
+
+    def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:
+        """Labels whose values are what is in one file."""
+        labels = [layout.labels[case] for case in cases if case in layout.labels]
+        names = (files[""] for files in labels if set(files) == {""})
+        return [self.place(name) for name in names if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)]
+
+    def _count(self, paths: Iterable[Path]) -> Counter:
+        """Voxels by value over files; what cannot be read is passed over, as its case says so later."""
+        total: Counter = Counter()
+        for path in paths:
+            with contextlib.suppress(Exception):  # readers raise of many kinds
+                colour = mode_of(path) in ("RGB", "RGBA") or (
+                    mode_of(path) == "P" and self.values and self.values.colours
+                )
+                counted = count(read_colours(path) if colour else self._loaded(path))
+                if colour and all(len(set(value)) == 1 for value in counted):  # grey, in three channels
+                    counted = Counter({value[0]: n for value, n in counted.items()})
+                total.update(counted)
+        return total
+
+    def _loaded(self, path: Path) -> sitk.Image:
+        reader = self._picture_reader(path)
+        return load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
+
+
+def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], labels: Sequence[str] = ()) -> sitk.Image:
+    """A picture of labels: by colour, where it is one in colour (a palette counts as one where colours are named)."""
+    mode = mode_of(path)
+    if mode in ("RGB", "RGBA") or (mode == "P" and colours):
+        return read_colour_mask(path, colours, labels)
+    return read_mask(path) if mode in ("P", "1", "LA", "PA") else sitk.ReadImage(path)
+
+
+def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """Of images, by their headers; what cannot be read fails alone, later. A folder is a volume."""
+    sizes = {}
+    for path in paths:
+        if path.is_dir():
+            sizes[path] = (0, 0, 0)
+            continue
+        header = sitk.ImageFileReader()
+        header.SetFileName(str(path))
+        with contextlib.suppress(RuntimeError):
+            header.ReadImageInformation()
+            size = header.GetSize()
+            sizes[path] = size[:2] if len(size) == 3 and size[2] == 1 and path.suffix == ".dcm" else size
+    return sizes
+
+
+def _file_ending(paths: Sequence[Path], dims: int) -> str:
+    """The images' own, where all have the same and nnU-Net reads it; else one that keeps every voxel."""
+    pictures = all(path.name.lower().endswith(PICTURES) for path in paths)
+    own = [e for e in READABLE if all(path.name.endswith(e) and not path.is_dir() for path in paths)]
+    if dims == 2:
+        has_tiff = any(path.name.lower().endswith((".tif", ".tiff")) for path in paths)
+        return own[0] if own and pictures else ".tif" if has_tiff or not pictures else ".png"
+    return own[0] if own and not pictures else ".nii.gz"

@@ -1,0 +1,121 @@
+"""Files that lie among those of other cases: which belong together, and which channels a data set has."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from nnunet_semiseg.conversion.names import Name, core, label_core, natural, some
+from nnunet_semiseg.errors import UserError
+
+Placed = list[tuple[str, str, Name]]
+"""case, channel or class, and file"""
+
+
+def pair(images: Sequence[Name], labels: Sequence[Name], channels: Sequence[str] | None) -> tuple[Placed, Placed]:
+    """Images and labels with their cases: by suffixes of channels, and by what names have in common.
+
+    Suffixes are numbers (`_0000`), the wanted channels' names after `_` or `-`, or, where no channels are named, what
+    images have behind the names of labels.
+    """
+    stems = [name.stem for name in images]
+    suffixes = _suffixes(stems, [label.stem for label in labels], channels)
+    placed_images: Placed = []
+    for name in images:
+        match = re.fullmatch(rf"(.+?)[_-]({'|'.join(map(re.escape, suffixes))})", name.stem, re.IGNORECASE)
+        case, channel = (match[1], match[2]) if suffixes and match else (name.stem, "")
+        if suffixes == ["0000"]:
+            channel = ""  # one file, of as many channels as it has
+        placed_images.append((case, _as_written(channel, suffixes), name))
+    cases = {case for case, _, _ in placed_images}
+    cores = {core(case): case for case in cases}
+    placed_labels: Placed = []
+    for name in labels:
+        stem = name.stem.removesuffix("_0000") if name.stem not in cases else name.stem
+        own = label_core(stem)
+        ways = (stem, own or stem, cores.get(core(own or stem)), cores.get(core(stem)))
+        placed_labels.append((next((way for way in ways if way in cases), own or stem), "", name))
+    return placed_images, placed_labels
+
+
+def _suffixes(stems: Sequence[str], labels: Sequence[str], channels: Sequence[str] | None) -> list[str]:
+    if stems and all(stem.endswith("_0000") for stem in stems):
+        return ["0000"]
+    if channels:
+        for suffixes in ([f"{i:04d}" for i in range(len(channels))], list(channels)):
+            ends = tuple(f"{sep}{suffix.casefold()}" for suffix in suffixes for sep in "_-")
+            fitting = sum(stem.casefold().endswith(ends) for stem in stems)
+            if fitting == len(stems) or (len(channels) > 1 and fitting * 2 >= len(stems)):
+                return suffixes
+        return []
+    found: Counter[str] = Counter()
+    known = set(stems)
+    cases = [case for label in labels if (case := label_core(label) or label)]
+    if any(case in known or label in known for case, label in zip(cases, labels, strict=False)):
+        return []
+    for case in cases:
+        begins = re.compile(rf"{re.escape(case)}[_-](.+)", re.IGNORECASE)
+        found.update(match[1] for stem in stems if (match := begins.fullmatch(stem)))
+    return sorted((suffix for suffix, n in found.items() if n * 2 > len(cases)), key=natural)
+
+
+def _as_written(channel: str, suffixes: Sequence[str]) -> str:
+    return next((suffix for suffix in suffixes if suffix.casefold() == channel.casefold()), channel)
+
+
+def choose_channels(
+    images: dict[str, dict[str, str]], labels: Mapping[str, object], wanted: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Channels in their order; `images` then has these alone. And what is left out, with the reason.
+
+    Args:
+        wanted: names, or None for the channels that every labelled case has.
+
+    Raises:
+        UserError: names that no file has; no channel that all labelled cases have.
+    """
+    found = Counter(channel for files in images.values() for channel in files)
+    if not images or found.keys() <= {""}:
+        return tuple(wanted or ()), {}
+    if all(len(files) == 1 for files in images.values()) and len(wanted or ("",)) == 1:
+        if len(found) > 1 or wanted:  # one image a case, whatever it is called
+            for case, files in images.items():
+                images[case] = {(wanted or ("",))[0]: next(iter(files.values()))}
+            return tuple(wanted or ()), {}
+    keys = _match(list(found), wanted) if wanted else _shared(images, labels, found)
+    left_out = {}
+    for case, files in images.items():
+        why = "is not named with --channels" if wanted else "is not there in every labelled case"
+        left_out |= {
+            path: f"channel {name} {why}" for name, path in files.items() if name and name not in keys.values()
+        }
+        chosen = {channel: files[key] for channel, key in keys.items() if key in files}
+        images[case] = chosen or {"": next(iter(files.values()))}
+    return tuple(keys), left_out
+
+
+def _shared(images: Mapping, labels: Mapping, found: Mapping[str, int]) -> dict[str, str]:
+    labelled = [set(files) for case, files in images.items() if case in labels] or [set(f) for f in images.values()]
+    shared = set.intersection(*labelled) - {""}
+    if not shared:
+        names = [f"{name} ({n} cases)" for name, n in found.items() if name]
+        raise UserError(
+            f"no channel is there in every labelled case: found {some(names, 10)}: name some with --channels"
+        )
+    return {name: name for name in sorted(shared, key=natural)}
+
+
+def _match(found: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """Wanted channel to the name that files have: the same in any case, the last word of it, or its number."""
+    keys = {}
+    for i, channel in enumerate(wanted):
+        same = [name for name in found if name.casefold() == channel.casefold()]
+        same = same or [name for name in found if re.split(r"[_-]", name.casefold())[-1] == channel.casefold()]
+        same = same or [name for name in found if name == f"{i:04d}"]
+        if len(same) != 1:
+            known = some([name for name in found if name], 10)
+            what = f"fits {' and '.join(same)}" if same else "is no channel's name"
+            raise UserError(f"--channels {channel}: {what}: the files' are {known}")
+        keys[channel] = same[0]
+    return keys

@@ -1,0 +1,73 @@
+"""Which cases are of one patient, and splits that keep them together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from sklearn.model_selection import GroupKFold
+
+from nnunet_semiseg.conversion.names import some
+from nnunet_semiseg.errors import UserError
+
+_LAST_NUMBER = re.compile(
+    r"(?i)(.*\d.*?)[_-](?:(?:ses|session|visit|scan|time|tp|day|week|month|frame|fu|baseline|bl|t|v)[-_]?)?\d[\d-]*"
+)
+
+
+def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str) -> dict[str, str]:
+    """Case to patient.
+
+    Args:
+        known: what folders say.
+        group_by: `patient`, for what folders or names say (`BraTS-GLI-00005-001` is a scan of BraTS-GLI-00005), or a
+            regular expression whose first group, or whole match, is the patient in the name of a case.
+
+    Raises:
+        UserError: the expression is none, or fits no name; names do not tell patients.
+    """
+    cases = list(cases)
+    if group_by == "patient":
+        if known:
+            return {case: known.get(case, case) for case in cases}
+        matches = {case: _LAST_NUMBER.fullmatch(case) for case in cases}
+        patients = {case: match[1] if match else case for case, match in matches.items()}
+        if not any(matches.values()) or len(set(patients.values())) == 1:
+            raise UserError(
+                f"--group-by patient: names like {cases[0]} do not tell patients: give a regular expression whose group"
+                r" is the patient, for example --group-by '(.+)_\d+'"
+            )
+        return patients
+    try:
+        expression = re.compile(group_by)
+    except re.error as e:
+        raise UserError(f"--group-by {group_by}: neither patient nor a regular expression ({e})") from None
+    found = {case: expression.search(case) for case in cases}
+    if lost := [case for case, match in found.items() if match is None]:
+        raise UserError(f"--group-by {group_by}: does not fit {some(lost)}: correct it")
+    return {case: match[1] if expression.groups else match[0] for case, match in found.items() if match}
+
+
+def refuse_shared(patients: Mapping[str, str], test: Iterable[str], others: Iterable[str]) -> None:
+    """Raises UserError where a patient has cases in the test set and elsewhere."""
+    of_test = {patients[case]: case for case in test}
+    shared = {patients[case]: case for case in others if patients[case] in of_test}
+    if shared:
+        patient, case = next(iter(shared.items()))
+        raise UserError(
+            f"--group-by: {len(shared)} patients have scans in the test set and in training, {patient} has"
+            f" {of_test[patient]} and {case}: move all scans of a patient to one side"
+        )
+
+
+def folds_by_patient(cases: Sequence[str], patients: Mapping[str, str], num_folds: int = 5) -> list[dict]:
+    """As `splits_final.json` has them: all cases of a patient in one fold. None, where there is only one patient."""
+    cases = sorted(cases)
+    groups = [patients[case] for case in cases]
+    folds = min(num_folds, len(set(groups)))
+    if folds < 2:
+        return []
+    return [
+        {"train": [cases[i] for i in train], "val": [cases[i] for i in val]}
+        for train, val in GroupKFold(folds).split(cases, groups=groups)
+    ]

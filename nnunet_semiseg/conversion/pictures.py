@@ -1,0 +1,68 @@
+"""Pictures: what Pillow reads better than ITK, and masks whose classes are colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from PIL import Image
+
+from nnunet_semiseg.conversion.label_values import count, found_text, offer
+from nnunet_semiseg.conversion.names import PICTURES
+from nnunet_semiseg.conversion.readers import one_channel
+from nnunet_semiseg.errors import UserError
+
+Colour = tuple[int, int, int]
+
+
+def mode_of(path: Path) -> str | None:
+    """Pillow's name for what the pixels of a picture are; None for anything else. Reads the header only."""
+    if not path.name.lower().endswith(PICTURES):
+        return None
+    try:
+        with Image.open(path) as picture:
+            return picture.mode
+    except (OSError, Image.DecompressionBombError):
+        return None  # what reads it later says why
+
+
+def read_jpeg(path: Path, channels: int) -> sitk.Image:
+    """With Pillow, which does not take a truncated file for a whole one."""
+    with Image.open(path) as picture:
+        image = sitk.GetImageFromArray(np.asarray(picture), isVector=picture.mode != "L")
+    return one_channel(image, str(path)) if channels == 1 else image
+
+
+def read_mask(path: Path) -> sitk.Image:
+    """A picture of labels whose values are no grey: the indices of a palette, or one bit; transparency is left out."""
+    with Image.open(path) as picture:
+        labels = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
+    return sitk.GetImageFromArray(labels.astype(np.uint8))
+
+
+def read_colours(path: Path) -> sitk.Image:
+    """A mask in colour, RGB; colours of a palette as they look, transparency is left out."""
+    with Image.open(path) as picture:
+        return sitk.GetImageFromArray(np.asarray(picture.convert("RGB")), isVector=True)
+
+
+def read_colour_mask(path: Path, colours: Mapping[Colour, int], labels: Sequence[str] = ()) -> sitk.Image:
+    """The values of the colours, uint8.
+
+    Raises:
+        UserError: a colour that is none of these; the message counts all and offers the option.
+    """
+    picture = read_colours(path)
+    rgb = sitk.GetArrayViewFromImage(picture)
+    if not colours and (rgb == rgb[..., :1]).all():  # a grey mask, kept in three channels
+        return sitk.GetImageFromArray(np.ascontiguousarray(rgb[..., 0]))
+    found = count(picture)
+    if unknown := found.keys() - colours.keys():
+        new = found if len(unknown) == len(found) else {colour: found[colour] for colour in unknown}
+        raise UserError(f"{path}: a label in colour: {found_text(found)}: {offer(new, labels)}")
+    values = np.zeros(rgb.shape[:-1], np.uint8)
+    for colour, value in colours.items():
+        values[(rgb == colour).all(-1)] = value
+    return sitk.GetImageFromArray(values)

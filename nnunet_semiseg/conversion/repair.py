@@ -1,0 +1,146 @@
+"""What is wrong with a header or with voxels, and, if the user asks for it, put right: never without a note."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
+from nnunet_semiseg.errors import UserError
+
+TOLERANCE = 0.1
+"""of the smallest spacing: how far a corner of a grid may lie off; headers are rounded, and tools round differently"""
+FILL = "choose a value for them with --nan fill"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What the user allows to be changed.
+
+    Args:
+        spacing: x y z in mm, where a header has none (0, less, or NaN).
+        nan: in place of NaN and infinity: a number, or `fill`, an image's least finite value.
+        reorient: axes that are not at right angles are turned to the nearest that are; voxels stay as they are.
+    """
+
+    spacing: tuple[float, ...] | None = None
+    nan: float | str | None = None
+    reorient: bool = False
+
+
+def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
+    """An image from a file, and notes on what was changed; without a note, it is what the file holds.
+
+    Raises:
+        UserError: it cannot be read, or has what `repair` does not allow to change.
+    """
+    is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    notes: list[str] = []
+    wrong = _nifti_spacing(path) if is_nifti else None
+    if wrong is not None and repair.spacing is None:
+        raise UserError(f"{path}: the header's spacing is {_text(wrong)}: give it with --spacing X Y Z (mm)")
+    damage = nifti_damage(path)
+    if damage and "NaN" not in damage:
+        raise UserError(f"{path}: {damage}")
+    if damage and repair.nan is None:
+        raise UserError(f"{path}: {damage}: {FILL}")
+    try:
+        image = sitk.ReadImage(path)
+    except Exception as e:
+        if not (is_nifti and "orthonormal" in str(e)):
+            raise UserError(f"{path}: cannot be read ({one_line_of(e)})") from None
+        image, note = _at_right_angles(path, repair.reorient)
+        notes.append(note)
+    if wrong is not None and repair.spacing is not None:
+        image.SetSpacing([float(s) for s in (*repair.spacing, 1)[: image.GetDimension()]])
+        notes.append(f"the header's spacing {_text(wrong)} is now {_text(repair.spacing)} ({path.name})")
+    voxels = sitk.GetArrayViewFromImage(image)
+    if damage:  # ITK reads 0 in place of these
+        finite = np.isfinite(np.asanyarray(nibabel.load(path).dataobj)).reshape(voxels.T.shape).T  # type: ignore
+    elif np.issubdtype(voxels.dtype, np.floating):
+        finite = np.isfinite(voxels)
+    else:
+        return image, notes
+    if not finite.all():
+        image, note = _fill(image, finite, path, repair.nan)
+        notes.append(note)
+    return image, notes
+
+
+def _fill(image: sitk.Image, finite: np.ndarray, path: Path, value: float | str | None) -> tuple[sitk.Image, str]:
+    """The image with a value in place of NaN and infinity."""
+    if value is None:
+        raise UserError(f"{path}: has voxels that are NaN or infinite: {FILL}")
+    if not finite.any():
+        raise UserError(f"{path}: has no finite voxel: take the case out")
+    voxels = sitk.GetArrayFromImage(image)
+    number = float(voxels[finite].min()) if value == "fill" else float(value)
+    voxels[~finite] = number
+    filled = sitk.GetImageFromArray(voxels, isVector=image.GetNumberOfComponentsPerPixel() > 1)
+    filled.CopyInformation(image)
+    return filled, f"{np.count_nonzero(~finite)} voxels that were NaN or infinite are now {number:g} ({path.name})"
+
+
+def _nifti_spacing(path: Path) -> list[float] | None:
+    """The spacing as the file has it, if it is none. Readers put 1 in place of 0, and ITK also of NaN."""
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
+            header = nibabel.Nifti1Header.from_fileobj(stream, check=False)
+    except Exception:  # not NIfTI-1: what reads it says so
+        return None
+    spacing = [float(s) for s in header["pixdim"][1:4]][: int(header["dim"][0])]
+    return None if all(np.isfinite(s) and s > 0 for s in spacing) else spacing
+
+
+def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
+    """The image with the nearest axes at right angles; ITK refuses to read others."""
+    nifti = nibabel.load(path)
+    affine = np.diag([-1, -1, 1, 1]) @ nifti.affine  # type: ignore  # RAS to LPS
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and spacing.all() and len(nifti.shape) == 3):  # type: ignore
+        raise UserError(f"{path}: the header's axes are no directions of a volume: write it anew")
+    left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
+    direction = left @ right
+    corner = np.array(nifti.shape[:3]) - 1  # type: ignore
+    shift = np.abs((affine[:3, :3] - direction * spacing) @ corner).max()
+    if not allowed:
+        raise UserError(
+            f"{path}: its axes are not at right angles (a sheared header): write the nearest that are with --reorient,"
+            f" which leaves voxels as they are and moves the far corner by {shift:.3g} mm; or, in a raw dataset of your"
+            f' own, let nnU-Net read it as it is: "overwrite_image_reader_writer": "NibabelIO" in dataset.json'
+        )
+    image = sitk.GetImageFromArray(np.asanyarray(nifti.dataobj).T)  # type: ignore
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection(direction.ravel().tolist())
+    return image, f"axes are now at right angles, the far corner is {shift:.3g} mm off ({path.name})"
+
+
+def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None, str | None]:
+    """What differs between the grids of two images, and is an error; or else what was rounded, for a note.
+
+    Two grids are the same where all their corners lie within `TOLERANCE` of the smallest spacing.
+    """
+    difference = geometry_difference(image, expected)
+    if difference is None or image.GetSize() != expected.GetSize():
+        return difference, None
+    off = np.linalg.norm(_corners(image) - _corners(expected), axis=1).max()
+    if off <= TOLERANCE * min(expected.GetSpacing()):
+        return None, f"{difference}: rounded, the image's is taken ({off:.2g} mm)"
+    return difference, None
+
+
+def _corners(image: sitk.Image) -> np.ndarray:
+    ends = [(0, n - 1) for n in image.GetSize()]
+    corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, len(ends))
+    return np.array([image.TransformIndexToPhysicalPoint([int(i) for i in corner]) for corner in corners])
+
+
+def _text(values: Sequence[float]) -> str:
+    return " ".join(f"{v:g}" for v in values)

@@ -1,0 +1,73 @@
+"""What a conversion says: the data set, how many cases each part has, what is missing and what is left out."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from nnunet_semiseg.conversion.case import paths_of
+from nnunet_semiseg.conversion.description import Case, Source
+from nnunet_semiseg.conversion.names import some
+
+SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
+"""part to nnU-Net's name of it"""
+FIRST = 3
+
+
+def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, whole: bool) -> None:
+    """Print it all.
+
+    Args:
+        whole: with the first cases of each part, file by file, and all that is left out: for a dry run.
+    """
+    about = source.about
+    print(about.title)
+    facts = {"": about.url, "licence: ": about.licence, "cite: ": about.citation, "protocol: ": about.protocol}
+    for heading, fact in facts.items():
+        if fact:
+            print(f"  {heading}{fact}")
+    for note in about.notes:
+        print(f"  note: {note}")
+    by_part = {part: [name for name in parts if parts[name] == part] for part in SUBSETS}
+    print(f"{target}: " + ", ".join(f"{len(names)} {part}" for part, names in by_part.items() if names))
+    if whole:
+        print(f"  channels: {', '.join(about.channels)}")
+        print(f"  labels: {', '.join(f'{value} {name}' for name, value in about.labels.items())}")
+        for part, names in by_part.items():
+            for name in names[:FIRST]:
+                print(f"  {part}: {describe(source.cases[name], part, about.file_ending)}")
+            if len(names) > FIRST:
+                print(f"  {part}: ... and {len(names) - FIRST} more")
+    missing = [name for names in (source.train, source.val, source.test) for name in names if name not in source.cases]
+    if missing:
+        print(f"WARNING: {len(missing)} cases of the published lists are not there: {some(missing)}")
+    if not by_part["unlabeled"]:
+        print("no unlabelled case: plan it with --labeled_only, or with nnUNetv2_plan_and_preprocess")
+    if left_out := sorted(set(source.cases) - set(parts)):
+        names = some(left_out, len(left_out) if whole else 5)
+        print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {names}")
+    by_reason = defaultdict(list)
+    for path, reason in sorted(source.left_out.items()):
+        by_reason[reason].append(path)
+    for reason, paths in by_reason.items():
+        print(f"left out, {reason}: {len(paths)} files: {some(paths, len(paths) if whole else 5)}")
+    if source.patients:
+        number = len({source.patients[name] for name in parts})
+        print(f"{number} patients: the scans of each are in one fold, and on one side")
+    if about.crop and crop != "none":
+        print(f"WARNING: images are cropped round the ground truth, test cases too ({about.crop.source})")
+
+
+def describe(case: Case, part: str, ending: str) -> str:
+    """Where each file of a case goes."""
+    subset = SUBSETS[part]
+    lines = [f"{_short(image)} -> images{subset}/{case.name}_{i:04d}{ending}" for i, image in enumerate(case.images)]
+    if case.label is not None and part != "unlabeled":
+        lines.append(f"{_short(case.label)} -> labels{subset}/{case.name}{ending}")
+    return "; ".join(lines)
+
+
+def _short(source) -> str:
+    return ", ".join(os.path.join(path.parent.name, path.name) for path in paths_of(source)[:FIRST])

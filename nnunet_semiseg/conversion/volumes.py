@@ -1,0 +1,133 @@
+"""Volumes that are not one file of one channel: stacks of pictures, a file of all channels, a mask for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_semiseg.conversion.names import PICTURES, natural
+from nnunet_semiseg.conversion.readers import read_grid, series_files
+from nnunet_semiseg.conversion.repair import Repair, grid_difference, read
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json
+
+
+def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
+    """A TIFF stack with the voxel size of the file CASE.json beside it, as nnU-Net has them (z y x), or with `spacing`.
+
+    Raises:
+        UserError: neither is there.
+    """
+    volume = sitk.ReadImage(path)
+    beside = next((f for s in (path.stem, path.stem[:-5]) if (f := path.with_name(f"{s}.json")).is_file()), None)
+    if beside:
+        spacing = read_json(beside, 'write {"spacing": [z, y, x]}, in mm')["spacing"][::-1]
+    if not spacing:
+        raise UserError(f"{path}: a volume without a voxel size: give it with --spacing X Y Z (mm)")
+    volume.SetSpacing([float(s) for s in spacing])
+    return volume
+
+
+def read_channel(path: Path, channel: int, repair: Repair) -> tuple[sitk.Image, str]:
+    """One channel, counted from 0, of a file of four dimensions x y z c."""
+    image, notes = read(path, repair)
+    size = image.GetSize()
+    if len(size) != 4 or channel >= size[3]:
+        raise UserError(f"{path}: has no channel {channel + 1}: its size is {' x '.join(map(str, size))}")
+    return image[:, :, :, channel], "; ".join([
+        *notes,
+        f"channel {channel + 1} of {size[3]} of a 4D file ({path.name})",
+    ])
+
+
+def slices_of(folder: Path) -> list[Path]:
+    """The pictures in a folder, `2.png` before `10.png`."""
+    files = (f for f in folder.iterdir() if f.name.lower().endswith(PICTURES) and not f.name.startswith("."))
+    return sorted(files, key=lambda file: natural(file.name))
+
+
+def read_stack(folder: Path, spacing: Sequence[float] | None) -> tuple[sitk.Image, str]:
+    """The pictures in a folder as the slices of a volume, in the order of their names; `spacing` is x y z in mm."""
+    if not spacing:
+        raise UserError(f"{folder}: pictures of one volume: give the size of voxels with --spacing X Y Z (mm)")
+    volume = _stacked(folder, sitk.ReadImage)
+    volume.SetSpacing([float(s) for s in spacing])
+    return volume, f"{volume.GetSize()[2]} pictures are the slices of a volume, in the order of their names"
+
+
+def read_mask_stack(
+    folder: Path,
+    image: Path,
+    read_slice: Callable[[Path], sitk.Image],
+    channel: str | None = None,
+    spacing: Sequence[float] | None = None,
+) -> tuple[sitk.Image, str]:
+    """The masks in a folder on the grid of their image.
+
+    The slices are in the order of the image's: of the names of its DICOM files, else of its slices.
+
+    Args:
+        image: its file, or the folder of its DICOM files, or of its pictures.
+        channel: the series, where there are several.
+        spacing: of an image in pictures; None where it is none.
+    """
+    mask = _stacked(folder, read_slice)
+    grid = read_stack(image, spacing)[0] if spacing else read_grid(image, channel)
+    if mask.GetSize() != grid.GetSize():
+        raise UserError(
+            f"{folder}: masks of size {mask.GetSize()}, but {image} has {grid.GetSize()}: is it their image?"
+        )
+    note = f"{mask.GetSize()[2]} pictures are the slices of the label, in the order of their names"
+    voxels = sitk.GetArrayFromImage(mask)
+    if image.is_dir() and not spacing:
+        by_position = series_files(image, channel)
+        by_name = {file: i for i, file in enumerate(sorted(by_position, key=natural))}
+        voxels = voxels[[by_name[file] for file in by_position]]
+        note += " and of the names of DICOM files"
+    mask = sitk.GetImageFromArray(voxels)
+    mask.CopyInformation(grid)
+    return mask, note
+
+
+def _stacked(folder: Path, read_slice: Callable[[Path], sitk.Image]) -> sitk.Image:
+    files = slices_of(folder)
+    slices = [sitk.GetArrayFromImage(read_slice(file)) for file in files]
+    for file, voxels in zip(files, slices, strict=True):
+        if voxels.shape != slices[0].shape or voxels.ndim != 2:
+            raise UserError(
+                f"{file}: of shape {voxels.shape}, but {files[0].name} of {slices[0].shape}: grey, of one size"
+            )
+    return sitk.GetImageFromArray(np.stack(slices))
+
+
+def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], missing: Sequence[str], repair: Repair):
+    """One label of several binary masks; where two overlap, the later one holds, and the note says so.
+
+    Args:
+        values: of each mask in the label.
+        missing: classes that have no mask here.
+
+    Raises:
+        UserError: masks on different grids, or one with more than two values.
+    """
+    label = first = None
+    notes = [f"there is no mask of {', '.join(missing)}, which is taken for empty"] if missing else []
+    for path, value, name in zip(paths, values, names, strict=True):
+        mask, found = read(path, repair)
+        notes += found
+        voxels = sitk.GetArrayViewFromImage(mask)
+        if len(present := np.unique(voxels)) > 2:
+            raise UserError(f"{path}: {len(present)} values, but a mask of {name} has two")
+        if label is None or first is None:
+            first, label = mask, np.zeros(voxels.shape, np.uint8)
+        elif difference := grid_difference(mask, first)[0]:
+            raise UserError(f"{path}: {difference} in {paths[0].name}")
+        if n := np.count_nonzero(label[voxels > 0]):
+            notes.append(f"{n} voxels of {name} are in another mask, too: they are {name}")
+        label[voxels > 0] = value
+    result = sitk.GetImageFromArray(label)
+    result.CopyInformation(first)
+    return result, "; ".join(notes)

@@ -1,0 +1,654 @@
+"""`convert folder` on files as people have them: other values, damaged headers, masks in colour, DICOM."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.conversion import label_values, own_files
+from nnunet_semiseg.dataset_conversion import folder as own
+
+SHAPE = (5, 6, 7)  # x y z
+
+
+@pytest.fixture(autouse=True)
+def raw(tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    return tmp_path / "raw" / "Dataset801_MyData"
+
+
+def convert(source: Path, **options) -> Path:
+    options = {"labels": ["organ"], "num_processes": 0, "show_progress_bar": False} | options
+    return own.convert(source, 801, **options)
+
+
+def nii(array: np.ndarray, file: Path, affine=None) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 1.5, 1]) if affine is None else affine), file)
+
+
+def image(i: int = 0, dtype=np.int16) -> np.ndarray:
+    return np.random.default_rng(i).integers(1, 100, SHAPE).astype(dtype)
+
+
+LABEL = np.zeros(SHAPE, np.uint8)
+LABEL[1:3, 1:4, 1:4] = 1  # 18 voxels
+LABEL[3, 1:3, 1:4] = 2  # 6 voxels
+ORGAN = (LABEL > 0).astype(np.uint8)  # 24 of 210
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """c0 to c3; the first two have a label."""
+    for i in range(4):
+        nii(image(i), tmp_path / "d" / "images" / f"c{i}.nii.gz")
+        if i < 2:
+            nii(ORGAN, tmp_path / "d" / "labels" / f"c{i}.nii.gz")
+    return tmp_path / "d"
+
+
+def voxels(file: Path) -> np.ndarray:
+    """x y z, as they are in the tests."""
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file))).T
+
+
+def about(raw: Path) -> dict:
+    return json.loads((raw / "dataset.json").read_text())
+
+
+# --------------------------------------------------------------------------------------------------------- label values
+
+
+def gaps(folder: Path) -> None:
+    for i in range(2):
+        nii(np.choose(LABEL, [0, 205, 420]).astype(np.uint16), folder / "labels" / f"c{i}.nii.gz")
+
+
+def test_values_with_gaps_are_offered_and_mapped(source, raw):
+    gaps(source)
+    with pytest.raises(ValueError) as error:
+        convert(source, labels=["kidney", "tumour"])
+    assert str(error.value) == (
+        f"{source}/labels: label values found are 0 (372 voxels), 205 (36), 420 (12): say what they are with"
+        " --label-values 0=background 205=kidney 420=tumour"
+    )
+    assert not raw.exists()
+    convert(source, labels=None, label_values=["0=background", "420=tumour", "205=kidney"])
+    assert np.array_equal(voxels(raw / "labelsTr" / "c0.nii.gz"), np.choose(LABEL, [0, 2, 1]))
+    assert about(raw)["labels"] == {"background": 0, "tumour": 1, "kidney": 2}
+    convert(source, label_values=["0,205=background", "420=organ"], overwrite=True)
+    assert np.array_equal(voxels(raw / "labelsTr" / "c1.nii.gz"), LABEL == 2)
+
+
+def test_labels_that_nobody_named(source):
+    with pytest.raises(
+        ValueError, match=r"d: what do the label values mean\? .* 0 \(372 voxels\), 1 \(48\): .*--labels NAME1$"
+    ):
+        convert(source, labels=None)
+    gaps(source)
+    with pytest.raises(ValueError, match="0=background 205=NAME1 420=NAME2$"):
+        convert(source, labels=None)
+
+
+def pictures(folder: Path, label: np.ndarray, mode=None, palette=None) -> Path:
+    for name in ("a", "b"):
+        write(Image.fromarray(image()[:, :, 0].astype(np.uint8)), folder / "images" / f"{name}.png")
+    mask = Image.fromarray(label, mode)
+    if palette:
+        mask.putpalette(palette)
+    write(mask, folder / "labels" / "a.png")
+    return folder
+
+
+def write(picture: Image.Image, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file)
+
+
+FLAT = LABEL[:, :, 3]  # 21 times 0 (of 30), 6 times 1, 2 times 2... counted below
+RED_BLUE = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
+
+
+def test_grey_masks_of_127_and_255(tmp_path, raw):
+    n = np.bincount(FLAT.ravel())
+    assert n.tolist() == [22, 6, 2]
+    folder = pictures(tmp_path / "d", np.choose(FLAT, [0, 127, 255]).astype(np.uint8))
+    with pytest.raises(ValueError) as error:
+        convert(folder, labels=["a", "b"])
+    assert str(error.value) == (
+        f"{folder}/labels/a.png: label values found are 0 (22 voxels), 127 (6), 255 (2): say what they are with"
+        " --label-values 0=background 127=a 255=b"
+    )
+    convert(folder, labels=None, label_values=["0=background", "127=a", "255=b"])
+    assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
+
+    for name in ("b", "c"):  # a smoothed one among them spoils nothing
+        write(Image.fromarray(image()[:, :, 0].astype(np.uint8)), folder / "images" / f"{name}.png")
+    write(Image.fromarray(np.choose(FLAT, [0, 127, 255]).astype(np.uint8)), folder / "labels" / "b.png")
+    write(Image.fromarray(np.arange(30, dtype=np.uint8).reshape(FLAT.shape) * 7), folder / "labels" / "c.png")
+    with pytest.raises(ValueError) as error:
+        convert(folder, labels=["a", "b"], overwrite=True)
+    assert str(error.value) == (
+        f"{folder}/labels: label values found are 0 (44 voxels), 127 (12), 255 (4): say what they are with"
+        f" --label-values 0=background 127=a 255=b; {folder}/labels/c.png was smoothed and has more: save it anew"
+    )
+
+
+@pytest.mark.parametrize("kind", ["RGB", "palette", "RGBA"])
+def test_masks_in_colour(kind, tmp_path, raw):
+    rgb = RED_BLUE[FLAT]
+    if kind == "RGBA":
+        rgb = np.concatenate([rgb, np.full((*FLAT.shape, 1), 255, np.uint8)], -1)
+    palette = RED_BLUE.ravel().tolist() if kind == "palette" else None
+    folder = pictures(tmp_path / "d", FLAT if palette else rgb, "P" if palette else None, palette)
+    if kind != "palette":
+        with pytest.raises(ValueError) as error:
+            convert(folder, labels=["heart", "lung"])
+        assert str(error.value).endswith(
+            "labels/a.png: label values found are 0/0/0 (22 voxels), 0/0/255 (2), 255/0/0 (6): say what they are with"
+            " --label-values 0/0/0=background 0/0/255=heart 255/0/0=lung"
+        )
+    values = ["255/0/0=heart", "0/0/255=lung"]
+    assert pickle.dumps(own.find_cases(folder, label_values=values).cases)  # workers get them
+    convert(folder, labels=None, label_values=values)
+    assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
+
+
+def test_a_colour_that_one_mask_alone_has_is_said_of_this_label(tmp_path, raw):
+    folder = pictures(tmp_path / "d", RED_BLUE[(FLAT > 0).astype(int)])
+    for name in ("b", "c"):
+        write(Image.fromarray(image()[:, :, 0].astype(np.uint8)), folder / "images" / f"{name}.png")
+        write(Image.fromarray((FLAT > 0).astype(np.uint8)), folder / "labels" / f"{name}.png")
+    with pytest.raises(
+        ValueError,
+        match=r"^case a: .*/a.png: a label in colour: 0/0/0 \(22 voxels\), 255/0/0 \(8\): .*255/0/0=organ",
+    ):
+        convert(folder)
+    assert len(list((raw / "labelsTr").iterdir())) == 2
+    convert(folder, label_values=["255/0/0=organ"], overwrite=True)
+    for name in "abc":
+        assert np.array_equal(voxels(raw / "labelsTr" / f"{name}.png").T, FLAT > 0)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["205"], "--label-values 205: write VALUE=NAME"),
+        (["x=kidney"], "--label-values x=kidney: write VALUE=NAME"),
+        (["1/2/300=kidney"], "1/2/300=kidney: write VALUE=NAME"),
+        (["1=a", "1=b"], "--label-values: 1 is named twice"),
+        (["1=a", "2=organ"], "a is not among --labels organ"),
+    ],
+)
+def test_values_that_make_no_sense(words, message, source):
+    with pytest.raises(ValueError, match=message):
+        convert(source, label_values=words)
+
+
+def test_smoothed_masks_are_not_offered_a_hundred_values():
+    counts = dict.fromkeys(range(100), 2)
+    assert label_values.offer(counts).startswith("save masks as whole numbers, without smoothing")
+    assert label_values.found_text(counts).endswith("and 90 more")
+
+
+# ------------------------------------------------------------------------------------------- headers and voxel values
+
+
+def test_a_rounded_header_is_the_same_grid_and_a_flip_is_not(source, raw, capsys):
+    affine = np.diag([1.0, 1, 1.5, 1])
+    rounded, spacing, lost, flipped = (affine.copy() for _ in range(4))
+    rounded[0, 3], spacing[2, 2], lost[:3, 3] = 2e-3, 1.50001, (3, -5, 7)
+    flipped[0, 0], flipped[0, 3] = -1, SHAPE[0] - 1
+    nii(ORGAN, source / "labels" / "c0.nii.gz", rounded)
+    nii(ORGAN, source / "labels" / "c1.nii.gz", spacing)
+    convert(source)
+    printed = capsys.readouterr().out
+    assert re.search(r"case c0: origin \(-0.002, -?0, 0\) differs from .*: rounded, the image's is taken", printed)
+    assert sitk.ReadImage(str(raw / "labelsTr" / "c0.nii.gz")).GetOrigin() == (0, 0, 0)
+    for wrong, word in ((lost, "origin"), (flipped, "origin|direction")):
+        nii(ORGAN, source / "labels" / "c0.nii.gz", wrong)
+        with pytest.raises(ValueError, match=f"^case c0: .*labels/c0.nii.gz: ({word}) .* differs from"):
+            convert(source, overwrite=True)
+
+
+def spoil_spacing(file: Path, value: float) -> None:
+    plain = nibabel.Nifti1Image(image(), None)
+    plain.header.set_sform(None, code=0)
+    plain.header.set_qform(None, code=0)
+    data = bytearray(plain.to_bytes())
+    data[88:92] = np.float32(value).tobytes()  # pixdim[3]
+    file.write_bytes(gzip.compress(bytes(data)))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5, np.nan])
+def test_a_spacing_that_is_none(value, source, raw, capsys):
+    spoil_spacing(source / "images" / "c3.nii.gz", value)
+    with pytest.raises(
+        ValueError, match=f"images/c3.nii.gz: the header's spacing is 1 1 {value:g}: give it with --spacing"
+    ):
+        convert(source)
+    convert(source, spacing=(1, 1, 2.5), overwrite=True)
+    written = sitk.ReadImage(str(raw / "imagesUn" / "c3_0000.nii.gz"))
+    assert written.GetSpacing() == (1, 1, 2.5)
+    assert f"case c3: the header's spacing 1 1 {value:g} is now 1 1 2.5" in capsys.readouterr().out
+    assert sitk.ReadImage(str(raw / "imagesUn" / "c2_0000.nii.gz")).GetSpacing() == (1, 1, 1.5)  # it has one
+
+
+def test_nan_is_filled_on_demand(source, raw, capsys):
+    for i in (1, 3):
+        array = image(i, np.float32)
+        array[:2] = np.nan
+        nii(array, source / "images" / f"c{i}.nii.gz")
+    with pytest.raises(ValueError) as error:
+        convert(source)
+    assert "images/c1.nii.gz: 84 voxels are NaN or infinite: choose a value for them with --nan fill" in str(
+        error.value
+    )
+    convert(source, nan="fill", overwrite=True)
+    expected = image(3, np.float32)
+    expected[:2] = expected[2:].min()
+    assert np.array_equal(voxels(raw / "imagesUn" / "c3_0000.nii.gz"), expected)
+    assert "case c3: 84 voxels that were NaN or infinite are now" in capsys.readouterr().out
+    convert(source, nan=-5.0, overwrite=True)
+    assert (voxels(raw / "imagesTr" / "c1_0000.nii.gz")[:2] == -5).all()
+    array = sitk.GetImageFromArray(image(1, np.float32).T)
+    array[0, 0, 0] = np.inf
+    sitk.WriteImage(array, str(source / "images" / "c4.nrrd"))
+    for i in (1, 3):
+        nii(image(i), source / "images" / f"c{i}.nii.gz")
+    with pytest.raises(ValueError, match="^case c4: .*c4.nrrd: has voxels that are NaN .*: choose .* --nan fill"):
+        convert(source, nan=None, overwrite=True)
+
+
+def test_4d_files_and_files_with_a_fourth_dimension_of_1(source, raw, capsys):
+    array = np.stack([image(3, np.float32), image(3, np.float32)], -1)
+    array[0, 0, 0, 1] = np.nan
+    for i in range(4):
+        nii(array if i == 3 else np.stack([image(i)] * 2, -1), source / "images" / f"c{i}.nii.gz")
+    nii(ORGAN[..., None], source / "labels" / "c0.nii.gz")
+    convert(source, channels=["a", "b"], nan=7.0)
+    assert voxels(raw / "imagesUn" / "c3_0001.nii.gz")[0, 0, 0] == 7
+    assert np.array_equal(voxels(raw / "imagesUn" / "c3_0000.nii.gz"), image(3, np.float32))
+    assert np.array_equal(voxels(raw / "labelsTr" / "c0.nii.gz"), ORGAN)
+    assert "1 voxels that were NaN or infinite are now 7 (c3.nii.gz); channel 2 of 2" in capsys.readouterr().out
+
+
+def test_sheared_axes_are_turned_on_demand(source, raw, capsys):
+    affine = np.diag([1.0, 1, 1.5, 1])
+    affine[0, 1] = 0.1
+    nii(image(3), source / "images" / "c3.nii.gz", affine)
+    with pytest.raises(ValueError, match=r"images/c3.nii.gz: its axes are not at right angles .*: .* with --reorient"):
+        convert(source)
+    convert(source, reorient=True, overwrite=True)
+    written = sitk.ReadImage(str(raw / "imagesUn" / "c3_0000.nii.gz"))
+    direction = np.reshape(written.GetDirection(), (3, 3))
+    assert np.allclose(direction @ direction.T, np.eye(3), atol=1e-6)
+    assert np.array_equal(sitk.GetArrayFromImage(written).T, image(3))
+    assert "case c3: axes are now at right angles, the far corner is" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- files, channels, classes
+
+
+def test_a_folder_a_patient_with_a_file_a_channel(source, raw, capsys):
+    for file in list((source / "images").iterdir()):
+        (source / "images" / file.name[:2]).mkdir()
+        file.rename(source / "images" / file.name[:2] / "flair.nii.gz")
+    convert(source)
+    assert "with a folder a case: 4 cases, 2 with a label, channels flair" in capsys.readouterr().out
+    assert (raw / "imagesUn" / "c2_0000.nii.gz").samefile(source / "images" / "c2" / "flair.nii.gz")
+    assert about(raw)["channel_names"] == {"0": "flair"}
+
+
+def test_4d_files_are_split_into_channels(source, raw):
+    for i in range(4):
+        nii(np.stack([image(i), image(i) + 100], -1), source / "images" / f"c{i}.nii.gz")
+    with pytest.raises(ValueError, match="c0.nii.gz: is 4D, of 2 volumes: name them .* --channels NAME1 NAME2"):
+        convert(source)
+    nii(np.stack([image(3)] * 3, -1), source / "images" / "c3.nii.gz")
+    with pytest.raises(ValueError, match="^case c3: .*c3.nii.gz: is 4D, of 3 volumes, but 2 channels are named"):
+        convert(source, channels=["flair", "t1"])
+    assert np.array_equal(voxels(raw / "imagesUn" / "c2_0001.nii.gz"), image(2) + 100)
+    assert about(raw)["channel_names"] == {"0": "flair", "1": "t1"}
+
+
+def test_masks_of_a_class_each(tmp_path, raw, capsys):
+    for i in range(2):
+        nii(image(i), tmp_path / "d" / f"s{i}" / "ct.nii.gz")
+        nii((LABEL == 1).astype(np.uint8), tmp_path / "d" / f"s{i}" / "segmentations" / "liver.nii.gz")
+        nii(ORGAN * 255, tmp_path / "d" / f"s{i}" / "segmentations" / "spleen.nii.gz")
+    convert(tmp_path / "d", labels=None, channels=["CT"])
+    assert about(raw)["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+    assert (voxels(raw / "labelsTr" / "s0.nii.gz")[ORGAN > 0] == 2).all()
+    assert "18 voxels of spleen are in another mask, too: they are spleen" in capsys.readouterr().out
+    convert(tmp_path / "d", labels=["spleen", "Liver"], channels=["CT"], overwrite=True)
+    assert np.array_equal(voxels(raw / "labelsTr" / "s0.nii.gz"), np.choose(LABEL, [0, 2, 1]))
+    (tmp_path / "d" / "s1" / "segmentations" / "liver.nii.gz").unlink()
+    convert(tmp_path / "d", labels=["liver", "spleen"], channels=["CT"], overwrite=True)
+    assert np.array_equal(voxels(raw / "labelsTr" / "s1.nii.gz"), 2 * ORGAN)
+    assert "case s1: there is no mask of liver, which is taken for empty" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--label-values: here each class has a mask of its own: leave it out"):
+        convert(tmp_path / "d", labels=None, label_values=["1=liver"], overwrite=True)
+    with pytest.raises(ValueError, match="--labels kidney: no mask is called so: there are liver, spleen"):
+        convert(tmp_path / "d", labels=["kidney"], overwrite=True)
+
+
+@pytest.mark.parametrize("version", [1, 2, "bom"])
+def test_a_raw_dataset_of_nnunet(version, source, raw, tmp_path):
+    for kind in ("images", "labels"):
+        (source / kind).rename(source / f"{kind}Tr")
+    nii(image(9), source / "imagesTs" / "t0.nii.gz")
+    nii(ORGAN, source / "labelsTs" / "t0.nii.gz")
+    content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "heart": 1}}
+    if version == 1:
+        content = {"modality": {"0": "T1"}, "labels": {"0": "background", "1": "heart"}}
+    text = ("\ufeff" if version == "bom" else "") + json.dumps(content)
+    (source / "dataset.json").write_text(text, encoding="utf-8")
+    convert(source, labels=None)
+    assert about(raw)["labels"] == {"background": 0, "heart": 1} and about(raw)["channel_names"] == {"0": "T1"}
+    assert sorted(p.name for p in raw.rglob("t0*")) == ["t0.nii.gz", "t0_0000.nii.gz"]
+
+
+def test_regions_of_a_raw_dataset(source, raw):
+    content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "whole": [1, 2], "core": [2]}}
+    (source / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="d/dataset.json: has regions, but no regions_class_order: add it"):
+        convert(source, labels=None)
+    (source / "dataset.json").write_text(json.dumps(content | {"regions_class_order": [2, 1]}))
+    convert(source, labels=None)
+    assert about(raw)["labels"] == content["labels"] and about(raw)["regions_class_order"] == [2, 1]
+
+
+def test_labels_that_are_not_used_are_not_opened(source, monkeypatch):
+    gaps(source)
+    opened = []
+    read = own_files.load
+    monkeypatch.setattr(own_files, "load", lambda path, *args: opened.append(path.name) or read(path, *args))
+    with pytest.raises(ValueError, match="label values found are"):
+        convert(source, labeled=1)
+    assert set(opened) == {"c0.nii.gz"}
+
+
+def test_a_single_xray_a_file(tmp_path, raw):
+    for name in ("a", "b"):
+        dicom(tmp_path / "x" / name, image()[:, :, :1], "chest", f"1.2.{name == 'a':d}", "1.2.840.10008.5.1.4.1.1.1")
+        (tmp_path / "d" / "images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name / "IM1.dcm").rename(tmp_path / "d" / "images" / f"{name}.dcm")
+    write(Image.fromarray(ORGAN[:, :, 3].T), tmp_path / "d" / "labels" / "a.png")
+    convert(tmp_path / "d", channels=["X-ray"])
+    assert np.array_equal(voxels(raw / "imagesUn" / "b_0000.tif"), image()[:, :, 0])
+
+
+def test_a_test_folder_beside_images_is_the_test_set(source, raw):
+    nii(image(9), source / "imagesTs" / "t0.nii.gz")
+    nii(ORGAN, source / "labelsTs" / "t0.nii.gz")
+    convert(source)
+    assert (raw / "imagesTs" / "t0_0000.nii.gz").is_file() and (raw / "labelsTs" / "t0.nii.gz").is_file()
+
+
+def test_system_files_are_passed_over(source, raw, capsys):
+    for name in ("._c0.nii.gz", ".DS_Store", "Thumbs.db"):
+        (source / "images" / name).write_bytes(b"x")
+    convert(source)
+    assert "left out, a system's file: 3 files" in capsys.readouterr().out
+
+
+def test_archives_from_windows(source, raw, tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as file:
+        for path in source.rglob("*.nii.gz"):
+            file.write(path, "data\\" + str(path.relative_to(source)).replace("/", "\\"))
+            file.filelist[-1].filename = file.filelist[-1].filename.replace("/", "\\")
+    convert(tmp_path / "d.zip")
+    assert len(list((raw / "imagesUn").iterdir())) == 2
+
+
+def test_what_is_written_anew_is_said(source, raw, capsys):
+    (source / "images" / "c0.nii.gz").unlink()
+    sitk.WriteImage(sitk.ReadImage(str(source / "labels" / "c0.nii.gz")), str(source / "images" / "c0.mhd"))
+    convert(source)
+    assert "1 .mhd are written as .nii.gz, voxel by voxel" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------------- stacks
+
+
+def dicom(folder: Path, array: np.ndarray, description: str, uid: str, kind="1.2.840.10008.5.1.4.1.1.4") -> None:
+    """A slice a file, written from the top down: the names are in the other order than the positions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for z in range(array.shape[2]):
+        plane = sitk.GetImageFromArray(array[:, :, z : z + 1].T.astype(np.int16))
+        plane.SetSpacing((1, 1, 2))
+        tags = {"0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": uid, "0008|0018": f"{uid}.{z}",
+                "0018|0050": "2", "0008|0016": kind, "0008|103e": description,
+                "0020|0013": str(z),
+                "0020|0032": f"0\\0\\{2 * z}", "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0052": "1.2.3.9",
+                "0010|0020": "P1", "0010|0010": "P1"}  # fmt: skip
+        for tag, value in tags.items():
+            plane.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"IM{array.shape[2] - z}.dcm"))
+        writer.Execute(plane)
+
+
+def test_masks_in_pictures_follow_the_names_of_dicom_files(tmp_path, raw, capsys):
+    for i in (1, 2):
+        dicom(tmp_path / "d" / f"{i}" / "DICOM_anon", image(i), "t1", f"1.2.{i}")
+    for z in range(SHAPE[2]):  # the first picture is of the uppermost slice
+        mask = ORGAN[:, :, SHAPE[2] - 1 - z].T * 255
+        write(Image.fromarray(mask), tmp_path / "d" / "1" / "Ground" / f"liver_{z + 5}.png")
+    convert(tmp_path / "d", labels=["liver"])
+    assert np.array_equal(voxels(raw / "imagesTr" / "1_0000.nii.gz"), image(1))
+    assert np.array_equal(voxels(raw / "labelsTr" / "1.nii.gz"), ORGAN)
+    assert "7 pictures are the slices of the label, in the order of their names and of" in capsys.readouterr().out
+
+
+def test_pictures_become_volumes_with_a_spacing(tmp_path, raw):
+    for z in range(SHAPE[2]):
+        write(Image.fromarray(image()[:, :, z].T.astype(np.uint8)), tmp_path / "d" / "images" / "P1" / f"{z}.png")
+        write(Image.fromarray(ORGAN[:, :, z].T), tmp_path / "d" / "labels" / "P1" / f"{z}.png")
+        write(Image.fromarray(ORGAN[:, :, z].T), tmp_path / "d" / "images" / "P2" / f"{z}.png")
+    convert(tmp_path / "d", spacing=(0.5, 0.5, 3))
+    assert np.array_equal(voxels(raw / "imagesTr" / "P1_0000.nii.gz"), image())
+    assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), ORGAN)
+    assert sitk.ReadImage(str(raw / "labelsTr" / "P1.nii.gz")).GetSpacing() == (0.5, 0.5, 3)
+
+
+def pacs(folder: Path) -> Path:
+    """Two patients, two series each, of one study in a folder of files in no order."""
+    for i in (1, 2):
+        dicom(folder / f"P{i}" / "study" / "a", image(i), "T1 post", f"1.2.{i}.1")
+        dicom(folder / f"P{i}" / "study" / "b", image(i + 5), "t2_tse", f"1.2.{i}.2")
+    return folder
+
+
+def test_series_of_a_pacs_export_are_channels_by_their_description(tmp_path, raw):
+    folder = pacs(tmp_path / "d")
+    affine = np.diag([-1.0, -1, 2, 1])
+    nii(ORGAN, folder / "P1" / "seg.nii.gz", affine)
+    with pytest.raises(
+        ValueError, match=r"P1/study: 2 DICOM series: .* --channels: T1 post \(7 slices\), t2_tse \(7 slices\)"
+    ):
+        convert(folder)
+    convert(folder, channels=["T2", "T1"])
+    assert np.array_equal(voxels(raw / "imagesTr" / "P1_0000.nii.gz"), image(6))
+    assert np.array_equal(voxels(raw / "imagesUn" / "P2_0001.nii.gz"), image(2))
+
+
+def save_structure_set(folder: Path, file: Path) -> None:
+    """A square of pixels 1 to 3 (x) and 1 to 4 (y) in slice 2, with a hole at (2, 2): on pixel corners."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    def outline(x0, x1, y0, y1):
+        contour = Dataset()
+        contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", 4
+        corners = ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+        contour.ContourData = [v for x, y in corners for v in (x, y, 4.0)]
+        return contour
+
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.481.3"
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = "1.2.77"
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    names, contours = [], []
+    for number, (name, outlines) in enumerate({"Heart": [outline(0.6, 3.4, 0.6, 4.4), outline(1.6, 2.4, 1.6, 2.4)],
+                                               "Couch": [outline(4, 5, 4, 5)]}.items(), 1):  # fmt: skip
+        roi, lines = Dataset(), Dataset()
+        roi.ROINumber, roi.ROIName = number, name
+        lines.ReferencedROINumber, lines.ContourSequence = number, outlines
+        names.append(roi)
+        contours.append(lines)
+    data.StructureSetROISequence, data.ROIContourSequence = names, contours
+    pydicom.dcmwrite(file, data, enforce_file_format=True)
+
+
+def test_structure_sets(tmp_path, raw, capsys):
+    for i in (1, 2):
+        dicom(tmp_path / "d" / f"P{i}" / "mr", image(i), "t1", f"1.2.{i}.1")
+    save_structure_set(tmp_path / "d" / "P1" / "mr", tmp_path / "d" / "P1" / "rt.dcm")
+    with pytest.raises(ValueError, match="rt.dcm: say which classes are wanted: --labels Heart Couch"):
+        convert(tmp_path / "d", labels=None)
+    found = own.find_cases(tmp_path / "d", labels=["heart"])
+    assert pickle.loads(pickle.dumps(found.cases)).keys() == {"P1", "P2"}  # workers get them
+    convert(tmp_path / "d", labels=["heart"])
+    expected = np.zeros(SHAPE, np.uint8)
+    expected[1:4, 1:5, 2] = 1
+    expected[2, 2, 2] = 0
+    assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), expected)
+    assert "Couch of rt.dcm is not named with --labels and left out" in capsys.readouterr().out
+
+
+def test_dicom_segmentations(tmp_path, raw):
+    highdicom = pytest.importorskip("highdicom")
+    import pydicom
+    from pydicom.sr.codedict import codes
+
+    for i in (1, 2):
+        dicom(tmp_path / "d" / f"P{i}" / "mr", image(i), "t1", f"1.2.{i}.1")
+    files = sorted((tmp_path / "d" / "P1" / "mr").iterdir(), key=lambda f: -int(f.stem[2:]))  # by position
+    slices = [pydicom.dcmread(file) for file in files]
+    segments = [
+        highdicom.seg.SegmentDescription(
+            n, name, codes.SCT.Organ, codes.SCT.Liver, highdicom.seg.SegmentAlgorithmTypeValues.MANUAL
+        )
+        for n, name in enumerate(("Liver", "Spleen"), 1)
+    ]
+    masks = np.stack([(LABEL == n).transpose(2, 1, 0) for n in (1, 2)], -1).astype(np.uint8)
+    segmentation = highdicom.seg.Segmentation(
+        slices, masks, "BINARY", segments, "1.2.88", 5, "1.2.88.1", 1, "maker", "model", "1", "serial"
+    )
+    (tmp_path / "d" / "labels").mkdir()
+    segmentation.save_as(tmp_path / "d" / "labels" / "P1.dcm")
+    convert(tmp_path / "d", labels=["spleen", "liver"])
+    assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), np.choose(LABEL, [0, 2, 1]))
+
+
+# ------------------------------------------------------------------------------------------------- dry run and patients
+
+
+def test_dry_run_shows_what_goes_where_and_makes_nothing(source, raw, capsys):
+    nii(image(9), source / "imagesTs" / "t0.nii.gz")
+    (source / "images" / "notes.txt").write_text("x")
+    (source / "images" / "c9.npy").write_text("x")
+    convert(source, dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        f"{raw}: 2 labeled, 2 unlabeled, 1 test",
+        "  channels: image",
+        "  labels: 0 background, 1 organ",
+        "  labeled: images/c0.nii.gz -> imagesTr/c0_0000.nii.gz; labels/c0.nii.gz -> labelsTr/c0.nii.gz",
+        "  unlabeled: images/c2.nii.gz -> imagesUn/c2_0000.nii.gz",
+        "  test: imagesTs/t0.nii.gz -> imagesTs/t0_0000.nii.gz",
+        "left out, of no known kind: 1 files: images/c9.npy",
+        "left out, no image: 1 files: images/notes.txt",
+    ):
+        assert line in lines
+    assert list(raw.parent.iterdir()) == []
+
+
+def scans(folder: Path, names: list[str], labels: list[str]) -> Path:
+    for name in names:
+        nii(image(), folder / "images" / f"{name}.nii.gz")
+    for name in labels:
+        nii(ORGAN, folder / "labels" / f"{name}.nii.gz")
+    return folder
+
+
+def test_scans_of_a_patient_stay_together(tmp_path, raw):
+    names = [f"P{p}-00{s}" for p in range(6) for s in range(2)]
+    folder = scans(tmp_path / "d", names, names)
+    convert(folder, group_by="patient", test=0.34)
+    test = {file.name.partition("-")[0] for file in (raw / "labelsTs").iterdir()}
+    train = {file.name.partition("-")[0] for file in (raw / "labelsTr").iterdir()}
+    assert len(test) == 2 and len(train) == 4 and not test & train
+    folds = json.loads((raw / "splits_final.json").read_text())
+    assert len(folds) == 4
+    for fold in folds:
+        assert not {n[:2] for n in fold["train"]} & {n[:2] for n in fold["val"]} and len(fold["val"]) == 2
+
+
+def test_a_patient_in_training_and_test_is_refused(tmp_path):
+    folder = scans(tmp_path / "d", ["P1_1", "P2_1", "P2_2"], ["P1_1"])
+    nii(image(), folder / "imagesTs" / "P1_2.nii.gz")
+    with pytest.raises(ValueError, match="1 patients have scans in the test set and in training, P1 has P1_2 and P1_1"):
+        convert(folder, group_by="patient")
+    with pytest.raises(ValueError, match=r"--group-by \(: neither patient nor a regular expression"):
+        convert(folder, group_by="(")
+    with pytest.raises(ValueError, match="names like case_1 do not tell patients"):
+        convert(scans(tmp_path / "e", ["case_1", "case_2"], ["case_1"]), group_by="patient")
+
+
+def test_the_next_command_and_a_forgotten_word(source, capsys):
+    words = ["convert", "-i", str(source), "-d", "801", "--labels", "organ", "-np", "0", "--no_pbar"]
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "taken for `convert folder`" in lines[0]
+    assert lines[-1] == "next: nnunet_semiseg plan_and_preprocess -d 801 -c 3d_fullres"
+
+
+@pytest.mark.parametrize(
+    "words, following",
+    [
+        ("plan_and_preprocess -d 801 -c 2d", "nnunet_semiseg train 801 2d 0 -tr MeanTeacherTrainer -p nnUNetPlans"),
+        (
+            "plan_and_preprocess -d 801 --labeled_only -pl SemiSegPlanner",
+            "nnunet_semiseg train 801 3d_fullres 0 -tr SupervisedTrainer -p nnUNetSemiSegPlans",
+        ),
+        ("plan_and_preprocess -d 801 --no_pp", None),
+        (
+            "train 801 2d 1 -tr BCPTrainer",
+            "nnunet_semiseg compare -d 801 -c 2d -f 1 -p nnUNetPlans --trainers SupervisedTrainer BCPTrainer --run",
+        ),
+        (
+            "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer",
+            "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans -tr BCPTrainer -i IMAGES -o PREDICTIONS",
+        ),
+    ],
+)
+def test_every_command_ends_with_the_next(words, following, tiny_dataset, monkeypatch, capsys):
+    dataset = tiny_dataset(size=6, dataset_id=801)
+    for folder in (dataset.preprocessed, dataset.results):
+        folder.mkdir(parents=True)
+    (dataset.preprocessed / "nnUNetPlans.json").write_text(json.dumps({"plans_name": "nnUNetPlans"}))
+    monkeypatch.setattr("nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: None)
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: None)
+    monkeypatch.setattr("nnunet_semiseg.evaluation.compare.compare", lambda *args: "report.html")
+    monkeypatch.setattr("sys.argv", ["nnunet_semiseg"])
+    assert cli.main(words.split()) == 0
+    last = capsys.readouterr().out.splitlines()[-1:]
+    assert last == ([f"next: {following}"] if following else [])
