@@ -9,9 +9,7 @@ No label is looked for, here or anywhere.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -25,13 +23,20 @@ from tqdm import tqdm
 
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
-    TAKE_OUT,
     header_problems,
     intensity_problems,
     missing_channels,
     nifti_damage,
+    preprocessed_problems,
     reading_problems,
+    spread,
+    spread_problems,
+    take_out,
 )
+from nnunet_semiseg.data.labeled import channel_names, labeled_images
+from nnunet_semiseg.data.plans_hash import plans_hash
+from nnunet_semiseg.data.preprocessed import SUFFIXES, look_at_labeled, opens, read_arrays, sizes_of
+from nnunet_semiseg.data.stamps import all_renewed, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, only_one, read_dataset_json, read_json, write_json
@@ -40,28 +45,7 @@ from nnunet_semiseg.parallel import run_jobs
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
-_SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the last one makes a case whole
-_PLANS_KEYS = ("image_reader_writer", "transpose_forward")
-_CONFIGURATION_KEYS = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
-
-
-def plans_hash(plans: dict, configuration: str) -> str:
-    """A hash of all that determines preprocessed voxels and of nothing else (patch, network, settings)."""
-    manager = PlansManager(plans)
-    resolved = manager.get_configuration(configuration).configuration
-    content = {key: plans[key] for key in _PLANS_KEYS} | {key: resolved[key] for key in _CONFIGURATION_KEYS}
-    content["intensities"] = manager.foreground_intensity_properties_per_channel
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
@@ -188,7 +172,7 @@ def load_manifest(
         raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
     cases: dict[str, list] = manifest["cases"]
     present = set(os.listdir(folder)) if folder.is_dir() else set()
-    for file in (case + suffix for case in cases for suffix in _SUFFIXES):
+    for file in (case + suffix for case in cases for suffix in SUFFIXES):
         if file not in present:
             raise UserError(f"{folder / file}: missing: {fix}")
     if raw and images and images.is_dir():
@@ -200,25 +184,6 @@ def load_manifest(
             if [file[:2] for file in _signature(files)] != [file[:2] for file in cases[case]]:
                 raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
     return str(folder), list(cases)
-
-
-def channel_names(dataset_json: dict) -> list[str]:
-    """The channels' names in their order; old datasets have them under `modality`."""
-    return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
-
-
-def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes."""
-    raw = str(raw_dataset_folder)
-    if "dataset" in dataset_json:
-        entries = dataset_json["dataset"].items()
-        return {case: [os.path.join(raw, os.path.expandvars(i)) for i in e["images"]] for case, e in entries}
-    folder, ending = os.path.join(raw, "imagesTr"), dataset_json["file_ending"]
-    cases: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        if name.endswith(ending):
-            cases.setdefault(name[: -len(ending) - 5], []).append(os.path.join(folder, name))
-    return cases
 
 
 def _number(dataset: int | str) -> int | str:
@@ -244,7 +209,7 @@ def _preprocess_configuration(
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     todo = [case for case, stamp in stamps.items() if not _is_whole(folder, case, stamp)]
-    expected = {case + suffix for case in cases for suffix in _SUFFIXES}
+    expected = {case + suffix for case in cases for suffix in SUFFIXES}
     leftovers = [file for file in folder.iterdir() if file.name not in expected]
     if todo or leftovers:
         manifest_file.unlink(missing_ok=True)
@@ -324,8 +289,8 @@ def _preprocess_case(
                 dataset_json,
             )
         # out with an old .pkl before the data changes, in with the new one after
-        (folder / (case + _SUFFIXES[-1])).unlink(missing_ok=True)
-        for suffix in _SUFFIXES:
+        (folder / (case + SUFFIXES[-1])).unlink(missing_ok=True)
+        for suffix in SUFFIXES:
             os.replace(staging / (case + suffix), folder / (case + suffix))
     except UserError:  # what it says is in problems
         pass
@@ -338,14 +303,3 @@ def _preprocess_case(
     return case, problems, missing
 
 
-def _signature(images: list[str]) -> list[list]:
-    return [[Path(i).name, os.stat(i).st_size, os.stat(i).st_mtime_ns] for i in images]
-
-
-def _is_whole(folder: Path, case: str, stamp: dict) -> bool:
-    if not all((folder / (case + suffix)).is_file() for suffix in _SUFFIXES):
-        return False
-    try:
-        return load_pickle(str(folder / f"{case}.pkl")).get(PROPERTIES_KEY) == stamp
-    except Exception:  # a damaged pickle raises nearly anything
-        return False
