@@ -147,8 +147,8 @@ def spread_problems(
         ratio = spreads[i] / usual[i] if usual[i] else 0
         if ratio and not 1 / LARGEST_RATIO < ratio < LARGEST_RATIO:
             problems.append(
-                f"{_file_of(i, name, images, channels)}: after preprocessing, its values spread {ratio:.2g} times as much"
-                " as those of labelled images (another unit, or single voxels of another magnitude?):"
+                f"{_file_of(i, name, images, channels)}: after preprocessing, its values spread {ratio:.2g} times as"
+                " much as those of labelled images (another unit, or single voxels of another magnitude?):"
                 f" {take_out(images[0])}"
             )
     return problems

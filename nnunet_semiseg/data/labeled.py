@@ -52,7 +52,7 @@ def labeled_files(raw: str | Path, dataset_json: dict) -> dict[str, list[str]]:
     return {case: [*i, os.path.join(raw, labels[case])] for case, i in labeled_images(raw, dataset_json).items()}
 
 
-def inspect(raw: Path, preprocessed: Path, dataset_json: dict, num_processes: int) -> dict[str, list]:
+def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_processes: int) -> dict[str, list]:
     """Look at all labelled images and labels that are not known from before.
 
     Returns:

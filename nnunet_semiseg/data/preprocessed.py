@@ -1,4 +1,4 @@
-"""Preprocessed labelled cases: a look at what nnU-Net has made, and at the start of a training whether it still holds."""
+"""Preprocessed labelled cases: a look at what nnU-Net has made, and whether it still holds when a training starts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data.empty_channels import values_of_nothing
 from nnunet_semiseg.data.image_problems import one_line_of, preprocessed_problems, spread, spread_problems
-from nnunet_semiseg.data.labeled import channel_names, inspect, labeled_files
+from nnunet_semiseg.data.labeled import channel_names, inspect_labeled, labeled_files
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.records import FINGERPRINT, read_record, record_file, usual_spread, write_record
 from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import read_dataset_json, read_json
+from nnunet_semiseg.files import NOT_WRITABLE, disk_error, read_dataset_json, read_json, written_whole
 from nnunet_semiseg.parallel import run_jobs
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
@@ -50,6 +50,24 @@ def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
     return arrays
 
 
+def blame_the_disk(error: Exception, place: Path) -> None:
+    """Raises DiskError where an error is the disk's; blosc2's says no more than that there is one."""
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        raise disk_error(place, error.strerror) from None
+    if isinstance(error, RuntimeError) and "NDArray" in str(error):
+        free = shutil.disk_usage(place.parent).free / 2**20
+        raise disk_error(place, f"{one_line_of(error)}, {free:.1f} MiB are free") from None
+
+
+def opens(file: Path) -> bool:
+    """Whether an array's file is there and not cut off; its header and its end are read, no voxel is."""
+    try:
+        blosc2.open(str(file), mode="r")
+        return True
+    except Exception:  # of several kinds
+        return False
+
+
 def look_at_labeled(
     raw: Path, preprocessed: Path, plans: dict, configuration: str, num_processes: int
 ) -> list[float] | None:
@@ -59,14 +77,14 @@ def look_at_labeled(
         The usual spread of each channel's values; None where the labelled cases are not preprocessed yet.
 
     Raises:
-        UserError: see `inspect`; a case that is not preprocessed, half-written, or made from other files than there are;
-            values with which nothing can be learnt, and the preprocessed files are removed. One line for each.
+        UserError: see `inspect_labeled`; a case that is not preprocessed, half-written, or made from other files than there
+            are; values with which nothing can be learnt, and the preprocessed files are removed. One line for each.
     """
     name = PlansManager(plans).get_configuration(configuration).data_identifier
     folder, dataset_json = preprocessed / name, read_dataset_json(raw)
     if not folder.is_dir():
         return None
-    stamps, files = inspect(raw, preprocessed, dataset_json, num_processes), labeled_files(raw, dataset_json)
+    stamps, files = inspect_labeled(raw, preprocessed, dataset_json, num_processes), labeled_files(raw, dataset_json)
     (preprocessed / REFERENCES).mkdir(exist_ok=True)
     before, digest_now = read_record(preprocessed, name), plans_hash(plans, configuration)
     same_plans = before["plans_hash"] == digest_now
@@ -110,7 +128,7 @@ def _look_at(
     folder = preprocessed / configuration_manager.data_identifier
     fix = preprocess_again(plans, configuration)
     copy_label(files[-1], preprocessed / REFERENCES / (case + dataset_json["file_ending"]), stamps[-1])
-    entry: dict = {"files": stamps, "sizes": _sizes(folder, case), "spread": None}
+    entry: dict = {"files": stamps, "sizes": sizes_of(folder, case), "spread": None}
     if known and [s[-1] for s in known["files"]] == [s[-1] for s in stamps] and known["sizes"] == entry["sizes"]:
         return case, entry | {"spread": known["spread"]}, []
     try:
@@ -135,12 +153,13 @@ def _are_close(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.allclose(a, b, atol=1e-3)  # libraries of another version round otherwise
 
 
-def _sizes(folder: Path, case: str) -> list[int | None]:
+def sizes_of(folder: Path, case: str) -> list[int | None]:
     files = [folder / (case + suffix) for suffix in SUFFIXES]
     return [file.stat().st_size if file.is_file() else None for file in files]
 
 
 def remove_case(folder: Path, case: str) -> None:
+    """Remove a preprocessed case, so that no training takes it."""
     for suffix in SUFFIXES:
         (folder / (case + suffix)).unlink(missing_ok=True)
 
@@ -149,14 +168,10 @@ def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
     """Make nnU-Net's copy of a label what the label is: nnU-Net leaves one that is not older, whatever it holds."""
     if copy.is_file() and copy.stat().st_size == stamp[1] and digest(copy) == stamp[-1]:
         return
-    temporary = copy.with_name(f".{copy.name}.tmp")
-    try:
+    with written_whole(copy) as temporary:
         shutil.copy2(label, temporary)
         if digest(temporary) != stamp[-1]:
-            raise UserError(f"{copy}: the copy of {label} differs from it: is the disk full? Run the same command again")
-        os.replace(temporary, copy)
-    finally:
-        temporary.unlink(missing_ok=True)
+            raise disk_error(copy, f"the copy of {label} differs from it")
 
 
 def preprocess_again(plans: dict, configuration: str) -> str:
@@ -177,10 +192,11 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
         raw: the raw dataset; None where there is none, as where training runs there need not be any.
 
     Raises:
-        UserError: a half-written file; a missing or half copy of a label; a labelled image or label that changed, is new
-            or gone; a fingerprint of other cases; data for other plans.
+        UserError: a half-written file; a missing or half copy of a label; a labelled image or label that changed, is
+            new or gone; a fingerprint of other cases; data for other plans.
     """
-    name, fix = PlansManager(plans).get_configuration(configuration).data_identifier, preprocess_again(plans, configuration)
+    name = PlansManager(plans).get_configuration(configuration).data_identifier
+    fix = preprocess_again(plans, configuration)
     folder = preprocessed / name
     record = read_record(preprocessed, name)
     cases = sorted(file.stem for file in folder.glob("*.b2nd") if not file.stem.endswith("_seg"))
@@ -192,24 +208,23 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     _check_fingerprint(preprocessed, len(cases), fix)
     dataset_json = read_dataset_json(raw or preprocessed)
     _check_references(preprocessed / REFERENCES, cases, dataset_json["file_ending"], record["cases"], fix)
-    if raw:
-        _check_raw(labeled_files(raw, dataset_json), raw, folder, cases, record, fix)
+    if raw and (files := labeled_files(raw, dataset_json)):
+        _check_raw(files, raw, folder, cases, record, fix)
 
 
 def _check_whole(folder: Path, cases: Sequence[str], record: dict[str, dict], fix: str) -> None:
     for case in cases:
-        sizes = _sizes(folder, case)
+        sizes = sizes_of(folder, case)
         for suffix, size, before in zip(SUFFIXES, sizes, record.get(case, {}).get("sizes") or sizes, strict=True):
+            file = folder / (case + suffix)
             if size is None:
-                raise UserError(f"{folder / (case + suffix)}: no such file: {fix}")
+                raise UserError(f"{file}: no such file: {fix}")
             if size != before:
-                raise UserError(f"{folder / (case + suffix)}: has {size} bytes and had {before}, so it is damaged or new: {fix}")
+                raise UserError(f"{file}: damaged, or made anew: it has {size} bytes and had {before}: {fix}")
         if case not in record:
-            try:
-                for suffix in SUFFIXES[:2]:
-                    blosc2.open(str(folder / (case + suffix)), mode="r")  # reads the header alone
-            except Exception as e:
-                raise UserError(f"{folder / case}*.b2nd: half-written or damaged ({one_line_of(e)}): {fix}") from None
+            for suffix in SUFFIXES[:2]:
+                if not opens(folder / (case + suffix)):
+                    raise UserError(f"{folder / (case + suffix)}: half-written or damaged: {fix}")
 
 
 def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
@@ -237,8 +252,9 @@ def _check_raw(
         raise UserError(f"{raw}: labelled case {case} {what}: {fix}")
     now = {}
     for case, (*images, label) in files.items():
-        if not all(map(os.path.isfile, (*images, label))):
-            raise UserError(f"{label}: the label or an image of {case} is gone: {fix}")
+        for file in (*images, label):
+            if not os.path.isfile(file):
+                raise UserError(f"{file}: no such file, but {case} is preprocessed: put it back, or {fix}")
         entry = record["cases"].get(case)
         if entry:
             stamps = all_renewed(entry["files"][:-1], images)

@@ -19,14 +19,15 @@ _ENDING = "__labeled.json"
 
 
 def record_file(preprocessed: Path, name: str) -> Path:
+    """Where the record of this name is."""
     return preprocessed / (name + _ENDING)
 
 
 def read_record(preprocessed: Path, name: str) -> dict:
-    """`plans_hash`, and `cases`: case to `files` (stamps of its images and its label), `sizes` (bytes of the three
-    preprocessed files) and `spread` (a number a channel).
+    """`plans_hash` and `cases`; of each case `files`, `sizes` and `spread`.
 
-    No case where there is no record, or a damaged one: what it said is found out anew.
+    These are the stamps of its images and of its label, the bytes of its three preprocessed files, and a number for
+    each channel. There is no case where there is no record, or a damaged one: what it said is found out anew.
     """
     try:
         record = read_json(record_file(preprocessed, name), "")
@@ -37,6 +38,7 @@ def read_record(preprocessed: Path, name: str) -> dict:
 
 
 def write_record(preprocessed: Path, name: str, cases: dict[str, dict], plans_hash: str | None = None) -> None:
+    """Write a record; see `read_record`."""
     write_json({"plans_hash": plans_hash, "cases": dict(sorted(cases.items()))}, record_file(preprocessed, name))
 
 

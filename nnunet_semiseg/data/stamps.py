@@ -1,10 +1,10 @@
 """What is kept of a file, so that a later command notices that it has changed, without reading it.
 
 A stamp is `[name, size, mtime, ctime, digest]`, times in nanoseconds. Where size and both times are as they were, the
-file is taken for the same and not opened. `cp -p`, rsync or unzip can give a file an old time of modification, but not an
-old ctime: the system sets that one to now whenever content, name or owner changes. So nothing escapes, and no byte
-is read, as long as files stay where they are. Where a time differs (a copy of the data, a `touch`, a hard link), the whole
-content decides: a hash of some blocks would be quicker, but miss a voxel that changed in between.
+file is taken for the same and is not opened. `cp -p`, rsync or unzip can give a file an old mtime, but no old ctime:
+the system sets that one whenever content, name or owner changes. So no change escapes, and no byte is read, as long as
+files stay where they are. Where a time differs (a copy of the data, a `touch`, a hard link), the whole content decides:
+a hash of some blocks would be quicker, but would miss a voxel that changed in between.
 """
 
 from __future__ import annotations
