@@ -272,8 +272,8 @@ def _in_one_line(place: Path) -> Iterator[None]:
         blame_the_disk(e, place)
         if isinstance(e, RuntimeError) and "background" in str(e):
             raise UserError(
-                f"{place}: a process was killed, probably for want of memory: run the same command again, with a smaller"
-                " -np or -npfp"
+                f"{place}: a process was killed, probably for want of memory: run the same command again, with a"
+                " smaller -np or -npfp"
             ) from None
         raise
 

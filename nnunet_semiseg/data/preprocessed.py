@@ -77,8 +77,9 @@ def look_at_labeled(
         The usual spread of each channel's values; None where the labelled cases are not preprocessed yet.
 
     Raises:
-        UserError: see `inspect_labeled`; a case that is not preprocessed, half-written, or made from other files than there
-            are; values with which nothing can be learnt, and the preprocessed files are removed. One line for each.
+        UserError: see `inspect_labeled`; a case that is not preprocessed, half-written, or made from other files than
+            there are; values with which nothing can be learnt, and the preprocessed files are removed. One line for
+            each.
     """
     name = PlansManager(plans).get_configuration(configuration).data_identifier
     folder, dataset_json = preprocessed / name, read_dataset_json(raw)
@@ -154,6 +155,7 @@ def _are_close(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def sizes_of(folder: Path, case: str) -> list[int | None]:
+    """Bytes of the files of a preprocessed case; None where one is missing."""
     files = [folder / (case + suffix) for suffix in SUFFIXES]
     return [file.stat().st_size if file.is_file() else None for file in files]
 
@@ -205,11 +207,11 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     if record["cases"] and record["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans['plans_name']} as they are now: {fix}")
     _check_whole(folder, cases, record["cases"], fix)
-    _check_fingerprint(preprocessed, len(cases), fix)
     dataset_json = read_dataset_json(raw or preprocessed)
     _check_references(preprocessed / REFERENCES, cases, dataset_json["file_ending"], record["cases"], fix)
     if raw and (files := labeled_files(raw, dataset_json)):
         _check_raw(files, raw, folder, cases, record, fix)
+    _check_fingerprint(preprocessed, len(cases), fix)
 
 
 def _check_whole(folder: Path, cases: Sequence[str], record: dict[str, dict], fix: str) -> None:

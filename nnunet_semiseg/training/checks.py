@@ -68,8 +68,8 @@ def check_depth(plans: dict, configuration: str) -> None:
     if len(manager.pool_op_kernel_sizes) == 1:
         raise UserError(
             f"plans {plans['plans_name']}: {configuration}: the images are too small for a U-Net, its patch is"
-            f" {' x '.join(map(str, manager.patch_size))}, and nnU-Net needs an axis of 8 voxels or more: choose another"
-            " configuration with -c, or resample the images to a smaller spacing"
+            f" {' x '.join(map(str, manager.patch_size))}, and nnU-Net needs an axis of 8 voxels or more: choose"
+            " another configuration with -c, or resample the images to a smaller spacing"
         )
 
 
