@@ -143,8 +143,8 @@ def spread_problems(
         usual: the labelled images'; None: not known.
     """
     problems = []
-    for i, name in enumerate(channels if usual else ()):
-        ratio = spreads[i] / usual[i] if usual[i] else 0
+    for i, (name, expected) in enumerate(zip(channels, usual or (), strict=False)):
+        ratio = spreads[i] / expected if expected else 0
         if ratio and not 1 / LARGEST_RATIO < ratio < LARGEST_RATIO:
             problems.append(
                 f"{_file_of(i, name, images, channels)}: after preprocessing, its values spread {ratio:.2g} times as"

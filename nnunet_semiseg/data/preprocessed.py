@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -42,7 +43,8 @@ def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
             if suffix == ".pkl":
                 load_pickle(str(file))
             else:
-                arrays.append(blosc2.open(str(file), mode="r")[:])
+                array: Any = blosc2.open(str(file), mode="r")
+                arrays.append(array[:])
         except FileNotFoundError:
             raise UserError(f"{file}: no such file") from None
         except Exception as e:  # a damaged file raises nearly anything
@@ -53,7 +55,7 @@ def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
 def blame_the_disk(error: Exception, place: Path) -> None:
     """Raises DiskError where an error is the disk's; blosc2's says no more than that there is one."""
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-        raise disk_error(place, error.strerror) from None
+        raise disk_error(place, str(error.strerror)) from None
     if isinstance(error, RuntimeError) and "NDArray" in str(error):
         free = shutil.disk_usage(place.parent).free / 2**20
         raise disk_error(place, f"{one_line_of(error)}, {free:.1f} MiB are free") from None
