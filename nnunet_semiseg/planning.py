@@ -7,6 +7,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -202,7 +203,8 @@ def plan_and_preprocess(
         plans_file = preprocessed / f"{plans_name}.json"
 
         print("Fingerprint extraction...")
-        stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
+        with _in_one_line(raw):
+            stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
         if why := why_fingerprint_is_old(preprocessed, stamps):
             print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
         with _in_one_line(preprocessed):
@@ -238,7 +240,9 @@ def plan_and_preprocess(
                 if configuration in plans["configurations"]:
                     check_depth(plans, configuration)
                     _preprocess_labeled(dataset_id, plans, configuration, n, verbose, show_progress_bar)
-                    look_at_labeled(raw, preprocessed, plans, configuration, n)
+                    if labeled_only:  # else preprocess_unlabeled does it
+                        with _in_one_line(preprocessed):
+                            look_at_labeled(raw, preprocessed, plans, configuration, n)
                 else:
                     print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
             if not labeled_only:
@@ -270,12 +274,10 @@ def _in_one_line(place: Path) -> Iterator[None]:
         yield
     except Exception as e:
         blame_the_disk(e, place)
-        if isinstance(e, RuntimeError) and "background" in str(e):
-            raise UserError(
-                f"{place}: a process was killed, probably for want of memory: run the same command again, with a"
-                " smaller -np or -npfp"
-            ) from None
-        raise
+        with killed_workers(place):
+            if isinstance(e, RuntimeError) and "background" in str(e):  # nnU-Net's word for workers
+                raise BrokenProcessPool from None
+            raise
 
 
 def find_planner(name: str) -> type[ExperimentPlanner]:

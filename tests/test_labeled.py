@@ -442,3 +442,15 @@ def test_a_full_disk_while_planning_and_preprocessing_labelled_cases(tiny_datase
     dataset.plan()
     load_manifest(dataset.preprocessed, dataset.plans(PLANS), "3d_fullres", dataset.name)
     assert look_at_labeled(dataset.raw, dataset.preprocessed, dataset.plans(PLANS), "3d_fullres", 0)[0] > 0.3
+
+
+def killed(*_, **__):
+    raise RuntimeError("Some background worker is 6 feet under. Yuck. \nOK jokes aside.")
+
+
+def test_workers_of_nnunets_that_are_killed(tiny_dataset, monkeypatch):
+    dataset = tiny_dataset(labeled=2, unlabeled=1)
+    monkeypatch.setattr("nnunet_semiseg.planning.preprocess_dataset", killed)
+    refused(f"{PLANS}_3d_fullres: a preprocessing worker was killed, .* -np", dataset.plan)
+    monkeypatch.setattr("nnunet_semiseg.planning.extract_fingerprint_dataset", killed)
+    refused("Dataset901_Tiny: a preprocessing worker was killed", dataset.plan)

@@ -86,12 +86,16 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
     stamps = [stamp(file) for file in files]
     problems = header_problems(files, reader)
     problems = problems or [f"{f}: {damage}: {take_out(f)}" for f in files if (damage := nifti_damage(f))]
-    problems = problems or reading_problems(images, reader) or reading_problems([label], reader)
     if problems:
         return case, problems, False, stamps
-    with contextlib.redirect_stdout(io.StringIO()):
-        data, about = reader().read_images(images)
-        seg, about_label = reader().read_seg(label)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            data, about = reader().read_images(images)
+            seg, about_label = reader().read_seg(label)
+    except Exception:  # of many kinds, by what is damaged
+        if problems := reading_problems(images, reader) + reading_problems([label], reader):
+            return case, problems, False, stamps
+        raise
     problems += intensity_problems(data, images, channel_names(dataset_json))
     problems += label_problems(seg, label, data.shape[1:], label_values(dataset_json))
     if not np.allclose(about["spacing"], about_label["spacing"]):

@@ -18,7 +18,7 @@ from nnunet_semiseg.data.empty_channels import values_of_nothing
 from nnunet_semiseg.data.image_problems import one_line_of, preprocessed_problems, spread, spread_problems
 from nnunet_semiseg.data.labeled import channel_names, inspect_labeled, labeled_files
 from nnunet_semiseg.data.plans_hash import plans_hash
-from nnunet_semiseg.data.records import FINGERPRINT, read_record, record_file, usual_spread, write_record
+from nnunet_semiseg.data.records import FINGERPRINT, contents, read_record, record_file, usual_spread, write_record
 from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import NOT_WRITABLE, disk_error, read_dataset_json, read_json, written_whole
@@ -94,11 +94,17 @@ def look_at_labeled(
     known = before["cases"] if same_plans else {}
     # what was recorded for other plans and is not newer is of these other plans
     since = 0 if same_plans or not before["cases"] else record_file(preprocessed, name).stat().st_mtime_ns
-    jobs = [
-        (case, files[case], stamps[case], known.get(case), since, preprocessed, plans, configuration, dataset_json)
-        for case in files
-    ]
     cases, problems = {}, []
+    for case, (*_, label) in files.items():
+        copy_label(label, preprocessed / REFERENCES / (case + dataset_json["file_ending"]), stamps[case][-1])
+        entry = known.get(case)
+        if entry and contents(entry["files"]) == contents(stamps[case]) and entry["sizes"] == sizes_of(folder, case):
+            cases[case] = entry | {"files": stamps[case]}
+    jobs = [
+        (case, files[case], stamps[case], since, folder, plans, configuration, dataset_json)
+        for case in files
+        if case not in cases
+    ]
     for case, entry, found in run_jobs(_look_at, jobs, num_processes):
         cases[case] = entry
         problems += found
@@ -118,9 +124,8 @@ def _look_at(
     case: str,
     files: list[str],
     stamps: list[Stamp],
-    known: dict | None,
     since: int,
-    preprocessed: Path,
+    folder: Path,
     plans: dict,
     configuration: str,
     dataset_json: dict,
@@ -128,12 +133,8 @@ def _look_at(
     """The record's entry of a case, and what is wrong with it, one line each."""
     manager = PlansManager(plans)
     configuration_manager = manager.get_configuration(configuration)
-    folder = preprocessed / configuration_manager.data_identifier
     fix = preprocess_again(plans, configuration)
-    copy_label(files[-1], preprocessed / REFERENCES / (case + dataset_json["file_ending"]), stamps[-1])
     entry: dict = {"files": stamps, "sizes": sizes_of(folder, case), "spread": None}
-    if known and [s[-1] for s in known["files"]] == [s[-1] for s in stamps] and known["sizes"] == entry["sizes"]:
-        return case, entry | {"spread": known["spread"]}, []
     try:
         data, seg = read_arrays(folder, case)
     except UserError as e:

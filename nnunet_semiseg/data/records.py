@@ -52,9 +52,9 @@ def known_stamps(preprocessed: Path, cases: dict[str, list[str]]) -> dict[str, l
     return stamps
 
 
-def contents(cases: dict[str, list[Stamp]]) -> dict[str, list[str]]:
-    """The hashes of each case's files."""
-    return {case: [stamp[-1] for stamp in stamps] for case, stamps in cases.items()}
+def contents(stamps: list[Stamp]) -> list[str]:
+    """The hashes of a case's files."""
+    return [stamp[-1] for stamp in stamps]
 
 
 def usual_spread(record: dict) -> list[float] | None:
@@ -75,9 +75,9 @@ def why_fingerprint_is_old(preprocessed: Path, stamps: dict[str, list[Stamp]]) -
         count = len(read_json(file, "")["shapes_after_crop"])
     except (UserError, KeyError, TypeError):
         return "is damaged"
-    before = {case: e["files"] for case, e in read_record(preprocessed, FINGERPRINT)["cases"].items()}
-    if before:
-        then, now = contents(before), contents(stamps)
+    then = {case: contents(e["files"]) for case, e in read_record(preprocessed, FINGERPRINT)["cases"].items()}
+    if then:
+        now = {case: contents(files) for case, files in stamps.items()}
         changed = [case for case in then.keys() | now.keys() if then.get(case) != now.get(case)]
     elif count != len(stamps):
         return f"was made of {count} labelled cases, and there are {len(stamps)}"

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ from nnunet_semiseg.files import (
     read_json,
     write_json,
 )
-from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.parallel import killed_workers, run_jobs
 
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -154,7 +153,7 @@ def preprocess_unlabeled(
         if configuration in known:
             folder, _ = _output(preprocessed, plans, configuration)
             lock = folder.with_name(f"{folder.name}.lock")
-            with only_one(lock, "preprocesses these unlabelled cases"), disk_errors(folder):
+            with only_one(lock, "preprocesses these unlabelled cases"), disk_errors(folder), killed_workers(folder):
                 usual = look_at_labeled(raw, preprocessed, plans, configuration, n)
                 _preprocess_configuration(
                     cases, preprocessed, plans, configuration, dataset_json, usual, n, clean, show_progress_bar, verbose
@@ -265,11 +264,6 @@ def _preprocess_configuration(
                 results, "Unlabelled cases", len(jobs), disable=not (jobs and show_progress_bar)
             ):
                 problems[case], missing[case], stamps[case] = lines, channels, made_of
-    except BrokenProcessPool:
-        raise UserError(
-            f"{folder}: a preprocessing worker was killed, probably for want of memory: run the same command "
-            f"again, with a smaller -np; what is done is kept"
-        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     lines = [line for case in sorted(problems) for line in problems[case]]
