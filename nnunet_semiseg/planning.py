@@ -40,6 +40,7 @@ from nnunet_semiseg.data.unlabeled import (
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_dataset_json, read_json, write_json
+from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.settings.plans import (
     PLANS_KEY,
     locked,

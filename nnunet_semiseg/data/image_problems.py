@@ -16,6 +16,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_semiseg.data.empty_channels import TOLERANCE
 
 IMAGES_FOLDER = "imagesUn"
+ROUNDING = 1e-5
+"""by which resampling changes a constant"""
 LARGEST_RATIO = 20
 """of the spread of an image's preprocessed values and that of the labelled images'; an image of which nearly all
 voxels are one value, since one voxel has another magnitude, comes to hundreds"""
@@ -117,7 +119,7 @@ def preprocessed_problems(
         file, fix = _file_of(i, name, images, channels), take_out(images[0])
         if damage := _not_finite(channel):
             problems.append(f"{file}: {damage} after preprocessing: {fix}")
-        elif channel.min() == channel.max():
+        elif np.ptp(channel) < ROUNDING:
             is_missing = np.isclose(channel.flat[0], nothing[i], atol=TOLERANCE) and any(spreads)
             if not is_missing:
                 problems.append(f"{file}: constant after preprocessing, every voxel is {channel.flat[0]:g}: {fix}")
@@ -125,12 +127,13 @@ def preprocessed_problems(
 
 
 def spread(data: np.ndarray) -> list[float]:
-    """The mean distance from the mean in each channel (C, *S).
+    """The mean distance from the mean in each channel (C, *S); 0 where it is rounding alone.
 
     The standard deviation would not do, as z-scores make it 1, also where all but one voxel are equal.
     """
     with np.errstate(all="ignore"):
-        return [float(np.abs(channel - channel.mean()).mean()) for channel in data]
+        distances = (float(np.abs(channel - channel.mean()).mean()) for channel in data)
+        return [0.0 if distance < ROUNDING else distance for distance in distances]
 
 
 def spread_problems(
