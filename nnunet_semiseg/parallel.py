@@ -5,8 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+from nnunet_semiseg.errors import UserError
 
 
 def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Generator:
@@ -29,6 +34,25 @@ def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Gener
             yield future.result()
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def killed_workers(place: Path | str) -> Iterator[None]:
+    """Say in one line that the system killed a worker.
+
+    Args:
+        place: what was worked on.
+
+    Raises:
+        UserError: in place of BrokenProcessPool.
+    """
+    try:
+        yield
+    except BrokenProcessPool:
+        raise UserError(
+            f"{place}: a preprocessing worker was killed, probably for want of memory: run the same command again, with"
+            " a smaller -np; what is done is kept"
+        ) from None
 
 
 def _end_with_parent() -> None:

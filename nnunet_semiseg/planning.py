@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import nnunetv2
@@ -21,24 +24,29 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
 from nnunet_semiseg.data.headers import count_channels
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
+from nnunet_semiseg.data.labeled import inspect_labeled, labeled_images
+from nnunet_semiseg.data.preprocessed import blame_the_disk, look_at_labeled
+from nnunet_semiseg.data.records import FINGERPRINT, why_fingerprint_is_old, write_record
 from nnunet_semiseg.data.unlabeled import (
     DEFAULT_CONFIGURATIONS,
     channel_names,
     check_headers,
     find_unlabeled_cases,
-    labeled_images,
     preprocess_unlabeled,
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, write_json
+from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
 from nnunet_semiseg.text.prompts import read_prompts
+from nnunet_semiseg.training.checks import check_depth
 
 NUM_FOLDS = 5  # of nnU-Net's own split
 
@@ -137,7 +145,7 @@ class SemiSegMemory(SemiSegPlans):
         return int(
             cls.num_streams * (encoder + cls.num_decoders * decoder)
             + cls.num_mixed_streams * (encoder + decoder)
-            + cls.has_teacher * (sum(skips) + skips[1] + 5 * skips[0]) / 2
+            + cls.has_teacher * (sum(skips) + sum(skips[1:2]) + 5 * skips[0]) / 2
         )
 
 
@@ -171,7 +179,8 @@ def plan_and_preprocess(
         settings: `KEY=VALUE`, kept in the plans beside those that are already there.
 
     Raises:
-        UserError: before any work, whatever can be checked quickly, for all data sets; bad unlabelled images.
+        UserError: before any work, whatever can be checked quickly, for all data sets; bad images and labels, one line
+            for each; a full disk.
     """
     planner_class = find_planner(planner)
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
@@ -190,17 +199,25 @@ def plan_and_preprocess(
         _check(dataset_id, verify_dataset_integrity, labeled_only)
 
     for dataset_id in dataset_ids:
-        preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
+        raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
         plans_file = preprocessed / f"{plans_name}.json"
 
         print("Fingerprint extraction...")
-        extract_fingerprint_dataset(
-            dataset_id,
-            num_processes=num_processes_fingerprint,
-            check_dataset_integrity=verify_dataset_integrity,
-            clean=clean,
-            verbose=verbose,
-            show_progress_bar=show_progress_bar,
+        with _in_one_line(raw):
+            stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
+        if why := why_fingerprint_is_old(preprocessed, stamps):
+            print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
+        with _in_one_line(preprocessed):
+            extract_fingerprint_dataset(
+                dataset_id,
+                num_processes=num_processes_fingerprint,
+                check_dataset_integrity=verify_dataset_integrity,
+                clean=clean or bool(why),
+                verbose=verbose,
+                show_progress_bar=show_progress_bar,
+            )
+        write_record(
+            preprocessed, FINGERPRINT, {c: {"files": s, "sizes": None, "spread": None} for c, s in stamps.items()}
         )
         print("Experiment planning...")
         with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
@@ -218,11 +235,49 @@ def plan_and_preprocess(
         write_small_split(dataset_id)
         if preprocess:
             print("Preprocessing...")
-            preprocess_dataset(dataset_id, plans_name, configurations, num_processes, verbose, show_progress_bar)
+            plans = read_plans(preprocessed, plans_name)
+            for configuration, n in zip(configurations, num_processes * len(configurations), strict=False):
+                if configuration in plans["configurations"]:
+                    check_depth(plans, configuration)
+                    _preprocess_labeled(dataset_id, plans, configuration, n, verbose, show_progress_bar)
+                    if labeled_only:  # else preprocess_unlabeled does it
+                        with _in_one_line(preprocessed):
+                            look_at_labeled(raw, preprocessed, plans, configuration, n)
+                else:
+                    print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
             if not labeled_only:
                 preprocess_unlabeled(
                     dataset_id, configurations, plans_name, num_processes, clean, show_progress_bar, verbose
                 )
+
+
+def _preprocess_labeled(
+    dataset_id: int, plans: dict, configuration: str, num_processes: int, verbose: bool, show_progress_bar: bool
+) -> None:
+    """nnU-Net's preprocessing of one configuration; where it fails, it leaves no folder with a part of the cases."""
+    preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
+    folder = preprocessed / PlansManager(plans).get_configuration(configuration).data_identifier
+    try:
+        with _in_one_line(folder):
+            preprocess_dataset(
+                dataset_id, plans["plans_name"], [configuration], [num_processes], verbose, show_progress_bar
+            )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _in_one_line(place: Path) -> Iterator[None]:
+    """What nnU-Net says where the disk is full or a process was killed, in one line."""
+    try:
+        yield
+    except Exception as e:
+        blame_the_disk(e, place)
+        with killed_workers(place):
+            if isinstance(e, RuntimeError) and "background" in str(e):  # nnU-Net's word for workers
+                raise BrokenProcessPool from None
+            raise
 
 
 def find_planner(name: str) -> type[ExperimentPlanner]:

@@ -65,7 +65,7 @@ def in_threads() -> Iterator[None]:
         DatasetFingerprintExtractor,
     )
 
-    from nnunet_semiseg.data import unlabeled
+    from nnunet_semiseg.data import labeled, preprocessed, unlabeled
 
     run_jobs, extract = unlabeled.run_jobs, DatasetFingerprintExtractor.run
 
@@ -77,7 +77,8 @@ def in_threads() -> Iterator[None]:
         patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
         patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         patch.setattr(DatasetFingerprintExtractor, "run", extract_few)
-        patch.setattr(unlabeled, "run_jobs", lambda function, jobs, num_processes: run_jobs(function, jobs, 0))
+        for module in (labeled, preprocessed, unlabeled):
+            patch.setattr(module, "run_jobs", lambda function, jobs, num_processes: run_jobs(function, jobs, 0))
         yield
 
 

@@ -14,10 +14,14 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
 )
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from training import make_trainer
 
 from nnunet_semiseg.discovery import iter_classes
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.planning import SemiSegMemory, find_planner, plan_and_preprocess, read_plans
+from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.trainers.urpc import URPCTrainer
 
 PLANNERS = {
     "SemiSegPlanner": ("nnUNetSemiSegPlans", 8),
@@ -417,3 +421,40 @@ def test_a_dataset_without_unlabelled_cases(tiny_dataset):
     assert plans["plans_name"] == "nnUNetSemiSegSmallPlans"
     assert sorted(f.stem for f in dataset.preprocessed.glob("*_3d_fullres/*.pkl")) == ["tr_000", "tr_001", "tr_002"]
     assert not list(dataset.preprocessed.glob("*__unlabeled*"))
+
+
+# --- tiny images
+
+
+def of_shape(dataset, shape):
+    rng = np.random.default_rng(0)
+    for file in dataset.raw.glob("*/*.nii.gz"):
+        image = rng.normal(100, 9, shape).astype(np.float32)
+        write_image((image > 100).astype(np.uint8) if "labels" in file.parent.name else image, file)
+    return dataset
+
+
+def test_a_network_of_two_stages_has_one_output_of_weight_1(tiny_dataset, monkeypatch):
+    """nnU-Net gives the last of several outputs the weight 0; of one output that is 0 / 0."""
+    dataset = of_shape(tiny_dataset(labeled=2, unlabeled=2, size=6), (12, 14, 16))
+    plans = dataset.plan()
+    assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["n_stages"] == 2
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    for trainer_class in (MeanTeacherTrainer, SupervisedTrainer, URPCTrainer):
+        trainer = make_trainer(trainer_class, dataset)
+        trainer.initialize()
+        assert trainer.loss.weight_factors == (1.0,)
+        logits, target = [torch.zeros(1, 3, 12, 14, 16)], [torch.zeros(1, 1, 12, 14, 16)]
+        assert trainer.loss(logits, target).item() == pytest.approx(
+            np.log(3) + trainer.loss.loss.dc(logits[0], target[0]).item()
+        )
+
+
+@pytest.mark.parametrize("planner", ["SemiSegPlannerSmall", "SemiSegPlanner"])
+def test_images_too_small_for_a_u_net_are_refused(tiny_dataset, planner):
+    dataset = of_shape(tiny_dataset(labeled=2, unlabeled=2, size=6), (6, 7, 6))
+    with pytest.raises(
+        UserError, match="^plans .*: 3d_fullres: the images are too small for a U-Net, .* 6 x 7 x 6|6 x 6"
+    ):
+        dataset.plan(planner)
+    assert not list(dataset.preprocessed.glob("*_3d_fullres"))

@@ -1,10 +1,10 @@
-"""What can be wrong with an unlabelled image: each problem in one line, with the file and the fix."""
+"""What can be wrong with an image or a label: each problem in one line, with the file and the fix."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,28 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_semiseg.data.empty_channels import TOLERANCE
 from nnunet_semiseg.data.headers import header_problem
 
 IMAGES_FOLDER = "imagesUn"
-TAKE_OUT = f"replace the image or take its case out of {IMAGES_FOLDER}"
+ROUNDING = 1e-5
+"""by which resampling changes a constant"""
+LARGEST_RATIO = 20
+"""of the spread of an image's preprocessed values and that of the labelled images'; an image of which nearly all
+voxels are one value, since one voxel has another magnitude, comes to hundreds"""
+
+
+def take_out(file: str) -> str:
+    """The fix where nothing better is known."""
+    folder = Path(file).parent.name
+    what = "label" if folder.startswith("labels") else "image"
+    return f"replace the {what} or take its case out of {folder}"
 
 
 def header_problems(images: list[str], reader: type) -> list[str]:
-    """Headers that cannot be read, and channels whose geometry differs from the first one's."""
+    """Headers that cannot be read or trusted, and channels (or a label) whose geometry differs from the first one's."""
     found = [(image, header_problem(Path(image), Path(image).parent)) for image in images]
-    if wrong := [f"{image}: {problem}; {TAKE_OUT}" for image, problem in found if problem]:
+    if wrong := [f"{image}: {problem}; {take_out(image)}" for image, problem in found if problem]:
         return wrong
     if not issubclass(reader, SimpleITKIO):
         return []  # the other readers compare channels themselves
@@ -33,7 +45,7 @@ def header_problems(images: list[str], reader: type) -> list[str]:
         try:
             header.ReadImageInformation()
         except RuntimeError as e:
-            problems.append(f"{image}: cannot be read ({one_line_of(e)}): {TAKE_OUT}")
+            problems.append(f"{image}: cannot be read ({one_line_of(e)}): {take_out(image)}")
             continue
         headers[image] = header
     for image, header in headers.items():
@@ -41,7 +53,7 @@ def header_problems(images: list[str], reader: type) -> list[str]:
         if difference := geometry_difference(header, expected):
             problems.append(
                 f"{image}: {difference} in {Path(first).name}: "
-                f"resample it to that grid or take its case out of {IMAGES_FOLDER}"
+                f"resample it to that grid or take its case out of {Path(image).parent.name}"
             )
     return problems
 
@@ -49,9 +61,11 @@ def header_problems(images: list[str], reader: type) -> list[str]:
 def geometry_difference(image, expected) -> str | None:
     """In which way the grids of two images (or headers) of SimpleITK's differ, or None.
 
-    nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files.
+    nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files: the first may be off
+    by a hundredth of a voxel.
     """
-    for kind, atol in {"Size": 0, "Spacing": 1e-8, "Origin": 1e-3, "Direction": 1e-3}.items():
+    origin = 0.01 * min(expected.GetSpacing())
+    for kind, atol in {"Size": 0, "Spacing": 1e-8, "Origin": origin, "Direction": 1e-3}.items():
         value, wanted = (getattr(i, f"Get{kind}")() for i in (image, expected))
         if len(value) != len(wanted) or not np.allclose(value, wanted, atol=atol):
             return f"{kind.lower()} {_numbers(value)} differs from {_numbers(wanted)}"
@@ -67,21 +81,110 @@ def nifti_damage(image: str | Path) -> str | None:
         voxels = nifti.dataobj.get_unscaled()
     except Exception as e:  # of many kinds, by what is damaged
         return f"cannot be read ({one_line_of(e)})"
+    if np.iscomplexobj(voxels):
+        return "its voxels are complex numbers"
     return _not_finite(voxels) if np.issubdtype(voxels.dtype, np.floating) else None
 
 
 def intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
-    """Channels (C, *S), as read, that are constant or not finite, or of a wrong number; see `missing_channels`."""
+    """Channels (C, *S), as read, that are constant, not finite or too large, or of a wrong number.
+
+    A channel that the case lacks may be constant; see `missing_channels`.
+    """
     if len(data) != len(channels):
-        return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {TAKE_OUT}"]
+        return [f"{images[0]}: {len(data)} channels, but dataset.json names {len(channels)}: {take_out(images[0])}"]
     problems, missing = [], missing_channels(data, channels)
     for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
-        file = images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
+        file, fix = _file_of(i, name, images, channels), take_out(images[0])
+        with np.errstate(all="ignore"):
+            channel = np.asarray(channel, np.float32)  # what nnU-Net works with
+            deviation = channel.std()
         if damage := _not_finite(channel):
-            problems.append(f"{file}: {damage}: {TAKE_OUT}")
-        if name not in missing and channel.min() == channel.max():
-            problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {TAKE_OUT}")
+            problems.append(f"{file}: {damage}, as 32-bit numbers: {fix}")
+        elif name not in missing and channel.min() == channel.max():
+            problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {fix}")
+        elif not np.isfinite(deviation):
+            extremes = f"values from {channel.min():g} to {channel.max():g}"
+            problems.append(f"{file}: {extremes}, whose variance is no 32-bit number: {fix}")
     return problems
+
+
+def preprocessed_problems(
+    data: np.ndarray, images: list[str], channels: list[str], nothing: Sequence[float]
+) -> list[str]:
+    """Channels (C, *S), as they come out of preprocessing, that are constant or not finite.
+
+    Args:
+        images: the files that they were made from.
+        nothing: what a channel that the case lacks becomes; see `values_of_nothing`.
+    """
+    problems, spreads = [], spread(data)
+    for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
+        file, fix = _file_of(i, name, images, channels), take_out(images[0])
+        if damage := _not_finite(channel):
+            problems.append(f"{file}: {damage} after preprocessing: {fix}")
+        elif np.ptp(channel) < ROUNDING:
+            is_missing = np.isclose(channel.flat[0], nothing[i], atol=TOLERANCE) and any(spreads)
+            if not is_missing:
+                problems.append(f"{file}: constant after preprocessing, every voxel is {channel.flat[0]:g}: {fix}")
+    return problems
+
+
+def spread(data: np.ndarray) -> list[float]:
+    """The mean distance from the mean in each channel (C, *S); 0 where it is rounding alone.
+
+    The standard deviation would not do, as z-scores make it 1, also where all but one voxel are equal.
+    """
+    with np.errstate(all="ignore"):
+        distances = (float(np.abs(channel - channel.mean()).mean()) for channel in data)
+        return [0.0 if distance < ROUNDING else distance for distance in distances]
+
+
+def spread_problems(
+    spreads: Sequence[float], images: list[str], channels: list[str], usual: Sequence[float] | None
+) -> list[str]:
+    """Channels whose preprocessed values spread far more or far less than those of the labelled images.
+
+    Args:
+        spreads: see `spread`; 0 is a channel that the case lacks.
+        usual: the labelled images'; None: not known.
+    """
+    problems = []
+    for i, (name, expected) in enumerate(zip(channels, usual or (), strict=False)):
+        ratio = spreads[i] / expected if expected else 0
+        if ratio and not 1 / LARGEST_RATIO < ratio < LARGEST_RATIO:
+            problems.append(
+                f"{_file_of(i, name, images, channels)}: after preprocessing, its values spread {ratio:.2g} times as"
+                " much as those of labelled images (another unit, or single voxels of another magnitude?):"
+                f" {take_out(images[0])}"
+            )
+    return problems
+
+
+def label_problems(seg: np.ndarray, label: str, shape: Sequence[int], values: Iterable[int]) -> list[str]:
+    """What is wrong with a label (1, *S), as read.
+
+    Args:
+        shape: the image's.
+        values: those that dataset.json names.
+    """
+    if seg.shape != (1, *shape):
+        what = f"size {_numbers(seg.shape)} differs from {_numbers((1, *shape))}, that of the image"
+        return [f"{label}: {what}: {take_out(label)}"]
+    if damage := _not_finite(seg):
+        return [f"{label}: {damage}: {take_out(label)}"]
+    found = np.unique(seg)
+    unknown = found[~np.isin(found, list(values))]
+    if broken := [v for v in unknown if v != np.round(v)]:
+        return [f"{label}: {broken[0]:g} is no whole number: round the label's values"]
+    if len(unknown):
+        named = ", ".join(map(str, sorted(values)))
+        return [f"{label}: has the value {unknown[0]:g}, but dataset.json names {named}: correct one of them"]
+    return []
+
+
+def _file_of(i: int, name: str, images: list[str], channels: list[str]) -> str:
+    return images[i] if len(images) == len(channels) else f"{images[0]} (channel {name})"
 
 
 def _not_finite(voxels: np.ndarray) -> str | None:
@@ -106,7 +209,7 @@ def reading_problems(images: list[str], reader: type) -> list[str]:
                 reader().read_images(files)
         except Exception as e:
             detail = printed.getvalue().partition("\n")[0] or one_line_of(e)  # nnU-Net's readers print
-            return [f"{', '.join(files)}: cannot be read ({detail}): {TAKE_OUT}"]
+            return [f"{', '.join(files)}: cannot be read ({detail}): {take_out(files[0])}"]
     return []
 
 

@@ -9,62 +9,47 @@ No label is looked for, here or anywhere.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnunet_semiseg.data.empty_channels import values_of_nothing
 from nnunet_semiseg.data.headers import flat_problem
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
-    TAKE_OUT,
     header_problems,
     intensity_problems,
     missing_channels,
     nifti_damage,
+    preprocessed_problems,
     reading_problems,
+    spread,
+    spread_problems,
+    take_out,
 )
+from nnunet_semiseg.data.labeled import channel_names, labeled_images
+from nnunet_semiseg.data.plans_hash import plans_hash
+from nnunet_semiseg.data.preprocessed import SUFFIXES, blame_the_disk, look_at_labeled, opens, read_arrays, sizes_of
+from nnunet_semiseg.data.stamps import Stamp, all_renewed, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, only_one, read_json, write_json
-from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.files import DiskError, dataset_folder, disk_error, disk_errors, only_one, read_json, write_json
+from nnunet_semiseg.parallel import killed_workers, run_jobs
 from nnunet_semiseg.schema import check, check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
-_SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the last one makes a case whole
-_PLANS_KEYS = ("image_reader_writer", "transpose_forward")
-_CONFIGURATION_KEYS = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
-MANIFEST = {"plans_hash": str, "cases": dict[str, list[list]]}
+MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
-
-
-def plans_hash(plans: dict, configuration: str) -> str:
-    """A hash of all that determines preprocessed voxels and of nothing else (patch, network, settings)."""
-    manager = PlansManager(plans)
-    resolved = manager.get_configuration(configuration).configuration
-    content = {key: plans[key] for key in _PLANS_KEYS} | {key: resolved[key] for key in _CONFIGURATION_KEYS}
-    content["intensities"] = manager.foreground_intensity_properties_per_channel
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
@@ -133,13 +118,15 @@ def preprocess_unlabeled(
 ) -> None:
     """Preprocess the images in ``imagesUn`` as nnU-Net would; cases that are whole and fresh are left alone.
 
+    Before that it looks at the labelled cases, where they are preprocessed; see `look_at_labeled`.
+
     Args:
         num_processes: one number, or one for each configuration; 0 works in this process.
         clean: begin anew.
 
     Raises:
-        UserError: no such dataset or plans; what `find_unlabeled_cases` refuses; bad images, one line for
-            each, after all good cases are done; a killed worker.
+        UserError: no such dataset or plans; what `find_unlabeled_cases` and `look_at_labeled` refuse; bad images, one
+            line for each, after all good cases are done; a killed worker; a full disk.
     """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans_file = preprocessed / f"{plans_name}.json"
@@ -160,9 +147,11 @@ def preprocess_unlabeled(
         if configuration in known:
             check_configuration(plans, configuration, plans_file, f"plan again with {plan}")
             folder, _ = _output(preprocessed, plans, configuration)
-            with only_one(folder.with_name(f"{folder.name}.lock"), "preprocesses these unlabelled cases"):
+            lock = folder.with_name(f"{folder.name}.lock")
+            with only_one(lock, "preprocesses these unlabelled cases"), disk_errors(folder), killed_workers(folder):
+                usual = look_at_labeled(raw, preprocessed, plans, configuration, n)
                 _preprocess_configuration(
-                    cases, preprocessed, plans, configuration, dataset_json, n, clean, show_progress_bar, verbose
+                    cases, preprocessed, plans, configuration, dataset_json, usual, n, clean, show_progress_bar, verbose
                 )
         else:
             print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
@@ -189,41 +178,42 @@ def load_manifest(
         raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
     manifest = read_json(manifest_file, fix)
     check(manifest, MANIFEST, manifest_file, fix)
+    try:
+        cases = {case: entry["sizes"] for case, entry in manifest["cases"].items() if entry["images"]}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{manifest_file}: damaged, or written by another version of nnunet_semiseg: {fix}") from None
     if manifest["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
-    cases: dict[str, list] = manifest["cases"]
-    present = set(os.listdir(folder)) if folder.is_dir() else set()
-    for file in (case + suffix for case in cases for suffix in _SUFFIXES):
-        if file not in present:
-            raise UserError(f"{folder / file}: missing: {fix}")
+    present = {file.name: file.stat().st_size for file in os.scandir(folder)} if folder.is_dir() else {}
+    for case, sizes in cases.items():
+        for suffix, size in zip(SUFFIXES, sizes, strict=True):
+            file = case + suffix
+            if file not in present:
+                raise UserError(f"{folder / file}: missing: {fix}")
+            if present[file] != size:
+                raise UserError(f"{folder / file}: damaged, it has {present[file]} bytes and had {size}: {fix}")
     if raw and images and images.is_dir():
         found = find_unlabeled_cases(raw, read_dataset_json(raw))
         for case in sorted(found.keys() ^ cases.keys()):
             what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
             raise UserError(f"{images}: case {case} {what}: {fix}")
-        for case, files in found.items():  # a copy of the data has other times of modification
-            if [file[:2] for file in _signature(files)] != [file[:2] for file in cases[case]]:
-                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
+        _compare_images(manifest_file, manifest, found, fix)
     return str(folder), list(cases)
 
 
-def channel_names(dataset_json: dict) -> list[str]:
-    """The channels' names in their order; old datasets have them under `modality`."""
-    return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
-
-
-def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes."""
-    raw = str(raw_dataset_folder)
-    if "dataset" in dataset_json:
-        entries = dataset_json["dataset"].items()
-        return {case: [os.path.join(raw, os.path.expandvars(i)) for i in e["images"]] for case, e in entries}
-    folder, ending = os.path.join(raw, "imagesTr"), dataset_json["file_ending"]
-    cases: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        if name.endswith(ending):
-            cases.setdefault(name[: -len(ending) - 5], []).append(os.path.join(folder, name))
-    return cases
+def _compare_images(manifest_file: Path, manifest: dict, found: dict[str, list[str]], fix: str) -> None:
+    """Refuse images that are not those of the manifest; where they were only copied, it is given their times."""
+    entries, has_copies = manifest["cases"], False
+    for case, files in found.items():
+        old = entries[case]["images"]
+        now = all_renewed(old, files)
+        if now is None:
+            raise UserError(f"{Path(files[0]).parent}: case {case} is not the image that was preprocessed: {fix}")
+        has_copies |= now != old
+        entries[case]["images"] = now
+    if has_copies:  # so that the next start need not read them again; where it cannot be written, it does
+        with contextlib.suppress(UserError):
+            write_json(manifest, manifest_file)
 
 
 def _number(dataset: int | str) -> int | str:
@@ -237,19 +227,19 @@ def _output(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, 
 
 
 def _preprocess_configuration(
-    cases, preprocessed, plans, configuration, dataset_json, num_processes, clean, show_progress_bar, verbose
+    cases, preprocessed, plans, configuration, dataset_json, usual, num_processes, clean, show_progress_bar, verbose
 ) -> None:
     folder, manifest_file = _output(preprocessed, plans, configuration)
     staging = folder.with_name(folder.name + ".tmp")
     digest = plans_hash(plans, configuration)
-    stamps = {case: {"plans_hash": digest, "images": _signature(images)} for case, images in cases.items()}
 
     if clean:
         manifest_file.unlink(missing_ok=True)  # first: it must never vouch for a folder that is being emptied
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [case for case, stamp in stamps.items() if not _is_whole(folder, case, stamp)]
-    expected = {case + suffix for case in cases for suffix in _SUFFIXES}
+    stamps = {case: _stamps_of_whole(folder, case, images, digest) for case, images in cases.items()}
+    todo = [case for case, known in stamps.items() if known is None]
+    expected = {case + suffix for case in cases for suffix in SUFFIXES}
     leftovers = [file for file in folder.iterdir() if file.name not in expected]
     if todo or leftovers:
         manifest_file.unlink(missing_ok=True)
@@ -258,23 +248,17 @@ def _preprocess_configuration(
 
     print(f"{configuration}: {len(cases)} unlabelled cases, {len(todo)} of them to preprocess")
     jobs = [
-        (case, cases[case], stamps[case], staging / case, folder, plans, configuration, dataset_json, verbose)
-        for case in todo
+        (case, cases[case], staging / case, folder, plans, configuration, dataset_json, usual, verbose) for case in todo
     ]
     problems: dict[str, list[str]] = {}
     missing: dict[str, list[str]] = {}
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
     try:
         with contextlib.closing(run_jobs(_preprocess_case, jobs, num_processes)) as results:
-            for case, lines, channels in tqdm(
+            for case, lines, channels, made_of in tqdm(
                 results, "Unlabelled cases", len(jobs), disable=not (jobs and show_progress_bar)
             ):
-                problems[case], missing[case] = lines, channels
-    except BrokenProcessPool:
-        raise UserError(
-            f"{folder}: a preprocessing worker was killed, probably for want of memory: run the same command "
-            f"again, with a smaller -np; what is done is kept"
-        ) from None
+                problems[case], missing[case], stamps[case] = lines, channels, made_of
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     lines = [line for case in sorted(problems) for line in problems[case]]
@@ -282,41 +266,53 @@ def _preprocess_configuration(
         raise UserError("\n".join(lines))
     for case in sorted(case for case, channels in missing.items() if channels):
         print(f"{case}: {', '.join(missing[case])} is 0 everywhere: taken for a channel that this case lacks")
-    images = {case: stamps[case]["images"] for case in sorted(cases)}
-    write_json({"plans_hash": digest, "cases": images}, manifest_file)
+    entries = {case: {"images": stamps[case], "sizes": sizes_of(folder, case)} for case in sorted(cases)}
+    write_json({"plans_hash": digest, "cases": entries}, manifest_file)
 
 
 def _preprocess_case(
     case: str,
     images: list[str],
-    stamp: dict,
     staging: Path,
     folder: Path,
     plans: dict,
     configuration: str,
     dataset_json: dict,
+    usual: list[float] | None,
     verbose: bool,
-) -> tuple[str, list[str], list[str]]:
-    """Preprocess one case; then what is wrong with its images, one line each, and the names of channels it lacks."""
+) -> tuple[str, list[str], list[str], list[Stamp]]:
+    """Preprocess one case.
+
+    Returns:
+        The case; what is wrong with its images, one line each; the names of channels it lacks; its images' stamps.
+    """
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
     reader = plans_manager.image_reader_writer_class
+    channels, stamps = channel_names(dataset_json), [stamp(i) for i in images]  # before they are read
     problems = header_problems(images, reader)
-    problems = problems or [f"{i}: {damage}: {TAKE_OUT}" for i in images if (damage := nifti_damage(i))]
+    problems = problems or [f"{i}: {damage}: {take_out(i)}" for i in images if (damage := nifti_damage(i))]
     missing: list[str] = []
     if problems:
-        return case, problems, missing
+        return case, problems, missing, stamps
+    nothing, made = values_of_nothing(plans_manager, configuration_manager), []
 
     class Unlabeled(configuration_manager.preprocessor_class):
         def run_case_npy(self, data, *args, **kwargs):
-            problems.extend(intensity_problems(data, images, channel_names(dataset_json)))
+            problems.extend(intensity_problems(data, images, channels))
             if flat := flat_problem(data.shape[1:], plans):
-                problems.append(f"{images[0]}: {flat}: {TAKE_OUT}")
+                problems.append(f"{images[0]}: {flat}: {take_out(images[0])}")
             if problems:
                 raise UserError(problems[0])
-            missing.extend(missing_channels(data, channel_names(dataset_json)))
+            missing.extend(missing_channels(data, channels))
             data, seg, properties = super().run_case_npy(data, *args, **kwargs)
-            return data, seg, {**properties, "class_locations": {}, PROPERTIES_KEY: stamp}
+            problems.extend(preprocessed_problems(data, images, channels, nothing))
+            problems.extend([] if problems else spread_problems(spread(data), images, channels, usual))
+            if problems:
+                raise UserError(problems[0])
+            made.extend([data, seg])
+            about = {"plans_hash": plans_hash(plans, configuration), "images": stamps}
+            return data, seg, {**properties, "class_locations": {}, PROPERTIES_KEY: about}
 
     staging.mkdir(parents=True)
     printed = io.StringIO()
@@ -330,29 +326,42 @@ def _preprocess_case(
                 configuration_manager,
                 dataset_json,
             )
+        _read_back(staging, case, made)
         # out with an old .pkl before the data changes, in with the new one after
-        (folder / (case + _SUFFIXES[-1])).unlink(missing_ok=True)
-        for suffix in _SUFFIXES:
+        (folder / (case + SUFFIXES[-1])).unlink(missing_ok=True)
+        for suffix in SUFFIXES:
             os.replace(staging / (case + suffix), folder / (case + suffix))
+    except DiskError:
+        raise
     except UserError:  # what it says is in problems
         pass
-    except Exception:
+    except Exception as e:
+        if made:  # the images were read: it is the disk's fault, or ours
+            blame_the_disk(e, folder / case)
+            raise
         problems.extend(reading_problems(images, reader))
         if not problems:
             raise  # not the images' fault
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return case, problems, missing
+    return case, problems, missing, stamps
 
 
-def _signature(images: list[str]) -> list[list]:
-    return [[Path(i).name, os.stat(i).st_size, os.stat(i).st_mtime_ns] for i in images]
-
-
-def _is_whole(folder: Path, case: str, stamp: dict) -> bool:
-    if not all((folder / (case + suffix)).is_file() for suffix in _SUFFIXES):
-        return False
+def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
+    """Raises DiskError where the files do not hold what was made: not everything says that a disk is full."""
     try:
-        return load_pickle(str(folder / f"{case}.pkl")).get(PROPERTIES_KEY) == stamp
+        written = read_arrays(folder, case)
+    except UserError as e:
+        raise disk_error(folder / case, str(e)) from None
+    if not all(map(np.array_equal, written, made)):
+        raise disk_error(folder / case, "what can be read from it is not what was written")
+
+
+def _stamps_of_whole(folder: Path, case: str, images: list[str], digest: str) -> list[Stamp] | None:
+    """The images' stamps of now where the case is whole and made of them, for these plans; else None."""
+    try:
+        about = load_pickle(str(folder / f"{case}.pkl"))[PROPERTIES_KEY]
+        whole = about["plans_hash"] == digest and all(opens(folder / (case + suffix)) for suffix in SUFFIXES[:2])
+        return all_renewed(about["images"], images) if whole else None
     except Exception:  # a damaged pickle raises nearly anything
-        return False
+        return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from os.path import isdir, isfile, join
 from pathlib import Path
 
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_semiseg.data.preprocessed import check_labeled_data
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.schema import read_splits
 
@@ -16,7 +18,8 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
     """Refuse a fold that has no labelled case to train on, in the terms of nnU-Net's `do_split`.
 
     Raises:
-        UserError: the labelled data is not preprocessed, the fold is empty, or its cases are not there.
+        UserError: the labelled data is not preprocessed, the fold is empty, or its cases are not there; what
+            `check_labeled_data` refuses.
     """
     name = plans["dataset_name"]
     folder = join(preprocessed_folder_base, PlansManager(plans).get_configuration(configuration).data_identifier)
@@ -50,6 +53,24 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
             training = cases
     if not training:
         raise UserError(f"{folder}: fold {fold} has no labelled case to train on; use fold all")
+    raw = Path(os.environ["nnUNet_raw"], name) if os.environ.get("nnUNet_raw") else None
+    has_raw = raw is not None and (raw / "dataset.json").is_file()
+    check_labeled_data(Path(preprocessed_folder_base), raw if has_raw else None, plans, configuration)
+
+
+def check_depth(plans: dict, configuration: str) -> None:
+    """Refuse a network without a decoder: nnU-Net halves no axis of less than 8 voxels.
+
+    Raises:
+        UserError: the network has one stage.
+    """
+    manager = PlansManager(plans).get_configuration(configuration)
+    if len(manager.pool_op_kernel_sizes) == 1:
+        raise UserError(
+            f"plans {plans['plans_name']}: {configuration}: the images are too small for a U-Net, its patch is"
+            f" {' x '.join(map(str, manager.patch_size))}, and nnU-Net needs an axis of 8 voxels or more: choose"
+            " another configuration with -c, or resample the images to a smaller spacing"
+        )
 
 
 def _id(dataset_name: str) -> int:

@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from os.path import join
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_args
 
+import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -27,6 +29,7 @@ from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
 from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import repeatable
+from nnunet_semiseg.training.checks import check_depth, check_labeled_cases
 from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
@@ -96,14 +99,25 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             predictor.
 
         Raises:
-            UserError: plans or `dataset.json` are damaged; no such configuration.
+            UserError: plans or `dataset.json` are damaged; no such configuration; what `check_labeled_cases` and
+                `check_depth` refuse.
         """
         about = Path(dataset_json_file(plans))
         file, fix = about.with_name(f"{plans.get('plans_name')}.json"), PLAN_AGAIN
         check(plans, PLANS, file, fix)
         check_configuration(plans, configuration, file, fix)
         check_dataset_json(dataset_json, about)
+        check_depth(plans, configuration)
+        check_labeled_cases(join(nnUNet_preprocessed, plans["dataset_name"]), plans, configuration, fold)
         return plans
+
+    def _build_loss(self):
+        with np.errstate(invalid="ignore"):
+            loss: Any = super()._build_loss()
+        if self.enable_deep_supervision and len(loss.weight_factors) == 1:
+            # a network of two stages has one output, which is nnU-Net's last one, of weight 0: it gets 0 / 0
+            loss.weight_factors = (1.0,)
+        return loss
 
     @property
     def bare_network(self) -> Any:

@@ -23,7 +23,6 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.training.batch import Batch
-from nnunet_semiseg.training.checks import check_labeled_cases
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 from nnunet_semiseg.training.passes import run_sample_by_sample
 from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
@@ -90,8 +89,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
         self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
-        check_labeled_cases(base, plans, configuration, fold)
-        return plans
+        return super().prepare(plans, configuration, fold, dataset_json)
 
     @classmethod
     def adapt_network(cls, network: Any, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:

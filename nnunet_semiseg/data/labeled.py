@@ -1,0 +1,109 @@
+"""Labelled cases: which files they have, and a look at these before anything is made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+from nnunet_semiseg.data.image_problems import (
+    header_problems,
+    intensity_problems,
+    label_problems,
+    nifti_damage,
+    reading_problems,
+    take_out,
+)
+from nnunet_semiseg.data.records import known_stamps
+from nnunet_semiseg.data.stamps import stamp
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.parallel import run_jobs
+
+
+def channel_names(dataset_json: dict) -> list[str]:
+    """The channels' names in their order; old datasets have them under `modality`."""
+    return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
+
+
+def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
+    """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes."""
+    raw = str(raw_dataset_folder)
+    if "dataset" in dataset_json:
+        entries = dataset_json["dataset"].items()
+        return {case: [os.path.join(raw, os.path.expandvars(i)) for i in e["images"]] for case, e in entries}
+    folder, ending = os.path.join(raw, "imagesTr"), dataset_json["file_ending"]
+    cases: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        if name.endswith(ending):
+            cases.setdefault(name[: -len(ending) - 5], []).append(os.path.join(folder, name))
+    return cases
+
+
+def labeled_files(raw: str | Path, dataset_json: dict) -> dict[str, list[str]]:
+    """The files of each labelled case: its images, then its label."""
+    if "dataset" in dataset_json:
+        labels = {case: os.path.expandvars(e["label"]) for case, e in dataset_json["dataset"].items()}
+    else:
+        labels = {case: f"labelsTr/{case}{dataset_json['file_ending']}" for case in labeled_images(raw, dataset_json)}
+    return {case: [*i, os.path.join(raw, labels[case])] for case, i in labeled_images(raw, dataset_json).items()}
+
+
+def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_processes: int) -> dict[str, list]:
+    """Look at all labelled images and labels that are not known from before.
+
+    Returns:
+        Case to the stamps of its files.
+
+    Raises:
+        UserError: a missing label; damaged files, labels that do not fit; one line for each.
+    """
+    cases = labeled_files(raw, dataset_json)
+    if missing := [files[-1] for files in cases.values() if not os.path.isfile(files[-1])]:
+        what = "no such file: put the label there, or move the case's images to imagesUn"
+        raise UserError("\n".join(f"{label}: {what}" for label in missing))
+    stamps = known_stamps(preprocessed, cases)
+    example = next(iter(cases.values()))[0]
+    reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    jobs = [(case, cases[case], reader, dataset_json) for case in cases if case not in stamps]
+    problems, empty = {}, []
+    for case, found, is_empty, now in run_jobs(_inspect_case, jobs, num_processes):
+        problems[case], stamps[case] = found, now
+        empty += [case] if is_empty else []
+    if lines := [line for case in sorted(problems) for line in problems[case]]:
+        raise UserError("\n".join(lines))
+    if len(empty) == len(cases):
+        raise UserError(f"{Path(example).parent}: all labels are empty: at least one must have a voxel of a class")
+    return stamps
+
+
+def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict) -> tuple[str, list[str], bool, list]:
+    """What is wrong with a case, one line each; whether its label is empty; the stamps of its files."""
+    *images, label = files
+    stamps = [stamp(file) for file in files]
+    problems = header_problems(files, reader)
+    problems = problems or [f"{f}: {damage}: {take_out(f)}" for f in files if (damage := nifti_damage(f))]
+    if problems:
+        return case, problems, False, stamps
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            data, about = reader().read_images(images)
+            seg, about_label = reader().read_seg(label)
+    except Exception:  # of many kinds, by what is damaged
+        if problems := reading_problems(images, reader) + reading_problems([label], reader):
+            return case, problems, False, stamps
+        raise
+    problems += intensity_problems(data, images, channel_names(dataset_json))
+    problems += label_problems(seg, label, data.shape[1:], label_values(dataset_json))
+    if not np.allclose(about["spacing"], about_label["spacing"]):
+        problems.append(f"{label}: spacing {about_label['spacing']} differs from {about['spacing']}: {take_out(label)}")
+    return case, problems, not (seg > 0).any(), stamps
+
+
+def label_values(dataset_json: dict) -> set[int]:
+    """All values that dataset.json names, the ignored one included."""
+    values = dataset_json["labels"].values()
+    return {int(v) for value in values for v in (value if isinstance(value, (list, tuple)) else [value])}

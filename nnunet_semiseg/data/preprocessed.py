@@ -1,0 +1,277 @@
+"""Preprocessed labelled cases: a look at what nnU-Net has made, and whether it still holds when a training starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_semiseg.data.empty_channels import values_of_nothing
+from nnunet_semiseg.data.image_problems import one_line_of, preprocessed_problems, spread, spread_problems
+from nnunet_semiseg.data.labeled import channel_names, inspect_labeled, labeled_files
+from nnunet_semiseg.data.plans_hash import plans_hash
+from nnunet_semiseg.data.records import FINGERPRINT, contents, read_record, record_file, usual_spread, write_record
+from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import NOT_WRITABLE, disk_error, read_json, written_whole
+from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.schema import read_dataset_json
+
+SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+"""the files of a preprocessed case; nnU-Net writes the last one last"""
+REFERENCES = "gt_segmentations"
+"""nnU-Net's copies of the labels, which validation and `compare` read"""
+
+
+def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
+    """Image (C, *S) and segmentation (1, *S) of a preprocessed case, read whole.
+
+    Raises:
+        UserError: a file that is missing or damaged, without what to do.
+    """
+    arrays = []
+    for suffix in SUFFIXES:
+        file = folder / (case + suffix)
+        try:
+            if suffix == ".pkl":
+                load_pickle(str(file))
+            else:
+                array: Any = blosc2.open(str(file), mode="r")
+                arrays.append(array[:])
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file") from None
+        except Exception as e:  # a damaged file raises nearly anything
+            raise UserError(f"{file}: half-written or damaged ({one_line_of(e)})") from None
+    return arrays
+
+
+def blame_the_disk(error: Exception, place: Path) -> None:
+    """Raises DiskError where an error is the disk's; blosc2's says no more than that there is one."""
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        raise disk_error(place, str(error.strerror)) from None
+    if isinstance(error, RuntimeError) and "NDArray" in str(error):
+        free = shutil.disk_usage(place.parent).free / 2**20
+        raise disk_error(place, f"{one_line_of(error)}, {free:.1f} MiB are free") from None
+
+
+def opens(file: Path) -> bool:
+    """Whether an array's file is there and not cut off; its header and its end are read, no voxel is."""
+    try:
+        blosc2.open(str(file), mode="r")
+        return True
+    except Exception:  # of several kinds
+        return False
+
+
+def look_at_labeled(
+    raw: Path, preprocessed: Path, plans: dict, configuration: str, num_processes: int
+) -> list[float] | None:
+    """Look at what nnU-Net has made of the labelled cases, correct its copies of the labels, and write the record.
+
+    Returns:
+        The usual spread of each channel's values; None where the labelled cases are not preprocessed yet.
+
+    Raises:
+        UserError: see `inspect_labeled`; a case that is not preprocessed, half-written, or made from other files than
+            there are; values with which nothing can be learnt, and the preprocessed files are removed. One line for
+            each.
+    """
+    name = PlansManager(plans).get_configuration(configuration).data_identifier
+    folder, dataset_json = preprocessed / name, read_dataset_json(raw)
+    if not folder.is_dir():
+        return None
+    stamps, files = inspect_labeled(raw, preprocessed, dataset_json, num_processes), labeled_files(raw, dataset_json)
+    (preprocessed / REFERENCES).mkdir(exist_ok=True)
+    before, digest_now = read_record(preprocessed, name), plans_hash(plans, configuration)
+    same_plans = before["plans_hash"] == digest_now
+    known = before["cases"] if same_plans else {}
+    # what was recorded for other plans and is not newer is of these other plans
+    since = 0 if same_plans or not before["cases"] else record_file(preprocessed, name).stat().st_mtime_ns
+    cases, problems = {}, []
+    for case, (*_, label) in files.items():
+        copy_label(label, preprocessed / REFERENCES / (case + dataset_json["file_ending"]), stamps[case][-1])
+        entry = known.get(case)
+        if entry and contents(entry["files"]) == contents(stamps[case]) and entry["sizes"] == sizes_of(folder, case):
+            cases[case] = entry | {"files": stamps[case]}
+    jobs = [
+        (case, files[case], stamps[case], since, folder, plans, configuration, dataset_json)
+        for case in files
+        if case not in cases
+    ]
+    for case, entry, found in run_jobs(_look_at, jobs, num_processes):
+        cases[case] = entry
+        problems += found
+    record = {"plans_hash": digest_now, "cases": cases}
+    usual, channels = usual_spread(record), channel_names(dataset_json)
+    for case, entry in cases.items():
+        if entry["spread"] and (found := spread_problems(entry["spread"], files[case][:-1], channels, usual)):
+            remove_case(folder, case)
+            problems += found
+    if problems:
+        raise UserError("\n".join(sorted(problems)))
+    write_record(preprocessed, name, cases, digest_now)
+    return usual
+
+
+def _look_at(
+    case: str,
+    files: list[str],
+    stamps: list[Stamp],
+    since: int,
+    folder: Path,
+    plans: dict,
+    configuration: str,
+    dataset_json: dict,
+) -> tuple[str, dict, list[str]]:
+    """The record's entry of a case, and what is wrong with it, one line each."""
+    manager = PlansManager(plans)
+    configuration_manager = manager.get_configuration(configuration)
+    fix = preprocess_again(plans, configuration)
+    entry: dict = {"files": stamps, "sizes": sizes_of(folder, case), "spread": None}
+    try:
+        data, seg = read_arrays(folder, case)
+    except UserError as e:
+        return case, entry, [f"{e}: {fix}"]
+    # what is older than its files may be made from others; where they were only copied since, the voxels tell
+    made = (folder / (case + SUFFIXES[-1])).stat().st_mtime_ns
+    if max(since, *(max(s[2:4]) for s in stamps)) > made:
+        preprocessor = configuration_manager.preprocessor_class(verbose=False)
+        again = preprocessor.run_case(files[:-1], files[-1], manager, configuration_manager, dataset_json)
+        if not (_are_close(data, again[0]) and np.array_equal(seg, again[1])):
+            return case, entry, [f"{files[-1]}: this label, its image or the plans changed after preprocessing: {fix}"]
+    nothing = values_of_nothing(manager, configuration_manager)
+    problems = preprocessed_problems(data, files[:-1], channel_names(dataset_json), nothing)
+    if problems:
+        remove_case(folder, case)
+    return case, entry | {"spread": spread(data)}, problems
+
+
+def _are_close(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.allclose(a, b, atol=1e-3)  # libraries of another version round otherwise
+
+
+def sizes_of(folder: Path, case: str) -> list[int | None]:
+    """Bytes of the files of a preprocessed case; None where one is missing."""
+    files = [folder / (case + suffix) for suffix in SUFFIXES]
+    return [file.stat().st_size if file.is_file() else None for file in files]
+
+
+def remove_case(folder: Path, case: str) -> None:
+    """Remove a preprocessed case, so that no training takes it."""
+    for suffix in SUFFIXES:
+        (folder / (case + suffix)).unlink(missing_ok=True)
+
+
+def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
+    """Make nnU-Net's copy of a label what the label is: nnU-Net leaves one that is not older, whatever it holds."""
+    if copy.is_file() and copy.stat().st_size == stamp[1] and digest(copy) == stamp[-1]:
+        return
+    with written_whole(copy) as temporary:
+        shutil.copy2(label, temporary)
+        if digest(temporary) != stamp[-1]:
+            raise disk_error(copy, f"the copy of {label} differs from it")
+
+
+def preprocess_again(plans: dict, configuration: str) -> str:
+    """The command that makes plans and preprocessed data anew."""
+    planner = plans.get("experiment_planner_used", "ExperimentPlanner")
+    option = "" if planner == "ExperimentPlanner" else f" -pl {planner}"
+    number = int(plans["dataset_name"][len("Dataset") :][:3])
+    return f"run nnunet_semiseg plan_and_preprocess -d {number} -c {configuration}{option}"
+
+
+# ------------------------------------------------------------------------------------------ at the start of a training
+
+
+def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, configuration: str) -> None:
+    """Whether the labelled cases are whole, and made from the files that there are. No label is opened.
+
+    Args:
+        raw: the raw dataset; None where there is none, as where training runs there need not be any.
+
+    Raises:
+        UserError: a half-written file; a missing or half copy of a label; a labelled image or label that changed, is
+            new or gone; a fingerprint of other cases; data for other plans.
+    """
+    name = PlansManager(plans).get_configuration(configuration).data_identifier
+    fix = preprocess_again(plans, configuration)
+    folder = preprocessed / name
+    record = read_record(preprocessed, name)
+    cases = sorted(file.stem for file in folder.glob("*.b2nd") if not file.stem.endswith("_seg"))
+    if not cases:  # of an old version of nnU-Net, which wrote other files
+        return
+    if record["cases"] and record["plans_hash"] != plans_hash(plans, configuration):
+        raise UserError(f"{folder}: preprocessed for other plans than {plans['plans_name']} as they are now: {fix}")
+    _check_whole(folder, cases, record["cases"], fix)
+    dataset_json = read_dataset_json(raw or preprocessed)
+    _check_references(preprocessed / REFERENCES, cases, dataset_json["file_ending"], record["cases"], fix)
+    if raw and (files := labeled_files(raw, dataset_json)):
+        _check_raw(files, raw, folder, cases, record, fix)
+    _check_fingerprint(preprocessed, len(cases), fix)
+
+
+def _check_whole(folder: Path, cases: Sequence[str], record: dict[str, dict], fix: str) -> None:
+    for case in cases:
+        sizes = sizes_of(folder, case)
+        for suffix, size, before in zip(SUFFIXES, sizes, record.get(case, {}).get("sizes") or sizes, strict=True):
+            file = folder / (case + suffix)
+            if size is None:
+                raise UserError(f"{file}: no such file: {fix}")
+            if size != before:
+                raise UserError(f"{file}: damaged, or made anew: it has {size} bytes and had {before}: {fix}")
+        if case not in record:
+            for suffix in SUFFIXES[:2]:
+                if not opens(folder / (case + suffix)):
+                    raise UserError(f"{folder / (case + suffix)}: half-written or damaged: {fix}")
+
+
+def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
+    file = preprocessed / f"{FINGERPRINT}.json"
+    shapes = read_json(file, fix).get("shapes_after_crop", ())
+    if len(shapes) != count:
+        raise UserError(f"{file}: made of {len(shapes)} labelled cases, and {count} are preprocessed: {fix}")
+
+
+def _check_references(folder: Path, cases: Sequence[str], ending: str, record: dict[str, dict], fix: str) -> None:
+    for case in cases:
+        file = folder / (case + ending)
+        if not file.is_file():
+            raise UserError(f"{file}: no such file, and validation needs this copy of the label: {fix}")
+        size = file.stat().st_size
+        if case in record and size != record[case]["files"][-1][1]:
+            raise UserError(f"{file}: is not the label that was preprocessed: {fix}")
+
+
+def _check_raw(
+    files: dict[str, list[str]], raw: Path, folder: Path, cases: Sequence[str], record: dict, fix: str
+) -> None:
+    for case in sorted(files.keys() ^ set(cases)):
+        what = "is new and not preprocessed" if case in files else "was preprocessed and is gone"
+        raise UserError(f"{raw}: labelled case {case} {what}: {fix}")
+    now = {}
+    for case, (*images, label) in files.items():
+        for file in (*images, label):
+            if not os.path.isfile(file):
+                raise UserError(f"{file}: no such file, but {case} is preprocessed: put it back, or {fix}")
+        entry = record["cases"].get(case)
+        if entry:
+            stamps = all_renewed(entry["files"][:-1], images)
+            label_stamp = renewed(entry["files"][-1], label, may_read=False)
+            is_old = stamps is None or label_stamp is None
+            now[case] = entry | {"files": [*(stamps or []), label_stamp]}
+        else:  # preprocessed by nnU-Net's own command, and not looked at since
+            made = os.stat(folder / (case + SUFFIXES[-1])).st_mtime_ns
+            is_old = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
+        if is_old:
+            raise UserError(f"{label}: this label or its image is not what was preprocessed: {fix}")
+    if now != record["cases"]:  # so that the next start need not read them again
+        with contextlib.suppress(OSError, UserError):
+            write_record(folder.parent, folder.name, now, record["plans_hash"])

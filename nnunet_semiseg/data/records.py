@@ -1,0 +1,87 @@
+"""What is remembered of labelled cases: which files something was made from, beside what was made.
+
+`dataset_fingerprint__labeled.json` says it of nnU-Net's fingerprint, `<data_identifier>__labeled.json` of a folder of
+preprocessed cases, together with the size of what came out and how far its values spread.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median_high
+
+from nnunet_semiseg.data.stamps import Stamp, all_renewed
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json, write_json
+
+FINGERPRINT = "dataset_fingerprint"
+_ENDING = "__labeled.json"
+
+
+def record_file(preprocessed: Path, name: str) -> Path:
+    """Where the record of this name is."""
+    return preprocessed / (name + _ENDING)
+
+
+def read_record(preprocessed: Path, name: str) -> dict:
+    """`plans_hash` and `cases`; of each case `files`, `sizes` and `spread`.
+
+    These are the stamps of its images and of its label, the bytes of its three preprocessed files, and a number for
+    each channel. There is no case where there is no record, or a damaged one: what it said is found out anew.
+    """
+    try:
+        record = read_json(record_file(preprocessed, name), "")
+        cases = {c: {key: e[key] for key in ("files", "sizes", "spread")} for c, e in record["cases"].items()}
+        return {"plans_hash": record["plans_hash"], "cases": cases}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return {"plans_hash": None, "cases": {}}
+
+
+def write_record(preprocessed: Path, name: str, cases: dict[str, dict], plans_hash: str | None = None) -> None:
+    """Write a record; see `read_record`."""
+    write_json({"plans_hash": plans_hash, "cases": dict(sorted(cases.items()))}, record_file(preprocessed, name))
+
+
+def known_stamps(preprocessed: Path, cases: dict[str, list[str]]) -> dict[str, list[Stamp]]:
+    """The stamps of those cases whose files are what some record says, which were looked at before."""
+    names = [file.name.removesuffix(_ENDING) for file in preprocessed.glob(f"*{_ENDING}")]
+    stamps = {}
+    for record in (read_record(preprocessed, name)["cases"] for name in names):
+        for case, files in cases.items():
+            if case not in stamps and case in record and (now := all_renewed(record[case]["files"], files)):
+                stamps[case] = now
+    return stamps
+
+
+def contents(stamps: list[Stamp]) -> list[str]:
+    """The hashes of a case's files."""
+    return [stamp[-1] for stamp in stamps]
+
+
+def usual_spread(record: dict) -> list[float] | None:
+    """The median spread of each channel over the labelled cases that have it, else 0; None where nothing is known.
+
+    Of two middle ones it is the larger: mostly what is wrong spreads too little, as one voxel has another magnitude.
+    """
+    spreads = [e["spread"] for e in record["cases"].values() if e["spread"]]
+    return [median_high([s for s in channel if s] or [0.0]) for channel in zip(*spreads, strict=True)] or None
+
+
+def why_fingerprint_is_old(preprocessed: Path, stamps: dict[str, list[Stamp]]) -> str | None:
+    """In which way nnU-Net's fingerprint is not that of these labelled cases; None where it is, or there is none."""
+    file = preprocessed / f"{FINGERPRINT}.json"
+    if not file.is_file():
+        return None
+    try:
+        count = len(read_json(file, "")["shapes_after_crop"])
+    except (UserError, KeyError, TypeError):
+        return "is damaged"
+    then = {case: contents(e["files"]) for case, e in read_record(preprocessed, FINGERPRINT)["cases"].items()}
+    if then:
+        now = {case: contents(files) for case, files in stamps.items()}
+        changed = [case for case in then.keys() | now.keys() if then.get(case) != now.get(case)]
+    elif count != len(stamps):
+        return f"was made of {count} labelled cases, and there are {len(stamps)}"
+    else:  # made by nnU-Net's own command: what is newer may be other
+        made = file.stat().st_mtime_ns
+        changed = [case for case, files in stamps.items() if max(max(s[2:4]) for s in files) > made]
+    return f"was made before labelled case {min(changed)} changed" if changed else None
