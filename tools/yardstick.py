@@ -21,6 +21,7 @@ trained for as many seconds: its iterations times the step's ratio, to the next 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
@@ -30,12 +31,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
+from statistics import mean, median
 
-import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
@@ -43,8 +44,6 @@ ROOT = Path(__file__).parents[1]
 PLANS = "nnUNetSemiSegSmallPlans"  # of SemiSegPlannerSmall: width 16 to 128
 BASELINE, ALL = "SupervisedTrainer", "all"
 ITERATIONS_PER_EPOCH = 100
-KEY = ["set", "labels", "trainer", "variant", "seed", "iterations"]
-"""columns of the CSV that tell runs apart"""
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,41 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.dataset}__{self.trainer}__{self.plans}"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one of labelled only or, with `all`, of all labels: the lines that methods are held against."""
+        return self.trainer == BASELINE and self.variant == "default"
+
+    def fits(self, **values) -> bool:
+        return all(getattr(self, name) == value for name, value in values.items())
+
+
+@dataclass(frozen=True)
+class Result(Run):
+    """A run that was done: a row of the CSV.
+
+    Attributes:
+        settings: what --set said.
+        step_ms, seconds: processor time of a step, with the loading of its batch, and of the training.
+        dice, hd95_mm: means over the test cases and the classes.
+        dice_of_classes: "NAME DICE; NAME DICE".
+        dice_of_cases: means over the classes, of the test cases by name.
+    """
+
+    settings: str
+    date: str
+    commit: str
+    step_ms: float
+    seconds: int
+    dice: float
+    hd95_mm: float
+    dice_of_classes: str
+    dice_of_cases: str
+
+    @property
+    def run(self) -> Run:
+        return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
 
 
 # ------------------------------------------------------------------------------------------------------- preparation
@@ -281,11 +315,11 @@ def do(args: argparse.Namespace, run: Run, commit: str) -> None:
     work, about, settings = args.work, SETS[run.set], " ".join(sorted(args.set))
     try:
         with FileLock(work / "locks" / f"{run.name}.lock", blocking=False):
-            if there := find(read_runs(args.csv), run):
-                if there["settings"] != settings:
-                    raise RuntimeError(f"was made with other settings ({there['settings']}): choose another --name")
-                if there["commit"] != commit:
-                    print(f"{run.name}: left alone, of commit {there['commit']}; now is {commit}", flush=True)
+            if there := next((r for r in read_results(args.csv) if r.run == run), None):
+                if there.settings != settings:
+                    raise RuntimeError(f"was made with other settings ({there.settings}): choose another --name")
+                if there.commit != commit:
+                    print(f"{run.name}: left alone, of commit {there.commit}; now is {commit}", flush=True)
                 return
             print(f"{run.name} ...", flush=True)
             write_plans(work, run, args.given)
@@ -306,8 +340,8 @@ def do(args: argparse.Namespace, run: Run, commit: str) -> None:
                 part.rename(predictions)
             reader = reader_of(raw)
             rows = evaluate_folder(predictions, raw / "labelsTs", about.label_map, about.ending, reader)
-            row = {"date": date.today().isoformat(), "commit": commit, **asdict(run), "settings": settings}
-            append(args.csv, row | timing(times, run.iterations) | scores_of(rows))
+            made = {"settings": settings, "date": date.today().isoformat(), "commit": commit}
+            append(args.csv, Result(**asdict(run), **made, **timing(times, run.iterations), **scores_of(rows)))
     except Timeout:
         raise RuntimeError("another command is at it") from None
 
@@ -373,39 +407,40 @@ def timing(times: Path, iterations: int) -> dict:
 
 def scores_of(rows: Sequence[dict]) -> dict:
     """The CSV's columns of results, from rows {"case", "label", "dice", "hd95_mm"}; cases are sorted by name."""
-    table = pd.DataFrame(rows)
-    classes = table.groupby("label", sort=False)["dice"].mean()
-    cases = table.groupby("case")["dice"].mean()
+    cases, classes = ({row[key]: [] for row in rows} for key in ("case", "label"))
+    for row in rows:
+        cases[row["case"]].append(row["dice"])
+        classes[row["label"]].append(row["dice"])
     return {
-        "dice": round(cases.mean(), 4),
-        "hd95_mm": round(table["hd95_mm"].mean(), 2),
-        "dice_of_classes": "; ".join(f"{name} {dice:.4f}" for name, dice in classes.items()),
-        "dice_of_cases": " ".join(f"{dice:.4f}" for dice in cases),
+        "dice": round(mean(row["dice"] for row in rows), 4),
+        "hd95_mm": round(mean(row["hd95_mm"] for row in rows), 2),
+        "dice_of_classes": "; ".join(f"{name} {mean(dices):.4f}" for name, dices in classes.items()),
+        "dice_of_cases": " ".join(f"{mean(cases[case]):.4f}" for case in sorted(cases)),
     }
 
 
 # --------------------------------------------------------------------------------------------------------------- CSV
 
 
-def read_runs(csv: Path) -> pd.DataFrame:
-    """The runs so far; labels are texts."""
-    if not csv.exists():
-        return pd.DataFrame(columns=[*KEY, "settings", "commit"])
-    return pd.read_csv(csv, dtype={"labels": str, "commit": str, "variant": str}, keep_default_na=False)
+def read_results(file: Path) -> list[Result]:
+    """The runs so far."""
+    if not file.exists():
+        return []
+    kinds = {"str": str, "int": int, "float": float}
+    with open(file, encoding="utf-8", newline="") as text:
+        rows = list(csv.DictReader(text))
+    return [Result(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(Result)}) for row in rows]
 
 
-def find(runs: pd.DataFrame, run: Run) -> dict | None:
-    same = runs[(runs[KEY] == pd.Series(asdict(run))).all(axis=1)]
-    return same.iloc[-1].to_dict() if len(same) else None
-
-
-def append(csv: Path, row: dict) -> None:
+def append(file: Path, result: Result) -> None:
     """Add a row, the whole or nothing, whoever else may be writing."""
-    with FileLock(f"{csv}.lock"):
-        runs = pd.concat([read_runs(csv), pd.DataFrame([row])]) if csv.exists() else pd.DataFrame([row])
-        part = csv.with_name(f"{csv.name}.part")
-        runs.to_csv(part, index=False)
-        os.replace(part, csv)
+    with FileLock(f"{file}.lock"):
+        part = file.with_name(f"{file.name}.part")
+        with open(part, "w", encoding="utf-8", newline="") as text:
+            writer = csv.DictWriter(text, [f.name for f in fields(Result)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in (*read_results(file), result))
+        os.replace(part, file)
 
 
 # ------------------------------------------------------------------------------------------------------------- table
@@ -417,95 +452,85 @@ def equal_time(iterations: int, ratio: float) -> int:
     return max(iterations, half * round(ratio * iterations / half))
 
 
-def step_ratio(runs: pd.DataFrame, rows: pd.DataFrame) -> float:
-    """Of the runs in `rows`, all of one method, set and number of labels, to labelled only."""
-    first = rows.iloc[0]
-    same = (runs["set"] == first["set"]) & (runs["labels"] == first["labels"])
-    baseline = runs[same & (runs["trainer"] == BASELINE) & (runs["variant"] == "default")]
-    return rows["step_ms"].median() / baseline["step_ms"].median()
+def step_ratio(results: Sequence[Result], rows: Sequence[Result]) -> float | None:
+    """Of these rows, all of one method, set and number of labels, to labelled only; None: that was not trained yet."""
+    baseline = [r.step_ms for r in results if r.is_plain and r.fits(set=rows[0].set, labels=rows[0].labels)]
+    return median(r.step_ms for r in rows) / median(baseline) if baseline else None
 
 
-def difference(method: pd.DataFrame, baseline: pd.DataFrame) -> str:
+def difference(method: Sequence[Result], baseline: Sequence[Result]) -> str:
     """Mean difference over the cases, each the mean over its runs, with the 95 % bootstrap interval."""
     from nnunet_semiseg.evaluation.statistics import differences_from
 
     rows = [
-        {"method": name, "run": row["seed"], "case": case, "dice": float(dice)}
-        for name, part in (("labelled only", baseline), ("method", method))
-        for row in part.to_dict("records")
-        for case, dice in enumerate(row["dice_of_cases"].split())
+        {"method": name, "run": result.seed, "case": case, "dice": float(dice)}
+        for name, results in (("labelled only", baseline), ("method", method))
+        for result in results
+        for case, dice in enumerate(result.dice_of_cases.split())
     ]
-    d = differences_from("labelled only", pd.DataFrame(rows), "dice").loc["method"]
+    d = differences_from("labelled only", pd.DataFrame(rows), "dice").to_dict("index")["method"]
     return f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
 
 
-def share(method: float, labelled_only: float, all_labels: float) -> str:
-    """Of the gap between the two lines, in percent."""
-    if not all_labels > labelled_only:  # nan where there is none
-        return "-" if np.isnan(all_labels) else "no gap"
-    return f"{(method - labelled_only) / (all_labels - labelled_only):.0%}"
+def against(rows: Sequence[Result], baseline: Sequence[Result], all_labels: Sequence[Result]) -> list[str]:
+    """The share won of the gap between two lines, and the difference from the lower one."""
+    if not baseline:
+        return ["-", "-"]
+    won = "-"
+    if all_labels:
+        method, low, high = (mean(r.dice for r in part) for part in (rows, baseline, all_labels))
+        won = f"{(method - low) / (high - low):.0%}" if high > low else "no gap"
+    return [won, difference(rows, baseline)]
 
 
-def lowest(rows: pd.DataFrame) -> str:
-    """The class and run with the lowest Dice: where it is 0, a class was lost."""
-    classes = (entry.rsplit(" ", 1) for row in rows["dice_of_classes"] for entry in row.split("; "))
-    name, dice = min(((name, float(dice)) for name, dice in classes), key=lambda entry: entry[1])
-    return f"{dice:.3f} {name}"
+def scores(title: str, rows: Sequence[Result]) -> list[str]:
+    """Cells of the table; where the lowest Dice of a class in a run is 0, that class was lost."""
+    classes = [entry.rsplit(" ", 1) for row in rows for entry in row.dice_of_classes.split("; ")]
+    lowest, dice = min(classes, key=lambda entry: float(entry[1]))
+    dices = " ".join(f"{r.dice:.3f}" for r in sorted(rows, key=lambda r: r.seed))
+    hd95 = f"{mean(r.hd95_mm for r in rows):.2f}"
+    return [title, dices, f"{mean(r.dice for r in rows):.3f}", f"{float(dice):.3f} {lowest}", hd95]
 
 
-def table(runs: pd.DataFrame, name: str, labels: str, iterations: int) -> str:
+def table(results: Sequence[Result], name: str, labels: str, iterations: int) -> str:
     """Every method of one set, number of labels and iterations, as Markdown."""
-    here = runs[(runs["set"] == name) & (runs["labels"] == labels)]
-    lines = here[(here["trainer"] == BASELINE) & (here["variant"] == "default")]
-    only = lines[lines["iterations"] == iterations]
-    every = runs[(runs["set"] == name) & (runs["labels"] == ALL) & (runs["iterations"] == iterations)]
-    every = every[(every["trainer"] == BASELINE) & (every["variant"] == "default")]
-    methods = here[here["iterations"] == iterations].drop(only.index)
+    here = [r for r in results if r.fits(set=name, labels=labels)]
+    only = [r for r in here if r.is_plain and r.iterations == iterations]
+    every = [r for r in results if r.is_plain and r.fits(set=name, labels=ALL, iterations=iterations)]
+    methods: dict[str, list[Result]] = {}
+    for r in here:
+        if r.iterations == iterations and not r.is_plain:
+            title = r.trainer if r.variant == "default" else f"{r.trainer}, {r.variant}"
+            methods.setdefault(title, []).append(r)
 
-    def cells(title: str, rows: pd.DataFrame) -> list[str]:
-        return [
-            title,
-            " ".join(f"{dice:.3f}" for dice in rows.sort_values("seed")["dice"]),
-            f"{rows['dice'].mean():.3f}",
-            lowest(rows),
-            f"{rows['hd95_mm'].mean():.2f}",
-        ]
-
-    def against(rows: pd.DataFrame, baseline: pd.DataFrame) -> list[str]:
-        if baseline.empty:
-            return ["-", "-"]
-        dices = (part["dice"].mean() for part in (rows, baseline, every))
-        return [share(*dices), difference(rows, baseline)]
-
-    found = []
-    for (trainer, variant), rows in methods.groupby(["trainer", "variant"]):
-        line = cells(str(trainer) if variant == "default" else f"{trainer}, {variant}", rows)
-        line += against(rows, only)
-        ratio = step_ratio(runs, rows)
-        if np.isnan(ratio):
+    head = ["method", "Dice of each run", "mean", "lowest class", "HD95, mm", "share won", "difference over cases"]
+    head += ["step", "labelled only at equal time", "share won", "difference over cases"]
+    lines = [
+        head,
+        *([*scores(t, rows), *["-"] * 6] for t, rows in (("labelled only", only), ("all labels", every)) if rows),
+    ]
+    for title, rows in sorted(methods.items(), key=lambda item: -mean(r.dice for r in item[1])):
+        line = [*scores(title, rows), *against(rows, only, every)]
+        ratio = step_ratio(results, rows)
+        if ratio is None:
             line += ["-"] * 4
         else:
             longer = equal_time(iterations, ratio)
-            same_time = lines[lines["iterations"] == longer]
-            dice = f", {same_time['dice'].mean():.3f}" if len(same_time) else ""
-            line += [f"{ratio:.2f}", f"{longer:,}{dice}", *against(rows, same_time)]
-        found.append((rows["dice"].mean(), line))
-    head = ["method", "Dice of each run", "mean", "lowest class", "HD95, mm", "share won", "difference over cases"]
-    head += ["step", "labelled only at equal time", "share won", "difference over cases"]
-    out = [[*cells("labelled only", only), *["-"] * 6]] if len(only) else []
-    out += [[*cells("all labels", every), *["-"] * 6]] if len(every) else []
-    out += [line for _, line in sorted(found, key=lambda entry: -entry[0])]
-    text = [f"| {' | '.join(line)} |" for line in (head, *out)]
+            same_time = [r for r in here if r.is_plain and r.iterations == longer]
+            dice = f", {mean(r.dice for r in same_time):.3f}" if same_time else ""
+            line += [f"{ratio:.2f}", f"{longer:,}{dice}", *against(rows, same_time, every)]
+        lines.append(line)
+    text = [f"| {' | '.join(line)} |" for line in lines]
     text.insert(1, "|" + "---|" * len(head))
     return f"{name}, {labels} labelled, {iterations:,} iterations\n\n" + "\n".join(text)
 
 
-def print_tables(runs: pd.DataFrame, sets: Sequence[str]) -> None:
+def print_tables(results: Sequence[Result], sets: Sequence[str]) -> None:
     """One for each set, number of labels and iterations; none for the longer runs of labelled only, made for others."""
-    for (name, labels, iterations), rows in runs.groupby(["set", "labels", "iterations"]):
-        has_methods = (rows["trainer"] != BASELINE).any() or (rows["variant"] != "default").any()
-        if name in sets and labels != ALL and (has_methods or iterations == SETS[name].iterations):
-            print(f"\n{table(runs, name, labels, iterations)}")
+    for name, labels, iterations in sorted({(r.set, r.labels, r.iterations) for r in results}):
+        methods = any(not r.is_plain for r in results if r.fits(set=name, labels=labels, iterations=iterations))
+        if name in sets and labels != ALL and (methods or iterations == SETS[name].iterations):
+            print(f"\n{table(results, name, labels, iterations)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -522,17 +547,14 @@ def wanted(args: argparse.Namespace) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def equal_time_runs(runs: pd.DataFrame, asked: Sequence[Run]) -> list[Run]:
+def equal_time_runs(results: Sequence[Result], asked: Sequence[Run]) -> list[Run]:
     """The longer runs of labelled only against which these are held."""
     longer = []
     for run in asked:
-        key = pd.Series(asdict(run)).drop("seed")
-        rows = runs[(runs[key.index] == key).all(axis=1)]
-        if run.labels != ALL and run.trainer != BASELINE and len(rows):
-            ratio = step_ratio(runs, rows)
-            if not np.isnan(ratio):
-                iterations = equal_time(run.iterations, ratio)
-                longer.append(Run(run.set, run.labels, BASELINE, "default", run.seed, iterations))
+        rows = [r for r in results if replace(r.run, seed=run.seed) == run]
+        if rows and run.trainer != BASELINE and (ratio := step_ratio(results, rows)):
+            iterations = equal_time(run.iterations, ratio)
+            longer.append(replace(run, trainer=BASELINE, variant="default", iterations=iterations))
     return list(dict.fromkeys(longer))
 
 
@@ -573,7 +595,7 @@ def main() -> None:
         failed = measure(args)
     elif args.data or args.work:
         sys.exit("error: give both --data and --work, or neither to print the tables")
-    print_tables(read_runs(args.csv), args.sets)
+    print_tables(read_results(args.csv), args.sets)
     if failed:
         sys.exit(f"error: {failed} runs failed, see above")
 
@@ -605,7 +627,7 @@ def measure(args: argparse.Namespace) -> int:
     failed = do_all(args.jobs, asked, lambda run: do(args, run, commit))
     if args.equal_time:
         plain = argparse.Namespace(**{**vars(args), "set": [], "given": {}})
-        longer = equal_time_runs(read_runs(args.csv), asked)
+        longer = equal_time_runs(read_results(args.csv), asked)
         failed += do_all(args.jobs, longer, lambda run: do(plain, run, commit))
     return failed
 
