@@ -267,3 +267,161 @@ def test_gpu_check_measures_two_trainers_in_a_dry_run(tool, tmp_path, capsys):
     rows = table(capsys.readouterr().out)
     assert [row[:2] for row in rows] == [[name, "left out: the budget is used up"] for name in TWO]
     assert (work / "made.json").stat().st_mtime_ns == made
+
+
+# ---------------------------------------------------------------------------------------------------- yardstick.py
+
+
+def a_set(folder: Path, ending: str) -> dict:
+    """Six training cases and two test cases, whose files hold their own names."""
+    protocol = {"train": ["f", "b", "x", "a", "e", "d", "c"], "dev_test": ["x", "y"]}  # x is in both, as in la_small
+    for kind, last in (("images", f"_0000{ending}"), ("labels", ending)):
+        (folder / kind).mkdir(parents=True)
+        for case in "abcdefxy":
+            (folder / kind / f"{case}{last}").write_text(f"{kind} of {case}")
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+    (folder / "texts.json").write_text(json.dumps({case: f"text of {case}" for case in "abxy"}))
+    return protocol
+
+
+@pytest.mark.parametrize("labels, labelled, unlabelled", [("2", "bf", "acde"), ("all", "abcdef", "")])
+def test_the_yardstick_never_copies_a_hidden_label(tool, tmp_path, labels, labelled, unlabelled):
+    yardstick, _ = tool("yardstick")
+    a_set(tmp_path / "set", ".nii.gz")
+    raw = tmp_path / "raw"
+    (raw / "labelsTr").mkdir(parents=True)
+    (raw / "labelsTr" / "a.nii.gz").write_text("of a beginning with more labels")
+    yardstick.make_raw(tmp_path / "set", raw, yardstick.SETS["hippocampus"], labels)
+
+    content = {str(file.relative_to(raw)): file.read_text() for file in raw.rglob("*.nii.gz")}
+    assert content == {
+        **{f"imagesTr/{case}_0000.nii.gz": f"images of {case}" for case in labelled},
+        **{f"labelsTr/{case}.nii.gz": f"labels of {case}" for case in labelled},
+        **{f"imagesUn/{case}_0000.nii.gz": f"images of {case}" for case in unlabelled},
+        **{f"imagesTs/{case}_0000.nii.gz": f"images of {case}" for case in "xy"},
+        **{f"labelsTs/{case}.nii.gz": f"labels of {case}" for case in "xy"},
+    }
+    dataset = json.loads((raw / "dataset.json").read_text())
+    assert dataset["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
+    assert dataset["numTraining"] == len(labelled)
+    assert json.loads((raw / "texts.json").read_text()) == {"a": "text of a", "b": "text of b"}
+
+
+def test_the_yardstick_names_a_label_that_is_not_there(tool, tmp_path):
+    yardstick, _ = tool("yardstick")
+    a_set(tmp_path / "set", ".nii.gz")
+    (tmp_path / "set" / "labels" / "d.nii.gz").unlink()
+    with pytest.raises(SystemExit, match="has no d.nii.gz"):
+        yardstick.make_raw(tmp_path / "set", tmp_path / "raw", yardstick.SETS["hippocampus"], "all")
+    assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize(
+    "name, spacing, widths, last_stride",
+    # 24 x 40 x 24 becomes 6 x 10 x 6 by two strides; a third would leave an edge below 4
+    [
+        ("hippocampus", [1.5] * 3, [16, 32, 64], [2, 2, 2]),
+        ("acdc_small", [3.0] * 2, [16, 32, 64, 128, 128, 128], [2, 2]),
+    ],
+)
+def test_the_yardsticks_network_has_the_stages_that_fit(tool, name, spacing, widths, last_stride):
+    yardstick, _ = tool("yardstick")
+    about = yardstick.SETS[name]
+    configuration = {"spacing": spacing, "patch_size": [1], "batch_size": 99, "architecture": {"arch_kwargs": {}}}
+    yardstick.fit_plans({"configurations": {about.configuration: configuration}}, about)
+    network = configuration["architecture"]["arch_kwargs"]
+    assert network["n_stages"] == len(widths) and network["features_per_stage"] == widths
+    assert list(network["strides"][-1]) == last_stride and len(network["n_conv_per_stage_decoder"]) == len(widths) - 1
+    assert (configuration["patch_size"], configuration["batch_size"]) == (about.patch, about.batch)
+
+
+@pytest.mark.parametrize(
+    "iterations, ratio, longer",
+    [(2000, 2.29, 5000), (2000, 2.24, 4000), (2000, 1.1, 2000), (2000, 0.4, 2000), (300, 2.29, 700)],
+)
+def test_equal_time_is_rounded_to_the_next_half(tool, iterations, ratio, longer):
+    yardstick, _ = tool("yardstick")
+    assert yardstick.equal_time(iterations, ratio) == longer
+
+
+def test_an_epoch_that_was_trained_again_counts_once(tool, tmp_path):
+    yardstick, _ = tool("yardstick")
+    times = [(0, 10.0), (1, 70.0), (1, 20.0), (2, 30.0)]  # interrupted after the first attempt at epoch 1
+    (tmp_path / "times").write_text("".join(json.dumps({"epoch": e, "s": s}) + "\n" for e, s in times))
+    assert yardstick.timing(tmp_path / "times", 300) == {"step_ms": 200.0, "seconds": 60}
+
+
+def test_scores_are_means_over_classes_and_cases(tool):
+    yardstick, _ = tool("yardstick")
+    dices = [("q", "anterior", 0.5), ("q", "posterior", 0.7), ("p", "anterior", 0.9), ("p", "posterior", 0.0)]
+    rows = [{"case": case, "label": label, "dice": dice, "hd95_mm": 10 * dice} for case, label, dice in dices]
+    assert yardstick.scores_of(rows) == {
+        "dice": 0.525,
+        "hd95_mm": 5.25,
+        "dice_of_classes": "anterior 0.7000; posterior 0.3500",
+        "dice_of_cases": "0.4500 0.6000",  # p, then q
+    }
+
+
+def result(yardstick, trainer: str, cases: str, *, seed=0, step=100.0, variant="default", **other):
+    """A run of the hippocampus; `posterior` is 0.2 lower than the mean."""
+    dice = sum(map(float, cases.split())) / 2
+    values = {"set": "hippocampus", "labels": "4", "trainer": trainer, "variant": variant, "seed": seed}
+    values |= {"iterations": 2000, "settings": "", "date": "2026-11-27", "commit": "0123456", "step_ms": step}
+    values |= {"seconds": 200, "dice": dice, "hd95_mm": 9.0, "dice_of_cases": cases}
+    values |= {"dice_of_classes": f"anterior {dice + 0.2:.4f}; posterior {dice - 0.2:.4f}"}
+    return yardstick.Result(**values | other)
+
+
+def test_the_yardsticks_table(tool, tmp_path, capsys):
+    yardstick, run = tool("yardstick")
+    bcp = result(yardstick, "BCPTrainer", "0.6 0.8", step=250.0)
+    results = [
+        bcp,
+        result(yardstick, "SupervisedTrainer", "0.6 0.6", seed=1),
+        result(yardstick, "SupervisedTrainer", "0.5 0.7"),
+        result(yardstick, "SupervisedTrainer", "0.8 0.8", labels="all"),
+        result(yardstick, "SupervisedTrainer", "0.62 0.68", iterations=5000),
+        result(yardstick, "BCPTrainer", "0.5 0.6", variant="loud", settings="bcp_loud=true", step=450.0),
+        # of other tables
+        result(yardstick, "BCPTrainer", "0.9 0.9", labels="8"),
+        result(yardstick, "SupervisedTrainer", "0.9 0.9", set="la_small"),
+        result(yardstick, "SupervisedTrainer", "0.9 0.9", labels="all", iterations=5000),
+    ]
+    file = tmp_path / "runs.csv"
+    for one in results:
+        yardstick.append(file, one)
+    assert yardstick.read_results(file) == results
+
+    run("--csv", file, "--sets", "hippocampus")
+    printed = capsys.readouterr().out
+    assert printed.count("labelled, ") == 2  # with 4 and 8 labels; none for 5,000 iterations of labelled only alone
+    rows = table(printed[: printed.index("8 labelled")])
+    assert [row[:6] for row in rows[:2]] == [
+        ["labelled only", "0.600 0.600", "0.600", "0.400 posterior", "9.00", "-"],
+        ["all labels", "0.800", "0.800", "0.600 posterior", "9.00", "-"],
+    ]
+    # cases of labelled only 0.55 and 0.65, so that they differ by 0.05 and 0.15; of two cases, a resample's mean is one
+    # of these in a quarter each. The step is 2.5 times as long: against 0.65 after 5,000 iterations, -0.02 and 0.12.
+    at_equal_iterations = ["50%", "+0.100 (+0.050 to +0.150)"]
+    at_equal_time = ["2.50", "5,000, 0.650", "33%", "+0.050 (-0.020 to +0.120)"]
+    assert rows[2] == ["BCPTrainer", "0.700", "0.700", "0.500 posterior", "9.00", *at_equal_iterations, *at_equal_time]
+    loud = ["BCPTrainer, loud", "0.550", "0.550", "0.350 posterior", "9.00", "-25%", "-0.050 (-0.050 to -0.050)"]
+    assert rows[3] == [*loud, "4.50", "9,000", "-", "-"]
+
+    longer = yardstick.equal_time_runs(results, [bcp.run, results[1].run])
+    assert longer == [results[4].run]
+
+
+def test_a_finished_run_is_left_alone_and_its_name_is_taken(tool, tmp_path, capsys):
+    yardstick, _ = tool("yardstick")
+    (tmp_path / "locks").mkdir()
+    done = result(yardstick, "BCPTrainer", "0.6 0.8", variant="loud", settings="bcp_loud=true")
+    yardstick.append(tmp_path / "runs.csv", done)
+    args = argparse.Namespace(work=tmp_path, csv=tmp_path / "runs.csv", set=["bcp_loud=true"])
+    yardstick.do(args, done.run, "7654321")
+    assert "left alone, of commit 0123456; now is 7654321" in capsys.readouterr().out
+    args.set = ["bcp_loud=false"]
+    with pytest.raises(RuntimeError, match="choose another --name"):
+        yardstick.do(args, done.run, "0123456")
+    assert yardstick.read_results(args.csv) == [done]
