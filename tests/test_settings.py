@@ -114,7 +114,7 @@ def test_every_trainers_settings_are_known():
 
 def write_plans(folder, **settings):
     file = folder / "P.json"
-    file.write_text(json.dumps({"plans_name": "P", "semiseg": settings}), encoding="utf-8")
+    file.write_text(json.dumps({"plans_name": "P", "configurations": {}, "semiseg": settings}), encoding="utf-8")
     return file
 
 
