@@ -222,6 +222,8 @@ def test_what_a_case_lacks_is_not_shown_to_the_model_as_noise(trained, no_plots,
         for case, entry in manifest["cases"].items():
             entry["sizes"] = sizes_of(file.with_suffix(""), case)
         file.write_text(json.dumps(manifest))
+    for file in dataset.preprocessed.glob("*__labeled.json"):
+        file.unlink()
     seen = []
     step = DistillationTrainer.train_step
     monkeypatch.setattr(DistillationTrainer, "train_step", lambda s, b: (seen.append(b), step(s, b))[1])
