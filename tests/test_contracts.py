@@ -576,7 +576,7 @@ REFUSALS = [
     (no_such_configuration, ["no configuration 3d_lowres", "use 2d or 3d_fullres"]),
     (too_few_for_five_folds, ["3 labelled cases are too few", "fold all"]),
     (not_preprocessed, ["nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres"]),
-    (other_plans, ["other plans", "nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres"]),
+    (other_plans, ["other plans", "nnunet_semiseg plan_and_preprocess -d 901 -c 3d_fullres"]),
     (labeled_not_preprocessed, ["nnunet_semiseg plan_and_preprocess -d 901"]),
 ]
 

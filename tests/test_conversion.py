@@ -711,7 +711,8 @@ def test_a_folder_of_dicom_may_have_any_name(tmp_path, raw):
     (tmp_path / "d" / "labels").mkdir()
     sitk.WriteImage(label, str(tmp_path / "d" / "labels" / "a.nii.mha"))
     convert(tmp_path / "d", 801, **OPTIONS)
-    assert (raw / "imagesTr" / "a.nii_0000.nii.gz").exists()
+    # ITK would write the label of a case "a.nii" as a.nii.gz
+    assert (raw / "imagesTr" / "a_0000.nii.gz").exists() and (raw / "labelsTr" / "a.nii.gz").exists()
 
 
 def test_files_that_are_numbered_from_zero(tmp_path, raw):

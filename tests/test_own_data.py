@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image
+from test_cli import write_plans
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.conversion import label_values, own_files
@@ -345,7 +346,7 @@ def test_masks_of_a_class_each(tmp_path, raw, capsys):
         convert(tmp_path / "d", labels=["kidney"], overwrite=True)
 
 
-@pytest.mark.parametrize("version", [1, 2, "bom"])
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_raw_dataset_of_nnunet(version, source, raw, tmp_path):
     for kind in ("images", "labels"):
         (source / kind).rename(source / f"{kind}Tr")
@@ -354,8 +355,7 @@ def test_a_raw_dataset_of_nnunet(version, source, raw, tmp_path):
     content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "heart": 1}}
     if version == 1:
         content = {"modality": {"0": "T1"}, "labels": {"0": "background", "1": "heart"}}
-    text = ("\ufeff" if version == "bom" else "") + json.dumps(content)
-    (source / "dataset.json").write_text(text, encoding="utf-8")
+    (source / "dataset.json").write_text(json.dumps(content))
     convert(source, labels=None)
     assert about(raw)["labels"] == {"background": 0, "heart": 1} and about(raw)["channel_names"] == {"0": "T1"}
     assert sorted(p.name for p in raw.rglob("t0*")) == ["t0.nii.gz", "t0_0000.nii.gz"]
@@ -631,7 +631,7 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
         ),
         ("plan_and_preprocess -d 801 --no_pp", None),
         (
-            "train 801 2d 1 -tr BCPTrainer",
+            "train 801 2d 1 -tr BCPTrainer -device cpu",
             "nnunet_semiseg compare -d 801 -c 2d -f 1 -p nnUNetPlans --trainers SupervisedTrainer BCPTrainer --run",
         ),
         (
@@ -642,9 +642,8 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
 )
 def test_every_command_ends_with_the_next(words, following, tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6, dataset_id=801)
-    for folder in (dataset.preprocessed, dataset.results):
-        folder.mkdir(parents=True)
-    (dataset.preprocessed / "nnUNetPlans.json").write_text(json.dumps({"plans_name": "nnUNetPlans"}))
+    dataset.results.mkdir(parents=True)
+    write_plans(dataset, "nnUNetPlans")
     monkeypatch.setattr("nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: None)
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: None)
     monkeypatch.setattr("nnunet_semiseg.evaluation.compare.compare", lambda *args: "report.html")

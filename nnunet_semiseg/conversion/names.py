@@ -67,9 +67,9 @@ class Name:
 
     @cached_property
     def stem(self) -> str:
-        """The file's name without its ending."""
+        """The file's name without its ending, nor a `.nii` before it: ITK would write `a.nii.nii.gz` as `a.nii.gz`."""
         name = self.path.rpartition("/")[2]
-        return name[: len(name) - len(self.ending)]
+        return name[: len(name) - len(self.ending)].removesuffix(".nii")
 
     @cached_property
     def folder_kind(self) -> tuple[int, str] | None:

@@ -58,13 +58,15 @@ def header_problems(images: list[str], reader: type) -> list[str]:
     return problems
 
 
-def geometry_difference(image, expected) -> str | None:
+def geometry_difference(image, expected, origin: float = 0.01) -> str | None:
     """In which way the grids of two images (or headers) of SimpleITK's differ, or None.
 
-    nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files: the first may be off
-    by a hundredth of a voxel.
+    nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files.
+
+    Args:
+        origin: by which share of the smallest spacing the origin may be off.
     """
-    origin = 0.01 * min(expected.GetSpacing())
+    origin *= min(expected.GetSpacing())
     for kind, atol in {"Size": 0, "Spacing": 1e-8, "Origin": origin, "Direction": 1e-3}.items():
         value, wanted = (getattr(i, f"Get{kind}")() for i in (image, expected))
         if len(value) != len(wanted) or not np.allclose(value, wanted, atol=atol):
