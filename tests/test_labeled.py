@@ -23,6 +23,7 @@ from nnunet_semiseg.data.preprocessed import look_at_labeled
 from nnunet_semiseg.data.stamps import renewed, stamp
 from nnunet_semiseg.data.unlabeled import load_manifest, preprocess_unlabeled
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.request import Request, find_test_set, make_runs
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
@@ -82,6 +83,9 @@ def preprocessed_folder(dataset):
 def test_a_corrected_label_reaches_validation_whatever_its_time(dataset, times):
     correct(dataset, times)
     refused("tr_000.nii.gz: this label or its image is not what was preprocessed: " + PLAN_AGAIN, train, dataset)
+    names = {"configuration": "3d_fullres", "trainers": ("MeanTeacherTrainer",), "plans": PLANS, "fold": "0"}
+    asked = Request(dataset=dataset.id, **names)
+    refused("tr_000.nii.gz: this label or its image is not", lambda: find_test_set(asked, make_runs(asked)[0][0]))
     refused("tr_000.nii.gz: this label, its image or the plans changed after prepro", preprocess, dataset)
     dataset.plan()
     assert reference_of(dataset).read_bytes() == label_of(dataset).read_bytes()

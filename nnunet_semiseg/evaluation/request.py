@@ -13,6 +13,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
+from nnunet_semiseg.data.preprocessed import check_labeled_data
 from nnunet_semiseg.data.unlabeled import labeled_images
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import find_trainer
@@ -172,7 +173,8 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     """The test set, if there is one with references, else the fold's validation cases.
 
     Raises:
-        UserError: neither; a reference without an image; noise without a test set.
+        UserError: neither; a reference without an image; noise without a test set; for validation cases what
+            `check_labeled_data` refuses: a label may have been corrected since.
     """
     raw = dataset_folder("nnUNet_raw", request.dataset)
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
@@ -201,6 +203,7 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             f"{raw / 'labelsTs'}: no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
             f" labelsTs, or compare a numbered fold with -f"
         )
+    check_labeled_data(preprocessed, raw, plans, request.configuration)
     images = cases_of(raw / "imagesTr")
     cases = sorted(fold_of(request, preprocessed, images)["val"])
     if not cases:
