@@ -24,7 +24,7 @@ PLANS_KEY = "semiseg"
 FOUND_KEY = "semiseg_found"
 """of the plans in a trained model: what a trainer found in its data and the predictor needs to build the network"""
 
-GIVEN, ACCEPT_CHANGES = "NNUNET_SEMISEG_SET", "NNUNET_SEMISEG_ACCEPT_CHANGES"
+GIVEN, ACCEPT_CHANGES = "nnUNet_semiseg_set", "nnUNet_semiseg_accept_changes"
 """variables of the environment: settings of one command, as JSON, and whether `--c` may go on with other settings"""
 
 S = TypeVar("S", bound=TrainingSettings)
