@@ -93,7 +93,14 @@ def in_words(hint: Any) -> str:
         return f"a list of {in_words(args[0])}"
     if origin is dict:
         return f"an object, and each value in it {in_words(args[1])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        dict: "an object",
+        list: "a list",
+    }
     return names.get(hint, "null")
 
 

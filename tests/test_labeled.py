@@ -355,6 +355,8 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
     content = json.loads(fingerprint.read_text())
     fingerprint.write_text(json.dumps(content | {"shapes_after_crop": content["shapes_after_crop"][1:]}))
     refused("dataset_fingerprint.json: made of 3 labelled cases, and 4 are preprocessed: run", train, dataset)
+    fingerprint.write_text(json.dumps(content | {"shapes_after_crop": None}))
+    refused('dataset_fingerprint.json: "shapes_after_crop" is None, but must be a list: run', train, dataset)
     fingerprint.write_text(fingerprint.read_text()[:50])
     refused(rf"dataset_fingerprint.json: not valid JSON .*: {PLAN_AGAIN}", train, dataset)
     dataset.plan(preprocess=False)
@@ -397,6 +399,8 @@ def test_half_preprocessed_files(dataset, suffix):
 HALF = [
     '{"plans_hash": "', "[]", "{}", '{"plans_hash": 1, "cases": []}',
     '{"plans_hash": 1, "cases": {"a": []}}', '{"plans_hash": 1, "cases": {"a": {}}}',
+    '{"plans_hash": "1", "cases": {"tr_000": {"files": [1, 2], "sizes": [1, 2, 3], "spread": [1]}}}',
+    '{"plans_hash": "1", "cases": {"tr_000": {"files": [["a"]], "sizes": 3, "spread": null}}}',
 ]  # fmt: skip
 
 

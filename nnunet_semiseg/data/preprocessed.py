@@ -23,7 +23,7 @@ from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import NOT_WRITABLE, disk_error, read_json, written_whole
 from nnunet_semiseg.parallel import run_jobs
-from nnunet_semiseg.schema import read_dataset_json
+from nnunet_semiseg.schema import check, read_dataset_json
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """the files of a preprocessed case; nnU-Net writes the last one last"""
@@ -235,7 +235,9 @@ def _check_whole(folder: Path, cases: Sequence[str], record: dict[str, dict], fi
 
 def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
     file = preprocessed / f"{FINGERPRINT}.json"
-    shapes = read_json(file, fix).get("shapes_after_crop", ())
+    fingerprint = read_json(file, fix)
+    check(fingerprint, {"shapes_after_crop": list}, file, fix)
+    shapes = fingerprint["shapes_after_crop"]
     if len(shapes) != count:
         raise UserError(f"{file}: made of {len(shapes)} labelled cases, and {count} are preprocessed: {fix}")
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import median_high
 
-from nnunet_semiseg.data.stamps import Stamp, all_renewed
+from nnunet_semiseg.data.stamps import STAMP, Stamp, all_renewed
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.schema import check
 
 FINGERPRINT = "dataset_fingerprint"
+ENTRY = {"files": list[list[str | int]], "sizes": list[int] | None, "spread": list[float] | None}
 _ENDING = "__labeled.json"
 
 
@@ -30,7 +32,11 @@ def read_record(preprocessed: Path, name: str) -> dict:
     """
     try:
         record = read_json(record_file(preprocessed, name), "")
-        cases = {c: {key: e[key] for key in ("files", "sizes", "spread")} for c, e in record["cases"].items()}
+        cases = {c: {key: e[key] for key in ENTRY} for c, e in record["cases"].items()}
+        for entry in cases.values():
+            check(entry, ENTRY, record_file(preprocessed, name), "")
+            if any(len(stamp) != len(STAMP) for stamp in entry["files"]):
+                raise KeyError
         return {"plans_hash": record["plans_hash"], "cases": cases}
     except (UserError, KeyError, TypeError, AttributeError):
         return {"plans_hash": None, "cases": {}}

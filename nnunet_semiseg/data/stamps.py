@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 Stamp = list  # JSON has no tuples
+STAMP = ("name", "size", "mtime", "ctime", "digest")
 
 
 def digest(file: str | Path) -> str:
