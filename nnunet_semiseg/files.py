@@ -115,7 +115,19 @@ def write_json(content: dict | list, file: Path) -> None:
 
 NOT_WRITABLE = {
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
+    for name in (
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "EIO",
+        "ESTALE",
+        "ENOTDIR",
+        "EEXIST",
+        "EISDIR",
+    )
     if hasattr(errno, name)
 }
 """what a disk says that is full, read-only or gone"""

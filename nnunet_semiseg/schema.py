@@ -167,6 +167,8 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
         check(content["semiseg"], {"labeled_order?": list[str]}, file, DATASET_FIX, '"semiseg" ')
     for case, entry in content.get("dataset", {}).items():
         check(entry, {"images": list[str], "label": str}, file, DATASET_FIX, f'"dataset" {case} ')
+        if case in ("", ".", "..") or "/" in case or "\\" in case:  # its files would lie in another folder
+            raise UserError(f'{file}: "dataset" has a case called "{case}": give it a name without / and \\')
     _check_labels(content, file)
 
 
@@ -189,6 +191,8 @@ def _check_labels(content: dict, file: str | Path) -> None:
         found = ", ".join(map(str, known))
         raise UserError(f'{file}: "labels" has the values {found}, but must have 0 to {len(classes)}, each once')
     largest = max(max(labels[name]) for name in classes)
+    if isinstance(content["labels"].get("ignore"), list):
+        raise UserError(f'{file}: label "ignore" is a list, but must be the last value: {largest + 1}')
     if "ignore" in labels and labels["ignore"] != [largest + 1]:
         raise UserError(f'{file}: label "ignore" is {labels["ignore"][0]}, but must be the last one: {largest + 1}')
 
@@ -255,6 +259,14 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
     check(resolved, CONFIGURATION, file, fix, within)
     if min(resolved["spacing"], default=0) <= 0:
         raise UserError(f'{file}: {within}"spacing" is {resolved["spacing"]}, but must be above 0: {fix}')
+    for key, values in {"patch_size": resolved["patch_size"], "batch_size": [resolved["batch_size"]]}.items():
+        if min(values, default=0) < 1:
+            raise UserError(f'{file}: {within}"{key}" is {resolved[key]}, but must be 1 or more: {fix}')
+    if len(resolved["patch_size"]) != len(resolved["spacing"]):
+        axes = len(resolved["spacing"])
+        raise UserError(f'{file}: {within}"patch_size" is {resolved["patch_size"]}, but must have {axes} values: {fix}')
+    if not resolved["data_identifier"]:
+        raise UserError(f'{file}: {within}"data_identifier" is empty: {fix}')
 
 
 def check_name(option: str, name: str) -> None:
@@ -266,3 +278,5 @@ def check_name(option: str, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise UserError(f"{option} {shown}: letters, digits, - _ and . only, at most 100 of them")
+    if name in ("dataset", "dataset_fingerprint", "splits_final"):  # nnU-Net's own files, beside the plans
+        raise UserError(f"{option} {name}: nnU-Net has a file {name}.json of its own there: choose another name")

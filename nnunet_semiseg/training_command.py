@@ -42,9 +42,14 @@ def check_running_command() -> None:
     """`check_training` where this process is `nnUNetv2_train`; the predictor and others ask for trainers, too."""
     if Path(sys.argv[0]).stem != COMMAND:
         return
+    from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.planning import check_plans_name
+
     parser = ArgumentParser(COMMAND)
     add_training_arguments(parser)
-    check_training(parser.parse_known_args(sys.argv[1:])[0])
+    args = parser.parse_known_args(sys.argv[1:])[0]
+    check_training(args)
+    check_plans_name(dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id) / f"{args.p}.json")
 
 
 def check_training(args: Namespace, plans_name: str | None = None) -> None:

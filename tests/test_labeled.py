@@ -164,6 +164,14 @@ def with_voxel(label, value, dtype):
 
 DAMAGE = {
     "cut image": (lambda d: cut(d.image("tr_000", folder="imagesTr")), "imagesTr/tr_000_0000.nii.gz: cannot be read"),
+    "empty file": (
+        lambda d: d.image("tr_000", folder="imagesTr").write_bytes(b""),
+        "imagesTr/tr_000_0000.nii.gz: cannot be read by any of nnU-Net's readers: replace the image",
+    ),
+    "RGB label": (
+        lambda d: sitk.WriteImage(sitk.Image([24, 24, 24], sitk.sitkVectorUInt8, 3), str(label_of(d))),
+        "labelsTr/tr_000.nii.gz: ",
+    ),
     "cut label": (lambda d: cut(label_of(d)), "labelsTr/tr_000.nii.gz: cannot be read"),
     "no label": (lambda d: label_of(d).unlink(), "labelsTr/tr_000.nii.gz: no such file: put the label there"),
     "lost slices": (

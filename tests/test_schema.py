@@ -82,6 +82,8 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"labels": {"a": 1}}, 'must have "background": 0'),
         ({"labels": {"background": 0, "ignore": 1, "a": 2}}, '"labels" has the values 0, 2'),
         ({"labels": {"background": 0, "a": 1, "ignore": 3}}, 'label "ignore" is 3, but must be the last one: 2'),
+        ({"labels": {"background": 0, "a": 1, "ignore": [2]}}, 'label "ignore" is a list'),
+        ({"dataset": {"../a": {"images": ["a"], "label": "b"}}}, '"dataset" has a case called "../a"'),
         ({"channel_names": ["MRI"]}, "\"channel_names\" is ['MRI'], but must be an object"),
         ({"channel_names": {}}, '"channel_names" names no channel'),
         ({"channel_names": {"0": 5}}, '"channel_names": "0" is 5, but must be a text'),
@@ -136,6 +138,10 @@ def test_plans_that_are_none(plans, words, tmp_path):
         ({"spacing": [0, 1]}, "must be above 0"),
         ({"batch_size": "2"}, "\"batch_size\" is '2'"),
         ({"inherits_from": "3d"}, "cannot be read"),
+        ({"patch_size": [8, 0]}, '"patch_size" is [8, 0], but must be 1 or more'),
+        ({"patch_size": [8]}, '"patch_size" is [8], but must have 2 values'),
+        ({"batch_size": 0}, '"batch_size" is 0, but must be 1 or more'),
+        ({"data_identifier": ""}, '"data_identifier" is empty'),
     ],
 )
 def test_a_configuration_that_is_none(change, words):
@@ -160,7 +166,7 @@ def test_splits_that_are_none(folds, words, tmp_path):
     assert words in refusal(read_splits, tmp_path / "s.json", "fix it")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a" * 101])
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a" * 101, "dataset", "splits_final"])
 def test_names_that_are_no_part_of_a_folders(name):
     check_name("--as", "nnUNetPlans_0.5")
     assert refusal(check_name, "--as", name).startswith(f"--as {name[:50]}")

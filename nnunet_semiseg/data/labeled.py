@@ -67,7 +67,10 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
         raise UserError("\n".join(f"{label}: {what}" for label in missing))
     stamps = known_stamps(preprocessed, cases)
     example = next(iter(cases.values()))[0]
-    reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    try:
+        reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    except RuntimeError:  # it tries all readers on this one image
+        raise UserError(f"{example}: cannot be read by any of nnU-Net's readers: {take_out(example)}") from None
     jobs = [(case, cases[case], reader, dataset_json) for case in cases if case not in stamps]
     problems, empty = {}, []
     for case, found, is_empty, now in run_jobs(_inspect_case, jobs, num_processes):
@@ -98,7 +101,8 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
         raise
     problems += intensity_problems(data, images, channel_names(dataset_json))
     problems += label_problems(seg, label, data.shape[1:], label_values(dataset_json))
-    if not np.allclose(about["spacing"], about_label["spacing"]):
+    spacings = about["spacing"], about_label["spacing"]
+    if len(spacings[0]) != len(spacings[1]) or not np.allclose(*spacings):
         problems.append(f"{label}: spacing {about_label['spacing']} differs from {about['spacing']}: {take_out(label)}")
     return case, problems, not (seg > 0).any(), stamps
 
