@@ -7,6 +7,7 @@ import sys
 from argparse import ArgumentParser
 
 import pytest
+from test_schema import CONFIGURATION, PLANS
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
@@ -15,15 +16,8 @@ from nnunet_semiseg.settings.plans import GIVEN, store_given, store_settings, wi
 
 def write_plans(dataset, name="nnUNetSemiSegPlans", **more) -> dict:
     """Plans as short as they may be, and the `dataset.json` beside them."""
-    configuration = {
-        "data_identifier": "P", "batch_size": 2, "patch_size": [8, 8], "spacing": [1.0, 1.0], "architecture": {},
-        "normalization_schemes": ["ZScoreNormalization"], "preprocessor_name": "DefaultPreprocessor",
-        "use_mask_for_norm": [False], "resampling_fn_data": "f", "resampling_fn_data_kwargs": {},
-        "resampling_fn_seg": "f", "resampling_fn_seg_kwargs": {},
-    }  # fmt: skip
-    used = {"dataset_name": dataset.name, "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2]}
-    more |= used | {"image_reader_writer": "SimpleITKIO"}
-    plans = {"plans_name": name, "configurations": {"2d": configuration, "3d_fullres": configuration}, **more}
+    configurations = {"2d": CONFIGURATION, "3d_fullres": CONFIGURATION}
+    plans = {**PLANS, "plans_name": name, "dataset_name": dataset.name, "configurations": configurations, **more}
     dataset.preprocessed.mkdir(parents=True, exist_ok=True)
     (dataset.preprocessed / f"{name}.json").write_text(json.dumps(plans))
     shutil.copy(dataset.raw / "dataset.json", dataset.preprocessed)
