@@ -7,19 +7,12 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import (
-    hard_pseudo_label,
-    has_label,
-    keep_largest_component,
-    weighted_loss,
-)
-from nnunet_semiseg.networks.feature_perturbation import draw_box, on_grid_of
-from nnunet_semiseg.settings.base import TeacherSettings, require
+from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
+from nnunet_semiseg.settings.base import PseudoLabelSettings, TeacherSettings, TurnSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
@@ -27,7 +20,7 @@ from nnunet_semiseg.training.teacher import update_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class BCPSettings(TeacherSettings):
+class BCPSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Settings of `BCPTrainer`."""
 
     pretraining: float = 2 / 17
@@ -36,8 +29,6 @@ class BCPSettings(TeacherSettings):
     """beta, the box's sides as a share of the patch's"""
     bcp_weight: float = 0.5
     """alpha, of voxels with pseudo-labels"""
-    largest_component: bool = False
-    """keep the largest component of a class's pseudo-label: right for one organ, wrong for lesions"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,9 +49,9 @@ class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
 
     Where we depart: the pre-training's last weights go on (theirs: the best on the test set), with the same optimizer
     and learning rate schedule; the teacher sees weak views, the mixes are of strong ones; X_in and X_out have the same
-    x_l; labels have nnU-Net's deep supervision, pseudo-labels the full resolution alone; the largest component is
-    a setting (theirs: always), as it is wrong for lesions and costs time on the CPU. Of more unlabelled samples than
-    labelled ones, one more is used. With a single sample of each x_u' is x_u, and the pre-training mixes nothing.
+    x_l; labels and pseudo-labels have nnU-Net's deep supervision; the unlabelled images of a mix are flipped and turned
+    with their pseudo-labels; the largest component is kept where each labelled case has the class in one piece (theirs:
+    always). Of more unlabelled samples than labelled ones, one more is used. With a single sample of each x_u' is x_u, and the pre-training mixes nothing.
     A training that is resumed with another length keeps the end of its pre-training.
     """
 
@@ -100,42 +91,18 @@ class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
             }
             return
         if self.step == self.first_step:
-            update_teacher(self.teacher, self.network, 0, self.settings.ema_decay)  # begins as a copy
-        x_u, other = pairs(batch.views["strong"], len(x_l))
-        label, other_label = pairs(self.pseudo_label(batch.views["weak"][: len(x_l) + 1]), len(x_l))
+            update_teacher(self.teacher, self.network, 0, self.settings.decay)  # begins as a copy
+        turn = self.draw_turn()
+        x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
+        label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
         for labeled, pseudo_label in ((~box, label), (box, other_label)):  # inwards, outwards: eq. 5 and 6
             with self.shared(next(outputs)) as output:
                 yield {"supervised": self.loss_where(labeled, output, target)}
-                loss = self.loss_where(~labeled, self.finest(output), pseudo_label)
+                loss = self.loss_where(~labeled, output, pseudo_label)
                 yield {"pseudo": self.settings.bcp_weight * loss}
 
     @torch.no_grad()
     def pseudo_label(self, images: Tensor) -> Tensor:
         """The teacher's decision."""
-        label = hard_pseudo_label(self.teacher(images), self.label_manager)
-        return keep_largest_component(label, self.label_manager) if self.settings.largest_component else label
-
-    def loss_where(self, mask: Tensor, output, target) -> Tensor:
-        """nnU-Net's loss over the voxels of a mask (1, 1, *S); of lists on every grid, as its deep supervision is."""
-
-        def loss(logits: Tensor, target: Tensor) -> Tensor:
-            known = has_label(target, self.label_manager)
-            weight = (on_grid_of(logits, mask) & known).float()
-            target = torch.where(known, target, 0)
-            return weighted_loss(self.finest_loss, logits, target, weight / weight.mean().clamp_min(1e-6))
-
-        if isinstance(output, (list, tuple)):
-            return DeepSupervisionWrapper(loss, self.loss.weight_factors)(output, target)
-        return loss(output, target)
-
-
-def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The first n samples, and for each of them another: the one before it, of the first the one behind the last."""
-    x = x[: n + 1]
-    return x[:n], x.roll(1, 0)[:n]
-
-
-def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:
-    """x within the box (1, 1, *S), the other around it; on a coarser grid the box is, too. Shape: (B, C, *s)."""
-    return torch.where(on_grid_of(x, box), x, into)
+        return self.decide(self.teacher(images))

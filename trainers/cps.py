@@ -9,10 +9,9 @@ from functools import partial
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
-from nnunet_semiseg.losses.pseudo_labels import cross_entropy, hard_pseudo_label
-from nnunet_semiseg.losses.ramps import gaussian_ramp
+from nnunet_semiseg.losses.pseudo_labels import cross_entropy
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.settings.base import OptionalTextSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.passes import run_in_bfloat16, run_sample_by_sample
 from nnunet_semiseg.training.semi_supervised import compile_parts
@@ -20,15 +19,8 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPSSettings(OptionalTextSettings):
-    """Settings of `CPSTrainer`."""
-
-    cps_weight: float = 0.1
-    """lambda, at the end of the ramp"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "cps_weight", minimum=0)
+class CPSSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings):
+    """Settings of `CPSTrainer`; `consistency_weight` is the paper's lambda."""
 
 
 class CPSTrainer(TextGuidedTrainer[CPSSettings]):
@@ -41,8 +33,9 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
       labelled and unlabelled samples (the paper adds a mean of each, twice as much where both are as many).
 
     The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step, of networks pre-trained on ImageNet. From
-    random weights that would teach noise: we take the 0.1 with a Gaussian ramp over the training that is usual for
-    volumes. The first network is deployed; the second is trained beside it and saved for resuming. nnU-Net's
+    random weights that would teach noise: with `consistency=paper` L_cps is eq. 4 with the 0.1 and the Gaussian ramp over
+    the training that are usual for volumes. By default it is nnU-Net's Dice + CE with deep supervision, with a weight of 1
+    after 0.4 of the training. The first network is deployed; the second is trained beside it and saved for resuming. nnU-Net's
     `-pretrained_weights` are the first's alone: the two have to differ.
     """
 
@@ -69,7 +62,7 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
             run_sample_by_sample(second)
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        weight = self.settings.cps_weight * gaussian_ramp(self.progress)
+        weight = self.settings.weight(self.progress)
         networks = self.bare_network, self.auxiliary["second"]
         for images, target, share in batch.streams("strong"):
             passes = [partial(predict, network, images, text) for network in networks]
@@ -79,12 +72,15 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
                     if target is not None:
                         yield {f"supervised_{i + 1}": self.loss(output, target)}
                     logits = self.finest(output)
-                    cps = cross_entropy(logits, labels[1 - i], self.label_manager.has_regions)
+                    if self.settings.consistency == "paper":
+                        cps = cross_entropy(logits, labels[1 - i], self.label_manager.has_regions)
+                    else:
+                        cps = self.pseudo_loss(output, labels[1 - i])
                     yield {"cps": share * weight * cps} | self.cog(aligned, logits, text, share)
 
     def decision(self, prediction) -> Tensor:
         """What one network says to the other."""
-        return hard_pseudo_label(self.finest(prediction[0]), self.label_manager)
+        return self.decide(self.finest(prediction[0]))
 
 
 def predict(network: MultiDecoderUNet, images: Tensor, text: Tensor | None):

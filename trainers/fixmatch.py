@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from nnunet_semiseg.losses.pseudo_labels import confidence, cross_entropy, hard_pseudo_label, probabilities
+from nnunet_semiseg.losses.pseudo_labels import confidence, cross_entropy, probabilities
 from nnunet_semiseg.settings.base import MatchSettings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
@@ -18,21 +18,27 @@ class FixMatchTrainer(SemiSupervisedTrainer[MatchSettings]):
     arXiv 2001.07685, for voxels. Eq. 4: L_u = mean over all voxels of 1(max q >= 0.95) CE(p(strong), argmax q),
     q the network's own probabilities on the weak view, without gradient; L = L_s + lambda_u L_u, lambda_u = 1 with no
     ramp, as the threshold is one. Unlabelled samples are as many as labelled ones, `unlabeled_batch_size` makes them
-    more (paper: 7 times as many). L_s is nnU-Net's loss, the strong view nnU-Net's intensity augmentation: views share
-    the geometry, so that voxels correspond. A region's pseudo-label counts where all regions are certain.
+    more (paper: 7 times as many). L_s is nnU-Net's loss, the strong view nnU-Net's intensity augmentation, flipped and
+    turned with the pseudo-label. A region's pseudo-label counts where all regions are certain.
+
+    With `consistency=paper` L_u is the CE of the full resolution. By default it is nnU-Net's Dice + CE with deep
+    supervision, over the certain voxels: a few certain foreground voxels hardly weigh in a mean over all.
     """
 
     views = ("weak", "strong")
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        outputs = self.each(self.network, batch.images, batch.views["strong"])
+        turn = self.draw_turn()
+        outputs = self.each(self.network, batch.images, turn(batch.views["strong"]))
         yield {"supervised": self.loss(next(outputs), batch.target)}
         with self.without_gradients():
-            weak = self.finest(self.network(batch.views["weak"]))
+            weak = turn(self.finest(self.network(batch.views["weak"])))
             certain = confidence(probabilities(weak, self.label_manager), self.label_manager)
             weight = (certain >= self.settings.match_threshold).float()
-        target = hard_pseudo_label(weak, self.label_manager)
+        target = self.decide(weak)
         del weak, certain
-        strong = self.finest(next(outputs))
-        loss = cross_entropy(strong, target, self.label_manager.has_regions, weight)
+        if self.settings.consistency == "paper":
+            loss = cross_entropy(self.finest(next(outputs)), target, self.label_manager.has_regions, weight)
+        else:
+            loss = self.pseudo_loss(next(outputs), target, weight)
         yield {"unsupervised": self.settings.match_weight * loss}

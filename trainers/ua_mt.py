@@ -13,14 +13,21 @@ from torch import Tensor, nn
 from nnunet_semiseg.losses.pseudo_labels import entropy, probabilities
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, TeacherSettings, require
+from nnunet_semiseg.settings.base import (
+    ConsistencySettings,
+    OptionalTextSettings,
+    PseudoLabelSettings,
+    TeacherSettings,
+    TurnSettings,
+    require,
+)
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import bare
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings):
+class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Settings of `UAMTTrainer`; the ramp is the weight's and the threshold's."""
 
     mc_passes: int = 8
@@ -52,6 +59,10 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
     V-Net has dropout at the bottleneck and before the head: nnU-Net's networks have none, so it is put on the
     bottleneck, of whole channels as in their code. For more than two classes the distance is the mean over them; a
     region is judged by its own entropy.
+
+    With `consistency=paper` L_c is eq. 3, its weight ends at 0.1, and the ramp is as long as the training. By default L_c
+    is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (of regions those of
+    which all are certain), its weight ends at 1, and the student's view is flipped and turned.
     """
 
     views = ("weak", "strong")
@@ -67,30 +78,39 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
             skips, aligned = network.encode(images, text)
             return network.decode(self.drop(skips)), aligned
 
+        turn = self.draw_turn()
         ramp = self.settings.ramp(self.progress)
         teacher: Any = None
         certain: Any = None
         streams = batch.streams("strong")
-        outputs = self.each(student, *(images for images, _, _ in streams))
+        outputs = self.each(student, *(images if target is not None else turn(images) for images, target, _ in streams))
         for _, target, share in streams:
             if target is None:
-                teacher, certain = self.ask_teacher(batch.views["weak"], ramp)
+                teacher, certain = (turn(x) for x in self.ask_teacher(batch.views["weak"], ramp))
             output, aligned = next(outputs)
             logits = self.finest(output)
             terms = self.cog(aligned, logits, text, share)
             if target is None:
-                loss = masked_mse(probabilities(logits, self.label_manager), teacher, certain)
-                terms["consistency"] = self.settings.consistency_weight * ramp * loss
+                loss = self.distance(output, teacher, certain)
+                terms["consistency"] = self.settings.weight(self.progress) * loss
             else:
                 terms["supervised"] = self.loss(output, target)
             del output, aligned, logits
             yield terms
 
+    def distance(self, output, teacher: Tensor, certain: Tensor) -> Tensor:
+        """Of the student's output to the teacher's logits (B, heads, *S), over the certain voxels."""
+        decision = self.decide(teacher)
+        if self.settings.consistency == "paper":
+            student, teacher = (probabilities(x, self.label_manager) for x in (self.finest(output), teacher))
+            return masked_mse(student, teacher, certain)
+        return self.pseudo_loss(output, decision, certain.all(1, keepdim=True).float())
+
     @torch.no_grad()
     def ask_teacher(self, images: Tensor, ramp: float) -> tuple[Tensor, Tensor]:
-        """The teacher's probabilities (B, heads, *S), and where it is certain: bool, (B, 1 or heads, *S)."""
+        """The teacher's logits (B, heads, *S), and where it is certain: bool, (B, 1 or heads, *S)."""
         regions, passes = self.label_manager.has_regions, self.settings.mc_passes
-        teacher = probabilities(self.teacher(images), self.label_manager)
+        teacher = self.teacher(images)
         if not passes:
             return teacher, torch.ones_like(teacher[:, :1], dtype=torch.bool)
         mean = self.sample(images)

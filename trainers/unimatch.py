@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
-from nnunet_semiseg.networks.feature_perturbation import draw_box, drop_channels
+from nnunet_semiseg.losses.copy_paste import draw_box
+from nnunet_semiseg.losses.pseudo_labels import confidence, probabilities, weighted_loss
+from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import MatchSettings, require
 from nnunet_semiseg.training.batch import Batch
@@ -67,10 +68,13 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
         del perturbed
 
         boxes = [self.draw_box(views["weak"]) for _ in range(2)]
-        strong = [cut_mix(views[f"strong_{i}"], box) for i, box in enumerate(boxes, 1)]
+        turns = [self.draw_turn() for _ in range(2)]
+        strong = [
+            cut_mix(turn(views[f"strong_{i}"]), box) for i, (turn, box) in enumerate(zip(turns, boxes, strict=True), 1)
+        ]
         outputs = self.each(self.network, *strong)
-        for i, box in enumerate(boxes, 1):
-            loss = self.match_loss(next(outputs), cut_mix(target, box), cut_mix(weight, box))
+        for i, (turn, box) in enumerate(zip(turns, boxes, strict=True), 1):
+            loss = self.match_loss(next(outputs), cut_mix(turn(target), box), cut_mix(turn(weight), box))
             yield {f"strong_{i}": 0.25 * loss}
 
     def pseudo_label(self, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -78,11 +82,13 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
         with self.without_gradients():
             logits = self.finest(self.bare_network.decode(skips))
             certain = confidence(probabilities(logits, self.label_manager), self.label_manager)
-        return hard_pseudo_label(logits, self.label_manager), (certain >= self.settings.match_threshold).float()
+        return self.decide(logits), (certain >= self.settings.match_threshold).float()
 
     def match_loss(self, output, target: Tensor, weight: Tensor) -> Tensor:
-        """The weighted Dice + CE of the finest logits."""
-        return self.settings.match_weight * weighted_loss(self.finest_loss, self.finest(output), target, weight)
+        """The weighted Dice + CE, with deep supervision or (`consistency=paper`) of the finest logits."""
+        if self.settings.consistency == "paper":
+            return self.settings.match_weight * weighted_loss(self.finest_loss, self.finest(output), target, weight)
+        return self.settings.match_weight * self.pseudo_loss(output, target, weight)
 
     def draw_box(self, x: Tensor) -> Tensor:
         """The box of CutMix, in some steps empty."""

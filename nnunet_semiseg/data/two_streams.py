@@ -34,6 +34,8 @@ SHARED = (
     TransposeAxesTransform,
 )
 """what all views of a patch have in common"""
+MOST_DRAWS = 10
+"""of a strong view that still equals the weak one"""
 MASKING = (MaskImageTransform, EmptyChannels)
 KNOWN = {"intensity": ImageOnlyTransform, "segmentation": SegOnlyTransform, "masking": MASKING, "shared": SHARED}
 
@@ -46,22 +48,34 @@ class ViewsTransform(BasicTransform):
     applied to a clone, as batchgeneratorsv2 changes tensors in place. Transforms of the segmentation are left
     out: there is none.
 
+    nnU-Net applies each intensity transform rarely (0.1 to 0.3): a third of its draws change nothing, and a student
+    that sees what its teacher sees learns nothing. In a strong view each is applied with `strong_probability`, as
+    UniMatch does (0.8), and a draw that changed nothing is drawn again.
+
     Args:
         training_transforms: what `nnUNetTrainer.get_training_transforms` returns.
         views: the names of the views; one that begins with "weak" is weak, any other is strong.
+        strong_probability: of each random intensity transform in a strong view; None: nnU-Net's own, drawn once.
 
     Raises:
         UserError: a transform of which it is not known whether views share it.
     """
 
-    def __init__(self, training_transforms: ComposeTransforms, views: Sequence[str]):
+    def __init__(
+        self, training_transforms: ComposeTransforms, views: Sequence[str], strong_probability: float | None = None
+    ):
         super().__init__()
         self.views = tuple(views)
+        self.draws = 1 if strong_probability is None else MOST_DRAWS
         kinds = [(kind_of(transform), transform) for transform in flat(training_transforms)]
         self.spatial, self.intensity, self.masking = (
             ComposeTransforms([transform for k, transform in kinds if k == kind])
             for kind in ("shared", "intensity", "masking")
         )
+        if strong_probability is not None:
+            self.intensity = ComposeTransforms([
+                with_probability(transform, strong_probability) for transform in self.intensity.transforms
+            ])
 
     def apply(self, data_dict: dict, **params) -> dict:
         """image (C, *S), segmentation (1, *S: -1 outside the nonzero mask) -> image (views * C, *S).
@@ -77,9 +91,23 @@ class ViewsTransform(BasicTransform):
         for view in self.views:
             sample = {**data_dict, "image": data_dict["image"].clone()}
             if not view.startswith("weak"):
-                sample = self.intensity(**sample)
+                sample = self.changed(sample)
             images.append(self.masking(**sample)["image"])
         return {"image": torch.cat(images), "segmentation": torch.empty(0)}
+
+    def changed(self, sample: dict) -> dict:
+        """The sample with another intensity; an image of a single value stays as it is."""
+        before, new = sample["image"].clone() if self.draws > 1 else None, sample
+        for _ in range(self.draws):
+            new = self.intensity(**sample)
+            if before is None or not torch.equal(new["image"], before):
+                break
+        return new
+
+
+def with_probability(transform: BasicTransform, probability: float) -> BasicTransform:
+    """A transform that nnU-Net applies at random, with this probability; another one as it is."""
+    return RandomTransform(transform.transform, probability) if isinstance(transform, RandomTransform) else transform
 
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:

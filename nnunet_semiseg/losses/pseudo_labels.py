@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from monai.losses.dice import DiceLoss
-from monai.transforms.post.array import KeepLargestConnectedComponent
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,14 +27,6 @@ def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
     if label_manager.has_ignore_label:
         regions = torch.cat((regions, torch.zeros_like(regions[:, :1])), 1)
     return regions
-
-
-def keep_largest_component(label: Tensor, label_manager) -> Tensor:
-    """A pseudo-label with the largest component of each class or region, on the CPU, one sample after the other."""
-    # regions have no background channel, which MONAI would leave out
-    regions = range(label_manager.num_segmentation_heads) if label_manager.has_regions else None
-    keep: Any = KeepLargestConnectedComponent(regions, is_onehot=label_manager.has_regions)
-    return torch.stack([keep(sample).as_tensor() for sample in label]).to(label)
 
 
 def probabilities(logits: Tensor, label_manager) -> Tensor:
@@ -66,6 +55,13 @@ def confidence(p: Tensor, label_manager) -> Tensor:
     if label_manager.has_regions:
         return torch.maximum(p, 1 - p).amin(1, keepdim=True)
     return p.amax(1, keepdim=True)
+
+
+def on_grid(target: Tensor, x: Tensor) -> Tensor:
+    """A target (B, C, *S) on the grid of x (B, K, *s), by nearest neighbours, as nnU-Net brings labels there."""
+    if target.shape[2:] == x.shape[2:]:
+        return target
+    return F.interpolate(target.float(), x.shape[2:], mode="nearest-exact").to(target.dtype)
 
 
 def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_semiseg.losses.pseudo_labels import on_grid
+
 
 def drop_channels(x: Tensor, p: float) -> Tensor:
     """Whole channels of (B, C, *s) set to 0 with probability p, the others divided by 1 - p."""
@@ -38,17 +40,17 @@ def mask_object(x: Tensor, foreground: Tensor) -> Tensor:
         x: (B, C, *s).
         foreground: (B, 1, *S), bool, on the image's grid.
     """
-    return x * ~on_grid_of(x, foreground)
+    return x * ~on_grid(foreground, x)
 
 
 def mask_context(x: Tensor, foreground: Tensor) -> Tensor:
     """x where it is foreground, else 0 (CCT's Con-Msk)."""
-    return x * on_grid_of(x, foreground)
+    return x * on_grid(foreground, x)
 
 
 def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
     """x without a box, drawn within the bounding box of the foreground, of this share of its sides (CCT's G-Cutout)."""
-    foreground = on_grid_of(x, foreground)
+    foreground = on_grid(foreground, x)
     box = torch.ones_like(foreground)
     for axis in range(2, x.ndim):
         others = tuple(a for a in range(1, x.ndim) if a != axis)
@@ -62,17 +64,3 @@ def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
         start = first + torch.rand(first.shape, device=x.device) * (1 - share) * length
         box = box & (places >= start) & (places < start + share * length)
     return x * ~box
-
-
-def on_grid_of(x: Tensor, mask: Tensor) -> Tensor:
-    """A mask (B, 1, *S) on the grid of x (B, C, *s), by nearest neighbours, as nnU-Net brings labels there."""
-    return F.interpolate(mask.float(), x.shape[2:], mode="nearest-exact") > 0.5
-
-
-def draw_box(x: Tensor, share: float) -> Tensor:
-    """(1, 1, *s), bool, True in a box at a random place with this share of each side of x (B, C, *s)."""
-    box = torch.zeros((1, 1, *x.shape[2:]), dtype=torch.bool, device=x.device)
-    sides = [round(share * n) for n in x.shape[2:]]
-    starts = [int(torch.randint(n - side + 1, ())) for n, side in zip(x.shape[2:], sides, strict=True)]  # on the CPU
-    box[(..., *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))] = True
-    return box

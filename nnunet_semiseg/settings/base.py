@@ -6,10 +6,14 @@ A trainer's settings are the argument of its base class, as in `SemiSupervisedTr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from math import log
+from typing import ClassVar, Literal
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.ramps import gaussian_ramp
+
+DECAY_BETWEEN = (2_000, 50_000)
+"""iterations of a training: an EMA over 100 of them up to the first, over 1,000 from the second on"""
 
 
 def require(settings, name: str, minimum: float | None = None, maximum: float | None = None) -> None:
@@ -53,17 +57,37 @@ class SemiSupervisedSettings(TrainingSettings):
     memory: Literal["stock", "fast", "small"] = "stock"
     """stock: within 1.15 of nnU-Net's memory; fast: streams joined where a method runs them alike, one backward pass,
     several times the memory; small: one sample at a time, computed twice"""
+    strong_probability: float | None = 0.8
+    """of each of nnU-Net's intensity transforms in a strong view, which is never without any; null: nnU-Net's own"""
 
     def __post_init__(self):
         super().__post_init__()
         require(self, "unlabeled_batch_size", minimum=1)
+        require(self, "strong_probability", minimum=0.01, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelSettings(SemiSupervisedSettings):
+    """Settings of a method that learns from hard pseudo-labels."""
+
+    largest_component: Literal["auto", "on", "off"] = "auto"
+    """keep a class's largest component in pseudo-labels; auto: where each labelled case has the class in one piece"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnSettings(SemiSupervisedSettings):
+    """Settings of a method whose student sees another view than what labels its samples."""
+
+    turns: bool = True
+    """flip the student's view and turn it by right angles, where nnU-Net mirrors; the pseudo-label is turned alike"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(SemiSupervisedSettings):
     """Settings of a method with an EMA teacher; having them is what gives a trainer its teacher."""
 
-    ema_decay: float = 0.99
+    ema_decay: float | None = None
+    """None: by the length of the training, 0.99 up to 2,000 iterations and 0.999 from 50,000 on"""
     deploy: Literal["student", "teacher"] = "student"
     """whose weights validation and prediction use"""
 
@@ -71,15 +95,37 @@ class TeacherSettings(SemiSupervisedSettings):
         super().__post_init__()
         require(self, "ema_decay", minimum=0, maximum=1)
 
+    @property
+    def decay(self) -> float:
+        """Of the EMA; the logarithm of 1 - decay falls linearly with that of the number of iterations."""
+        if self.ema_decay is not None:
+            return self.ema_decay
+        iterations = self.num_epochs * self.num_iterations_per_epoch
+        (first, last), (fast, slow) = DECAY_BETWEEN, (0.01, 0.001)
+        share = log(min(max(iterations, first), last) / first) / log(last / first)
+        return 1 - fast * (slow / fast) ** share
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencySettings(SemiSupervisedSettings):
-    """Settings of a method with one consistency term under a Gaussian ramp."""
+    """Settings of a method with one consistency term under a Gaussian ramp.
 
-    consistency_weight: float = 0.1
-    """of the consistency, at the end of the ramp"""
-    ramp_length: float = 1.0
-    """of the consistency's weight, as a share of the training"""
+    The papers' distances and weights belong to code whose supervised loss is half of nnU-Net's: where probabilities
+    differ by 0.3, a voxel's 0.1 MSE has 1/254 of the gradient of Dice, and teaches next to nothing.
+
+    Class attributes:
+        paper_weight, paper_ramp: with `consistency=paper`.
+    """
+
+    paper_weight: ClassVar[float] = 0.1
+    paper_ramp: ClassVar[float] = 1.0
+
+    consistency: Literal["dice_ce", "paper"] = "dice_ce"
+    """nnU-Net's loss towards decisions, with deep supervision; or the loss, weight and ramp of the paper"""
+    consistency_weight: float | None = None
+    """at the end of the ramp; null: 1, or the paper's"""
+    ramp_length: float | None = None
+    """of the consistency's weight, as a share of the training; null: 0.4, or the paper's"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,13 +134,21 @@ class ConsistencySettings(SemiSupervisedSettings):
 
     def ramp(self, progress: float) -> float:
         """The share of the consistency's weight at this share of the training."""
-        return gaussian_ramp(progress / self.ramp_length)
+        default = self.paper_ramp if self.consistency == "paper" else 0.4
+        return gaussian_ramp(progress / (default if self.ramp_length is None else self.ramp_length))
+
+    def weight(self, progress: float) -> float:
+        """Of the consistency, at this share of the training."""
+        default = self.paper_weight if self.consistency == "paper" else 1.0
+        return (default if self.consistency_weight is None else self.consistency_weight) * self.ramp(progress)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchSettings(SemiSupervisedSettings):
+class MatchSettings(PseudoLabelSettings, TurnSettings):
     """Settings of a method that learns from its own pseudo-labels where these are certain."""
 
+    consistency: Literal["dice_ce", "paper"] = "dice_ce"
+    """nnU-Net's loss with deep supervision, or the paper's"""
     match_weight: float = 1.0
     """lambda_u, of the unsupervised loss"""
     match_threshold: float = 0.95

@@ -16,18 +16,22 @@ from torch import Tensor, autocast, distributed, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from nnunet_semiseg.data.components import heads_in_one_piece
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
 from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.decisions import Decisions
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 from nnunet_semiseg.training.passes import run_sample_by_sample
 from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
 from nnunet_semiseg.training.random_state import get_random_state, set_random_state
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
+from nnunet_semiseg.training.turns import Turn, draw_turn, planes_to_turn_in
 
 S = TypeVar("S", bound=SemiSupervisedSettings)
 
@@ -55,6 +59,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.auxiliary: Any = nn.ModuleDict()  # trained, but not deployed: outside self.network
         self.teacher: Any = None  # a network, where the settings ask for one
+        self.decide = Decisions(self.label_manager, self.class_names(), self.device)
         self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
         self.step = 0
         self._resume_random_state = None
@@ -143,7 +148,24 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     @property
     def finest_loss(self) -> nn.Module:
         """nnU-Net's loss for the full resolution alone."""
-        return self.loss.loss if self.enable_deep_supervision else self.loss
+        return finest_of(self.loss)
+
+    def pseudo_loss(self, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """nnU-Net's loss with its deep supervision towards a target of `decide`; see `losses.deep_supervision`."""
+        return pseudo_loss(self.loss, output, target, weight)
+
+    def loss_where(self, mask: Tensor, output, target) -> Tensor:
+        """nnU-Net's loss with its deep supervision over the voxels of a mask; see `losses.deep_supervision`."""
+        return loss_where(self.loss, output, target, mask, self.label_manager)
+
+    def draw_turn(self) -> Turn:
+        """Flips and a turn for the student's view; none where they are off, or where nnU-Net does not mirror."""
+        axes = self.inference_allowed_mirroring_axes or ()
+        if not getattr(self.settings, "turns", False):
+            return Turn()
+        plans = self.configuration_manager
+        spacing = plans.spacing[-len(plans.patch_size) :]
+        return draw_turn(axes, planes_to_turn_in(axes, plans.patch_size, spacing))
 
     def each(self, function: Callable[[Tensor], Any], *images: Tensor) -> Iterator[Any]:
         """What the function makes of each of these batches, computed when it is asked for.
@@ -261,9 +283,29 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if self._resume_student is not None and self.current_epoch < self.num_epochs:
             self.bare_network.load_state_dict(self._resume_student)
         self._resume_student = None
+        self.decide.heads = self.heads_with_one_component()
         self.refresh_network()
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
-            update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).ema_decay)
+            update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).decay)
+
+    def class_names(self) -> list[str]:
+        """Of the classes or regions, in the order of the heads, background left out."""
+        labels = {k: v for k, v in self.dataset_json["labels"].items() if k not in ("background", "ignore")}
+        return list(labels) if self.label_manager.has_regions else sorted(labels, key=labels.__getitem__)
+
+    def heads_with_one_component(self) -> Sequence[int]:
+        """Of which the largest component is kept in pseudo-labels, by the setting `largest_component`."""
+        keep = getattr(self.settings, "largest_component", "off")
+        if keep == "off":
+            return ()
+        first = 0 if self.label_manager.has_regions else 1
+        heads: Sequence[int] = range(first, self.label_manager.num_segmentation_heads)
+        if keep == "auto":
+            labeled = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
+            heads = heads_in_one_piece(labeled, self.label_manager, len(self.configuration_manager.patch_size) == 2)
+        names = ", ".join(self.class_names()[head - first] for head in heads)
+        self.print_to_log_file(f"largest_component={keep}: pseudo-labels keep the largest of: {names or 'no class'}")
+        return heads
 
     def extend_loader(self, augmenter) -> None:
         add_unlabeled_stream(augmenter, self._make_unlabeled_loader, self.views, self.target_maker())
@@ -289,13 +331,16 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             patch_size,
             final_patch_size,
             self.label_manager,
-            transforms=ViewsTransform(labeled.transforms, self.views),
+            transforms=ViewsTransform(labeled.transforms, self.views, self.settings.strong_probability),
         )
 
     def train_step(self, batch: dict) -> dict:
         """One step; returns every loss term as a tensor on the device, so that nothing waits for the GPU."""
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.backward(self.losses(Batch.from_loader(batch, self.device)))
+        on_device = Batch.from_loader(batch, self.device)
+        self.decide.count_labels(self.finest(on_device.target))
+        terms = self.backward(self.losses(on_device))
+        del on_device
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.trainable, 12)
@@ -306,7 +351,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             self.optimizer.step()
         self.step += 1
         if self.teacher is not None:
-            update_teacher(self.teacher, self.network, self.step, cast(TeacherSettings, self.settings).ema_decay)
+            update_teacher(self.teacher, self.network, self.step, cast(TeacherSettings, self.settings).decay)
         return {"loss": sum(terms.values()), **terms}
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -349,6 +394,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         for name, value in means.items():
             self.logger.log(PREFIX + name, value, self.current_epoch)
         self.print_to_log_file("loss terms:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        for line in self.decide.shares.end_epoch(self.progress):
+            self.print_to_log_file(line)
         super().on_train_epoch_end([{"loss": loss}])
 
     def on_train_end(self):

@@ -1,0 +1,28 @@
+"""Copy-paste of boxes between samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nnunet_semiseg.losses.pseudo_labels import on_grid
+
+
+def draw_box(x: Tensor, share: float) -> Tensor:
+    """(1, 1, *s), bool, True in a box at a random place with this share of each side of x (B, C, *s)."""
+    box = torch.zeros((1, 1, *x.shape[2:]), dtype=torch.bool, device=x.device)
+    sides = [round(share * n) for n in x.shape[2:]]
+    starts = [int(torch.randint(n - side + 1, ())) for n, side in zip(x.shape[2:], sides, strict=True)]  # on the CPU
+    box[(..., *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))] = True
+    return box
+
+
+def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:
+    """x within the box (1, 1, *S), the other around it; on a coarser grid the box is, too. Shape: (B, C, *s)."""
+    return torch.where(on_grid(box, x), x, into)
+
+
+def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The first n samples, and for each of them another: the one before it, of the first the one behind the last."""
+    x = x[: n + 1]
+    return x[:n], x.roll(1, 0)[:n]

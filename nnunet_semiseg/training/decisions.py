@@ -1,0 +1,52 @@
+"""What a method takes the unlabelled voxels for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nnunet_semiseg.losses.components import keep_largest_components
+from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, has_label
+from nnunet_semiseg.training.class_shares import ClassShares, shares_of
+
+
+class Decisions:
+    """Makes pseudo-labels of logits, and counts their classes.
+
+    Args:
+        label_manager: nnU-Net's.
+        names: of the classes or regions, in the order of the heads, background left out.
+        device: of the training.
+
+    Attributes:
+        heads: the classes or regions of which the largest component is kept.
+    """
+
+    def __init__(self, label_manager, names: Sequence[str], device: torch.device):
+        self.label_manager = label_manager
+        self.heads: Sequence[int] = ()
+        self.shares = ClassShares(names, device)
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The pseudo-label of logits (B, heads, *S), in the form of `hard_pseudo_label`; its classes are counted."""
+        label = hard_pseudo_label(logits, self.label_manager)
+        label = keep_largest_components(label, self.heads, self.label_manager.has_regions)
+        self.count(label)
+        return label
+
+    @torch.no_grad()
+    def count(self, label: Tensor) -> None:
+        """Count the classes of a pseudo-label that was made otherwise."""
+        self.shares.add_pseudo_labels(self._shares(label))
+
+    @torch.no_grad()
+    def count_labels(self, target: Tensor) -> None:
+        """Count the classes of a labelled batch's target at full resolution, where it has a label."""
+        self.shares.add_labels(self._shares(target, has_label(target, self.label_manager)))
+
+    def _shares(self, target: Tensor, known: Tensor | None = None) -> Tensor:
+        manager = self.label_manager
+        return shares_of(target, manager.num_segmentation_heads, manager.has_regions, known)
