@@ -10,17 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, keep_largest_component
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.settings.base import TextSettings, require
+from nnunet_semiseg.settings.base import PseudoLabelSettings, TextSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSemiSegSettings(TextSettings):
+class TextSemiSegSettings(TextSettings, PseudoLabelSettings):
     """Settings of `TextSemiSegTrainer`; the ramp is as long as the training."""
 
     dca: Literal["complementary", "foreground", "off"] = "complementary"
@@ -29,8 +28,6 @@ class TextSemiSegSettings(TextSettings):
     """share of the training before DCA begins"""
     unsupervised_weight: float = 0.1
     """lambda of the cross pseudo supervision, at the end of the ramp"""
-    largest_component: bool = False
-    """keep the largest component of a class's pseudo-label: right for one organ, wrong for lesions"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,8 +127,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
 
     def pseudo_label(self, output) -> Tensor:
         """A decoder's decision."""
-        label = hard_pseudo_label(self.finest(output), self.label_manager)
-        return keep_largest_component(label, self.label_manager) if self.settings.largest_component else label
+        return self.decide(self.finest(output))
 
     def foreground(self, target: Tensor) -> Tensor:
         """m = [y > 0], (B, 1, *S), of a target as nnU-Net's loss takes it; what is ignored is no foreground."""
