@@ -33,10 +33,10 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
       labelled and unlabelled samples (the paper adds a mean of each, twice as much where both are as many).
 
     The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step, of networks pre-trained on ImageNet. From
-    random weights that would teach noise: with `consistency=paper` L_cps is eq. 4 with the 0.1 and the Gaussian ramp over
-    the training that are usual for volumes. By default it is nnU-Net's Dice + CE with deep supervision, with a weight of 1
-    after 0.4 of the training. The first network is deployed; the second is trained beside it and saved for resuming. nnU-Net's
-    `-pretrained_weights` are the first's alone: the two have to differ.
+    random weights that would teach noise: with `consistency=paper` L_cps is eq. 4 with the 0.1 and the Gaussian ramp
+    over the training that are usual for volumes. By default it is nnU-Net's Dice + CE with deep supervision, with a
+    weight of 1 after 0.4 of the training. The first network is deployed; the second is trained beside it and saved for
+    resuming. nnU-Net's `-pretrained_weights` are the first's alone: the two have to differ.
     """
 
     @classmethod

@@ -60,9 +60,9 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
     bottleneck, of whole channels as in their code. For more than two classes the distance is the mean over them; a
     region is judged by its own entropy.
 
-    With `consistency=paper` L_c is eq. 3, its weight ends at 0.1, and the ramp is as long as the training. By default L_c
-    is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (of regions those of
-    which all are certain), its weight ends at 1, and the student's view is flipped and turned.
+    With `consistency=paper` L_c is eq. 3, its weight ends at 0.1, and the ramp is as long as the training. By default
+    L_c is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (of regions those
+    of which all are certain), its weight ends at 1, and the student's view is flipped and turned.
     """
 
     views = ("weak", "strong")

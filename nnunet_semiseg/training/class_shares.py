@@ -1,4 +1,4 @@
-"""How often the pseudo-labels of an epoch name each class, against the labels: a class that vanishes is seen at once."""
+"""The classes in the pseudo-labels of an epoch, against those in the labels: one that vanishes is seen at once."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class ClassShares:
             elif name not in self.missing:
                 self.missing.add(name)
                 lines.append(
-                    f"WARNING: the class {name} vanishes from the pseudo-labels: they have {100 * of_pseudo:.3f} % of it,"
-                    f" the labels {100 * of_labels:.3f} %"
+                    f"WARNING: the class {name} vanishes from the pseudo-labels: it has {100 * of_pseudo:.3f} % of their"
+                    f" voxels, and {100 * of_labels:.3f} % of the labels'"
                 )
         return lines
 
