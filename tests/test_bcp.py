@@ -8,8 +8,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.networks.feature_perturbation import draw_box
-from nnunet_semiseg.trainers.bcp import BCPTrainer, pairs, paste
+from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
+from nnunet_semiseg.trainers.bcp import BCPTrainer
 from nnunet_semiseg.training.batch import Batch
 
 BOX = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
@@ -116,6 +116,7 @@ def test_what_the_network_sees(ready, monkeypatch):
     assert [seen[0][i][inside[i]].unique().tolist() for i in (0, 1)] == [[2], [1]]
     assert [seen[0][i][~inside[i]].unique().tolist() for i in (0, 1)] == [[1], [2]]
     trainer.step = 3
+    trainer.draw_turn = lambda: lambda x: x
     with torch.no_grad():
         for p in trainer.network.parameters():
             p.fill_(0.25)
@@ -148,7 +149,7 @@ def test_every_output_of_deep_supervision_counts_with_its_weight(behind_pretrain
     terms = terms_of(trainer, batch_of(fine, targets, weak=fine, strong=fine))
     expected = 2 / 3 * loss_by_hand(0.6) + 1 / 3 * loss_by_hand(0.9)
     assert terms["supervised"].item() == pytest.approx(2 * expected, abs=1e-4)
-    assert terms["pseudo"].item() == pytest.approx(0.5 * 2 * loss_by_hand(0.6), abs=1e-4)  # the full resolution alone
+    assert terms["pseudo"].item() == pytest.approx(0.5 * 2 * expected, abs=1e-4)
 
 
 def test_more_unlabelled_samples_than_labelled_ones(behind_pretraining):
@@ -171,17 +172,33 @@ def test_more_unlabelled_samples_than_labelled_ones(behind_pretraining):
     assert taught == [[0, 1, 2]]
 
 
-def test_the_largest_component_is_kept_where_it_is_asked_for(monkeypatch, behind_pretraining):
-    calls, zeros = [], torch.zeros(1, 2, 8, 8, 8)
-    monkeypatch.setattr("nnunet_semiseg.trainers.bcp.keep_largest_component", lambda x, _: (calls.append(1), x)[1])
-    for asked, expected in ((False, 0), (True, 1)):
-        terms_of(behind_pretraining(largest_component=asked), batch_of(zeros, weak=zeros, strong=zeros))
-        assert len(calls) == expected
+def test_the_largest_component_is_kept_where_it_is_asked_for(behind_pretraining):
+    """The teacher says class 1 of one slice, and of a voxel far from it, which becomes background."""
+    logits = of_probability(*[0.1] * 3, 0.9, *[0.1] * 4)
+    logits[:, 1, 7, 7, 7] = 5
+    for heads, voxels in (((), 65), ((1,), 64)):
+        trainer = behind_pretraining()
+        trainer.decide.heads = heads
+        assert trainer.pseudo_label(logits).sum() == voxels
+
+
+def test_the_unlabelled_part_of_a_mix_is_turned_with_its_label(behind_pretraining):
+    """The teacher and the network say class 1, with 0.9, of the first slice: after a flip along it, of the last.
+
+    It lies around the box in both mixes, or in the other the box, of the labelled image; all else is 0.1.
+    """
+    trainer = behind_pretraining()
+    trainer.draw_turn = lambda: lambda x: x.flip(2)
+    unlabeled, labeled = of_probability(0.9, *[0.1] * 7), of_probability(*[0.1] * 8)
+    pseudo = terms_of(trainer, batch_of(labeled, weak=unlabeled, strong=unlabeled))["pseudo"]
+    within = -math.log(0.9)  # X_in: two slices of background
+    around = -math.log(0.9) - 2 * 0.9 / (0.9 + 0.1 * 5 + 1)  # X_out: five of background, one of class 1
+    assert pseudo.item() == pytest.approx(0.5 * (within + around), abs=1e-3)
 
 
 def test_the_defaults_are_the_papers():
     s = BCPTrainer.settings_class()
-    assert (s.pretraining, s.box, s.bcp_weight, s.largest_component) == (2 / 17, 2 / 3, 0.5, False)
+    assert (s.pretraining, s.box, s.bcp_weight, s.largest_component) == (2 / 17, 2 / 3, 0.5, "auto")
 
 
 def test_the_end_of_the_pretraining_stays_when_a_training_becomes_longer(ready):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from training import REGIONS, Echo, bare_trainer, batch_of, make_trainer, terms_of
+from training import REGIONS, Echo, bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
 from nnunet_semiseg.trainers.cps import CPSTrainer
 
@@ -25,16 +25,23 @@ def of_both(*ps):
     return torch.cat([of_probability(p) for p in ps], 1)
 
 
-def test_each_network_learns_the_others_decision():
-    """Network 1 says class 1 with 0.8, network 2 with 0.4, so decides for 0: CE -log 0.2 of one, -log 0.4 of two."""
+@pytest.mark.parametrize("consistency", ["dice_ce", "paper"])
+def test_each_network_learns_the_others_decision(consistency):
+    """Network 1 says class 1 with 0.8, network 2 with 0.4, so decides for 0: CE -log 0.2 of one, -log 0.4 of two.
+
+    Of the labels 0 Dice is 0, of the labels 1 it is 2 * 0.4 / 1.4.
+    """
     images = of_both(0.8, 0.4)
-    loss = terms_of(two_networks(cps_weight=0.2), batch_of(images, strong=images))["cps"]
-    assert loss.item() == pytest.approx(0.2 * -(math.log(0.2) + math.log(0.4)))
+    trainer = two_networks(consistency=consistency, consistency_weight=0.2)
+    trainer.loss = nnunet_loss(False)
+    loss = terms_of(trainer, batch_of(images, strong=images))["cps"]
+    dice = 2 * 0.4 / 1.4 if consistency == "dice_ce" else 0
+    assert loss.item() == pytest.approx(0.2 * (-(math.log(0.2) + math.log(0.4)) - dice), abs=1e-4)
 
 
 def test_both_streams_count_by_a_ramp():
     """Labelled as above; elsewhere network 1 says class 1 with 0.9, network 2 with 0.3; the ramp at 0.2."""
-    trainer = two_networks(progress=0.2, cps_weight=0.2)
+    trainer = two_networks(progress=0.2, consistency_weight=0.2, ramp_length=1.0)
     labeled, unlabeled = (of_both(*ps).repeat(2, 1, 1, 1, 1) for ps in ((0.8, 0.4), (0.9, 0.3)))
     loss = terms_of(trainer, batch_of(labeled, strong=unlabeled))["cps"]
     both = -(math.log(0.2) + math.log(0.4)) - (math.log(0.1) + math.log(0.3))
@@ -45,7 +52,7 @@ def test_regions_one_by_one():
     """Region 0: both say 1/2, which is no; region 1 as above."""
     images = of_both(0.8, 0.4)
     batch = batch_of(images, torch.zeros(1, 2, 8, 8, 8), strong=images)
-    loss = terms_of(two_networks(REGIONS, cps_weight=0.2), batch)["cps"]
+    loss = terms_of(two_networks(REGIONS, consistency_weight=0.2), batch)["cps"]
     region_0, region_1 = -2 * math.log(0.5), -(math.log(0.2) + math.log(0.4))
     assert loss.item() == pytest.approx(0.2 * (region_0 + region_1) / 2)
 
@@ -79,7 +86,7 @@ def test_both_networks_run_in_bfloat16(ready):
 def test_the_mean_is_over_samples():
     """One labelled sample and three others: the first counts a quarter."""
     labeled, unlabeled = of_both(0.8, 0.4), of_both(0.9, 0.3).repeat(3, 1, 1, 1, 1)
-    loss = terms_of(two_networks(cps_weight=0.2), batch_of(labeled, strong=unlabeled))["cps"]
+    loss = terms_of(two_networks(consistency_weight=0.2), batch_of(labeled, strong=unlabeled))["cps"]
     expected = -(math.log(0.2) + math.log(0.4)) / 4 - 3 * (math.log(0.1) + math.log(0.3)) / 4
     assert loss.item() == pytest.approx(0.2 * expected)
 
@@ -90,13 +97,15 @@ def test_both_networks_learn_from_labels():
     terms = terms_of(two_networks(), batch)
     assert terms["supervised_1"].item() == pytest.approx(-math.log(0.8))
     assert terms["supervised_2"].item() == pytest.approx(-math.log(0.4))
-    assert set(terms) == {"supervised_1", "supervised_2", "cps"} and CPSTrainer.settings_class().cps_weight == 0.1
+    assert set(terms) == {"supervised_1", "supervised_2", "cps"}
+    settings = CPSTrainer.settings_class
+    assert settings().weight(0.4) == 1 and settings(consistency="paper").weight(1) == 0.1
 
 
 def test_a_network_learns_its_own_losses_and_gives_the_other_labels():
     """Each gets the gradient of its own two cross-entropies; towards the labels of the other there is none."""
     images = of_both(0.8, 0.4)
-    trainer = two_networks(cps_weight=0.2)
+    trainer = two_networks(consistency_weight=0.2)
     scales = [torch.ones(1, requires_grad=True) for _ in range(2)]
     trainer.network.decode = lambda skips, i=0: scales[0] * skips[0][:, :2]
     trainer.auxiliary["second"].decode = lambda skips, i=0: scales[1] * skips[0][:, 2:]

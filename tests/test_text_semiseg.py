@@ -80,27 +80,6 @@ def test_foreground():
     assert foreground(regions, REGIONS_IGNORE).tolist() == [[[True, True, False]]]
 
 
-def test_largest_component():
-    trainer = bare_trainer(TextSemiSegTrainer, CLASSES, largest_component=True)
-    logits = torch.zeros(1, 3, 8, 8, 8)
-    logits[:, 0] = 1
-    logits[:, 1, 1:4, 1:4, 1:4] = 2  # 27 voxels of class 1
-    logits[:, 1, 6, 6, 6] = 2  # and one apart
-    logits[:, 2, 5:7, 1:3, 1] = 3  # class 2, four voxels: stays, as each class keeps its own
-    label = trainer.pseudo_label(logits)
-    assert label.shape == (1, 1, 8, 8, 8) and label.dtype == torch.int16
-    assert [(label == k).sum().item() for k in (1, 2)] == [27, 4] and label[0, 0, 6, 6, 6] == 0
-
-
-def test_largest_component_of_every_region():
-    trainer = bare_trainer(TextSemiSegTrainer, REGIONS, largest_component=True)
-    logits = torch.full((1, 2, 8, 8, 8), -1.0)
-    logits[:, :, 1:4, 1:4, 1:4] = 1  # 27 voxels of both regions
-    logits[:, :, 6, 6, 6] = 1  # and one apart
-    label = trainer.pseudo_label(logits)
-    assert label.flatten(2).sum(2).tolist() == [[27, 27]]
-
-
 @pytest.fixture
 def dataset(ready):
     return ready()

@@ -48,7 +48,8 @@ class Teacher(Echo):
 
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("certain", [False, True])
-def test_the_consistency_of_a_step(regions, certain):
+@pytest.mark.parametrize("consistency", ["dice_ce", "paper"])
+def test_the_consistency_of_a_step(regions, certain, consistency):
     """The teacher says 0.7 and 0.3 in every pass (entropy 0.61) or nearly 1 (0.01); at the end H is log 2 = 0.69."""
     p = 0.999 if certain else 0.55  # entropies 0.008 and 0.688; the threshold at the start is 0.521
     logit = math.log(p / (1 - p))
@@ -56,14 +57,16 @@ def test_the_consistency_of_a_step(regions, certain):
     logits[:, 0], logits[:, 1] = (logit, -logit) if regions else (logit, 0)
     labels = REGIONS if regions else CLASSES
     trainer = bare_trainer(
-        UAMTTrainer, labels, progress=0, teacher=Teacher(), mc_passes=3, input_noise=0.0, mc_dropout=0.0
-    )
+        UAMTTrainer, labels, progress=0, teacher=Teacher(), mc_passes=3, input_noise=0.0, mc_dropout=0.0,
+        consistency=consistency,
+    )  # fmt: skip
     student = torch.zeros(1, 2, 8, 8, 8)
     target = torch.zeros(1, 2 if regions else 1, 8, 8, 8)
     loss = terms_of(trainer, batch_of(student, target, weak=logits, strong=student))["consistency"]
     assert trainer.teacher.asked == {"target": 1, "pass": 3}
-    # the student says 1/2 of everything; weight 0.1 exp(-5)
-    assert loss.item() == pytest.approx(0.1 * math.exp(-5) * (p - 0.5) ** 2 * certain, rel=1e-4)
+    # the student says 1/2 of everything; weight exp(-5), or 0.1 exp(-5)
+    expected = 0.1 * (p - 0.5) ** 2 if consistency == "paper" else math.log(2)
+    assert loss.item() == pytest.approx(math.exp(-5) * expected * certain, rel=1e-4)
 
 
 def of_slices(*probabilities):
@@ -73,7 +76,8 @@ def of_slices(*probabilities):
 
 
 @pytest.mark.parametrize("passes", [0, 3])
-def test_where_the_teacher_is_certain(passes):
+@pytest.mark.parametrize("consistency", ["dice_ce", "paper"])
+def test_where_the_teacher_is_certain(passes, consistency):
     """Halfway in its ramp (0.29) H is 0.75 + 0.25 * 0.29, 0.82, of log 3: 0.90.
 
     Entropies of the passes' mean: 0.88 in the first slices, 0.95, 1.10 (each pass is sure of another class), and 0.10.
@@ -87,13 +91,18 @@ def test_where_the_teacher_is_certain(passes):
     trainer = bare_trainer(
         UAMTTrainer, labels, progress=0.2, teacher=Teacher(iter(dropped)),
         mc_passes=passes, input_noise=0.0, mc_dropout=0.0, ramp_length=0.4, consistency_weight=2,
+        consistency=consistency,
     )  # fmt: skip
     batch = batch_of(torch.zeros(2, 3, 8, 8, 8), weak=of_slices(*[says] * 4), strong=of_slices(*student))
     loss = terms_of(trainer, batch)["consistency"]
     assert trainer.teacher.asked == {"target": 1, "pass": passes}
     distances = [sum((a - b) ** 2 for a, b in zip(p, says, strict=True)) / 3 for p in student]
     count = distances[::3] if passes else distances
-    assert loss.item() == pytest.approx(2 * math.exp(-1.25) * sum(count) / len(count), rel=1e-4)
+    expected = sum(count) / len(count)
+    if consistency == "dice_ce":  # towards class 0, a mean over all voxels, of which those count
+        losses = [-math.log(p[0]) for p in student]
+        expected = sum(losses[::3] if passes else losses) / 4
+    assert loss.item() == pytest.approx(2 * math.exp(-1.25) * expected, rel=1e-4)
 
 
 def test_a_pass_sees_noise_that_is_cut_off_and_a_dropped_bottleneck():
@@ -150,7 +159,9 @@ def test_labels_teach_the_student():
 def test_default_settings():
     settings = UAMTTrainer.settings_class()
     assert (settings.mc_passes, settings.mc_dropout, settings.input_noise) == (8, 0.5, 0.1)
-    assert (settings.consistency_weight, settings.ramp_length) == (0.1, 1)
+    assert settings.weight(0.4) == settings.weight(1) == 1
+    paper = UAMTTrainer.settings_class(consistency="paper")
+    assert paper.weight(0.5) == pytest.approx(0.1 * math.exp(-1.25)) and paper.weight(1) == 0.1
 
 
 def test_passes_differ_by_dropout_and_noise(ready):

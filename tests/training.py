@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
@@ -23,6 +24,7 @@ from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import update_settings
 from nnunet_semiseg.text.open_clip_models import load_clip
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.decisions import Decisions
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.vlm.model import AMVLM
 
@@ -119,7 +121,7 @@ def bare_trainer(
 ) -> nnUNetTrainer:
     """A trainer's formulas, without data: the images are the logits, if not said otherwise (`Echo`).
 
-    There is one output, and the loss is nnU-Net's cross entropy alone.
+    There is one output, the loss is nnU-Net's cross entropy alone, and nothing is flipped.
     """
     trainer = trainer_class.__new__(trainer_class)
     trainer.settings, trainer.label_manager = trainer_class.settings_class(**settings), label_manager
@@ -127,6 +129,10 @@ def bare_trainer(
     trainer.step, trainer.num_epochs, trainer.num_iterations_per_epoch = progress, 1, 1
     trainer.device, trainer.grad_scaler = torch.device("cpu"), None
     trainer.network, trainer.teacher, trainer.auxiliary = network or Echo(), teacher or Echo(), {}
+    foreground = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+    trainer.decide = Decisions(label_manager, [str(label) for label in foreground], trainer.device)
+    trainer.inference_allowed_mirroring_axes = None
+    trainer.configuration_manager = SimpleNamespace(patch_size=(8, 8, 8), spacing=(1.0, 1.0, 1.0))
     return trainer
 
 
