@@ -61,8 +61,8 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
     region is judged by its own entropy.
 
     With `consistency=paper` L_c is eq. 3, its weight ends at 0.1, and the ramp is as long as the training. By default
-    L_c is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (of regions those
-    of which all are certain), its weight ends at 1, and the student's view is flipped and turned.
+    L_c is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (of regions
+    those of which all are certain), its weight ends at 1, and the student's view is flipped and turned.
     """
 
     views = ("weak", "strong")

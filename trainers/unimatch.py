@@ -67,15 +67,14 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
         yield {"feature": 0.5 * self.match_loss(perturbed, target, weight)}
         del perturbed
 
-        boxes = [self.draw_box(views["weak"]) for _ in range(2)]
-        turns = [self.draw_turn() for _ in range(2)]
-        strong = [
-            cut_mix(turn(views[f"strong_{i}"]), box) for i, (turn, box) in enumerate(zip(turns, boxes, strict=True), 1)
-        ]
+        names = ("strong_1", "strong_2")
+        boxes = [self.draw_box(views["weak"]) for _ in names]
+        turns = [self.draw_turn() for _ in names]
+        strong = [cut_mix(turn(views[name]), box) for name, turn, box in zip(names, turns, boxes, strict=True)]
         outputs = self.each(self.network, *strong)
-        for i, (turn, box) in enumerate(zip(turns, boxes, strict=True), 1):
+        for name, turn, box in zip(names, turns, boxes, strict=True):
             loss = self.match_loss(next(outputs), cut_mix(turn(target), box), cut_mix(turn(weight), box))
-            yield {f"strong_{i}": 0.25 * loss}
+            yield {name: 0.25 * loss}
 
     def pseudo_label(self, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The decision on these features as a target, and where it is certain, (B, 1, *S), 0 or 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import find_objects, generate_binary_structure
@@ -57,5 +58,5 @@ def share_in_one_piece(mask: np.ndarray, planar: bool) -> float:
 
 def largest_size(mask: np.ndarray) -> int:
     """The number of voxels of the largest component; voxels touch by faces, edges and corners."""
-    labels, _ = label_components(mask, generate_binary_structure(mask.ndim, mask.ndim))
+    labels: Any = label_components(mask, generate_binary_structure(mask.ndim, mask.ndim))[0]  # pyright: ignore
     return int(np.bincount(labels.ravel())[1:].max(initial=0))

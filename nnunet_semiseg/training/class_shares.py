@@ -63,7 +63,7 @@ class ClassShares:
             elif name not in self.missing:
                 self.missing.add(name)
                 lines.append(
-                    f"WARNING: the class {name} vanishes from the pseudo-labels: it has {100 * of_pseudo:.3f} % of their"
+                    f"WARNING: {name} vanishes from the pseudo-labels: it has {100 * of_pseudo:.3f} % of their"
                     f" voxels, and {100 * of_labels:.3f} % of the labels'"
                 )
         return lines
