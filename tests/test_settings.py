@@ -1,11 +1,12 @@
 import json
+import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings, TrainingSettings
+from nnunet_semiseg.settings.base import ConsistencySettings, SemiSupervisedSettings, TeacherSettings, TrainingSettings
 from nnunet_semiseg.settings.plans import (
     changed_settings,
     given_settings,
@@ -161,3 +162,23 @@ def test_changed_settings_are_a_trainers_own_and_defaults_count():
     assert changed_settings(TrainingSettings, old, new) == {"num_epochs": (5, 1000)}
     assert changed_settings(TrainingSettings, {}, new) == {"seed": (None, 1)}  # 1000 epochs are the default
     assert changed_settings(TextSemiSegSettings, old, new)["tmr"] == ("multiplanar", "copy")
+
+
+@pytest.mark.parametrize(
+    "epochs, iterations, decay",
+    [(8, 250, 0.99), (1, 10, 0.99), (200, 250, 0.999), (1000, 250, 0.999), (40, 250, 1 - 10**-2.5)],
+)
+def test_the_decay_of_the_teacher_grows_with_the_length(epochs, iterations, decay):
+    """10,000 iterations are 5 times 2,000 and a fifth of 50,000: the geometric mean of 0.01 and 0.001."""
+    settings = TeacherSettings(num_epochs=epochs, num_iterations_per_epoch=iterations)
+    assert settings.decay == pytest.approx(decay)
+    assert TeacherSettings(num_epochs=epochs, ema_decay=0.5).decay == 0.5
+
+
+def test_the_paper_is_one_setting_away():
+    ours, papers = ConsistencySettings(), ConsistencySettings(consistency="paper")
+    assert (ours.weight(0.4), papers.weight(1.0)) == (1, 0.1)
+    assert ours.weight(0.2) == pytest.approx(math.exp(-5 * 0.25))  # half of the ramp
+    assert papers.weight(0.5) == pytest.approx(0.1 * math.exp(-5 * 0.25))
+    other = ConsistencySettings(consistency_weight=2, ramp_length=0.1)
+    assert other.weight(0.1) == 2

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
@@ -237,3 +238,46 @@ def test_a_seed_gives_the_same_batches_from_worker_processes(trainer_class, data
         for loader in (train, val):
             loader._finish()
     assert sums[0] == sums[1] != sums[2]
+
+
+RARE = RandomTransform(GaussianNoiseTransform(noise_variance=(0.5, 0.5)), apply_probability=0.01)
+
+
+def strong_of(transforms, probability, image):
+    transform = ViewsTransform(ComposeTransforms(transforms), ("weak", "strong"), probability)
+    return transform(image=image, segmentation=torch.zeros_like(image))["image"].chunk(2)
+
+
+def test_a_strong_view_is_never_the_weak_one():
+    torch.manual_seed(0)
+    image = torch.arange(64.0).view(1, 4, 4, 4)
+    differs = [not torch.equal(*strong_of([RARE], 0.5, image)) for _ in range(100)]
+    assert sum(differs) >= 99  # each of ten draws changes it in half of the cases
+    assert sum(not torch.equal(*strong_of([RARE], None, image)) for _ in range(100)) < 10  # nnU-Net's own
+    weak, strong = strong_of([RARE], 0.5, torch.zeros(1, 1, 1, 1))
+    assert weak.item() == 0  # the weak view is not touched
+
+
+def test_strong_views_take_the_probability_that_they_are_given():
+    """Of two transforms with probability 0.8 both apply in 0.64 of the draws that change something."""
+    torch.manual_seed(0)
+
+    class Adds(ImageOnlyTransform):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def _apply_to_image(self, img, **params):
+            return img + self.value
+
+    transforms = [RandomTransform(Adds(1.0), 0.01), RandomTransform(Adds(10.0), 0.01)]
+    values = [strong_of(transforms, 0.8, torch.zeros(1, 1, 1, 1))[1].item() for _ in range(500)]
+    assert set(values) == {1, 10, 11}
+    assert values.count(11) / 500 == pytest.approx(0.64 / 0.96, abs=0.06)
+
+
+def test_a_constant_image_stays_as_it_is():
+    weak, strong = strong_of(
+        [RandomTransform(MultiplicativeBrightnessTransform((0.5, 0.5), False, 1))], 0.8, torch.zeros(1, 2, 2, 2)
+    )
+    assert torch.equal(weak, strong)

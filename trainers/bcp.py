@@ -49,7 +49,8 @@ class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
 
     Where we depart: the pre-training's last weights go on (theirs: the best on the test set), with the same optimizer
     and learning rate schedule; the teacher sees weak views, the mixes are of strong ones; the unlabelled images of
-    a mix are flipped and turned with their pseudo-labels; X_in and X_out have the same x_l; labels and pseudo-labels have
+    a mix are flipped and turned with their pseudo-labels; X_in and X_out have the same x_l; labels and pseudo-labels
+    have
     nnU-Net's deep supervision; the largest component is kept where each labelled case has the class in one piece
     (theirs: always). Of more unlabelled samples than labelled ones, one more is used. With a single sample of each x_u'
     is x_u, and the pre-training mixes nothing. A training that is resumed with another length keeps the end of its

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, find_foreground
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.settings.base import PseudoLabelSettings, TeacherSettings, TurnSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
+REFRESHES = 3
+"""how often unlabelled cases are searched for foreground, at equal distances from the end of the warm-up on"""
+CASES_OF_A_REFRESH = 100
+"""at most; of more cases others are drawn each time, so that a search stays short beside the training"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
-    """Settings of `SemiSegTrainer`."""
+    """Settings of `SemiSegTrainer`; none has to be set."""
 
     deploy: Literal["student", "teacher"] = "teacher"
     """whose weights validation and prediction use"""
@@ -32,10 +43,12 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """of pseudo-labelled voxels, at the end of the ramp"""
     box: float = 2 / 3
     """the box's sides, as a share of the patch's"""
+    unlabeled_foreground: float = 1 / 3
+    """share of the unlabelled patches that are drawn around what the teacher takes for foreground; 0: none"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("warm_up", "ramp", "box"):
+        for name in ("warm_up", "ramp", "box", "unlabeled_foreground"):
             require(self, name, minimum=0, maximum=1)
         for name in ("first_weight", "pseudo_weight"):
             require(self, name, minimum=0)
@@ -47,7 +60,23 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
-    """One network, its EMA teacher, and mixes of labelled and unlabelled patches."""
+    """One network, its EMA teacher, and boxes pasted between labelled and unlabelled patches.
+
+    What the winners of the field share, put together for nnU-Net; nothing has to be chosen:
+
+    - warm-up: labels only, boxes pasted between labelled samples, over the first tenth (BCP, CVPR 2023);
+    - a teacher, the EMA of the student, labels the weak views; its decay grows with the training's length, and its
+      weights are deployed;
+    - the student sees boxes of strong views, flipped and turned, in labelled patches and the other way round; the box
+      goes through all slices where nnU-Net augments in 2d;
+    - nnU-Net's loss with deep supervision over the voxels of labels, and that over the pseudo-labelled ones, whose
+      weight grows from 0.5 to 1 over a fifth of the training;
+    - pseudo-labels keep the largest component of a class that is in one piece in every labelled case;
+    - a third of the unlabelled patches are drawn around what the teacher takes for foreground in whole cases, as
+      nnU-Net draws labelled ones; it looks at up to 100 cases three times in a training.
+
+    The network is the plans' own. The decisions are in the training's log and in `decisions.txt` in its folder.
+    """
 
     views = ("weak", "strong")
 
@@ -55,9 +84,72 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         check_there_are_pairs(self.settings, plans, configuration, "SemiSegTrainer")
         return super().prepare(plans, configuration, fold, dataset_json)
 
+    # ------------------------------------------------------------------------------------------------- decisions
+
+    def on_train_start(self):
+        if self.current_epoch == 0 and self.foreground_folder.exists():  # of a training before this one
+            shutil.rmtree(self.foreground_folder)
+        super().on_train_start()
+        lines = self.decisions()
+        Path(self.output_folder, "decisions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for line in lines:
+            self.print_to_log_file(line)
+
+    def decisions(self) -> list[str]:
+        """What was decided, why, and which setting overrules it."""
+        settings, epochs = self.settings, self.num_epochs
+        first = 0 if self.label_manager.has_regions else 1
+        one_piece = ", ".join(self.class_names()[head - first] for head in self.decide.heads) or "none"
+        cases = len(self.unlabeled_cases) + len(self.hidden_cases)
+        axes = self.inference_allowed_mirroring_axes
+        shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
+        search = f"searched {REFRESHES} times, up to {CASES_OF_A_REFRESH} of {cases} cases (unlabeled_foreground)"
+        return [
+            f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
+            f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
+            f"largest component: {one_piece}: in one piece in every labelled case that has it (largest_component)",
+            f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
+            f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
+            f"{settings.unlabeled_foreground:.0%} of unlabelled patches around the teacher's foreground, {search}",
+        ]
+
+    @property
+    def augments_in_2d(self) -> bool:
+        """Whether nnU-Net takes patches of these plans for stacks of slices."""
+        patch = self.configuration_manager.patch_size
+        return len(patch) == 3 and max(patch) / patch[0] > ANISO_THRESHOLD
+
+    # ------------------------------------------------------------------------------------------ unlabelled patches
+
+    @property
+    def foreground_folder(self) -> Path:
+        return Path(self.output_folder, "pseudo_foreground")
+
+    @property
+    def foreground_share(self) -> float:
+        return self.settings.unlabeled_foreground
+
+    def unlabeled_dataset(self) -> PseudoForegroundDataset:
+        return PseudoForegroundDataset(super().unlabeled_dataset(), self.foreground_folder)
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        first = ceil(self.settings.warm_up * self.num_epochs)
+        starts = np.linspace(first, self.num_epochs, REFRESHES, endpoint=False).astype(int)
+        if self.foreground_share and self.current_epoch in starts:
+            dataset = super().unlabeled_dataset()
+            cases = np.random.default_rng((self.settings.seed or 0, self.current_epoch)).permutation(
+                dataset.identifiers
+            )
+            cases = cases[:CASES_OF_A_REFRESH].tolist()
+            self.print_to_log_file(f"looking for foreground in {len(cases)} unlabelled cases")
+            find_foreground(self, self.teacher, dataset, cases, self.foreground_folder)
+
+    # ---------------------------------------------------------------------------------------------------- a step
+
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target
-        box = draw_box(x_l, self.settings.box)
+        box = draw_box(x_l, self.settings.box, whole_first_axis=self.augments_in_2d)
         if self.progress < self.settings.warm_up:
             mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
             yield {
@@ -67,7 +159,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             return
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
-        label, other_label = pairs(turn(self.decide(self.ask_teacher(batch.views["weak"][: len(x_l) + 1]))), len(x_l))
+        label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
         weight = self.settings.weight(self.progress)
         for labeled, pseudo_label in ((~box, label), (box, other_label)):
@@ -75,6 +167,6 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
                 yield {"supervised": self.loss_where(labeled, output, target)}
                 yield {"pseudo": weight * self.loss_where(~labeled, output, pseudo_label)}
 
-    def ask_teacher(self, images: Tensor) -> Tensor:
-        """The teacher's logits."""
-        return self.teacher(images)
+    def pseudo_label(self, images: Tensor) -> Tensor:
+        """The teacher's decision."""
+        return self.decide(self.teacher(images))

@@ -22,6 +22,7 @@ from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTran
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels
+from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset
 from nnunet_semiseg.errors import UserError
 
 SHARED = (
@@ -153,14 +154,24 @@ def kind_of(transform: Any) -> str:
 
 
 class UnlabeledDataLoader(nnUNetDataLoader):
-    """nnU-Net's loader for cases with no label: every patch is drawn uniformly, none by class."""
+    """nnU-Net's loader for cases with no label: patches are drawn uniformly, or around what they were taken for.
 
-    def __init__(self, data, batch_size: int, patch_size, final_patch_size, label_manager, transforms):
-        super().__init__(data, batch_size, patch_size, final_patch_size, label_manager, transforms=transforms)
+    Args:
+        foreground_share: of the samples in a batch, rounded as nnU-Net does, that are drawn around a class's locations,
+            where the dataset has some (`PseudoForegroundDataset`); what other datasets know of labels is not used.
+    """
+
+    def __init__(
+        self, data, batch_size: int, patch_size, final_patch_size, label_manager, transforms, foreground_share=0.0
+    ):
+        super().__init__(
+            data, batch_size, patch_size, final_patch_size, label_manager, foreground_share, transforms=transforms
+        )
         self.has_ignore = False  # else nnU-Net would sample annotated voxels, of which there are none
 
     def get_bbox(self, data_shape, force_fg, class_locations, overwrite_class=None, verbose=False):
-        return super().get_bbox(data_shape, False, None)
+        around = force_fg and isinstance(self._data, PseudoForegroundDataset)
+        return super().get_bbox(data_shape, around, class_locations if around else None)
 
 
 class TwoStreamLoader(SlimDataLoaderBase):

@@ -27,7 +27,7 @@ def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) 
         return label
     if not label.is_cuda:
         keep: Any = KeepLargestConnectedComponent(list(heads), is_onehot=regions)
-        return torch.stack([keep(sample).as_tensor() for sample in label]).to(label)
+        return torch.stack([keep(sample.clone()).as_tensor() for sample in label]).to(label)  # MONAI works in place
     label = label.clone()
     for head in heads:
         own = label[:, head] if regions else label[:, 0]

@@ -8,10 +8,14 @@ from torch import Tensor
 from nnunet_semiseg.losses.pseudo_labels import on_grid
 
 
-def draw_box(x: Tensor, share: float) -> Tensor:
-    """(1, 1, *s), bool, True in a box at a random place with this share of each side of x (B, C, *s)."""
+def draw_box(x: Tensor, share: float, whole_first_axis: bool = False) -> Tensor:
+    """(1, 1, *s), bool, True in a box at a random place with this share of each side of x (B, C, *s).
+
+    Args:
+        whole_first_axis: the box goes through all slices along the first axis.
+    """
     box = torch.zeros((1, 1, *x.shape[2:]), dtype=torch.bool, device=x.device)
-    sides = [round(share * n) for n in x.shape[2:]]
+    sides = [n if whole_first_axis and not axis else round(share * n) for axis, n in enumerate(x.shape[2:])]
     starts = [int(torch.randint(n - side + 1, ())) for n, side in zip(x.shape[2:], sides, strict=True)]  # on the CPU
     box[(..., *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))] = True
     return box

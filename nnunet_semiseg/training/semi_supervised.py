@@ -317,10 +317,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             self._resume_random_state = None
         return loaders
 
-    def unlabeled_dataset(self) -> JoinedDataset:
+    def unlabeled_dataset(self) -> Any:
         """The preprocessed unlabelled cases, and the labelled ones whose labels must not be seen."""
         sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
         return JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
+
+    foreground_share = 0.0
+    """of the unlabelled samples, that are drawn around locations that `unlabeled_dataset` knows of"""
 
     def _make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader | None:
         sizes = (s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size))
@@ -332,6 +335,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             final_patch_size,
             self.label_manager,
             transforms=ViewsTransform(labeled.transforms, self.views, self.settings.strong_probability),
+            foreground_share=self.foreground_share,
         )
 
     def train_step(self, batch: dict) -> dict:
