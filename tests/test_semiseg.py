@@ -1,0 +1,147 @@
+"""The recipe: its phases, its mixes by hand, what it decides, and where its unlabelled patches come from."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import write_pickle
+from training import CLASSES, bare_trainer, batch_of, in_last_epoch, make_trainer, terms_of
+
+from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
+from nnunet_semiseg.losses.copy_paste import draw_box
+from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer
+
+
+def of_probability(p: float) -> torch.Tensor:
+    """Logits (2, 2, 9, 9, 9) whose probability of class 1 is p everywhere."""
+    logits = torch.zeros(2, 2, 9, 9, 9)
+    logits[:, 1] = math.log(p / (1 - p))
+    return logits
+
+
+def recipe(progress: float, **settings) -> SemiSegTrainer:
+    trainer = bare_trainer(SemiSegTrainer, progress=progress, turns=False, **settings)
+    trainer.configuration_manager = SimpleNamespace(patch_size=(9, 9, 9), spacing=(1, 1, 1))
+    return trainer
+
+
+def a_batch():
+    """Images are logits: labelled background with 0.75, the weak view class 1 with 0.9, the strong one with 0.6."""
+    return batch_of(of_probability(0.25), weak=of_probability(0.9), strong=of_probability(0.6))
+
+
+def test_both_mixes_by_hand():
+    """Labelled voxels are right with 0.75, unlabelled ones say class 1 with 0.6, as the teacher does; two mixes."""
+    terms = terms_of(recipe(1.0), a_batch())
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
+        {"supervised": -2 * math.log(0.75), "pseudo": -2 * math.log(0.6)}, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("progress, weight", [(0.1, 0.5), (0.2, 0.75), (0.3, 1), (0.9, 1)])
+def test_the_weight_of_pseudo_labels_grows_behind_the_warm_up(progress, weight):
+    assert terms_of(recipe(progress), a_batch())["pseudo"].item() == pytest.approx(
+        -2 * weight * math.log(0.6), rel=1e-4
+    )
+
+
+def test_the_warm_up_mixes_labelled_samples_alone():
+    batch = a_batch()
+    batch.images[1] = of_probability(0.5)[0]
+    batch.target[1] = 1
+    terms = terms_of(recipe(0.05), batch)
+    # in each mix of the two samples every voxel keeps the label that belongs to it: as many of the one as of the other
+    assert terms["supervised"].item() == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2, rel=1e-4)
+    assert terms["pseudo"].item() == 0
+
+
+def test_a_box_through_all_slices():
+    box = draw_box(torch.zeros(1, 1, 5, 9, 9), 1 / 3, whole_first_axis=True)
+    assert box.sum() == 5 * 3 * 3 and torch.equal(box[:, :, 0], box[:, :, 4])
+    assert draw_box(torch.zeros(1, 1, 6, 9, 9), 1 / 3).sum() == 2 * 3 * 3
+    trainer = recipe(1.0)
+    assert not trainer.augments_in_2d
+    trainer.configuration_manager.patch_size = (8, 32, 32)
+    assert trainer.augments_in_2d
+    trainer.configuration_manager.patch_size = (128, 32)
+    assert not trainer.augments_in_2d
+
+
+class OneCase:
+    """An image of 10 x 10 x 10 whose own properties name a voxel that must not be looked at."""
+
+    identifiers = ["hidden"]
+
+    def load_case(self, identifier):
+        image = np.zeros((1, 10, 10, 10), np.float32)
+        return image, np.zeros((1, 10, 10, 10), np.int8), None, {"class_locations": {1: np.array([[0, 1, 1, 1]])}}
+
+
+def loader_of(folder, share):
+    dataset = PseudoForegroundDataset(OneCase(), folder)
+    return UnlabeledDataLoader(dataset, 2, (4, 4, 4), (4, 4, 4), CLASSES, None, share)
+
+
+def corners(loader, number=60) -> set:
+    """Where the second patch of a batch begins."""
+    loader.get_indices = lambda: ["hidden", "hidden"]
+    found = []
+
+    def remember(*args, **kwargs):
+        found.append(tuple(UnlabeledDataLoader.get_bbox(loader, *args, **kwargs)[0]))
+        return [0, 0, 0], [4, 4, 4]
+
+    loader.get_bbox = remember
+    for _ in range(number):
+        loader.generate_train_batch()
+    return set(found[1::2])
+
+
+def test_patches_are_drawn_around_what_was_found_and_never_around_a_hidden_label(tmp_path):
+    np.random.seed(0)
+    assert len(corners(loader_of(tmp_path, 1 / 3))) > 30  # nothing was found yet: anywhere
+    write_pickle({1: np.array([[0, 6, 5, 4]])}, str(tmp_path / "hidden.pkl"))
+    assert corners(loader_of(tmp_path, 1 / 3)) == {(4, 3, 2)}  # the voxel less half of the patch
+    assert len(corners(loader_of(tmp_path, 0.0))) > 30
+    write_pickle({1: []}, str(tmp_path / "hidden.pkl"))
+    assert len(corners(loader_of(tmp_path, 1 / 3))) > 30
+
+
+def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
+    dataset = tiny_dataset(labeled=3, unlabeled=2)
+    dataset.plan()
+    trainer = make_trainer(SemiSegTrainer, dataset, warm_up=0.3)
+    trainer.on_train_start()
+    assert not trainer.foreground_folder.exists()
+    trainer.current_epoch = 1  # the end of the warm-up: 0.3 of 3 epochs
+    trainer.on_train_epoch_start()
+    found = {file.stem for file in trainer.foreground_folder.iterdir()}
+    assert found == {"un_000", "un_001"}
+    _, _, _, properties = trainer.unlabeled_dataset().load_case("un_000")
+    assert set(properties["class_locations"]) == {1, 2}
+    lines = (trainer.foreground_folder.parent / "decisions.txt").read_text().splitlines()
+    assert lines[0] == "labels only until epoch 1 of 3 (warm_up)"
+    assert lines[1] == "EMA decay 0.9900 for 6 iterations (ema_decay)"
+    assert lines[2].startswith("largest component: kidney, tumour: in one piece")
+    assert all(
+        f"({name})" in line for line, name in zip(lines[3:], ("turns", "box", "unlabeled_foreground"), strict=True)
+    )
+
+
+def test_a_step_of_the_last_epoch_teaches_and_moves_the_teacher(tiny_dataset):
+    dataset = tiny_dataset(labeled=3, unlabeled=2)
+    dataset.plan()
+    trainer = in_last_epoch(SemiSegTrainer, dataset)
+    before = [p.clone() for p in trainer.teacher.parameters()]
+    terms = trainer.train_step(next(trainer.dataloader_train))
+    assert all(torch.isfinite(term) for term in terms.values()) and terms["pseudo"] != 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.teacher.parameters(), strict=True))
+
+
+def test_default_settings():
+    s = SemiSegSettings()
+    assert (s.warm_up, s.ramp, s.first_weight, s.pseudo_weight, s.box) == (0.1, 0.2, 0.5, 1.0, 2 / 3)
+    assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (1 / 3, "teacher", "auto", True)
