@@ -310,6 +310,23 @@ def distill(parser: ArgumentParser) -> Command:
     return run
 
 
+def share(parser: ArgumentParser) -> Command:
+    """Make a stock model of one whose network is nnU-Net's own, for machines without this package."""
+    _add_model_arguments(parser)
+    parser.add_argument("-tr", default="SemiSegTrainer", metavar="TRAINER", help="of the model; default: %(default)s")
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.deployment import sharing
+
+        stock = sharing.share(_trained_run(args))
+        model = f"-d {args.d} -c {args.c} -f {args.f} -p {stock.name.split('__')[1]}"
+        print(
+            f"{stock}\nnnUNetv2_predict {model} -i IMAGES -o PREDICTIONS\nnnUNetv2_export_model_to_zip {model} -o FILE"
+        )
+
+    return run
+
+
 def export(parser: ArgumentParser) -> Command:
     """Write the network of a trained model as ONNX, checked against torch."""
     _add_model_arguments(parser)
@@ -395,8 +412,8 @@ def env(parser: ArgumentParser) -> Command:
 
 
 COMMANDS = (
-    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, export, pretrain_vlm,
-    text_masks, embed_prompts, demo, env,
+    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, share, export,
+    pretrain_vlm, text_masks, embed_prompts, demo, env,
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from training import PLANS, TRAINERS, bare_trainer, batch_of, terms_of
 from watching import no_room_for_files_of, nothing_of_the_test_set_is_opened
@@ -25,6 +26,7 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.data.preprocessed import sizes_of
 from nnunet_semiseg.deployment import onnx_export
 from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, publish, soft_target_loss
+from nnunet_semiseg.deployment.sharing import share
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DiskError
@@ -32,6 +34,7 @@ from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.dtc import DTCTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
+from nnunet_semiseg.trainers.semiseg import SemiSegTrainer
 from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
@@ -67,10 +70,10 @@ def test_distillation_teaches_on_both_halves_from_the_weak_view_at_the_settings_
     weak = torch.full((3, 1, 1, 1), 9.0)
     kl = math.log(0.5) - (math.log(0.25) + math.log(0.75)) / 2  # of (1/4, 3/4) from (1/2, 1/2); of the same it is 0
     same, other = 0.0, 3 * math.log(3.0)
-    for labeled, unlabeled, share in ((same, other, 3 / 4), (other, same, 1 / 4)):
+    for labeled, unlabeled, part in ((same, other, 3 / 4), (other, same, 1 / 4)):
         images, strong = torch.full((1, 1, 1, 1), labeled), torch.full((3, 1, 1, 1), unlabeled)
         terms = terms_of(trainer, batch_of(images, weak=weak, strong=strong))
-        assert terms["distillation"].item() == pytest.approx(0.5 * 9 * share * kl, abs=1e-6)  # of four samples
+        assert terms["distillation"].item() == pytest.approx(0.5 * 9 * part * kl, abs=1e-6)  # of four samples
         assert terms["supervised"].item() == pytest.approx(math.log(1 + math.exp(labeled)), abs=1e-6)
         assert torch.equal(shown[-2], images) and torch.equal(shown[-1], weak)
 
@@ -113,6 +116,34 @@ def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, tr
     command[0] = Path(sys.executable).parent / "nnUNetv2_export_model_to_zip"
     words = words[:8] + ["-o", tmp_path / "model.zip"]
     subprocess.run([*map(str, [command[0], *words])], env=environment, check=True, capture_output=True)
+
+
+def test_a_shared_model_is_a_stock_one_and_gives_the_same_voxels(trained):
+    """The weights that are shared are those that are deployed: the teacher's."""
+    _, run, trainer = trained(SemiSegTrainer)
+    stock = share(run)
+    assert stock.name == f"nnUNetTrainer__{PLANS}_from_SemiSegTrainer__3d_fullres"
+    checkpoint = torch.load(stock / "fold_all" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "nnUNetTrainer" and not {"teacher", "semiseg"} & set(checkpoint)
+    plans = json.loads((stock / "plans.json").read_text())
+    assert "semiseg" not in plans and plans["plans_name"] == f"{PLANS}_from_SemiSegTrainer"
+    assert checkpoint["init_args"]["plans"]["plans_name"] == plans["plans_name"]
+    stock_predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    stock_predictor.initialize_from_trained_model_folder(str(stock), ("all",), "checkpoint_final.pth")
+    image = torch.randn(1, 20, 24, 24)
+    own, shared = (p.predict_sliding_window_return_logits(image) for p in (load_predictor(run), stock_predictor))
+    assert torch.equal(own, shared)
+    weight = next(iter(trainer.teacher.parameters()))
+    assert torch.equal(next(iter(stock_predictor.network.parameters())), weight)
+
+
+@pytest.mark.parametrize("trainer_class", [DTCTrainer, SemiCMLTrainer])
+def test_another_network_than_the_plans_is_not_shared(trainer_class, trained):
+    kind = dict(channels=2) if trainer_class is SemiCMLTrainer else {}
+    dataset, run, _ = trained(trainer_class, **kind)
+    with pytest.raises(UserError, match=f"is not the one of the plans: use nnunet_semiseg distill -d {dataset.name}"):
+        share(run)
+    assert not list(run.model_folder.parent.glob("nnUNetTrainer__*"))
 
 
 def test_distillation_learns_goes_on_and_is_left_alone_when_finished(trained, no_plots, monkeypatch):
@@ -185,7 +216,7 @@ def test_a_full_disk_publishes_no_half_model(tmp_path):
     (trained / "validation").mkdir(parents=True)
     (trained / "validation" / "a.nii.gz").write_bytes(bytes(200_000))
     with no_room_for_files_of(100_000), pytest.raises(DiskError) as error:
-        publish(trained, stock)
+        publish(trained, stock, "other")
     half = stock / "fold_0" / "validation" / "a.nii.gz"
     assert str(error.value).startswith(f"{half}: cannot be written (") and "File too large" in str(error.value)
     assert not list(stock.rglob("checkpoint*"))

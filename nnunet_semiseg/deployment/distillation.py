@@ -164,7 +164,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     maybe_load_checkpoint(trainer, begun, False)
     trainer.run_training()
     trainer.perform_actual_validation()
-    publish(Path(trainer.output_folder), stock)
+    publish(Path(trainer.output_folder), stock, plans["plans_name"])
     discard(training)
     return stock
 
@@ -199,8 +199,13 @@ def with_settings(plans: dict, changes: dict) -> dict:
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
 
 
-def publish(trained: Path, stock: Path) -> None:
-    """A stock model from a distillation's fold; its checkpoint comes last, for it says that all is there.
+def publish(trained: Path, stock: Path, plans_name: str) -> None:
+    """A stock model from a trained fold; its checkpoint comes last, for it says that all is there.
+
+    Args:
+        trained: a fold of ours, with a network that is the plans' own.
+        stock: the model's folder.
+        plans_name: of its plans.
 
     Raises:
         DiskError: the disk is full or read-only; the same command goes on.
@@ -211,11 +216,12 @@ def publish(trained: Path, stock: Path) -> None:
         for name in ("dataset.json", "dataset_fingerprint.json"):
             if (trained.parent / name).is_file():
                 shutil.copy(trained.parent / name, stock)
-        plans = load_plans(trained.parent / "plans.json", "distil again")
-        write_json(without_settings(plans), stock / "plans.json")
-        checkpoint = checkpoints.read(trained / "checkpoint_final.pth", f"remove {trained} to distil again")
+        plans = load_plans(trained.parent / "plans.json", "train again")
+        write_json(without_settings(plans) | {"plans_name": plans_name}, stock / "plans.json")
+        checkpoint = checkpoints.read(trained / "checkpoint_final.pth", f"remove {trained} and train again")
         checkpoint = {key: checkpoint[key] for key in STOCK_KEYS} | {"trainer_name": STOCK_TRAINER}
-        checkpoint["init_args"]["plans"] = without_settings(checkpoint["init_args"]["plans"])
+        own = without_settings(checkpoint["init_args"]["plans"]) | {"plans_name": plans_name}
+        checkpoint["init_args"] = checkpoint["init_args"] | {"plans": own}
         checkpoints.write(checkpoint, fold / "checkpoint_final.pth")
 
 
