@@ -1,6 +1,8 @@
 """The recipe: its phases, its mixes by hand, what it decides, and where its unlabelled patches come from."""
 
+import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import write_pickle
 from training import CLASSES, bare_trainer, batch_of, in_last_epoch, make_trainer, terms_of
 
-from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset
+from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, agreement, leave_out, outliers
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
 from nnunet_semiseg.losses.copy_paste import draw_box
 from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer
@@ -110,6 +112,37 @@ def test_patches_are_drawn_around_what_was_found_and_never_around_a_hidden_label
     assert len(corners(loader_of(tmp_path, 1 / 3))) > 30
 
 
+def test_the_agreement_of_two_decisions():
+    a = np.array([[0, 1, 1, 2], [0, 0, 0, 0]])
+    b = np.array([[0, 1, 0, 0], [0, 0, 0, 0]])
+    assert agreement(a, b, [1, 2, 3]) == (2 / 3 + 0) / 2  # nobody names class 3
+    assert agreement(a, b, [(1, 2), (2,)]) == (2 / 4 + 0) / 2
+    assert agreement(a * 0, b * 0, [1, 2]) == 1
+
+
+def test_cases_far_below_the_others_are_left_out_up_to_a_share(tmp_path):
+    """Half of the scores lie 0.01 and more from 0.9: three robust standard deviations are 0.044."""
+    scores = {f"good_{i}": 0.9 + 0.01 * (i - 4) / 2 for i in range(9)} | {"worst": 0.1, "bad": 0.7, "unknown": math.nan}
+    assert outliers(scores, 0.2) == ["worst", "bad"]
+    assert outliers(scores, 0.1) == ["worst"]
+    assert outliers(dict(list(scores.items())[3:]), 0.2) == []  # eight known cases are too few
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    assert leave_out(tmp_path, 0.2) == ["worst", "bad"]
+
+
+def test_a_case_that_is_left_out_is_not_drawn_from_then_on(tmp_path):
+    np.random.seed(0)
+    loader = loader_of(tmp_path, 0.0)
+    loader.indices = ["a", "b", "c"]
+    drawn = lambda: {case for _ in range(40) for case in loader.get_indices()}  # noqa: E731
+    assert drawn() == {"a", "b", "c"}
+    (tmp_path / "left_out.json").write_text('["b"]')
+    assert drawn() == {"a", "c"}
+    (tmp_path / "left_out.json").write_text("[]")
+    os.utime(tmp_path / "left_out.json", ns=(1, 1))
+    assert drawn() == {"a", "b", "c"}
+
+
 def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     dataset = tiny_dataset(labeled=3, unlabeled=2)
     dataset.plan()
@@ -119,7 +152,9 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     trainer.current_epoch = 1  # the end of the warm-up: 0.3 of 3 epochs
     trainer.on_train_epoch_start()
     found = {file.stem for file in trainer.foreground_folder.iterdir()}
-    assert found == {"un_000", "un_001"}
+    assert found == {"un_000", "un_001", "scores", "left_out"}
+    scores = json.loads((trainer.foreground_folder / "scores.json").read_text())
+    assert set(scores) == {"un_000", "un_001"} and all(0 <= score <= 1 for score in scores.values())
     _, _, _, properties = trainer.unlabeled_dataset().load_case("un_000")
     assert set(properties["class_locations"]) == {1, 2}
     lines = (trainer.foreground_folder.parent / "decisions.txt").read_text().splitlines()
@@ -127,7 +162,8 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     assert lines[1] == "EMA decay 0.9900 for 6 iterations (ema_decay)"
     assert lines[2].startswith("largest component: kidney, tumour: in one piece")
     assert all(
-        f"({name})" in line for line, name in zip(lines[3:], ("turns", "box", "unlabeled_foreground"), strict=True)
+        f"({name})" in line
+        for line, name in zip(lines[3:], ("turns", "box", "unlabeled_foreground", "leave_out"), strict=True)
     )
 
 
@@ -144,4 +180,5 @@ def test_a_step_of_the_last_epoch_teaches_and_moves_the_teacher(tiny_dataset):
 def test_default_settings():
     s = SemiSegSettings()
     assert (s.warm_up, s.ramp, s.first_weight, s.pseudo_weight, s.box) == (0.1, 0.2, 0.5, 1.0, 2 / 3)
+    assert s.leave_out == 0.2
     assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (1 / 3, "teacher", "auto", True)

@@ -14,7 +14,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, find_foreground
+from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, look_at_cases
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.settings.base import PseudoLabelSettings, TeacherSettings, TurnSettings, require
 from nnunet_semiseg.training.batch import Batch
@@ -45,10 +45,12 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """the box's sides, as a share of the patch's"""
     unlabeled_foreground: float = 1 / 3
     """share of the unlabelled patches that are drawn around what the teacher takes for foreground; 0: none"""
+    leave_out: float = 0.2
+    """most of the unlabelled cases that are left out, as the teacher contradicts itself on them; 0: none"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("warm_up", "ramp", "box", "unlabeled_foreground"):
+        for name in ("warm_up", "ramp", "box", "unlabeled_foreground", "leave_out"):
             require(self, name, minimum=0, maximum=1)
         for name in ("first_weight", "pseudo_weight"):
             require(self, name, minimum=0)
@@ -73,7 +75,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
       weight grows from 0.5 to 1 over a fifth of the training;
     - pseudo-labels keep the largest component of a class that is in one piece in every labelled case;
     - a third of the unlabelled patches are drawn around what the teacher takes for foreground in whole cases, as
-      nnU-Net draws labelled ones; it looks at up to 100 cases three times in a training.
+      nnU-Net draws labelled ones; it looks at up to 100 cases three times in a training;
+    - cases on which it contradicts itself, mirrored or since the last look, far more than on the others are left out,
+      at most a fifth, and only of ten and more.
 
     The network is the plans' own. The decisions are in the training's log and in `decisions.txt` in its folder.
     """
@@ -111,6 +115,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
             f"{settings.unlabeled_foreground:.0%} of unlabelled patches around the teacher's foreground, {search}",
+            f"at most {settings.leave_out:.0%} of unlabelled cases are left out (leave_out)",
         ]
 
     @property
@@ -136,14 +141,16 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         super().on_train_epoch_start()
         first = ceil(self.settings.warm_up * self.num_epochs)
         starts = np.linspace(first, self.num_epochs, REFRESHES, endpoint=False).astype(int)
-        if self.foreground_share and self.current_epoch in starts:
+        if (self.foreground_share or self.settings.leave_out) and self.current_epoch in starts:
             dataset = super().unlabeled_dataset()
             cases = np.random.default_rng((self.settings.seed or 0, self.current_epoch)).permutation(
                 dataset.identifiers
             )
             cases = cases[:CASES_OF_A_REFRESH].tolist()
-            self.print_to_log_file(f"looking for foreground in {len(cases)} unlabelled cases")
-            find_foreground(self, self.teacher, dataset, cases, self.foreground_folder)
+            self.print_to_log_file(f"looking at {len(cases)} unlabelled cases")
+            look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder)
+            left_out = leave_out(self.foreground_folder, self.settings.leave_out)
+            self.print_to_log_file(f"left out, as the teacher is least sure of them: {', '.join(left_out) or 'none'}")
 
     # ---------------------------------------------------------------------------------------------------- a step
 

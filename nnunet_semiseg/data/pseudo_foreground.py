@@ -1,20 +1,25 @@
-"""Where a network finds foreground in unlabelled cases, so that patches are drawn where something is."""
+"""What a network takes unlabelled cases for: where to draw patches, and which cases to leave out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle, write_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunet_semiseg.files import written_whole
+from nnunet_semiseg.files import write_json, written_whole
+
+SCORES, LEFT_OUT = "scores.json", "left_out.json"
+"""in the folder: the agreement of each case that was looked at; the cases that are not drawn"""
+LEAST_CASES = 10
+"""with fewer unlabelled cases none is left out"""
 
 
 class PseudoForegroundDataset:
@@ -25,6 +30,7 @@ class PseudoForegroundDataset:
 
     def __init__(self, dataset, folder: Path):
         self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
+        self._left_out: tuple[int, set[str]] = (0, set())  # as of this change of the file
 
     def load_case(self, identifier: str):
         data, segmentation, previous, properties = self.dataset.load_case(identifier)
@@ -34,11 +40,25 @@ class PseudoForegroundDataset:
             locations = {}
         return data, segmentation, previous, properties | {"class_locations": locations}
 
+    @property
+    def left_out(self) -> set[str]:
+        """The cases that are not to be drawn now."""
+        file = self.folder / LEFT_OUT
+        try:
+            changed = file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return set()
+        if changed != self._left_out[0]:
+            self._left_out = changed, set(load_json(str(file)))
+        return self._left_out[1]
 
-def find_foreground(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Sequence[str], folder: Path) -> None:
-    """Write class locations, as nnU-Net's preprocessing keeps them of labels, of a network's decisions on whole cases.
 
-    Quick rather than exact: neighbouring windows do not overlap, and nothing is mirrored.
+def look_at_cases(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Sequence[str], folder: Path) -> None:
+    """Write where a network finds foreground in whole cases, and how much it agrees with itself on each.
+
+    Class locations are as nnU-Net's preprocessing keeps them of labels. The score of a case (`SCORES`) is the mean Dice
+    of the decision with that on the mirrored image (where nnU-Net mirrors) and with that of the last look. Quick rather
+    than exact: neighbouring windows do not overlap.
 
     Args:
         trainer: says how images are shown to the network.
@@ -62,10 +82,60 @@ def find_foreground(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: 
     )  # fmt: skip
     manager: Any = trainer.label_manager
     classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    axes = [axis + 1 for axis in trainer.inference_allowed_mirroring_axes or ()]
+    axes = [axis + 1 for axis in axes] if len(trainer.configuration_manager.patch_size) == 2 else axes  # of slices
+
+    def decision(image: torch.Tensor) -> np.ndarray:
+        logits: Any = predictor.predict_sliding_window_return_logits(image)
+        return np.asarray(manager.convert_logits_to_segmentation(logits.cpu())).astype(np.int16)
+
+    scores = load_json(str(folder / SCORES)) if (folder / SCORES).is_file() else {}
     for case in cases:
         image = torch.from_numpy(dataset.load_case(case)[0][:])
-        logits: Any = predictor.predict_sliding_window_return_logits(image)
-        label = np.asarray(manager.convert_logits_to_segmentation(logits.cpu()))[None]
-        locations = DefaultPreprocessor._sample_foreground_locations(label, classes)
+        label, others, last = decision(image), [], folder / f"{case}.npz"
+        if axes:
+            others.append(np.flip(decision(image.flip(axes)), [axis - 1 for axis in axes]))
+        if last.is_file():
+            others.append(np.load(last)["label"])
+        scores[case] = float(np.nanmean([agreement(label, other, classes) for other in others] or [np.nan]))
+        with written_whole(last) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, label=label)
+        locations = DefaultPreprocessor._sample_foreground_locations(label[None], classes)
         with written_whole(folder / f"{case}.pkl") as temporary:
             write_pickle(locations, str(temporary))
+    write_json(scores, folder / SCORES)
+
+
+def agreement(a: np.ndarray, b: np.ndarray, classes: Sequence) -> float:
+    """The mean Dice of two label maps over the classes or regions that one of them has; 1 where both have none."""
+    dice = []
+    for labels in classes:
+        in_a, in_b = np.isin(a, labels), np.isin(b, labels)
+        if total := in_a.sum() + in_b.sum():
+            dice.append(2 * (in_a & in_b).sum() / total)
+    return float(np.mean(dice)) if dice else 1.0
+
+
+def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
+    """The cases whose score lies far below the others', the worst first: 3 robust standard deviations.
+
+    A robust standard deviation is 1.4826 times the median distance to the median.
+
+    Args:
+        scores: of cases; NaN is unknown.
+        at_most: share of the cases.
+    """
+    known = {case: score for case, score in scores.items() if np.isfinite(score)}
+    if len(known) < LEAST_CASES:
+        return []
+    middle = np.median(list(known.values()))
+    spread = 1.4826 * np.median([abs(score - middle) for score in known.values()])
+    far = [case for case in sorted(known, key=known.__getitem__) if known[case] < middle - 3 * spread]
+    return far[: int(at_most * len(known))]
+
+
+def leave_out(folder: Path, at_most: float) -> list[str]:
+    """Keep the loaders from drawing the `outliers` among the scores of the folder; names them."""
+    cases = outliers(load_json(str(folder / SCORES)), at_most)
+    write_json(cases, folder / LEFT_OUT)
+    return cases

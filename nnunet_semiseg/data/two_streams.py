@@ -169,6 +169,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         )
         self.has_ignore = False  # else nnU-Net would sample annotated voxels, of which there are none
 
+    def get_indices(self):
+        """nnU-Net's draw; a case that is left out is replaced by one that is not."""
+        drawn, left_out = super().get_indices(), getattr(self._data, "left_out", ())
+        others = [case for case in self.indices if case not in left_out] if left_out else []
+        return [np.random.choice(others) if others and case in left_out else case for case in drawn]
+
     def get_bbox(self, data_shape, force_fg, class_locations, overwrite_class=None, verbose=False):
         around = force_fg and isinstance(self._data, PseudoForegroundDataset)
         return super().get_bbox(data_shape, around, class_locations if around else None)
