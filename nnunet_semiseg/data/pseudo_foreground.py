@@ -82,7 +82,7 @@ def look_at_cases(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Se
     )  # fmt: skip
     manager: Any = trainer.label_manager
     classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    axes = [axis + 1 for axis in trainer.inference_allowed_mirroring_axes or ()]
+    axes = [int(axis) + 1 for axis in trainer.inference_allowed_mirroring_axes or ()]
     axes = [axis + 1 for axis in axes] if len(trainer.configuration_manager.patch_size) == 2 else axes  # of slices
 
     def decision(image: torch.Tensor) -> np.ndarray:
@@ -94,10 +94,11 @@ def look_at_cases(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Se
         image = torch.from_numpy(dataset.load_case(case)[0][:])
         label, others, last = decision(image), [], folder / f"{case}.npz"
         if axes:
-            others.append(np.flip(decision(image.flip(axes)), [axis - 1 for axis in axes]))
+            others.append(np.flip(decision(image.flip(axes)), tuple(axis - 1 for axis in axes)))
         if last.is_file():
             others.append(np.load(last)["label"])
-        scores[case] = float(np.nanmean([agreement(label, other, classes) for other in others] or [np.nan]))
+        dice = [agreement(label, other, classes) for other in others]
+        scores[case] = float(np.mean(dice)) if dice else float("nan")
         with written_whole(last) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, label=label)
         locations = DefaultPreprocessor._sample_foreground_locations(label[None], classes)
