@@ -31,7 +31,7 @@ from nnunet_semiseg.data.headers import count_channels
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.labeled import inspect_labeled, labeled_images
 from nnunet_semiseg.data.preprocessed import blame_the_disk, look_at_labeled
-from nnunet_semiseg.data.records import FINGERPRINT, why_fingerprint_is_old, write_record
+from nnunet_semiseg.data.records import FINGERPRINT, record_file, why_fingerprint_is_old, write_record
 from nnunet_semiseg.data.unlabeled import (
     DEFAULT_CONFIGURATIONS,
     channel_names,
@@ -217,7 +217,7 @@ def plan_and_preprocess(
                 show_progress_bar=show_progress_bar,
             )
         write_record(
-            preprocessed, FINGERPRINT, {c: {"files": s, "sizes": None, "spread": None} for c, s in stamps.items()}
+            preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
         )
         print("Experiment planning...")
         with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
@@ -257,6 +257,7 @@ def _preprocess_labeled(
     """nnU-Net's preprocessing of one configuration; where it fails, it leaves no folder with a part of the cases."""
     preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
     folder = preprocessed / PlansManager(plans).get_configuration(configuration).data_identifier
+    record_file(preprocessed, folder.name).unlink(missing_ok=True)  # first: it must not vouch for what comes
     try:
         with _in_one_line(folder):
             preprocess_dataset(

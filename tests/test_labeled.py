@@ -297,11 +297,7 @@ def test_a_start_opens_no_image_and_no_label(dataset):
 def test_an_unlabelled_image_with_other_bytes_and_the_same_size_and_time(dataset):
     file = dataset.image("un_001")
     train(dataset)
-    before, content = os.stat(file), bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert file.stat().st_size == before.st_size
+    change_bytes(file)
     refused("imagesUn: case un_001 is not the image that was preprocessed: run nnunet_semiseg prepro", train, dataset)
 
 
@@ -404,11 +400,70 @@ def test_half_preprocessed_files(dataset, suffix):
         refused(f"tr_000{suffix}: half-written or damaged: run", train, dataset, SupervisedTrainer)
 
 
+def change_bytes(file):
+    """Other bytes, the same size and time of modification."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("kind", [".b2nd", "_seg.b2nd", ".pkl", "gt_segmentations"])
+def test_damage_that_no_size_and_no_time_tells(dataset, kind):
+    unlabeled = dataset.preprocessed / f"{PLANS}_3d_fullres__unlabeled" / f"un_001{kind}"
+    file = reference_of(dataset) if kind == "gt_segmentations" else preprocessed_folder(dataset) / f"tr_000{kind}"
+    whole = file.read_bytes()
+    change_bytes(file)
+    for trainer_class in (MeanTeacherTrainer, SupervisedTrainer):
+        refused(rf"{file.name}: .*: {PLAN_AGAIN}", train, dataset, trainer_class)
+    if kind == "gt_segmentations":  # a copy that is made again
+        preprocess(dataset)
+        assert file.read_bytes() == whole
+        return
+    file.write_bytes(whole)
+    train(dataset)  # the content counts, not the time
+    change_bytes(unlabeled)
+    refused(rf"{unlabeled.name}: damaged.*: run nnunet_semiseg preprocess_unlabeled", train, dataset)
+    (dataset.preprocessed / f"{PLANS}_3d_fullres__unlabeled.json").unlink()  # as a killed command leaves it
+    preprocess(dataset)
+    train(dataset)
+    if kind == ".b2nd":
+        voxel = blosc2.open(str(file), mode="a")
+        voxel[0, 0, 0, 0] = voxel[0, 0, 0, 0] + 1
+        refused(
+            rf"tr_000.b2nd: damaged, its voxels are not those of \S*tr_000_0000.nii.gz: {PLAN_AGAIN}",
+            preprocess,
+            dataset,
+        )
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("suffix", [".pkl", "_seg.b2nd"])
+def test_what_cannot_be_read_in_a_training_is_one_line(ready, suffix, workers, monkeypatch, capfd):
+    """Of data that nnU-Net's own command made, nothing is known."""
+    dataset = ready(dims=2, size=32)
+    record = dataset.preprocessed / f"{PLANS}_2d__labeled.json"
+    record.unlink()
+    monkeypatch.setenv("nnUNet_n_proc_DA", workers)
+    trainer = make_trainer(SupervisedTrainer, dataset)
+    for file in (dataset.preprocessed / f"{PLANS}_2d").glob(f"*{suffix}"):
+        file.write_bytes(b"x" * file.stat().st_size)
+    folder = rf"\S*/{PLANS}_2d/tr_00\d.\*"
+    line = (
+        rf"^{folder}: a preprocessed file cannot be read \(.*\): run nnunet_semiseg plan_and_preprocess -d 901 -c 2d "
+    )
+    with pytest.raises(UserError, match=line):
+        trainer.run_training()
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+
+
 HALF = [
     '{"plans_hash": "', "[]", "{}", '{"plans_hash": 1, "cases": []}',
     '{"plans_hash": 1, "cases": {"a": []}}', '{"plans_hash": 1, "cases": {"a": {}}}',
-    '{"plans_hash": "1", "cases": {"tr_000": {"files": [1, 2], "sizes": [1, 2, 3], "spread": [1]}}}',
-    '{"plans_hash": "1", "cases": {"tr_000": {"files": [["a"]], "sizes": 3, "spread": null}}}',
+    '{"plans_hash": "1", "cases": {"tr_000": {"files": [1, 2], "made": [1, 2, 3], "spread": [1]}}}',
+    '{"plans_hash": "1", "cases": {"tr_000": {"files": [["a"]], "made": 3, "spread": null}}}',
 ]  # fmt: skip
 
 

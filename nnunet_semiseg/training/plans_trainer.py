@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
+from nnunet_semiseg.data.preprocessed import preprocess_again
+from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
@@ -90,6 +93,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             setattr(self, name, getattr(self.settings, name))
         self.logger.local_logger = LossTermLogger()
         self.hidden_cases: list[str] = []  # labelled cases whose labels must not be seen
+        self.reasons = multiprocessing.SimpleQueue()  # what processes that load data could not read
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         """Refuse what cannot be trained, before anything is written.
@@ -126,8 +130,14 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     def initialize(self):
         super().initialize()
+        self.dataset_class = ReadableCases(self.dataset_class, self.fixes(), self.reasons)
         if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
             run_in_bfloat16(self.network)
+
+    def fixes(self) -> dict[str, str]:
+        """What to do where preprocessed cases cannot be read, by their folder."""
+        fix = preprocess_again(self.plans_manager.plans, self.configuration_name)
+        return {self.preprocessed_dataset_folder: f"{fix}, then go on with --c"}
 
     def trained_modules(self) -> list[nn.Module]:
         """What the optimizer trains."""
@@ -192,7 +202,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     def run_training(self):
         """nnU-Net's; however it ends, no process and no thread of the loaders is left to print after the reason."""
-        with self.alone("trains this model"), quiet_loaders():
+        with self.alone("trains this model"), quiet_loaders(self.reasons):
             for half in Path(self.output_folder).glob("*.tmp"):  # of a training that was killed
                 half.unlink(missing_ok=True)
             try:

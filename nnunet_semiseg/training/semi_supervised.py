@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
-from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.data.unlabeled import load_manifest, preprocess_unlabeled_again
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
 from nnunet_semiseg.settings.plans import read_settings
@@ -251,6 +251,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if self.settings.memory == "small":
             run_sample_by_sample(self.network)
         self.trainable = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
+
+    def fixes(self) -> dict[str, str]:
+        fix = preprocess_unlabeled_again(self.plans_manager.plans, self.configuration_name)
+        return super().fixes() | {self.unlabeled_folder: f"{fix}, then go on with --c"}
 
     def trained_modules(self) -> list[nn.Module]:
         return [self.network, self.auxiliary]
