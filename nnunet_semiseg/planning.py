@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
-from nnunet_semiseg.data.headers import count_channels
+from nnunet_semiseg.data.headers import count_channels, read_header, total_memory
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.labeled import inspect_labeled, labeled_images
 from nnunet_semiseg.data.preprocessed import blame_the_disk, look_at_labeled
@@ -49,6 +50,7 @@ from nnunet_semiseg.text.prompts import read_prompts
 from nnunet_semiseg.training.checks import check_depth
 
 NUM_FOLDS = 5  # of nnU-Net's own split
+LEAST_GPU = 0.5  # GB; nnU-Net's planner finds no network for less
 
 
 class SemiSegPlans:
@@ -195,8 +197,10 @@ def plan_and_preprocess(
     if len(num_processes) not in (1, len(configurations)):
         raise UserError(f"-np {' '.join(map(str, num_processes))}: give one number, or one for each of -c")
     dataset_ids = list(dataset_ids)
+    if gpu_memory_target is not None and gpu_memory_target < LEAST_GPU:
+        raise UserError(f"-gpu_memory_target {gpu_memory_target:g}: give {LEAST_GPU:g} GB or more")
     for dataset_id in dataset_ids:
-        _check(dataset_id, verify_dataset_integrity, labeled_only)
+        _check(dataset_id, verify_dataset_integrity, labeled_only, overwrite_target_spacing)
 
     for dataset_id in dataset_ids:
         raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
@@ -379,7 +383,7 @@ def write_small_split(dataset_id: int) -> None:
     print(f"{splits_file}: {len(cases)} labelled cases, so {len(cases)} leave-one-out folds")
 
 
-def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
+def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: Sequence[float] | None = None) -> None:
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
     read_prompts(dataset_json, str(raw / "dataset.json"))
@@ -394,6 +398,8 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
             f'{raw / "dataset.json"}: "channel_names" names {named} channels, but {case} has {found}: name those that'
             " there are, or add the missing files"
         )
+    if target_spacing:
+        _check_target_spacing(target_spacing, images[0], named)
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
     both = ours.is_file() and theirs.is_file()
     if both and not _agree(read_splits(ours, "delete it"), read_splits(theirs, "fix it")):
@@ -401,6 +407,21 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     if headers:
         example = next(iter(labeled.values()))[0]
         check_headers(unlabeled, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False))
+
+
+def _check_target_spacing(target: Sequence[float], image: str, channels: int) -> None:
+    """Refuse a spacing (z, y, x) in which an image would have no voxels, or more than memory holds."""
+    header, memory = read_header(Path(image)), total_memory()
+    if header is None or header.GetDimension() != 3:
+        return
+    size, spacing = header.GetSize()[::-1], header.GetSpacing()[::-1]
+    shape = [n * mm / new for n, mm, new in zip(size, spacing, target, strict=True)]
+    if min(shape) < 1 or (memory and math.prod(shape) * channels * 4 > memory):
+        wanted, found, result = (" ".join(f"{v:g}" for v in values) for values in (target, spacing, shape))
+        raise UserError(
+            f"-overwrite_target_spacing {wanted}: {image} has a spacing of {found} and would have {result} voxels:"
+            " give a spacing near that of the images"
+        )
 
 
 def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:

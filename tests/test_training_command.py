@@ -1,5 +1,6 @@
 """What nnUNetv2_train is asked for is refused in one line, by our command and by nnU-Net's, and leaves nothing."""
 
+import json
 import os
 import signal
 import sys
@@ -110,6 +111,72 @@ def test_a_trainer_refuses_a_configuration_that_is_not_there(dataset):
             trainer_class(plans, "3d_cascade", 0, dataset.dataset_json, torch.device("cpu"))
         with pytest.raises(UserError, match=f'{dataset.preprocessed}/dataset.json: "labels" is 1'):
             trainer_class(plans, "3d_fullres", 0, dataset.dataset_json | {"labels": 1}, torch.device("cpu"))
+    assert nothing_is_left(dataset)
+
+
+def change_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def in_plans(change):
+    return lambda dataset: change_json(dataset.preprocessed / f"{PLANS}.json", change)
+
+
+def in_configuration(**changes):
+    return in_plans(lambda plans: plans["configurations"]["3d_fullres"].update(changes))
+
+
+def empty_folder(dataset):
+    for file in (dataset.preprocessed / f"{PLANS}_3d_fullres").iterdir():
+        file.unlink()
+
+
+def split(dataset):
+    content = json.dumps([{"train": ["tr_000", "tr_001"], "val": []}])
+    (dataset.preprocessed / "splits_final.json").write_text(content)
+
+
+def other_dataset_json(**changes):
+    return lambda dataset: change_json(dataset.preprocessed / "dataset.json", lambda content: content.update(changes))
+
+
+BROKEN = {
+    "no validation case": (split, "splits_final.json: fold 0 has no validation case"),
+    "emptied folder": (
+        empty_folder,
+        f"{PLANS}_3d_fullres: no preprocessed labelled cases, .*: run nnunet_semiseg plan",
+    ),
+    "huge patch": (
+        in_configuration(patch_size=[10**6] * 3),
+        rf"{PLANS}.json: plan again .* \(2 patches of 1000000 x 1000000 x 1000000 voxels take 7450580597 GiB, and this",
+    ),
+    "odd patch": (in_configuration(patch_size=[23, 24, 24]), f'{PLANS}.json: "patch_size" is .*23, 24, 24.*divide it'),
+    "huge batch": (
+        in_plans(lambda plans: plans.update(semiseg={"unlabeled_batch_size": 10**6 * 50})),
+        "setting unlabeled_batch_size=50000000: set it to a smaller number",
+    ),
+    "setting": (
+        in_plans(lambda plans: plans.update(semiseg={"num_epochs": 0})),
+        f"{PLANS}.json: setting num_epochs=0: must be at least 1",
+    ),
+    "other labels": (
+        other_dataset_json(labels={"background": 0, "kidney": 1, "tumour": 2, "new": 3}),
+        'dataset.json: "labels" differs from that in .*/Dataset901_Tiny/dataset.json: run nnunet_semiseg plan_and',
+    ),
+    "other channel": (other_dataset_json(channel_names={"0": "CT"}), 'dataset.json: "channel_names" differs from'),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_trainer_refuses_what_nnunet_would_fail_on(kind, dataset):
+    damage, message = BROKEN[kind]
+    damage(dataset)
+    dataset_json = json.loads((dataset.preprocessed / "dataset.json").read_text())
+    plans = dataset.plans(PLANS) | {"continue_training": False}
+    with pytest.raises(UserError, match=rf"^\S*{message}"):
+        MeanTeacherTrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
     assert nothing_is_left(dataset)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import blosc2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data.empty_channels import values_of_nothing
@@ -52,6 +53,20 @@ def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
         except Exception as e:  # a damaged file raises nearly anything
             raise UserError(f"{file}: half-written or damaged ({one_line_of(e)})") from None
     return arrays
+
+
+def find_dataset_class(folder: str | Path, fix: str) -> type:
+    """nnU-Net's class of datasets for a folder of preprocessed labelled cases.
+
+    Raises:
+        UserError: no such folder, or an empty one, or one with other files in it.
+    """
+    try:
+        return infer_dataset_class(str(folder))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no preprocessed labelled cases: {fix}") from None
+    except (AssertionError, KeyError):
+        raise UserError(f"{folder}: no preprocessed labelled cases, or other files among them: {fix}") from None
 
 
 def blame_the_disk(error: Exception, place: Path) -> None:
@@ -231,6 +246,7 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     if record["cases"] and record["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans['plans_name']} as they are now: {fix}")
     dataset_json = read_dataset_json(raw or preprocessed)
+    _check_description(raw, preprocessed, dataset_json, fix)
     now = {case: dict(entry) for case, entry in record["cases"].items()}
     _check_made(folder, cases, now, dataset_json, fix)
     if raw and (files := labeled_files(raw, dataset_json)):
@@ -239,6 +255,15 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     if now != record["cases"]:  # so that the next start need not read them again
         with contextlib.suppress(OSError, UserError):
             write_record(preprocessed, name, now, record["plans_hash"])
+
+
+def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict, fix: str) -> None:
+    """Whether nnU-Net's copy of `dataset.json`, which a training reads, says what the data set's says."""
+    copy = read_dataset_json(preprocessed)
+    for key in ("labels", "regions_class_order", "channel_names", "file_ending"):
+        old, new = (channel_names(d) if key == "channel_names" else d.get(key) for d in (copy, dataset_json))
+        if old != new:
+            raise UserError(f'{preprocessed / "dataset.json"}: "{key}" differs from that in {raw}/dataset.json: {fix}')
 
 
 def _check_made(folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -27,12 +28,12 @@ from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, disk_errors, only_one, write_json
-from nnunet_semiseg.schema import PLANS, check, check_configuration, check_dataset_json
+from nnunet_semiseg.schema import PLANS, check, check_architecture, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
 from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import repeatable
-from nnunet_semiseg.training.checks import check_depth, check_labeled_cases
+from nnunet_semiseg.training.checks import check_batch_fits, check_depth, check_labeled_cases
 from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
@@ -82,7 +83,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     ):
         # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
         plans = with_given(plans)
-        self.settings = cast(S, read_settings(self.settings_class, plans))
+        try:
+            self.settings = cast(S, read_settings(self.settings_class, plans))
+        except UserError as error:  # what --set gave is looked at already
+            raise UserError(f"{plans_file(plans)}: {error}") from None
         self.goes_on = plans.get("continue_training", False)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
@@ -106,12 +110,13 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             UserError: plans or `dataset.json` are damaged; no such configuration; what `check_labeled_cases` and
                 `check_depth` refuse.
         """
-        about = Path(dataset_json_file(plans))
-        file, fix = about.with_name(f"{plans.get('plans_name')}.json"), PLAN_AGAIN
+        about, file, fix = Path(dataset_json_file(plans)), plans_file(plans), PLAN_AGAIN
         check(plans, PLANS, file, fix)
         check_configuration(plans, configuration, file, fix)
         check_dataset_json(dataset_json, about)
         check_depth(plans, configuration)
+        samples = PlansManager(plans).get_configuration(configuration).batch_size
+        check_batch_fits(plans, configuration, samples, dataset_json, f"{file}: {fix}")
         check_labeled_cases(join(nnUNet_preprocessed, plans["dataset_name"]), plans, configuration, fold)
         return plans
 
@@ -122,6 +127,20 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             # a network of two stages has one output, which is nnU-Net's last one, of weight 0: it gets 0 / 0
             loss.weight_factors = (1.0,)
         return loss
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """nnU-Net's. The predictor calls it, too, with a model's plans; see `check_architecture`."""
+        check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], "take other plans")
+        return nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
 
     @property
     def bare_network(self) -> Any:
@@ -301,6 +320,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 def dataset_json_file(plans: dict) -> str:
     """The file that a trainer's `dataset_json` is from, for messages."""
     return str(base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name")) / "dataset.json")
+
+
+def plans_file(plans: dict) -> Path:
+    """The file that a trainer's plans are from, for messages."""
+    return Path(dataset_json_file(plans)).with_name(f"{plans.get('plans_name')}.json")
 
 
 def bare(module: nn.Module) -> Any:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, distributed, nn
 from torch.autograd.graph import get_gradient_edge
@@ -23,6 +22,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.checks import check_batch_fits
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 from nnunet_semiseg.training.passes import run_sample_by_sample
 from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
@@ -85,6 +85,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if distributed.is_available() and distributed.is_initialized():
             raise UserError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
         plans = super().prepare(plans, configuration, fold, dataset_json)
+        if samples := self.settings.unlabeled_batch_size:
+            what = f"setting unlabeled_batch_size={samples}: set it to a smaller number, or null"
+            check_batch_fits(plans, configuration, samples * len(self.views), dataset_json, what)
         if "previous_stage" in plans["configurations"][configuration]:
             raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
@@ -115,7 +118,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        network = nnUNetTrainer.build_network_architecture(
+        network = PlansTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
         settings = read_settings(cls.settings_class, plans_manager.plans)
