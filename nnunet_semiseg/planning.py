@@ -42,7 +42,7 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, write_json
+from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, rewriting, write_json
 from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
@@ -205,6 +205,8 @@ def plan_and_preprocess(
     for dataset_id in dataset_ids:
         raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
         plans_file = preprocessed / f"{plans_name}.json"
+        if preprocess:
+            _refuse_while_used(plans_file, configurations)
 
         print("Fingerprint extraction...")
         with _in_one_line(raw):
@@ -255,21 +257,33 @@ def plan_and_preprocess(
                 )
 
 
+def _refuse_while_used(plans_file: Path, configurations: Sequence[str]) -> None:
+    """Raises BusyError where a training uses what will be rewritten: before hours of work."""
+    if not plans_file.is_file():
+        return
+    plans = load_plans(plans_file, "delete it")["configurations"]
+    for name in {plans.get(c, {}).get("data_identifier") for c in configurations}:
+        if name and plans_file.with_name(name).is_dir():
+            with rewriting(plans_file.with_name(name)):
+                pass
+
+
 def _preprocess_labeled(
     dataset_id: int, plans: dict, configuration: str, num_processes: int, verbose: bool, show_progress_bar: bool
 ) -> None:
     """nnU-Net's preprocessing of one configuration; where it fails, it leaves no folder with a part of the cases."""
     preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
     folder = preprocessed / PlansManager(plans).get_configuration(configuration).data_identifier
-    record_file(preprocessed, folder.name).unlink(missing_ok=True)  # first: it must not vouch for what comes
-    try:
-        with _in_one_line(folder):
-            preprocess_dataset(
-                dataset_id, plans["plans_name"], [configuration], [num_processes], verbose, show_progress_bar
-            )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with rewriting(folder):
+        record_file(preprocessed, folder.name).unlink(missing_ok=True)  # first: it must not vouch for what comes
+        try:
+            with _in_one_line(folder):
+                preprocess_dataset(
+                    dataset_id, plans["plans_name"], [configuration], [num_processes], verbose, show_progress_bar
+                )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager

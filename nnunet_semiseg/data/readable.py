@@ -40,10 +40,10 @@ class _Dataset:
 
     def __init__(self, dataset: Any, fix: str, reasons: Any):
         self.dataset, self.fix, self.reasons = dataset, fix, reasons
-        self.identifiers = dataset.identifiers
+        self.identifiers, self.source_folder = dataset.identifiers, dataset.source_folder
 
     def load_case(self, identifier: str) -> tuple:
-        with self.naming(Path(self.dataset.source_folder, identifier)):
+        with self.naming(Path(self.source_folder, identifier)):
             *arrays, properties = self.dataset.load_case(identifier)
         return *(None if a is None else _Array(a, self, identifier) for a in arrays), properties
 
@@ -68,5 +68,5 @@ class _Array:
         self.shape, self.ndim, self.dtype = array.shape, array.ndim, array.dtype
 
     def __getitem__(self, part):
-        with self.dataset.naming(Path(self.dataset.dataset.source_folder, self.case)):
+        with self.dataset.naming(Path(self.dataset.source_folder, self.case)):
             return self.array[part]

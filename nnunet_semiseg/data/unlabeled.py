@@ -50,11 +50,22 @@ from nnunet_semiseg.data.records import contents
 from nnunet_semiseg.data.stamps import STAMP, Stamp, all_renewed, digest, renewed, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DiskError, dataset_folder, disk_error, disk_errors, only_one, read_json, write_json
+from nnunet_semiseg.files import (
+    DiskError,
+    dataset_folder,
+    disk_error,
+    disk_errors,
+    only_one,
+    read_json,
+    rewriting,
+    write_json,
+)
 from nnunet_semiseg.parallel import killed_workers, run_jobs
 from nnunet_semiseg.schema import check, check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
+ENDING = "__unlabeled"
+"""of the folder of unlabelled cases, beside that of the labelled ones"""
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
 MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
@@ -244,7 +255,7 @@ def _number(dataset: int | str) -> int | str:
 
 
 def _output(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
-    name = PlansManager(plans).get_configuration(configuration).data_identifier + "__unlabeled"
+    name = PlansManager(plans).get_configuration(configuration).data_identifier + ENDING
     return preprocessed / name, preprocessed / f"{name}.json"
 
 
@@ -252,29 +263,45 @@ def _preprocess_configuration(
     cases, preprocessed, plans, configuration, dataset_json, usual, num_processes, clean, show_progress_bar, verbose
 ) -> None:
     folder, manifest_file = _output(preprocessed, plans, configuration)
-    staging = folder.with_name(folder.name + ".tmp")
-    digest = plans_hash(plans, configuration)
-
-    if clean:
-        manifest_file.unlink(missing_ok=True)  # first: it must never vouch for a folder that is being emptied
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    recorded = _recorded(manifest_file)
-    entries = {case: _entry_of_whole(folder, case, i, digest, recorded.get(case)) for case, i in cases.items()}
-    todo = [case for case, known in entries.items() if known is None]
+    hash_now = plans_hash(plans, configuration)
+    recorded = {} if clean else _recorded(manifest_file)
+    entries = {
+        case: None if clean else _entry_of_whole(folder, case, images, hash_now, recorded.get(case))
+        for case, images in cases.items()
+    }
+    todo = [case for case, entry in entries.items() if entry is None]
     expected = {case + suffix for case in cases for suffix in SUFFIXES}
-    leftovers = [file for file in folder.iterdir() if file.name not in expected]
-    if todo or leftovers:
-        manifest_file.unlink(missing_ok=True)
-    for file in leftovers:
-        file.unlink()
+    leftovers = [file for file in folder.iterdir() if file.name not in expected] if folder.is_dir() else []
+    labeled = folder.with_name(folder.name.removesuffix(ENDING))  # what a training uses, and locks
+    with rewriting(labeled) if todo or leftovers else contextlib.nullcontext():
+        if todo or leftovers:  # first: it must never vouch for a folder that changes
+            manifest_file.unlink(missing_ok=True)
+        if clean:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in leftovers:
+            file.unlink(missing_ok=True)
 
-    print(f"{configuration}: {len(cases)} unlabelled cases, {len(todo)} of them to preprocess")
-    jobs = [
-        (case, cases[case], staging / case, folder, plans, configuration, dataset_json, usual, verbose) for case in todo
-    ]
-    problems: dict[str, list[str]] = {}
-    missing: dict[str, list[str]] = {}
+        print(f"{configuration}: {len(cases)} unlabelled cases, {len(todo)} of them to preprocess")
+        about = folder, plans, configuration, dataset_json, usual, verbose
+        entries |= _preprocess_cases({case: cases[case] for case in todo}, num_processes, show_progress_bar, about)
+        write_json({"plans_hash": hash_now, "cases": dict(sorted(entries.items()))}, manifest_file)
+
+
+def _preprocess_cases(
+    cases: dict[str, list[str]], num_processes: int, show_progress_bar: bool, about: tuple
+) -> dict[str, dict]:
+    """The cases' entries in the manifest.
+
+    Args:
+        about: further arguments of `_preprocess_case`; the first one is the folder.
+
+    Raises:
+        UserError: bad images, one line for each, after all good cases are done.
+    """
+    staging = about[0].with_name(about[0].name + ".tmp")
+    jobs = [(case, images, staging / case, *about) for case, images in cases.items()]
+    entries, problems, missing = {}, {}, {}
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
     try:
         with contextlib.closing(run_jobs(_preprocess_case, jobs, num_processes)) as results:
@@ -284,12 +311,11 @@ def _preprocess_configuration(
                 problems[case], missing[case], entries[case] = lines, channels, entry
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    lines = [line for case in sorted(problems) for line in problems[case]]
-    if lines:
+    if lines := [line for case in sorted(problems) for line in problems[case]]:
         raise UserError("\n".join(lines))
     for case in sorted(case for case, channels in missing.items() if channels):
         print(f"{case}: {', '.join(missing[case])} is 0 everywhere: taken for a channel that this case lacks")
-    write_json({"plans_hash": digest, "cases": dict(sorted(entries.items()))}, manifest_file)
+    return entries
 
 
 def _recorded(manifest_file: Path) -> dict[str, dict]:

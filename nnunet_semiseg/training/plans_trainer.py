@@ -18,7 +18,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
+from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
@@ -27,7 +27,7 @@ from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import base_folder, disk_errors, only_one, write_json
+from nnunet_semiseg.files import base_folder, disk_errors, only_one, reading, write_json
 from nnunet_semiseg.schema import PLANS, check, check_architecture, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
@@ -92,6 +92,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             seed_everything(self.settings.seed)
         plans = self.prepare(plans, configuration, fold, dataset_json)
         with disk_errors(str(nnUNet_results)):
+            self.refuse_a_second(plans, configuration, fold)
             super().__init__(plans, configuration, fold, dataset_json, device)
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             setattr(self, name, getattr(self.settings, name))
@@ -205,10 +206,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     @contextmanager
     def alone(self, does: str) -> Iterator[None]:
-        """Keep a second process out of the training's folder, and say in one line where its disk is full.
+        """Keep a second process out of the training's folder, and who would rewrite its data; name a full disk.
 
         Raises:
-            BusyError: another process is there.
+            BusyError: another process is there, or rewrites the preprocessed data.
             DiskError: the folder cannot be written.
         """
         with disk_errors(self.output_folder):
@@ -216,8 +217,16 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 yield
                 return
             Path(self.output_folder).mkdir(parents=True, exist_ok=True)
-            with only_one(Path(self.output_folder, LOCK), does):
+            with only_one(Path(self.output_folder, LOCK), does), reading(Path(self.preprocessed_dataset_folder)):
                 yield
+
+    def refuse_a_second(self, plans: dict, configuration: str, fold) -> None:
+        """Raises BusyError where such a training is going on: before nnU-Net begins another log in its folder."""
+        name = f"{type(self).__name__}__{plans['plans_name']}__{configuration}"
+        lock = Path(str(nnUNet_results), plans["dataset_name"], name, f"fold_{fold}", LOCK)
+        if lock.exists() and not (distributed.is_available() and distributed.is_initialized()):
+            with only_one(lock, "trains this model"):
+                pass
 
     def run_training(self):
         """nnU-Net's; however it ends, no process and no thread of the loaders is left to print after the reason."""
@@ -296,7 +305,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.check_checkpoint(content, name)
         changed = changed_settings(self.settings_class, content["init_args"].get("plans", plans.plans), plans.plans)
         if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
-            checkpoints.refuse_other_settings(changed, name)
+            try:
+                checkpoints.refuse_other_settings(changed, name)
+            except UserError:
+                Path(self.log_file).unlink(missing_ok=True)  # nothing was trained
+                raise
         own = self.my_init_kwargs
         with checkpoints.fitting(changed, name, fix):
             if isinstance(checkpoint, dict):
