@@ -28,8 +28,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
-from nnunet_semiseg.data.headers import count_channels, read_header, total_memory
-from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
+from nnunet_semiseg.data.headers import count_channels, read_header, spacing_problem, total_memory
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, take_out
 from nnunet_semiseg.data.labeled import inspect_labeled, labeled_images
 from nnunet_semiseg.data.preprocessed import blame_the_disk, look_at_labeled
 from nnunet_semiseg.data.records import FINGERPRINT, record_file, why_fingerprint_is_old, write_record
@@ -42,7 +42,7 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, rewriting, write_json
+from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_json, rewriting, write_json
 from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
@@ -225,6 +225,7 @@ def plan_and_preprocess(
         write_record(
             preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
         )
+        _check_spacings(raw, preprocessed)
         print("Experiment planning...")
         with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
             kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
@@ -405,6 +406,11 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
+    if dataset_json["numTraining"] != len(labeled):  # it decides on the batch size
+        raise UserError(
+            f'{raw / "dataset.json"}: "numTraining" is {dataset_json["numTraining"]}, but there are {len(labeled)}'
+            f' labelled cases: write "numTraining": {len(labeled)}'
+        )
     case, images = next(iter(labeled.items()))
     found, named = count_channels(images), len(channel_names(dataset_json))
     if found not in (None, named):
@@ -436,6 +442,19 @@ def _check_target_spacing(target: Sequence[float], image: str, channels: int) ->
             f"-overwrite_target_spacing {wanted}: {image} has a spacing of {found} and would have {result} voxels:"
             " give a spacing near that of the images"
         )
+
+
+def _check_spacings(raw: Path, preprocessed: Path) -> None:
+    """Refuse labelled images whose spacing is of another magnitude than the others'; one line for each."""
+    files = labeled_images(raw, read_dataset_json(raw))
+    file = preprocessed / f"{FINGERPRINT}.json"
+    spacings = read_json(file, "delete it")["spacings"]  # in the order of the cases
+    usual, problems = np.quantile(spacings, 0.5, axis=0, method="lower"), []
+    for images, spacing in zip(files.values(), spacings, strict=True):
+        if odd := spacing_problem(spacing, usual):
+            problems.append(f"{images[0]}: {odd}: {take_out(images[0])}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:

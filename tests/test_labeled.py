@@ -1,8 +1,10 @@
 """Labelled cases that are damaged, or that change after they were preprocessed."""
 
+import gzip
 import json
 import os
 import shutil
+import struct
 
 import blosc2
 import numpy as np
@@ -148,6 +150,14 @@ def change_image(value, dtype=np.float32):
     return change
 
 
+def change_header(file, byte, kind, value):
+    """A number in a NIfTI header; the orientation is left out, as it would hold another spacing."""
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[252:256] = bytes(4)  # qform_code and sform_code
+    struct.pack_into(f"<{kind}", content, byte, value)
+    file.write_bytes(gzip.compress(bytes(content)))
+
+
 def change_label(change):
     def change_it(dataset):
         label = voxels(label_of(dataset))
@@ -197,6 +207,18 @@ DAMAGE = {
         change_label(lambda label: with_voxel(label, -1, np.int16)),
         "labelsTr/tr_000.nii.gz: has the value -1",
     ),
+    "voxels within the header": (
+        lambda d: change_header(d.image("tr_000", folder="imagesTr"), 108, "f", 0),
+        "imagesTr/tr_000_0000.nii.gz: its voxels are said to begin at byte 0, within the header of 352 bytes: replace",
+    ),
+    "label within the header": (
+        lambda d: change_header(label_of(d), 108, "f", 0),
+        "labelsTr/tr_000.nii.gz: its voxels are said to begin at byte 0, within",
+    ),
+    "spacing of none": (
+        lambda d: change_header(d.image("tr_000", folder="imagesTr"), 80, "f", 1e-30),
+        r"imagesTr/tr_000_0000.nii.gz: its spacing is \(1e-30, 1, 1.5\) mm: replace",
+    ),
     "4D label": (
         change_label(lambda label: np.stack([label, label])),
         "labelsTr/tr_000.nii.gz: size .* differs",
@@ -219,6 +241,26 @@ def test_damage_that_nnunets_own_preprocessing_let_through(dataset):
     refused("tr_000_0000.nii.gz: after preprocessing, its values spread 0.0.* times as much", preprocess, dataset)
     assert not list(preprocessed_folder(dataset).glob("tr_000*"))  # so that no training takes it
     refused("Dataset901_Tiny: labelled case tr_000 is new and not preprocessed: run", train, dataset)
+
+
+@pytest.mark.parametrize("folder, command", [("imagesTr", "plan"), ("imagesUn", "preprocess")])
+def test_spacings_of_another_magnitude(dataset, folder, command, monkeypatch):
+    """The others have 1 mm: in nanometres, no voxel would be left; in metres, there would be 10^9 times as many."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    file = dataset.image("tr_000" if folder == "imagesTr" else "un_000", folder=folder)
+    change_header(file, 80, "f", 1e-6 if folder == "imagesUn" else 1e3)
+    if folder == "imagesTr":
+        change_header(label_of(dataset), 80, "f", 1e3)
+    message = (
+        rf"{file.name}: its spacing is (1e-06|1000) where other images have 1: correct its header.*out of {folder}"
+    )
+    refused(message, dataset.plan if command == "plan" else lambda: preprocess(dataset))
+
+
+def test_an_unlabelled_image_whose_voxels_begin_within_the_header(dataset):
+    for first in (0, 348):
+        change_header(dataset.image("un_000"), 108, "f", first)
+        refused("imagesUn/un_000_0000.nii.gz: (its voxels are said to begin|cannot be read)", preprocess, dataset)
 
 
 def test_labels_that_are_all_empty(tiny_dataset):
@@ -341,6 +383,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
     for new in ("tr_007", "tr_008"):
         shutil.copy(dataset.image("tr_001", folder="imagesTr"), dataset.image(new, folder="imagesTr"))
         shutil.copy(label_of(dataset, "tr_001"), label_of(dataset, new))
+        dataset.update_dataset_json(numTraining=int(new[-1]) - 4)
         (dataset.preprocessed / "splits_final.json").unlink()
         if new == "tr_008":  # as after nnU-Net's own command: the number of cases tells
             (dataset.preprocessed / "dataset_fingerprint__labeled.json").unlink()

@@ -233,7 +233,7 @@ def spoil_spacing(file: Path, value: float) -> None:
     file.write_bytes(gzip.compress(bytes(data)))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.5, np.nan])
+@pytest.mark.parametrize("value", [0.0, -1.5, np.nan, 1e-30])
 def test_a_spacing_that_is_none(value, source, raw, capsys):
     spoil_spacing(source / "images" / "c3.nii.gz", value)
     with pytest.raises(

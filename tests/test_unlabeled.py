@@ -430,8 +430,10 @@ def test_hidden_labels_change_nothing(tiny_dataset):
             properties = load_pickle(str(file))
             properties.get("semiseg", {}).pop("made", None)
             return repr(properties)
+        if not file.stem.endswith("__unlabeled") and not file.stem.endswith("__labeled"):
+            return file.read_bytes()
         about = json.loads(file.read_text())
-        for entry in about.get("cases", {}).values():
+        for entry in about["cases"].values():
             entry.pop("made")
         return json.dumps(about)
 

@@ -16,7 +16,7 @@ from nnunet_semiseg.conversion.description import About, Case, Crop, Read
 from nnunet_semiseg.conversion.names import some
 from nnunet_semiseg.conversion.readers import one_channel
 from nnunet_semiseg.conversion.repair import Repair, grid_difference, read
-from nnunet_semiseg.data.headers import header_problem
+from nnunet_semiseg.data.headers import header_problem, is_spacing
 from nnunet_semiseg.data.image_problems import nifti_damage, one_line_of
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
@@ -127,6 +127,8 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
     if image.GetDimension() == 2:  # dots per inch, which nnU-Net does not read and masks do not share
         image.SetSpacing((1, 1))
         image.SetOrigin((0, 0))
+    if not is_spacing(image.GetSpacing()):
+        raise UserError(f"{_name(source)}: its spacing is {image.GetSpacing()} mm: correct its header")
     return image, link
 
 

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_semiseg.data.headers import is_spacing
 from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
 from nnunet_semiseg.errors import UserError
 
@@ -95,7 +96,7 @@ def _nifti_spacing(path: Path) -> list[float] | None:
     except Exception:  # not NIfTI-1: what reads it says so
         return None
     spacing = [float(s) for s in header["pixdim"][1:4]][: int(header["dim"][0])]
-    return None if all(np.isfinite(s) and s > 0 for s in spacing) else spacing
+    return None if is_spacing(spacing) else spacing
 
 
 def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:

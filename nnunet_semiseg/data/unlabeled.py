@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_semiseg.data.empty_channels import values_of_nothing
-from nnunet_semiseg.data.headers import flat_problem
+from nnunet_semiseg.data.headers import flat_problem, spacing_problem
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
     header_problems,
@@ -355,14 +355,17 @@ def _preprocess_case(
     nothing, made = values_of_nothing(plans_manager, configuration_manager), []
 
     class Unlabeled(configuration_manager.preprocessor_class):
-        def run_case_npy(self, data, *args, **kwargs):
+        def run_case_npy(self, data, seg, properties, *args, **kwargs):
+            spacing = [properties["spacing"][axis] for axis in plans["transpose_forward"]]
+            if odd := spacing_problem(spacing, plans.get("original_median_spacing_after_transp", ())):
+                problems.append(f"{images[0]}: {odd}: {take_out(images[0])}")
             problems.extend(intensity_problems(data, images, channels))
             if flat := flat_problem(data.shape[1:], plans):
                 problems.append(f"{images[0]}: {flat}: {take_out(images[0])}")
             if problems:
                 raise UserError(problems[0])
             missing.extend(missing_channels(data, channels))
-            data, seg, properties = super().run_case_npy(data, *args, **kwargs)
+            data, seg, properties = super().run_case_npy(data, seg, properties, *args, **kwargs)
             problems.extend(preprocessed_problems(data, images, channels, nothing))
             problems.extend([] if problems else spread_problems(spread(data), images, channels, usual))
             if problems:
