@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from nnunet_semiseg.conversion import About, Case, Source, convert_dataset, seeded_split
+from nnunet_semiseg.conversion.filling import Layout
 from nnunet_semiseg.conversion.label_values import parse
-from nnunet_semiseg.conversion.layouts import Layout, recognise
+from nnunet_semiseg.conversion.layouts import recognise
 from nnunet_semiseg.conversion.listing import UNKNOWN, list_files, real_path
 from nnunet_semiseg.conversion.names import LABEL, VOLUMES, Name
 from nnunet_semiseg.conversion.own_files import Files

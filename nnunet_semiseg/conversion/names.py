@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,13 +32,18 @@ PARTS = {
     **dict.fromkeys(("unlabeled", "unlabelled", "un"), "unlabeled"),
 }
 _SHORT = re.compile(r"(?i)(images?|imgs?|labels?|masks?)[_-]?(tr|va|ts|un|val|test|train)")
-_SUFFIX = re.compile(rf"(?i)(.*?)[ _.-]+({'|'.join(sorted(LABEL_WORDS, key=len, reverse=True))})")
+_SUFFIX = re.compile(
+    rf"(?i)(.*?)[ _.-]+({'|'.join(sorted(LABEL_WORDS, key=len, reverse=True))})([ _.-]?\d{{1,2}})?"  # c1_mask_2, too
+)
 _PREFIX = re.compile(
     rf"(?i)(?:{'|'.join(sorted(LABEL_WORDS | IMAGE_WORDS | {'vol'}, key=len, reverse=True))})(?:[ _.-]+|(?=\d))(.+)"
 )
-_SESSION = re.compile(
-    r"(?i)(ses|session|visit|scan|study|series|timepoint|time|tp|day|week|month|year|t|v)?[-_ ]?[\d._-]+"
+_VISIT = re.compile(
+    r"(?i)(?:ses|session|visit|timepoint|time|tp|day|week|month|year)[-_ ]?[\d._-]+|(?:19|20)\d\d[-_.]?\d\d[-_.]?\d\d"
+    r"|\d\d?[-_.]\d\d?[-_.](?:19|20)\d\d"
+    r"|baseline|(?:follow[-_ ]?up|fu)[-_ ]?\d*|(?:pre|post)(?:[-_ ]?op)?"
 )
+_SESSION = re.compile(r"(?i)(?:scan|study|series|t|v)?[-_ ]?[\d._-]+")
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,13 @@ class Name:
     Args:
         skip: so many folders at its beginning say nothing.
         source: where it lies, for messages.
+        by_folder: folders that are named for images or for labels say which of the two it is.
     """
 
     path: str
     skip: int = 0
     source: str = ""
+    by_folder: bool = True
 
     def __str__(self) -> str:
         return os.path.join(self.source, self.path)
@@ -69,12 +77,13 @@ class Name:
     def stem(self) -> str:
         """The file's name without its ending, nor a `.nii` before it: ITK would write `a.nii.nii.gz` as `a.nii.gz`."""
         name = self.path.rpartition("/")[2]
-        return name[: len(name) - len(self.ending)].removesuffix(".nii")
+        stem = name[: len(name) - len(self.ending)].removesuffix(".nii")
+        return unicodedata.normalize("NFC", stem)  # a Mac writes ö as two characters
 
     @cached_property
     def folder_kind(self) -> tuple[int, str] | None:
         """The deepest folder that is named for images or for labels: its index, and which of the two."""
-        for i in reversed(range(len(self.folders))):
+        for i in reversed(range(len(self.folders) if self.by_folder else 0)):
             if kind := kind_of(self.folders[i]):
                 return i, kind
         return None
@@ -143,9 +152,19 @@ def without_case(stem: str, case: str) -> str:
     return stem
 
 
-def is_session(folder: str) -> bool:
-    """Whether a folder is named by a date or a number, so that the one above it is the patient."""
-    return _SESSION.fullmatch(folder) is not None
+def is_visit(folder: str) -> bool:
+    """Whether a folder is named by a date, or with a word like visit, baseline or week, and so holds one of several."""
+    return _VISIT.fullmatch(folder) is not None
+
+
+def is_session(folder: str, above: str) -> bool:
+    """Whether a folder is that of a visit, so that the one above it is the patient: `P1/2`, but not `CT/2`."""
+    return is_visit(folder) or (_SESSION.fullmatch(folder) is not None and any(c.isdecimal() for c in above))
+
+
+def plain(text: str) -> str:
+    """Letters and digits alone, small ones, to compare what people write in many ways: `T1 post` and `t1_post`."""
+    return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def natural(name: str) -> list:
@@ -166,7 +185,7 @@ def common_root(paths: Sequence[str]) -> int:
     folders = [Name(path).folders for path in paths]
     n = 0
     while folders and all(len(f) > n for f in folders) and len({f[n] for f in folders}) == 1:
-        if kind_of(folders[0][n]) or folders[0][n].lower().startswith("sub-"):
-            break
+        if kind_of(folders[0][n]) == IMAGE or folders[0][n].lower().startswith("sub-"):
+            break  # but labels alone are no data set: `Dataset_with_GT` has images, too
         n += 1
     return n

@@ -15,8 +15,8 @@ import SimpleITK as sitk
 from nnunet_semiseg.conversion.case import load
 from nnunet_semiseg.conversion.description import About, Case, Read
 from nnunet_semiseg.conversion.dicom_labels import classes_in, read_segmentation, read_structure_set
+from nnunet_semiseg.conversion.filling import Layout
 from nnunet_semiseg.conversion.label_values import LabelValues, count, found_text, offer
-from nnunet_semiseg.conversion.layouts import Layout
 from nnunet_semiseg.conversion.names import DICOM_SEG, PICTURES, RTSTRUCT, SERIES, STACK, Name, some
 from nnunet_semiseg.conversion.pictures import mode_of, read_colour_mask, read_colours, read_jpeg, read_mask
 from nnunet_semiseg.conversion.readers import find_series, read_dicom_picture, read_dicom_series, read_gray, read_grid

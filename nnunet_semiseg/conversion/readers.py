@@ -9,7 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.conversion.listing import dicom_kind
-from nnunet_semiseg.conversion.names import DICOM_SEG, RTSTRUCT
+from nnunet_semiseg.conversion.names import DICOM_SEG, RTSTRUCT, plain
 from nnunet_semiseg.conversion.sources import find_files
 from nnunet_semiseg.errors import UserError
 
@@ -32,11 +32,11 @@ def series_files(folder: Path, channel: str | None = None) -> list[str]:
     fitting = list(series)
     if channel is not None and len(series) > 1:
         words = {
-            uid: [_plain(describe(files[0])), *(_plain(p) for p in _below(files[0], folder))]
+            uid: [plain(describe(files[0])), *(plain(p) for p in _below(files[0], folder))]
             for uid, files in series.items()
         }
-        fitting = [uid for uid, names in words.items() if _plain(channel) in names]
-        fitting = fitting or [uid for uid, names in words.items() if any(_plain(channel) in name for name in names)]
+        fitting = [uid for uid, names in words.items() if plain(channel) in names]
+        fitting = fitting or [uid for uid, names in words.items() if any(plain(channel) in name for name in names)]
     if len(fitting) != 1:
         what = f"{len(fitting) or 'no'} DICOM series"
         if channel is not None and len(series) > 1:
@@ -73,10 +73,6 @@ def describe(file: str) -> str:
 
 def _below(file: str, folder: Path) -> tuple[str, ...]:
     return Path(file).relative_to(folder).parent.parts
-
-
-def _plain(text: str) -> str:
-    return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def read_grid(path: Path, channel: str | None = None) -> sitk.Image:
