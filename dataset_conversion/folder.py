@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from argparse import ArgumentParser, ArgumentTypeError
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,8 +76,15 @@ def find_cases(
     if bad := next((n for n, why in left_out.items() if why == UNKNOWN and _is_label(n)), None):
         raise UserError(f"{folder / bad}: of no kind that can be read ({', '.join(VOLUMES[:3])}, ...): convert it")
     _check_names(labels, channels)
-    layout = recognise(found, channels or given.channels, spacing is not None, str(folder))
+    kinds = Counter(Path(n).suffix or n for n, why in left_out.items() if why == UNKNOWN)
+    unread = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+    try:
+        layout = recognise(found, channels or given.channels, spacing is not None, str(folder), labels)
+    except UserError as error:
+        raise UserError(f"{error} (of no kind that can be read: {unread})" if unread else str(error)) from None
     if not layout.images:
+        if unread:
+            raise UserError(f"{folder}: no image that can be read ({', '.join(VOLUMES[:3])}, ...): there are {unread}")
         return Source(ABOUT, {}, ())
     for case in [case for case in layout.labels if layout.parts.get(case) == "unlabeled"]:
         layout.left_out |= dict.fromkeys(
@@ -88,6 +96,7 @@ def find_cases(
         repair=Repair(tuple(spacing) if spacing else None, nan, reorient),
         values=parse(label_values, labels) if label_values else None,
         place=lambda path: real_path(path, folder, found),
+        chosen=bool(channels or given.channels),
     )
     about = files.describe(layout, labels, given.labels, folder)
     if about.labels == given.labels:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_semiseg.conversion.layouts import recognise
-from nnunet_semiseg.conversion.names import kind_of, label_core, part_of
+from nnunet_semiseg.conversion.names import is_session, is_visit, kind_of, label_core, part_of
 from nnunet_semiseg.conversion.patients import find_patients
 from nnunet_semiseg.dataset_conversion import folder
 
@@ -430,7 +430,9 @@ def test_words_of_folders():
     parts = {name: part_of(name) for name in ("imagesTs", "labelsVal", "Testing", "BraTS-GLI", "FLARE_UnlabeledCase")}
     assert parts == {"imagesTs": "test", "labelsVal": "val", "Testing": "test", "BraTS-GLI": None,
                      "FLARE_UnlabeledCase": "unlabeled"}  # fmt: skip
-    assert [label_core(stem) for stem in ("c_seg", "mask-c", "seg", "c", "c1_dseg")] == ["c", "c", "", None, "c1"]
+    assert [label_core(stem) for stem in ("c_seg", "mask-c", "seg", "c", "c1_dseg", "c_mask_2")] == [
+        "c", "c", "", None, "c1", "c",
+    ]  # fmt: skip
 
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
@@ -466,3 +468,22 @@ def test_the_gallery_is_read():
 def test_patients_by_folders_or_names(cases, known, patients):
     assert sorted(set(find_patients(cases, known, "patient").values())) == patients.split()
     assert find_patients(["x_07_scan1"], {}, r"(.+)_scan") == {"x_07_scan1": "x_07"}
+
+
+def test_folders_of_visits():
+    folders = [("1", "P7"), ("1", "CT"), ("2020-01-05", "Smith"), ("05.01.2020", "Smith"), ("follow-up", "Smith")]
+    assert [is_session(folder, above) for folder, above in folders] == [True, False, True, True, True]
+    assert [is_visit(folder) for folder in ("baseline", "ses-1", "T1", "301")] == [True, True, False, False]
+
+
+def test_one_case_needs_labels_of_no_other_name():
+    for paths in (tree("{a,b}.nii.gz masks/{x,y}.nii.gz"), tree("images/a.nii.gz labels/{x,y}.nii.gz")):
+        with pytest.raises(ValueError, match="no image of case x"):
+            recognise(paths)
+    layout = recognise(tree("{t1,t2}.nii.gz masks/{x,y}.nii.gz"), ["t1", "t2"], source="/data/Smith")
+    assert layout.labels == {"Smith": {"x": "masks/x.nii.gz", "y": "masks/y.nii.gz"}}
+
+
+def test_two_labels_of_a_case():
+    with pytest.raises(ValueError, match="^/d/a_mask_1.png: case a has two labels, this one and /d/a_mask.png: "):
+        recognise(tree("{a,b}.png a_mask.png a_mask_1.png"), source="/d")

@@ -142,6 +142,8 @@ def fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -
     for name in labels:
         own = label_core(name.stem)
         rest = without_case(name.stem if own is None else own, case)
+        if name.ending in (DICOM_SEG, RTSTRUCT):  # their classes are named within
+            rest = name.path if len(labels) > 1 else ""
         put(layout, LABEL, case, "" if name.ending in (SERIES, STACK) else rest, name)
 
 

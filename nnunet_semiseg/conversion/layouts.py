@@ -84,9 +84,12 @@ def recognise(
 def _unused(paths: Sequence[str], layout: Layout) -> list[str]:
     used = {path for files in (*layout.images.values(), *layout.labels.values()) for path in files.values()}
     folders = tuple(
-        f"{path.removesuffix(SERIES).removesuffix(STACK)}/" for path in used if path.endswith((SERIES, STACK))
+        f"{folder}/" if (folder := path.removesuffix(SERIES).removesuffix(STACK)) else ""  # the source itself
+        for path in used
+        if path.endswith((SERIES, STACK))
     )
-    return [p for p in paths if p not in used and p not in layout.left_out and not p.startswith(folders)]
+    inside = {path for path in paths if path.endswith((SERIES, *PICTURES)) and path.startswith(folders)}
+    return [path for path in paths if path not in used and path not in layout.left_out and path not in inside]
 
 
 def _check_labels(layout: Layout, source: str, classes: Sequence[str] | None) -> None:
@@ -271,16 +274,15 @@ def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, sta
     for name in names:
         groups[keys[name]].append(name)
     alone = groups.pop((), [])
+    others = [name for key in without_channels(groups, channels) for name in groups.pop(key)]
+    folders &= groups.keys()
     cases = _name_folders(folders | {key for key in groups if key})
     layout = Layout(f"{len(folders)} folders of cases")
+    layout.left_out = {name.path: f"in no folder that is called {' or '.join(channels or ())}" for name in others}
     if _several_pairs(groups):
         layout.kind = f"{len(folders)} folders of several cases each"
         fill_groups(layout, {cases[key]: files for key, files in groups.items()}, channels)
         return layout
-    for key in without_channels(groups, channels):
-        layout.left_out |= dict.fromkeys(
-            (name.path for name in groups.pop(key)), f"in no folder of a channel that is wanted ({' '.join(channels)})"
-        )
     for key, files in groups.items():
         fill_case(layout, cases[key], files, stacked)
         if len(key) > 1 and is_session(key[-1], key[-2]):

@@ -182,10 +182,14 @@ def some(names: Iterable[str], at_most: int = 5) -> str:
 
 def common_root(paths: Sequence[str]) -> int:
     """How many folders all lie in, often one that an archive was made of; one that says what lies in it is none."""
-    folders = [Name(path).folders for path in paths]
+    names = [Name(path) for path in paths]
+    folders = [name.folders for name in names]
     n = 0
     while folders and all(len(f) > n for f in folders) and len({f[n] for f in folders}) == 1:
-        if kind_of(folders[0][n]) == IMAGE or folders[0][n].lower().startswith("sub-"):
-            break  # but labels alone are no data set: `Dataset_with_GT` has images, too
+        kind = kind_of(folders[0][n])
+        if kind == LABEL and any(label_core(name.stem) is not None or name.folder_kind != (n, LABEL) for name in names):
+            kind = None  # `Dataset_with_GT` holds images, too
+        if kind or folders[0][n].lower().startswith("sub-"):
+            break
         n += 1
     return n
