@@ -453,7 +453,7 @@ def test_the_gallery_says_what_is_printed(title, paths, command, said):
 
 
 def test_the_gallery_is_read():
-    assert len(GALLERY) == PAGE.count("\n### ") == 13
+    assert len(GALLERY) == PAGE.count("\n### ") == 18
 
 
 @pytest.mark.parametrize(
@@ -487,3 +487,16 @@ def test_one_case_needs_labels_of_no_other_name():
 def test_two_labels_of_a_case():
     with pytest.raises(ValueError, match="^/d/a_mask_1.png: case a has two labels, this one and /d/a_mask.png: "):
         recognise(tree("{a,b}.png a_mask.png a_mask_1.png"), source="/d")
+
+
+def test_masks_beside_a_label_of_the_whole_case():
+    paths = tree(
+        "case_{0,1}/imaging.nii.gz case_0/segmentation.nii.gz case_0/instances/k_instance-1_annotation-{1,2}.nii.gz"
+    )
+    layout = recognise(paths, ["CT"], classes=["kidney", "tumour"])
+    assert layout.labels == {"case_0": {"": "case_0/segmentation.nii.gz"}} and layout.channels == ("CT",)
+    assert layout.left_out == dict.fromkeys(
+        tree("case_0/instances/k_instance-1_annotation-{1,2}.nii.gz"), "beside a label of the whole case"
+    )
+    paths = tree("s{0,1}/ct.nii.gz s0/seg.nii.gz s0/{brain,liver}_mask.nii.gz")
+    assert recognise(paths, classes=["liver"]).labels["s0"].keys() == {"", "brain", "liver"}

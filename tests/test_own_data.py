@@ -437,6 +437,8 @@ def test_masks_of_a_class_each(tmp_path, raw, capsys):
     assert "case s1: there is no mask of liver, which is taken for empty" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--label-values: here each class has a mask of its own: leave it out"):
         convert(tmp_path / "d", labels=None, label_values=["1=liver"], overwrite=True)
+    left_out = own.find_cases(tmp_path / "d", labels=["spleen"]).left_out
+    assert left_out == {"s0/segmentations/liver.nii.gz": "a mask of no class that is named with --labels"}
     with pytest.raises(ValueError, match="--labels kidney: no mask is called so: there are liver, spleen"):
         convert(tmp_path / "d", labels=["kidney"], overwrite=True)
 

@@ -139,9 +139,9 @@ def fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -
     for name in images:
         rest = "_".join([*_folders_within(name, case), without_case(name.stem, case)])
         put(layout, IMAGE, case, "" if name.ending in (SERIES, STACK) else rest, name)
-    for name in labels:
-        own = label_core(name.stem)
-        rest = without_case(name.stem if own is None else own, case)
+    cores = [label_core(name.stem) for name in labels]
+    for name, own in zip(labels, cores, strict=True):
+        rest = without_case(name.stem if own is None or cores.count(own) > 1 else own, case)
         if name.ending in (DICOM_SEG, RTSTRUCT):  # their classes are named within
             rest = name.path if len(labels) > 1 else ""
         put(layout, LABEL, case, "" if name.ending in (SERIES, STACK) else rest, name)

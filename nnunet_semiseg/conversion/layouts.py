@@ -100,9 +100,14 @@ def _check_labels(layout: Layout, source: str, classes: Sequence[str] | None) ->
     ]
     if lines:
         raise UserError("\n".join(lines))
-    names = [name for files in layout.labels.values() for name in files]
-    different = sorted(set(names), key=natural)
     wanted = {name.casefold() for name in classes or ()}
+    names = [name for files in layout.labels.values() for name in files]
+    if all("" in files for files in layout.labels.values()) and not wanted & {name.casefold() for name in names}:
+        for files in layout.labels.values():  # brain_mask.nii.gz beside seg.nii.gz
+            beside = [files.pop(name) for name in set(files) - {""}]
+            layout.left_out |= dict.fromkeys(beside, "beside a label of the whole case")
+        return
+    different = sorted(set(names), key=natural)
     are_classes = len(wanted) > 1 and {name.casefold() for name in names} <= wanted
     if len(names) == len(layout.labels) and not (are_classes or 1 < len(different) <= len(names) / 2):
         for case, files in layout.labels.items():  # one label a case, whatever it is called
@@ -178,7 +183,8 @@ def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
     found = {channel for files in places.values() for channel in files}
     in_several = sum(len(files) for files in places.values() if len(files) > 1)
     stems = {place[-1] for place in places}
-    cases = [case if (case := label_core(name.stem)) in stems else name.stem for name in labels]
+    cores = {name: label_core(name.stem) or name.stem for name in labels}
+    cases = [own if own in stems else name.stem for name, own in cores.items()]
     own = all(found.isdisjoint(name.folders) for name in labels)
     if not (labels and own and in_several * 2 > len(images) and set(cases) <= stems and len(set(cases)) == len(cases)):
         return None

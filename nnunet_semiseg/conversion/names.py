@@ -23,7 +23,7 @@ IMAGE, LABEL = "image", "label"
 IMAGE_WORDS = frozenset("image images img imgs imaging volume volumes scan scans".split())
 LABEL_WORDS = frozenset(
     "label labels mask masks msk seg segs segmentation segmentations dseg gt gts ground truth truths groundtruth "
-    "annotation annotations".split()
+    "annotation annotations instance instances".split()
 )
 PARTS = {
     **dict.fromkeys(("train", "training", "tr"), "train"),

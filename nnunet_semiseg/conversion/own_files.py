@@ -272,6 +272,10 @@ class Files:
             if lacking:
                 raise UserError(f"--labels {lacking[0]}: no mask is called so: there are {some(sorted(several), 20)}")
             self.classes = tuple(labels or sorted(several))
+            chosen = {name.casefold() for name in self.classes}
+            for files in layout.labels.values():
+                others = (path for name, path in files.items() if name.casefold() not in chosen)
+                layout.left_out |= dict.fromkeys(others, "a mask of no class that is named with --labels")
         if not layout.labels:
             raise UserError(
                 f"{folder}: no file is a label: name label files CASE_seg, or put them into a folder labels"
