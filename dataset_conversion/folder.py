@@ -217,7 +217,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME",
-        help="of the label values 1, 2, ...; of masks a class: those wanted; default: as files say",
+        help="of the label values 1, 2, ...; of masks a class and of DICOM labels: those wanted; default: as files say",
     )  # fmt: skip
     parser.add_argument(
         "--label-values", nargs="+", metavar="VALUE=NAME",
@@ -225,7 +225,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--channels", nargs="+", metavar="NAME",
-        help="in their order, as files or DICOM series are named, CT where it is one; default: as files say",
+        help="in their order, as files, folders or DICOM series are named, CT where it is one; default: as files say",
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="of the dataset; default: %(default)s")
     parser.add_argument("--split", metavar="FILE", help='JSON: {"train": [case, ...], "val": [...], "test": [...]}')
@@ -236,7 +236,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--spacing", type=_millimetres, nargs=3, metavar="MM",
-        help="x y z, of TIFF volumes, stacks of pictures, and headers that say 0, less or NaN",
+        help="x y z, of TIFF volumes, stacks of pictures, and headers that say 0, less, NaN or nothing",
     )  # fmt: skip
     parser.add_argument("--nan", type=_nan, metavar="fill", help="NaN and infinity become the least value, or a number")
     parser.add_argument("--reorient", action="store_true", help="turn sheared axes to the nearest at right angles")

@@ -177,6 +177,22 @@ def test_masks_in_colour(kind, tmp_path, raw):
     assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
 
 
+def test_images_in_colour_ask_for_channels_at_once(tmp_path):
+    folder = pictures(tmp_path / "d", FLAT)
+    for name in ("a", "b"):
+        write(Image.fromarray(RED_BLUE[FLAT]), folder / "images" / f"{name}.png")
+    with pytest.raises(ValueError, match="images/a.png: in colour: name its channels with --channels red green blue"):
+        own.find_cases(folder, labels=["a", "b"])
+    write(Image.fromarray(np.stack([FLAT] * 3, -1)), folder / "images" / "b.png")  # grey, in three channels
+    assert len(own.find_cases(folder, labels=["a", "b"]).cases) == 2
+
+
+def test_a_link_to_nowhere_is_said_to_be_one(source):
+    (source / "images" / "c9.nii.gz").symlink_to("/nowhere.nii.gz")
+    with pytest.raises(ValueError, match="^case c9: .*c9.nii.gz: a link to /nowhere.nii.gz, which is not there"):
+        convert(source)
+
+
 def test_a_colour_that_one_mask_alone_has_is_said_of_this_label(tmp_path, raw):
     folder = pictures(tmp_path / "d", RED_BLUE[(FLAT > 0).astype(int)])
     for name in ("b", "c"):

@@ -116,7 +116,9 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
     """
     for path in paths_of(source):
         if not path.exists():
-            raise UserError(f"{path}: missing")
+            raise UserError(
+                f"{path}: a link to {path.readlink()}, which is not there" if path.is_symlink() else f"{path}: missing"
+            )
         if path.is_file() and (problem := header_problem(path, root or path.parent)):
             raise UserError(f"{path}: {problem}")
     if isinstance(source, Path):

@@ -150,8 +150,9 @@ def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bo
     if any(name.ending == SERIES for name in images):
         slices = len(labels) > 1 and all(name.ending in PICTURES for name in labels)
         known = {folder for name in images for folder in (*name.folders, name.stem)}
-        alone = (nameless or slices) and not any(case_folders(names)[name] for name in labels)
-        alone = alone and not any({name.stem, *name.folders} & known for name in labels)
+        keys = case_folders(names)
+        matched = any(keys[name] or {name.stem, *name.folders} & known for name in labels)
+        alone = (nameless or slices) and not matched
     else:
         stems = {name.stem.casefold() for name in images}
         chosen = stems == {channel.casefold() for channel in channels or ()}

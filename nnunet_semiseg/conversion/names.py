@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
 PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
@@ -39,7 +39,7 @@ _PREFIX = re.compile(
     rf"(?i)(?:{'|'.join(sorted(LABEL_WORDS | IMAGE_WORDS | {'vol'}, key=len, reverse=True))})(?:[ _.-]+|(?=\d))(.+)"
 )
 _VISIT = re.compile(
-    r"(?i)(?:ses|session|visit|timepoint|time|tp|day|week|month|year)[-_ ]?[\d._-]+|(?:19|20)\d\d[-_.]?\d\d[-_.]?\d\d"
+    r"(?i)(?:ses|session|visit|v|timepoint|time|tp|day|week|month|year)[-_ ]?[\d._-]+|(?:19|20)\d\d[-_.]?\d\d[-_.]?\d\d"
     r"|\d\d?[-_.]\d\d?[-_.](?:19|20)\d\d"
     r"|baseline|(?:follow[-_ ]?up|fu)[-_ ]?\d*|(?:pre|post)(?:[-_ ]?op)?"
 )
@@ -109,6 +109,7 @@ def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
 
 
+@cache
 def kind_of(folder: str) -> str | None:
     """Whether a folder is named for images or for labels; one that is numbered is a case's, or a data set's."""
     if match := _SHORT.fullmatch(folder):
@@ -119,6 +120,7 @@ def kind_of(folder: str) -> str | None:
     return LABEL if words & LABEL_WORDS else IMAGE if words & IMAGE_WORDS else None
 
 
+@cache
 def part_of(folder: str) -> str | None:
     """The part of a data set that a folder is named for. Two letters count behind `images` and the like alone."""
     if match := _SHORT.fullmatch(folder):
@@ -126,6 +128,7 @@ def part_of(folder: str) -> str | None:
     return next((PARTS[word] for word in words_of(folder) if len(word) > 2 and word in PARTS), None)
 
 
+@cache
 def label_core(stem: str) -> str | None:
     """`c1` of c1_seg, c1-label or mask_c1; the empty string where there is no more; None: not named like a label."""
     if stem.lower() in LABEL_WORDS:

@@ -122,6 +122,17 @@ class Files:
         label = layout.labels.get(case)
         return Case(case, images, self._label(label, files) if label else None)
 
+    def _refuse_colours(self, layout: Layout) -> None:
+        """In one line, where the first pictures all are in colour; one alone is refused by name, later."""
+        first = [self.place(next(iter(files.values()))) for files in list(layout.images.values())[:FEW]]
+        for path in first:
+            if mode_of(path) not in ("RGB", "RGBA"):
+                return
+            with contextlib.suppress(Exception):  # readers raise of many kinds
+                read_gray(path)
+                return
+        raise UserError(f"{first[0]}: in colour: name its channels with --channels red green blue, or save it in grey")
+
     def _leave_out_4d(self, layout: Layout) -> None:
         """What has four dimensions where most has three: the film that unlabelled frames were taken from, an fMRI."""
         four = {path for path, size in self.sizes.items() if len(size) == 4 and size[3] > 1}
@@ -206,6 +217,7 @@ class Files:
             file, size = next((file, size) for file, size in self.sizes.items() if len(size) == 4 and size[3] > 1)
             words = " ".join(f"NAME{i + 1}" for i in range(size[3]))
             raise UserError(f"{file}: is 4D, of {size[3]} volumes: name them as channels with --channels {words}")
+        self._refuse_colours(layout)
         if Name(path).ending == SERIES and place.is_dir() and not layout.channels and len(find_series(place)) > 1:
             read_dicom_series(place)  # says which there are
         series = {name: self.place(name) for files in layout.images.values() for name in files.values()}
