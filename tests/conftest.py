@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: arrays are tiny, and pytest's workers share the cores
+# Before torch: arrays are tiny, and pytest's workers share the cores. nnU-Net's commands take all cores nevertheless,
+# and where others work there, too, threads that wait for one another actively need many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 PLACES = ("raw", "preprocessed", "results")
