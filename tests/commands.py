@@ -1,4 +1,4 @@
-"""Installed commands, each in a process of its own, which need not import torch and nnU-Net first: that takes 6 seconds.
+"""Installed commands, each in a process of its own that need not import torch and nnU-Net: that takes 6 seconds.
 
 A server has imported them, and is forked for each command. What a command would spawn is forked, too.
 """
