@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from monai.losses.dice import DiceLoss
-from monai.transforms.post.array import KeepLargestConnectedComponent
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +32,8 @@ def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
 
 def keep_largest_component(label: Tensor, label_manager) -> Tensor:
     """A pseudo-label with the largest component of each class or region, on the CPU, one sample after the other."""
+    from monai.transforms.post.array import KeepLargestConnectedComponent  # takes seconds, and few methods need it
+
     # regions have no background channel, which MONAI would leave out
     regions = range(label_manager.num_segmentation_heads) if label_manager.has_regions else None
     keep: Any = KeepLargestConnectedComponent(regions, is_onehot=label_manager.has_regions)
@@ -115,6 +115,8 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
         logits, target: (B, heads, *S); the target gets no gradient.
     """
+    from monai.losses.dice import DiceLoss  # takes seconds, and few methods need it
+
     target, dc = target.detach(), loss.dc
     if isinstance(loss, DC_and_BCE_loss):
         ce = F.binary_cross_entropy_with_logits(logits, target)
