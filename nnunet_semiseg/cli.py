@@ -293,6 +293,24 @@ def text_effect(parser: ArgumentParser) -> Command:
     return run
 
 
+def review(parser: ArgumentParser) -> Command:
+    """Predict the unlabelled cases, estimate how good that is, and list those that are worth a look or a label."""
+    from nnunet_semiseg.review.command import add_review_arguments, run_review
+
+    _add_model_arguments(parser)
+    _add_prediction_arguments(parser)
+    add_review_arguments(parser)
+    return run_review
+
+
+def accept(parser: ArgumentParser) -> Command:
+    """Make labelled cases of unlabelled ones whose labels were drawn or corrected, and preprocess these alone."""
+    from nnunet_semiseg.review.command import add_accept_arguments, run_accept
+
+    add_accept_arguments(parser)
+    return run_accept
+
+
 def distill(parser: ArgumentParser) -> Command:
     """Teach a trained model to the plans' stock network, for machines without this package."""
     _add_model_arguments(parser)
@@ -395,8 +413,8 @@ def env(parser: ArgumentParser) -> Command:
 
 
 COMMANDS = (
-    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, export, pretrain_vlm,
-    text_masks, embed_prompts, demo, env,
+    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, review, accept, distill, export,
+    pretrain_vlm, text_masks, embed_prompts, demo, env,
 )  # fmt: skip
 
 
