@@ -108,9 +108,10 @@ def preprocess_unlabeled(parser: ArgumentParser) -> Command:
 
 def train(parser: ArgumentParser) -> Command:
     """What nnUNetv2_train does, and --set."""
-    from nnunet_semiseg.training_command import add_training_arguments
+    from nnunet_semiseg.training_command import add_continue_argument, add_training_arguments
 
     add_training_arguments(parser)
+    add_continue_argument(parser)
     parser.add_argument(
         "--as",
         dest="copy",
@@ -133,7 +134,7 @@ def train(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.runs import Run
         from nnunet_semiseg.schema import check_name
         from nnunet_semiseg.settings.plans import given_settings, parse_assignments, refuse_foreign, update_settings
-        from nnunet_semiseg.training_command import check_training, words
+        from nnunet_semiseg.training_command import check_training, continued, words
 
         changes = parse_assignments(args.set)
         refuse_foreign(find_trainer(args.tr), changes)
@@ -149,7 +150,8 @@ def train(parser: ArgumentParser) -> Command:
         check_plans_name(plans_file)
         sys.argv = words(args)
         try:
-            with given_settings(changes, args.accept_changes):  # the trainer puts them into the plans when it begins
+            # the trainer puts the settings into the plans when it begins
+            with continued(args, changes), given_settings(changes, args.accept_changes):
                 run_training_entry()
             if os.environ.get("RANK", "0") == "0" and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
                 where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"

@@ -65,12 +65,12 @@ def test_a_case_is_held_against_labelled_ones():
     assert signs.reasons(one, usual, ["CT"]) == []
     other = seen([[[1, 0, 1], [1, 1, 1]], [[0, 0, 0], [0, 1, 0]]], np.full((1, 2, 2, 3), 9.0))
     assert signs.reasons(other, usual, ["CT"]) == [
-        "b is missing; all labelled cases have it",
-        "a: 6 ml; labelled ones have 2 to 3",
+        "b is missing, and all labelled cases have it",
+        "a: 6 ml, labelled ones have 2 to 3",
         "CT: intensities unlike the labelled ones",
     ]
     apart = seen([[[1, 0, 1], [0, 0, 2]], [[0, 0, 0], [0, 0, 0]]])
-    assert signs.reasons(apart, usual, ["CT"]) == ["a: 2 islands; labelled ones have at most 1"]
+    assert signs.reasons(apart, usual, ["CT"]) == ["a: 2 islands, labelled ones have at most 1"]
     picture = signs.see(np.ones((1, 2, 2)), np.ones((1, 1, 2, 2)), LABELS, [999, 5, 4])
     assert picture.volumes["a"] == pytest.approx(0.8)  # cm2
 

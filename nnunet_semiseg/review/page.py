@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
-from nnunet_semiseg.evaluation.figures import color_of, overlay
+from nnunet_semiseg.evaluation.figures import COLORS, overlay
 from nnunet_semiseg.evaluation.page import write_csv
 from nnunet_semiseg.files import written_whole
 from nnunet_semiseg.review.estimates import ESTIMATES, classes_of
@@ -19,6 +20,8 @@ from nnunet_semiseg.review.labels import MASKS, UNCERTAINTY
 from nnunet_semiseg.review.request import Request
 from nnunet_semiseg.review.table import Table
 
+BRIGHT = [COLORS[i] for i in (5, 4, 3, 2, 1)]
+"""those that are seen on a grey image; from the sixth class on they repeat"""
 PURPOSES = {
     "correction": "For correction: the cases that are most likely wrong come first.",
     "labelling": "For labelling: uncertain cases, unlike the labelled ones and each other, come first.",
@@ -35,11 +38,11 @@ def write_page(table: Table, request: Request, facts: Mapping[str, str], raw: Pa
     rows["image"] = [images[case][0] for case in rows["case"]]
     write_csv(rows.round(4), output / "cases.csv")
 
-    colors = color_of(list(classes_of(dataset_json["labels"])))
+    colors = {name: BRIGHT[i % len(BRIGHT)] for i, name in enumerate(classes_of(dataset_json["labels"]))}
     cases = []
     for row in rows.head(request.length).to_dict("records"):
         dices = {name: row[f"dice {name}"] for name in table.classes}
-        picture, caption = thumbnail(images[row["case"]][0], Path(row["mask"]), dataset_json)
+        picture, caption = thumbnail(images[row["case"]][0], Path(row["mask"]), dataset_json, colors)
         cases.append(row | {"dices": dices, "picture": picture, "caption": caption, "why": _listed(row["reasons"])})
     page = {
         "title": f"Review of {request.run.dataset}",
@@ -63,10 +66,8 @@ def _listed(reasons: str) -> list[str]:
     return [reason for reason in reasons.split("; ") if reason]
 
 
-def thumbnail(image: str, mask: Path, dataset_json: dict) -> tuple[str, str]:
+def thumbnail(image: str, mask: Path, dataset_json: dict, colors: Mapping[str, str]) -> tuple[str, str]:
     """The slice with the most of the prediction, contours in each class's colour, as a data URI; and which it is."""
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
     reader = determine_reader_writer_from_dataset_json(dataset_json, image, verbose=False)()
     volume, properties = reader.read_images([image])
     predicted, spacing = reader.read_seg(str(mask))[0][0], properties["spacing"]
@@ -79,5 +80,5 @@ def thumbnail(image: str, mask: Path, dataset_json: dict) -> tuple[str, str]:
     classes = classes_of(dataset_json["labels"])
     masks = {name: np.isin(predicted[index], label) for name, label in classes.items()}
     nothing = np.zeros_like(predicted[index])
-    picture = overlay(volume[index], nothing, masks, [1], float(height / width))
+    picture = overlay(volume[index], nothing, masks, [1], float(height / width), colors)
     return picture, f"slice {index}" if len(volume) > 1 else ""

@@ -80,13 +80,13 @@ class Usual:
 
 def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
     """In which ways a case is unlike the labelled ones, a short sentence each."""
-    found = [f"{name} is missing; all labelled cases have it" for name in usual.missing(signs)]
+    found = [f"{name} is missing, and all labelled cases have it" for name in usual.missing(signs)]
     for name, volume in signs.volumes.items():
         low, high = usual.volumes.get(name, (volume, volume))
         if volume and not low / FAR <= volume <= high * FAR:
-            found.append(f"{name}: {volume:.3g} {usual.unit}; labelled ones have {low:.3g} to {high:.3g}")
+            found.append(f"{name}: {volume:.3g} {usual.unit}, labelled ones have {low:.3g} to {high:.3g}")
         if signs.islands[name] > max(1, usual.islands[name]):
-            found.append(f"{name}: {signs.islands[name]} islands; labelled ones have at most {usual.islands[name]}")
+            found.append(f"{name}: {signs.islands[name]} islands, labelled ones have at most {usual.islands[name]}")
     values = np.array(signs.intensities)
     low, high = usual.intensities
     margin = np.maximum(high - low, 0.1 * np.abs(high[:, [-1]] - low[:, [0]]))
