@@ -111,7 +111,8 @@ def test_lists_for_two_purposes():
 
 def test_what_all_agree_not_to_see_counts_as_wrong():
     def case(name, mask, agreement, dice=None):
-        return Reviewed(name, {"agreement": {"a": agreement, "b": 1.0}}, seen(mask), [], True, dice)
+        estimate = {"a": agreement, "b": 1.0}
+        return Reviewed(name, {"agreement": estimate}, seen(mask), [], True, dice, estimate)
 
     whole, half = [[[1, 2], [0, 0]], [[0, 0], [0, 0]]], [[[1, 0], [0, 0]], [[0, 0], [0, 0]]]
     labeled = [case(f"l{i}", whole, 0.2 * i, {"a": 0.1 * i, "b": 1.0}) for i in range(4)]
@@ -191,6 +192,7 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
         (["-tr", "SupervisedTrainer"], "checkpoint_final.pth: no such file: train SupervisedTrainer first"),
         (["-c", "nope"], "no configuration nope"),
         (["--ensemble", "folds"], "--ensemble folds: there are not two members"),
+        (["--ensemble", "single", "--estimate", "agreement"], "--estimate agreement: there is one member"),
     ],
 )
 def test_what_makes_no_sense_is_refused(more, message, trained, capsys):

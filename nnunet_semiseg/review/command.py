@@ -7,7 +7,8 @@ from argparse import ArgumentParser, Namespace
 from nnunet_semiseg.errors import UserError
 
 PURPOSES = ("correction", "labelling", "random")
-ENSEMBLES = ("auto", "folds", "seeds", "teacher", "snapshots", "mirroring")
+ESTIMATES = ("agreement", "expected", "certainty")
+ENSEMBLES = ("auto", "folds", "seeds", "teacher", "snapshots", "mirroring", "single")
 
 
 def add_review_arguments(parser: ArgumentParser) -> None:
@@ -22,6 +23,10 @@ def add_review_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ensemble", choices=ENSEMBLES, default="auto",
         help="whose agreement is measured; default: the first of these that there is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--estimate", choices=ESTIMATES,
+        help="what cases are ranked by; default: agreement, and expected where there is one member",
     )  # fmt: skip
     parser.add_argument("--num_parts", type=int, default=1, metavar="N", help="commands that share the work")
     parser.add_argument("--part_id", type=int, default=0, metavar="K", help="which of them this is, from 0 on")

@@ -169,12 +169,13 @@ class Ensemble:
             data, _, properties = preprocessor.run_case_npy(
                 image, None, properties, self.plans_manager, self.configuration, self.dataset_json
             )
-            total, masks, features = None, [], []
+            total: Any = 0.0
+            masks, features = [], []
             for i, (member, weights) in enumerate(self.members):
                 with self._watched(features if i == 0 else []):
                     logits = self._logits(torch.from_numpy(data), member, weights)
                 masks.append(self._on_image(logits, properties))
-                total = logits if total is None else total + logits
+                total = total + logits
             mask, probabilities = self._on_image(total / len(self.members), properties, True)
         pooled = torch.stack(features).mean(0).tolist() if features else []
         return Prediction(mask, masks, probabilities, pooled, image, properties)

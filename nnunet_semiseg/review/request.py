@@ -27,6 +27,7 @@ class Request:
         purpose: `correction`, `labelling` or `random`: what the list is for.
         length: of the list.
         ensemble: the kind of members, or `auto`.
+        estimate: a key of `ESTIMATES` that cases are ranked by; None: the first that there is.
         part, parts: which share of the cases this command predicts.
         output: the review's folder.
     """
@@ -35,6 +36,7 @@ class Request:
     purpose: str
     length: int
     ensemble: str
+    estimate: str | None
     device: str
     mirroring: bool
     part: int
@@ -70,8 +72,8 @@ def make_request(args: Namespace) -> Request:
     check_device(args.device)
     output = folder_for(args.o or results / REVIEWS / f"{run.name}__{run.configuration}__fold_{run.fold}")
     return Request(
-        run=run, purpose=args.purpose, length=args.n, ensemble=args.ensemble, device=args.device,
-        mirroring=not args.disable_tta, part=args.part_id, parts=args.num_parts, output=output,
+        run=run, purpose=args.purpose, length=args.n, ensemble=args.ensemble, estimate=args.estimate,
+        device=args.device, mirroring=not args.disable_tta, part=args.part_id, parts=args.num_parts, output=output,
         show_progress=not args.no_pbar,
     )  # fmt: skip
 

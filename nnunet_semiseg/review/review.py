@@ -82,6 +82,8 @@ def review(request: Request) -> Path | None:
     unseen = _unseen(request, preprocessed, sorted(every))
     labeled = dict(sorted(every.items(), key=lambda item: item[0] not in unseen)[:AT_MOST])
     kind, members = find_members(request.run, request.ensemble, request.mirroring)
+    if request.estimate == "agreement" and len(members) == 1:
+        raise UserError("--estimate agreement: there is one member, and it needs two: choose them with --ensemble")
     if kind == "folds":
         unseen = set()  # a case that one member has not seen, the others have
     work = Work(request, kind, members, unlabeled, labeled)
@@ -106,6 +108,7 @@ def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
         "model": f"{run.trainer}, {run.plans}, {run.configuration}, fold {run.fold}, of {run.dataset}",
         "members": f"{TITLES[work.kind]}: {', '.join(m.name for m in work.members)}",
         "cases": f"{len(work.unlabeled)} unlabelled; compared with {len(work.labeled)} labelled ones",
+        "ranked by": work.request.estimate or ("agreement" if len(work.members) > 1 else "expected"),
         "kept from all members": ", ".join(unseen) or "no labelled case",
     }
 
@@ -188,7 +191,9 @@ def _write_images(ensemble: Ensemble, prediction: Prediction, output: Path, case
 
 def _read(work: Work, case: str) -> Reviewed:
     content: Mapping = read_json(work.record(case), AGAIN)
+    found = content["estimates"]
+    chosen = work.request.estimate or next(iter(found))
     return Reviewed(
-        case, content["estimates"], signs.Signs(**content["signs"]), content["features"], content["is_volume"],
-        content.get("dice"),
+        case, found, signs.Signs(**content["signs"]), content["features"], content["is_volume"],
+        content.get("dice"), found[chosen],
     )  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import ndimage
+from skimage import measure
 
 from nnunet_semiseg.review.estimates import Labels, classes_of
 
@@ -44,7 +45,8 @@ def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[f
     for name, label in classes_of(labels).items():
         m = np.isin(mask, label)
         volumes[name] = float(m.sum() * unit)
-        islands[name] = int(ndimage.label(m)[1])
+        parts: Any = measure.label(m, return_num=True)
+        islands[name] = int(parts[1])
     quantiles = [np.quantile(c[c != 0] if c.any() else c, QUANTILES).tolist() for c in image]
     return Signs(volumes, islands, quantiles)
 

@@ -17,7 +17,7 @@ class Reviewed:
     """What is known of a case.
 
     Attributes:
-        estimates: name to class to value, see `estimates.ESTIMATES`; cases are ranked by the first.
+        estimates: name to class to value, see `estimates.ESTIMATES`.
         features: of the encoder.
         dice: by class, of a labelled case that no member has seen.
     """
@@ -28,11 +28,8 @@ class Reviewed:
     features: list[float]
     is_volume: bool
     dice: dict[str, float] | None = None
-
-    @property
-    def ranked_by(self) -> dict[str, float]:
-        """The estimate that counts, by class."""
-        return next(iter(self.estimates.values()))
+    ranked_by: dict[str, float] = field(default_factory=dict)
+    """the estimate that counts, by class"""
 
 
 @dataclass
