@@ -208,3 +208,50 @@ def test_no_loader_speaks_after_the_reason(what, dataset, monkeypatch, capfd):
     assert len(processes) >= 3 and not any(process.is_alive() for process in processes)
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err + captured.out
+
+
+@pytest.mark.parametrize("given, epochs", [("", 2), (" --set num_epochs=7", 7)])
+def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epochs, dataset, monkeypatch):
+    run, trained = save_untrained(MeanTeacherTrainer, dataset)
+    trained.settings_class(num_epochs=8)
+    content = torch.load(run.checkpoint, weights_only=False)
+    content["init_args"]["plans"]["semiseg"]["num_epochs"] = 8
+    torch.save(content, run.checkpoint)
+    found = []
+
+    def entry():
+        new = make_trainer(MeanTeacherTrainer, dataset, plans="again")
+        new.initialize()
+        found.extend([new, json.loads(os.environ["nnUNet_semiseg_set"])["num_epochs"]])
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", entry)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres all -p {PLANS} -tr MeanTeacherTrainer -device cpu --as again"
+    assert cli.main(f"{words} --continue_from {run.model_folder}{given}".split()) == 0
+    new, found_epochs = found
+    assert found_epochs == epochs and "nnUNet_semiseg_continue_from" not in os.environ
+    weights = new.network.state_dict()
+    assert weights.keys() == trained.network.state_dict().keys()  # the last layers, too
+    assert all(torch.equal(w, weights[name]) for name, w in trained.network.state_dict().items())
+    assert new.current_epoch == 0 and new.lr_scheduler.ctr == 1  # a step of its own at the start
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--continue_from {model}", "--continue_from: name the new model with --as NAME"),
+        ("--continue_from {model} --as x --c", "--continue_from and --c: give one of them"),
+        ("--continue_from {model}/nix --as x", "/nix: no such file: give a trained model with --continue_from"),
+        ("--continue_from {raw} --as x", "no checkpoint_final.pth of fold all or all: give a trained model"),
+        ("--continue_from {model} --as x -tr nnUNetTrainer", "nnUNetTrainer has no settings to shorten"),
+    ],
+)
+def test_what_cannot_continue_is_refused(more, message, dataset, monkeypatch, capsys):
+    run, _ = save_untrained(MeanTeacherTrainer, dataset)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres all -p {PLANS} -device cpu -tr MeanTeacherTrainer " + more.format(
+        model=run.model_folder, raw=dataset.raw
+    )
+    assert cli.main(words.split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (dataset.preprocessed / "x.json").exists()

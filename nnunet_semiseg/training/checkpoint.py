@@ -19,6 +19,9 @@ from nnunet_semiseg.files import written_whole
 from nnunet_semiseg.schema import TRUST, is_trusted
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES
 
+CONTINUE_FROM = "nnUNet_semiseg_continue_from"
+"""a variable: the checkpoint whose weights a new training begins with"""
+
 _NUMPY: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
 """what NumPy pickles its numbers and arrays with; NumPy 1 and NumPy 2 call their module differently"""
 

@@ -151,6 +151,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def initialize(self):
         super().initialize()
         self.dataset_class = ReadableCases(self.dataset_class, self.fixes(), self.reasons)
+        if (model := os.environ.get(checkpoints.CONTINUE_FROM)) and not self.goes_on:
+            fix = "continue from a model with the same network, of the same trainer"
+            with checkpoints.fitting({}, model, fix):
+                self.begin_with(checkpoints.read(model, fix))
+            self.print_to_log_file(f"a new training, which begins with the weights of {model}")
         if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
             run_in_bfloat16(self.network)
 
@@ -322,6 +327,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.my_init_kwargs = own  # nnU-Net takes the checkpoint's, with the settings of before
         for setting, (old, new) in changed.items() if self.goes_on else ():
             self.print_to_log_file(f"going on with another setting: {setting} was {old} and is {new}")
+
+    def begin_with(self, checkpoint: dict) -> None:
+        """Take the weights of another training, and nothing else of it: this one begins anew."""
+        self.bare_network.load_state_dict(checkpoint["network_weights"])
 
     def check_checkpoint(self, checkpoint: dict, name: str) -> None:
         """Raises UserError where the checkpoint is not of such a training."""

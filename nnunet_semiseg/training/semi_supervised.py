@@ -400,6 +400,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
                 " -pretrained_weights instead"
             )
 
+    def begin_with(self, checkpoint: dict) -> None:
+        """The network's weights and, of the same method, its auxiliary ones; a teacher begins as their copy."""
+        super().begin_with(checkpoint)
+        if checkpoint["trainer_name"] == type(self).__name__:
+            self.auxiliary.load_state_dict(checkpoint["semiseg"]["auxiliary"])
+
     def restore(self, checkpoint: dict) -> None:
         state = checkpoint["semiseg"]
         self.auxiliary.load_state_dict(state["auxiliary"])
