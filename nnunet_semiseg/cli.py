@@ -171,7 +171,7 @@ def embed_prompts(parser: ArgumentParser) -> Command:
     """Write a dataset's prompt embeddings to a file, for training where there is no internet."""
     parser.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset number")
     parser.add_argument("-o", required=True, metavar="FILE", help="FILE.safetensors")
-    parser.add_argument("-model", default="ViT-B-32", help="of open_clip; default: %(default)s")
+    parser.add_argument("-model", default="ViT-B-32", help="of open_clip, or wordllama; default: %(default)s")
     parser.add_argument("-pretrained", default="openai", help="tag or file of weights; default: %(default)s")
     parser.add_argument("-cache_dir", help="where open_clip keeps its downloads")
 
