@@ -60,6 +60,7 @@ if __name__ == "__main__":  # the tests read this file
             "nnunet_semiseg": ["py.typed"],
             "nnunet_semiseg.dataset_conversion": ["splits/*.json"],
             "nnunet_semiseg.evaluation": ["templates/*.html"],
+            "nnunet_semiseg.review": ["templates/*.html"],
         },
         cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},
     )

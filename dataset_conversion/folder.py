@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 from argparse import ArgumentParser, ArgumentTypeError
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from nnunet_semiseg.conversion import About, Case, Source, convert_dataset, seeded_split
+from nnunet_semiseg.conversion.filling import Layout
 from nnunet_semiseg.conversion.label_values import parse
-from nnunet_semiseg.conversion.layouts import Layout, recognise
+from nnunet_semiseg.conversion.layouts import recognise
 from nnunet_semiseg.conversion.listing import UNKNOWN, list_files, real_path
 from nnunet_semiseg.conversion.names import LABEL, VOLUMES, Name
 from nnunet_semiseg.conversion.own_files import Files
@@ -74,8 +76,15 @@ def find_cases(
     if bad := next((n for n, why in left_out.items() if why == UNKNOWN and _is_label(n)), None):
         raise UserError(f"{folder / bad}: of no kind that can be read ({', '.join(VOLUMES[:3])}, ...): convert it")
     _check_names(labels, channels)
-    layout = recognise(found, channels or given.channels, spacing is not None, str(folder))
+    kinds = Counter(Path(n).suffix or n for n, why in left_out.items() if why == UNKNOWN)
+    unread = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+    try:
+        layout = recognise(found, channels or given.channels, spacing is not None, str(folder), labels)
+    except UserError as error:
+        raise UserError(f"{error} (of no kind that can be read: {unread})" if unread else str(error)) from None
     if not layout.images:
+        if unread:
+            raise UserError(f"{folder}: no image that can be read ({', '.join(VOLUMES[:3])}, ...): there are {unread}")
         return Source(ABOUT, {}, ())
     for case in [case for case in layout.labels if layout.parts.get(case) == "unlabeled"]:
         layout.left_out |= dict.fromkeys(
@@ -87,6 +96,7 @@ def find_cases(
         repair=Repair(tuple(spacing) if spacing else None, nan, reorient),
         values=parse(label_values, labels) if label_values else None,
         place=lambda path: real_path(path, folder, found),
+        chosen=bool(channels or given.channels),
     )
     about = files.describe(layout, labels, given.labels, folder)
     if about.labels == given.labels:
@@ -207,7 +217,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME",
-        help="of the label values 1, 2, ...; of masks a class: those wanted; default: as files say",
+        help="of the label values 1, 2, ...; of masks a class and of DICOM labels: those wanted; default: as files say",
     )  # fmt: skip
     parser.add_argument(
         "--label-values", nargs="+", metavar="VALUE=NAME",
@@ -215,7 +225,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--channels", nargs="+", metavar="NAME",
-        help="in their order, as files or DICOM series are named, CT where it is one; default: as files say",
+        help="in their order, as files, folders or DICOM series are named, CT where it is one; default: as files say",
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="of the dataset; default: %(default)s")
     parser.add_argument("--split", metavar="FILE", help='JSON: {"train": [case, ...], "val": [...], "test": [...]}')
@@ -226,7 +236,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--spacing", type=_millimetres, nargs=3, metavar="MM",
-        help="x y z, of TIFF volumes, stacks of pictures, and headers that say 0, less or NaN",
+        help="x y z, of TIFF volumes, stacks of pictures, and headers that say 0, less, NaN or nothing",
     )  # fmt: skip
     parser.add_argument("--nan", type=_nan, metavar="fill", help="NaN and infinity become the least value, or a number")
     parser.add_argument("--reorient", action="store_true", help="turn sheared axes to the nearest at right angles")

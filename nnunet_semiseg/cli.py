@@ -108,9 +108,10 @@ def preprocess_unlabeled(parser: ArgumentParser) -> Command:
 
 def train(parser: ArgumentParser) -> Command:
     """What nnUNetv2_train does, and --set."""
-    from nnunet_semiseg.training_command import add_training_arguments
+    from nnunet_semiseg.training_command import add_continue_argument, add_training_arguments
 
     add_training_arguments(parser)
+    add_continue_argument(parser)
     parser.add_argument(
         "--as",
         dest="copy",
@@ -133,7 +134,7 @@ def train(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.runs import Run
         from nnunet_semiseg.schema import check_name
         from nnunet_semiseg.settings.plans import given_settings, parse_assignments, refuse_foreign, update_settings
-        from nnunet_semiseg.training_command import check_training, words
+        from nnunet_semiseg.training_command import check_training, continued, words
 
         changes = parse_assignments(args.set)
         refuse_foreign(find_trainer(args.tr), changes)
@@ -149,7 +150,8 @@ def train(parser: ArgumentParser) -> Command:
         check_plans_name(plans_file)
         sys.argv = words(args)
         try:
-            with given_settings(changes, args.accept_changes):  # the trainer puts them into the plans when it begins
+            # the trainer puts the settings into the plans when it begins
+            with continued(args, changes), given_settings(changes, args.accept_changes):
                 run_training_entry()
             if os.environ.get("RANK", "0") == "0" and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
                 where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"
@@ -169,7 +171,7 @@ def embed_prompts(parser: ArgumentParser) -> Command:
     """Write a dataset's prompt embeddings to a file, for training where there is no internet."""
     parser.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset number")
     parser.add_argument("-o", required=True, metavar="FILE", help="FILE.safetensors")
-    parser.add_argument("-model", default="ViT-B-32", help="of open_clip; default: %(default)s")
+    parser.add_argument("-model", default="ViT-B-32", help="of open_clip, or wordllama; default: %(default)s")
     parser.add_argument("-pretrained", default="openai", help="tag or file of weights; default: %(default)s")
     parser.add_argument("-cache_dir", help="where open_clip keeps its downloads")
 
@@ -293,6 +295,24 @@ def text_effect(parser: ArgumentParser) -> Command:
     return run
 
 
+def review(parser: ArgumentParser) -> Command:
+    """Predict the unlabelled cases, estimate how good that is, and list those that are worth a look or a label."""
+    from nnunet_semiseg.review.command import add_review_arguments, run_review
+
+    _add_model_arguments(parser)
+    _add_prediction_arguments(parser)
+    add_review_arguments(parser)
+    return run_review
+
+
+def accept(parser: ArgumentParser) -> Command:
+    """Make labelled cases of unlabelled ones whose labels were drawn or corrected, and preprocess these alone."""
+    from nnunet_semiseg.review.command import add_accept_arguments, run_accept
+
+    add_accept_arguments(parser)
+    return run_accept
+
+
 def distill(parser: ArgumentParser) -> Command:
     """Teach a trained model to the plans' stock network, for machines without this package."""
     _add_model_arguments(parser)
@@ -412,8 +432,8 @@ def env(parser: ArgumentParser) -> Command:
 
 
 COMMANDS = (
-    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, distill, share, export,
-    pretrain_vlm, text_masks, embed_prompts, demo, env,
+    convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, review, accept, distill, share,
+    export, pretrain_vlm, text_masks, embed_prompts, demo, env,
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.text.static_words import WORDLLAMA, wordllama_folder
 
 DATASET_ID, DATASET = 999, "Dataset999_SemiSegDemo"
 PLANNER, PLANS = "SemiSegPlannerSmall", "nnUNetSemiSegSmallPlans"
@@ -135,17 +136,6 @@ def _write(file: Path, array: np.ndarray) -> None:
     sitk.WriteImage(image, file)
 
 
-def write_text_tower(folder: Path) -> None:
-    """A model folder of open_clip's with a configuration and no weights: what `text_pretrained=none` needs."""
-    model = {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    }
-    folder.mkdir(parents=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}, indent=2))
-
-
 # --------------------------------------------------------------------------------------------------- the commands
 
 
@@ -166,18 +156,18 @@ def run_demo(
         num_epochs, num_iterations_per_epoch: of each of the two trainings.
 
     Raises:
-        UserError: the folder is in use; a command failed (its last lines are printed).
+        UserError: the folder is in use; wordllama is not installed; a command failed (its last lines are printed).
     """
     output = Path(output or "nnunet_semiseg_demo").absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already: remove it, or choose another folder with -o FOLDER")
+    wordllama_folder()  # or say at once that it is missing
     console = Console()
     folders = {f"nnUNet_{name}": str(output / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
     raw = Path(folders["nnUNet_raw"], DATASET)
 
     console.say("making {} labelled, {} unlabelled and {} test cases, of three organs".format(*cases))
     write_dataset(raw, *cases)
-    write_text_tower(output / "text_tower")
 
     # The trainings are small: one worker is enough, and compiling would take longer than what it saves. Where the
     # cores are shared, threads that spin while they wait made a step four times as long.
@@ -192,7 +182,7 @@ def run_demo(
         "plan",
         ["nnunet_semiseg", "plan_and_preprocess", "-d", d, "-c", "3d_fullres", "-pl", PLANNER]
         + ["--set", f"num_epochs={num_epochs}", f"num_iterations_per_epoch={num_iterations_per_epoch}"]
-        + ["num_val_iterations_per_epoch=2", f"text_model={output / 'text_tower'}", "text_pretrained=none"],
+        + ["num_val_iterations_per_epoch=2", f"text_model={WORDLLAMA}"],
     )
     for trainer in TRAINERS:
         runner.run(
@@ -209,8 +199,8 @@ def run_demo(
     rows = evaluate(output / "predictions", raw / "labelsTs", output / "metrics.csv")
     draw_overlay(raw, output / "predictions", output / "overlay.png")
     print("\n" + format_table(rows) + "\n")
-    print(f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The text encoder is")
-    print("UNTRAINED: this shows that the machinery runs, not what text adds.")
+    print(f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. Texts are trained embeddings")
+    print(f"of words ({WORDLLAMA}). One run is too little to say what text adds.")
     console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -211,6 +211,11 @@ LEASE = 60.0
 """seconds: a process on another computer that gives no sign of life for so long is dead"""
 
 
+READS, REWRITES = "uses these preprocessed cases", "rewrites these preprocessed cases"
+WAIT = 5.0
+"""seconds, for the moment in which another one begins to read"""
+
+
 class BusyError(UserError):
     """Another process is at work on the same files."""
 
@@ -239,6 +244,45 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lease.release()
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Use preprocessed data that nobody rewrites meanwhile; as many as there are may use it at the same time.
+
+    Each has a lock file of its own beside the folder, made while `rewriting` is kept out. Where no file can be
+    written, nobody can rewrite the data either, and there is no lock.
+
+    Raises:
+        BusyError: another process rewrites the data.
+    """
+    with ExitStack() as stack:
+        try:
+            with only_one(_gate(folder), REWRITES, WAIT):
+                name = f".{folder.name}.{uuid.uuid4().hex[:8]}.reading.lock"
+                stack.enter_context(only_one(folder.with_name(name), READS))
+        except DiskError:
+            pass
+        yield
+
+
+@contextmanager
+def rewriting(folder: Path) -> Iterator[None]:
+    """Change preprocessed data that nobody uses meanwhile; see `reading`.
+
+    Raises:
+        BusyError: another process uses the data, or rewrites it.
+        DiskError: the lock cannot be written.
+    """
+    with only_one(_gate(folder), REWRITES, WAIT):
+        for lock in folder.parent.glob(f".{folder.name}.????????.reading.lock"):
+            with only_one(lock, READS):  # one that lives holds it; that of a dead one goes
+                pass
+        yield
+
+
+def _gate(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _acquired(lease: SoftFileLease, wait: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +28,11 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
-from nnunet_semiseg.data.headers import count_channels
-from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
+from nnunet_semiseg.data.headers import count_channels, read_header, spacing_problem, total_memory
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, take_out
 from nnunet_semiseg.data.labeled import inspect_labeled, labeled_images
 from nnunet_semiseg.data.preprocessed import blame_the_disk, look_at_labeled
-from nnunet_semiseg.data.records import FINGERPRINT, why_fingerprint_is_old, write_record
+from nnunet_semiseg.data.records import FINGERPRINT, record_file, why_fingerprint_is_old, write_record
 from nnunet_semiseg.data.unlabeled import (
     DEFAULT_CONFIGURATIONS,
     channel_names,
@@ -41,7 +42,7 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, write_json
+from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_json, rewriting, write_json
 from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
@@ -49,6 +50,7 @@ from nnunet_semiseg.text.prompts import read_prompts
 from nnunet_semiseg.training.checks import check_depth
 
 NUM_FOLDS = 5  # of nnU-Net's own split
+LEAST_GPU = 0.5  # GB; nnU-Net's planner finds no network for less
 
 
 class SemiSegPlans:
@@ -195,12 +197,16 @@ def plan_and_preprocess(
     if len(num_processes) not in (1, len(configurations)):
         raise UserError(f"-np {' '.join(map(str, num_processes))}: give one number, or one for each of -c")
     dataset_ids = list(dataset_ids)
+    if gpu_memory_target is not None and gpu_memory_target < LEAST_GPU:
+        raise UserError(f"-gpu_memory_target {gpu_memory_target:g}: give {LEAST_GPU:g} GB or more")
     for dataset_id in dataset_ids:
-        _check(dataset_id, verify_dataset_integrity, labeled_only)
+        _check(dataset_id, verify_dataset_integrity, labeled_only, overwrite_target_spacing)
 
     for dataset_id in dataset_ids:
         raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
         plans_file = preprocessed / f"{plans_name}.json"
+        if preprocess:
+            _refuse_while_used(plans_file, configurations)
 
         print("Fingerprint extraction...")
         with _in_one_line(raw):
@@ -217,8 +223,9 @@ def plan_and_preprocess(
                 show_progress_bar=show_progress_bar,
             )
         write_record(
-            preprocessed, FINGERPRINT, {c: {"files": s, "sizes": None, "spread": None} for c, s in stamps.items()}
+            preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
         )
+        _check_spacings(raw, preprocessed)
         print("Experiment planning...")
         with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
             kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
@@ -251,20 +258,33 @@ def plan_and_preprocess(
                 )
 
 
+def _refuse_while_used(plans_file: Path, configurations: Sequence[str]) -> None:
+    """Raises BusyError where a training uses what will be rewritten: before hours of work."""
+    if not plans_file.is_file():
+        return
+    plans = load_plans(plans_file, "delete it")["configurations"]
+    for name in {plans.get(c, {}).get("data_identifier") for c in configurations}:
+        if name and plans_file.with_name(name).is_dir():
+            with rewriting(plans_file.with_name(name)):
+                pass
+
+
 def _preprocess_labeled(
     dataset_id: int, plans: dict, configuration: str, num_processes: int, verbose: bool, show_progress_bar: bool
 ) -> None:
     """nnU-Net's preprocessing of one configuration; where it fails, it leaves no folder with a part of the cases."""
     preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
     folder = preprocessed / PlansManager(plans).get_configuration(configuration).data_identifier
-    try:
-        with _in_one_line(folder):
-            preprocess_dataset(
-                dataset_id, plans["plans_name"], [configuration], [num_processes], verbose, show_progress_bar
-            )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with rewriting(folder):
+        record_file(preprocessed, folder.name).unlink(missing_ok=True)  # first: it must not vouch for what comes
+        try:
+            with _in_one_line(folder):
+                preprocess_dataset(
+                    dataset_id, plans["plans_name"], [configuration], [num_processes], verbose, show_progress_bar
+                )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -378,7 +398,7 @@ def write_small_split(dataset_id: int) -> None:
     print(f"{splits_file}: {len(cases)} labelled cases, so {len(cases)} leave-one-out folds")
 
 
-def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
+def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: Sequence[float] | None = None) -> None:
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
     read_prompts(dataset_json, str(raw / "dataset.json"))
@@ -386,6 +406,11 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
+    if dataset_json["numTraining"] != len(labeled):  # it decides on the batch size
+        raise UserError(
+            f'{raw / "dataset.json"}: "numTraining" is {dataset_json["numTraining"]}, but there are {len(labeled)}'
+            f' labelled cases: write "numTraining": {len(labeled)}'
+        )
     case, images = next(iter(labeled.items()))
     found, named = count_channels(images), len(channel_names(dataset_json))
     if found not in (None, named):
@@ -393,6 +418,8 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
             f'{raw / "dataset.json"}: "channel_names" names {named} channels, but {case} has {found}: name those that'
             " there are, or add the missing files"
         )
+    if target_spacing:
+        _check_target_spacing(target_spacing, images[0], named)
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
     both = ours.is_file() and theirs.is_file()
     if both and not _agree(read_splits(ours, "delete it"), read_splits(theirs, "fix it")):
@@ -400,6 +427,34 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool) -> None:
     if headers:
         example = next(iter(labeled.values()))[0]
         check_headers(unlabeled, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False))
+
+
+def _check_target_spacing(target: Sequence[float], image: str, channels: int) -> None:
+    """Refuse a spacing (z, y, x) in which an image would have no voxels, or more than memory holds."""
+    header, memory = read_header(Path(image)), total_memory()
+    if header is None or header.GetDimension() != 3:
+        return
+    size, spacing = header.GetSize()[::-1], header.GetSpacing()[::-1]
+    shape = [n * mm / new for n, mm, new in zip(size, spacing, target, strict=True)]
+    if min(shape) < 1 or (memory and math.prod(shape) * channels * 4 > memory):
+        wanted, found, result = (" ".join(f"{v:g}" for v in values) for values in (target, spacing, shape))
+        raise UserError(
+            f"-overwrite_target_spacing {wanted}: {image} has a spacing of {found} and would have {result} voxels:"
+            " give a spacing near that of the images"
+        )
+
+
+def _check_spacings(raw: Path, preprocessed: Path) -> None:
+    """Refuse labelled images whose spacing is of another magnitude than the others'; one line for each."""
+    files = labeled_images(raw, read_dataset_json(raw))
+    file = preprocessed / f"{FINGERPRINT}.json"
+    spacings = read_json(file, "delete it")["spacings"]  # in the order of the cases
+    usual, problems = np.quantile(spacings, 0.5, axis=0, method="lower"), []
+    for images, spacing in zip(files.values(), spacings, strict=True):
+        if odd := spacing_problem(spacing, usual):
+            problems.append(f"{images[0]}: {odd}: {take_out(images[0])}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:

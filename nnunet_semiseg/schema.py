@@ -6,6 +6,7 @@ nnU-Net takes what it finds, and fails hours later where it is wrong. So each fi
 from __future__ import annotations
 
 import math
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -63,6 +64,21 @@ CONFIGURATION: Shape = {
     "spacing": list[float],
     "normalization_schemes": list[str],
 }
+ARCHITECTURE: Shape = {"network_class_name": str, "arch_kwargs": dict, "_kw_requires_import": list[str]}
+PER_STAGE = {
+    "features_per_stage": int | list[int],
+    "kernel_sizes": int | list[int | list[int]],
+    "strides": list[int | list[int]],
+    "n_conv_per_stage": int | list[int],
+    "n_blocks_per_stage": int | list[int],
+    "n_conv_per_stage_decoder": int | list[int],
+}
+ARCHITECTURE_KWARGS: Shape = {"n_stages?": int, **{f"{key}?": hint for key, hint in PER_STAGE.items()}}
+NETWORKS = r"(dynamic_network_architectures|nnunetv2|nnunet_semiseg)(\.\w+)*\.[A-Z]\w*"
+PARTS = r"torch\.nn(\.modules(\.\w+)?)?\.[A-Z]\w*"
+"""classes that may be imported for a network, and for its convolutions and the like"""
+TRUST = "nnUNet_semiseg_trust"
+"""a variable; 1: checkpoints and plans that can run code are used"""
 FOLD: Shape = {"train": list[str], "val": list[str]}
 
 
@@ -267,6 +283,53 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
         raise UserError(f'{file}: {within}"patch_size" is {resolved["patch_size"]}, but must have {axes} values: {fix}')
     if not resolved["data_identifier"]:
         raise UserError(f'{file}: {within}"data_identifier" is empty: {fix}')
+    check_architecture(resolved, file, fix, within)
+
+
+def check_architecture(configuration: dict, file: str | Path, fix: str, within: str = "") -> None:
+    """Refuse a network that cannot be built, and one of unknown code, before anything is imported.
+
+    Args:
+        configuration: of plans, with all that it inherits.
+
+    Raises:
+        UserError: a class that is not of nnU-Net's or this package, unless the user trusts it; numbers of stages that
+            disagree; a patch that the strides do not divide.
+    """
+    check(configuration, {"architecture": dict}, file, fix, within)
+    about, within = configuration["architecture"], f"{within}architecture "
+    check(about, ARCHITECTURE, file, fix, within)
+    kwargs, patch = about["arch_kwargs"], configuration["patch_size"]
+    check(kwargs, ARCHITECTURE_KWARGS, file, fix, within)
+    parts = {key: kwargs.get(key) for key in about["_kw_requires_import"]}
+    for key, name in {"network_class_name": about["network_class_name"], **parts}.items():
+        known = NETWORKS if key == "network_class_name" else PARTS
+        if name is not None and not (isinstance(name, str) and re.fullmatch(known, name)) and not is_trusted():
+            raise UserError(
+                f'{file}: {within}"{key}" is {name!r}, which is code of unknown origin: {fix}; or, if you trust it,'
+                f" export {TRUST}=1"
+            )
+    stages = kwargs.get("n_stages")
+    for key in PER_STAGE if stages is not None else ():
+        expected, value = stages - (key == "n_conv_per_stage_decoder"), kwargs.get(key)
+        if isinstance(value, list) and len(value) != expected:
+            raise UserError(f'{file}: {within}"{key}" has {len(value)} values, but must have {expected}: {fix}')
+    axes = re.search(r"Conv(\d)d$", str(kwargs.get("conv_op")))
+    if axes and int(axes[1]) != len(patch):
+        raise UserError(f'{file}: {within}"conv_op" has {axes[1]} axes, but "patch_size" has {len(patch)}: {fix}')
+    strides = [s if isinstance(s, list) else [s] * len(patch) for s in kwargs.get("strides") or ()]
+    if wrong := next((s for s in strides if len(s) != len(patch) or min(s) < 1), None):
+        raise UserError(
+            f'{file}: {within}"strides" has {wrong}, but must have {len(patch)} numbers of 1 or more: {fix}'
+        )
+    factors = [math.prod(axis) for axis in zip(*strides, strict=True)]
+    if any(size % factor for size, factor in zip(patch, factors, strict=False)):
+        raise UserError(f'{file}: "patch_size" is {patch}, but the strides divide it by {factors}: {fix}')
+
+
+def is_trusted() -> bool:
+    """Whether the user trusts files that can run code."""
+    return os.environ.get(TRUST) == "1"
 
 
 def check_name(option: str, name: str) -> None:

@@ -6,8 +6,11 @@ place where we look at its arguments.
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
@@ -96,6 +99,91 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
             raise UserError("-pretrained_weights and --c: give one of them: weights are for the start of a training")
         fix = "give a checkpoint of nnU-Net's with -pretrained_weights"
         checkpoints.read(args.pretrained_weights, fix, mmap=True, keys=("network_weights",))
+    if getattr(args, "continue_from", None):
+        _check_continuation(args, plans, plans_name)
     run = Run(preprocessed.name, args.configuration, args.fold, args.tr, plans_name or args.p)
     if args.val and not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: --val needs a finished training: train without --val first")
+
+
+SHORTER = 4
+"""a training that continues from a model has a quarter of its epochs, if not told otherwise"""
+
+
+def add_continue_argument(parser: ArgumentParser) -> None:
+    """The one that `nnUNetv2_train` does not have."""
+    parser.add_argument(
+        "--continue_from", metavar="MODEL",
+        help="begin with the last weights of this model (its folder, its fold's, or a checkpoint), with a schedule of"
+        f" its own, 1/{SHORTER} as many epochs unless --set says otherwise; needs --as",
+    )  # fmt: skip
+
+
+def checkpoint_of(model: str, fold: str) -> Path:
+    """The last checkpoint of a model: of its folder, of its fold's folder, or the file itself."""
+    path = Path(model).absolute()
+    final = "checkpoint_final.pth"
+    folders = [path / f"fold_{fold}", path] if (path / f"fold_{fold}").is_dir() else [path, path / "fold_all"]
+    return next((folder / final for folder in folders if (folder / final).is_file()), path)
+
+
+@contextmanager
+def continued(args: Namespace, changes: dict) -> Iterator[None]:
+    """Hand the model of `--continue_from`, if there is one, to the trainer, and shorten the schedule."""
+    from nnunet_semiseg.training import checkpoint as checkpoints
+
+    if not args.continue_from:
+        yield
+        return
+    model = checkpoint_of(args.continue_from, args.fold)
+    changes.setdefault("num_epochs", fewer_epochs(model))
+    os.environ[checkpoints.CONTINUE_FROM] = str(model)
+    try:
+        yield
+    finally:
+        del os.environ[checkpoints.CONTINUE_FROM]
+
+
+def fewer_epochs(model: Path) -> int:
+    """How many epochs a training has that continues from this checkpoint."""
+    from nnunet_semiseg.settings.base import TrainingSettings
+    from nnunet_semiseg.settings.plans import settings_of
+    from nnunet_semiseg.training import checkpoint as checkpoints
+
+    plans = checkpoints.read(model, "train this model again", mmap=True)["init_args"]["plans"]
+    return max(1, settings_of(TrainingSettings, plans)["num_epochs"] // SHORTER)
+
+
+def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) -> None:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_semiseg.runs import has_settings
+    from nnunet_semiseg.training import checkpoint as checkpoints
+
+    for option in ("c", "val", "val_best", "pretrained_weights"):
+        if getattr(args, option):
+            dashes = "-" if option == "pretrained_weights" else "--"
+            raise UserError(f"--continue_from and {dashes}{option}: give one of them")
+    if not has_settings(args.tr):
+        raise UserError(f"--continue_from: {args.tr} has no settings to shorten its schedule: use SupervisedTrainer")
+    if plans_name is None:
+        raise UserError("--continue_from: name the new model with --as NAME: it must not replace another one")
+    model = checkpoint_of(args.continue_from, args.fold)
+    if model.is_dir():
+        raise UserError(f"{model}: no checkpoint_final.pth of fold {args.fold} or all: give a trained model")
+    content = checkpoints.read(model, "give a trained model with --continue_from", mmap=True)
+    now = PlansManager(plans).get_configuration(args.configuration).configuration
+    if _architecture(content["init_args"]) != now["architecture"]:
+        fix = "give the plans and the configuration that it was trained with"
+        raise UserError(f"{model}: its network is not that of {args.p}, {args.configuration}: {fix}")
+
+
+def _architecture(made_with: dict) -> dict | None:
+    """Of a model's network, by what its trainer was made with; None where that does not say."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    try:
+        manager = PlansManager(made_with["plans"])
+        return manager.get_configuration(made_with["configuration"]).configuration["architecture"]
+    except (KeyError, TypeError, ValueError, AssertionError):  # another version's
+        return None

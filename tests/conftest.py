@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: arrays are tiny, and pytest's workers share the cores
+# Before torch and nnU-Net: arrays are tiny, and pytest's workers share the cores. nnU-Net's commands take all cores for
+# torch nevertheless, and where others work, too, threads that wait for one another actively need many times as long.
+for variable, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "nnUNet_def_n_proc": "1"}.items():
+    os.environ.setdefault(variable, value)
 
 
 PLACES = ("raw", "preprocessed", "results")

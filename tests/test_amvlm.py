@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -14,17 +16,20 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
 from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer, with_background
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.vlm.gate import Quality, examples_of, measure
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.pamr import neighbours, refine
 from nnunet_semiseg.vlm.sides import axes_of_sides, exchange, is_flat, named_sides
 from nnunet_semiseg.vlm.text_masks import (
     TextMaskGenerator,
     UpBlock,
+    area_prior,
     collect,
     contrast_between_classes,
     contrast_between_images,
     load_vlm,
     raw_masks,
+    variation,
 )
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
@@ -144,22 +149,184 @@ def test_no_image_becomes_black(vlm):
 
 
 def test_contrast_between_images_by_hand():
+    """Extended InfoNCE: each image pooled under the mask of every text, in both directions."""
     features = torch.eye(2).view(1, 2, 1, 2).repeat(3, 1, 1, 1)  # pixel 0 is e1, pixel 1 is e2
-    raw = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).view(3, 1, 1, 2)
-    assert collect(raw, features)[:, 0].tolist() == [[1, 0], [0, 1], [1, 0]]
-    texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])[:, None]  # the third has the first's text: no rival
-    e = torch.exp(torch.tensor(1.0)).item()
-    terms = [e / (e + 1), e / (e + 2), e / (e + 1)]
-    expected = -sum(torch.log(torch.tensor(t)).item() for t in terms) / 3
-    assert contrast_between_images(raw, features, texts, 1.0).item() == pytest.approx(expected, abs=1e-6)
+    texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])  # the third is of no image of this batch
+    own = torch.tensor([0, 1, 0])  # the third image has the first one's text
+    # of each image the pixel that each text's mask is on
+    on = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 1]])
+    raw = torch.nn.functional.one_hot(on, 2).float().unsqueeze(2)
+    assert collect(raw, features)[0].tolist() == [[1, 0], [0, 1], [0, 1]]
+    # similarity of what is pooled under text j's mask, and text j: e1 gives 1, 0, 0.6, and e2 gives 0, 1, 0.8
+    s = [[1, 1, 0.8], [0, 1, 0.6], [1, 0, 0.8]]
+
+    def nce(own, *others):
+        return -math.log(math.exp(2 * own) / (math.exp(2 * own) + sum(math.exp(2 * x) for x in others)))
+
+    to_text = nce(1, 1, 0.8) + nce(1, 0, 0.6) + nce(1, 0, 0.8)
+    # text 0 of image 0 among images 0 and 1; text 1 of image 1 among all; text 0 of image 2 among 1 and 2
+    to_image = nce(s[0][0], s[1][0]) + nce(s[1][1], s[0][1], s[2][1]) + nce(s[2][0], s[1][0])
+    found = contrast_between_images(raw, features, texts, own, 2.0)
+    assert found.item() == pytest.approx((to_text / 3 + to_image / 3) / 2, abs=1e-5)
 
 
 def test_contrast_between_classes_by_hand():
     features = torch.eye(2).view(1, 2, 1, 2)
     raw = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)  # the class is pixel 1, so that the background is pixel 0
-    e = torch.exp(torch.tensor(1.0)).item()
-    right = contrast_between_classes(raw, features, torch.tensor([[0.0, 1.0]]), torch.tensor([1.0, 0.0]), 1.0)
-    assert right.item() == pytest.approx(-torch.log(torch.tensor(e / (e + 1))).item())
+    # background pools e1, the class e2: e1 is 0.8 and 0 like the texts (background, class), e2 is 0.6 and 1
+    texts, background = torch.tensor([[0.0, 1.0]]), torch.tensor([0.8, 0.6])
+    rows = -math.log(math.exp(0.8) / (math.exp(0.8) + 1)) - math.log(math.exp(1) / (math.exp(1) + math.exp(0.6)))
+    columns = -math.log(math.exp(0.8) / (math.exp(0.8) + math.exp(0.6))) - math.log(math.exp(1) / (math.exp(1) + 1))
+    found = contrast_between_classes(raw, features, texts, background, 1.0)
+    assert found.item() == pytest.approx((rows + columns) / 4, abs=1e-6)
+
+
+def test_priors_by_hand():
+    raw = torch.tensor([[[0.2, 0.4], [0.6, 0.8]], [[0.1, 0.1], [0.3, 0.3]]]).unsqueeze(0)  # one image, two texts
+    # the own text's mean is 0.5, 0.1 from the prior; the other's 0.2
+    assert area_prior(raw, torch.tensor([0])).item() == pytest.approx(0.1 + 0.2)
+    assert area_prior(raw, torch.tensor([1])).item() == pytest.approx(0.2 + 0.5)
+    assert area_prior(raw[:, :1], torch.tensor([0])).item() == pytest.approx(0.1)  # there is no other
+    # down 0.4, 0.4, across 0.2, 0.2
+    assert variation(raw[0, 0]).item() == pytest.approx(0.4 + 0.2)
+
+
+def test_the_generators_loss_is_contrast_and_a_tenth_of_the_priors(vlm):
+    torch.manual_seed(0)
+    generator = TextMaskGenerator(vlm, temperature=0.5)
+    assert generator.scale.item() == pytest.approx(2)
+    generator.log_scale.data.fill_(9.0)
+    assert generator.scale.item() == 100  # exp(9) is too much
+    generator.log_scale.data.fill_(math.log(2))
+    features = torch.nn.functional.normalize(torch.randn(2, 16, 4, 4), dim=1)
+    texts, own = torch.nn.functional.normalize(torch.randn(3, 16), dim=1), torch.tensor([2, 0])
+    raw = raw_masks(torch.einsum("bdhw,nd->bnhw", features, texts), False)
+    contrast = contrast_between_images(raw, features, texts, own, 2.0)
+    priors = area_prior(raw, own) + variation(torch.stack((raw[0, 2], raw[1, 0])))
+    torch.testing.assert_close(
+        generator.loss_between_images(features, texts, own)[None], (contrast + 0.1 * priors)[None]
+    )
+    classes = contrast_between_classes(raw, features, texts, texts[0], 2.0) + 0.1 * variation(raw)
+    torch.testing.assert_close(generator.loss_between_classes(features, raw, texts, texts[0]), classes)
+
+
+# --------------------------------------------------------------------------------------------------------- the gate
+
+
+def test_the_quality_of_masks_by_hand():
+    masks = [np.array([[0.9, 0.1], [0.5, 0.6]]), np.array([[0.2, 0.7], [0.4, 0.0]]), np.zeros((2, 2))]
+    labels = [np.array([[1, 0], [0, 1]], bool), np.array([[0, 1], [1, 1]], bool), np.zeros((2, 2), bool)]
+    known = [np.ones((2, 2), bool), np.array([[1, 1], [1, 0]], bool), np.ones((2, 2), bool)]
+    # case 0: 0.9 and 0.6 are above 0.1 and 0.5; case 1, without its last pixel: 0.7 and 0.4 above 0.2; case 2 has none
+    quality = measure(masks, labels, known)
+    assert quality.area == 1
+    # above 0.2 to 0.4: 3 pixels of case 0 for 2, and both of case 1: (4 / 5 + 1) / 2; above 0.5: 1 and 2 / 3
+    assert quality.dice == pytest.approx(0.9) and 0.2 <= quality.threshold < 0.4
+    wrong = measure([-masks[0]], labels[:1], known[:1])
+    assert wrong.area == 0
+    nothing = measure(masks[2:], labels[2:], known[2:])
+    assert math.isnan(nothing.area) and nothing.threshold == 0.5
+
+
+def test_examples_are_the_slices_that_show_most():
+    image = np.arange(24.0).reshape(1, 3, 2, 4)
+    label = np.zeros((1, 3, 2, 4), int)
+    label[0, 0], label[0, 2, 0], label[0, 1, 0, 0] = 3, [1, 2, 0, -1], 1  # slice 0 is unknown
+    data = SimpleNamespace(load_case=lambda case: (image, label))
+    (example,) = examples_of(data, ["a"], [(1, 2), 2], 3)
+    assert np.array_equal(example.image, image[:, 2]) and example.known.all()
+    assert example.labels[0].sum() == 2 and np.argwhere(example.labels[1]).tolist() == [[0, 1]]
+    assert len(examples_of(data, list("abcdefghijklmnopqrstuvwxyz" * 2), [1], 3)) == 13  # every fourth of 52
+
+
+def with_gate(area, trainer, monkeypatch):
+    """The gate after a measurement that says this area."""
+    said = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *words: said.append(" ".join(words)))
+    monkeypatch.setattr("nnunet_semiseg.trainers.amvlm.measure", lambda *_: Quality(area, 0.4, 0.7))
+    trainer.measure_masks()
+    return {name: value.tolist() for name, value in trainer.method_state.items()}, "".join(said)
+
+
+def test_masks_below_the_gate_are_not_used_and_the_log_says_so(ready, monkeypatch):
+    trainer = started(ready(dims=2, size=32))
+    state, said = with_gate(0.59, trainer, monkeypatch)
+    assert state["mask_used"] == [0, 0] and "kidney 0.59 (below 0.6: not used), tumour 0.59 (below" in said
+    state, said = with_gate(0.61, trainer, monkeypatch)
+    assert state == {"mask_used": [1, 1], "mask_threshold": pytest.approx([0.4, 0.4])}
+    assert "kidney 0.61 (used above 0.40, Dice 0.70)" in said
+    assert with_gate(float("nan"), trainer, monkeypatch)[0]["mask_used"] == [0, 0]  # no labelled case shows it
+
+
+def test_without_texts_of_labelled_cases_nothing_can_be_measured(lesions, monkeypatch):
+    trainer = started(lesions("a lesion"))  # the unlabelled cases have one
+    assert trainer.examples == []
+    state, said = with_gate(0.9, trainer, monkeypatch)
+    assert state["mask_used"] == [0] and "no labelled case has a text" in said
+    trusting = started(lesions("a lesion", dataset_id=902), mask_gate=0)
+    assert with_gate(0.9, trusting, monkeypatch)[0] == {"mask_used": [1], "mask_threshold": [0.5]}
+
+
+def test_labels_by_the_texts_by_hand():
+    """Two classes of which one is used: above its threshold it is there, and of the other the teacher's word counts."""
+    trainer = bare_trainer(AMVLMTrainer, label_manager=CLASSES)
+    trainer.method_state = {"mask_used": torch.tensor([1.0, 0.0]), "mask_threshold": torch.tensor([0.3, 0.5])}
+    masks = torch.tensor([[0.4, 0.9], [0.2, 0.9]]).view(2, 2, 1, 1)  # two images of a pixel
+    taught = torch.tensor([[0.7, 0.1, 0.2]]).expand(2, -1).view(2, 3, 1, 1)
+    found = trainer.text_labels(masks, torch.tensor([True, True]), taught)
+    # image 0: a is there (1), b 0.2: background 0; image 1: a is not, b 0.2, background 0.8
+    torch.testing.assert_close(found.flatten(1), torch.tensor([[0, 1 / 1.2, 0.2 / 1.2], [0.8, 0.0, 0.2]]))
+    assert torch.equal(trainer.text_labels(masks, torch.tensor([True, False]), taught)[1], taught[1])
+    trainer.method_state["mask_used"].zero_()
+    assert trainer.text_labels(masks, torch.tensor([True, True]), taught) is None
+
+
+def test_with_towers_that_know_nothing_it_is_a_mean_teacher(ready):
+    """The towers are random: masks find labels by chance, the gate closes, and the teacher's terms are all there is."""
+    dataset = ready(dims=2, size=32, labeled=4)
+    trainer = started(dataset)
+    for example in trainer.examples:  # whatever a random tower is drawn to, these labels have nothing to do with it
+        example.labels[:] = np.random.default_rng(0).random(example.labels.shape) < 0.3
+    trainer.measure_masks()
+    assert trainer.method_state["mask_used"].tolist() == [0, 0]
+    alone = make_trainer(AMVLMTrainer, dataset, text_supervision=False, average_supervision=False, mask_weight=0)
+    alone.initialize()
+    alone.network.load_state_dict(trainer.network.state_dict())
+    alone.teacher.load_state_dict(trainer.teacher.state_dict())
+    trainer.step = alone.step = 6
+    batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    terms, teachers = (t.backward(t.losses(batch)) for t in (trainer, alone))
+    assert terms["text"] == terms["average"] == 0 and terms["teacher"] == teachers["teacher"] != 0
+    for a, b in zip(trainer.network.parameters(), alone.network.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
+
+
+def test_masks_have_an_optimizer_of_their_own_that_a_checkpoint_keeps(ready):
+    dataset = ready(dims=2, size=32)
+    trainer = started(dataset)
+    generator = trainer.auxiliary["text_masks"]
+    of_masks = {id(p) for p in generator.parameters()}
+    assert not of_masks & {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    before = generator.up[0].convolve.weight.detach().clone()
+    trainer.train_step(next(trainer.dataloader_train))
+    # Adam's first step is the learning rate, whatever the gradient
+    moved = (generator.up[0].convolve.weight - before).abs()
+    assert moved.max().item() == pytest.approx(3e-4, rel=1e-2) and (moved > 2e-4).float().mean() > 0.9
+    file = str(dataset.results / "checkpoint.pth")
+    trainer.save_checkpoint(file)
+    again = make_trainer(AMVLMTrainer, dataset)
+    again.initialize()
+    again.load_checkpoint(file)
+    a, b = (t.mask_optimizer.state_dict()["state"] for t in (trainer, again))
+    assert a.keys() == b.keys() != set() and all(torch.equal(a[i]["exp_avg"], b[i]["exp_avg"]) for i in a)
+
+
+def test_texts_of_the_batch_are_drawn_with_others(lesions):
+    trainer = started(lesions({f"un_{i:03d}": f"{i} lesions" for i in range(4)}), mask_texts=3)
+    assert trainer.texts == [f"{i} lesions" for i in range(4)]
+    drawn = trainer.draw_texts([2, 2, 0])
+    assert drawn[:2] == [0, 2] and len(drawn) == 3 and drawn[2] in (1, 3)
+    assert sorted(trainer.draw_texts([0, 1, 2, 3])) == [0, 1, 2, 3]
 
 
 def test_background_is_what_no_mask_takes():
@@ -302,7 +469,7 @@ def test_flips_with_the_words_exchanged(lesions, monkeypatch):
     assert all(torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     generator = trainer.auxiliary["text_masks"]
     swapped = generator.encode_texts(["a lesion on the right"])
-    torch.testing.assert_close(trainer.text_features[False, True][:1], swapped)
+    torch.testing.assert_close(trainer.text_features[False, True], swapped)
     monkeypatch.setattr(torch, "rand", lambda *_: torch.ones(2))  # never
     shown.clear()
     terms_of(trainer, batch)
@@ -394,8 +561,9 @@ def test_the_three_supervisions_by_hand():
     def teacher(x):
         return logits_of(*(0.6 + x.flatten()).tolist())
 
-    settings = dict(pseudo_weight=0.5, mask_weight=2.0)
+    settings = dict(pseudo_weight=0.5, mask_weight=2.0, mask_labels="soft")
     trainer = bare_trainer(AMVLMTrainer, progress=0.5, network=says, teacher=teacher, **settings)
+    trainer.method_state = {"mask_used": torch.ones(1), "mask_threshold": torch.tensor([0.5])}
     trainer.swapped, asked = [], []
 
     def text_masks(images, cases, flip):

@@ -16,6 +16,7 @@ from watching import nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import TeacherSettings
+from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.bcp import BCPTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
@@ -139,7 +140,7 @@ def test_every_term_of_every_group_teaches(trainer_class, ready):
     """
     # memory=fast: the other ones end a group's graph at tensors that several groups share; that their gradients
     # are the same is tested below
-    trainer = in_last_epoch(trainer_class, ready(), memory="fast", match_threshold=0.0, threshold=0.0)
+    trainer = in_last_epoch(trainer_class, ready(), memory="fast", match_threshold=0.0, threshold=0.0, mask_gate=0.0)
     trainer.network.train()
     if trainer.teacher is not None:
         with torch.no_grad():  # as far from the student as in mid-training: two views of a patch may be the same
@@ -302,7 +303,8 @@ def weights_reached(trainer, batch: Batch) -> list[set[str]]:
     named = dict((*trainer.bare_network.named_parameters(), *trainer.auxiliary.named_parameters()))
     groups, reached = trainer.losses(batch), []
     while True:
-        trainer.optimizer.zero_grad(set_to_none=True)
+        for p in named.values():
+            p.grad = None
         with trainer.autocast():
             group = next(groups, None)
             loss = None if group is None else sum(group.values())
@@ -403,13 +405,14 @@ def test_teacher_follows_by_ema(trainer_class, ready):
         (SemiCMLTrainer, dict(deploy="teacher")),
         (SemiCMLTrainer, dict(deploy="student", teacher="best_pool")),
         (BCPTrainer, dict(deploy="student")),
+        (AMVLMTrainer, {}),
         (SelfTrainingTrainer, {}),
     ],
     ids=lambda x: name_of(x) or ",".join(map(str, x.values())) or "plain",
 )
 def test_resumed_training_ends_where_an_uninterrupted_one_does(trainer_class, settings, ready):
     """Of three methods, and of each that remembers more than weights."""
-    dataset = ready()
+    dataset = ready(dims=2, size=32) if trainer_class is AMVLMTrainer else ready()
     straight = make_trainer(trainer_class, dataset, **settings)
     straight.run_training()
 
@@ -440,7 +443,7 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(trainer_class, se
     assert_same(straight.method_state, resumed.method_state)
     if straight.teacher is not None:
         assert_same(straight.teacher.state_dict(), resumed.teacher.state_dict())
-        deployed = straight.teacher if settings["deploy"] == "teacher" else straight.network
+        deployed = straight.teacher if settings.get("deploy") == "teacher" else straight.network
         saved = torch.load(resumed.output_folder + "/checkpoint_final.pth", weights_only=False)
         assert_same(deployed.state_dict(), saved["network_weights"])
         assert saved["teacher"] is not None
@@ -456,7 +459,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 def test_methods_that_remember_more_are_among_those():
     """A new one has to be added there."""
-    tested = {*REPRESENTATIVES, BCPTrainer, SelfTrainingTrainer}
+    tested = {*REPRESENTATIVES, BCPTrainer, AMVLMTrainer, SelfTrainingTrainer}
     assert {t for t in TRAINERS if "method_state" in t.initialize.__code__.co_names} <= tested
 
 

@@ -23,7 +23,8 @@ from training import PLANS, TRAINERS, bare_trainer, batch_of, terms_of
 from watching import no_room_for_files_of, nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.data.preprocessed import sizes_of
+from nnunet_semiseg.data.preprocessed import case_files
+from nnunet_semiseg.data.stamps import stamp
 from nnunet_semiseg.deployment import onnx_export
 from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill, publish, soft_target_loss
 from nnunet_semiseg.deployment.sharing import share
@@ -251,7 +252,7 @@ def test_what_a_case_lacks_is_not_shown_to_the_model_as_noise(trained, no_plots,
     for file in dataset.preprocessed.glob("*__unlabeled.json"):  # it would not pass for what was preprocessed
         manifest = json.loads(file.read_text())
         for case, entry in manifest["cases"].items():
-            entry["sizes"] = sizes_of(file.with_suffix(""), case)
+            entry["made"] = [stamp(f) for f in case_files(file.with_suffix(""), case)]
         file.write_text(json.dumps(manifest))
     for file in dataset.preprocessed.glob("*__labeled.json"):
         file.unlink()

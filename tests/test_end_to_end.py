@@ -1,4 +1,4 @@
-"""Whole trainings and predictions through nnU-Net's own commands, each in a process of its own.
+"""Whole trainings and predictions through nnU-Net's own commands, each in a process of its own (`commands`).
 
 Three trainers stand for all: with a teacher, with text, with a network of its own. The others are run once, in this
 process; what holds for every trainer is in test_contracts.py.
@@ -6,15 +6,18 @@ process; what holds for every trainer is in test_contracts.py.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from commands import command, start
 from conftest import in_threads
 from nnunetv2.run.run_training import run_training
 from test_contracts import assert_same
@@ -31,16 +34,6 @@ from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
-
-
-def command(name, *args, **env) -> list[str]:
-    return subprocess.run(
-        [str(BIN / name), *map(str, args)],
-        env={**os.environ, "nnUNet_def_n_proc": "1", **env},
-        check=True,
-        capture_output=True,
-        encoding="utf-8",
-    ).stdout
 
 
 THOROUGH = [MeanTeacherTrainer, TextSemiSegTrainer, SemiCMLTrainer]
@@ -76,10 +69,7 @@ def test_predict_export_and_install_without_open_clip(trainer_class, dataset, tm
     assert json.loads(summary.read_text())["foreground_mean"] == validated
 
     # from here on importing open_clip fails, and there is no internet to want
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "open_clip.py").write_text("raise ImportError('open_clip is not for prediction')")
-    block = {"PYTHONPATH": str(blocked), "HF_HUB_OFFLINE": "1"}
+    block = {"without": ["open_clip"], "HF_HUB_OFFLINE": "1"}
     source = dataset.raw / "imagesTs"
     chosen = ["-d", dataset.id, "-c", dataset.configuration, "-tr", trainer_class.__name__, "-p", PLANS, "-f", "all"]
     common = ["-i", source, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta"]
@@ -132,16 +122,13 @@ def test_killed_in_mid_epoch_and_continued(trainer_class, dataset, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     command("nnUNetv2_train", *args, nnUNet_results=str(straight))
 
-    environment = {**os.environ, "nnUNet_results": str(killed), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [str(BIN / "nnUNetv2_train"), *map(str, args)], env=environment, stdout=subprocess.PIPE, encoding="utf-8"
-    )
-    for line in process.stdout:
-        if line.rstrip().endswith("Epoch 2"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (killed / folder / "checkpoint_final.pth").exists()
+    process, log = start("nnUNetv2_train", *args, nnUNet_results=str(killed))
+    while not re.search("Epoch 2 *\n", log.read_text()):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (killed / folder / "checkpoint_final.pth").exists()
     command("nnUNetv2_train", *args, "--c", nnUNet_results=str(killed))
 
     a, b = (
@@ -173,6 +160,7 @@ def test_a_second_training_with_stock_plans_and_no_variable_set(tiny_dataset, mo
     command("nnUNetv2_plan_and_preprocess", "-d", dataset.id, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
     command("nnunet_semiseg", "preprocess_unlabeled", "-d", dataset.id, "-c", "3d_fullres", "-np", 1)
     write_settings(dataset, "nnUNetPlans", num_epochs=1, num_iterations_per_epoch=1)
-    command("nnUNetv2_train", dataset.id, "3d_fullres", 0, "-tr", "TextSemiSegTrainer", "-device", "cpu")
+    words = [dataset.id, "3d_fullres", 0, "-tr", "TextSemiSegTrainer", "-device", "cpu"]
+    subprocess.run([BIN / "nnUNetv2_train", *map(str, words)], check=True, capture_output=True)  # as it is installed
     folder = dataset.results / "TextSemiSegTrainer__nnUNetPlans__3d_fullres" / "fold_0"
     assert (folder / "checkpoint_final.pth").exists() and (folder / "validation" / "summary.json").exists()

@@ -5,6 +5,7 @@ import re
 import subprocess
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from nnunet_semiseg.files import (
     only_one,
     put_back,
     read_json,
+    reading,
+    rewriting,
     write_json,
     written_whole,
 )
@@ -169,3 +172,40 @@ def test_but_one_that_lives_there_is_named(tmp_path, monkeypatch):
     finally:
         stop.set()
         thread.join()
+
+
+def test_many_use_preprocessed_data_at_once_and_nobody_rewrites_it_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WAIT", 0.0)
+    folder = tmp_path / "P_3d.fullres"
+    with reading(folder), reading(folder):
+        assert len(list(tmp_path.glob(".P_3d.fullres.*.reading.lock"))) == 2
+        with pytest.raises(BusyError) as error, rewriting(folder):
+            pytest.fail("it is used")
+        assert f"process {os.getpid()} on {os.uname().nodename} uses these preprocessed cases: wait" in str(error.value)
+    with rewriting(folder), rewriting(tmp_path / "P_3d"):
+        with pytest.raises(BusyError, match=r"/.P_3d.fullres.lock: process .* rewrites these"), reading(folder):
+            pytest.fail("it is rewritten")
+        with pytest.raises(BusyError, match="rewrites these"), rewriting(folder):
+            pytest.fail("two at once")
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_was_killed_while_using_data_blocks_nobody_and_its_lock_goes(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    leave_lock(tmp_path / ".P.12345678.reading.lock", pid=process.pid)
+    with rewriting(tmp_path / "P"):
+        assert os.listdir(tmp_path) == [".P.lock"]
+
+
+def test_data_on_a_read_only_disk_can_be_used(tmp_path, monkeypatch):
+    @contextmanager
+    def refuses(lock, does, wait=0.0):
+        raise DiskError(f"{lock}: cannot be written (Read-only file system)")
+        yield
+
+    monkeypatch.setattr(files, "only_one", refuses)
+    with reading(tmp_path / "P"):
+        pass
+    with pytest.raises(DiskError), rewriting(tmp_path / "P"):
+        pytest.fail("nothing can be written")

@@ -1,8 +1,10 @@
 """Labelled cases that are damaged, or that change after they were preprocessed."""
 
+import gzip
 import json
 import os
 import shutil
+import struct
 
 import blosc2
 import numpy as np
@@ -148,6 +150,14 @@ def change_image(value, dtype=np.float32):
     return change
 
 
+def change_header(file, byte, kind, value):
+    """A number in a NIfTI header; the orientation is left out, as it would hold another spacing."""
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[252:256] = bytes(4)  # qform_code and sform_code
+    struct.pack_into(f"<{kind}", content, byte, value)
+    file.write_bytes(gzip.compress(bytes(content)))
+
+
 def change_label(change):
     def change_it(dataset):
         label = voxels(label_of(dataset))
@@ -197,6 +207,18 @@ DAMAGE = {
         change_label(lambda label: with_voxel(label, -1, np.int16)),
         "labelsTr/tr_000.nii.gz: has the value -1",
     ),
+    "voxels within the header": (
+        lambda d: change_header(d.image("tr_000", folder="imagesTr"), 108, "f", 0),
+        "imagesTr/tr_000_0000.nii.gz: its voxels are said to begin at byte 0, within the header of 352 bytes: replace",
+    ),
+    "label within the header": (
+        lambda d: change_header(label_of(d), 108, "f", 0),
+        "labelsTr/tr_000.nii.gz: its voxels are said to begin at byte 0, within",
+    ),
+    "spacing of none": (
+        lambda d: change_header(d.image("tr_000", folder="imagesTr"), 80, "f", 1e-30),
+        r"imagesTr/tr_000_0000.nii.gz: its spacing is \(1e-30, 1, 1.5\) mm: replace",
+    ),
     "4D label": (
         change_label(lambda label: np.stack([label, label])),
         "labelsTr/tr_000.nii.gz: size .* differs",
@@ -219,6 +241,26 @@ def test_damage_that_nnunets_own_preprocessing_let_through(dataset):
     refused("tr_000_0000.nii.gz: after preprocessing, its values spread 0.0.* times as much", preprocess, dataset)
     assert not list(preprocessed_folder(dataset).glob("tr_000*"))  # so that no training takes it
     refused("Dataset901_Tiny: labelled case tr_000 is new and not preprocessed: run", train, dataset)
+
+
+@pytest.mark.parametrize("folder, command", [("imagesTr", "plan"), ("imagesUn", "preprocess")])
+def test_spacings_of_another_magnitude(dataset, folder, command, monkeypatch):
+    """The others have 1 mm: in nanometres, no voxel would be left; in metres, there would be 10^9 times as many."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    file = dataset.image("tr_000" if folder == "imagesTr" else "un_000", folder=folder)
+    change_header(file, 80, "f", 1e-6 if folder == "imagesUn" else 1e3)
+    if folder == "imagesTr":
+        change_header(label_of(dataset), 80, "f", 1e3)
+    message = (
+        rf"{file.name}: its spacing is (1e-06|1000) where other images have 1: correct its header.*out of {folder}"
+    )
+    refused(message, dataset.plan if command == "plan" else lambda: preprocess(dataset))
+
+
+def test_an_unlabelled_image_whose_voxels_begin_within_the_header(dataset):
+    for first in (0, 348):
+        change_header(dataset.image("un_000"), 108, "f", first)
+        refused("imagesUn/un_000_0000.nii.gz: (its voxels are said to begin|cannot be read)", preprocess, dataset)
 
 
 def test_labels_that_are_all_empty(tiny_dataset):
@@ -297,11 +339,7 @@ def test_a_start_opens_no_image_and_no_label(dataset):
 def test_an_unlabelled_image_with_other_bytes_and_the_same_size_and_time(dataset):
     file = dataset.image("un_001")
     train(dataset)
-    before, content = os.stat(file), bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert file.stat().st_size == before.st_size
+    change_bytes(file)
     refused("imagesUn: case un_001 is not the image that was preprocessed: run nnunet_semiseg prepro", train, dataset)
 
 
@@ -345,6 +383,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
     for new in ("tr_007", "tr_008"):
         shutil.copy(dataset.image("tr_001", folder="imagesTr"), dataset.image(new, folder="imagesTr"))
         shutil.copy(label_of(dataset, "tr_001"), label_of(dataset, new))
+        dataset.update_dataset_json(numTraining=int(new[-1]) - 4)
         (dataset.preprocessed / "splits_final.json").unlink()
         if new == "tr_008":  # as after nnU-Net's own command: the number of cases tells
             (dataset.preprocessed / "dataset_fingerprint__labeled.json").unlink()
@@ -404,11 +443,70 @@ def test_half_preprocessed_files(dataset, suffix):
         refused(f"tr_000{suffix}: half-written or damaged: run", train, dataset, SupervisedTrainer)
 
 
+def change_bytes(file):
+    """Other bytes, the same size and time of modification."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("kind", [".b2nd", "_seg.b2nd", ".pkl", "gt_segmentations"])
+def test_damage_that_no_size_and_no_time_tells(dataset, kind):
+    unlabeled = dataset.preprocessed / f"{PLANS}_3d_fullres__unlabeled" / f"un_001{kind}"
+    file = reference_of(dataset) if kind == "gt_segmentations" else preprocessed_folder(dataset) / f"tr_000{kind}"
+    whole = file.read_bytes()
+    change_bytes(file)
+    for trainer_class in (MeanTeacherTrainer, SupervisedTrainer):
+        refused(rf"{file.name}: .*: {PLAN_AGAIN}", train, dataset, trainer_class)
+    if kind == "gt_segmentations":  # a copy that is made again
+        preprocess(dataset)
+        assert file.read_bytes() == whole
+        return
+    file.write_bytes(whole)
+    train(dataset)  # the content counts, not the time
+    change_bytes(unlabeled)
+    refused(rf"{unlabeled.name}: damaged.*: run nnunet_semiseg preprocess_unlabeled", train, dataset)
+    (dataset.preprocessed / f"{PLANS}_3d_fullres__unlabeled.json").unlink()  # as a killed command leaves it
+    preprocess(dataset)
+    train(dataset)
+    if kind == ".b2nd":
+        voxel = blosc2.open(str(file), mode="a")
+        voxel[0, 0, 0, 0] = voxel[0, 0, 0, 0] + 1
+        refused(
+            rf"tr_000.b2nd: damaged, its voxels are not those of \S*tr_000_0000.nii.gz: {PLAN_AGAIN}",
+            preprocess,
+            dataset,
+        )
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("suffix", [".pkl", "_seg.b2nd"])
+def test_what_cannot_be_read_in_a_training_is_one_line(ready, suffix, workers, monkeypatch, capfd):
+    """Of data that nnU-Net's own command made, nothing is known."""
+    dataset = ready(dims=2, size=32)
+    record = dataset.preprocessed / f"{PLANS}_2d__labeled.json"
+    record.unlink()
+    monkeypatch.setenv("nnUNet_n_proc_DA", workers)
+    trainer = make_trainer(SupervisedTrainer, dataset)
+    for file in (dataset.preprocessed / f"{PLANS}_2d").glob(f"*{suffix}"):
+        file.write_bytes(b"x" * file.stat().st_size)
+    folder = rf"\S*/{PLANS}_2d/tr_00\d.\*"
+    line = (
+        rf"^{folder}: a preprocessed file cannot be read \(.*\): run nnunet_semiseg plan_and_preprocess -d 901 -c 2d "
+    )
+    with pytest.raises(UserError, match=line):
+        trainer.run_training()
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+
+
 HALF = [
     '{"plans_hash": "', "[]", "{}", '{"plans_hash": 1, "cases": []}',
     '{"plans_hash": 1, "cases": {"a": []}}', '{"plans_hash": 1, "cases": {"a": {}}}',
-    '{"plans_hash": "1", "cases": {"tr_000": {"files": [1, 2], "sizes": [1, 2, 3], "spread": [1]}}}',
-    '{"plans_hash": "1", "cases": {"tr_000": {"files": [["a"]], "sizes": 3, "spread": null}}}',
+    '{"plans_hash": "1", "cases": {"tr_000": {"files": [1, 2], "made": [1, 2, 3], "spread": [1]}}}',
+    '{"plans_hash": "1", "cases": {"tr_000": {"files": [["a"]], "made": 3, "spread": null}}}',
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_semiseg.conversion.layouts import recognise
-from nnunet_semiseg.conversion.names import kind_of, label_core, part_of
+from nnunet_semiseg.conversion.names import is_session, is_visit, kind_of, label_core, part_of
 from nnunet_semiseg.conversion.patients import find_patients
 from nnunet_semiseg.dataset_conversion import folder
 
@@ -201,6 +201,123 @@ LAYOUTS = {
         {"P1_2020-01-05": "P1/2020-01-05/seg.nii.gz"},
         {},
     ),
+    "CHAOS, all of it": (
+        "Train_Sets/CT/{1,2}/DICOM_anon.dicom Train_Sets/CT/1/Ground/liver_GT_{000,001}.png "
+        "Train_Sets/CT/2/Ground/liver_GT_{000,001}.png Train_Sets/MR/11/T1DUAL/DICOM_anon/{InPhase,OutPhase}.dicom "
+        "Train_Sets/MR/11/T1DUAL/Ground/IMG-{1,2}.png Train_Sets/MR/11/T2SPIR/DICOM_anon.dicom "
+        "Train_Sets/MR/11/T2SPIR/Ground/IMG-{1,2}.png Train_Sets/MR/13/T1DUAL/DICOM_anon/{InPhase,OutPhase}.dicom "
+        "Test_Sets/CT/3/DICOM_anon.dicom "
+        "Test_Sets/MR/12/T2SPIR/DICOM_anon.dicom",
+        "7 folders of cases: 7 cases, 4 with a label",
+        {"3": "Test_Sets/CT/3/DICOM_anon.dicom", "11_T2SPIR": "Train_Sets/MR/11/T2SPIR/DICOM_anon.dicom",
+         "11_T1DUAL": "Train_Sets/MR/11/T1DUAL/DICOM_anon.dicom"},
+        {"2": "Train_Sets/CT/2/Ground.stack", "11_T1DUAL": "Train_Sets/MR/11/T1DUAL/Ground.stack"},
+        {"3": "test", "12_T2SPIR": "test"},
+    ),
+    "visits of a PACS export": (
+        "P1/20200101/{301,302}.dicom P1/20210303/{1,2}.dicom P1/20210303/seg.nii.gz P2/20200201/{7,8}.dicom P3/9.dicom",
+        "4 folders of cases: 4 cases, 1 with a label",
+        {"P1_20200101": "P1/20200101.dicom", "P2_20200201": "P2/20200201.dicom", "P3": "P3/9.dicom"},
+        {"P1_20210303": "P1/20210303/seg.nii.gz"},
+        {},
+    ),
+    "LiTS, all of it": (
+        "Training_Batch_1/{volume-0,segmentation-0,volume-1,segmentation-1}.nii Test_Batch/test-volume-0.nii "
+        "Training_Batch_2/{volume-28,segmentation-28}.nii",
+        "3 folders of several cases each: 4 cases, 3 with a label",
+        {"volume-28": "Training_Batch_2/volume-28.nii"},
+        {"volume-0": "Training_Batch_1/segmentation-0.nii"},
+        {"test-volume-0": "test"},
+    ),
+    "MM-WHS, CT and MR": (
+        "ct_train/ct_train_{1001,1002}_image.nii.gz ct_train/ct_train_{1001,1002}_label.nii.gz "
+        "mr_train/mr_train_{1001,1002}_image.nii.gz mr_train/mr_train_1001_label.nii.gz "
+        "ct_test/ct_test_2001_image.nii.gz",
+        "3 folders of several cases each: 5 cases, 3 with a label, channels image",
+        {"mr_train_1002": "mr_train/mr_train_1002_image.nii.gz"},
+        {"mr_train_1001": "mr_train/mr_train_1001_label.nii.gz"},
+        {"ct_test_2001": "test"},
+    ),
+    "ISIC with a test set": (
+        "ISIC2018_Task1-2_Training_Input/ISIC_{0000000,0000001}.jpg ISIC2018_Task1-2_Test_Input/ISIC_0000009.jpg "
+        "ISIC2018_Task1_Training_GroundTruth/ISIC_{0000000,0000001}_segmentation.png",
+        "one folder for images and labels: 3 cases, 2 with a label",
+        {"ISIC_0000009": "ISIC2018_Task1-2_Test_Input/ISIC_0000009.jpg"},
+        {"ISIC_0000001": "ISIC2018_Task1_Training_GroundTruth/ISIC_0000001_segmentation.png"},
+        {"ISIC_0000009": "test"},
+    ),
+    "PI-CAI": (
+        "public_fold0/10000/10000_100_{adc,hbv,t2w}.mha public_fold0/10001/10001_101_{adc,hbv,t2w}.mha "
+        "picai_labels/human_expert/10000_100.nii.gz",
+        "one folder for images and labels: 2 cases, 1 with a label, channels adc hbv t2w",
+        {"10001_101": "public_fold0/10001/10001_101_adc.mha"},
+        {"10000_100": "picai_labels/human_expert/10000_100.nii.gz"},
+        {},
+    ),
+    "BUSI": (
+        "BUSI_with_GT/benign/benign-(1).png BUSI_with_GT/benign/benign-(1)_mask_1.png "
+        "BUSI_with_GT/malignant/malignant-({1,2}).png BUSI_with_GT/malignant/malignant-({1,2})_mask.png",
+        "2 folders of several cases each: 3 cases, 3 with a label",
+        {"malignant-(2)": "BUSI_with_GT/malignant/malignant-(2).png"},
+        {"benign-(1)": "BUSI_with_GT/benign/benign-(1)_mask_1.png"},
+        {},
+    ),
+    "a folder a channel": (
+        "images/t1/{a,b,c}.nii.gz images/t2/a_T2.nii.gz images/t2/{b,c}.nii.gz labels/a_seg.nii.gz labels/b.nii.gz",
+        "a folder a channel: 3 cases, 2 with a label, channels t1 t2",
+        {"c": "images/t1/c.nii.gz"},
+        {"a": "labels/a_seg.nii.gz"},
+        {},
+    ),
+    "a folder a channel, twice": (
+        "train/{t1,t2}/a.nii.gz train/{t1,t2}/b.nii.gz train/labels/a.nii.gz test/{t1,t2}/c.nii.gz",
+        "a folder a channel: 3 cases, 1 with a label, channels t1 t2",
+        {"b": "train/t1/b.nii.gz"},
+        {"a": "train/labels/a.nii.gz"},
+        {"c": "test"},
+    ),
+    "the same names for training and test": (
+        "train/images/{0,1}.png train/masks/{0,1}.png test/images/0.png test/masks/0.png unlabeled/{0,1}.png",
+        "folders of images and of labels: 5 cases, 3 with a label",
+        {"train_0": "train/images/0.png", "unlabeled_1": "unlabeled/1.png"},
+        {"test_0": "test/masks/0.png"},
+        {"test_0": "test", "unlabeled_0": "unlabeled", "unlabeled_1": "unlabeled"},
+    ),
+    "labels among images": (
+        "d/images/{a,b}.nii.gz d/images/a_seg.nii.gz",
+        "one folder for images and labels: 2 cases, 1 with a label",
+        {"b": "d/images/b.nii.gz"},
+        {"a": "d/images/a_seg.nii.gz"},
+        {},
+    ),
+    "one case": (
+        "Smith/t1.nii.gz Smith/t2.nii.gz Smith/seg.nii.gz",
+        "a folder of one case: 1 cases, 1 with a label, channels t1 t2",
+        {"Smith": "Smith/t1.nii.gz"},
+        {"Smith": "Smith/seg.nii.gz"},
+        {},
+    ),
+    "one case with a mask a class": (
+        "Smith/ct.nii.gz Smith/masks/{liver,spleen}.nii.gz",
+        "a folder of one case: 1 cases, 1 with a label, channels ct",
+        {"Smith": "Smith/ct.nii.gz"},
+        {"Smith": {n: f"Smith/masks/{n}.nii.gz" for n in ("liver", "spleen")}},
+        {},
+    ),
+    "one DICOM study": (
+        "Smith/CT.dicom Smith/RT/rs.dicom-rtstruct",
+        "a folder of one case: 1 cases, 1 with a label",
+        {"Smith": "Smith/CT.dicom"},
+        {"Smith": "Smith/RT/rs.dicom-rtstruct"},
+        {},
+    ),
+    "a Mac's names": (
+        "images/Jo\u0308rg.nii.gz images/b.nii.gz labels/J\u00f6rg.nii.gz",
+        "folders of images and of labels: 2 cases, 1 with a label",
+        {"J\u00f6rg": "images/Jo\u0308rg.nii.gz"},
+        {"J\u00f6rg": "labels/J\u00f6rg.nii.gz"},
+        {},
+    ),
 }  # fmt: skip
 
 
@@ -215,8 +332,8 @@ def test_layout(name):
     }
     assert layout.parts == parts
     used = {p for files in (*layout.images.values(), *layout.labels.values()) for p in files.values()}
-    stacked = {path.removesuffix(".stack") for path in used if path.endswith(".stack")}
-    assert {p for p in tree(text) if p.rpartition("/")[0] not in stacked} - used == set()
+    folders = tuple(f"{path.rpartition('.')[0]}/" for path in used if path.endswith((".stack", ".dicom")))
+    assert {p for p in tree(text) if not p.startswith(folders)} - used == set() == layout.left_out.keys()
 
 
 def test_bids_derivatives_that_are_no_labels_and_what_some_cases_lack():
@@ -313,7 +430,9 @@ def test_words_of_folders():
     parts = {name: part_of(name) for name in ("imagesTs", "labelsVal", "Testing", "BraTS-GLI", "FLARE_UnlabeledCase")}
     assert parts == {"imagesTs": "test", "labelsVal": "val", "Testing": "test", "BraTS-GLI": None,
                      "FLARE_UnlabeledCase": "unlabeled"}  # fmt: skip
-    assert [label_core(stem) for stem in ("c_seg", "mask-c", "seg", "c", "c1_dseg")] == ["c", "c", "", None, "c1"]
+    assert [label_core(stem) for stem in ("c_seg", "mask-c", "seg", "c", "c1_dseg", "c_mask_2")] == [
+        "c", "c", "", None, "c1", "c",
+    ]  # fmt: skip
 
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
@@ -334,7 +453,7 @@ def test_the_gallery_says_what_is_printed(title, paths, command, said):
 
 
 def test_the_gallery_is_read():
-    assert len(GALLERY) == PAGE.count("\n### ") == 13
+    assert len(GALLERY) == PAGE.count("\n### ") == 18
 
 
 @pytest.mark.parametrize(
@@ -349,3 +468,35 @@ def test_the_gallery_is_read():
 def test_patients_by_folders_or_names(cases, known, patients):
     assert sorted(set(find_patients(cases, known, "patient").values())) == patients.split()
     assert find_patients(["x_07_scan1"], {}, r"(.+)_scan") == {"x_07_scan1": "x_07"}
+
+
+def test_folders_of_visits():
+    folders = [("1", "P7"), ("1", "CT"), ("2020-01-05", "Smith"), ("05.01.2020", "Smith"), ("follow-up", "Smith")]
+    assert [is_session(folder, above) for folder, above in folders] == [True, False, True, True, True]
+    assert [is_visit(folder) for folder in ("baseline", "ses-1", "T1", "301")] == [True, True, False, False]
+
+
+def test_one_case_needs_labels_of_no_other_name():
+    for paths in (tree("{a,b}.nii.gz masks/{x,y}.nii.gz"), tree("images/a.nii.gz labels/{x,y}.nii.gz")):
+        with pytest.raises(ValueError, match="no image of case x"):
+            recognise(paths)
+    layout = recognise(tree("{t1,t2}.nii.gz masks/{x,y}.nii.gz"), ["t1", "t2"], source="/data/Smith")
+    assert layout.labels == {"Smith": {"x": "masks/x.nii.gz", "y": "masks/y.nii.gz"}}
+
+
+def test_two_labels_of_a_case():
+    with pytest.raises(ValueError, match="^/d/a_mask_1.png: case a has two labels, this one and /d/a_mask.png: "):
+        recognise(tree("{a,b}.png a_mask.png a_mask_1.png"), source="/d")
+
+
+def test_masks_beside_a_label_of_the_whole_case():
+    paths = tree(
+        "case_{0,1}/imaging.nii.gz case_0/segmentation.nii.gz case_0/instances/k_instance-1_annotation-{1,2}.nii.gz"
+    )
+    layout = recognise(paths, ["CT"], classes=["kidney", "tumour"])
+    assert layout.labels == {"case_0": {"": "case_0/segmentation.nii.gz"}} and layout.channels == ("CT",)
+    assert layout.left_out == dict.fromkeys(
+        tree("case_0/instances/k_instance-1_annotation-{1,2}.nii.gz"), "beside a label of the whole case"
+    )
+    paths = tree("s{0,1}/ct.nii.gz s0/seg.nii.gz s0/{brain,liver}_mask.nii.gz")
+    assert recognise(paths, classes=["liver"]).labels["s0"].keys() == {"", "brain", "liver"}

@@ -6,6 +6,7 @@ import gzip
 import json
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -93,6 +94,15 @@ def test_values_with_gaps_are_offered_and_mapped(source, raw):
     assert np.array_equal(voxels(raw / "labelsTr" / "c1.nii.gz"), LABEL == 2)
 
 
+def test_values_below_0_are_offered_so_that_they_can_be_typed(source, raw):
+    for i in range(2):
+        nii(ORGAN.astype(np.int16) - 1, source / "labels" / f"c{i}.nii.gz")
+    with pytest.raises(ValueError, match="--label-values 0=background ' -1=organ'$"):
+        convert(source)
+    convert(source, labels=None, label_values=["0=organ", " -1=background"])
+    assert np.array_equal(voxels(raw / "labelsTr" / "c0.nii.gz"), ORGAN)
+
+
 def test_labels_that_nobody_named(source):
     with pytest.raises(
         ValueError, match=r"d: what do the label values mean\? .* 0 \(372 voxels\), 1 \(48\): .*--labels NAME1$"
@@ -167,6 +177,22 @@ def test_masks_in_colour(kind, tmp_path, raw):
     assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
 
 
+def test_images_in_colour_ask_for_channels_at_once(tmp_path):
+    folder = pictures(tmp_path / "d", FLAT)
+    for name in ("a", "b"):
+        write(Image.fromarray(RED_BLUE[FLAT]), folder / "images" / f"{name}.png")
+    with pytest.raises(ValueError, match="images/a.png: in colour: name its channels with --channels red green blue"):
+        own.find_cases(folder, labels=["a", "b"])
+    write(Image.fromarray(np.stack([FLAT] * 3, -1)), folder / "images" / "b.png")  # grey, in three channels
+    assert len(own.find_cases(folder, labels=["a", "b"]).cases) == 2
+
+
+def test_a_link_to_nowhere_is_said_to_be_one(source):
+    (source / "images" / "c9.nii.gz").symlink_to("/nowhere.nii.gz")
+    with pytest.raises(ValueError, match="^case c9: .*c9.nii.gz: a link to /nowhere.nii.gz, which is not there"):
+        convert(source)
+
+
 def test_a_colour_that_one_mask_alone_has_is_said_of_this_label(tmp_path, raw):
     folder = pictures(tmp_path / "d", RED_BLUE[(FLAT > 0).astype(int)])
     for name in ("b", "c"):
@@ -233,7 +259,7 @@ def spoil_spacing(file: Path, value: float) -> None:
     file.write_bytes(gzip.compress(bytes(data)))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.5, np.nan])
+@pytest.mark.parametrize("value", [0.0, -1.5, np.nan, 1e-30])
 def test_a_spacing_that_is_none(value, source, raw, capsys):
     spoil_spacing(source / "images" / "c3.nii.gz", value)
     with pytest.raises(
@@ -245,6 +271,48 @@ def test_a_spacing_that_is_none(value, source, raw, capsys):
     assert written.GetSpacing() == (1, 1, 2.5)
     assert f"case c3: the header's spacing 1 1 {value:g} is now 1 1 2.5" in capsys.readouterr().out
     assert sitk.ReadImage(str(raw / "imagesUn" / "c2_0000.nii.gz")).GetSpacing() == (1, 1, 1.5)  # it has one
+
+
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 5 6 7\nencoding: raw\nendian: little\n"
+META = "NDims = 3\nDimSize = 5 6 7\nElementType = MET_SHORT\n{}ElementDataFile = LOCAL\n"
+
+
+@pytest.mark.parametrize(
+    "name, header, message",
+    [
+        ("c3.nrrd", NRRD + "\n", "the header has no spacing: give it with --spacing"),
+        ("c3.nrrd", NRRD + "spacings: nan nan nan\n\n", "the header's spacing is nan nan nan: give it with --spacing"),
+        ("c3.mha", META.format(""), "the header has no spacing: give it with --spacing"),
+        ("c3.mha", META.format("ElementSpacing = 1 1 0\n"), "spacing is 1 1 0: correct ElementSpacing, a line of text"),
+    ],
+)
+def test_headers_as_text_without_a_spacing(name, header, message, source, raw, capsys):
+    (source / "images" / "c3.nii.gz").unlink()
+    (source / "images" / name).write_bytes(header.encode() + image(3).tobytes("F"))
+    with pytest.raises(ValueError, match=f"images/{name}: .*{message}"):
+        convert(source)
+    if "give" in message:
+        convert(source, spacing=(1, 1, 2.5), overwrite=True)
+        written = sitk.ReadImage(str(raw / "imagesUn" / "c3_0000.nii.gz"))
+        assert written.GetSpacing() == (1, 1, 2.5) and np.array_equal(sitk.GetArrayFromImage(written).T, image(3))
+        assert re.search("case c3: .*spacing .* is now 1 1 2.5", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("ending, data", [(".nrrd", "data file: {}.raw"), (".mha", "ElementDataFile = {}.raw")])
+def test_an_image_whose_voxels_are_in_another_file_is_whole_without_it(ending, data, tmp_path, raw, capsys):
+    header = NRRD + "spacings: 1 1 2\n" if ending == ".nrrd" else META.format("ElementSpacing = 1 1 2\n")
+    header = header.replace("ElementDataFile = LOCAL\n", "")
+    for name, array in (("images/a", image()), ("images/b", image(1)), ("labels/a", ORGAN.astype(np.int16))):
+        file = tmp_path / "d" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(ending).write_text(header + data.format(file.name) + "\n\n")
+        file.with_suffix(".raw").write_bytes(array.tobytes("F"))
+    assert set(own.find_cases(tmp_path / "d", labels=["organ"]).left_out) == set()
+    convert(tmp_path / "d")
+    assert f"case b: b{ending} and the file with its voxels are written as one" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "d")
+    assert np.array_equal(voxels(raw / "imagesTr" / f"a_0000{ending}"), image())
+    assert np.array_equal(voxels(raw / "labelsTr" / f"a{ending}"), ORGAN)
 
 
 def test_nan_is_filled_on_demand(source, raw, capsys):
@@ -325,6 +393,49 @@ def test_4d_files_are_split_into_channels(source, raw):
     assert about(raw)["channel_names"] == {"0": "flair", "1": "t1"}
 
 
+def test_films_of_frames_are_left_out(source, capsys):
+    nii(np.stack([image()] * 3, -1), source / "images" / "c0_4d.nii.gz")
+    found = own.find_cases(source, labels=["organ"])
+    assert len(found.cases) == 4
+    assert found.left_out == {"images/c0_4d.nii.gz": "of four dimensions, and most images have three"}
+
+
+def test_a_channel_of_four_dimensions_is_left_out(tmp_path):
+    for i in (1, 2):
+        nii(image(), tmp_path / f"sub-{i}" / "anat" / f"sub-{i}_T1w.nii.gz")
+        nii(image(), tmp_path / f"sub-{i}" / "anat" / f"sub-{i}_T2w.nii.gz")
+        nii(np.stack([image()] * 3, -1), tmp_path / f"sub-{i}" / "func" / f"sub-{i}_bold.nii.gz")
+    nii(ORGAN, tmp_path / "derivatives" / "sub-1_label-organ_mask.nii.gz")
+    found = own.find_cases(tmp_path, labels=["organ"])
+    assert found.about.channels == ("T1w", "T2w") and len(found.cases["sub-1"].images) == 2
+    assert found.left_out["sub-2/func/sub-2_bold.nii.gz"] == "channel bold has four dimensions"
+
+
+def test_labels_of_different_names_are_classes_where_these_are_named(tmp_path, raw, capsys):
+    for i, name in enumerate(("liver", "spleen", "kidney")):
+        nii(image(i), tmp_path / "d" / f"s{i}" / "ct.nii.gz")
+        nii(ORGAN, tmp_path / "d" / f"s{i}" / "masks" / f"{name}.nii.gz")
+    with pytest.raises(ValueError, match="NAME1; if each is a class of its own, --labels kidney liver spleen$"):
+        convert(tmp_path / "d", labels=None)
+    convert(tmp_path / "d", dry_run=True)
+    assert "labels with different names are taken for the same: kidney, liver, spleen; if" in capsys.readouterr().out
+    convert(tmp_path / "d", labels=["spleen", "liver", "kidney"])
+    assert np.array_equal(voxels(raw / "labelsTr" / "s0.nii.gz"), 2 * ORGAN)
+
+
+def test_a_folder_with_no_label_or_of_other_kinds(tmp_path):
+    nii(image(), tmp_path / "a" / "c1.nii.gz")
+    with pytest.raises(ValueError, match="/a: no file is a label: name label files CASE_seg"):
+        convert(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c1.npz").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"/b: no image that can be read \(.*\): there are 1 .npz$"):
+        convert(tmp_path / "b")
+    nii(ORGAN, tmp_path / "b" / "labels" / "c1.nii.gz")
+    with pytest.raises(ValueError, match=r"no image of case c1: .* \(of no kind that can be read: 1 .npz\)$"):
+        convert(tmp_path / "b")
+
+
 def test_masks_of_a_class_each(tmp_path, raw, capsys):
     for i in range(2):
         nii(image(i), tmp_path / "d" / f"s{i}" / "ct.nii.gz")
@@ -342,6 +453,8 @@ def test_masks_of_a_class_each(tmp_path, raw, capsys):
     assert "case s1: there is no mask of liver, which is taken for empty" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--label-values: here each class has a mask of its own: leave it out"):
         convert(tmp_path / "d", labels=None, label_values=["1=liver"], overwrite=True)
+    left_out = own.find_cases(tmp_path / "d", labels=["spleen"]).left_out
+    assert left_out == {"s0/segmentations/liver.nii.gz": "a mask of no class that is named with --labels"}
     with pytest.raises(ValueError, match="--labels kidney: no mask is called so: there are liver, spleen"):
         convert(tmp_path / "d", labels=["kidney"], overwrite=True)
 
@@ -424,13 +537,15 @@ def test_what_is_written_anew_is_said(source, raw, capsys):
 # -------------------------------------------------------------------------------------------------------------- stacks
 
 
-def dicom(folder: Path, array: np.ndarray, description: str, uid: str, kind="1.2.840.10008.5.1.4.1.1.4") -> None:
+def dicom(
+    folder: Path, array: np.ndarray, description: str, uid: str, kind="1.2.840.10008.5.1.4.1.1.4", modality="MR"
+) -> None:
     """A slice a file, written from the top down: the names are in the other order than the positions."""
     folder.mkdir(parents=True, exist_ok=True)
     for z in range(array.shape[2]):
         plane = sitk.GetImageFromArray(array[:, :, z : z + 1].T.astype(np.int16))
         plane.SetSpacing((1, 1, 2))
-        tags = {"0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": uid, "0008|0018": f"{uid}.{z}",
+        tags = {"0008|0060": modality, "0020|000d": "1.2.3", "0020|000e": uid, "0008|0018": f"{uid}.{z}",
                 "0018|0050": "2", "0008|0016": kind, "0008|103e": description,
                 "0020|0013": str(z),
                 "0020|0032": f"0\\0\\{2 * z}", "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0052": "1.2.3.9",
@@ -487,6 +602,40 @@ def test_series_of_a_pacs_export_are_channels_by_their_description(tmp_path, raw
     assert np.array_equal(voxels(raw / "imagesUn" / "P2_0001.nii.gz"), image(2))
 
 
+def test_a_case_that_lacks_the_series_of_a_channel_is_refused_and_others_are_left_out(tmp_path, raw, capsys):
+    folder = pacs(tmp_path / "d")
+    dicom(folder / "P1" / "study" / "c", image()[:, :, :2], "localizer", "1.2.1.3")
+    shutil.rmtree(folder / "P2" / "study" / "b")
+    nii(ORGAN, folder / "P1" / "seg.nii.gz", np.diag([-1.0, -1, 2, 1]))
+    with pytest.raises(ValueError, match="^case P2: .*no DICOM series of 1 fits channel T2: .*T1 post"):
+        convert(folder, channels=["T1", "T2"])
+    assert "case P1: left out, of no channel: DICOM series localizer (2 slices)" in capsys.readouterr().out
+
+
+def test_ct_and_mr_at_once(tmp_path):
+    for n, kind in enumerate(("CT", "MR")):
+        for i in (1, 2):
+            case = tmp_path / "d" / kind / f"{i}"
+            dicom(case / "DICOM", image(i), "x", f"1.{n}.{i}", modality=kind)
+            for z in range(SHAPE[2]):
+                write(Image.fromarray(ORGAN[:, :, -1 - z].T), case / "Ground" / f"{z}.png")
+    message = r"/d: DICOM images of CT \(2 cases\) and MR \(2 cases\) at once: .*-i.*--channels"
+    with pytest.raises(ValueError, match=message):
+        own.find_cases(tmp_path / "d", labels=["organ"])
+    found = own.find_cases(tmp_path / "d", labels=["organ"], channels=["CT"])
+    assert [str(case.images[0].paths[0].relative_to(tmp_path)) for case in found.cases.values()] == [
+        "d/CT/1/DICOM", "d/CT/2/DICOM",
+    ]  # fmt: skip
+    assert set(found.left_out.values()) == {"in no folder that is called CT"} and "MR/1/Ground/0.png" in found.left_out
+
+
+def test_one_dicom_folder_is_one_case(tmp_path):
+    dicom(tmp_path / "Smith", image(), "t1", "1.2.1")
+    nii(ORGAN, tmp_path / "Smith" / "seg.nii.gz", np.diag([-1.0, -1, 2, 1]))
+    found = own.find_cases(tmp_path / "Smith", labels=["organ"])
+    assert found.left_out == {} and found.cases["Smith"].images[0].paths == (tmp_path / "Smith",)
+
+
 def save_structure_set(folder: Path, file: Path) -> None:
     """A square of pixels 1 to 3 (x) and 1 to 4 (y) in slice 2, with a hole at (2, 2): on pixel corners."""
     pydicom = pytest.importorskip("pydicom")
@@ -533,7 +682,7 @@ def test_structure_sets(tmp_path, raw, capsys):
     assert "Couch of rt.dcm is not named with --labels and left out" in capsys.readouterr().out
 
 
-def test_dicom_segmentations(tmp_path, raw):
+def test_dicom_segmentations(tmp_path, raw, capsys):
     highdicom = pytest.importorskip("highdicom")
     import pydicom
     from pydicom.sr.codedict import codes
@@ -549,13 +698,26 @@ def test_dicom_segmentations(tmp_path, raw):
         for n, name in enumerate(("Liver", "Spleen"), 1)
     ]
     masks = np.stack([(LABEL == n).transpose(2, 1, 0) for n in (1, 2)], -1).astype(np.uint8)
-    segmentation = highdicom.seg.Segmentation(
-        slices, masks, "BINARY", segments, "1.2.88", 5, "1.2.88.1", 1, "maker", "model", "1", "serial"
-    )
+
+    def save(file: Path, masks: np.ndarray, segments: list) -> None:
+        about = ("1.2.88", 5, "1.2.88.1", 1, "maker", "model", "1", "serial")
+        highdicom.seg.Segmentation(slices, masks, "BINARY", segments, *about).save_as(file)
+
     (tmp_path / "d" / "labels").mkdir()
-    segmentation.save_as(tmp_path / "d" / "labels" / "P1.dcm")
+    save(tmp_path / "d" / "labels" / "P1.dcm", masks, segments)
     convert(tmp_path / "d", labels=["spleen", "liver"])
     assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), np.choose(LABEL, [0, 2, 1]))
+    assert "another grid" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "d" / "labels")
+    masks[..., 1] = ORGAN.transpose(2, 1, 0)  # the 18 voxels of the liver are in both
+    save(tmp_path / "d" / "P1" / "a.dcm", masks[..., :1], segments[:1])
+    segments[1].SegmentNumber = 1
+    save(tmp_path / "d" / "P1" / "b.dcm", masks[..., 1:], segments[1:])
+    convert(tmp_path / "d", labels=["spleen", "liver"], overwrite=True)
+    assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), np.choose(LABEL, [0, 2, 1]))
+    assert (
+        "case P1: 18 voxels are in several classes: they are of the one that is named last" in capsys.readouterr().out
+    )
 
 
 # ------------------------------------------------------------------------------------------------- dry run and patients

@@ -458,3 +458,21 @@ def test_images_too_small_for_a_u_net_are_refused(tiny_dataset, planner):
     ):
         dataset.plan(planner)
     assert not list(dataset.preprocessed.glob("*_3d_fullres"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"numTraining": 100}, '"numTraining" is 100, but there are 2 labelled cases: write "numTraining": 2$'),
+        ({"gpu_memory_target": 1e-9}, "-gpu_memory_target 1e-09: give 0.5 GB or more"),
+        ({"overwrite_target_spacing": (1e-4, 1, 1)}, "-overwrite_target_spacing 0.0001 1 1: .* spacing of 1.5 1 1 and"),
+        ({"overwrite_target_spacing": (1e6, 1, 1)}, "would have 3.6e-05 24 24 voxels: give a spacing near"),
+    ],
+)
+def test_numbers_out_of_all_reason_are_refused_before_any_work(options, message, tiny_dataset, monkeypatch):
+    monkeypatch.setattr("nnunet_semiseg.planning.total_memory", lambda: 10**6)
+    numbers = {"numTraining": options.pop("numTraining")} if "numTraining" in options else {}
+    dataset = tiny_dataset(labeled=2, unlabeled=1, **numbers)
+    with pytest.raises(UserError, match=message):
+        dataset.plan(**options)
+    assert not dataset.preprocessed.exists()

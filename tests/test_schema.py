@@ -4,16 +4,26 @@ import json
 import math
 
 import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, dataset_folder, read_json
 from nnunet_semiseg.schema import check_configuration, check_name, load_plans, matches, read_dataset_json, read_splits
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 DATASET = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "numTraining": 2, "file_ending": ".png"}
 REGIONS = {"labels": {"background": 0, "both": [1, 2], "b": [2]}, "regions_class_order": [1, 2]}
+KWARGS = {
+    "n_stages": 2, "features_per_stage": [4, 8], "kernel_sizes": [3, [3, 3]], "strides": [1, [2, 2]],
+    "n_conv_per_stage": 2, "n_conv_per_stage_decoder": [2], "conv_op": "torch.nn.modules.conv.Conv2d", "nonlin": None,
+}  # fmt: skip
+NETWORK = {
+    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+    "arch_kwargs": KWARGS, "_kw_requires_import": ["conv_op", "nonlin"],
+}  # fmt: skip
 CONFIGURATION = {
-    "data_identifier": "P", "batch_size": 2, "patch_size": [8, 8], "spacing": [1.0, 1], "architecture": {},
+    "data_identifier": "P", "batch_size": 2, "patch_size": [8, 8], "spacing": [1.0, 1], "architecture": NETWORK,
     "normalization_schemes": ["ZScoreNormalization"], "preprocessor_name": "DefaultPreprocessor",
     "use_mask_for_norm": [False], "resampling_fn_data": "f", "resampling_fn_data_kwargs": {},
     "resampling_fn_seg": "f", "resampling_fn_seg_kwargs": {},
@@ -142,11 +152,55 @@ def test_plans_that_are_none(plans, words, tmp_path):
         ({"patch_size": [8]}, '"patch_size" is [8], but must have 2 values'),
         ({"batch_size": 0}, '"batch_size" is 0, but must be 1 or more'),
         ({"data_identifier": ""}, '"data_identifier" is empty'),
+        ({"architecture": None}, '"architecture" is None'),
+        ({"architecture": {}}, 'architecture has no "network_class_name"'),
+        ({"patch_size": [8, 7]}, '"patch_size" is [8, 7], but the strides divide it by [2, 2]'),
     ],
 )
 def test_a_configuration_that_is_none(change, words):
     plans = PLANS | {"configurations": {"2d": CONFIGURATION | change}}
     assert words in refusal(check_configuration, plans, "2d", "P.json", "plan")
+
+
+def network(kwargs=None, **change) -> dict:
+    kwargs = KWARGS | (kwargs or {})
+    return {"2d": CONFIGURATION | {"architecture": NETWORK | {"arch_kwargs": kwargs} | change}}
+
+
+@pytest.mark.parametrize(
+    "configurations, words",
+    [
+        (network({"n_stages": 1}), '"features_per_stage" has 2 values, but must have 1'),
+        (network({"features_per_stage": "big"}), "\"features_per_stage\" is 'big'"),
+        (network({"strides": [1]}), '"strides" has 1 values, but must have 2'),
+        (network({"strides": [1, [2]]}), '"strides" has [2], but must have 2 numbers'),
+        (network({"strides": [1, 0]}), '"strides" has [0, 0], but must have 2 numbers of 1 or more'),
+        (network({"n_conv_per_stage_decoder": [2, 2]}), '"n_conv_per_stage_decoder" has 2 values, but must have 1'),
+        (network({"conv_op": "torch.nn.Conv3d"}), '"conv_op" has 3 axes, but "patch_size" has 2'),
+        (network({"conv_op": 3}), '"conv_op" is 3, which is code of unknown origin'),
+    ],
+)
+def test_a_network_that_cannot_be_built(configurations, words):
+    assert words in refusal(check_configuration, PLANS | {"configurations": configurations}, "2d", "P.json", "plan")
+
+
+@pytest.mark.parametrize("name", ["os.system", "nope.Net", "nnunetv2", "torch.nn.Linear", "nnunetv2.paths.os.system"])
+def test_a_network_of_unknown_origin_is_refused_before_it_is_imported(name, monkeypatch):
+    monkeypatch.setattr("pydoc.locate", lambda *_: pytest.fail("imported"))
+    plans = PLANS | {"configurations": network(network_class_name=name)}
+    message = refusal(check_configuration, plans, "2d", "P.json", "plan")
+    assert message.startswith(
+        f"P.json: configuration 2d architecture \"network_class_name\" is '{name}', which is code"
+    )
+    assert message.endswith("export nnUNet_semiseg_trust=1")
+    with pytest.raises(UserError, match=name):  # as nnU-Net's predictor calls it
+        manager = PlansManager(plans)
+        SupervisedTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 2)
+    part = PLANS | {"configurations": network({"nonlin": name})}
+    if name != "torch.nn.Linear":
+        assert '"nonlin" is' in refusal(check_configuration, part, "2d", "P.json", "plan")
+    monkeypatch.setenv("nnUNet_semiseg_trust", "1")
+    check_configuration(plans, "2d", "P.json", "plan")
 
 
 @pytest.mark.parametrize("key", USED)

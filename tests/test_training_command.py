@@ -1,5 +1,6 @@
 """What nnUNetv2_train is asked for is refused in one line, by our command and by nnU-Net's, and leaves nothing."""
 
+import json
 import os
 import signal
 import sys
@@ -113,6 +114,72 @@ def test_a_trainer_refuses_a_configuration_that_is_not_there(dataset):
     assert nothing_is_left(dataset)
 
 
+def change_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def in_plans(change):
+    return lambda dataset: change_json(dataset.preprocessed / f"{PLANS}.json", change)
+
+
+def in_configuration(**changes):
+    return in_plans(lambda plans: plans["configurations"]["3d_fullres"].update(changes))
+
+
+def empty_folder(dataset):
+    for file in (dataset.preprocessed / f"{PLANS}_3d_fullres").iterdir():
+        file.unlink()
+
+
+def split(dataset):
+    content = json.dumps([{"train": ["tr_000", "tr_001"], "val": []}])
+    (dataset.preprocessed / "splits_final.json").write_text(content)
+
+
+def other_dataset_json(**changes):
+    return lambda dataset: change_json(dataset.preprocessed / "dataset.json", lambda content: content.update(changes))
+
+
+BROKEN = {
+    "no validation case": (split, "splits_final.json: fold 0 has no validation case"),
+    "emptied folder": (
+        empty_folder,
+        f"{PLANS}_3d_fullres: no preprocessed labelled cases, .*: run nnunet_semiseg plan",
+    ),
+    "huge patch": (
+        in_configuration(patch_size=[10**6] * 3),
+        rf"{PLANS}.json: plan again .* \(2 patches of 1000000 x 1000000 x 1000000 voxels take 7450580597 GiB, and this",
+    ),
+    "odd patch": (in_configuration(patch_size=[23, 24, 24]), f'{PLANS}.json: "patch_size" is .*23, 24, 24.*divide it'),
+    "huge batch": (
+        in_plans(lambda plans: plans.update(semiseg={"unlabeled_batch_size": 10**6 * 50})),
+        "setting unlabeled_batch_size=50000000: set it to a smaller number",
+    ),
+    "setting": (
+        in_plans(lambda plans: plans.update(semiseg={"num_epochs": 0})),
+        f"{PLANS}.json: setting num_epochs=0: must be at least 1",
+    ),
+    "other labels": (
+        other_dataset_json(labels={"background": 0, "kidney": 1, "tumour": 2, "new": 3}),
+        'dataset.json: "labels" differs from that in .*/Dataset901_Tiny/dataset.json: run nnunet_semiseg plan_and',
+    ),
+    "other channel": (other_dataset_json(channel_names={"0": "CT"}), 'dataset.json: "channel_names" differs from'),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_trainer_refuses_what_nnunet_would_fail_on(kind, dataset):
+    damage, message = BROKEN[kind]
+    damage(dataset)
+    dataset_json = json.loads((dataset.preprocessed / "dataset.json").read_text())
+    plans = dataset.plans(PLANS) | {"continue_training": False}
+    with pytest.raises(UserError, match=rf"^\S*{message}"):
+        MeanTeacherTrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    assert nothing_is_left(dataset)
+
+
 @pytest.mark.parametrize("what", ["killed", "refused"])
 def test_no_loader_speaks_after_the_reason(what, dataset, monkeypatch, capfd):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
@@ -141,3 +208,50 @@ def test_no_loader_speaks_after_the_reason(what, dataset, monkeypatch, capfd):
     assert len(processes) >= 3 and not any(process.is_alive() for process in processes)
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err + captured.out
+
+
+@pytest.mark.parametrize("given, epochs", [("", 2), (" --set num_epochs=7", 7)])
+def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epochs, dataset, monkeypatch):
+    run, trained = save_untrained(MeanTeacherTrainer, dataset)
+    trained.settings_class(num_epochs=8)
+    content = torch.load(run.checkpoint, weights_only=False)
+    content["init_args"]["plans"]["semiseg"]["num_epochs"] = 8
+    torch.save(content, run.checkpoint)
+    found = []
+
+    def entry():
+        new = make_trainer(MeanTeacherTrainer, dataset, plans="again")
+        new.initialize()
+        found.extend([new, json.loads(os.environ["nnUNet_semiseg_set"])["num_epochs"]])
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", entry)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres all -p {PLANS} -tr MeanTeacherTrainer -device cpu --as again"
+    assert cli.main(f"{words} --continue_from {run.model_folder}{given}".split()) == 0
+    new, found_epochs = found
+    assert found_epochs == epochs and "nnUNet_semiseg_continue_from" not in os.environ
+    weights = new.network.state_dict()
+    assert weights.keys() == trained.network.state_dict().keys()  # the last layers, too
+    assert all(torch.equal(w, weights[name]) for name, w in trained.network.state_dict().items())
+    assert new.current_epoch == 0 and new.lr_scheduler.ctr == 1  # a step of its own at the start
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--continue_from {model}", "--continue_from: name the new model with --as NAME"),
+        ("--continue_from {model} --as x --c", "--continue_from and --c: give one of them"),
+        ("--continue_from {model}/nix --as x", "/nix: no such file: give a trained model with --continue_from"),
+        ("--continue_from {raw} --as x", "no checkpoint_final.pth of fold all or all: give a trained model"),
+        ("--continue_from {model} --as x -tr nnUNetTrainer", "nnUNetTrainer has no settings to shorten"),
+    ],
+)
+def test_what_cannot_continue_is_refused(more, message, dataset, monkeypatch, capsys):
+    run, _ = save_untrained(MeanTeacherTrainer, dataset)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres all -p {PLANS} -device cpu -tr MeanTeacherTrainer " + more.format(
+        model=run.model_folder, raw=dataset.raw
+    )
+    assert cli.main(words.split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (dataset.preprocessed / "x.json").exists()

@@ -12,10 +12,12 @@ import torch
 from training import PLANS, make_trainer
 from watching import no_room_for_files_of, opened_in
 
+from nnunet_semiseg import files
 from nnunet_semiseg.data.pseudo_labels import write_pseudo_label
+from nnunet_semiseg.data.unlabeled import preprocess_unlabeled
 from nnunet_semiseg.data.written_images import check_written, write_image
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import BusyError, DiskError, only_one
+from nnunet_semiseg.files import BusyError, DiskError, only_one, reading
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, given_settings, store_settings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -134,6 +136,7 @@ def test_going_on_with_other_settings_is_refused_unless_they_are_accepted(traine
     with pytest.raises(UserError) as error:
         trainer.load_checkpoint(file)
     line = one_line_of(error)
+    assert not Path(trainer.log_file).exists()  # nothing was trained
     assert line.startswith(f"{file}: was trained with other settings: num_epochs was 3 and is 5: set them back with")
     assert "--set num_epochs=3," in line and "--accept-changes" in line and f"{ACCEPT_CHANGES}=1 nnUNetv2_train" in line
 
@@ -151,25 +154,37 @@ def test_going_on_with_other_settings_is_refused_unless_they_are_accepted(traine
 # -------------------------------------------------------------------------------------------------------------- alone
 
 
-def test_a_second_training_of_the_same_run_is_told_who_trains_it(dataset):
+def test_a_second_training_of_the_same_run_is_told_who_trains_it(dataset, monkeypatch):
+    """So is one who would rewrite what it trains with; another training may use it, too."""
+    monkeypatch.setattr(files, "WAIT", 0.0)
     first, second = (make_trainer(SupervisedTrainer, dataset) for _ in range(2))
     train_step, refused = first.train_step, []
 
     def meanwhile(batch):
-        for work in (second.run_training, second.perform_actual_validation):
+        before = sorted(os.listdir(first.output_folder))
+        for work in (
+            second.run_training,
+            second.perform_actual_validation,
+            lambda: make_trainer(SupervisedTrainer, dataset),
+            lambda: preprocess_unlabeled(dataset.id, ["2d"], PLANS, 0, clean=True),
+            lambda: dataset.plan(),
+        ):
             with pytest.raises(BusyError) as error:
                 work()
             refused.append(one_line_of(error))
+        assert sorted(os.listdir(first.output_folder)) == before  # no second log
         first.train_step = train_step
         return train_step(batch)
 
     first.train_step = meanwhile
     first.run_training()
     lock = Path(first.output_folder, "training.lock")
-    assert refused[0].startswith(f"{lock}: process {os.getpid()} on ") and len(refused) == 2
+    assert all(line.startswith(f"{lock}: process {os.getpid()} on ") for line in refused[:3])
+    assert all(f"process {os.getpid()} on {os.uname().nodename} uses these" in line for line in refused[3:])
+    assert len(refused) == 5 and not list(dataset.preprocessed.glob(".*"))
     assert not lock.exists() and saved(first, "checkpoint_final.pth")["current_epoch"] == 3
     other = make_trainer(SupervisedTrainer, dataset, fold=0)
-    with only_one(lock, "trains"):
+    with only_one(lock, "trains"), reading(dataset.preprocessed / f"{PLANS}_2d"):
         other.run_training()  # another fold is another training
 
 

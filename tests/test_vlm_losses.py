@@ -78,8 +78,12 @@ def test_similarity_supervision_by_hand():
     t = 0.5
     first = -math.log(e(s[0][0] / t) / (e(s[0][0] / t) + e(s[0][1] / t)))
     second = -math.log(e(s[1][1] / t) / (e(s[1][0] / t) + e(s[1][1] / t)))
+    # and of each counterpart its token
+    third = -math.log(e(s[0][0] / t) / (e(s[0][0] / t) + e(s[1][0] / t)))
+    fourth = -math.log(e(s[1][1] / t) / (e(s[0][1] / t) + e(s[1][1] / t)))
     loss = similarity_supervision(tokens, found, (mean, std), (mean, std), weights, valid, t)
-    assert loss.item() == pytest.approx(0.25 * first + 0.75 * second, abs=1e-5)
+    expected = (0.25 * first + 0.75 * second + 0.25 * third + 0.75 * fourth) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_local_contrast_by_hand():

@@ -22,7 +22,7 @@ from nnunet_semiseg.text.open_clip_models import load_clip
 from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.vlm import losses, pretraining
-from nnunet_semiseg.vlm.model import AMVLM
+from nnunet_semiseg.vlm.model import AMVLM, repeat_words
 from nnunet_semiseg.vlm.overlays import draw, how_well_labels_are_found, load_text_masks, write_text_masks
 from nnunet_semiseg.vlm.pairs import Pairs, random_crop
 from nnunet_semiseg.vlm.pretraining import pretrain, split_model
@@ -75,7 +75,51 @@ def test_each_term_trains_both_towers(term, towers):
     for tower in (task.model.visual, task.model.text):
         assert sum(p.grad.abs().sum() for p in tower.parameters() if p.grad is not None) > 0
     assert all(p.grad is None for p in task.momentum.parameters())
-    assert not any(m.training for m in task.momentum.modules())
+    towers_of = (task.momentum.visual, task.momentum.text, task.momentum.distributions)
+    assert not any(m.training for part in towers_of for m in part.modules())
+
+
+def test_heads_end_centred_and_padding_does_not_count(towers):
+    """Outputs have mean 0 and spread 1 in each dimension before they are normalised, over words alone."""
+    torch.manual_seed(0)
+    model = make_task(towers).model.train()
+    assert [type(m).__name__ for m in model.heads["text_cls"]] == [
+        "Linear",
+        "BatchNorm1d",
+        "ReLU",
+        "Linear",
+        "BatchNorm1d",
+    ]
+    features, valid = 5 + torch.randn(3, 4, 16), torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0]]).bool()
+    (a, _, b, _), second, (_, c, _, _) = features
+    # at places 1 and 3 of the first text comes its second word: 1 % 2 = 3 % 2 = 1
+    repeated = torch.stack([torch.stack([a, b, b, b]), second, torch.stack([c, c, c, c])])
+    assert torch.equal(repeat_words(features, valid), repeated)
+    outputs = model.heads["text_tokens"](repeat_words(features, valid).flatten(0, 1))
+    torch.testing.assert_close(outputs.mean(0), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs.std(0, unbiased=False), torch.ones(16), atol=1e-2, rtol=0)
+    projected = model.project("text_tokens", features, valid)
+    expected = torch.nn.functional.normalize(outputs, dim=1).view(3, 4, 16)
+    torch.testing.assert_close(projected, expected * valid[..., None])
+    features[~valid] = 900.0
+    assert torch.equal(model.project("text_tokens", features, valid), projected)
+
+
+def test_the_terms_are_added_as_in_the_public_code(towers, monkeypatch):
+    """L_local = 2 + 3, L_ICL = (4 + (5 + 6) / 2) / 2, L_CSS = (7 + 8) / 2, each times its weight."""
+
+    def says(*numbers):
+        values = iter(numbers)
+        return lambda *_: torch.tensor(float(next(values)))
+
+    task = make_task(towers, itc_weight=0, local_weight=0.1, icl_weight=0.1, css_weight=0.5)
+    monkeypatch.setattr(losses, "local_contrast", says(2, 3))
+    monkeypatch.setattr(losses, "distribution_contrast", says(4))
+    monkeypatch.setattr(losses, "intra_modal_contrast", says(5, 6))
+    monkeypatch.setattr(losses, "similarity_supervision", says(7, 8))
+    terms = task(torch.randn(2, 3, 32, 32), task.model.tokenize(["one lesion", "two"]))
+    expected = {"local": 0.5, "css": 0.5 * 7.5, "icl": 0.1 * (4 + 5.5) / 2}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected)
 
 
 def test_momentum_towers_follow(towers):
@@ -289,8 +333,8 @@ def test_itc_has_the_momentum_towers_keys(towers):
     images, ids = torch.randn(3, 3, 32, 32), task.model.tokenize(["one lesion", "two", "a b c d"])
     with torch.no_grad():
         for head in task.momentum.heads.values():
-            head[-1].weight.zero_()
-            head[-1].bias.fill_(1.0)
+            head[-2].weight.zero_()
+            head[-2].bias.fill_(1.0)
     assert task(images, ids)["itc"].item() == pytest.approx(math.log(3), abs=1e-5)
 
 

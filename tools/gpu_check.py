@@ -531,13 +531,18 @@ def write_towers(folder: Path) -> None:
     """A text tower, and what `pretrain_vlm` leaves; both small, and with random weights."""
     from safetensors.torch import save_file
 
-    from nnunet_semiseg.demo import write_text_tower
     from nnunet_semiseg.text.open_clip_models import load_clip
     from nnunet_semiseg.vlm.model import AMVLM
 
+    model = {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    }
     for name in ("text_tower", "vlm"):
-        if not (folder / name).is_dir():
-            write_text_tower(folder / name)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        config = json.dumps({"model_cfg": model, "preprocess_cfg": {}})
+        (folder / name / "open_clip_config.json").write_text(config, encoding="utf-8")
     vlm = folder / "vlm"
     settings = {"dim": 64, "hidden": 128}
     save_file(AMVLM(*load_clip(str(vlm), "none"), **settings).state_dict(), vlm / "vlm.safetensors")

@@ -8,6 +8,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.paths import nnUNet_preprocessed
@@ -21,11 +22,12 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.settings.base import TeacherSettings, require
-from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
+from nnunet_semiseg.text.prompts import check_prompts_are_current, class_names, read_prompts
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import dataset_json_file
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
+from nnunet_semiseg.vlm.gate import Example, examples_of, measure
 from nnunet_semiseg.vlm.sides import (
     HORIZONTAL,
     SIDES,
@@ -36,13 +38,7 @@ from nnunet_semiseg.vlm.sides import (
     is_flat,
     named_sides,
 )
-from nnunet_semiseg.vlm.text_masks import (
-    TextMaskGenerator,
-    contrast_between_classes,
-    contrast_between_images,
-    load_vlm,
-    read_about,
-)
+from nnunet_semiseg.vlm.text_masks import TextMaskGenerator, load_vlm, read_about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +56,18 @@ class AMVLMSettings(TeacherSettings):
     average_supervision: bool = True
     pseudo_weight: float = 1.0
     """of each of the three supervisions, at the end of the ramp"""
-    mask_weight: float = 0.1
-    """of the mask generator's own loss"""
+    mask_weight: float = 1.0
+    """of the mask generator's own loss; 0: its masks stay those of the pre-training"""
+    mask_learning_rate: float = 3e-4
+    """of the mask generator's own optimizer, Adam"""
+    mask_texts: int = 64
+    """texts that an image is contrasted with: its batch's, and others of the dataset, drawn at every step"""
     mask_temperature: float = 0.07
+    """of the mask generator's loss when it begins; it is learnt"""
+    mask_gate: float = 0.6
+    """the least area under the ROC curve on labelled cases with which text masks are used; 0: they always are"""
+    mask_labels: Literal["hard", "soft"] = "hard"
+    """hard: masks above the threshold with the best Dice on labelled cases; soft: as they are, the paper's"""
     mask_cosines: Literal["absolute", "relative"] = "absolute"
     """sigmoid(10 (cos - 0.25)), the paper's; or the cosine against the others of its image, for any towers"""
     text_slices: int = 8
@@ -83,10 +88,12 @@ class AMVLMSettings(TeacherSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("pseudo_weight", "mask_weight"):
+        for name in ("pseudo_weight", "mask_weight", "mask_learning_rate"):
             require(self, name, minimum=0)
+        require(self, "mask_gate", minimum=0, maximum=1)
         require(self, "mask_temperature", minimum=1e-6)
-        require(self, "text_slices", minimum=1)
+        for name in ("text_slices", "mask_texts"):
+            require(self, name, minimum=1)
         for name in ("vertical_sides", "horizontal_sides"):
             if any(len(pair) != 2 for pair in getattr(self, name)):
                 raise UserError(f"setting {name}={getattr(self, name)}: must be a list of pairs of words")
@@ -99,10 +106,16 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     `pretrain_vlm`, says where in an unlabelled image its text is. Three pseudo-labels, all of them probabilities,
     teach the student's strong view: the teacher's mask, the text mask, and their average (each can be off):
 
-        L = L_sup + lambda(t) (L_teacher + L_text + L_average) + 0.1 L_mask
+        L = L_sup + lambda(t) (L_teacher + L_text + L_average)
 
-    with nnU-Net's Dice + CE, on soft labels at full resolution (`soft_label_loss`), lambda a Gaussian ramp over the
-    training, and L_mask the generator's own InfoNCE. Teacher and generator see the weak view.
+    with nnU-Net's Dice + CE, on soft labels at full resolution (`soft_label_loss`), and lambda a Gaussian ramp over the
+    training. Teacher and generator see the weak view. The generator learns by a loss and an optimizer of its own, as in
+    the public code: TCL's extended InfoNCE with its priors (`loss_between_images`), Adam.
+
+    Before every epoch the text masks are measured on labelled training cases (`Quality`). A class whose masks find its
+    labels too badly (`mask_gate`) has the teacher's word instead; where that is so of all classes, nothing is left of
+    the texts: it is a Mean Teacher. Other masks are cut at the threshold that finds the labels best. The paper and the
+    public code trust all masks; both departures are ours.
 
     With one class a case's own text of texts.json is taken, else a prompt a class, with a mask a class; the background
     is what no mask takes: prod_k (1 - m_k). Of a volume `text_slices` slices along the patch's first axis get text
@@ -129,9 +142,11 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             )
         check_prompts_are_current(plans["dataset_name"], dataset_json)
         self.prompts = list(read_prompts(dataset_json, dataset_json_file(plans)).values())
-        self.case_texts = self.read_case_texts(plans, configuration)
+        self.case_texts, self.labeled_texts = self.read_case_texts(plans, configuration)
         self.vlm = load_vlm(self.settings.vlm)
-        texts = list(self.case_texts.values() if self.case_texts else chain(*self.prompts))
+        texts = (
+            [*self.case_texts.values(), *self.labeled_texts.values()] if self.case_texts else [*chain(*self.prompts)]
+        )
         n_dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
         axis = read_about(Path(self.settings.vlm), "pre-train again")["settings"].get("slice_axis", 0)
         if n_dims == 3 and axis != 0:
@@ -151,37 +166,73 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             raise UserError(f"{'texts.json' if self.case_texts else 'dataset.json'}: {error}") from None
         return plans
 
-    def read_case_texts(self, plans: dict, configuration: str) -> dict[str, str]:
-        """Texts of the unlabelled cases, or none where prompts are asked for."""
+    def read_case_texts(self, plans: dict, configuration: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Texts of the unlabelled cases, and of the labelled ones that have any; none where prompts are asked for."""
         name, one_class = plans["dataset_name"], len(self.prompts) == 2
         if self.settings.texts == "classes" or self.settings.texts == "auto" and not (one_class and has_texts(name)):
-            return {}
+            return {}, {}
         if not one_class:
             raise UserError("setting texts=cases: one text a case cannot tell several classes apart: use texts=classes")
         cases = list(self.unlabeled_cases)
+        manager = PlansManager(plans).get_configuration(configuration)
+        folder = join(nnUNet_preprocessed, name, manager.data_identifier)
+        labeled = infer_dataset_class(folder).get_identifiers(folder)
         if self.settings.num_labeled is not None:  # which of the labelled ones are to be unlabelled the fold says later
-            manager = PlansManager(plans).get_configuration(configuration)
-            folder = join(nnUNet_preprocessed, name, manager.data_identifier)
-            cases += infer_dataset_class(folder).get_identifiers(folder)
-        return read_texts(name, cases, self.settings.missing_texts)
+            cases += labeled
+        texts = read_texts(name, cases, self.settings.missing_texts)
+        known = read_texts(name, {*cases, *labeled}, "skip")
+        return texts, {case: known[case] for case in labeled if case in known}
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
-        return {"text_masks": TextMaskGenerator(self.vlm, self.settings.mask_cosines == "relative")}
+        relative, temperature = self.settings.mask_cosines == "relative", self.settings.mask_temperature
+        return {"text_masks": TextMaskGenerator(self.vlm, relative, temperature)}
 
     def initialize(self):
         super().initialize()
         generator = self.auxiliary["text_masks"]
+        self.mask_optimizer = torch.optim.Adam(generator.parameters(), self.settings.mask_learning_rate)
+        n_classes = 1 if self.case_texts else len(self.prompts) - 1
+        self.method_state = {"mask_used": torch.zeros(n_classes), "mask_threshold": torch.full((n_classes,), 0.5)}
+        if self.settings.mask_gate == 0:
+            self.method_state["mask_used"].fill_(1)
+        pairs = self.settings.side_pairs
         if self.case_texts:
-            self.row = {case: i for i, case in enumerate(self.case_texts)}
+            self.texts = sorted({*self.case_texts.values(), *self.labeled_texts.values()})
+            number = {text: i for i, text in enumerate(self.texts)}
+            self.row = {case: number[text] for case, text in self.case_texts.items()}
+            self.labeled_row = {case: number[text] for case, text in self.labeled_texts.items()}
             self.text_features = {
-                flip: generator.encode_texts([
-                    exchange(t, flip, self.settings.side_pairs) for t in self.case_texts.values()
-                ])
-                for flip in self.flips
+                flip: generator.encode_texts([exchange(t, flip, pairs) for t in self.texts]) for flip in self.flips
             }
         else:
             features = [generator.encode_texts(list(texts)).mean(0) for texts in self.prompts]
             self.class_features = nn.functional.normalize(torch.stack(features), dim=1)
+
+    def configure_optimizers(self):
+        """Of the network alone: the masks have their own."""
+        optimizer, scheduler = super().configure_optimizers()
+        (group,), of_masks = optimizer.param_groups, {id(p) for p in self.auxiliary.parameters()}
+        group["params"] = [p for p in group["params"] if id(p) not in of_masks]
+        return optimizer, scheduler
+
+    def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Also a step of the text masks, whose gradients are complete."""
+        self.mask_optimizer.zero_grad(set_to_none=True)
+        terms = super().backward(groups)
+        if self.grad_scaler is None:
+            self.mask_optimizer.step()
+        else:
+            self.grad_scaler.step(self.mask_optimizer)
+        return terms
+
+    def collect_checkpoint(self) -> dict:
+        checkpoint = super().collect_checkpoint()
+        checkpoint["semiseg"]["mask_optimizer"] = self.mask_optimizer.state_dict()
+        return checkpoint
+
+    def restore(self, checkpoint: dict) -> None:
+        super().restore(checkpoint)
+        self.mask_optimizer.load_state_dict(checkpoint["semiseg"]["mask_optimizer"])
 
     # ------------------------------------------------------------------------------------------------- augmentation
 
@@ -230,18 +281,38 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         yield {"mask": settings.mask_weight * loss}
         del loss
 
-        # without a text the teacher's word is all there is
         taught_2d = to_slices(taught)
-        text = torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught_2d)
+        text = self.text_labels(masks, has_text, taught_2d)
         weight = settings.pseudo_weight * gaussian_ramp(self.progress)
         with self.shared(self.finest(next(outputs))) as logits:
             if settings.teacher_supervision:
                 yield {"teacher": weight * soft_label_loss(self.finest_loss, logits, taught)}
-            if settings.text_supervision:
-                yield {"text": weight * soft_label_loss(self.finest_loss, to_slices(logits), text)}
-            if settings.average_supervision:
-                average = (text + taught_2d) / 2
-                yield {"average": weight * soft_label_loss(self.finest_loss, to_slices(logits), average)}
+            labels = {"text": text, "average": None if text is None else (text + taught_2d) / 2}
+            wanted = {"text": settings.text_supervision, "average": settings.average_supervision}
+            for name in (name for name in labels if wanted[name]):
+                label = labels[name]
+                if label is None:
+                    yield {name: logits.new_zeros(())}
+                else:
+                    yield {name: weight * soft_label_loss(self.finest_loss, to_slices(logits), label)}
+
+    def text_labels(self, masks: Tensor, has_text: Tensor, taught: Tensor) -> Tensor | None:
+        """Probabilities (N, heads, H, W) by the texts; None where no class's masks are good enough to be used.
+
+        Where there is no text, and of classes whose masks are not used, the teacher's word is all there is.
+
+        Args:
+            masks: (N, K, H, W); has_text: (N,); taught: the teacher's probabilities (N, heads, H, W).
+        """
+        used, thresholds = (self.method_state[name].tolist() for name in ("mask_used", "mask_threshold"))
+        if not any(used):
+            return None
+        if self.settings.mask_labels == "hard":
+            masks = torch.stack([mask > t for mask, t in zip(masks.unbind(1), thresholds, strict=True)], 1).float()
+        of_teacher = taught if self.label_manager.has_regions else taught[:, 1:]
+        pairs = zip(masks.unbind(1), of_teacher.unbind(1), used, strict=True)
+        masks = torch.stack([mask if use else teacher for mask, teacher, use in pairs], 1)
+        return torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught)
 
     def draw_slices(self, images: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
         """What takes (B, C, *S) to 2d images, and of each the sample it is of; 2d images are taken as they are."""
@@ -253,19 +324,73 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
 
     def text_masks(self, images: Tensor, cases: list[str], flip: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (N, classes, H, W) of 2d images, which of them have a text, (N,), and the generator's own loss."""
-        generator, temperature = self.auxiliary["text_masks"], self.settings.mask_temperature
+        generator = self.auxiliary["text_masks"]
         if not self.case_texts:
             texts = self.class_features[1:]
             raw, masks, features = generator(images, texts.expand(len(images), -1, -1))
-            loss = contrast_between_classes(raw, features, texts, self.class_features[0], temperature)
+            loss = generator.loss_between_classes(features, raw, texts, self.class_features[0])
             return masks, torch.ones(len(images), dtype=torch.bool, device=images.device), loss
         known = [i for i, case in enumerate(cases) if case in self.row]
-        texts = self.text_features[flip][[self.row.get(case, 0) for case in cases]][:, None]
-        raw, masks, features = generator(images, texts)
+        all_texts = self.text_features[flip]
+        raw, masks, features = generator(images, all_texts[[self.row.get(case, 0) for case in cases]][:, None])
         has_text = torch.tensor([case in self.row for case in cases]).to(images.device, non_blocking=True)
         if not known:
             return masks, has_text, raw.new_zeros(())
-        return masks, has_text, contrast_between_images(raw[known], features[known], texts[known], temperature)
+        rows = [self.row[cases[i]] for i in known]
+        drawn = self.draw_texts(rows)
+        own = torch.tensor([drawn.index(row) for row in rows]).to(images.device, non_blocking=True)
+        return masks, has_text, generator.loss_between_images(features[known], all_texts[drawn], own)
+
+    def draw_texts(self, rows: list[int]) -> list[int]:
+        """The numbers of a batch's texts, and of others up to `mask_texts`."""
+        own = set(rows)
+        others = [i for i in torch.randperm(len(self.texts)).tolist() if i not in own]
+        return [*sorted(own), *others[: max(self.settings.mask_texts - len(own), 0)]]
+
+    # ------------------------------------------------------------------------------------------- how good masks are
+
+    def do_split(self):
+        training, validation = super().do_split()
+        self.labeled_cases = training
+        return training, validation
+
+    def on_train_start(self):
+        super().on_train_start()
+        manager = self.label_manager
+        labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        cases = [c for c in self.labeled_cases if not self.case_texts or c in self.labeled_texts]
+        data = self.dataset_class(self.preprocessed_dataset_folder, cases)
+        self.examples = examples_of(data, cases, labels, manager.ignore_label)
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        if self.settings.text_supervision or self.settings.average_supervision:
+            self.measure_masks()
+
+    def measure_masks(self) -> None:
+        """Measure the text masks on labelled training cases, and say which are used and which are not."""
+        masks, gate = [self.masks_of(example) for example in self.examples], self.settings.mask_gate
+        said = []
+        for k, name in enumerate(class_names(self.dataset_json)[1:]) if masks else ():
+            labels, known = [e.labels[k] for e in self.examples], [e.known for e in self.examples]
+            quality = measure([mask[k] for mask in masks], labels, known)
+            use = gate == 0 or quality.area >= gate
+            self.method_state["mask_used"][k], self.method_state["mask_threshold"][k] = use, quality.threshold
+            what = f"used above {quality.threshold:.2f}, Dice {quality.dice:.2f}" if use else f"below {gate}: not used"
+            said.append(f"{name} {quality.area:.2f} ({what})")
+        nothing = "no labelled case has a text, so they are not used; --set mask_gate=0 would trust them"
+        if said or gate:
+            self.print_to_log_file("text masks, area under the ROC curve:", ", ".join(said) or nothing)
+
+    @torch.no_grad()
+    def masks_of(self, example: Example) -> np.ndarray:
+        """The text masks (K, H, W) of a labelled image."""
+        image = torch.from_numpy(example.image).to(self.device)[None]
+        if self.case_texts:
+            texts = self.text_features[False, False][[self.labeled_row[example.case]]]
+        else:
+            texts = self.class_features[1:]
+        return self.auxiliary["text_masks"](image, texts[None])[1][0].cpu().numpy()
 
 
 def with_background(masks: Tensor, label_manager) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import shutil
@@ -16,13 +15,15 @@ from nnunet_semiseg.conversion.description import About, Case, Crop, Read
 from nnunet_semiseg.conversion.names import some
 from nnunet_semiseg.conversion.readers import one_channel
 from nnunet_semiseg.conversion.repair import Repair, grid_difference, read
-from nnunet_semiseg.data.headers import header_problem
+from nnunet_semiseg.data.headers import data_files, header_problem, is_spacing
 from nnunet_semiseg.data.image_problems import nifti_damage, one_line_of
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DiskError, disk_errors, write_json
 
 STATE = ".conversion"
+LINKED = (".nrrd", ".mha")
+"""kinds that nnU-Net reads, and whose voxels may be in another file, which a link would not take along"""
 
 
 def convert_case(
@@ -115,11 +116,15 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
     """
     for path in paths_of(source):
         if not path.exists():
-            raise UserError(f"{path}: missing")
+            raise UserError(
+                f"{path}: a link to {path.readlink()}, which is not there" if path.is_symlink() else f"{path}: missing"
+            )
         if path.is_file() and (problem := header_problem(path, root or path.parent)):
             raise UserError(f"{path}: {problem}")
     if isinstance(source, Path):
         image, found = read(source, repair)
+        if any(data_files(source)) and source.name.lower().endswith(LINKED):
+            found.append(f"{source.name} and the file with its voxels are written as one")
         notes += found
         link = None if found else source
     else:
@@ -127,6 +132,8 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
     if image.GetDimension() == 2:  # dots per inch, which nnU-Net does not read and masks do not share
         image.SetSpacing((1, 1))
         image.SetOrigin((0, 0))
+    if not is_spacing(image.GetSpacing()):
+        raise UserError(f"{_name(source)}: its spacing is {image.GetSpacing()} mm: correct its header")
     return image, link
 
 
@@ -186,7 +193,12 @@ def _write(image: sitk.Image, whole: Path | None, slices, file: Path, ending: st
     """Link the file where it holds the image as nnU-Net reads it, copy it where links do not work, else write."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if slices is not None or whole is None or not whole.name.endswith(ending):
-        write_image(image if slices is None else image[slices], file)
+        warns = sitk.ProcessObject.GetGlobalWarningDisplay()
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)  # of what a header has that another format does not
+        try:
+            write_image(image if slices is None else image[slices], file)
+        finally:
+            sitk.ProcessObject.SetGlobalWarningDisplay(warns)
         return
     try:
         os.link(whole.resolve(), file)
@@ -210,8 +222,8 @@ def _sha256(path: Path) -> str:
 def files_of(path: Path) -> list[Path]:
     """A file, or a header and its data, or all files in a folder (a DICOM series), by the order of their names."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    if path.name.lower().endswith((".mhd", ".nhdr")):
-        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    if not path.is_dir():
+        files += [path.parent / name for name in data_files(path)]
     return [file for file in files if file.is_file()]
 
 

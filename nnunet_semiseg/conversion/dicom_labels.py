@@ -33,71 +33,84 @@ def classes_in(path: Path) -> list[str]:
     return segments or [str(item.ROIName) for item in data.get("StructureSetROISequence", ())]
 
 
-def read_segmentation(path: Path, grid: Path, names: Sequence[str], read_image: Callable[..., sitk.Image]):
-    """A DICOM-SEG on its image's grid, with the values 1, 2, ... of the named segments.
+def read_dicom_labels(*paths: Path, names: Sequence[str], read_image: Callable[..., sitk.Image]):
+    """DICOM segmentations and structure sets on their image's grid, with the values 1, 2, ... of the named classes.
+
+    A voxel in several classes is of the one that is named last.
+
+    Args:
+        paths: one or more files, and the image.
 
     Returns:
         The label, uint8, and a note: what was not named, what is not there, what overlaps.
     """
-    note = _compare(path, names)
-    import highdicom
-
+    *files, grid = paths
+    note = _compare(files, names)
     image = read_image(grid)
-    file = highdicom.seg.segread(path)
-    label, overlap = np.zeros(image.GetSize()[::-1], np.uint8), 0
-    for value, name in enumerate(names, 1):
-        numbers = [n for n in file.segment_numbers if _same(file.get_segment_description(n).segment_label, name)]
-        if not numbers:
-            continue
-        volume = file.get_volume(segment_numbers=numbers, combine_segments=True, relabel=True, skip_overlap_checks=True)
-        segment = sitk.Cast(volume.to_simpleitk(), sitk.sitkUInt8)
-        if not _on_lattice(segment, image):
-            note.append(f"{name} is on another grid than the image: the nearest voxels are taken")
-        mask = sitk.GetArrayFromImage(sitk.Resample(segment, image, sitk.Transform(), sitk.sitkNearestNeighbor)) > 0
-        overlap += np.count_nonzero(label[mask])
-        label[mask] = value
-    return _finished(label, image, note, overlap)
-
-
-def read_structure_set(path: Path, grid: Path, names: Sequence[str], read_image: Callable[..., sitk.Image]):
-    """An RTSTRUCT on its image's grid: the pixels within the outlines of each slice; an outline within one is a hole.
-
-    Returns:
-        The label, uint8, and a note: what was not named, what is not there, what overlaps.
-    """
-    note = _compare(path, names)
-    import pydicom
-
-    image = read_image(grid)
-    data = pydicom.dcmread(path)
-    numbers = {int(item.ROINumber): str(item.ROIName) for item in data.StructureSetROISequence}
+    opened = [(file, _open(file)) for file in files]
     label, overlap = np.zeros(image.GetSize()[::-1], np.uint8), 0
     for value, name in enumerate(names, 1):
         mask = np.zeros(label.shape, bool)
-        for roi in data.ROIContourSequence:
-            if not _same(numbers[int(roi.ReferencedROINumber)], name):
-                continue
-            for contour in roi.get("ContourSequence", ()):
-                points = np.reshape([float(v) for v in contour.ContourData], (-1, 3))
-                index = np.array([image.TransformPhysicalPointToContinuousIndex(point) for point in points.tolist()])
-                z = round(index[:, 2].mean())
-                if not 0 <= z < len(mask) or np.ptp(index[:, 2]) > 0.5:
-                    raise UserError(f"{path}: an outline of {name} lies in no slice of {grid}: is it its image?")
-                rows, columns = polygon(index[:, 1], index[:, 0], mask.shape[1:])
-                mask[z, rows, columns] ^= True
+        for file, data in opened:
+            if "SegmentSequence" in data:
+                mask |= _segment(data, name, image, note)
+            else:
+                mask |= _outlined(data, name, image, file, grid)
         overlap += np.count_nonzero(label[mask])
         label[mask] = value
-    return _finished(label, image, note, overlap)
+    result = sitk.GetImageFromArray(label)
+    result.CopyInformation(image)
+    overlaps = [f"{overlap} voxels are in several classes: they are of the one that is named last"] if overlap else []
+    return result, "; ".join([*note, *overlaps])
 
 
-def _compare(path: Path, names: Sequence[str]) -> list[str]:
-    there = classes_in(path)
+def _open(file: Path):
+    import highdicom
+    import pydicom
+
+    data = pydicom.dcmread(file)
+    return highdicom.seg.Segmentation.from_dataset(data, copy=False) if "SegmentSequence" in data else data
+
+
+def _segment(data, name: str, image: sitk.Image, note: list[str]) -> np.ndarray:
+    """Where a segment is, z y x."""
+    numbers = [n for n in data.segment_numbers if _same(data.get_segment_description(n).segment_label, name)]
+    if not numbers:
+        return np.zeros(image.GetSize()[::-1], bool)
+    volume = data.get_volume(segment_numbers=numbers, combine_segments=True, relabel=True, skip_overlap_checks=True)
+    segment = sitk.Cast(volume.to_simpleitk(), sitk.sitkUInt8)
+    if not _on_lattice(segment, image):
+        note.append(f"{name} is on another grid than the image: the nearest voxels are taken")
+    return sitk.GetArrayFromImage(sitk.Resample(segment, image, sitk.Transform(), sitk.sitkNearestNeighbor)) > 0
+
+
+def _outlined(data, name: str, image: sitk.Image, file: Path, grid: Path) -> np.ndarray:
+    """The pixels within the outlines of each slice, z y x; an outline within one is a hole."""
+    numbers = {int(item.ROINumber): str(item.ROIName) for item in data.StructureSetROISequence}
+    mask = np.zeros(image.GetSize()[::-1], bool)
+    for roi in data.ROIContourSequence:
+        if not _same(numbers[int(roi.ReferencedROINumber)], name):
+            continue
+        for contour in roi.get("ContourSequence", ()):
+            points = np.reshape([float(v) for v in contour.ContourData], (-1, 3))
+            index = np.array([image.TransformPhysicalPointToContinuousIndex(point) for point in points.tolist()])
+            z = round(index[:, 2].mean())
+            if not 0 <= z < len(mask) or np.ptp(index[:, 2]) > 0.5:
+                raise UserError(f"{file}: an outline of {name} lies in no slice of {grid}: is it its image?")
+            rows, columns = polygon(index[:, 1], index[:, 0], mask.shape[1:])
+            mask[z, rows, columns] ^= True
+    return mask
+
+
+def _compare(files: Sequence[Path], names: Sequence[str]) -> list[str]:
+    there = [name for file in files for name in classes_in(file)]
     missing = [name for name in names if not any(_same(name, other) for other in there)]
     unused = [other for other in there if not any(_same(name, other) for name in names)]
+    where = " and ".join(file.name for file in files)
     if len(missing) == len(names):
-        raise UserError(f"{path}: none of --labels {' '.join(names)} is there: it has {some(there, 20)}")
-    notes = [f"{path.name} has no {some(missing)}"] if missing else []
-    return notes + ([f"{some(unused)} of {path.name} is not named with --labels and left out"] if unused else [])
+        raise UserError(f"{files[0]}: none of --labels {' '.join(names)} is there: {where} has {some(there, 20)}")
+    notes = [f"{where} has no {some(missing)}"] if missing else []
+    return notes + ([f"{some(unused)} of {where} is not named with --labels and left out"] if unused else [])
 
 
 def _same(one: str, other: str) -> bool:
@@ -105,16 +118,11 @@ def _same(one: str, other: str) -> bool:
 
 
 def _on_lattice(segment: sitk.Image, image: sitk.Image) -> bool:
-    """Whether voxels lie on voxels, though one may reach further than the other."""
-    ends = ([0, 0, 0], [n - 1 for n in segment.GetSize()])
-    points = [image.TransformPhysicalPointToContinuousIndex(segment.TransformIndexToPhysicalPoint(e)) for e in ends]
-    steps = np.subtract(*points[::-1])
-    same_size = np.allclose(np.abs(steps), np.subtract(segment.GetSize(), 1), atol=0.1)
-    return same_size and np.allclose(points, np.round(points), atol=0.1)
-
-
-def _finished(label: np.ndarray, image: sitk.Image, notes: Sequence[str], overlap: int) -> tuple[sitk.Image, str]:
-    result = sitk.GetImageFromArray(label)
-    result.CopyInformation(image)
-    overlaps = [f"{overlap} voxels are in several classes: they are of the later one"] if overlap else []
-    return result, "; ".join([*notes, *overlaps])
+    """Whether voxels lie on voxels, though one may reach further than the other, or have its axes in another order."""
+    ends = np.diag(segment.GetSize()) - np.eye(3, dtype=int)  # the last voxel along each axis
+    places = [segment.TransformIndexToPhysicalPoint(end.tolist()) for end in (np.zeros(3, int), *ends)]
+    first, *last = (np.array(image.TransformPhysicalPointToContinuousIndex(place)) for place in places)
+    steps = [end - first for end in last]
+    lengths = np.subtract(segment.GetSize(), 1)
+    straight = all(np.allclose(np.sort(np.abs(s)), (0, 0, n), atol=0.1) for s, n in zip(steps, lengths, strict=True))
+    return straight and np.allclose([first, *last], np.round([first, *last]), atol=0.1)

@@ -63,6 +63,7 @@ def parse(words: Sequence[str], labels: Sequence[str] | None = None) -> LabelVal
 
 
 def _value(text: str) -> Value | None:
+    text = text.strip()
     if re.fullmatch(r"-?\d+", text):
         return int(text)
     parts = text.split("/")
@@ -104,13 +105,18 @@ def found_text(counts: Mapping) -> str:
 def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
     """The option to copy: names as given, where there are as many as values beside the background's."""
     values = sorted(counts, key=_order)
-    zero = values[0] if values and values[0] in (0, (0, 0, 0)) else None
+    zero = next((value for value in values if value in (0, (0, 0, 0))), None)
     others = [value for value in values if value != zero]
     if any(isinstance(value, float) for value in values) or len(others) > 10:
         return "save masks as whole numbers, without smoothing or compression with loss"
     names = labels if len(labels) == len(others) else [f"NAME{i}" for i in range(1, len(others) + 1)]
     words = ([f"{as_text(zero)}={BACKGROUND}"] if zero is not None else []) + [
-        f"{as_text(value)}={name}" if re.fullmatch(r"[\w.-]+", name) else f"'{as_text(value)}={name}'"
-        for value, name in zip(others, names, strict=True)
+        _quoted(f"{as_text(value)}={name}") for value, name in zip(others, names, strict=True)
     ]
     return f"say what they are with --label-values {' '.join(words)}"
+
+
+def _quoted(word: str) -> str:
+    """So that a shell takes it for one word, and the command does not take -1 for an option: it has no spaces."""
+    word = f" {word}" if word.startswith("-") else word
+    return word if re.fullmatch(r"[\w./=-]+", word) else f"'{word}'"

@@ -1,17 +1,20 @@
 """Which files are images, channels and labels of which case: told from their names alone, nothing is opened.
 
-Three ways to keep a data set are known, and tried in this order: names as BIDS has them; folders for images and folders
-for labels; a folder a case. What is kept in none of these is taken as one folder for all.
+These ways to keep a data set are known, and tried in this order: names as BIDS has them; one case alone; a folder a
+channel; folders for images and folders for labels; labels apart from images, under their names; a folder a case. What
+is kept in none of these is taken as one folder for all.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from nnunet_semiseg.conversion.dicom_folders import case_folders, without_channels
+from nnunet_semiseg.conversion.filling import Layout, by_kind, fill_case, fill_flat, fill_groups, is_label, put
 from nnunet_semiseg.conversion.names import (
     DICOM_SEG,
     IMAGE,
@@ -24,48 +27,23 @@ from nnunet_semiseg.conversion.names import (
     common_root,
     core,
     is_session,
-    kind_of,
     label_core,
     natural,
     part_of,
-    without_case,
 )
-from nnunet_semiseg.conversion.pairs import choose_channels, pair
+from nnunet_semiseg.conversion.pairs import choose_channels
 from nnunet_semiseg.errors import UserError
 
-
-@dataclass
-class Layout:
-    """What the names say.
-
-    Args:
-        kind: how the source is kept, in words.
-        images: case to channel to path; a file that holds all channels is that of channel "". A channel that the case
-            lacks is not there.
-        labels: case to class to path; a file that holds all classes is that of class "".
-        channels: in their order; none where there is one, and nothing says what it is.
-        parts: case to val, test or unlabeled; all others are for training.
-        patients: case to patient, where folders say it.
-        left_out: path to reason.
-    """
-
-    kind: str
-    images: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
-    labels: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
-    channels: tuple[str, ...] = ()
-    parts: dict[str, str] = field(default_factory=dict)
-    patients: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """One line for the user."""
-        with_label = f"{len(self.images)} cases, {len(self.labels)} with a label"
-        channels = f", channels {' '.join(self.channels)}" if self.channels else ""
-        return f"{self.kind}: {with_label}{channels}"
+MANY_CHANNELS = 8
+"""images beside one label: more are no channels of a case"""
 
 
 def recognise(
-    paths: Iterable[str], channels: Sequence[str] | None = None, stacked: bool = False, source: str = ""
+    paths: Iterable[str],
+    channels: Sequence[str] | None = None,
+    stacked: bool = False,
+    source: str = "",
+    classes: Sequence[str] | None = None,
 ) -> Layout:
     """The cases that relative paths tell of.
 
@@ -74,6 +52,7 @@ def recognise(
         channels: wanted, by name and in this order; None: those that all labelled cases have.
         stacked: pictures in a folder of their case are the slices of a volume.
         source: the folder, for messages.
+        classes: wanted; where masks are called so, each is one of its class.
 
     Raises:
         UserError: names that make no sense, or more than one: two cases of one name, a label of no case.
@@ -81,9 +60,18 @@ def recognise(
     paths = sorted(paths, key=natural)
     root = common_root(paths)
     names = [Name(path, root, source) for path in paths]
-    layout = _bids(names) or _folders_of_kinds(names, channels, stacked) or _folders_of_cases(names, channels, stacked)
-    layout = layout or _one_folder(names, channels)
-    _check_labels(layout, source)
+    if not any(map(is_label, names)):  # images/c1.nii.gz and images/c1_seg.nii.gz
+        names = [replace(name, by_folder=False) for name in names]
+    layout = (
+        _bids(names)
+        or _one_case(names, channels, stacked)
+        or _folders_of_channels(names)
+        or _folders_of_kinds(names, channels, stacked)
+        or _apart(names, channels)
+        or _folders_of_cases(names, channels, stacked)
+        or _one_folder(names, channels)
+    )
+    _check_labels(layout, source, classes)
     layout.channels, unused = choose_channels(layout.images, layout.labels, channels)
     layout.left_out |= unused
     for case, part in list(layout.parts.items()):
@@ -96,12 +84,15 @@ def recognise(
 def _unused(paths: Sequence[str], layout: Layout) -> list[str]:
     used = {path for files in (*layout.images.values(), *layout.labels.values()) for path in files.values()}
     folders = tuple(
-        f"{path.removesuffix(SERIES).removesuffix(STACK)}/" for path in used if path.endswith((SERIES, STACK))
+        f"{folder}/" if (folder := path.removesuffix(SERIES).removesuffix(STACK)) else ""  # the source itself
+        for path in used
+        if path.endswith((SERIES, STACK))
     )
-    return [p for p in paths if p not in used and p not in layout.left_out and not p.startswith(folders)]
+    inside = {path for path in paths if path.endswith((SERIES, *PICTURES)) and path.startswith(folders)}
+    return [path for path in paths if path not in used and path not in layout.left_out and path not in inside]
 
 
-def _check_labels(layout: Layout, source: str) -> None:
+def _check_labels(layout: Layout, source: str, classes: Sequence[str] | None) -> None:
     alone = {case: files for case, files in layout.labels.items() if case not in layout.images}
     lines = [
         f"{os.path.join(source, next(iter(files.values())))}: no image of case {case}: rename it, or take it away"
@@ -109,10 +100,19 @@ def _check_labels(layout: Layout, source: str) -> None:
     ]
     if lines:
         raise UserError("\n".join(lines))
+    wanted = {name.casefold() for name in classes or ()}
     names = [name for files in layout.labels.values() for name in files]
-    if len(names) == len(layout.labels) and not 1 < len(set(names)) <= len(names) / 2:
+    if all("" in files for files in layout.labels.values()) and not wanted & {name.casefold() for name in names}:
+        for files in layout.labels.values():  # brain_mask.nii.gz beside seg.nii.gz
+            beside = [files.pop(name) for name in set(files) - {""}]
+            layout.left_out |= dict.fromkeys(beside, "beside a label of the whole case")
+        return
+    different = sorted(set(names), key=natural)
+    are_classes = len(wanted) > 1 and {name.casefold() for name in names} <= wanted
+    if len(names) == len(layout.labels) and not (are_classes or 1 < len(different) <= len(names) / 2):
         for case, files in layout.labels.items():  # one label a case, whatever it is called
             layout.labels[case] = {"": next(iter(files.values()))}
+        layout.joined = tuple(different) if len(different) > 1 else ()
 
 
 # --------------------------------------------------------------------------------------------------------------- BIDS
@@ -129,12 +129,73 @@ def _bids(names: Sequence[Name]) -> Layout | None:
         words = name.stem.split("_")
         case = "_".join(word for word in words if word.startswith(("sub-", "ses-")))
         rest = "_".join(word for word in words if not word.startswith(("sub-", "ses-")))
-        kind = _kind(name)
+        kind = LABEL if is_label(name) else IMAGE
         if kind == IMAGE and "derivatives" in name.folders:
             layout.left_out[name.path] = "a derivative that is no label"
             continue
-        _put(layout, kind, case, (label_core(rest) or "").split("label-")[-1] if kind == LABEL else rest, name)
+        put(layout, kind, case, (label_core(rest) or "").split("label-")[-1] if kind == LABEL else rest, name)
         layout.patients[case] = words[0]
+    return layout
+
+
+# ----------------------------------------------------------------------------------------------------------- one case
+
+
+def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
+    """`t1.nii.gz`, `t2.nii.gz` and `seg.nii.gz`, or masks in a folder, beside each other; or one DICOM study."""
+    images, labels = by_kind(names)
+    if not images or not labels:
+        return None
+    nameless = all(label_core(name.stem) == "" or name.ending in (DICOM_SEG, RTSTRUCT) for name in labels)
+    if any(name.ending == SERIES for name in images):
+        slices = len(labels) > 1 and all(name.ending in PICTURES for name in labels)
+        known = {folder for name in images for folder in (*name.folders, name.stem)}
+        keys = case_folders(names)
+        matched = any(keys[name] or {name.stem, *name.folders} & known for name in labels)
+        alone = (nameless or slices) and not matched
+    else:
+        stems = {name.stem.casefold() for name in images}
+        chosen = stems == {channel.casefold() for channel in channels or ()}
+        masks = len(images) == 1 < len(labels) and not images[0].folder_kind
+        matched = any((label_core(name.stem) or name.stem).casefold() in stems for name in labels)
+        alone = (nameless and len(images) <= MANY_CHANNELS) or ((chosen or masks) and not matched)
+        alone = alone and len({name.folders for name in images}) == 1
+    if not alone:
+        return None
+    above = [*os.path.split(names[0].source)[1:], *names[0].path.split("/")[: names[0].skip]]
+    case = next((folder for folder in reversed(above) if folder and not folder.startswith(".")), "case")
+    layout = Layout("a folder of one case")
+    fill_case(layout, case, names, stacked)
+    return layout
+
+
+# --------------------------------------------------------------------------------------------------- a folder a channel
+
+
+def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
+    """`t1/c1.nii.gz`, `t2/c1.nii.gz` and `labels/c1.nii.gz`, also with folders for training and test above."""
+    images, labels = by_kind(names)
+    places: dict[tuple, dict[str, Name]] = defaultdict(dict)
+    for name in images:
+        if name.folders and not part_of(name.folders[-1]) and name.ending != SERIES:
+            channel = name.folders[-1]
+            stem = re.sub(rf"(?i)[_-]{re.escape(channel)}$", "", name.stem)
+            places[(*name.folders[:-1], stem)][channel] = name
+    found = {channel for files in places.values() for channel in files}
+    in_several = sum(len(files) for files in places.values() if len(files) > 1)
+    stems = {place[-1] for place in places}
+    cores = {name: label_core(name.stem) or name.stem for name in labels}
+    cases = [own if own in stems else name.stem for name, own in cores.items()]
+    own = all(found.isdisjoint(name.folders) for name in labels)
+    if not (labels and own and in_several * 2 > len(images) and set(cases) <= stems and len(set(cases)) == len(cases)):
+        return None
+    twice = Counter(place[-1] for place in places)
+    layout = Layout("a folder a channel")
+    for (*_, stem), files in places.items():
+        for channel, name in files.items():
+            put(layout, IMAGE, f"{name.part or 'train'}_{stem}" if twice[stem] > 1 else stem, channel, name)
+    for case, name in zip(cases, labels, strict=True):
+        put(layout, LABEL, f"{name.part or 'train'}_{case}" if twice[case] > 1 else case, "", name)
     return layout
 
 
@@ -152,26 +213,33 @@ def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, sta
     layout.left_out = {name.path: "beside the folders of images and labels" for name in beside}
     flat = [name for name in names if name not in beside and not name.below]
     nested = [name for name in names if name.below]
-    _fill_flat(layout, flat, channels)
+    parts = defaultdict(list)
+    for name in flat:
+        parts[name.part or "train"].append(name)
+    stems = [stem for files in parts.values() for stem in {name.stem for name in files if not is_label(name)}]
+    if len(set(stems)) < len(stems):  # train/images/1.png and test/images/1.png
+        fill_groups(layout, parts, channels, patients=False)
+    else:
+        fill_flat(layout, flat, channels)
     groups = defaultdict(list)
     if _slice_by_slice(nested, stacked):
         layout.kind += ", with folders therein"
         for name in nested:
             groups["_".join(name.below)].append(name)
-        _fill_groups(layout, groups, channels)
+        fill_groups(layout, groups, channels)
         return layout
     for name in nested:
         groups[name.below[0]].append(name)
     for case, files in groups.items():
-        _fill_case(layout, case, files, stacked)
-    if any(_kind(name) == IMAGE for name in nested):
+        fill_case(layout, case, files, stacked)
+    if any(not is_label(name) for name in nested):
         layout.kind += ", with a folder a case"
     return layout
 
 
 def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
     """Whether files in folders are cases of their own: several labels in a folder, each named as an image is."""
-    images, labels = ([name for name in names if _kind(name) == kind] for kind in (IMAGE, LABEL))
+    images, labels = by_kind(names)
     if not images or (stacked and all(name.ending in PICTURES for name in images)):
         return False
     known = {(name.below, core(name.stem)) for name in images}
@@ -180,52 +248,60 @@ def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
     return several and sum(key in known for key in found) * 2 > len(found)
 
 
+# ---------------------------------------------------------------------------------------------------- labels elsewhere
+
+
+def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | None:
+    """`Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`: labels in other folders than images, told by names."""
+    images, labels = by_kind(names)
+    if any(name.ending == SERIES for name in images) or len({name.stem for name in images}) < len(images):
+        return None
+    folders = {name.stem[: end.start()]: name.folders for name in images for end in re.finditer(r"[_-]|$", name.stem)}
+    apart = 0
+    for name in labels:
+        found = folders.get(label_core(name.stem) or name.stem)
+        apart += found is not None and name.folders[: len(found)] != found
+    return _one_folder(names, channels) if apart * 2 > len(labels) else None
+
+
 # ----------------------------------------------------------------------------------------------------- a folder a case
 
 
 def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
     """`P1/P1_t1ce.nii.gz`, `P1/P1_seg.nii.gz`, or with folders therein; `labels/P1.nii.gz` for those without."""
     dicom = any(name.ending == SERIES for name in names)
-    keys = {name: _case_folder(name, dicom) for name in names}
-    of_labels = {keys[name] for name in names if _kind(name) == LABEL}
+    keys = case_folders(names) if dicom else {name: name.above for name in names}
+    of_labels = {keys[name] for name in names if is_label(name)}
     for name, key in keys.items():  # P1/T1/a.nii.gz beside P1/seg.nii.gz
         keys[name] = next((key[:n] for n in range(1, len(key)) if key[:n] in of_labels), key)
-    folders = {keys[name] for name in names if keys[name] and _kind(name) == IMAGE}
+    folders = {keys[name] for name in names if keys[name] and not is_label(name)}
     if len(folders) < 2 and not dicom:
         return None
     groups: dict[tuple[str, ...], list[Name]] = defaultdict(list)
     for name in names:
         groups[keys[name]].append(name)
     alone = groups.pop((), [])
+    others = [name for key in without_channels(groups, channels) for name in groups.pop(key)]
+    folders &= groups.keys()
     cases = _name_folders(folders | {key for key in groups if key})
     layout = Layout(f"{len(folders)} folders of cases")
+    layout.left_out = {name.path: f"in no folder that is called {' or '.join(channels or ())}" for name in others}
     if _several_pairs(groups):
         layout.kind = f"{len(folders)} folders of several cases each"
-        _fill_groups(layout, {cases[key]: files for key, files in groups.items()}, channels)
+        fill_groups(layout, {cases[key]: files for key, files in groups.items()}, channels)
         return layout
     for key, files in groups.items():
-        _fill_case(layout, cases[key], files, stacked)
-        if len(key) > 1 and is_session(key[-1]):
+        fill_case(layout, cases[key], files, stacked)
+        if len(key) > 1 and is_session(key[-1], key[-2]):
             layout.patients[cases[key]] = key[-2]
         if part := next((part for folder in reversed(key[:-1]) if (part := part_of(folder))), None):
             layout.parts[cases[key]] = part
     for name in alone:
-        if _kind(name) == LABEL:
-            _put(layout, LABEL, label_core(name.stem) or name.stem, "", name)
+        if is_label(name):
+            put(layout, LABEL, label_core(name.stem) or name.stem, "", name)
         else:
             layout.left_out[name.path] = "beside the folders of cases"
     return layout
-
-
-def _case_folder(name: Name, dicom: bool) -> tuple[str, ...]:
-    """The folder of a file's case: of DICOM the uppermost, else the lowest that is not named for a kind."""
-    folders = name.folders
-    if dicom:
-        folders = (*folders, name.stem) if name.ending == SERIES else folders
-        start = next((i for i, folder in enumerate(folders) if not part_of(folder)), len(folders))
-        key = folders[: start + 1]
-        return () if name.folder_kind and name.folder_kind[0] <= start else key
-    return name.above
 
 
 def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
@@ -235,7 +311,7 @@ def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
     for key in keys:
         length = 1
         while length < len(key) and (
-            (length == 1 and is_session(key[-1])) or sum(other[-length:] == key[-length:] for other in keys) > 1
+            (length == 1 and is_session(*key[:-3:-1])) or sum(other[-length:] == key[-length:] for other in keys) > 1
         ):
             length += 1
         names[key] = "_".join(key[-length:])
@@ -246,9 +322,10 @@ def _several_pairs(groups: Mapping[tuple[str, ...], Sequence[Name]]) -> bool:
     """Whether a folder holds several images, each with a label that is named like it alone."""
     pairs = []
     for files in groups.values():
-        images = {name.stem for name in files if _kind(name) == IMAGE and name.ending != SERIES}
-        labels = [label_core(name.stem) or name.stem for name in files if _kind(name) == LABEL]
-        pairs.append(sum(label in images for label in labels))
+        stems = [name.stem for name in files if not is_label(name) and name.ending != SERIES]
+        known = {stem[: end.start()] for stem in stems for end in re.finditer(r"[_-]|$", stem)} | set(map(core, stems))
+        own = [label_core(name.stem) or name.stem for name in files if is_label(name)]
+        pairs.append(len({label for label in own if label in known}))
     return max(pairs, default=0) > 1
 
 
@@ -257,97 +334,6 @@ def _several_pairs(groups: Mapping[tuple[str, ...], Sequence[Name]]) -> bool:
 
 def _one_folder(names: Sequence[Name], channels: Sequence[str] | None) -> Layout:
     """`c1.nii.gz` and `c1_seg.nii.gz`, `volume-1.nii` and `segmentation-1.nii`; or images alone."""
-    layout = Layout(
-        "one folder for images and labels" if any(_kind(n) == LABEL for n in names) else "a folder of images"
-    )
-    _fill_flat(layout, names, channels)
+    layout = Layout("one folder for images and labels" if any(is_label(n) for n in names) else "a folder of images")
+    fill_flat(layout, names, channels)
     return layout
-
-
-# ----------------------------------------------------------------------------------------------------- what they share
-
-
-def _kind(name: Name) -> str:
-    """By the folder, or else by the file's own name."""
-    if name.ending in (DICOM_SEG, RTSTRUCT):
-        return LABEL
-    if name.folder_kind:
-        return name.folder_kind[1]
-    return IMAGE if label_core(name.stem) is None or name.ending == SERIES else LABEL
-
-
-def _put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
-    files = (layout.images if kind == IMAGE else layout.labels)[case]
-    if rest in files:
-        other = replace(name, path=files[rest])
-        raise UserError(f"{name}: case {case} is there twice, also as {other}: take one away")
-    files[rest] = name.path
-    if name.part and kind == IMAGE:
-        layout.parts[case] = name.part
-
-
-def _fill_flat(layout: Layout, names: Sequence[Name], channels: Sequence[str] | None) -> None:
-    """Files that lie among those of other cases, see `pairs`."""
-    images, labels = ([name for name in names if _kind(name) == kind] for kind in (IMAGE, LABEL))
-    for kind, found in zip((IMAGE, LABEL), pair(images, labels, channels), strict=True):
-        for case, rest, name in found:
-            _put(layout, kind, case, rest, name)
-
-
-def _fill_groups(layout: Layout, groups: Mapping[str, Sequence[Name]], channels: Sequence[str] | None) -> None:
-    """Files of several cases in the folder of a patient, which comes into a name that would be another case's, too."""
-    found = {}
-    for patient, names in groups.items():
-        found[patient] = Layout("")
-        _fill_flat(found[patient], names, channels)
-    cases = [case for own in found.values() for case in own.images]
-    for patient, own in found.items():
-        prefix = f"{patient}_" if len(set(cases)) < len(cases) else ""
-        layout.images |= {prefix + case: files for case, files in own.images.items()}
-        layout.labels |= {prefix + case: files for case, files in own.labels.items()}
-        layout.parts |= {prefix + case: part for case, part in own.parts.items()}
-        layout.patients |= {prefix + case: patient for case in own.images}
-
-
-def _fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -> None:
-    """Files in a folder of their own: channels and classes, or slices of a volume."""
-    images, labels = ([name for name in names if _kind(name) == kind] for kind in (IMAGE, LABEL))
-    series = [name for name in images if name.ending == SERIES]
-    if _are_slices(images) and stacked:
-        images = [_folder_of(images)]
-    elif _are_slices(images) and len({re.sub(r"\d+", "", name.stem) for name in images}) == 1:
-        raise UserError(
-            f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures: say the size of their voxels with"
-            f" --spacing X Y Z (mm), and they are slices of a volume"
-        )
-    elif len(series) > 1:  # which is which, their headers say
-        folder = os.path.commonpath([name.path.removesuffix(SERIES) for name in series])
-        images = [name for name in images if name.ending != SERIES] + [replace(series[0], path=folder + SERIES)]
-    if _are_slices(labels) and not any(name.ending in PICTURES for name in images):
-        labels = [_folder_of(labels)]
-    for name in images:
-        rest = "_".join([*_folders_within(name, case), without_case(name.stem, case)])
-        _put(layout, IMAGE, case, "" if name.ending in (SERIES, STACK) else rest, name)
-    for name in labels:
-        own = label_core(name.stem)
-        rest = without_case(name.stem if own is None else own, case)
-        _put(layout, LABEL, case, "" if name.ending in (SERIES, STACK) else rest, name)
-
-
-def _are_slices(names: Sequence[Name]) -> bool:
-    return len(names) > 1 and all(name.ending in PICTURES for name in names)
-
-
-def _folder_of(slices: Sequence[Name]) -> Name:
-    """What stands for the slices of a volume."""
-    folders = sorted({os.path.dirname(name.path) for name in slices})
-    if len(folders) > 1:
-        raise UserError(f"{slices[0]}: slices of one volume in {' and '.join(folders)}: put them into one folder")
-    return replace(slices[0], path=folders[0] + STACK)
-
-
-def _folders_within(name: Name, case: str) -> list[str]:
-    """Folders between that of the case and the file, less those that are named for a kind."""
-    folders = list(name.folders)
-    start = next((i for i in reversed(range(len(folders))) if folders[i] == case), len(folders) - 1)
-    return [folder for folder in folders[start + 1 :] if not kind_of(folder)]

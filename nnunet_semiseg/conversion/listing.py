@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nnunet_semiseg.conversion.names import BESIDE, DICOM_SEG, ENDINGS, RTSTRUCT, SERIES, STACK, kind_of
 from nnunet_semiseg.conversion.sources import JUNK
+from nnunet_semiseg.data.headers import data_files
 
 SYSTEM = ("thumbs.db", "desktop.ini", "dicomdir", "lockfile", "version")
 DICOM_FILES = (".dcm", ".ima")
@@ -44,6 +45,9 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
                 found[f"{inside}{SERIES}" if series else f"{own}{kind}"] = here if series else here / file
             else:
                 left_out[name] = "no image" if file.lower().endswith(BESIDE) else UNKNOWN
+    for name, file in found.items():
+        for data in data_files(file):  # the voxels of a .mhd
+            left_out.pop(os.path.normpath(os.path.join(os.path.dirname(name), data)).replace(os.sep, "/"), None)
     return found, left_out
 
 

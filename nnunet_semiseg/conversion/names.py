@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
 PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
@@ -22,7 +23,7 @@ IMAGE, LABEL = "image", "label"
 IMAGE_WORDS = frozenset("image images img imgs imaging volume volumes scan scans".split())
 LABEL_WORDS = frozenset(
     "label labels mask masks msk seg segs segmentation segmentations dseg gt gts ground truth truths groundtruth "
-    "annotation annotations".split()
+    "annotation annotations instance instances".split()
 )
 PARTS = {
     **dict.fromkeys(("train", "training", "tr"), "train"),
@@ -31,13 +32,18 @@ PARTS = {
     **dict.fromkeys(("unlabeled", "unlabelled", "un"), "unlabeled"),
 }
 _SHORT = re.compile(r"(?i)(images?|imgs?|labels?|masks?)[_-]?(tr|va|ts|un|val|test|train)")
-_SUFFIX = re.compile(rf"(?i)(.*?)[ _.-]+({'|'.join(sorted(LABEL_WORDS, key=len, reverse=True))})")
+_SUFFIX = re.compile(
+    rf"(?i)(.*?)[ _.-]+({'|'.join(sorted(LABEL_WORDS, key=len, reverse=True))})([ _.-]?\d{{1,2}})?"  # c1_mask_2, too
+)
 _PREFIX = re.compile(
     rf"(?i)(?:{'|'.join(sorted(LABEL_WORDS | IMAGE_WORDS | {'vol'}, key=len, reverse=True))})(?:[ _.-]+|(?=\d))(.+)"
 )
-_SESSION = re.compile(
-    r"(?i)(ses|session|visit|scan|study|series|timepoint|time|tp|day|week|month|year|t|v)?[-_ ]?[\d._-]+"
+_VISIT = re.compile(
+    r"(?i)(?:ses|session|visit|v|timepoint|time|tp|day|week|month|year)[-_ ]?[\d._-]+|(?:19|20)\d\d[-_.]?\d\d[-_.]?\d\d"
+    r"|\d\d?[-_.]\d\d?[-_.](?:19|20)\d\d"
+    r"|baseline|(?:follow[-_ ]?up|fu)[-_ ]?\d*|(?:pre|post)(?:[-_ ]?op)?"
 )
+_SESSION = re.compile(r"(?i)(?:scan|study|series|t|v)?[-_ ]?[\d._-]+")
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,13 @@ class Name:
     Args:
         skip: so many folders at its beginning say nothing.
         source: where it lies, for messages.
+        by_folder: folders that are named for images or for labels say which of the two it is.
     """
 
     path: str
     skip: int = 0
     source: str = ""
+    by_folder: bool = True
 
     def __str__(self) -> str:
         return os.path.join(self.source, self.path)
@@ -69,12 +77,13 @@ class Name:
     def stem(self) -> str:
         """The file's name without its ending, nor a `.nii` before it: ITK would write `a.nii.nii.gz` as `a.nii.gz`."""
         name = self.path.rpartition("/")[2]
-        return name[: len(name) - len(self.ending)].removesuffix(".nii")
+        stem = name[: len(name) - len(self.ending)].removesuffix(".nii")
+        return unicodedata.normalize("NFC", stem)  # a Mac writes ö as two characters
 
     @cached_property
     def folder_kind(self) -> tuple[int, str] | None:
         """The deepest folder that is named for images or for labels: its index, and which of the two."""
-        for i in reversed(range(len(self.folders))):
+        for i in reversed(range(len(self.folders) if self.by_folder else 0)):
             if kind := kind_of(self.folders[i]):
                 return i, kind
         return None
@@ -100,6 +109,7 @@ def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
 
 
+@cache
 def kind_of(folder: str) -> str | None:
     """Whether a folder is named for images or for labels; one that is numbered is a case's, or a data set's."""
     if match := _SHORT.fullmatch(folder):
@@ -110,6 +120,7 @@ def kind_of(folder: str) -> str | None:
     return LABEL if words & LABEL_WORDS else IMAGE if words & IMAGE_WORDS else None
 
 
+@cache
 def part_of(folder: str) -> str | None:
     """The part of a data set that a folder is named for. Two letters count behind `images` and the like alone."""
     if match := _SHORT.fullmatch(folder):
@@ -117,6 +128,7 @@ def part_of(folder: str) -> str | None:
     return next((PARTS[word] for word in words_of(folder) if len(word) > 2 and word in PARTS), None)
 
 
+@cache
 def label_core(stem: str) -> str | None:
     """`c1` of c1_seg, c1-label or mask_c1; the empty string where there is no more; None: not named like a label."""
     if stem.lower() in LABEL_WORDS:
@@ -143,9 +155,19 @@ def without_case(stem: str, case: str) -> str:
     return stem
 
 
-def is_session(folder: str) -> bool:
-    """Whether a folder is named by a date or a number, so that the one above it is the patient."""
-    return _SESSION.fullmatch(folder) is not None
+def is_visit(folder: str) -> bool:
+    """Whether a folder is named by a date, or with a word like visit, baseline or week, and so holds one of several."""
+    return _VISIT.fullmatch(folder) is not None
+
+
+def is_session(folder: str, above: str) -> bool:
+    """Whether a folder is that of a visit, so that the one above it is the patient: `P1/2`, but not `CT/2`."""
+    return is_visit(folder) or (_SESSION.fullmatch(folder) is not None and any(c.isdecimal() for c in above))
+
+
+def plain(text: str) -> str:
+    """Letters and digits alone, small ones, to compare what people write in many ways: `T1 post` and `t1_post`."""
+    return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def natural(name: str) -> list:
@@ -163,10 +185,14 @@ def some(names: Iterable[str], at_most: int = 5) -> str:
 
 def common_root(paths: Sequence[str]) -> int:
     """How many folders all lie in, often one that an archive was made of; one that says what lies in it is none."""
-    folders = [Name(path).folders for path in paths]
+    names = [Name(path) for path in paths]
+    folders = [name.folders for name in names]
     n = 0
     while folders and all(len(f) > n for f in folders) and len({f[n] for f in folders}) == 1:
-        if kind_of(folders[0][n]) or folders[0][n].lower().startswith("sub-"):
+        kind = kind_of(folders[0][n])
+        if kind == LABEL and any(label_core(name.stem) is not None or name.folder_kind != (n, LABEL) for name in names):
+            kind = None  # `Dataset_with_GT` holds images, too
+        if kind or folders[0][n].lower().startswith("sub-"):
             break
         n += 1
     return n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,20 @@ import SimpleITK as sitk
 
 from nnunet_semiseg.conversion.case import load
 from nnunet_semiseg.conversion.description import About, Case, Read
-from nnunet_semiseg.conversion.dicom_labels import classes_in, read_segmentation, read_structure_set
+from nnunet_semiseg.conversion.dicom_labels import classes_in, read_dicom_labels
+from nnunet_semiseg.conversion.filling import Layout
 from nnunet_semiseg.conversion.label_values import LabelValues, count, found_text, offer
-from nnunet_semiseg.conversion.layouts import Layout
 from nnunet_semiseg.conversion.names import DICOM_SEG, PICTURES, RTSTRUCT, SERIES, STACK, Name, some
 from nnunet_semiseg.conversion.pictures import mode_of, read_colour_mask, read_colours, read_jpeg, read_mask
-from nnunet_semiseg.conversion.readers import find_series, read_dicom_picture, read_dicom_series, read_gray, read_grid
+from nnunet_semiseg.conversion.readers import (
+    find_modalities,
+    find_series,
+    read_dicom_channel,
+    read_dicom_picture,
+    read_dicom_series,
+    read_gray,
+    read_grid,
+)
 from nnunet_semiseg.conversion.repair import Repair
 from nnunet_semiseg.conversion.volumes import (
     read_channel,
@@ -47,6 +56,7 @@ class Files:
     Args:
         place: a name of the layout to its file or folder.
         values: what the user says of label values; None: they are 0, 1, 2, ...
+        chosen: the user has named the channels.
     """
 
     channels: tuple[str, ...]
@@ -54,6 +64,7 @@ class Files:
     repair: Repair
     values: LabelValues | None
     place: Callable[[str], Path]
+    chosen: bool = False
     dims: int = 3
     sizes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
@@ -77,13 +88,20 @@ class Files:
         self.sizes = _sizes(images)
         self.named = len(self.channels) > 1 and any("" not in files for files in layout.images.values())
         dims = Counter(min(len(size), 3) for size in self.sizes.values())
+        self._leave_out_4d(layout)
         self.dims = dims.most_common(1)[0][0] if dims else 3
         self._check_channels(layout)
         names = self._classes(layout, labels, given, folder)
         ending = _file_ending(images, self.dims)
         kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
-        other = Counter(Name(name).ending for name in by_name if not name.endswith(ending))
-        written = [f"{n} {kinds.get(e, e)} are written as {ending}, voxel by voxel" for e, n in other.items()]
+        other = Counter(name[-len(e) :] for name in by_name if not name.endswith(ending) and (e := Name(name).ending))
+        notes = [f"{n} {kinds.get(e, e)} are written as {ending}, voxel by voxel" for e, n in other.items()]
+        if self.classes and not labels:
+            notes.append(f"each class has a mask of its own: choose some of them with --labels {_words(self.classes)}")
+        if layout.joined:
+            notes.append(
+                f"labels with different names are taken for the same: {some(layout.joined)}{_if_classes(layout)}"
+            )
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",
             protocol="labelled is what has a label; training, validation and test cases as folders or --split say",
@@ -94,7 +112,7 @@ class Files:
             dims=self.dims,
             label_values=self._label_values(names),
             repair=self.repair,
-            notes=tuple(written),
+            notes=tuple(notes),
         )  # fmt: skip
 
     def case(self, case: str, layout: Layout) -> Case:
@@ -103,6 +121,37 @@ class Files:
         images = tuple(self._images(files))
         label = layout.labels.get(case)
         return Case(case, images, self._label(label, files) if label else None)
+
+    def _refuse_colours(self, layout: Layout) -> None:
+        """In one line, where the first pictures all are in colour; one alone is refused by name, later."""
+        first = [self.place(next(iter(files.values()))) for files in list(layout.images.values())[:FEW]]
+        for path in first:
+            if mode_of(path) not in ("RGB", "RGBA"):
+                return
+            with contextlib.suppress(Exception):  # readers raise of many kinds
+                read_gray(path)
+                return
+        raise UserError(f"{first[0]}: in colour: name its channels with --channels red green blue, or save it in grey")
+
+    def _leave_out_4d(self, layout: Layout) -> None:
+        """What has four dimensions where most has three: the film that unlabelled frames were taken from, an fMRI."""
+        four = {path for path, size in self.sizes.items() if len(size) == 4 and size[3] > 1}
+        if len(four) * 2 > len(self.sizes):
+            return
+        films = Counter(
+            channel for files in layout.images.values() for channel, name in files.items() if self.place(name) in four
+        )
+        if not self.chosen and 0 < len(films) < len(self.channels):
+            self.channels = layout.channels = tuple(channel for channel in self.channels if channel not in films)
+            for files in layout.images.values():
+                layout.left_out |= {files.pop(c): f"channel {c} has four dimensions" for c in films if c in files}
+        if len(self.channels) > 1:
+            return
+        for case, files in list(layout.images.items()):
+            if case not in layout.labels and any(self.place(name) in four for name in files.values()):
+                why = "of four dimensions, and most images have three"
+                layout.left_out |= dict.fromkeys(layout.images.pop(case).values(), why)
+                layout.parts.pop(case, None)
 
     # -------------------------------------------------------------------------------------------------------- images
 
@@ -142,7 +191,7 @@ class Files:
         path, ending = self.place(name), Name(name).ending
         if ending == SERIES:
             return (
-                Read(read_dicom_series, (path,), {"channel": channel})
+                Read(read_dicom_channel, (path,), {"channel": channel, "channels": self.channels})
                 if path.is_dir()
                 else Read(read_dicom_picture, (path,))
             )
@@ -168,12 +217,29 @@ class Files:
             file, size = next((file, size) for file, size in self.sizes.items() if len(size) == 4 and size[3] > 1)
             words = " ".join(f"NAME{i + 1}" for i in range(size[3]))
             raise UserError(f"{file}: is 4D, of {size[3]} volumes: name them as channels with --channels {words}")
+        self._refuse_colours(layout)
         if Name(path).ending == SERIES and place.is_dir() and not layout.channels and len(find_series(place)) > 1:
             read_dicom_series(place)  # says which there are
+        series = {name: self.place(name) for files in layout.images.values() for name in files.values()}
+        folders = [path for name, path in series.items() if Name(name).ending == SERIES and path.is_dir()]
+        if not folders:
+            return
+        kinds = {path: find_modalities(path) for path in folders}
+        if not set.intersection(*kinds.values()) and all(kinds.values()):
+            cases = Counter(kind for found in kinds.values() for kind in found)
+            text = " and ".join(f"{kind} ({n} cases)" for kind, n in sorted(cases.items()))
+            raise UserError(
+                f"{Path(os.path.commonpath(folders))}: DICOM images of {text} at once: give the folder of one kind with"
+                f" -i, or what its folders are called with --channels"
+            )
 
     # -------------------------------------------------------------------------------------------------------- labels
 
     def _label(self, files: Mapping[str, str], images: Mapping[str, str]) -> Path | Read:
+        grid = self.place(next(iter(images.values())))
+        if all(Name(name).ending in (DICOM_SEG, RTSTRUCT) for name in files.values()):
+            options = {"names": self.names, "read_image": partial(read_grid, channel=self.channels[0])}
+            return Read(read_dicom_labels, (*map(self.place, files.values()), grid), options)
         if set(files) != {""} or self.classes:
             by_name = {name.casefold(): path for name, path in files.items()}
             there = [(name, by_name[name.casefold()]) for name in self.classes if name.casefold() in by_name]
@@ -189,11 +255,6 @@ class Files:
         path, ending = self.place(name), Name(name).ending
         if ending == SERIES:
             return Read(read_dicom_series, (path,)) if path.is_dir() else Read(read_dicom_picture, (path,))
-        grid = self.place(next(iter(images.values())))
-        if ending in (DICOM_SEG, RTSTRUCT):
-            read = read_segmentation if ending == DICOM_SEG else read_structure_set
-            options = {"names": self.names, "read_image": partial(read_grid, channel=self.channels[0])}
-            return Read(read, (path, grid), options)
         if ending == STACK:
             options = {"read_slice": self._read_picture, "channel": self.channels[0]}
             if Name(next(iter(images.values()))).ending == STACK:
@@ -215,6 +276,7 @@ class Files:
     def _classes(self, layout: Layout, labels, given, folder: Path) -> dict[str, int | tuple[int, ...]]:
         """Class to value; sets `classes` where each has a mask of its own."""
         several = {name for files in layout.labels.values() if set(files) != {""} for name in files}
+        several -= {name for name in several if Name(name).ending in (DICOM_SEG, RTSTRUCT)}
         if several and self.values:
             raise UserError("--label-values: here each class has a mask of its own: leave it out, and use --labels")
         if several:
@@ -222,6 +284,14 @@ class Files:
             if lacking:
                 raise UserError(f"--labels {lacking[0]}: no mask is called so: there are {some(sorted(several), 20)}")
             self.classes = tuple(labels or sorted(several))
+            chosen = {name.casefold() for name in self.classes}
+            for files in layout.labels.values():
+                others = (path for name, path in files.items() if name.casefold() not in chosen)
+                layout.left_out |= dict.fromkeys(others, "a mask of no class that is named with --labels")
+        if not layout.labels:
+            raise UserError(
+                f"{folder}: no file is a label: name label files CASE_seg, or put them into a folder labels"
+            )
         if self.values:
             self.names = [name for name in self.values.names if self.values.names[name]]
             return dict(self.values.names)
@@ -230,20 +300,20 @@ class Files:
             return {"background": 0, **{name: i for i, name in enumerate(self.names, 1)}}
         if given:
             return dict(given)
-        file = next((path for files in layout.labels.values() for path in files.values()), None)
-        if file is None:
-            raise UserError(
-                f"{folder}: no file is a label: name label files CASE_seg, or put them into a folder labels"
-            )
+        file = next(path for files in layout.labels.values() for path in files.values())
         if Name(file).ending in (DICOM_SEG, RTSTRUCT):
-            words = " ".join(f"'{name}'" if " " in name else name for name in classes_in(self.place(file)))
+            words = _words(classes_in(self.place(file)))
             raise UserError(f"{self.place(file)}: say which classes are wanted: --labels {words}")
-        found = self._count(self._plain_labels(layout, layout.labels)[:FEW])
+        plain = self._plain_labels(layout, layout.labels)[:FEW]
+        found = self._count(plain)
+        if not found and plain:
+            self._loaded(plain[0])  # says what is wrong with it
         values = sorted(value for value in found if isinstance(value, (int, float)))
         if values == list(range(len(values))):
             words = " ".join(f"NAME{i}" for i in values[1:])
             raise UserError(
                 f"{folder}: what do the label values mean? Found are {found_text(found)}: say it with --labels {words}"
+                f"{_if_classes(layout)}"
             )
         raise UserError(f"{folder}: what do the label values mean? Found are {found_text(found)}: {offer(found)}")
 
@@ -295,6 +365,17 @@ class Files:
     def _loaded(self, path: Path) -> sitk.Image:
         reader = self._picture_reader(path)
         return load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
+
+
+def _words(names: Iterable[str]) -> str:
+    """As they are typed."""
+    return " ".join(f"'{name}'" if " " in name else name for name in names)
+
+
+def _if_classes(layout: Layout) -> str:
+    """What to type if labels of different names are of different classes."""
+    named = [name for name in layout.joined if name and not any(c.isdecimal() for c in name)]
+    return f"; if each is a class of its own, --labels {_words(named)}" if len(named) > 1 else ""
 
 
 def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], labels: Sequence[str] = ()) -> sitk.Image:

@@ -13,14 +13,8 @@ Placed = list[tuple[str, str, Name]]
 """case, channel or class, and file"""
 
 
-def pair(images: Sequence[Name], labels: Sequence[Name], channels: Sequence[str] | None) -> tuple[Placed, Placed]:
-    """Images and labels with their cases: by suffixes of channels, and by what names have in common.
-
-    Suffixes are numbers (`_0000`), the wanted channels' names after `_` or `-`, or, where no channels are named, what
-    images have behind the names of labels.
-    """
-    stems = [name.stem for name in images]
-    suffixes = _suffixes(stems, [label.stem for label in labels], channels)
+def pair(images: Sequence[Name], labels: Sequence[Name], suffixes: Sequence[str]) -> tuple[Placed, Placed]:
+    """Images and labels with their cases: by suffixes of channels, see `find_suffixes`, and by what names share."""
     placed_images: Placed = []
     for name in images:
         match = re.fullmatch(rf"(.+?)[_-]({'|'.join(map(re.escape, suffixes))})", name.stem, re.IGNORECASE)
@@ -39,7 +33,13 @@ def pair(images: Sequence[Name], labels: Sequence[Name], channels: Sequence[str]
     return placed_images, placed_labels
 
 
-def _suffixes(stems: Sequence[str], labels: Sequence[str], channels: Sequence[str] | None) -> list[str]:
+def find_suffixes(images: Sequence[Name], labels: Sequence[Name], channels: Sequence[str] | None) -> list[str]:
+    """What stands for channels at the end of names.
+
+    That is numbers (`_0000`), the wanted channels' names after `_` or `-`, or, where no channels are named, what images
+    have behind the names of labels.
+    """
+    stems = [name.stem for name in images]
     if stems and all(stem.endswith("_0000") for stem in stems):
         return ["0000"]
     if channels:
@@ -51,8 +51,8 @@ def _suffixes(stems: Sequence[str], labels: Sequence[str], channels: Sequence[st
         return []
     found: Counter[str] = Counter()
     known = set(stems)
-    cases = [case for label in labels if (case := label_core(label) or label)]
-    if any(case in known or label in known for case, label in zip(cases, labels, strict=False)):
+    cases = [label_core(label.stem) or label.stem for label in labels]
+    if not known.isdisjoint(cases) or any(label.stem in known for label in labels):
         return []
     for case in cases:
         begins = re.compile(rf"{re.escape(case)}[_-](.+)", re.IGNORECASE)

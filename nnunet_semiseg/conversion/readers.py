@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.conversion.listing import dicom_kind
-from nnunet_semiseg.conversion.names import DICOM_SEG, RTSTRUCT
+from nnunet_semiseg.conversion.names import SERIES, plain
 from nnunet_semiseg.conversion.sources import find_files
 from nnunet_semiseg.errors import UserError
 
@@ -26,62 +27,103 @@ def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
     return sitk.ReadImage(series_files(folder, channel))
 
 
+def read_dicom_channel(folder: Path, channel: str, channels: Sequence[str]) -> tuple[sitk.Image, str]:
+    """The same of a case with a series for each of several channels, and a note with the first: what is left out.
+
+    Raises:
+        UserError: also where a series that is alone is of another channel.
+    """
+    series = find_series(folder)
+    image = sitk.ReadImage(_choose(series, folder, channel, len(channels) > 1))
+    taken = {uid for name in channels for uid in _fitting(series, folder, name)}
+    others = [_text(files) for uid, files in series.items() if uid not in taken]
+    if channel != channels[0] or not others or len(series) == 1:
+        return image, ""
+    return image, f"left out, of no channel: DICOM series {', '.join(others)}"
+
+
 def series_files(folder: Path, channel: str | None = None) -> list[str]:
     """The files of the slices of a series, by their position; see `read_dicom_series`."""
-    series = find_series(folder)
-    fitting = list(series)
-    if channel is not None and len(series) > 1:
-        words = {
-            uid: [_plain(describe(files[0])), *(_plain(p) for p in _below(files[0], folder))]
-            for uid, files in series.items()
-        }
-        fitting = [uid for uid, names in words.items() if _plain(channel) in names]
-        fitting = fitting or [uid for uid, names in words.items() if any(_plain(channel) in name for name in names)]
-    if len(fitting) != 1:
-        what = f"{len(fitting) or 'no'} DICOM series"
-        if channel is not None and len(series) > 1:
-            what = f"{what} of {len(series)} fit{'s' if not fitting else ''} channel {channel}"
-        if len(series) > 1:
-            known = ", ".join(
-                f"{describe(files[0]) or Path(files[0]).parent.name} ({len(files)} slices)" for files in series.values()
-            )
-            raise UserError(
-                f"{folder}: {what}: leave exactly one there, or name those to take with --channels: {known}"
-            )
-        raise UserError(f"{folder}: {what}: leave exactly one there")
-    return _in_order(series[fitting[0]], folder)
+    return _choose(find_series(folder), folder, channel, False)
+
+
+def _choose(series: Mapping[str, list[str]], folder: Path, channel: str | None, several: bool) -> list[str]:
+    """The files of the series that fits.
+
+    Args:
+        several: cases have several series: one that is alone must be called like its channel, too.
+    """
+    by_name = channel is not None and (several or len(series) > 1)
+    fitting = _fitting(series, folder, channel) if by_name and channel is not None else list(series)
+    if len(fitting) == 1:
+        return _in_order(series[fitting[0]], folder)
+    what = f"{len(fitting) or 'no'} DICOM series"
+    if by_name:
+        what = f"{what} of {len(series)} fit{'s' if not fitting else ''} channel {channel}"
+    fix = "leave exactly one there"
+    if series and (by_name or len(series) > 1):
+        fix += f", or name those to take with --channels: {', '.join(map(_text, series.values()))}"
+    raise UserError(f"{folder}: {what}: {fix}")
+
+
+def _fitting(series: Mapping[str, list[str]], folder: Path, channel: str) -> list[str]:
+    """The series whose description, or folder, is called so, or else has the words in it."""
+    words = {
+        uid: [plain(describe(files[0])), *(plain(p) for p in _below(files[0], folder))] for uid, files in series.items()
+    }
+    fitting = [uid for uid, names in words.items() if plain(channel) in names]
+    return fitting or [uid for uid, names in words.items() if any(plain(channel) in name for name in names)]
+
+
+def _text(files: Sequence[str]) -> str:
+    return f"{describe(files[0]) or Path(files[0]).parent.name} ({len(files)} slices)"
 
 
 def find_series(folder: Path) -> dict[str, list[str]]:
     """The files of each series below a folder, by its UID."""
     series: dict[str, list[str]] = {}
-    for directory in sorted({file.parent for file in find_files(folder, "*") if file.is_file()}):
+    for directory in sorted(_dicom_folders(folder)):
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(directory)):
             files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(directory), uid)
-            if dicom_kind(Path(files[0])) not in (DICOM_SEG, RTSTRUCT):
+            if dicom_kind(Path(files[0])) == SERIES:
                 series.setdefault(uid, []).extend(files)
     return series
 
 
+def _dicom_folders(folder: Path) -> dict[Path, Path]:
+    """Folders with DICOM images, at any depth, and the first of each."""
+    files = (file for file in find_files(folder, "*") if file.is_file() and dicom_kind(file) == SERIES)
+    return {file.parent: file for file in reversed(list(files))}
+
+
+def find_modalities(folder: Path) -> set[str]:
+    """`CT`, `MR`, ...: of the first DICOM file in each folder; what cannot be read says so later."""
+    found = set()
+    for file in _dicom_folders(folder).values():
+        with contextlib.suppress(RuntimeError):
+            found.add(_tag(str(file), "0008|0060"))
+    return found - {""}
+
+
 def describe(file: str) -> str:
     """The description of the series that a DICOM file is of."""
+    return _tag(file, "0008|103e")
+
+
+def _tag(file: str, tag: str) -> str:
     header = sitk.ImageFileReader()
     header.SetFileName(file)
     header.ReadImageInformation()
-    return header.GetMetaData("0008|103e").strip() if header.HasMetaDataKey("0008|103e") else ""
+    return header.GetMetaData(tag).strip() if header.HasMetaDataKey(tag) else ""
 
 
 def _below(file: str, folder: Path) -> tuple[str, ...]:
     return Path(file).relative_to(folder).parent.parts
 
 
-def _plain(text: str) -> str:
-    return "".join(c for c in text.casefold() if c.isalnum())
-
-
 def read_grid(path: Path, channel: str | None = None) -> sitk.Image:
     """An image for its grid: a file, or a DICOM series."""
-    return read_dicom_series(path, channel) if path.is_dir() else sitk.ReadImage(path)
+    return sitk.ReadImage(series_files(path, channel)) if path.is_dir() else sitk.ReadImage(path)
 
 
 def read_dicom_picture(path: Path) -> sitk.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_semiseg.data.headers import DATA_FILE, is_spacing
 from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage, one_line_of
 from nnunet_semiseg.errors import UserError
 
 TOLERANCE = 0.1
 """of the smallest spacing: how far a corner of a grid may lie off; headers are rounded, and tools round differently"""
+NRRD = (b"\n\n", (b"spacings",), b"sizes")
+META_IMAGE = (b"ElementDataFile", (b"elementspacing", b"elementsize"), b"dimsize")
+"""where a header ends, and its lines with the size of voxels and of the image"""
 FILL = "choose a value for them with --nan fill"
 
 
@@ -42,9 +47,12 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
     """
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     notes: list[str] = []
-    wrong = _nifti_spacing(path) if is_nifti else None
-    if wrong is not None and repair.spacing is None:
-        raise UserError(f"{path}: the header's spacing is {_text(wrong)}: give it with --spacing X Y Z (mm)")
+    wrong = _nifti_spacing(path) if is_nifti else _text_spacing(path)
+    is_refused = bool(wrong) and path.suffix.lower() in (".mha", ".mhd")  # ITK reads no such file
+    if wrong is not None and (repair.spacing is None or is_refused):
+        what = f"the header's spacing is {_text(wrong)}" if wrong else "the header has no spacing"
+        fix = "correct ElementSpacing, a line of text" if is_refused else "give it with --spacing X Y Z (mm)"
+        raise UserError(f"{path}: {what}: {fix}")
     damage = nifti_damage(path)
     if damage and "NaN" not in damage:
         raise UserError(f"{path}: {damage}")
@@ -59,7 +67,8 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
         notes.append(note)
     if wrong is not None and repair.spacing is not None:
         image.SetSpacing([float(s) for s in (*repair.spacing, 1)[: image.GetDimension()]])
-        notes.append(f"the header's spacing {_text(wrong)} is now {_text(repair.spacing)} ({path.name})")
+        was = f"the header's spacing {_text(wrong)}" if wrong else "the spacing that the header lacks"
+        notes.append(f"{was} is now {_text(repair.spacing)} ({path.name})")
     voxels = sitk.GetArrayViewFromImage(image)
     if damage:  # ITK reads 0 in place of these
         finite = np.isfinite(np.asanyarray(nibabel.load(path).dataobj)).reshape(voxels.T.shape).T  # type: ignore
@@ -95,7 +104,32 @@ def _nifti_spacing(path: Path) -> list[float] | None:
     except Exception:  # not NIfTI-1: what reads it says so
         return None
     spacing = [float(s) for s in header["pixdim"][1:4]][: int(header["dim"][0])]
-    return None if all(np.isfinite(s) and s > 0 for s in spacing) else spacing
+    return None if is_spacing(spacing) else spacing
+
+
+def _text_spacing(path: Path) -> list[float] | None:
+    """The same for NRRD and MetaImage, whose headers are text; none at all where there is no such line.
+
+    ITK takes 1 for what is not there, or is NaN. Of pictures, no spacing is used.
+    """
+    ending = path.suffix.lower()
+    if ending not in DATA_FILE:
+        return None
+    is_nrrd = ending in (".nrrd", ".nhdr")
+    end, wanted, sizes = NRRD if is_nrrd else META_IMAGE
+    with open(path, "rb") as stream:
+        head = stream.read(1 << 16).replace(b"\r\n", b"\n").partition(end)[0]
+    lines = {key.strip().lower(): value.split() for key, value in re.findall(rb"(?m)^([^:=\n]+)[:=](.*)$", head)}
+    found = next((lines[key] for key in wanted if key in lines), [])
+    if len(lines.get(sizes, ())) < 3 or (is_nrrd and b"space directions" in lines):
+        return None
+    try:
+        spacing = [float(value) for value in found]
+    except ValueError:
+        return None  # what reads it says so
+    of_other_axes = sum(kind not in (b"domain", b"space") for kind in lines.get(b"kinds", ()))  # colours have none
+    lengths = sum(np.isfinite(s) and s > 0 for s in spacing)
+    return None if lengths >= len(lines[sizes]) - of_other_axes else spacing
 
 
 def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -17,6 +17,11 @@ DATA_FILE = {
     ".nrrd": rb"data ?file\s*:\s*(.*)",
 }
 """where a header of this kind says that the voxels are in another file"""
+
+SMALLEST, LARGEST = 1e-7, 1e5
+"""mm: from a tenth of a nanometre to a hundred metres"""
+MOST = 100
+"""times that a spacing may be larger or smaller than the data set's usual one"""
 
 
 def header_problem(image: Path, root: Path) -> str | None:
@@ -107,6 +112,23 @@ def count_channels(images: Sequence[str]) -> int | None:
             return None
         channels += header.GetSize()[3] if header.GetDimension() == 4 else header.GetNumberOfComponents()
     return channels
+
+
+def is_spacing(spacing: Iterable[float]) -> bool:
+    """Whether these can be millimetres; what comes after x, y and z is time."""
+    return all(SMALLEST <= s <= LARGEST for s in list(spacing)[:3])
+
+
+def spacing_problem(spacing: Sequence[float], usual: Sequence[float]) -> str | None:
+    """Say so where a spacing is of another magnitude than the data set's: resampling would leave no voxel, or too many.
+
+    Args:
+        spacing, usual: of the same axes; the second is the labelled images' median.
+    """
+    for value, expected in zip(spacing, usual, strict=False):
+        if not expected / MOST <= value <= expected * MOST:
+            return f"its spacing is {value:g} where other images have {expected:g}: correct its header (another unit?)"
+    return None
 
 
 def flat_problem(shape: Sequence[int], plans: dict) -> str | None:

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_semiseg.data.empty_channels import TOLERANCE
-from nnunet_semiseg.data.headers import header_problem
+from nnunet_semiseg.data.headers import header_problem, is_spacing
 
 IMAGES_FOLDER = "imagesUn"
 ROUNDING = 1e-5
@@ -48,6 +48,8 @@ def header_problems(images: list[str], reader: type) -> list[str]:
             problems.append(f"{image}: cannot be read ({one_line_of(e)}): {take_out(image)}")
             continue
         headers[image] = header
+    if odd := {image: h.GetSpacing() for image, h in headers.items() if not is_spacing(h.GetSpacing())}:
+        return [f"{image}: its spacing is {_numbers(spacing)} mm: {take_out(image)}" for image, spacing in odd.items()]
     for image, header in headers.items():
         first, expected = next(iter(headers.items()))
         if difference := geometry_difference(header, expected):
@@ -80,6 +82,9 @@ def nifti_damage(image: str | Path) -> str | None:
         return None
     try:
         nifti: Any = nibabel.load(image, mmap=False)  # by its annotation, a file of any kind
+        first, end = nifti.dataobj.offset, nifti.header.single_vox_offset
+        if first < end:  # nibabel would take 0 for a header in a file of its own, and ITK reads the header
+            return f"its voxels are said to begin at byte {first}, within the header of {end} bytes"
         voxels = nifti.dataobj.get_unscaled()
     except Exception as e:  # of many kinds, by what is damaged
         return f"cannot be read ({one_line_of(e)})"

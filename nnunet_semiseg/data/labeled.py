@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
+from nnunet_semiseg.data.half_accepted import refuse_half_accepted
 from nnunet_semiseg.data.image_problems import (
     header_problems,
     intensity_problems,
@@ -30,8 +31,13 @@ def channel_names(dataset_json: dict) -> list[str]:
 
 
 def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes."""
+    """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes.
+
+    Raises:
+        UserError: `nnunet_semiseg accept` was interrupted, and a case may be between two folders.
+    """
     raw = str(raw_dataset_folder)
+    refuse_half_accepted(Path(raw))
     if "dataset" in dataset_json:
         entries = dataset_json["dataset"].items()
         return {case: [os.path.join(raw, os.path.expandvars(i)) for i in e["images"]] for case, e in entries}

@@ -44,6 +44,7 @@ class JoinedDataset:
     def __init__(self, *datasets):
         self._home = {case: dataset for dataset in datasets for case in dataset.identifiers}
         self.identifiers = list(self._home)
+        self.folders = [dataset.source_folder for dataset in datasets]
 
     def load_case(self, identifier: str):
         return self._home[identifier].load_case(identifier)

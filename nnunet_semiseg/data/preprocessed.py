@@ -12,6 +12,7 @@ from typing import Any
 import blosc2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data.empty_channels import values_of_nothing
@@ -19,7 +20,7 @@ from nnunet_semiseg.data.image_problems import one_line_of, preprocessed_problem
 from nnunet_semiseg.data.labeled import channel_names, inspect_labeled, labeled_files
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.records import FINGERPRINT, contents, read_record, record_file, usual_spread, write_record
-from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed
+from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed, stamp
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import NOT_WRITABLE, disk_error, read_json, written_whole
 from nnunet_semiseg.parallel import run_jobs
@@ -27,6 +28,7 @@ from nnunet_semiseg.schema import check, read_dataset_json
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """the files of a preprocessed case; nnU-Net writes the last one last"""
+DAMAGED = "damaged, or made anew by another command, since it was preprocessed"
 REFERENCES = "gt_segmentations"
 """nnU-Net's copies of the labels, which validation and `compare` read"""
 
@@ -51,6 +53,20 @@ def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
         except Exception as e:  # a damaged file raises nearly anything
             raise UserError(f"{file}: half-written or damaged ({one_line_of(e)})") from None
     return arrays
+
+
+def find_dataset_class(folder: str | Path, fix: str) -> type:
+    """nnU-Net's class of datasets for a folder of preprocessed labelled cases.
+
+    Raises:
+        UserError: no such folder, or an empty one, or one with other files in it.
+    """
+    try:
+        return infer_dataset_class(str(folder))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no preprocessed labelled cases: {fix}") from None
+    except (AssertionError, KeyError):
+        raise UserError(f"{folder}: no preprocessed labelled cases, or other files among them: {fix}") from None
 
 
 def blame_the_disk(error: Exception, place: Path) -> None:
@@ -95,14 +111,17 @@ def look_at_labeled(
     known = before["cases"] if same_plans else {}
     # what was recorded for other plans and is not newer is of these other plans
     since = 0 if same_plans or not before["cases"] else record_file(preprocessed, name).stat().st_mtime_ns
-    cases, problems = {}, []
+    cases, doubtful, problems = {}, set(), []
     for case, (*_, label) in files.items():
         copy_label(label, preprocessed / REFERENCES / (case + dataset_json["file_ending"]), stamps[case][-1])
         entry = known.get(case)
-        if entry and contents(entry["files"]) == contents(stamps[case]) and entry["sizes"] == sizes_of(folder, case):
-            cases[case] = entry | {"files": stamps[case]}
+        if entry and contents(entry["files"]) == contents(stamps[case]):
+            if made := made_of(entry, made_files(folder, case, dataset_json)):
+                cases[case] = entry | {"files": stamps[case], "made": made}
+            else:  # made anew by another command, or damaged: the voxels tell
+                doubtful.add(case)
     jobs = [
-        (case, files[case], stamps[case], since, folder, plans, configuration, dataset_json)
+        (case, files[case], stamps[case], case in doubtful, since, folder, plans, configuration, dataset_json)
         for case in files
         if case not in cases
     ]
@@ -125,6 +144,7 @@ def _look_at(
     case: str,
     files: list[str],
     stamps: list[Stamp],
+    doubtful: bool,
     since: int,
     folder: Path,
     plans: dict,
@@ -135,17 +155,20 @@ def _look_at(
     manager = PlansManager(plans)
     configuration_manager = manager.get_configuration(configuration)
     fix = preprocess_again(plans, configuration)
-    entry: dict = {"files": stamps, "sizes": sizes_of(folder, case), "spread": None}
+    entry: dict = {"files": stamps, "made": None, "spread": None}
     try:
         data, seg = read_arrays(folder, case)
+        entry["made"] = [stamp(file) for file in made_files(folder, case, dataset_json)]
     except UserError as e:
         return case, entry, [f"{e}: {fix}"]
     # what is older than its files may be made from others; where they were only copied since, the voxels tell
     made = (folder / (case + SUFFIXES[-1])).stat().st_mtime_ns
-    if max(since, *(max(s[2:4]) for s in stamps)) > made:
+    if doubtful or max(since, *(max(s[2:4]) for s in stamps)) > made:
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
         again = preprocessor.run_case(files[:-1], files[-1], manager, configuration_manager, dataset_json)
         if not (_are_close(data, again[0]) and np.array_equal(seg, again[1])):
+            if doubtful:
+                return case, entry, [f"{folder / case}.b2nd: damaged, its voxels are not those of {files[0]}: {fix}"]
             return case, entry, [f"{files[-1]}: this label, its image or the plans changed after preprocessing: {fix}"]
     nothing = values_of_nothing(manager, configuration_manager)
     problems = preprocessed_problems(data, files[:-1], channel_names(dataset_json), nothing)
@@ -158,16 +181,28 @@ def _are_close(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.allclose(a, b, atol=1e-3)  # libraries of another version round otherwise
 
 
-def sizes_of(folder: Path, case: str) -> list[int | None]:
-    """Bytes of the files of a preprocessed case; None where one is missing."""
-    files = [folder / (case + suffix) for suffix in SUFFIXES]
-    return [file.stat().st_size if file.is_file() else None for file in files]
+def case_files(folder: Path, case: str) -> list[Path]:
+    """The files of a preprocessed case."""
+    return [folder / (case + suffix) for suffix in SUFFIXES]
+
+
+def made_files(folder: Path, case: str, dataset_json: dict) -> list[Path]:
+    """What preprocessing makes of a labelled case: its files, and nnU-Net's copy of the label."""
+    return [*case_files(folder, case), folder.parent / REFERENCES / (case + dataset_json["file_ending"])]
+
+
+def made_of(entry: dict, files: list[Path]) -> list[Stamp] | None:
+    """The stamps of now, where all files are what an entry of a record or a manifest says."""
+    try:
+        return all_renewed(entry["made"] or [], files)
+    except OSError:  # one is missing
+        return None
 
 
 def remove_case(folder: Path, case: str) -> None:
     """Remove a preprocessed case, so that no training takes it."""
-    for suffix in SUFFIXES:
-        (folder / (case + suffix)).unlink(missing_ok=True)
+    for file in case_files(folder, case):
+        file.unlink(missing_ok=True)
 
 
 def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
@@ -210,27 +245,49 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
         return
     if record["cases"] and record["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans['plans_name']} as they are now: {fix}")
-    _check_whole(folder, cases, record["cases"], fix)
     dataset_json = read_dataset_json(raw or preprocessed)
-    _check_references(preprocessed / REFERENCES, cases, dataset_json["file_ending"], record["cases"], fix)
+    _check_description(raw, preprocessed, dataset_json, fix)
+    now = {case: dict(entry) for case, entry in record["cases"].items()}
+    _check_made(folder, cases, now, dataset_json, fix)
     if raw and (files := labeled_files(raw, dataset_json)):
-        _check_raw(files, raw, folder, cases, record, fix)
+        _check_raw(files, raw, folder, cases, now, fix)
     _check_fingerprint(preprocessed, len(cases), fix)
+    if now != record["cases"]:  # so that the next start need not read them again
+        with contextlib.suppress(OSError, UserError):
+            write_record(preprocessed, name, now, record["plans_hash"])
 
 
-def _check_whole(folder: Path, cases: Sequence[str], record: dict[str, dict], fix: str) -> None:
+def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict, fix: str) -> None:
+    """Whether nnU-Net's copy of `dataset.json`, which a training reads, says what the data set's says."""
+    copy = read_dataset_json(preprocessed)
+    for key in ("labels", "regions_class_order", "channel_names", "file_ending"):
+        old, new = (channel_names(d) if key == "channel_names" else d.get(key) for d in (copy, dataset_json))
+        if old != new:
+            raise UserError(f'{preprocessed / "dataset.json"}: "{key}" differs from that in {raw}/dataset.json: {fix}')
+
+
+def _check_made(folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str) -> None:
+    """Whether preprocessed files and copies of labels are those of the record, which is given their times of now."""
     for case in cases:
-        sizes = sizes_of(folder, case)
-        for suffix, size, before in zip(SUFFIXES, sizes, record.get(case, {}).get("sizes") or sizes, strict=True):
-            file = folder / (case + suffix)
-            if size is None:
-                raise UserError(f"{file}: no such file: {fix}")
-            if size != before:
-                raise UserError(f"{file}: damaged, or made anew: it has {size} bytes and had {before}: {fix}")
-        if case not in record:
-            for suffix in SUFFIXES[:2]:
-                if not opens(folder / (case + suffix)):
-                    raise UserError(f"{folder / (case + suffix)}: half-written or damaged: {fix}")
+        files = made_files(folder, case, dataset_json)
+        before = record.get(case, {}).get("made")
+        for file in files:
+            if not file.is_file():
+                is_copy = file.parent.name == REFERENCES
+                why = ", and validation needs this copy of the label" if is_copy else ""
+                raise UserError(f"{file}: no such file{why}: {fix}")
+        if before:
+            stamps = [renewed(old, file) for old, file in zip(before, files, strict=True)]
+            if None in stamps:
+                file = files[stamps.index(None)]
+                is_copy = file.parent.name == REFERENCES
+                what = "is not the label that was preprocessed" if is_copy else DAMAGED
+                raise UserError(f"{file}: {what}: {fix}")
+            record[case]["made"] = stamps
+        else:
+            for file in files[:2]:
+                if not opens(file):
+                    raise UserError(f"{file}: half-written or damaged: {fix}")
 
 
 def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
@@ -242,38 +299,25 @@ def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
         raise UserError(f"{file}: made of {len(shapes)} labelled cases, and {count} are preprocessed: {fix}")
 
 
-def _check_references(folder: Path, cases: Sequence[str], ending: str, record: dict[str, dict], fix: str) -> None:
-    for case in cases:
-        file = folder / (case + ending)
-        if not file.is_file():
-            raise UserError(f"{file}: no such file, and validation needs this copy of the label: {fix}")
-        size = file.stat().st_size
-        if case in record and size != record[case]["files"][-1][1]:
-            raise UserError(f"{file}: is not the label that was preprocessed: {fix}")
-
-
 def _check_raw(
-    files: dict[str, list[str]], raw: Path, folder: Path, cases: Sequence[str], record: dict, fix: str
+    files: dict[str, list[str]], raw: Path, folder: Path, cases: Sequence[str], record: dict[str, dict], fix: str
 ) -> None:
+    """Whether images and labels are those of the record, which is given their times of now."""
     for case in sorted(files.keys() ^ set(cases)):
         what = "is new and not preprocessed" if case in files else "was preprocessed and is gone"
         raise UserError(f"{raw}: labelled case {case} {what}: {fix}")
-    now = {}
     for case, (*images, label) in files.items():
         for file in (*images, label):
             if not os.path.isfile(file):
                 raise UserError(f"{file}: no such file, but {case} is preprocessed: put it back, or {fix}")
-        entry = record["cases"].get(case)
-        if entry:
-            stamps = all_renewed(entry["files"][:-1], images)
-            label_stamp = renewed(entry["files"][-1], label, may_read=False)
+        if case in record:
+            *old, old_label = record[case]["files"]
+            stamps = all_renewed(old, images)
+            label_stamp = renewed(old_label, label, may_read=False)
             is_old = stamps is None or label_stamp is None
-            now[case] = entry | {"files": [*(stamps or []), label_stamp]}
+            record[case]["files"] = [*(stamps or []), label_stamp]
         else:  # preprocessed by nnU-Net's own command, and not looked at since
             made = os.stat(folder / (case + SUFFIXES[-1])).st_mtime_ns
             is_old = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
         if is_old:
             raise UserError(f"{label}: this label or its image is not what was preprocessed: {fix}")
-    if now != record["cases"]:  # so that the next start need not read them again
-        with contextlib.suppress(OSError, UserError):
-            write_record(folder.parent, folder.name, now, record["plans_hash"])

@@ -1,7 +1,7 @@
 """What is remembered of labelled cases: which files something was made from, beside what was made.
 
 `dataset_fingerprint__labeled.json` says it of nnU-Net's fingerprint, `<data_identifier>__labeled.json` of a folder of
-preprocessed cases, together with the size of what came out and how far its values spread.
+preprocessed cases, together with the stamps of what came out and how far its values spread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from nnunet_semiseg.files import read_json, write_json
 from nnunet_semiseg.schema import check
 
 FINGERPRINT = "dataset_fingerprint"
-ENTRY = {"files": list[list[str | int]], "sizes": list[int] | None, "spread": list[float] | None}
+STAMPS = list[list[str | int]]
+ENTRY = {"files": STAMPS, "made": STAMPS | None, "spread": list[float] | None}
 _ENDING = "__labeled.json"
 
 
@@ -25,17 +26,18 @@ def record_file(preprocessed: Path, name: str) -> Path:
 
 
 def read_record(preprocessed: Path, name: str) -> dict:
-    """`plans_hash` and `cases`; of each case `files`, `sizes` and `spread`.
+    """`plans_hash` and `cases`; of each case `files`, `made` and `spread`.
 
-    These are the stamps of its images and of its label, the bytes of its three preprocessed files, and a number for
-    each channel. There is no case where there is no record, or a damaged one: what it said is found out anew.
+    These are the stamps of its images and of its label, those of its preprocessed files and of nnU-Net's copy of the
+    label, and a number for each channel. There is no case where there is no record, or a damaged one: what it said is
+    found out anew.
     """
     try:
         record = read_json(record_file(preprocessed, name), "")
         cases = {c: {key: e[key] for key in ENTRY} for c, e in record["cases"].items()}
         for entry in cases.values():
             check(entry, ENTRY, record_file(preprocessed, name), "")
-            if any(len(stamp) != len(STAMP) for stamp in entry["files"]):
+            if any(len(stamp) != len(STAMP) for stamp in (*entry["files"], *(entry["made"] or ()))):
                 raise KeyError
         return {"plans_hash": record["plans_hash"], "cases": cases}
     except (UserError, KeyError, TypeError, AttributeError):

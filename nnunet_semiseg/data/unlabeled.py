@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_semiseg.data.empty_channels import values_of_nothing
-from nnunet_semiseg.data.headers import flat_problem
+from nnunet_semiseg.data.headers import flat_problem, spacing_problem
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
     header_problems,
@@ -37,15 +37,35 @@ from nnunet_semiseg.data.image_problems import (
 )
 from nnunet_semiseg.data.labeled import channel_names, labeled_images
 from nnunet_semiseg.data.plans_hash import plans_hash
-from nnunet_semiseg.data.preprocessed import SUFFIXES, blame_the_disk, look_at_labeled, opens, read_arrays, sizes_of
-from nnunet_semiseg.data.stamps import Stamp, all_renewed, stamp
+from nnunet_semiseg.data.preprocessed import (
+    DAMAGED,
+    SUFFIXES,
+    blame_the_disk,
+    case_files,
+    look_at_labeled,
+    made_of,
+    read_arrays,
+)
+from nnunet_semiseg.data.records import contents
+from nnunet_semiseg.data.stamps import STAMP, Stamp, all_renewed, digest, renewed, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DiskError, dataset_folder, disk_error, disk_errors, only_one, read_json, write_json
+from nnunet_semiseg.files import (
+    DiskError,
+    dataset_folder,
+    disk_error,
+    disk_errors,
+    only_one,
+    read_json,
+    rewriting,
+    write_json,
+)
 from nnunet_semiseg.parallel import killed_workers, run_jobs
 from nnunet_semiseg.schema import check, check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
+ENDING = "__unlabeled"
+"""of the folder of unlabelled cases, beside that of the labelled ones"""
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
 MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
@@ -168,7 +188,7 @@ def load_manifest(
     preprocessed = Path(preprocessed_dataset_folder)
     folder, manifest_file = _output(preprocessed, plans, configuration)
     plans_name = plans["plans_name"]
-    fix = f"run nnunet_semiseg preprocess_unlabeled -d {_number(dataset)} -c {configuration} -plans_name {plans_name}"
+    fix = preprocess_unlabeled_again(plans | {"dataset_name": dataset}, configuration)
     # where training runs, there need not be any raw data
     raw = Path(os.environ["nnUNet_raw"]) / preprocessed.name if os.environ.get("nnUNet_raw") else None
     images = raw / IMAGES_FOLDER if raw and raw.is_dir() else None
@@ -178,42 +198,55 @@ def load_manifest(
         raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
     manifest = read_json(manifest_file, fix)
     check(manifest, MANIFEST, manifest_file, fix)
-    try:
-        cases = {case: entry["sizes"] for case, entry in manifest["cases"].items() if entry["images"]}
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{manifest_file}: damaged, or written by another version of nnunet_semiseg: {fix}") from None
+    if not _is_whole(manifest):
+        raise UserError(f"{manifest_file}: damaged, or written by another version of nnunet_semiseg: {fix}")
     if manifest["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
-    present = {file.name: file.stat().st_size for file in os.scandir(folder)} if folder.is_dir() else {}
-    for case, sizes in cases.items():
-        for suffix, size in zip(SUFFIXES, sizes, strict=True):
-            file = case + suffix
-            if file not in present:
-                raise UserError(f"{folder / file}: missing: {fix}")
-            if present[file] != size:
-                raise UserError(f"{folder / file}: damaged, it has {present[file]} bytes and had {size}: {fix}")
+    entries = {case: dict(entry) for case, entry in manifest["cases"].items()}
+    for case, entry in entries.items():
+        entry["made"] = [_unchanged(*pair, fix) for pair in zip(entry["made"], case_files(folder, case), strict=True)]
     if raw and images and images.is_dir():
         found = find_unlabeled_cases(raw, read_dataset_json(raw))
-        for case in sorted(found.keys() ^ cases.keys()):
+        for case in sorted(found.keys() ^ entries.keys()):
             what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
             raise UserError(f"{images}: case {case} {what}: {fix}")
-        _compare_images(manifest_file, manifest, found, fix)
-    return str(folder), list(cases)
+        for case, files in found.items():
+            entries[case]["images"] = now = all_renewed(entries[case]["images"], files)
+            if now is None:
+                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
+    if entries != manifest["cases"]:  # copies: so that the next start need not read them again
+        with contextlib.suppress(UserError):  # where it cannot be written, it does
+            write_json(manifest | {"cases": entries}, manifest_file)
+    return str(folder), list(entries)
 
 
-def _compare_images(manifest_file: Path, manifest: dict, found: dict[str, list[str]], fix: str) -> None:
-    """Refuse images that are not those of the manifest; where they were only copied, it is given their times."""
-    entries, has_copies = manifest["cases"], False
-    for case, files in found.items():
-        old = entries[case]["images"]
-        now = all_renewed(old, files)
-        if now is None:
-            raise UserError(f"{Path(files[0]).parent}: case {case} is not the image that was preprocessed: {fix}")
-        has_copies |= now != old
-        entries[case]["images"] = now
-    if has_copies:  # so that the next start need not read them again; where it cannot be written, it does
-        with contextlib.suppress(UserError):
-            write_json(manifest, manifest_file)
+def preprocess_unlabeled_again(plans: dict, configuration: str) -> str:
+    """The command that brings preprocessed unlabelled cases up to date."""
+    number, name = _number(plans["dataset_name"]), plans["plans_name"]
+    return f"run nnunet_semiseg preprocess_unlabeled -d {number} -c {configuration} -plans_name {name}"
+
+
+def _is_whole(manifest: dict) -> bool:
+    """Whether each case has its stamps."""
+    try:
+        entries = manifest["cases"].values()
+        return all(
+            entry["images"] and len(entry["made"]) == len(SUFFIXES) and all(len(s) == len(STAMP) for s in stamps)
+            for entry in entries
+            for stamps in (entry["images"], entry["made"])
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+def _unchanged(old: Stamp, file: Path, fix: str) -> Stamp:
+    """The stamp of a preprocessed file, with its times of now. Raises UserError where it is missing or damaged."""
+    try:
+        if (now := renewed(old, file)) is not None:
+            return now
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing: {fix}") from None
+    raise UserError(f"{file}: {DAMAGED}: {fix}")
 
 
 def _number(dataset: int | str) -> int | str:
@@ -222,7 +255,7 @@ def _number(dataset: int | str) -> int | str:
 
 
 def _output(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
-    name = PlansManager(plans).get_configuration(configuration).data_identifier + "__unlabeled"
+    name = PlansManager(plans).get_configuration(configuration).data_identifier + ENDING
     return preprocessed / name, preprocessed / f"{name}.json"
 
 
@@ -230,44 +263,67 @@ def _preprocess_configuration(
     cases, preprocessed, plans, configuration, dataset_json, usual, num_processes, clean, show_progress_bar, verbose
 ) -> None:
     folder, manifest_file = _output(preprocessed, plans, configuration)
-    staging = folder.with_name(folder.name + ".tmp")
-    digest = plans_hash(plans, configuration)
-
-    if clean:
-        manifest_file.unlink(missing_ok=True)  # first: it must never vouch for a folder that is being emptied
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    stamps = {case: _stamps_of_whole(folder, case, images, digest) for case, images in cases.items()}
-    todo = [case for case, known in stamps.items() if known is None]
+    hash_now = plans_hash(plans, configuration)
+    recorded = {} if clean else _recorded(manifest_file)
+    entries = {
+        case: None if clean else _entry_of_whole(folder, case, images, hash_now, recorded.get(case))
+        for case, images in cases.items()
+    }
+    todo = [case for case, entry in entries.items() if entry is None]
     expected = {case + suffix for case in cases for suffix in SUFFIXES}
-    leftovers = [file for file in folder.iterdir() if file.name not in expected]
-    if todo or leftovers:
-        manifest_file.unlink(missing_ok=True)
-    for file in leftovers:
-        file.unlink()
+    leftovers = [file for file in folder.iterdir() if file.name not in expected] if folder.is_dir() else []
+    labeled = folder.with_name(folder.name.removesuffix(ENDING))  # what a training uses, and locks
+    with rewriting(labeled) if todo or leftovers else contextlib.nullcontext():
+        if todo or leftovers:  # first: it must never vouch for a folder that changes
+            manifest_file.unlink(missing_ok=True)
+        if clean:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in leftovers:
+            file.unlink(missing_ok=True)
 
-    print(f"{configuration}: {len(cases)} unlabelled cases, {len(todo)} of them to preprocess")
-    jobs = [
-        (case, cases[case], staging / case, folder, plans, configuration, dataset_json, usual, verbose) for case in todo
-    ]
-    problems: dict[str, list[str]] = {}
-    missing: dict[str, list[str]] = {}
+        print(f"{configuration}: {len(cases)} unlabelled cases, {len(todo)} of them to preprocess")
+        about = folder, plans, configuration, dataset_json, usual, verbose
+        entries |= _preprocess_cases({case: cases[case] for case in todo}, num_processes, show_progress_bar, about)
+        write_json({"plans_hash": hash_now, "cases": dict(sorted(entries.items()))}, manifest_file)
+
+
+def _preprocess_cases(
+    cases: dict[str, list[str]], num_processes: int, show_progress_bar: bool, about: tuple
+) -> dict[str, dict]:
+    """The cases' entries in the manifest.
+
+    Args:
+        about: further arguments of `_preprocess_case`; the first one is the folder.
+
+    Raises:
+        UserError: bad images, one line for each, after all good cases are done.
+    """
+    staging = about[0].with_name(about[0].name + ".tmp")
+    jobs = [(case, images, staging / case, *about) for case, images in cases.items()]
+    entries, problems, missing = {}, {}, {}
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
     try:
         with contextlib.closing(run_jobs(_preprocess_case, jobs, num_processes)) as results:
-            for case, lines, channels, made_of in tqdm(
+            for case, lines, channels, entry in tqdm(
                 results, "Unlabelled cases", len(jobs), disable=not (jobs and show_progress_bar)
             ):
-                problems[case], missing[case], stamps[case] = lines, channels, made_of
+                problems[case], missing[case], entries[case] = lines, channels, entry
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    lines = [line for case in sorted(problems) for line in problems[case]]
-    if lines:
+    if lines := [line for case in sorted(problems) for line in problems[case]]:
         raise UserError("\n".join(lines))
     for case in sorted(case for case, channels in missing.items() if channels):
         print(f"{case}: {', '.join(missing[case])} is 0 everywhere: taken for a channel that this case lacks")
-    entries = {case: {"images": stamps[case], "sizes": sizes_of(folder, case)} for case in sorted(cases)}
-    write_json({"plans_hash": digest, "cases": entries}, manifest_file)
+    return entries
+
+
+def _recorded(manifest_file: Path) -> dict[str, dict]:
+    """The entries of a manifest; none where it is missing or damaged."""
+    with contextlib.suppress(UserError):
+        manifest = read_json(manifest_file, "")
+        return manifest["cases"] if _is_whole(manifest) else {}
+    return {}
 
 
 def _preprocess_case(
@@ -280,11 +336,12 @@ def _preprocess_case(
     dataset_json: dict,
     usual: list[float] | None,
     verbose: bool,
-) -> tuple[str, list[str], list[str], list[Stamp]]:
+) -> tuple[str, list[str], list[str], dict | None]:
     """Preprocess one case.
 
     Returns:
-        The case; what is wrong with its images, one line each; the names of channels it lacks; its images' stamps.
+        The case; what is wrong with its images, one line each; the names of channels it lacks; its entry in the
+        manifest, None where something is wrong.
     """
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
@@ -294,18 +351,21 @@ def _preprocess_case(
     problems = problems or [f"{i}: {damage}: {take_out(i)}" for i in images if (damage := nifti_damage(i))]
     missing: list[str] = []
     if problems:
-        return case, problems, missing, stamps
+        return case, problems, missing, None
     nothing, made = values_of_nothing(plans_manager, configuration_manager), []
 
     class Unlabeled(configuration_manager.preprocessor_class):
-        def run_case_npy(self, data, *args, **kwargs):
+        def run_case_npy(self, data, seg, properties, *args, **kwargs):
+            spacing = [properties["spacing"][axis] for axis in plans["transpose_forward"]]
+            if odd := spacing_problem(spacing, plans.get("original_median_spacing_after_transp", ())):
+                problems.append(f"{images[0]}: {odd}: {take_out(images[0])}")
             problems.extend(intensity_problems(data, images, channels))
             if flat := flat_problem(data.shape[1:], plans):
                 problems.append(f"{images[0]}: {flat}: {take_out(images[0])}")
             if problems:
                 raise UserError(problems[0])
             missing.extend(missing_channels(data, channels))
-            data, seg, properties = super().run_case_npy(data, *args, **kwargs)
+            data, seg, properties = super().run_case_npy(data, seg, properties, *args, **kwargs)
             problems.extend(preprocessed_problems(data, images, channels, nothing))
             problems.extend([] if problems else spread_problems(spread(data), images, channels, usual))
             if problems:
@@ -327,6 +387,7 @@ def _preprocess_case(
                 dataset_json,
             )
         _read_back(staging, case, made)
+        _keep_digests(staging, case)
         # out with an old .pkl before the data changes, in with the new one after
         (folder / (case + SUFFIXES[-1])).unlink(missing_ok=True)
         for suffix in SUFFIXES:
@@ -344,7 +405,8 @@ def _preprocess_case(
             raise  # not the images' fault
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return case, problems, missing, stamps
+    entry = None if problems else {"images": stamps, "made": [stamp(file) for file in case_files(folder, case)]}
+    return case, problems, missing, entry
 
 
 def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
@@ -357,11 +419,26 @@ def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
         raise disk_error(folder / case, "what can be read from it is not what was written")
 
 
-def _stamps_of_whole(folder: Path, case: str, images: list[str], digest: str) -> list[Stamp] | None:
-    """The images' stamps of now where the case is whole and made of them, for these plans; else None."""
+def _keep_digests(folder: Path, case: str) -> None:
+    """Put hashes of a case's arrays beside what else its `.pkl` says: the manifest comes when all cases are done."""
+    *arrays, properties_file = case_files(folder, case)
+    properties = load_pickle(str(properties_file))
+    properties[PROPERTIES_KEY]["made"] = [digest(file) for file in arrays]
+    write_pickle(properties, str(properties_file))
+
+
+def _entry_of_whole(folder: Path, case: str, images: list[str], hash_now: str, recorded: dict | None) -> dict | None:
+    """The case's entry in the manifest, if it is whole and made of these images for these plans, else None.
+
+    Args:
+        recorded: its entry in the manifest of before; without one, its files are read.
+    """
     try:
-        about = load_pickle(str(folder / f"{case}.pkl"))[PROPERTIES_KEY]
-        whole = about["plans_hash"] == digest and all(opens(folder / (case + suffix)) for suffix in SUFFIXES[:2])
-        return all_renewed(about["images"], images) if whole else None
+        files = case_files(folder, case)
+        about = load_pickle(str(files[-1]))[PROPERTIES_KEY]
+        made = made_of(recorded, files) if recorded else [stamp(file) for file in files]
+        stamps = all_renewed(about["images"], images)
+        whole = about["plans_hash"] == hash_now and made and about["made"] == contents(made)[:-1]
+        return {"images": stamps, "made": made} if whole and stamps else None
     except Exception:  # a damaged pickle raises nearly anything
         return None

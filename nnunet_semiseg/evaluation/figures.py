@@ -136,7 +136,12 @@ def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: s
 
 
 def overlay(
-    image: np.ndarray, reference: np.ndarray, predictions: Mapping[str, np.ndarray], labels: Sequence, aspect: float
+    image: np.ndarray,
+    reference: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    labels: Sequence,
+    aspect: float,
+    colors: Mapping[str, str] | None = None,
 ) -> str:
     """Contours on a slice, as a data URI: the reference's in white, each method's in its colour.
 
@@ -145,8 +150,9 @@ def overlay(
         reference, predictions: (H, W) label maps.
         labels: the values of each class, or of each region a tuple.
         aspect: height of a pixel over its width.
+        colors: of the predictions; None: `color_of`.
     """
-    colors = color_of(list(predictions))
+    colors = colors or color_of(list(predictions))
     low, high = np.percentile(image, (1, 99))
     height = 3.2 * aspect * image.shape[0] / image.shape[1]
     figure = Figure(figsize=(3.2, min(6.4, max(1.2, height))))

@@ -7,7 +7,6 @@ from math import ceil, log2
 from typing import Any
 
 import torch
-from monai.transforms.post.array import KeepLargestConnectedComponent
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +25,8 @@ def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) 
     if not len(heads):
         return label
     if not label.is_cuda:
+        from monai.transforms.post.array import KeepLargestConnectedComponent  # takes seconds to import
+
         keep: Any = KeepLargestConnectedComponent(list(heads), is_onehot=regions)
         return torch.stack([keep(sample.clone()).as_tensor() for sample in label]).to(label)  # MONAI works in place
     label = label.clone()

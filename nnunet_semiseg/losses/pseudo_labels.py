@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from monai.losses.dice import DiceLoss
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,6 +110,8 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
         logits, target: (B, heads, *S); the target gets no gradient.
     """
+    from monai.losses.dice import DiceLoss  # takes seconds, and few methods need it
+
     target, dc = target.detach(), loss.dc
     if isinstance(loss, DC_and_BCE_loss):
         ce = F.binary_cross_entropy_with_logits(logits, target)

@@ -165,14 +165,15 @@ class TextSettings(SemiSupervisedSettings):
     """Settings of a method that is guided by class prompts."""
 
     text_model: str = "ViT-B-32"
-    """an open_clip model, `hf-hub:NAME`, or the path of a folder with `open_clip_config.json`"""
+    """an open_clip model, `hf-hub:NAME`, the path of a folder with `open_clip_config.json`, or `wordllama`: trained
+    embeddings of words that come with a package, and know nothing of the order of words"""
     text_pretrained: str = "openai"
     """a tag of open_clip, the path of a checkpoint, or `none` for an untrained encoder"""
     text_cache_dir: str | None = None
     text_embeddings: str | None = None
     """a file of `nnunet_semiseg embed_prompts`, in place of an encoder"""
     n_ctx: int = 4
-    """learnable context tokens a class"""
+    """learnable context tokens a class; with wordllama they are averaged with the words, an offset to them"""
     tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
     csa: bool = True
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
+from nnunet_semiseg.text.static_words import WORDLLAMA, WordTower, load_word_tower
 from nnunet_semiseg.text.tokenizer import Tokenizer
 
 
@@ -21,6 +25,8 @@ class TextTower(nn.Module):
         tokenizer: from ``open_clip.get_tokenizer``; kept as `tokenize`, a `Tokenizer`.
         trained: False for random weights.
     """
+
+    knows_order = True
 
     def __init__(self, text: nn.Module, tokenizer, trained: bool = True):
         super().__init__()
@@ -83,7 +89,17 @@ def ignores_padding(text: nn.Module) -> bool:
     return text.attn_mask is not None and text.pool_type in ("argmax", "eos") and text.cls_emb is None
 
 
-def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = None) -> TextTower:
-    """The text half of an open_clip model (`load_clip`); the image half is not kept."""
+def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = None) -> TextTower | WordTower:
+    """The text half of an open_clip model (`load_clip`), whose image half is not kept; or WordLlama's embeddings.
+
+    Raises:
+        UserError: what `load_clip` and `load_word_tower` raise; a file of weights for WordLlama, which has its own.
+    """
+    if model == WORDLLAMA:
+        if pretrained and Path(pretrained).is_file():
+            raise UserError(
+                f"text_pretrained={pretrained}: {WORDLLAMA} has its own weights: set text_pretrained=openai"
+            )
+        return load_word_tower(trained=pretrained != UNTRAINED)
     clip, tokenizer = load_clip(model, pretrained, cache_dir)
     return TextTower(clip.text, tokenizer, trained=pretrained != UNTRAINED)

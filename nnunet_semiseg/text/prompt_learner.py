@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.encoder import TextTower, load_text_tower
 from nnunet_semiseg.text.prompts import read_prompts
+from nnunet_semiseg.text.static_words import WordTower
 
 
 class PromptLearner(nn.Module):
@@ -25,7 +26,7 @@ class PromptLearner(nn.Module):
     of the tower, whose weights have their own source. Moving the module moves the tower too.
 
     Args:
-        tower: the frozen text tower.
+        tower: the frozen text tower. `WordTower` averages context and words, so that the context is an offset there.
         prompts: per class its prompts, in the order of the K classes.
         n_ctx: number of context tokens of a class; 0 for the plain prompts.
         source: how messages call the file that the prompts are from.
@@ -35,7 +36,11 @@ class PromptLearner(nn.Module):
     """
 
     def __init__(
-        self, tower: TextTower, prompts: dict[str, tuple[str, ...]], n_ctx: int = 4, source: str = "dataset.json"
+        self,
+        tower: TextTower | WordTower,
+        prompts: dict[str, tuple[str, ...]],
+        n_ctx: int = 4,
+        source: str = "dataset.json",
     ):
         super().__init__()
         self._tower = (tower,)  # in a tuple, or nn.Module would register it
@@ -58,7 +63,7 @@ class PromptLearner(nn.Module):
             self.feature_shape: tuple[int, int] = tuple(self().shape)
 
     @property
-    def tower(self) -> TextTower:
+    def tower(self) -> TextTower | WordTower:
         return self._tower[0]
 
     def forward(self) -> Tensor:
@@ -115,7 +120,27 @@ def build_prompt_learner(
     if settings.text_embeddings:
         return EmbeddingLearner(*_read_embeddings(settings.text_embeddings, prompts))
     tower = load_text_tower(settings.text_model, settings.text_pretrained, settings.text_cache_dir)
+    refuse_same_words(tower, prompts, source)
     return PromptLearner(tower, prompts, settings.n_ctx, source)
+
+
+def refuse_same_words(tower: TextTower | WordTower, prompts: dict[str, tuple[str, ...]], source: str) -> None:
+    """Refuse two classes with the same words in another order, where the encoder does not know of order.
+
+    Raises:
+        UserError: there are two (names them).
+    """
+    if tower.knows_order:
+        return
+    seen: dict[tuple, str] = {}
+    for name, texts in prompts.items():
+        words = tuple(sorted(tuple(row.sort().values.tolist()) for text in texts for row in tower.tokenize([text])))
+        if words in seen:
+            raise UserError(
+                f'{source}: the prompts of "{seen[words]}" and "{name}" have the same words, and text_model=wordllama'
+                " does not know their order: use other words, or another text_model"
+            )
+        seen[words] = name
 
 
 def embed_prompts(
@@ -140,6 +165,7 @@ def embed_prompts(
     prompts = read_prompts(dataset_json, source)
     _check_folder(output)  # before the download
     tower = load_text_tower(model, pretrained, cache_dir)
+    refuse_same_words(tower, prompts, source)
     with torch.no_grad():
         embeddings = PromptLearner(tower, prompts, 0, source)()
     save_embeddings(output, embeddings, prompts, f"{model} {pretrained}", tower.trained)

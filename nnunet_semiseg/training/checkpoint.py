@@ -16,10 +16,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import written_whole
+from nnunet_semiseg.schema import TRUST, is_trusted
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES
 
-TRUST = "nnUNet_semiseg_trust"
-"""a variable; 1: checkpoints that can run code are loaded"""
+CONTINUE_FROM = "nnUNet_semiseg_continue_from"
+"""a variable: the checkpoint whose weights a new training begins with"""
 
 _NUMPY: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
 """what NumPy pickles its numbers and arrays with; NumPy 1 and NumPy 2 call their module differently"""
@@ -71,7 +72,7 @@ def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:
     if not unknown:
         raise UserError(f"{file}: cannot be read ({type(error).__name__}): {fix}") from None
     warning = f"{file}: holds {', '.join(unknown[:3])}, so that loading it can run code that is in it"
-    if os.environ.get(TRUST) != "1":
+    if not is_trusted():
         raise UserError(f"{warning}: if you trust where it comes from, export {TRUST}=1") from None
     print(f"WARNING: {warning}")
     return torch.load(file, map_location="cpu", weights_only=False)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
-from os.path import isdir, isfile, join
+from os.path import isfile, join
 from pathlib import Path
 
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_semiseg.data.preprocessed import check_labeled_data
+from nnunet_semiseg.data.headers import total_memory
+from nnunet_semiseg.data.labeled import channel_names
+from nnunet_semiseg.data.preprocessed import check_labeled_data, find_dataset_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.schema import read_splits
 
@@ -23,12 +25,8 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
     """
     name = plans["dataset_name"]
     folder = join(preprocessed_folder_base, PlansManager(plans).get_configuration(configuration).data_identifier)
-    if not isdir(folder):
-        raise UserError(
-            f"{folder}: no preprocessed labelled cases; run nnunet_semiseg plan_and_preprocess -d {_id(name)}"
-            f" -c {configuration}"
-        )
-    cases = set(infer_dataset_class(folder).get_identifiers(folder))
+    fix = f"run nnunet_semiseg plan_and_preprocess -d {_id(name)} -c {configuration}"
+    cases = set(find_dataset_class(folder, fix).get_identifiers(folder))
     if fold == "all":
         training = cases
     else:
@@ -36,8 +34,11 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
         if isfile(splits_file):
             splits = read_splits(Path(splits_file), "correct the file, or delete it to have new folds")
             # a fold past the file is drawn at random by nnU-Net, 80 % for training
-            split = splits[fold] if fold < len(splits) else {"train": list(cases)[: int(len(cases) * 0.8)], "val": []}
+            drawn = {"train": list(cases)[: int(len(cases) * 0.8)], "val": list(cases)[int(len(cases) * 0.8) :]}
+            split = splits[fold] if fold < len(splits) else drawn
             training = split["train"]
+            if training and not split["val"]:
+                raise UserError(f"{splits_file}: fold {fold} has no validation case: name one, or use fold all")
             if missing := {*split["train"], *split["val"]} - cases:
                 raise UserError(
                     f"{splits_file}: fold {fold} has {sorted(missing)[0]}, which is not in {folder};"
@@ -56,6 +57,23 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
     raw = Path(os.environ["nnUNet_raw"], name) if os.environ.get("nnUNet_raw") else None
     has_raw = raw is not None and (raw / "dataset.json").is_file()
     check_labeled_data(Path(preprocessed_folder_base), raw if has_raw else None, plans, configuration)
+
+
+def check_batch_fits(plans: dict, configuration: str, samples: int, dataset_json: dict, what: str) -> None:
+    """Refuse a batch whose images alone take more than the machine's memory.
+
+    Args:
+        samples: patches in the batch, or in what becomes one.
+        what: what is too large, and how to fix it.
+
+    Raises:
+        UserError: says what it takes.
+    """
+    patch, memory = PlansManager(plans).get_configuration(configuration).patch_size, total_memory()
+    needed = samples * math.prod(map(int, patch)) * len(channel_names(dataset_json)) * 4
+    if memory and needed > memory:
+        size = f"{samples} patches of {' x '.join(map(str, patch))} voxels"
+        raise UserError(f"{what} ({size} take {needed / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f})")
 
 
 def check_depth(plans: dict, configuration: str) -> None:

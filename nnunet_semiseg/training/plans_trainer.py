@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,20 +17,23 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
+from nnunet_semiseg.data.preprocessed import preprocess_again
+from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import base_folder, disk_errors, only_one, write_json
-from nnunet_semiseg.schema import PLANS, check, check_configuration, check_dataset_json
+from nnunet_semiseg.files import base_folder, disk_errors, only_one, reading, write_json
+from nnunet_semiseg.schema import PLANS, check, check_architecture, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
 from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import repeatable
-from nnunet_semiseg.training.checks import check_depth, check_labeled_cases
+from nnunet_semiseg.training.checks import check_batch_fits, check_depth, check_labeled_cases
 from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
@@ -79,17 +83,22 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     ):
         # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
         plans = with_given(plans)
-        self.settings = cast(S, read_settings(self.settings_class, plans))
+        try:
+            self.settings = cast(S, read_settings(self.settings_class, plans))
+        except UserError as error:  # what --set gave is looked at already
+            raise UserError(f"{plans_file(plans)}: {error}") from None
         self.goes_on = plans.get("continue_training", False)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         plans = self.prepare(plans, configuration, fold, dataset_json)
         with disk_errors(str(nnUNet_results)):
+            self.refuse_a_second(plans, configuration, fold)
             super().__init__(plans, configuration, fold, dataset_json, device)
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             setattr(self, name, getattr(self.settings, name))
         self.logger.local_logger = LossTermLogger()
         self.hidden_cases: list[str] = []  # labelled cases whose labels must not be seen
+        self.reasons = multiprocessing.SimpleQueue()  # what processes that load data could not read
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         """Refuse what cannot be trained, before anything is written.
@@ -102,12 +111,13 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             UserError: plans or `dataset.json` are damaged; no such configuration; what `check_labeled_cases` and
                 `check_depth` refuse.
         """
-        about = Path(dataset_json_file(plans))
-        file, fix = about.with_name(f"{plans.get('plans_name')}.json"), PLAN_AGAIN
+        about, file, fix = Path(dataset_json_file(plans)), plans_file(plans), PLAN_AGAIN
         check(plans, PLANS, file, fix)
         check_configuration(plans, configuration, file, fix)
         check_dataset_json(dataset_json, about)
         check_depth(plans, configuration)
+        samples = PlansManager(plans).get_configuration(configuration).batch_size
+        check_batch_fits(plans, configuration, samples, dataset_json, f"{file}: {fix}")
         check_labeled_cases(join(nnUNet_preprocessed, plans["dataset_name"]), plans, configuration, fold)
         return plans
 
@@ -119,6 +129,20 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             loss.weight_factors = (1.0,)
         return loss
 
+    @staticmethod
+    def build_network_architecture(
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """nnU-Net's. The predictor calls it, too, with a model's plans; see `check_architecture`."""
+        check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], "take other plans")
+        return nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+
     @property
     def bare_network(self) -> Any:
         """The network without the wrapper of torch.compile."""
@@ -126,8 +150,19 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     def initialize(self):
         super().initialize()
+        self.dataset_class = ReadableCases(self.dataset_class, self.fixes(), self.reasons)
+        if (model := os.environ.get(checkpoints.CONTINUE_FROM)) and not self.goes_on:
+            fix = "continue from a model with the same network, of the same trainer"
+            with checkpoints.fitting({}, model, fix):
+                self.begin_with(checkpoints.read(model, fix))
+            self.print_to_log_file(f"a new training, which begins with the weights of {model}")
         if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
             run_in_bfloat16(self.network)
+
+    def fixes(self) -> dict[str, str]:
+        """What to do where preprocessed cases cannot be read, by their folder."""
+        fix = preprocess_again(self.plans_manager.plans, self.configuration_name)
+        return {self.preprocessed_dataset_folder: f"{fix}, then go on with --c"}
 
     def trained_modules(self) -> list[nn.Module]:
         """What the optimizer trains."""
@@ -176,10 +211,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     @contextmanager
     def alone(self, does: str) -> Iterator[None]:
-        """Keep a second process out of the training's folder, and say in one line where its disk is full.
+        """Keep a second process out of the training's folder, and who would rewrite its data; name a full disk.
 
         Raises:
-            BusyError: another process is there.
+            BusyError: another process is there, or rewrites the preprocessed data.
             DiskError: the folder cannot be written.
         """
         with disk_errors(self.output_folder):
@@ -187,12 +222,20 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 yield
                 return
             Path(self.output_folder).mkdir(parents=True, exist_ok=True)
-            with only_one(Path(self.output_folder, LOCK), does):
+            with only_one(Path(self.output_folder, LOCK), does), reading(Path(self.preprocessed_dataset_folder)):
                 yield
+
+    def refuse_a_second(self, plans: dict, configuration: str, fold) -> None:
+        """Raises BusyError where such a training is going on: before nnU-Net begins another log in its folder."""
+        name = f"{type(self).__name__}__{plans['plans_name']}__{configuration}"
+        lock = Path(str(nnUNet_results), plans["dataset_name"], name, f"fold_{fold}", LOCK)
+        if lock.exists() and not (distributed.is_available() and distributed.is_initialized()):
+            with only_one(lock, "trains this model"):
+                pass
 
     def run_training(self):
         """nnU-Net's; however it ends, no process and no thread of the loaders is left to print after the reason."""
-        with self.alone("trains this model"), quiet_loaders():
+        with self.alone("trains this model"), quiet_loaders(self.reasons):
             for half in Path(self.output_folder).glob("*.tmp"):  # of a training that was killed
                 half.unlink(missing_ok=True)
             try:
@@ -267,7 +310,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.check_checkpoint(content, name)
         changed = changed_settings(self.settings_class, content["init_args"].get("plans", plans.plans), plans.plans)
         if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
-            checkpoints.refuse_other_settings(changed, name)
+            try:
+                checkpoints.refuse_other_settings(changed, name)
+            except UserError:
+                Path(self.log_file).unlink(missing_ok=True)  # nothing was trained
+                raise
         own = self.my_init_kwargs
         with checkpoints.fitting(changed, name, fix):
             if isinstance(checkpoint, dict):
@@ -281,6 +328,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         for setting, (old, new) in changed.items() if self.goes_on else ():
             self.print_to_log_file(f"going on with another setting: {setting} was {old} and is {new}")
 
+    def begin_with(self, checkpoint: dict) -> None:
+        """Take the weights of another training, and nothing else of it: this one begins anew."""
+        self.bare_network.load_state_dict(checkpoint["network_weights"])
+
     def check_checkpoint(self, checkpoint: dict, name: str) -> None:
         """Raises UserError where the checkpoint is not of such a training."""
 
@@ -291,6 +342,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 def dataset_json_file(plans: dict) -> str:
     """The file that a trainer's `dataset_json` is from, for messages."""
     return str(base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name")) / "dataset.json")
+
+
+def plans_file(plans: dict) -> Path:
+    """The file that a trainer's plans are from, for messages."""
+    return Path(dataset_json_file(plans)).with_name(f"{plans.get('plans_name')}.json")
 
 
 def bare(module: nn.Module) -> Any:

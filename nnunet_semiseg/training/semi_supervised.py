@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, distributed, nn
 from torch.autograd.graph import get_gradient_edge
@@ -19,12 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from nnunet_semiseg.data.components import heads_in_one_piece
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
-from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.data.unlabeled import load_manifest, preprocess_unlabeled_again
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.checks import check_batch_fits
 from nnunet_semiseg.training.decisions import Decisions
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 from nnunet_semiseg.training.passes import run_sample_by_sample
@@ -90,6 +90,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if distributed.is_available() and distributed.is_initialized():
             raise UserError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
         plans = super().prepare(plans, configuration, fold, dataset_json)
+        if samples := self.settings.unlabeled_batch_size:
+            what = f"setting unlabeled_batch_size={samples}: set it to a smaller number, or null"
+            check_batch_fits(plans, configuration, samples * len(self.views), dataset_json, what)
         if "previous_stage" in plans["configurations"][configuration]:
             raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
@@ -120,7 +123,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        network = nnUNetTrainer.build_network_architecture(
+        network = PlansTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
         settings = read_settings(cls.settings_class, plans_manager.plans)
@@ -273,6 +276,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if self.settings.memory == "small":
             run_sample_by_sample(self.network)
         self.trainable = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
+
+    def fixes(self) -> dict[str, str]:
+        fix = preprocess_unlabeled_again(self.plans_manager.plans, self.configuration_name)
+        return super().fixes() | {self.unlabeled_folder: f"{fix}, then go on with --c"}
 
     def trained_modules(self) -> list[nn.Module]:
         return [self.network, self.auxiliary]
@@ -443,6 +450,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
                 f"{name}: of {trainer}, which is not semi-supervised: this training cannot go on from it; give it with"
                 " -pretrained_weights instead"
             )
+
+    def begin_with(self, checkpoint: dict) -> None:
+        """The network's weights and, of the same method, its auxiliary ones; a teacher begins as their copy."""
+        super().begin_with(checkpoint)
+        if checkpoint["trainer_name"] == type(self).__name__:
+            self.auxiliary.load_state_dict(checkpoint["semiseg"]["auxiliary"])
 
     def restore(self, checkpoint: dict) -> None:
         state = checkpoint["semiseg"]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from nnunet_semiseg.errors import UserError
 
@@ -17,8 +18,11 @@ THREAD = "results_loop"
 
 
 @contextlib.contextmanager
-def quiet_loaders() -> Iterator[None]:
+def quiet_loaders(reasons: Any) -> Iterator[None]:
     """One line in place of batchgenerators' tracebacks, where a loader's process has ended.
+
+    Args:
+        reasons: a queue with what they could not read; see `ReadableCases`.
 
     Raises:
         UserError: one of them was killed, or failed.
@@ -30,9 +34,11 @@ def quiet_loaders() -> Iterator[None]:
     except RuntimeError as error:
         if DEAD not in str(error):
             raise
+        if not reasons.empty():
+            raise UserError(reasons.get()) from None
         raise UserError(
             "a process that loads the data has ended: killed, often for want of memory (nnUNet_n_proc_DA sets how many"
-            " there are), or a preprocessed case is damaged (what it said is above): go on with --c"
+            " there are), or it failed (what it said is above): go on with --c"
         ) from None
     finally:
         threading.excepthook = before

@@ -92,7 +92,7 @@ def similarity_supervision(
     valid: Tensor,
     temperature: float,
 ) -> Tensor:
-    """L_CSS: cross-entropy that finds, among a sample's counterparts, each token's own in s' / tau.
+    """L_CSS: cross-entropy that finds, among a sample's counterparts, each token's own in s' / tau, and the reverse.
 
     Args:
         tokens, found: (B, L, d), tokens and their counterparts, normalised.
@@ -101,8 +101,11 @@ def similarity_supervision(
     """
     similarity = tokens @ found.transpose(1, 2)
     logits = constrained_similarity(similarity, *wasserstein2(distributions, found_distributions)) / temperature
-    log_p = logits.masked_fill(~valid[:, None], -torch.inf).log_softmax(2)
-    return -(weights * log_p.diagonal(dim1=1, dim2=2).masked_fill(~valid, 0)).sum(1).mean()
+    losses = []
+    for x in (logits, logits.transpose(1, 2)):
+        log_p = x.masked_fill(~valid[:, None], -torch.inf).log_softmax(2)
+        losses.append(-(weights * log_p.diagonal(dim1=1, dim2=2).masked_fill(~valid, 0)).sum(1).mean())
+    return (losses[0] + losses[1]) / 2
 
 
 def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature: float) -> Tensor:

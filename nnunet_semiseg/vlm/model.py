@@ -93,13 +93,23 @@ class AMVLM(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Encoding:
         cls, tokens = self.text_features(ids)
-        return Encoding(self.project("text_cls", cls), self.project("text_tokens", tokens), self.tokenize.words(ids))
+        valid = self.tokenize.words(ids)
+        return Encoding(self.project("text_cls", cls), self.project("text_tokens", tokens, valid), valid)
 
     def forward(self, images: Tensor, ids: Tensor) -> tuple[Encoding, Encoding]:
         return self.encode_image(images), self.encode_text(ids)
 
-    def project(self, head: str, features: Tensor) -> Tensor:
-        return F.normalize(self.heads[head](features).float(), dim=-1)
+    def project(self, head: str, features: Tensor, valid: Tensor | None = None) -> Tensor:
+        """A head's output, normalised: (B, C) to (B, d), or (B, L, C) to (B, L, d).
+
+        Args:
+            valid: (B, L), False at padding, whose output is 0 and which takes no part in what heads are centred by.
+        """
+        if valid is not None:
+            features = repeat_words(features, valid)
+        found = self.heads[head](features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+        found = F.normalize(found.float(), dim=-1)
+        return found if valid is None else found * valid[..., None]
 
     def distribution(self, modality: str, cls: Tensor, tokens: Tensor, valid: Tensor):
         """Means and standard deviations of CLS, (B, d) each, and of the tokens, (B, L, d) each."""
@@ -108,9 +118,28 @@ class AMVLM(nn.Module):
         return (mean[:, 0], std[:, 0]), (mean[:, 1:], std[:, 1:])
 
 
+def repeat_words(features: Tensor, valid: Tensor) -> Tensor:
+    """Each text's own words in place of its padding, in turn, so that all texts weigh the same in a batch norm.
+
+    Args:
+        features: (B, L, C); valid: (B, L).
+    """
+    places = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    words_first = torch.argsort(valid.int(), dim=1, descending=True, stable=True)
+    own = words_first.gather(1, places % valid.sum(1, keepdim=True).clamp_min(1))
+    return features.gather(1, torch.where(valid, places, own)[..., None].expand_as(features))
+
+
 def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
-    """An MLP from (..., width) to (..., dim), with one hidden layer."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim))
+    """An MLP from (N, width) to (N, dim), with one hidden layer.
+
+    It ends in a batch norm without weights, as the public code's: all outputs together have mean 0 in every dimension.
+    Without it cosines lie close to each other, far from where the text masks look for them.
+    """
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim),
+        nn.BatchNorm1d(dim, affine=False),
+    )  # fmt: skip
 
 
 class DistributionTransformer(nn.Module):

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
+from nnunet_semiseg.data.preprocessed import find_dataset_class
 from nnunet_semiseg.data.unlabeled import load_manifest
-from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.schema import check_configuration, load_plans
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
@@ -66,8 +65,6 @@ def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[
     plans = load_plans(file, fix)
     check_configuration(plans, configuration, file, fix)
     labeled = base / PlansManager(plans).get_configuration(configuration).data_identifier
-    if not labeled.is_dir():
-        raise UserError(f"{labeled}: no preprocessed cases: run nnunet_semiseg plan_and_preprocess")
-    kind = infer_dataset_class(str(labeled))
+    kind = find_dataset_class(labeled, "run nnunet_semiseg plan_and_preprocess")
     unlabeled, cases = load_manifest(base, plans, configuration, dataset_name)
     return JoinedDataset(kind(str(labeled)), kind(unlabeled, cases)), cases

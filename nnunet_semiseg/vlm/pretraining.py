@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, folder_for, only_one, write_json, written_whole
+from nnunet_semiseg.files import dataset_folder, disk_errors, folder_for, only_one, reading, write_json, written_whole
 from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config, save_text_config
@@ -95,7 +95,7 @@ def pretrain(
     except UserError as error:
         raise UserError(f"texts.json of {name}: {error}") from None
     about |= {"trained": weights != UNTRAINED, "held_out": held_out}
-    with alone(output, rank):
+    with alone(output, rank), reading(Path(data.folders[0])):
         if rank == 0:
             write_json(model_config(base, clip), output / "open_clip_config.json")
             if is_hf(clip.text):

@@ -76,6 +76,8 @@ class PretrainingTask(nn.Module):
     """What one step computes: the model, its momentum copy, and the weighted terms of the loss.
 
     The momentum copy gives the keys of L_itc; all other terms are of the online model, which every gradient reaches.
+    How the parts of a term are added is the public code's: L_local is the sum of both directions, L_ICL the mean of
+    what is between the distributions and what is within a modality.
     """
 
     def __init__(self, model: AMVLM, settings: PretrainingSettings):
@@ -86,6 +88,7 @@ class PretrainingTask(nn.Module):
     def train(self, mode: bool = True) -> PretrainingTask:
         super().train(mode)
         self.momentum.eval()
+        self.momentum.heads.train(mode)  # keys are centred by their own batch, as what they are compared with is
         return self
 
     def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -101,7 +104,7 @@ class PretrainingTask(nn.Module):
         if s.local_weight:
             local = losses.local_contrast(image.tokens, image.valid, text.cls, t)
             local = local + losses.local_contrast(text.tokens, text.valid, image.cls, t)
-            terms["local"] = s.local_weight * local / 2
+            terms["local"] = s.local_weight * local
         if s.css_weight or s.icl_weight:
             image_of, text_of = (
                 self.model.distribution(name, encoding.cls, encoding.tokens, encoding.valid)
@@ -114,8 +117,8 @@ class PretrainingTask(nn.Module):
         if s.icl_weight:
             icl = losses.distribution_contrast(*(tuple(map(gather, of[0])) for of in (image_of, text_of)), t)
             for encoding, of in ((image, image_of), (text, text_of)):
-                icl = icl + losses.intra_modal_contrast(encoding.cls, losses.draw(of[1]), encoding.valid, t)
-            terms["icl"] = s.icl_weight * icl
+                icl = icl + losses.intra_modal_contrast(encoding.cls, losses.draw(of[1]), encoding.valid, t) / 2
+            terms["icl"] = s.icl_weight * icl / 2
         return terms
 
     def supervision(self, name: str, own, other, distribution) -> Tensor:

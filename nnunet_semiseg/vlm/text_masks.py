@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -15,13 +16,19 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.schema import check
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
-from nnunet_semiseg.vlm.losses import one_way
+from nnunet_semiseg.vlm.losses import info_nce, one_way
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
 from nnunet_semiseg.vlm.pamr import refine
 
 ABOUT, WEIGHTS, STATE = "vlm.json", "vlm.safetensors", "training_state.safetensors"
 RAW_SHARE = 0.3
 """of the mask before PAMR, in the final one"""
+AREA = 0.4
+"""TCL's prior: the share of an image that its own text is about"""
+PRIORS = 0.1
+"""weight of the area and variation priors"""
+LARGEST_SCALE = 100.0
+"""of similarities, as in CLIP"""
 
 
 def load_vlm(folder: str | Path) -> AMVLM:
@@ -99,18 +106,25 @@ class TextMaskGenerator(nn.Module):
     """Patch features of a frozen AMVLM, lifted to 4 times their grid, and their cosine with texts.
 
     The mask is 0.3 raw + 0.7 PAMR(raw), with `raw_masks`: probabilities in 0 to 1, with no further sigmoid. The
-    up-blocks are all that is trained and all that a checkpoint carries.
+    up-blocks and the temperature of their loss are all that is trained and all that a checkpoint carries.
 
     Args:
         relative: see `raw_masks`.
+        temperature: of the loss, when it begins.
     """
 
-    def __init__(self, vlm: AMVLM, relative: bool = False):
+    def __init__(self, vlm: AMVLM, relative: bool = False, temperature: float = 0.07):
         super().__init__()
         self._vlm = (vlm,)  # in a tuple, or nn.Module would register it
         self.grid, self.relative = vlm.grid, relative
-        dim = vlm.heads["text_cls"][-1].out_features
+        dim = vlm.heads["text_cls"][-1].num_features
         self.up = nn.Sequential(UpBlock(dim), UpBlock(dim))
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, (1,)."""
+        return self.log_scale.exp().clamp_max(LARGEST_SCALE)
 
     @property
     def tower(self) -> AMVLM:
@@ -133,7 +147,20 @@ class TextMaskGenerator(nn.Module):
         with torch.no_grad():
             taken = to_tower(images, tower.visual.preprocess_cfg, tower.image_size)
             patches = tower.encode_image(taken).tokens.transpose(1, 2).unflatten(2, self.grid)
-        return F.normalize(self.up(patches).float(), dim=1)
+        with torch.autocast(patches.device.type, enabled=False):  # cosines lie close to each other
+            return F.normalize(self.up(patches.float()), dim=1)
+
+    def loss_between_images(self, features: Tensor, texts: Tensor, own: Tensor) -> Tensor:
+        """`contrast_between_images`, with TCL's priors: areas, and little variation of the own masks."""
+        with torch.autocast(features.device.type, enabled=False):
+            raw = raw_masks(torch.einsum("bdhw,nd->bnhw", features, texts), self.relative)
+            priors = area_prior(raw, own) + variation(raw[torch.arange(len(own), device=own.device), own])
+            return contrast_between_images(raw, features, texts, own, self.scale) + PRIORS * priors
+
+    def loss_between_classes(self, features: Tensor, raw: Tensor, texts: Tensor, background: Tensor) -> Tensor:
+        """`contrast_between_classes` and little variation; no area is known, for a class may be missing."""
+        with torch.autocast(features.device.type, enabled=False):
+            return contrast_between_classes(raw, features, texts, background, self.scale) + PRIORS * variation(raw)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where each image shows what each of its texts says.
@@ -146,8 +173,8 @@ class TextMaskGenerator(nn.Module):
             Raw masks (B, K, 4 h, 4 w) with a gradient to the up-blocks; masks (B, K, H, W), detached; the features.
         """
         features = self.features(images)
-        cosine = torch.einsum("bdhw,bkd->bkhw", features, texts)
-        raw = raw_masks(cosine, self.relative)
+        with torch.autocast(features.device.type, enabled=False):
+            raw = raw_masks(torch.einsum("bdhw,bkd->bkhw", features, texts), self.relative)
         with torch.no_grad():
             grey = images.float().mean(1, keepdim=True)
             # PAMR at the features' size: its dilations are meant for that
@@ -175,30 +202,57 @@ def raw_masks(cosine: Tensor, relative: bool) -> Tensor:
     return ((cosine - mean) / spread.clamp_min(1e-6)).sigmoid()
 
 
-def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of what each image's mask collects, against its own text and the other images' texts.
+def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, own: Tensor, scale: Tensor | float) -> Tensor:
+    """TCL's extended InfoNCE: image i pooled under the mask of text j, against text j, for all i and j.
 
-    Another image with the same text is no rival.
+    Both directions: of all texts each image must find its own, and of all images each text its own. Another image
+    with the same text is no rival there. (Cha et al., "Learning to generate text-grounded mask for open-world semantic
+    segmentation from only image-text pairs", CVPR 2023.)
 
     Args:
-        raw: masks (B, 1, h, w); features: (B, d, h, w); texts: (B, 1, d), normalised.
+        raw: masks of all texts in all images, (B, N, h, w).
+        features: (B, d, h, w), normalised.
+        texts: (N, d), normalised and all different.
+        own: (B,), the number of each image's text.
+        scale: what similarities are multiplied with, 1 / temperature.
     """
-    pooled, texts = collect(raw, features)[:, 0], texts[:, 0]
-    same = (texts @ texts.T > 1 - 1e-5) & ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
-    return one_way((pooled @ texts.T).masked_fill(same, -torch.inf), temperature)
+    similarity = scale * torch.einsum("bnd,nd->bn", collect(raw, features), texts)
+    of_own = similarity[:, own].T  # text of image i, image k
+    same = (own[:, None] == own) & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
+    to_image = of_own.masked_fill(same, -torch.inf)
+    return (F.cross_entropy(similarity, own) + one_way(to_image, 1.0)) / 2
 
 
 def contrast_between_classes(
-    raw: Tensor, features: Tensor, texts: Tensor, background: Tensor, temperature: float
+    raw: Tensor, features: Tensor, texts: Tensor, background: Tensor, scale: Tensor | float
 ) -> Tensor:
-    """InfoNCE of what each class's mask collects, against the classes' texts; what no mask takes is background.
+    """InfoNCE, in both directions, of what each class's mask collects and the texts; what no mask takes is background.
 
     Args:
         raw: masks (B, K, h, w); features: (B, d, h, w); texts: (K, d) and background: (d,), normalised.
+        scale: 1 / temperature.
     """
     masks = torch.cat((1 - raw.amax(1, keepdim=True), raw), 1)
     all_texts = torch.cat((background[None], texts))
-    return torch.stack([one_way(p @ all_texts.T, temperature) for p in collect(masks, features)]).mean()
+    return torch.stack([info_nce(scale * (p @ all_texts.T), 1.0) for p in collect(masks, features)]).mean()
+
+
+def area_prior(raw: Tensor, own: Tensor, prior: float = AREA) -> Tensor:
+    """TCL's area loss: |mean area of the own texts' masks - prior| + mean area of the other texts' masks.
+
+    Args:
+        raw: masks (B, N, h, w); own: (B,), the number of each image's text.
+    """
+    areas = raw.mean((2, 3))
+    is_own = F.one_hot(own, areas.shape[1]).bool()
+    own_area = areas.masked_fill(~is_own, 0).sum() / len(own)
+    others = areas.masked_fill(is_own, 0).sum() / max(areas.numel() - len(own), 1)
+    return (own_area - prior).abs() + others
+
+
+def variation(masks: Tensor) -> Tensor:
+    """Total variation of masks (..., h, w): the mean step between neighbours, down and across."""
+    return masks.diff(dim=-2).abs().mean() + masks.diff(dim=-1).abs().mean()
 
 
 def collect(masks: Tensor, features: Tensor) -> Tensor:

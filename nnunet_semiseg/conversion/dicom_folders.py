@@ -1,0 +1,74 @@
+"""Whose DICOM series are whose: folders of patients, of visits, and of series with a label of their own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from nnunet_semiseg.conversion.filling import is_label
+from nnunet_semiseg.conversion.names import SERIES, Name, is_visit, part_of, plain
+
+Folders = tuple[str, ...]
+
+
+def case_folders(names: Iterable[Name]) -> dict[Name, Folders]:
+    """The folder of each file's case; empty where it lies in none.
+
+    It is the uppermost one below those of training and test. Where several folders in it have a label of their own, or
+    are visits, each of them is a case: `CT/1`, `MR/2/T1` and `MR/2/T2`, `P1/2020-01-05`.
+    """
+    names = list(names)
+    starts, places = {}, {}
+    for name in names:
+        path = (*name.folders, name.stem) if name.ending == SERIES else name.folders
+        starts[name] = next((i for i, folder in enumerate(path) if not part_of(folder)), len(path))
+        places[name] = path[starts[name] :]
+    series = {places[name] for name in names if name.ending == SERIES}
+    above_series = {place[:n] for place in series for n in range(len(place) + 1)}
+    homes = {_longest(places[name], above_series) for name in names if is_label(name)}
+    keys = _split(series, {home[:n] for home in homes for n in range(1, len(home) + 1)})
+    folders = {}
+    for name in names:
+        key = _longest(places[name], keys)
+        if not (key or is_label(name) or (name.folder_kind and name.folder_kind[0] <= starts[name])):
+            key = places[name][:1]  # images of another kind
+        folders[name] = (*name.folders, name.stem)[: starts[name]] + key if key else ()
+    return folders
+
+
+def _longest(place: Folders, known: set[Folders]) -> Folders:
+    return next((place[:n] for n in range(len(place), 0, -1) if place[:n] in known), ())
+
+
+def _split(series: set[Folders], labelled: set[Folders]) -> set[Folders]:
+    """Folders of cases: the uppermost ones, split up as long as that takes.
+
+    Args:
+        labelled: folders with a label somewhere in them, beside a series.
+    """
+    keys = {place[:1] for place in series}
+    while True:
+        inner: dict[Folders, set[Folders]] = defaultdict(set)
+        for place in series:
+            key = _longest(place, keys)
+            if len(place) > len(key):
+                inner[key].add(place[: len(key) + 1])
+        visits = {key: sum(is_visit(folder[-1]) for folder in found) for key, found in inner.items()}
+        brothers = {key[:-1] for key, found in inner.items() if len(found & labelled) > 1}
+        several = max(visits.values(), default=0) > 1
+        split = {key for key in inner if key[:-1] in brothers or (several and visits[key])}
+        if not split:
+            return keys
+        keys = (keys - split).union(*(inner[key] for key in split))
+
+
+def without_channels(groups: Mapping[Folders, Sequence[Name]], channels: Sequence[str] | None) -> list[Folders]:
+    """Cases with no series in a folder of a wanted channel, where each is a folder's name: `CT`, beside `MR`."""
+    words = {
+        key: {plain(folder) for name in names if name.ending == SERIES for folder in (*name.folders, name.stem)}
+        for key, names in groups.items()
+    }
+    wanted = {plain(channel) for channel in channels or ()}
+    if not wanted or not wanted <= set().union(*words.values()):
+        return []
+    return [key for key, own in words.items() if own and not any(w in word for w in wanted for word in own)]

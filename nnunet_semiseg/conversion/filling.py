@@ -1,0 +1,166 @@
+"""A layout, and how files are put into it: among those of other cases, in groups, or in a folder of their case."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from nnunet_semiseg.conversion.names import (
+    DICOM_SEG,
+    IMAGE,
+    LABEL,
+    PICTURES,
+    RTSTRUCT,
+    SERIES,
+    STACK,
+    Name,
+    kind_of,
+    label_core,
+    without_case,
+)
+from nnunet_semiseg.conversion.pairs import find_suffixes, pair
+from nnunet_semiseg.errors import UserError
+
+
+@dataclass
+class Layout:
+    """What the names say.
+
+    Args:
+        kind: how the source is kept, in words.
+        images: case to channel to path; a file that holds all channels is that of channel "". A channel that the case
+            lacks is not there.
+        labels: case to class to path; a file that holds all classes is that of class "".
+        channels: in their order; none where there is one, and nothing says what it is.
+        parts: case to val, test or unlabeled; all others are for training.
+        patients: case to patient, where folders say it.
+        left_out: path to reason.
+        joined: what labels are called that were taken for one and the same; none where their names do not differ.
+    """
+
+    kind: str
+    images: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    labels: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    channels: tuple[str, ...] = ()
+    parts: dict[str, str] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    joined: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        with_label = f"{len(self.images)} cases, {len(self.labels)} with a label"
+        channels = f", channels {' '.join(self.channels)}" if self.channels else ""
+        return f"{self.kind}: {with_label}{channels}"
+
+
+def is_label(name: Name) -> bool:
+    """By the folder, or else by the file's own name."""
+    if name.ending in (DICOM_SEG, RTSTRUCT):
+        return True
+    if name.folder_kind:
+        return name.folder_kind[1] == LABEL
+    return name.ending != SERIES and label_core(name.stem) is not None
+
+
+def by_kind(names: Iterable[Name]) -> tuple[list[Name], list[Name]]:
+    """Images and labels."""
+    names = list(names)
+    return [name for name in names if not is_label(name)], [name for name in names if is_label(name)]
+
+
+def put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
+    """One file; raises UserError where the case has one of this channel, or of this class, already."""
+    files = (layout.images if kind == IMAGE else layout.labels)[case]
+    if rest in files:
+        other, fix = replace(name, path=files[rest]), "take one away"
+        what = "is there twice, also as" if kind == IMAGE else "has two labels, this one and"
+        fix = fix if kind == IMAGE else f"{fix}, or join them"
+        raise UserError(f"{name}: case {case} {what} {other}: {fix}")
+    files[rest] = name.path
+    if name.part and kind == IMAGE:
+        layout.parts[case] = name.part
+
+
+def fill_flat(
+    layout: Layout, names: Sequence[Name], channels: Sequence[str] | None, suffixes: Sequence[str] | None = None
+) -> None:
+    """Files that lie among those of other cases, see `pairs`; None: their suffixes are to be found."""
+    images, labels = by_kind(names)
+    if suffixes is None:
+        suffixes = find_suffixes(images, labels, channels)
+    for kind, found in zip((IMAGE, LABEL), pair(images, labels, suffixes), strict=True):
+        for case, rest, name in found:
+            put(layout, kind, case, rest, name)
+
+
+def fill_groups(
+    layout: Layout, groups: Mapping[str, Sequence[Name]], channels: Sequence[str] | None, patients: bool = True
+) -> None:
+    """Files of several cases in a folder each, whose name comes before those that would be another case's, too.
+
+    Args:
+        patients: the folder is that of a patient.
+    """
+    found = {}
+    suffixes = find_suffixes(*by_kind(name for names in groups.values() for name in names), channels)
+    for group, names in groups.items():
+        found[group] = Layout("")
+        fill_flat(found[group], names, channels, suffixes)
+    cases = [case for own in found.values() for case in own.images]
+    for group, own in found.items():
+        prefix = f"{group}_" if len(set(cases)) < len(cases) else ""
+        layout.images |= {prefix + case: files for case, files in own.images.items()}
+        layout.labels |= {prefix + case: files for case, files in own.labels.items()}
+        layout.parts |= {prefix + case: part for case, part in own.parts.items()}
+        if patients:
+            layout.patients |= {prefix + case: group for case in own.images}
+
+
+def fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -> None:
+    """Files in a folder of their own: channels and classes, or slices of a volume."""
+    images, labels = by_kind(names)
+    series = [name for name in images if name.ending == SERIES]
+    if _are_slices(images) and stacked:
+        images = [_folder_of(images)]
+    elif _are_slices(images) and len({re.sub(r"\d+", "", name.stem) for name in images}) == 1:
+        raise UserError(
+            f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures: say the size of their voxels with"
+            f" --spacing X Y Z (mm), and they are slices of a volume"
+        )
+    elif len(series) > 1:  # which is which, their headers say
+        folder = os.path.commonpath([name.path.removesuffix(SERIES) for name in series])
+        images = [name for name in images if name.ending != SERIES] + [replace(series[0], path=folder + SERIES)]
+    if _are_slices(labels) and not any(name.ending in PICTURES for name in images):
+        labels = [_folder_of(labels)]
+    for name in images:
+        rest = "_".join([*_folders_within(name, case), without_case(name.stem, case)])
+        put(layout, IMAGE, case, "" if name.ending in (SERIES, STACK) else rest, name)
+    cores = [label_core(name.stem) for name in labels]
+    for name, own in zip(labels, cores, strict=True):
+        rest = without_case(name.stem if own is None or cores.count(own) > 1 else own, case)
+        if name.ending in (DICOM_SEG, RTSTRUCT):  # their classes are named within
+            rest = name.path if len(labels) > 1 else ""
+        put(layout, LABEL, case, "" if name.ending in (SERIES, STACK) else rest, name)
+
+
+def _are_slices(names: Sequence[Name]) -> bool:
+    return len(names) > 1 and all(name.ending in PICTURES for name in names)
+
+
+def _folder_of(slices: Sequence[Name]) -> Name:
+    """What stands for the slices of a volume."""
+    folders = sorted({os.path.dirname(name.path) for name in slices})
+    if len(folders) > 1:
+        raise UserError(f"{slices[0]}: slices of one volume in {' and '.join(folders)}: put them into one folder")
+    return replace(slices[0], path=folders[0] + STACK)
+
+
+def _folders_within(name: Name, case: str) -> list[str]:
+    """Folders between that of the case and the file, less those that are named for a kind."""
+    folders = list(name.folders)
+    start = next((i for i in reversed(range(len(folders))) if folders[i] == case), len(folders) - 1)
+    return [folder for folder in folders[start + 1 :] if not kind_of(folder)]

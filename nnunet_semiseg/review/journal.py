@@ -1,0 +1,247 @@
+"""Many files that change as one: a journal says what is to be done before the first file is touched.
+
+A journal holds steps, each of which can be done again or taken back without harm. A process that is killed leaves the
+journal; the next one goes on in the same direction. Places are written `raw/...` and `preprocessed/...`, so that the
+folders of nnU-Net can be moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_semiseg.data.half_accepted import DONE, FOLDER, JOURNAL, journals
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.schema import check
+
+GOING, UNDOING = "going", "undoing"
+SHAPE = {"state": str, "steps": list[list[str]], "cases": dict[str, str]}
+BEFORE, AFTER = "before", "after"
+"""below a journal's folder: the content of files that are written, before and after"""
+
+Roots = Mapping[str, Path]
+"""`raw` and `preprocessed` to the data set's folders"""
+
+
+def resolve(place: str, roots: Roots) -> Path:
+    """The path of `raw/...` or `preprocessed/...`."""
+    root, _, rest = place.partition("/")
+    return roots[root] / rest
+
+
+@dataclass
+class Staging:
+    """What is made before the change: nothing of it counts until `commit`.
+
+    Attributes:
+        number: four digits; the folder of this change, in both roots.
+        steps: `move SOURCE TARGET` and `write FILE`, in the order in which they are to be done.
+    """
+
+    roots: Roots
+    number: str
+    steps: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, roots: Roots) -> Staging:
+        """An empty one, with the next number."""
+        last = max((int(file.parent.name) for file in journals(roots["raw"])), default=0)
+        staging = cls(roots, f"{last + 1:04d}")
+        for root in ("raw", "preprocessed"):
+            if root == "raw" or roots[root].is_dir():
+                shutil.rmtree(staging.folder(root), ignore_errors=True)
+                staging.folder(root).mkdir(parents=True)
+        return staging
+
+    def folder(self, root: str) -> Path:
+        """Where new files are put; in `raw` it gets its name with `commit`."""
+        return self.roots[root] / FOLDER / (f"{self.number}.tmp" if root == "raw" else self.number)
+
+    def move(self, source: str, target: str) -> None:
+        """A file that is to be moved, within one root."""
+        self.steps.append(["move", source, target])
+
+    def take_in(self, root: str, name: str, target: str) -> Path:
+        """The place for a new file below `folder(root)`, which is to be moved to `target`."""
+        file = self.folder(root) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.move(f"{root}/{FOLDER}/{self.number}/{name}", target)
+        return file
+
+    def put_away(self, root: str, name: str, source: str) -> None:
+        """A file that is to be moved out of the way, to `name` below this change's folder."""
+        self.move(source, f"{root}/{FOLDER}/{self.number}/{name}")
+
+    def new_content(self, place: str) -> Path:
+        """Where the content is to be put that the file at `place` will have."""
+        before, after = (self.folder("raw") / kind / place for kind in (BEFORE, AFTER))
+        for file in (before, after):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if (current := resolve(place, self.roots)).is_file():
+            shutil.copy2(current, before)
+        self.steps.append(["write", place])
+        return after
+
+    def write(self, place: str, content: dict | list) -> None:
+        """A JSON file that is to have this content."""
+        write_json(content, self.new_content(place))
+
+    def commit(self, cases: Mapping[str, str]) -> Path:
+        """Make it count; gives the journal. From here on the change will be done, by this process or the next."""
+        journal = {"state": GOING, "steps": self.steps, "cases": dict(cases)}
+        write_json(journal, self.folder("raw") / JOURNAL)
+        final = self.roots["raw"] / FOLDER / self.number
+        os.rename(self.folder("raw"), final)
+        return final / JOURNAL
+
+
+def finish(journal: Path, roots: Roots) -> str:
+    """Go on with a change to its end, forwards or backwards as its state says; gives that state.
+
+    Raises:
+        UserError: a file is neither where it was nor where it is to be.
+    """
+    content = read_journal(journal)
+    state, steps = content["state"], content["steps"]
+    if state == UNDOING:
+        for step in reversed(steps):
+            _back(step, journal.parent, roots)
+        _remove(journal, roots)
+    elif state == GOING:
+        for step in steps:
+            _forth(step, journal.parent, roots)
+        write_json(content | {"state": DONE}, journal)
+    return state
+
+
+def recover(roots: Roots, say: Callable[[str], None] = print) -> bool:
+    """Finish what another process has begun and not ended, and remove what was only being prepared.
+
+    Returns:
+        Whether there was any such thing to be finished.
+    """
+    numbers = {journal.parent.name for journal in journals(roots["raw"])}
+    for root in roots.values():
+        for folder in (root / FOLDER).glob("*"):
+            if folder.name not in numbers:
+                shutil.rmtree(folder)
+        _remove_empty(root / FOLDER)
+    found = False
+    for journal in journals(roots["raw"]):
+        content = read_journal(journal)
+        if (state := content["state"]) != DONE:
+            found = True
+            finish(journal, roots)
+            what = "taken back" if state == UNDOING else "accepted"
+            say(f"an interrupted command was ended: {', '.join(sorted(content['cases']))}: {what}")
+    return found
+
+
+def undo(journal: Path, roots: Roots, say: Callable[[str], None] = print) -> None:
+    """Take a change back.
+
+    Raises:
+        UserError: a file of the raw data set was changed since.
+    """
+    content = read_journal(journal)
+    stale = [step for step in content["steps"] if not _is_as_done(step, journal.parent, roots)]
+    if raw := [step[-1] for step in stale if step[-1].startswith("raw/")]:
+        file = resolve(raw[0], roots)
+        raise UserError(f"{file}: was changed since it was accepted: put it back as it was, and take it back then")
+    kept = [step for step in content["steps"] if not (stale and step[-1].startswith("preprocessed/"))]
+    if stale:
+        say(
+            f"{resolve(stale[0][-1], roots)}: was changed since: only raw data is taken back: run nnunet_semiseg"
+            " plan_and_preprocess again"
+        )
+    write_json(content | {"state": UNDOING, "steps": kept}, journal)
+    finish(journal, roots)
+
+
+def read_journal(journal: Path) -> dict:
+    """The checked content of a journal. Raises UserError where it is damaged."""
+    fix = f"put it back as it was, or move the files by hand and remove {journal.parent}"
+    content = read_json(journal, fix)
+    check(content, SHAPE, journal, fix)
+    return content
+
+
+def _forth(step: list[str], folder: Path, roots: Roots) -> None:
+    kind, *places = step
+    if kind == "move":
+        source, target = (resolve(place, roots) for place in places)
+        _move(source, target)
+    else:
+        _copy(folder / AFTER / places[0], places[0], folder.name, roots)
+
+
+def _back(step: list[str], folder: Path, roots: Roots) -> None:
+    kind, *places = step
+    if kind == "move":
+        source, target = (resolve(place, roots) for place in places)
+        if FOLDER in source.parts and not os.path.lexists(target):
+            return  # it was new, and is gone already
+        _move(target, source)
+    elif (folder / BEFORE / places[0]).is_file():
+        _copy(folder / BEFORE / places[0], places[0], folder.name, roots)
+    else:
+        resolve(places[0], roots).unlink(missing_ok=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    if os.path.lexists(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, target)
+    elif not os.path.lexists(target):
+        raise UserError(f"{source}: no such file, and it is not at {target} either: put it back and run accept again")
+
+
+def _copy(source: Path, place: str, number: str, roots: Roots) -> None:
+    """Give a file this content, by way of a half file that lies where nobody looks if we are killed."""
+    half, target = resolve(f"{place.partition('/')[0]}/{FOLDER}/{number}/half", roots), resolve(place, roots)
+    for file in (half, target):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, half)  # with its time, by which a training knows a label
+    os.replace(half, target)
+
+
+def _is_as_done(step: list[str], folder: Path, roots: Roots) -> bool:
+    kind, *places = step
+    file = resolve(places[-1], roots)
+    if kind == "move":
+        return os.path.lexists(file)
+    return file.is_file() and _says_the_same(file.read_bytes(), (folder / AFTER / places[0]).read_bytes())
+
+
+def _says_the_same(now: bytes, then: bytes) -> bool:
+    """Whether a file is as it was written; in a record of cases, a training renews the files' times."""
+    if now == then:
+        return True
+    try:
+        contents = [json.loads(content) for content in (now, then)]
+        a, b = ((content["plans_hash"], content["cases"].keys()) for content in contents)
+        return a == b
+    except (ValueError, KeyError, TypeError, AttributeError):  # not two records
+        return False
+
+
+def _remove(journal: Path, roots: Roots) -> None:
+    """The folders of a change that was taken back; the journal's goes as a whole, with a name that nobody reads."""
+    number = journal.parent.name
+    shutil.rmtree(roots["preprocessed"] / FOLDER / number, ignore_errors=True)
+    gone = journal.parent.with_name(f"{number}.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(journal.parent, gone)
+    shutil.rmtree(gone)
+    for root in roots.values():
+        _remove_empty(root / FOLDER)
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,174 @@
+"""The labels that are handed in: which cases they are of, whether they fit, and where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+from nnunet_semiseg.conversion.repair import grid_difference
+from nnunet_semiseg.data.image_problems import label_problems, nifti_damage, one_line_of
+from nnunet_semiseg.data.labeled import label_values
+from nnunet_semiseg.data.written_images import write_image
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json
+
+MASKS, UNCERTAINTY, CASES = "masks", "uncertainty", "cases"
+"""folders of a review: predictions, maps of uncertainty, and a record for each case"""
+
+
+@dataclass(frozen=True)
+class NewLabel:
+    """A label that is to be taken in.
+
+    Attributes:
+        origin: `human`: nothing was predicted; `corrected`: differs from what was; `prediction`: does not.
+        review: the name of the review that predicted the case.
+    """
+
+    case: str
+    file: Path
+    origin: str
+    review: str | None = None
+
+    @property
+    def about(self) -> dict:
+        """What dataset.json keeps of it."""
+        return {"from": self.origin} | ({"review": self.review} if self.review else {})
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a review has predicted of a case.
+
+    Attributes:
+        digest: of the mask's voxels, see `digest_of`.
+    """
+
+    review: Path
+    mask: Path
+    digest: str
+
+
+def digest_of(mask: np.ndarray) -> str:
+    """A hash of a label map's shape and values, whatever the type of its numbers."""
+    values = np.ascontiguousarray(mask, dtype=np.int32)
+    return hashlib.blake2b(repr(values.shape).encode() + values.tobytes(), digest_size=16).hexdigest()
+
+
+def predictions_of(reviews: Iterable[Path], file_ending: str) -> dict[str, list[Predicted]]:
+    """What these reviews have predicted, by case."""
+    found: dict[str, list[Predicted]] = {}
+    for review in reviews:
+        for record in sorted((review / CASES).glob("*.json")):
+            content = read_json(record, "remove it and run nnunet_semiseg review again")
+            mask = review / MASKS / f"{record.stem}{file_ending}"
+            found.setdefault(record.stem, []).append(Predicted(review, mask, str(content.get("mask"))))
+    return found
+
+
+def choose(
+    given: Path | None, all_of: Path | None, known: Mapping[str, list[Predicted]], dataset_json: dict, reader: Any
+) -> tuple[list[NewLabel], list[str]]:
+    """The labels of a folder and, with `all_of`, the other masks of a review.
+
+    Args:
+        known: what all reviews have predicted; those of `all_of` among them.
+
+    Returns:
+        Labels, and a line for each that differs in nothing from a prediction, unless `all_of` asks for it.
+
+    Raises:
+        UserError: no such folder, or no label in it.
+    """
+    ending, labels, problems = dataset_json["file_ending"], {}, []
+    if all_of is not None:
+        masks = sorted((all_of / MASKS).glob(f"*{ending}"))
+        if not masks:
+            raise UserError(f"{all_of / MASKS}: no *{ending}: name the folder of a review, which holds {MASKS}")
+        for mask in masks:
+            case = mask.name[: -len(ending)]
+            own = [p for p in known.get(case, ()) if p.review == all_of]
+            labels[case] = _label(case, mask, own, reader)
+    if given is not None:
+        files = sorted(f for f in given.glob(f"*{ending}") if not f.name.startswith(".")) if given.is_dir() else []
+        if not files:
+            raise UserError(f"{given}: no label CASE{ending} in it: name the folder with -i")
+        for file in files:
+            case = file.name[: -len(ending)]
+            label = _label(case, file, known.get(case, []), reader)
+            if label.origin == "prediction" and all_of is None:
+                fix = f"correct it, or take predictions as they are with --all-of {label_review(known[case])}"
+                problems.append(f"{file}: nothing is changed, it is what was predicted: {fix}")
+            labels[case] = label
+    return [labels[case] for case in sorted(labels)], problems
+
+
+def label_review(predicted: list[Predicted]) -> Path:
+    """The folder of the last review that predicted a case."""
+    return predicted[-1].review
+
+
+def _label(case: str, file: Path, predicted: list[Predicted], reader: Any) -> NewLabel:
+    if not predicted:
+        return NewLabel(case, file, "human")
+    try:
+        digest = digest_of(reader().read_seg(str(file))[0][0])
+    except Exception:  # of many kinds; `problems_of` says which
+        digest = ""
+    same = [p for p in predicted if p.digest == digest]
+    return NewLabel(case, file, "prediction" if same else "corrected", (same or predicted)[-1].review.name)
+
+
+def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: Any) -> list[str]:
+    """What is wrong with a label of these images, one line each: unreadable, another grid, an unknown value."""
+    file = str(label.file)
+    if damage := nifti_damage(file):
+        return [f"{file}: {damage}: save it again"]
+    if difference := _grid(label.file, images[0], reader)[0]:
+        return [f"{file}: {difference} in {images[0]}: draw the label on that image, or resample it to that grid"]
+    try:
+        seg, shape = reader().read_seg(file)[0], reader().read_images(images)[0].shape[1:]
+    except Exception as e:  # of many kinds
+        return [f"{file}: cannot be read ({one_line_of(e)}): save it again"]
+    problems = label_problems(seg, file, shape, label_values(dataset_json))
+    largest = max(label_values(dataset_json))
+    if problems and "ignore" not in dataset_json["labels"] and np.isin(seg, range(largest + 2)).all():
+        ignore = f'"ignore": {largest + 1}'
+        problems[0] += f"; if these are voxels that nobody looked at, add {ignore} to its labels and plan again"
+    return problems
+
+
+def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, sitk.Image | None]:
+    """What differs from the image's grid, what is rounded in it, and the image; nothing of pictures."""
+    if not issubclass(reader, (SimpleITKIO, NibabelIO)):
+        return None, None, None
+    try:
+        label, expected = sitk.ReadImage(file), sitk.ReadImage(image)
+    except RuntimeError as e:
+        return f"cannot be compared ({one_line_of(e)}) with the grid", None, None
+    if label.GetDimension() != expected.GetDimension():
+        return None, None, None  # channels in one file: the shape is compared with what is read
+    return *grid_difference(label, expected), expected
+
+
+def write_label(label: NewLabel, image: str, target: Path, reader: Any) -> None:
+    """Copy a label as it is; one whose header is rounded, or whose numbers are no integers, gets the image's header."""
+    _, rounded, expected = _grid(label.file, image, reader)
+    if expected is not None:
+        mask = sitk.ReadImage(label.file)
+        voxels = sitk.GetArrayFromImage(mask)
+        if rounded or not np.issubdtype(voxels.dtype, np.integer):
+            written = sitk.GetImageFromArray(np.round(voxels).astype(np.uint8 if voxels.max() < 256 else np.int16))
+            written.CopyInformation(expected)
+            write_image(written, target)
+            return
+    shutil.copyfile(label.file, target)

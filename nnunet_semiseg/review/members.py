@@ -1,0 +1,211 @@
+"""An ensemble of what is trained, and what its members say of a case."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from torch import Tensor
+
+from nnunet_semiseg.deployment.trained_model import load_predictor
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.review.estimates import classes_of
+from nnunet_semiseg.runs import Run
+from nnunet_semiseg.training import checkpoint as checkpoints
+
+BEST = "checkpoint_best.pth"
+TITLES = {
+    "folds": "folds of the model",
+    "seeds": "trainings with other seeds",
+    "teacher": "student and teacher of the model",
+    "snapshots": "last and best checkpoint of the model",
+    "mirroring": "mirrored predictions of the model",
+    "single": "one prediction",
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of those that are asked.
+
+    Attributes:
+        checkpoint: the file that its weights are from.
+        part: `deployed`, `student` or `teacher`: which weights of it.
+        flips: the axes of the image that are mirrored for it.
+    """
+
+    name: str
+    checkpoint: Path
+    part: str = "deployed"
+    flips: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an ensemble says of a case, on the image's own grid.
+
+    Attributes:
+        mask: of the mean of all members, (*S).
+        members: each one's mask.
+        probabilities: (K, *S), of the mean.
+        features: the deepest features of the first member's encoder, a mean over the image; none of other networks.
+        image, properties: as nnU-Net's reader gives them.
+    """
+
+    mask: np.ndarray
+    members: list[np.ndarray]
+    probabilities: np.ndarray
+    features: list[float]
+    image: np.ndarray
+    properties: dict
+
+
+def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member]]:
+    """The members of an ensemble of this kind, or of the first kind that has several.
+
+    Args:
+        run: trained.
+        kind: a key of `TITLES`, or `auto`.
+
+    Raises:
+        UserError: there is no such ensemble.
+    """
+    for each in [kind] if kind != "auto" else [k for k in TITLES if k != "mirroring" or mirroring]:
+        members = list(_members(run, each))
+        if len(members) > 1 or (each == "single" and members):
+            return each, members
+    fix = {"folds": "train further folds", "seeds": "train with compare --seeds"}
+    how = fix.get(kind, "use --ensemble auto")
+    raise UserError(f"{run.model_folder}: --ensemble {kind}: there are not two members: {how}")
+
+
+def _members(run: Run, kind: str) -> Iterator[Member]:
+    if kind == "folds" and run.fold != "all":
+        for folder in sorted(run.model_folder.glob("fold_[0-9]*")):
+            if (folder / run.checkpoint.name).is_file():
+                yield Member(folder.name.replace("_", " "), folder / run.checkpoint.name)
+    elif kind == "seeds":
+        name = f"{run.trainer}__{run.base_plans.partition('_seed')[0]}"
+        for folder in sorted(run.model_folder.parent.glob(f"{name}*__{run.configuration}")):
+            plans = folder.name.split("__")[1].removeprefix(run.base_plans.partition("_seed")[0])
+            if (plans == "" or plans.removeprefix("_seed").isdecimal()) and (
+                file := folder / run.folder.name / run.checkpoint.name
+            ).is_file():
+                yield Member(plans.lstrip("_") or "as in the plans", file)
+    elif kind == "teacher":
+        content = run.load_checkpoint()
+        if content.get("teacher") is not None:
+            yield Member("student", run.checkpoint, "student")
+            yield Member("teacher", run.checkpoint, "teacher")
+    elif kind == "snapshots":
+        yield Member("last", run.checkpoint)
+        if (best := run.folder / BEST).is_file():
+            yield Member("best", best)
+    elif kind == "mirroring":
+        axes = run.load_checkpoint().get("inference_allowed_mirroring_axes") or ()
+        for n in range(len(axes) + 1):
+            for flips in itertools.combinations(axes, n):
+                yield Member(
+                    f"mirrored along {' '.join(map(str, flips))}" if flips else "as it is", run.checkpoint, flips=flips
+                )
+    elif kind == "single":
+        yield Member("last", run.checkpoint)
+
+
+def weights_of(member: Member) -> dict[str, Tensor]:
+    """Raises UserError where the checkpoint is damaged."""
+    content = checkpoints.read(member.checkpoint, "train this model again", mmap=True)
+    if member.part == "teacher":
+        return content["teacher"]
+    student = content.get("semiseg", {}).get("student") if member.part == "student" else None
+    return student or content["network_weights"]
+
+
+class Ensemble:
+    """Members that predict one after the other with one network of nnU-Net's.
+
+    Args:
+        run: the model that their networks are built like.
+        device: cuda, cpu or mps.
+        mirroring: average each member over mirrored images, as nnU-Net does; members that are mirrored do not.
+    """
+
+    def __init__(self, run: Run, kind: str, members: Sequence[Member], device: str, mirroring: bool):
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.predictor: Any = load_predictor(run)
+        self.predictor.device = torch.device(device)
+        self.predictor.perform_everything_on_device = device == "cuda"
+        self.predictor.use_mirroring = mirroring and kind != "mirroring"
+        self.members = [(member, weights_of(member)) for member in members]
+        self.plans_manager, self.configuration = self.predictor.plans_manager, self.predictor.configuration_manager
+        self.dataset_json, self.label_manager = self.predictor.dataset_json, self.predictor.label_manager
+        self.reader = self.plans_manager.image_reader_writer_class
+
+    @property
+    def labels(self) -> dict:
+        """As in the model's dataset.json."""
+        return self.dataset_json["labels"]
+
+    def of_classes(self, probabilities: np.ndarray) -> Mapping[str, np.ndarray]:
+        """The probability (*S) of every class or region by its name."""
+        names = list(classes_of(self.labels))
+        if self.label_manager.has_regions:
+            return dict(zip(names, probabilities, strict=True))
+        return {name: probabilities[self.labels[name]] for name in names}
+
+    def predict(self, images: list[str]) -> Prediction:
+        """What the members say of the case in these files; nothing is written."""
+        preprocessor = self.configuration.preprocessor_class(verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            image, properties = self.reader().read_images(images)
+            data, _, properties = preprocessor.run_case_npy(
+                image, None, properties, self.plans_manager, self.configuration, self.dataset_json
+            )
+            total: Any = 0.0
+            masks, features = [], []
+            for i, (member, weights) in enumerate(self.members):
+                with self._watched(features if i == 0 else []):
+                    logits = self._logits(torch.from_numpy(data), member, weights)
+                masks.append(self._on_image(logits, properties))
+                total = total + logits
+            mask, probabilities = self._on_image(total / len(self.members), properties, True)
+        pooled = torch.stack(features).mean(0).tolist() if features else []
+        return Prediction(mask, masks, probabilities, pooled, image, properties)
+
+    def _logits(self, data: Tensor, member: Member, weights: dict[str, Tensor]) -> Tensor:
+        axes = [axis + data.ndim - len(self.configuration.patch_size) for axis in member.flips]
+        self.predictor.list_of_parameters = [weights]
+        logits = self.predictor.predict_logits_from_preprocessed_data(data.flip(axes) if axes else data)
+        return (logits.flip(axes) if axes else logits).float()
+
+    def _on_image(self, logits: Tensor, properties: dict, with_probabilities: bool = False) -> Any:
+        return convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, self.plans_manager, self.configuration, self.label_manager, properties, with_probabilities,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _watched(self, features: list[Tensor]) -> Iterator[None]:
+        """Take the deepest features of every patch while the network is run here."""
+        encoder = getattr(self.predictor.network, "encoder", None)
+        if encoder is None:
+            yield
+            return
+
+        def take(module, inputs, outputs):
+            deepest = outputs[-1] if isinstance(outputs, (list, tuple)) else outputs
+            features.append(deepest.float().flatten(2).mean((0, 2)).cpu())
+
+        handle = encoder.register_forward_hook(take)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -1,0 +1,199 @@
+"""`nnunet_semiseg review`: predict the unlabelled cases one by one, and make a page of what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_semiseg.data.labeled import channel_names, labeled_files
+from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.data.written_images import refuse_half_written
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.request import find_splits
+from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, read_json, write_json
+from nnunet_semiseg.review import estimates, signs
+from nnunet_semiseg.review.labels import CASES, MASKS, UNCERTAINTY, digest_of
+from nnunet_semiseg.review.members import TITLES, Ensemble, Member, Prediction, find_members
+from nnunet_semiseg.review.page import write_page
+from nnunet_semiseg.review.request import Request
+from nnunet_semiseg.review.table import Reviewed, tabulate
+from nnunet_semiseg.schema import read_dataset_json
+
+LABELED = "labelled"
+"""the folder with a record of each labelled case that was looked at, too"""
+AT_MOST = 40
+"""labelled cases that are looked at: what is usual is known from these"""
+AGAIN = "remove it and run nnunet_semiseg review again"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the records of a review are, and what they must have been made with."""
+
+    request: Request
+    kind: str
+    members: list[Member]
+    unlabeled: dict[str, list[str]]
+    labeled: dict[str, list[str]]
+
+    def signature(self, files: Sequence[str]) -> list:
+        """What a record was made of, by names, sizes and times."""
+        stats = [(Path(file).name, Path(file).stat()) for file in files]
+        models = [(m.name, m.checkpoint.stat()) for m in self.members]
+        about = [[name, s.st_size, s.st_mtime_ns] for name, s in (*models, *stats)]
+        return [self.kind, self.request.mirroring, *about]
+
+    def record(self, case: str) -> Path:
+        """The file of a case's record."""
+        folder = CASES if case in self.unlabeled else LABELED
+        return self.request.output / folder / f"{case}.json"
+
+    def files(self, case: str) -> list[str]:
+        """A case's images and, where it has one, its label."""
+        return self.unlabeled.get(case) or self.labeled[case]
+
+    def is_done(self, case: str) -> bool:
+        """Whether the case has a record that was made of what there is now, and the files that it speaks of."""
+        record = self.record(case)
+        if not record.is_file() or read_json(record, AGAIN).get("made_of") != self.signature(self.files(case)):
+            return False
+        return case in self.labeled or all(
+            any((self.request.output / folder).glob(f"{case}.*")) for folder in (MASKS, UNCERTAINTY)
+        )
+
+
+def review(request: Request) -> Path | None:
+    """Predict what is not predicted yet, then write the page.
+
+    Returns:
+        The page; None where cases of other parts are not done.
+
+    Raises:
+        UserError: no such ensemble, no unlabelled cases, a damaged checkpoint, a full disk.
+    """
+    raw, preprocessed = (dataset_folder(f"nnUNet_{p}", request.run.dataset) for p in ("raw", "preprocessed"))
+    dataset_json = read_dataset_json(raw)
+    unlabeled = find_unlabeled_cases(raw, dataset_json)
+    every = labeled_files(raw, dataset_json)
+    unseen = _unseen(request, preprocessed, sorted(every))
+    labeled = dict(sorted(every.items(), key=lambda item: item[0] not in unseen)[:AT_MOST])
+    kind, members = find_members(request.run, request.ensemble, request.mirroring)
+    if request.estimate == "agreement" and len(members) == 1:
+        raise UserError("--estimate agreement: there is one member, and it needs two: choose them with --ensemble")
+    if kind == "folds":
+        unseen = set()  # a case that one member has not seen, the others have
+    work = Work(request, kind, members, unlabeled, labeled)
+    with disk_errors(request.output):
+        for folder in (MASKS, UNCERTAINTY, CASES, LABELED):
+            (request.output / folder).mkdir(parents=True, exist_ok=True)
+        with only_one(request.output / f"part_{request.part}.lock", "works on this part of the review"):
+            _predict(work, unseen, dataset_json)
+        todo = [case for case in (*unlabeled, *labeled) if not work.is_done(case)]
+        if todo:
+            return None
+        reviewed = [_read(work, case) for case in unlabeled]
+        known = [_read(work, case) for case in labeled]
+        table = tabulate(reviewed, known, request.purpose, channel_names(dataset_json))
+        facts = _facts(work, sorted(unseen & labeled.keys()))
+        return write_page(table, request, facts, raw, dataset_json)
+
+
+def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
+    run = work.request.run
+    return {
+        "model": f"{run.trainer}, {run.plans}, {run.configuration}, fold {run.fold}, of {run.dataset}",
+        "members": f"{TITLES[work.kind]}: {', '.join(m.name for m in work.members)}",
+        "cases": f"{len(work.unlabeled)} unlabelled; compared with {len(work.labeled)} labelled ones",
+        "ranked by": work.request.estimate or ("agreement" if len(work.members) > 1 else "expected"),
+        "kept from all members": ", ".join(unseen) or "no labelled case",
+    }
+
+
+def _unseen(request: Request, preprocessed: Path, cases: list[str]) -> set[str]:
+    """Labelled cases that the model was not trained on: those that its fold keeps for validation."""
+    if request.run.fold == "all":
+        return set()
+    try:
+        splits = find_splits(preprocessed, cases)
+    except UserError:  # none was ever made
+        return set()
+    fold = int(request.run.fold)
+    return set(splits[fold]["val"]) & set(cases) if fold < len(splits) else set()
+
+
+def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
+    request = work.request
+    cases = [*work.unlabeled, *work.labeled][request.part :: request.parts]
+    todo = [case for case in cases if not work.is_done(case)]
+    if not todo:
+        return
+    print(f"{len(todo)} of {len(cases)} cases to predict: {TITLES[work.kind]}", flush=True)
+    ensemble = Ensemble(request.run, work.kind, work.members, request.device, request.mirroring)
+    for case in tqdm(todo, "Cases", disable=not request.show_progress):
+        files = work.files(case)
+        made_of = work.signature(files)
+        images = files if case in work.unlabeled else files[:-1]
+        prediction = ensemble.predict(images)
+        if case in work.unlabeled:
+            record = describe(prediction, prediction.mask, ensemble)
+            _write_images(ensemble, prediction, request.output, case, dataset_json["file_ending"])
+        else:
+            label = ensemble.reader().read_seg(files[-1])[0][0]
+            record = describe(prediction, label, ensemble)
+            if case in unseen:
+                record["dice"] = estimates.agreement(
+                    [prediction.mask, _counted(label, prediction, ensemble)], ensemble.labels
+                )
+        write_json({"made_of": made_of, **record}, work.record(case))
+
+
+def _counted(label: np.ndarray, prediction: Prediction, ensemble: Ensemble) -> np.ndarray:
+    """The label, with the prediction where it says that nobody has looked."""
+    ignored = label == ensemble.labels.get("ignore", -1)
+    return np.where(ignored, prediction.mask, label)
+
+
+def describe(prediction: Prediction, mask: np.ndarray, ensemble: Ensemble) -> dict:
+    """What is kept of a case.
+
+    Args:
+        mask: of which volumes and islands are taken: the label where there is one.
+    """
+    labels, probabilities = ensemble.labels, ensemble.of_classes(prediction.probabilities)
+    found = {
+        "expected": estimates.expected_dice(prediction.mask, probabilities, labels),
+        "certainty": estimates.certainty(prediction.mask, probabilities, labels),
+    }
+    if len(prediction.members) > 1:
+        found = {"agreement": estimates.agreement(prediction.members, labels)} | found
+    seen = signs.see(mask, prediction.image, labels, prediction.properties["spacing"])
+    return {
+        "mask": digest_of(prediction.mask),
+        "estimates": found,
+        "signs": asdict(seen),
+        "features": prediction.features,
+        "is_volume": min(prediction.mask.shape) > 1,
+    }
+
+
+def _write_images(ensemble: Ensemble, prediction: Prediction, output: Path, case: str, ending: str) -> None:
+    """The mask and the map of uncertainty, on the image's grid, whole or not at all: the case's record comes after."""
+    uncertainty = estimates.uncertainty_map(prediction.probabilities, ensemble.label_manager.has_regions)
+    for folder, voxels in ((MASKS, prediction.mask), (UNCERTAINTY, uncertainty)):
+        file = output / folder / f"{case}{ending}"
+        ensemble.reader().write_seg(voxels, str(file), prediction.properties)
+        refuse_half_written([file] if ending.startswith(".nii") else [])
+
+
+def _read(work: Work, case: str) -> Reviewed:
+    content: Mapping = read_json(work.record(case), AGAIN)
+    found = content["estimates"]
+    chosen = work.request.estimate or next(iter(found))
+    return Reviewed(
+        case, found, signs.Signs(**content["signs"]), content["features"], content["is_volume"],
+        content.get("dice"), found[chosen],
+    )  # fmt: skip

@@ -1,0 +1,115 @@
+"""What can be seen of a case without its label: volumes, islands, intensities; how it differs from labelled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from skimage import measure
+
+from nnunet_semiseg.review.estimates import Labels, classes_of
+
+QUANTILES = (0.05, 0.5, 0.95)
+FAR = 1.5
+"""a volume that is so many times the largest of the labelled ones, or as many times smaller than the smallest"""
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What is seen of one case.
+
+    Attributes:
+        volumes: of each class, in ml; of pictures in cm2.
+        islands: of each class, the number of parts that do not touch.
+        intensities: of each channel the quantiles `QUANTILES`, of the voxels that are not 0.
+    """
+
+    volumes: dict[str, float]
+    islands: dict[str, int]
+    intensities: list[list[float]]
+
+
+def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[float]) -> Signs:
+    """The signs of a case.
+
+    Args:
+        mask: a label map (*S), predicted or drawn.
+        image: (C, *S), as read.
+        spacing: of a voxel, in mm, along each axis.
+    """
+    sides = [s for s, n in zip(spacing, mask.shape, strict=True) if n > 1]
+    unit = np.prod(sides) / (1000 if len(sides) > 2 else 100)
+    volumes, islands = {}, {}
+    for name, label in classes_of(labels).items():
+        m = np.isin(mask, label)
+        volumes[name] = float(m.sum() * unit)
+        parts: Any = measure.label(m, return_num=True)
+        islands[name] = int(parts[1])
+    quantiles = [np.quantile(c[c != 0] if c.any() else c, QUANTILES).tolist() for c in image]
+    return Signs(volumes, islands, quantiles)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The signs of labelled cases: the least and the largest of each."""
+
+    volumes: dict[str, tuple[float, float]]
+    islands: dict[str, int]
+    always: set[str]
+    intensities: np.ndarray  # (2, C, 3)
+    unit: str
+
+    @classmethod
+    def of(cls, cases: Sequence[Signs], unit: str) -> Usual:
+        """Of at least one case."""
+        names = cases[0].volumes
+        there = {name: [c.volumes[name] for c in cases if c.volumes[name]] for name in names}
+        quantiles = np.array([c.intensities for c in cases])
+        return cls(
+            {name: (min(v), max(v)) for name, v in there.items() if v},
+            {name: max(c.islands[name] for c in cases) for name in names},
+            {name for name, v in there.items() if len(v) == len(cases)},
+            np.stack([quantiles.min(0), quantiles.max(0)]),
+            unit,
+        )
+
+    def missing(self, signs: Signs) -> list[str]:
+        """Classes that all labelled cases have and this one has not."""
+        return [name for name, volume in signs.volumes.items() if name in self.always and not volume]
+
+
+def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
+    """In which ways a case is unlike the labelled ones, a short sentence each."""
+    found = [f"{name} is missing, and all labelled cases have it" for name in usual.missing(signs)]
+    for name, volume in signs.volumes.items():
+        low, high = usual.volumes.get(name, (volume, volume))
+        if volume and not low / FAR <= volume <= high * FAR:
+            found.append(f"{name}: {volume:.3g} {usual.unit}, labelled ones have {low:.3g} to {high:.3g}")
+        if signs.islands[name] > max(1, usual.islands[name]):
+            found.append(f"{name}: {signs.islands[name]} islands, labelled ones have at most {usual.islands[name]}")
+    values = np.array(signs.intensities)
+    low, high = usual.intensities
+    margin = np.maximum(high - low, 0.1 * np.abs(high[:, [-1]] - low[:, [0]]))
+    unlike = ((values < low - margin) | (values > high + margin)).any(1)
+    found += [
+        f"{name}: intensities unlike the labelled ones" for name, is_it in zip(channels, unlike, strict=True) if is_it
+    ]
+    return found
+
+
+def least_agreed(estimates: Mapping[str, Mapping[str, float]], share: float = 0.25) -> dict[str, list[str]]:
+    """Of each case the classes on which members agree less than on that of other cases.
+
+    Args:
+        estimates: case to class to estimate.
+        share: of the cases that are named, for each class.
+    """
+    found: dict[str, list[str]] = {case: [] for case in estimates}
+    for name in next(iter(estimates.values()), {}):
+        limit = np.quantile([e[name] for e in estimates.values()], share)
+        for case, e in estimates.items():
+            if e[name] <= limit and e[name] < 1:
+                found[case].append(f"{name}: little agreement ({e[name]:.2f})")
+    return found

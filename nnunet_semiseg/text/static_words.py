@@ -1,0 +1,121 @@
+"""WordLlama: trained embeddings of words that come with a small package, so that no download is needed.
+
+A text is the mean of its tokens' embeddings (256 numbers each). That tells words apart, and which words are alike, but
+not the order of words: "left of the upper one" and "upper of the left one" are the same to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nnunet_semiseg.errors import UserError
+
+WORDLLAMA = "wordllama"
+"""as `text_model`"""
+FILES = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
+"""of its wheel: embeddings and vocabulary"""
+SIZE = 32000, 256
+PAD = 0
+"""<unk> in its vocabulary, which no text contains: what has no token of its own is spelled in bytes"""
+
+
+class WordTower(nn.Module):
+    """A frozen table of token embeddings with the interface of `TextTower`.
+
+    Context tokens are averaged with the tokens of the text, as the encoder pools: all they can do is move a class's
+    feature, the same way wherever they stand. The table is no state: a checkpoint carries the model's name alone.
+
+    Args:
+        table: (V, d), the embeddings of the vocabulary.
+        tokenizer: of the package `tokenizers`.
+        trained: False for random embeddings.
+    """
+
+    knows_order = False
+
+    def __init__(self, table: Tensor, tokenizer, trained: bool = True):
+        super().__init__()
+        self.register_buffer("table", table.float(), persistent=False)
+        self.tokenize, self.trained = WordTokenizer(tokenizer), trained
+
+    @property
+    def width(self) -> int:
+        """Length of a token embedding, and of a text feature."""
+        return self.table.shape[1]
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """(N, L) ids to (N, L, d)."""
+        return self.table[ids.to(self.table.device)]
+
+    def forward(self, embeddings: Tensor, ids: Tensor) -> Tensor:
+        """The mean (N, d) of embeddings (N, L, d) where ids (N, L) are no padding, not normalised; 0 without a word."""
+        words = self.tokenize.words(ids.to(embeddings.device))[..., None]
+        return (embeddings * words).sum(1) / words.sum(1).clamp_min(1)
+
+
+class WordTokenizer:
+    """Token ids of texts, with room for context tokens; a text may have any length."""
+
+    start = 0
+    """position of the first word or context token"""
+
+    def __init__(self, tokenizer):
+        tokenizer.enable_padding(pad_id=PAD)
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str], n_ctx: int = 0) -> Tensor:
+        """(N, L) int64 with `n_ctx` placeholders first, whose embeddings are meant to be replaced, padded by `PAD`."""
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).reshape(len(encoded), -1)
+        return torch.cat((ids.new_full((len(ids), n_ctx), PAD + 1), ids), 1)
+
+    def words(self, ids: Tensor) -> Tensor:
+        """(N, L) bool: which ids are no padding."""
+        return ids != PAD
+
+
+def load_word_tower(trained: bool = True) -> WordTower:
+    """WordLlama's embeddings, from the files of its wheel; its own loader would ask the internet for one of them.
+
+    Args:
+        trained: False: random embeddings of the same tokens, the same every time.
+
+    Raises:
+        UserError: the package is not installed, or without these files.
+    """
+    from tokenizers import Tokenizer
+
+    weights, vocabulary = (wordllama_folder() / file for file in FILES)
+    for file in (weights, vocabulary):
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such file, which text_model={WORDLLAMA} needs: install the package again with"
+                f" `pip install --force-reinstall --no-deps {WORDLLAMA}`"
+            )
+    table = _read_table(weights) if trained else torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
+    return WordTower(table, Tokenizer.from_file(str(vocabulary)), trained)
+
+
+def wordllama_folder() -> Path:
+    """Where the package is.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    spec = importlib.util.find_spec(WORDLLAMA)  # imports nothing: the package would change Python's logging
+    if spec is None or spec.origin is None:
+        raise UserError(f"text_model={WORDLLAMA}: needs `pip install {WORDLLAMA}`")
+    return Path(spec.origin).parent
+
+
+@cache
+def _read_table(file: Path) -> Tensor:
+    return load_file(file)["embedding.weight"].float()

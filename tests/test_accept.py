@@ -1,0 +1,239 @@
+"""`accept`: unlabelled cases become labelled ones as a whole, whatever kills it; and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import write_image
+from training import make_trainer
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.data.half_accepted import FOLDER, journals
+from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import write_json
+from nnunet_semiseg.review.accept import accept, extended, undo
+from nnunet_semiseg.review.labels import digest_of
+from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
+
+
+def snapshot(folder: Path, but: str = "") -> dict[str, bytes]:
+    """Every file below a folder, with its content."""
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file())
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if not but or but not in f.parts}
+
+
+def cubes(size: int = 24) -> np.ndarray:
+    label = np.zeros([size] * 3, np.uint8)
+    label[4:20, 4:20, 4:20] = 1
+    label[8:12, 8:12, 8:12] = 2
+    return label
+
+
+@pytest.fixture
+def dataset(ready):
+    dataset = ready(labeled=2, unlabeled=3)
+    shutil.copy(dataset.preprocessed / "splits_final.json", dataset.raw)
+    return dataset
+
+
+@pytest.fixture
+def corrected(dataset, tmp_path):
+    """A folder with a label of un_001, on its image's grid."""
+    folder = tmp_path / "corrected"
+    folder.mkdir()
+    write_image(cubes(), folder / "un_001.nii.gz")
+    return folder
+
+
+def test_a_case_becomes_a_labelled_one_and_an_unlabelled_one_again(dataset, corrected):
+    raw, preprocessed = snapshot(dataset.raw), snapshot(dataset.preprocessed)
+    image = raw["imagesUn/un_001_0000.nii.gz"]
+
+    accept(901, corrected, show_progress=False)
+
+    assert sorted(os.listdir(dataset.raw / "imagesUn")) == ["un_000_0000.nii.gz", "un_002_0000.nii.gz"]
+    now = snapshot(dataset.raw, but=FOLDER)
+    assert now.keys() - raw.keys() == {"imagesTr/un_001_0000.nii.gz", "labelsTr/un_001.nii.gz"}
+    assert now["imagesTr/un_001_0000.nii.gz"] == image
+    assert now["labelsTr/un_001.nii.gz"] == (corrected / "un_001.nii.gz").read_bytes()
+    assert dataset.dataset_json["numTraining"] == 3
+    assert dataset.dataset_json["semiseg"] == {"accepted": {"un_001": {"from": "human"}}}
+    for folder in (dataset.raw, dataset.preprocessed):
+        first, second = json.loads((folder / "splits_final.json").read_text())
+        assert first == {"train": ["tr_001", "un_001"], "val": ["tr_000"]}
+        assert second == {"train": ["tr_000", "un_001"], "val": ["tr_001"]}
+    (folder,) = dataset.preprocessed.glob("*3d_fullres")
+    assert {f.name for f in folder.glob("un_*")} == {"un_001.b2nd", "un_001_seg.b2nd", "un_001.pkl"}
+    assert not list(dataset.preprocessed.glob("*3d_fullres__unlabeled/un_001*"))
+    trainer = make_trainer(MeanTeacherTrainer, dataset, fold=0)  # it refuses data that is not as its records say
+    trainer.initialize()
+    assert trainer.do_split() == (["tr_001", "un_001"], ["tr_000"])
+
+    accepted = snapshot(dataset.raw)
+    undo(901)
+    assert snapshot(dataset.raw) == raw
+    assert snapshot(dataset.preprocessed) == preprocessed
+    accept(901, corrected, show_progress=False)
+    assert snapshot(dataset.raw, but=FOLDER) == {k: v for k, v in accepted.items() if not k.startswith(FOLDER)}
+
+
+def kill_at(count: int, function, *args) -> bool:
+    """Run a function in a process that dies before its `count`-th change of a name; whether it did."""
+    if (child := os.fork()) == 0:
+        calls = iter(range(count))
+
+        def dying(change):
+            def instead(*words, **options):
+                if next(calls, None) is None:
+                    os._exit(9)
+                return change(*words, **options)
+
+            return instead
+
+        os.replace, os.rename = dying(os.replace), dying(os.rename)
+        try:
+            function(*args)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.fixture
+def raw_only(tiny_dataset):
+    """Raw data of two channels, and a folder with the label of a case."""
+    dataset = tiny_dataset(labeled=2, unlabeled=2, channels=2)
+    write_json([{"train": ["tr_000"], "val": ["tr_001"]}], dataset.raw / "splits_final.json")
+    folder = dataset.raw.parent / "corrected"
+    folder.mkdir()
+    write_image(cubes(), folder / "un_000.nii.gz")
+    return dataset, folder
+
+
+def test_whatever_is_killed_is_ended_by_the_next_call(raw_only):
+    dataset, folder = raw_only
+    before = snapshot(dataset.raw)
+    accept(901, folder)
+    after = snapshot(dataset.raw, but=FOLDER)
+    undo(901)
+    assert snapshot(dataset.raw) == before
+
+    accepted = []  # whether it was, by the change of a name at which it was killed
+    while kill_at(len(accepted), accept, 901, folder):
+        if any("going" in file.read_text() for file in journals(dataset.raw)):
+            with pytest.raises(UserError, match="was interrupted: end it with nnunet_semiseg accept -d 901"):
+                find_unlabeled_cases(dataset.raw, dataset.dataset_json)
+        with suppress(UserError):  # there may be nothing to be ended
+            accept(901)
+        accepted.append(snapshot(dataset.raw, but=FOLDER) == after)
+        if accepted[-1]:
+            undo(901)
+        assert snapshot(dataset.raw) == before
+    # at the end a label, two images, two descriptions, and the state of the journal
+    assert accepted[-6:] == [True] * 6 and not any(accepted[:-6])
+
+    undone = []  # what was accepted in the end
+    while kill_at(len(undone), undo, 901):
+        with suppress(UserError):
+            accept(901)
+        undone.append(snapshot(dataset.raw) == before)
+        if not undone[-1]:
+            assert snapshot(dataset.raw, but=FOLDER) == after
+            undo(901)
+        accept(901, folder)
+    # killed before the journal says so, it is not undone
+    assert undone == [False] + [True] * 5
+
+
+def labelled(folder: Path, case: str, label: np.ndarray, **header) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_image(label, folder / f"{case}.nii.gz", **header)
+    return folder
+
+
+def refused(*args) -> str:
+    with pytest.raises(UserError) as error:
+        accept(901, *args)
+    return str(error.value)
+
+
+def test_wrong_labels_are_refused_in_one_line_each(raw_only, tmp_path):
+    dataset, _ = raw_only
+    before = snapshot(dataset.raw)
+    wrong = labelled(tmp_path / "wrong", "un_000", cubes(), spacing=(1.0, 1.0, 2.0))
+    labelled(wrong, "un_001", np.where(cubes() == 2, 3, cubes()).astype(np.uint8))
+    labelled(wrong, "un_007", cubes())
+    labelled(wrong, "tr_000", cubes())
+    first, second, third, fourth = refused(wrong).splitlines()
+    assert f"{wrong}/tr_000.nii.gz: tr_000 is a labelled case already" in first
+    assert f"{wrong}/un_000.nii.gz: spacing (1, 1, 2) differs from (1, 1, 1.5) in {dataset.raw}/imagesUn" in second
+    assert f"{wrong}/un_001.nii.gz: has the value 3, but dataset.json names 0, 1, 2" in third
+    assert '"ignore": 3' in third
+    assert f"{wrong}/un_007.nii.gz: un_007 is no case of {dataset.raw}/imagesUn" in fourth
+    (tmp_path / "empty").mkdir()
+    assert "no label CASE.nii.gz in it" in refused(tmp_path / "empty")
+    assert "no label CASE.nii.gz in it" in refused(tmp_path / "nowhere")
+    assert "nothing was accepted" in undo_refused()
+    assert snapshot(dataset.raw) == before
+
+
+def undo_refused() -> str:
+    with pytest.raises(UserError) as error:
+        undo(901)
+    return str(error.value)
+
+
+def test_each_label_says_where_it_comes_from(raw_only, tmp_path):
+    dataset, folder = raw_only
+    review = dataset.results / "review" / "A__B__fold_0"
+    for case in ("un_000", "un_001"):
+        (review / "masks").mkdir(parents=True, exist_ok=True)
+        (review / "cases").mkdir(exist_ok=True)
+        write_image(cubes(), review / "masks" / f"{case}.nii.gz")
+        write_json({"mask": digest_of(cubes())}, review / "cases" / f"{case}.json")
+    (line,) = refused(folder).splitlines()
+    assert line.startswith(f"{folder}/un_000.nii.gz: nothing is changed, it is what was predicted: correct it, or")
+    assert f"--all-of {review}" in line
+
+    changed = cubes().astype(np.float32)  # as napari saves it
+    changed[0, 0, 0] = 1
+    labelled(folder, "un_000", changed)
+    accept(901, folder, review)
+    origins = {"un_000": {"from": "corrected", "review": review.name}}
+    origins |= {"un_001": {"from": "prediction", "review": review.name}}
+    assert dataset.dataset_json["semiseg"]["accepted"] == origins
+    written = sitk.ReadImage(str(dataset.raw / "labelsTr" / "un_000.nii.gz"))
+    assert written.GetPixelIDTypeAsString() == "8-bit unsigned integer"
+    assert np.array_equal(sitk.GetArrayFromImage(written), changed)
+
+
+def test_what_was_changed_since_is_not_taken_back(raw_only):
+    dataset, folder = raw_only
+    accept(901, folder)
+    label = dataset.raw / "labelsTr" / "un_000.nii.gz"
+    write_image(cubes() * 0, label)
+    assert f"{label}: was changed since it was accepted" in undo_refused()
+
+
+def test_validation_cases_stay_where_they_are():
+    folds = [{"train": ["b"], "val": ["a"]}, {"train": ["a"], "val": ["b", "c"]}]
+    assert extended(folds, ["c", "d"]) == [
+        {"train": ["b", "c", "d"], "val": ["a"]},
+        {"train": ["a", "d"], "val": ["b", "c"]},
+    ]
+
+
+def test_the_command_accepts_and_takes_back(raw_only, capsys):
+    _, folder = raw_only
+    assert cli.main(["accept", "-d", "901", "-i", str(folder)]) == 0
+    assert "un_000: human\n1 cases are labelled now" in capsys.readouterr().out
+    assert cli.main(["accept", "-d", "901", "--undo", "-i", "x"]) == 1
+    assert cli.main(["accept", "-d", "901", "--undo"]) == 0
+    assert "unlabelled again: un_000" in capsys.readouterr().out

@@ -1,0 +1,241 @@
+"""What `review` is worth: its estimates against the truth, and its lists in a simulated loop; on a CPU, resumable.
+
+    python tools/review_check.py estimates --data DATA --work WORK --sets acdc_small la_small
+    python tools/review_check.py loop --data DATA --work WORK --set acdc_small
+
+Both need models that tools/yardstick.py has trained below the same WORK, and change nothing of them. The labels of
+unlabelled cases are read here, from DATA, and nowhere else.
+
+The first reviews all unlabelled cases with each kind of ensemble, and prints for each estimate: Spearman's correlation
+with the true Dice (a mean over the classes), and how many of the ten cases that are truly worst are among the ten with
+the least estimate.
+
+The second takes a model of few labels, lets each list choose cases, hands in their true labels as corrected ones
+(`accept`), trains anew, and again; after each round it prints the Dice on `dev_test`. A list for labelling, one for
+correction, and random ones begin with the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import spearmanr
+from yardstick import SETS, RealSet, Run, command, reader_of, scores_of, tower_config
+
+WORST = 10
+
+
+def true_dice(masks: Path, labels: Path, about: RealSet, cases: Sequence[str], raw: Path) -> dict[str, float]:
+    """Of each case the mean over the classes."""
+    from nnunet_semiseg.evaluation.metrics import evaluate_folder
+
+    rows = evaluate_folder(masks, labels, about.label_map, about.ending, reader_of(raw), cases=cases)
+    return pd.DataFrame(rows).groupby("case")["dice"].mean().to_dict()
+
+
+def agreement_with_truth(table: pd.DataFrame, truth: dict[str, float], estimates: Sequence[str]) -> list[list[str]]:
+    """Rows of estimate, Spearman's correlation, and the share of the ten worst that the estimate finds.
+
+    Args:
+        table: columns `case` and the estimates.
+    """
+    true = table["case"].map(truth)
+    worst = set(true.nsmallest(WORST).index)
+    rows = []
+    for name in estimates:
+        found = len(worst & set(table[name].nsmallest(WORST).index)) / WORST
+        rows.append([name, f"{spearmanr(table[name], true)[0]:.2f}", f"{found:.1f}"])
+    return rows
+
+
+def review(root: Path, run: Run, ensemble: str, output: Path, *more: str) -> pd.DataFrame:
+    """`cases.csv` of a review of this run's model below `root`."""
+    words = ["review", "-d", run.dataset, "-c", SETS[run.set].configuration, "-f", "all", "-p", run.plans]
+    words += ["-tr", run.trainer, "-device", "cpu", "--ensemble", ensemble, "-o", str(output), "--no_pbar", *more]
+    set_folders(root)
+    command(root / "logs" / f"review_{output.name}.txt", "-m", "nnunet_semiseg.cli", *words)
+    return pd.read_csv(output / "cases.csv")
+
+
+def set_folders(root: Path) -> None:
+    os.environ.update({f"nnUNet_{n}": str(root / n) for n in ("raw", "preprocessed", "results")})
+
+
+def check_estimates(args: argparse.Namespace) -> None:
+    """A table for each set and ensemble."""
+    for name in args.sets:
+        run, about = run_of(args, name), SETS[name]
+        raw = args.work / "raw" / run.dataset
+        lines = [["ensemble", "estimate", "Spearman", f"of the {WORST} worst"]]
+        for ensemble in args.ensembles:
+            output = args.work / "review" / f"{run.name}__{ensemble}"
+            try:
+                table = review(args.work, run, ensemble, output, *(["--disable_tta"] if args.disable_tta else []))
+            except RuntimeError as error:  # the model has no such members: the log says so
+                print(f"{name}, {ensemble}: {error}", file=sys.stderr)
+                continue
+            truth = true_dice(output / "masks", args.data / name / "labels", about, list(table["case"]), raw)
+            known = [c for c in ("agreement", "expected", "certainty") if c in table]
+            lines += [[ensemble, *row] for row in agreement_with_truth(table, truth, known)]
+            n = len(table)
+        print(f"\n{run.name}: {n} unlabelled cases; {WORST / n:.1f} of the worst by chance\n\n{markdown(lines)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- loop
+
+
+def check_loop(args: argparse.Namespace) -> None:
+    """Dice after each round, of each list."""
+    run = run_of(args, args.set)
+    first = score(args.work, args.work / "review" / "first", run, args)
+    lines = [["list", *[f"{int(run.labels) + i * args.add} labels" for i in range(args.rounds + 1)]]]
+    names = [n for n in args.lists if n != "random"]
+    names += [f"random{draw}" for draw in range(args.draws)] if "random" in args.lists else []
+    for name in names:
+        dices = [first]
+        root = args.work / "loop" / f"{run.name}__{name}"
+        copy_of_model(args.work, root, run)
+        for i in range(1, args.rounds + 1):
+            dices.append(one_round(root, run, name, i, args))
+        lines.append([name, *(f"{dice:.4f}" for dice in dices)])
+        print(f"{name}: {' '.join(f'{dice:.4f}' for dice in dices)}", flush=True)
+    print(f"\n{run.name}, {args.add} cases a round\n\n{markdown(lines)}")
+
+
+def copy_of_model(work: Path, root: Path, run: Run) -> None:
+    """A data set and a model of its own for a list, as accepting cases changes them."""
+    if (root / "copied").exists():
+        return
+    shutil.rmtree(root, ignore_errors=True)
+    for place in ("raw", "preprocessed"):
+        shutil.copytree(work / place / run.dataset, root / place / run.dataset)
+    model = f"{run.trainer}__{run.plans}__{SETS[run.set].configuration}"
+    shutil.copytree(work / "results" / run.dataset / model, root / "results" / run.dataset / model)
+    (root / "copied").touch()
+
+
+def one_round(root: Path, run: Run, name: str, i: int, args: argparse.Namespace) -> float:
+    """Choose, correct, accept and train; each is left alone where it was done. Gives the Dice after it."""
+    before = round_of(run, i - 1)
+    chosen = root / f"chosen_{i}.json"
+    if not chosen.exists():
+        purpose = "random" if name.startswith("random") else name
+        table = review(root, before, args.ensemble, root / f"review_{i}", "--for", purpose)
+        cases = list(table["case"])
+        if purpose == "random":  # another draw each time and each round
+            cases = list(table.sort_values("case")["case"].sample(frac=1, random_state=100 * int(name[6:]) + i))
+        chosen.write_text(json.dumps(cases[: args.add]))
+    cases = json.loads(chosen.read_text())
+    accepted = root / f"accepted_{i}"
+    if not accepted.exists():
+        corrected = root / f"corrected_{i}"
+        corrected.mkdir(exist_ok=True)
+        for case in cases:
+            file = f"{case}{SETS[run.set].ending}"
+            shutil.copyfile(args.data / run.set / "labels" / file, corrected / file)
+        set_folders(root)
+        described = json.loads((root / "raw" / run.dataset / "dataset.json").read_bytes())
+        if cases[0] not in described.get("semiseg", {}).get("accepted", {}):  # else it was killed behind it
+            words = ["accept", "-d", run.dataset, "-i", str(corrected), "--no_pbar"]
+            command(root / "logs" / "accept.txt", "-m", "nnunet_semiseg.cli", *words)
+        accepted.touch()
+    now = round_of(run, i)
+    folder = root / "preprocessed" / run.dataset
+    plans = json.loads((folder / f"{run.plans}.json").read_bytes())
+    (folder / f"{now.plans}.json").write_text(json.dumps({**plans, "plans_name": now.plans}))
+    return score(root, root / f"scored_{i}", now, args)
+
+
+class Round(Run):
+    """A training after some rounds: a run with plans of another name."""
+
+    round: int = 0
+
+    @property
+    def plans(self) -> str:
+        return super().plans + (f"_round{self.round}" if self.round else "")
+
+
+def round_of(run: Run, i: int) -> Run:
+    later = Round(run.set, run.labels, run.trainer, run.variant, run.seed, run.iterations)
+    object.__setattr__(later, "round", i)
+    return later
+
+
+def score(root: Path, output: Path, run: Run, args: argparse.Namespace) -> float:
+    """Train, if that was not done, predict `dev_test`, and give the mean Dice."""
+    from nnunet_semiseg.evaluation.metrics import evaluate_folder
+
+    about, raw = SETS[run.set], root / "raw" / run.dataset
+    if not (output / "dice.json").exists():
+        set_folders(root)
+        output.mkdir(parents=True, exist_ok=True)
+        log = root / "logs" / f"{run.name}.txt"
+        words = ["-c", about.configuration, "-f", "all", "-tr", run.trainer, "-p", run.plans, "-device", "cpu"]
+        model = root / "results" / run.dataset / f"{run.trainer}__{run.plans}__{about.configuration}" / "fold_all"
+        if not (model / "checkpoint_final.pth").exists():
+            resume = ["--c"] if any(model.glob("checkpoint_*.pth")) else []
+            training = [run.dataset, about.configuration, "all", "-tr", run.trainer, "-p", run.plans, *resume]
+            training = [str(output / "times.jsonl"), *training, "-device", "cpu"]
+            command(log, "-c", "import yardstick; yardstick.train()", *training)
+        predictions = ["-d", run.dataset, "-i", str(raw / "imagesTs"), "-o", str(output / "dev_test")]
+        command(log, "-c", "import yardstick; yardstick.predict()", *predictions, *words, "-npp", "0", "-nps", "0")
+        rows = evaluate_folder(output / "dev_test", raw / "labelsTs", about.label_map, about.ending, reader_of(raw))
+        (output / "dice.json").write_text(json.dumps(scores_of(rows)))
+    return json.loads((output / "dice.json").read_text())["dice"]
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def run_of(args: argparse.Namespace, name: str) -> Run:
+    """The yardstick's run that is reviewed."""
+    about = SETS[name]
+    return Run(name, about.count(args.labels), args.trainer, args.name, args.seed, args.iterations or about.iterations)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    estimates, loop = (commands.add_parser(name) for name in ("estimates", "loop"))
+    for each in (estimates, loop):
+        each.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
+        each.add_argument("--work", type=Path, required=True, help="where tools/yardstick.py has made everything")
+        each.add_argument("--labels", default="few", help="few, some or a number; default: few")
+        each.add_argument("--trainer", default="SupervisedTrainer", help="default: %(default)s")
+        each.add_argument("--name", default="default", help="of the yardstick's variant")
+        each.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        each.add_argument("--iterations", type=int, help="default: the set's")
+    estimates.add_argument("--sets", nargs="+", choices=SETS, default=["acdc_small", "la_small"])
+    estimates.add_argument("--ensembles", nargs="+", default=["seeds", "teacher", "snapshots", "mirroring"])
+    estimates.add_argument("--disable_tta", action="store_true", help="predict without mirroring: eight times faster")
+    estimates.set_defaults(run=check_estimates)
+    loop.add_argument("--set", choices=SETS, default="acdc_small", help="default: %(default)s")
+    loop.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
+    loop.add_argument("--add", type=int, default=4, help="cases in each round; default: %(default)s")
+    loop.add_argument("--lists", nargs="+", default=["labelling", "correction", "random"])
+    loop.add_argument("--draws", type=int, default=3, help="of the random list; default: %(default)s")
+    loop.add_argument("--ensemble", default="mirroring", help="default: %(default)s")
+    loop.set_defaults(run=check_loop)
+    args = parser.parse_args()
+    args.data, args.work = args.data.absolute(), args.work.absolute()
+    os.environ.update(OMP_NUM_THREADS="1", nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1")
+    (args.work / "text_tower").mkdir(parents=True, exist_ok=True)
+    (args.work / "text_tower" / "open_clip_config.json").write_text(json.dumps(tower_config()))
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
