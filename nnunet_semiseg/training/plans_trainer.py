@@ -65,6 +65,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     dataset_class: Any
     num_input_channels: Any
     output_folder: Any
+    preprocessed_dataset_folder: Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
