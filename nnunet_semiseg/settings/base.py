@@ -38,6 +38,8 @@ class TrainingSettings:
     """fixes the initialisation, and with `nnUNet_n_proc_DA=0` on a CPU the whole training"""
     num_labeled: int | None = None
     """use the labels of so many training cases; the others' images are unlabelled. None: of all"""
+    pretrained_encoder: str | None = None
+    """a checkpoint of nnssl, such as OpenMind's: its encoder is what a new training begins with"""
     bfloat16_on_cpu: bool = False
     """on a CPU, run the network in bfloat16: faster on CPUs that have instructions for it (AVX512-BF16)"""
 

@@ -37,6 +37,7 @@ from nnunet_semiseg.training.checks import check_batch_fits, check_depth, check_
 from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
+from nnunet_semiseg.training.pretrained_encoder import check_is_there, load_pretrained_encoder
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.training.workers import quiet_loaders, stop
 
@@ -117,6 +118,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         check_configuration(plans, configuration, file, fix)
         check_dataset_json(dataset_json, about)
         check_depth(plans, configuration)
+        check_is_there(self.settings.pretrained_encoder)
         samples = PlansManager(plans).get_configuration(configuration).batch_size
         check_batch_fits(plans, configuration, samples, dataset_json, f"{file}: {fix}")
         check_labeled_cases(join(nnUNet_preprocessed, plans["dataset_name"]), plans, configuration, fold)
@@ -157,6 +159,8 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             with checkpoints.fitting({}, model, fix):
                 self.begin_with(checkpoints.read(model, fix))
             self.print_to_log_file(f"a new training, which begins with the weights of {model}")
+        elif (encoder := self.settings.pretrained_encoder) and not self.goes_on:
+            self.print_to_log_file(load_pretrained_encoder(self.bare_network, encoder))
         if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
             run_in_bfloat16(self.network)
 
