@@ -21,19 +21,35 @@ def without_perturbation(monkeypatch, *args, decoders=1, **settings):
     return bare_trainer(CCTTrainer, *args, network=Echo(1 + decoders), perturbations=("noise",) * decoders, **settings)
 
 
-def test_the_consistency_by_hand(monkeypatch):
-    """The main decoder says 1/2; one auxiliary decoder as well, another 0.8 and 0.2: (0 + 0.09) / 2."""
+@pytest.mark.parametrize("consistency", ["dice_ce", "paper"])
+def test_the_consistency_by_hand(monkeypatch, consistency):
+    """The main decoder says 1/2, so decides for 0; one auxiliary decoder as well, another 0.8 and 0.2: (0 + 0.09) / 2.
+
+    By default: CE of 1/2 and of 0.8; and of the labels, 0, that of the decoder whose turn it is.
+    """
     same, other = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
     other[:, 0] = torch.logit(torch.tensor(0.8))
     images = torch.cat((same, same, other), 1)
-    terms = terms_of(without_perturbation(monkeypatch, decoders=2), batch_of(images, strong=images))
-    assert terms["consistency"].item() == pytest.approx(0.1 * 0.09 / 2)
-    assert terms["supervised"].item() == pytest.approx(math.log(2))  # the main decoder's alone
+    trainer = without_perturbation(monkeypatch, decoders=2, consistency=consistency)
+    terms = {name: term.item() for name, term in terms_of(trainer, batch_of(images, strong=images)).items()}
+    expected = {"supervised": math.log(2), "consistency": 30 * 0.09 / 2}
+    if consistency == "dice_ce":
+        expected |= {"supervised_other": -math.log(0.8), "consistency": (math.log(2) - math.log(0.8)) / 2}
+        trainer.step = 0
+        terms_before = terms_of(trainer, batch_of(images, strong=images))
+        assert terms_before["supervised_other"].item() == pytest.approx(math.log(2))
+    assert terms == pytest.approx(expected)
+
+
+def test_default_settings():
+    settings, paper = CCTTrainer.settings_class(), CCTTrainer.settings_class(consistency="paper")
+    assert [settings.weight(t) for t in (0.4, 1)] == [1, 1] and [paper.weight(t) for t in (0.1, 1)] == [30, 30]
 
 
 def test_the_weight_has_a_ramp(monkeypatch):
     """0.2 is half of a ramp of 0.4: exp(-5 * 0.5^2)."""
-    trainer = without_perturbation(monkeypatch, progress=0.2, consistency_weight=2.0, ramp_length=0.4)
+    settings = dict(consistency="paper", consistency_weight=2.0, ramp_length=0.4)
+    trainer = without_perturbation(monkeypatch, progress=0.2, **settings)
     main, other = torch.zeros(2, 1, 2, 8, 8, 8)
     other[:, 0] = torch.logit(torch.tensor(0.8))
     images = torch.cat((main, other), 1)
@@ -55,9 +71,9 @@ def test_only_auxiliary_decoders_and_the_encoder_learn_from_unlabelled_samples(r
     batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
     groups = trainer.losses(batch)
     next(groups)["supervised"].backward()
-    learn = {name.split(".")[0] for name, p in trainer.network.named_parameters() if p.grad is not None}
-    assert learn == {"encoder", "decoder"}
+    assert "supervised_other" in next(groups) and "consistency" in (group := next(groups))
     trainer.network.zero_grad()
+    sum(group.values()).backward()
     trainer.backward(groups)
     assert seen == {"encoder": [2, 2], "decoder": [2, 2]}  # each stream once
     trainer.network.eval(), trainer.set_deep_supervision_enabled(False)
@@ -107,10 +123,13 @@ def test_perturbed_are_unlabelled_features_by_their_own_foreground(regions):
     target = torch.zeros(2, heads if regions else 1, 8, 8, 8)
     terms_of(trainer, batch_of(labeled, target, strong=unlabeled))
     only = torch.tensor([0.0, 0, 1, 1, 0, 0, 0, 0])
-    for perturbed, expected in zip(network.read, (only, 1 - only), strict=True):
-        for features, places in zip(perturbed, (expected, expected[::2]), strict=True):
+    # it is the second decoder's turn to learn from labels; the labelled samples are called foreground everywhere
+    expected = [(1, 0 * only), (3, only), (3, 1 - only)]
+    assert len(network.read) == 3
+    for perturbed, (value, kept) in zip(network.read, expected, strict=True):
+        for features, places in zip(perturbed, (kept, kept[::2]), strict=True):
             assert features.shape[:2] == (2, 5) and (features == features[:, :1, :, :1, :1]).all()
-            assert torch.equal(features[:, 0, :, 0, 0], torch.stack((3 * places, 4 * places)))
+            assert torch.equal(features[:, 0, :, 0, 0], torch.stack((value * places, (value + 1) * places)))
 
 
 def test_noise_is_in_proportion_and_bounded():

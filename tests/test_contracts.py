@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType, MethodType
 
 import numpy as np
@@ -534,6 +535,9 @@ def test_every_term_is_logged_every_epoch(trainer_class, ready):
     for term in terms:
         assert len(trainer.logger.get_value(term, None)) == 3
         assert np.isfinite(trainer.logger.get_value(term, None)).all()
+    # and what classes unlabelled voxels are taken for
+    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
+    assert "share of voxels in pseudo-labels (in labels), %: kidney " in log
 
 
 def break_fold(dataset):

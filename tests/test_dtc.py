@@ -53,13 +53,46 @@ def test_both_tasks_agree_where_the_sign_is_right():
     z[:, :, :4] = -0.1
     z[:, :, 2:6] = 0
     flat = torch.zeros(1, 2, 8, 8, 8)
-    loss = terms_of(bare_trainer(DTCTrainer), a_batch((flat, z), (flat, z)))["dtc"]
+    loss = terms_of(bare_trainer(DTCTrainer, consistency="paper"), a_batch((flat, z), (flat, z)))["dtc"]
     assert loss.item() == pytest.approx(0.25 / 2)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_each_task_learns_the_others_decision(regions):
+    """Level sets are -0.1 for class 1 and 0.3 for 0, so decide for 1, to which p gives 0.2, and so decides for 0.
+
+    Classes: -log 0.2, and (1500 * 0.3 + 1500 * 0.1) / 1500. Regions, that of class 0 is not there and has p = 1/2:
+    (log 2 - log 0.2) / 2, and (0 + 0.1) / 2. Both streams are alike; at the end of the ramp the weight is 2.
+    """
+    p, z = torch.zeros(2, 2, 2, 8, 8, 8)
+    p[:, 1], z[:, 0], z[:, 1] = math.log(0.2 / 0.8), 0.3, -0.1
+    trainer = bare_trainer(DTCTrainer, REGIONS if regions else CLASSES, consistency_weight=2.0, level_set_weight=0.0)
+    target = torch.zeros(2, 2 if regions else 1, 8, 8, 8)
+    loss = terms_of(trainer, a_batch((p, z), (p, z), target))["dtc"]
+    expected = (math.log(2) - math.log(0.2)) / 2 + 0.1 / 2 if regions else -math.log(0.2) + 0.4
+    assert loss.item() == pytest.approx(2 * expected, rel=1e-4)
+
+
+def test_where_the_signs_are_right_level_sets_are_free():
+    """Both tasks say class 1, the level sets with -0.1 and 0.1, or with -0.9 and 0.9."""
+    p = torch.zeros(1, 2, 8, 8, 8)
+    p[:, 1] = 10
+    for size in (0.1, 0.9):
+        z = torch.tensor([size, -size]).view(1, 2, 1, 1, 1).expand_as(p).clone().requires_grad_()
+        loss = terms_of(bare_trainer(DTCTrainer, memory="fast"), a_batch((p, z), (p, z)))["dtc"]
+        loss.backward()
+        assert loss.item() < 1e-4 and not z.grad.any()
+
+
+def test_default_settings():
+    settings, paper = DTCTrainer.settings_class(), DTCTrainer.settings_class(consistency="paper")
+    assert settings.weight(0.4) == settings.weight(1) == paper.weight(1) == 1 and settings.level_set_weight == 0.3
+    assert paper.weight(0.5) == pytest.approx(math.exp(-1.25))
 
 
 def test_tasks_agree_in_both_streams_by_a_ramp():
     """Labelled: p is 1/2, the level sets say 1; unlabelled: p is 0.2 and 0.8, they say 0 and 1. The ramp at 0.2."""
-    trainer = bare_trainer(DTCTrainer, progress=0.2, dtc_weight=3.0)
+    trainer = bare_trainer(DTCTrainer, progress=0.2, consistency="paper", consistency_weight=3.0)
     flat, other = torch.zeros(2, 2, 2, 8, 8, 8)
     other[:, 1] = math.log(0.8 / 0.2)
     inside = torch.full((2, 2, 8, 8, 8), -0.1)
@@ -69,11 +102,12 @@ def test_tasks_agree_in_both_streams_by_a_ramp():
     assert loss.item() == pytest.approx(3 * math.exp(-5 * 0.8**2) * (0.5**2 + 0.2**2) / 2)
 
 
-def test_each_task_learns_from_the_other():
+@pytest.mark.parametrize("consistency", ["dice_ce", "paper"])
+def test_each_task_learns_from_the_other(consistency):
     p, z = torch.zeros(2, 2, 2, 8, 8, 8)
     z[:, 0] = -0.001
     p.requires_grad_(), z.requires_grad_()
-    trainer = bare_trainer(DTCTrainer, memory="fast")  # one graph, from the loss to the images
+    trainer = bare_trainer(DTCTrainer, memory="fast", consistency=consistency)  # one graph, from the loss to the images
     terms_of(trainer, a_batch((p, z), (p, z)))["dtc"].backward()
     assert p.grad.all() and z.grad[:, 0].all()
 
@@ -83,7 +117,7 @@ def test_level_sets_are_the_second_half_of_the_heads_by_tanh():
 
     The former's are above 0, which is outside, the latter's below: all is inside.
     """
-    trainer, seen = bare_trainer(DTCTrainer), []
+    trainer, seen = bare_trainer(DTCTrainer, consistency="paper"), []
     trainer.loss = lambda output, target: (seen.append(output), output.sum())[1]
     labeled, unlabeled = (
         torch.tensor([x, 2 * x, 3 * x, 4 * x]).view(1, 4, 1, 1, 1).expand(2, 4, 8, 8, 8) for x in (0.5, -0.25)
@@ -105,7 +139,7 @@ def test_the_supervised_loss_of_level_sets():
     z, true = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
     true[:, :, :2] = 0.5
     target = torch.zeros(1, 1, 8, 8, 8)
-    trainer = bare_trainer(DTCTrainer)
+    trainer = bare_trainer(DTCTrainer, consistency="paper")
     trainer.loss = lambda output, target: torch.tensor(7.0)
     terms = terms_of(trainer, a_batch((z, z), (z, z), target, true))
     assert terms["supervised"] == 7 and terms["level_sets"].item() == pytest.approx(0.3 * 0.25 / 4)
@@ -113,7 +147,12 @@ def test_the_supervised_loss_of_level_sets():
 
 def test_a_patch_with_ignored_voxels_has_no_level_sets():
     """Of two samples that are wrong by 0.5 and by 1 one has an ignored voxel: 2 * 0.25."""
-    trainer = bare_trainer(DTCTrainer, LabelManager({"background": 0, "a": 1, "ignore": 2}, None), level_set_weight=2.0)
+    trainer = bare_trainer(
+        DTCTrainer,
+        LabelManager({"background": 0, "a": 1, "ignore": 2}, None),
+        level_set_weight=2.0,
+        consistency="paper",
+    )
     trainer.loss = lambda output, target: torch.tensor(7.0)
     z, true = torch.zeros(2, 2, 8, 8, 8), torch.tensor([0.5, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 8, 8, 8)
     target = torch.zeros(2, 1, 8, 8, 8)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import bare_trainer, batch_of, make_trainer, terms_of
 
@@ -42,21 +43,27 @@ def test_alignment_by_hand():
     features = torch.eye(2).view(1, 2, 2, 1, 1)  # channel, voxel
     probs = torch.tensor([[1.0, 0.0], [0.2, 0.6]]).view(1, 2, 2, 1, 1)
     text = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    # v_0 = e1: distance 0. v_1 = (0.2, 0.6) / 0.8 = (0.25, 0.75): (0.75)^2 + (0.75)^2 = 1.125
-    assert category_alignment_loss(features, probs, text).item() == pytest.approx(1.125 / 2)
+    # v_0 = e1: distance 0. v_1 = (0.2, 0.6) / 0.8 = (0.25, 0.75): (0.75)^2 + (0.75)^2 = 1.125; of two channels
+    assert category_alignment_loss(features, probs, text).item() == pytest.approx(1.125 / 2 / 2)
 
 
 def test_alignment_averages_probabilities_down_to_the_features_grid():
     features = torch.eye(2).view(1, 2, 2, 1, 1)
     fine = torch.tensor([1.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0]).view(1, 1, 4, 2, 1)  # means 0.5 and 1
     # v = (0.5, 1) / 1.5; text e2: (1/3)^2 + (1/3)^2
-    assert category_alignment_loss(features, fine, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(2 / 9)
+    assert category_alignment_loss(features, fine, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(2 / 9 / 2)
 
 
 def test_alignment_of_a_class_that_is_nowhere_is_finite():
     probs = torch.zeros(1, 1, 2, 1, 1)
     loss = category_alignment_loss(torch.eye(2).view(1, 2, 2, 1, 1), probs, torch.tensor([[1.0, 0.0]]))
-    assert loss.item() == pytest.approx(1.0)
+    assert loss.item() == pytest.approx(1.0 / 2)
+
+
+def test_alignment_teaches_the_features_and_not_the_text():
+    text, features = torch.tensor([[1.0, 0.0]]).requires_grad_(), torch.ones(1, 2, 2, 1, 1, requires_grad=True)
+    category_alignment_loss(features, torch.ones(1, 1, 2, 1, 1), text).backward()
+    assert features.grad.any() and text.grad is None
 
 
 def test_mix_keeps_every_class():
@@ -178,10 +185,11 @@ def values(terms):
 
 def test_all_terms_by_hand():
     """One voxel a sample, of which both decoders say a, the second with three times the logit."""
-    settings = dict(unsupervised_weight=0.4, dca_start=0.5)
+    settings = dict(consistency_weight=0.4, ramp_length=1.0, dca_start=0.5, csa_weight=3.0, dca_weight=5.0)
     trainer = bare_trainer(TextSemiSegTrainer, TWO, progress=0.5, network=OneVoxel(1, 3), **settings)
     trainer.method_state = {"second_is_better": torch.tensor(False)}
-    # to the text of class a the features are as near as can be, from the background's (0, 1) their distance is 2
+    # to the text of class a the features are as near as can be, from the background's (0, 1) their distance is 2, of
+    # two channels
     text = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
 
     def p(odds):
@@ -191,9 +199,9 @@ def test_all_terms_by_hand():
         "supervised_1": -math.log(p(2)),
         "supervised_2": -math.log(p(2**3)),
         "unsupervised": 0.4 * math.exp(-1.25) * -(math.log(p(3)) + math.log(p(3**3))),
-        "cog": 2 * (2 + 0) / 2,  # of two decoders the mean over the classes
+        "cog": 3 * 2 * (1 + 0) / 2,  # of two decoders the mean over the classes
         # the second decoder: the labelled image in place of the unlabelled one, and the other way round; and CSA
-        "mix": -math.log(p(2**3)) - math.log(p(3**3)) + (2 + 0) / 2,
+        "mix": 5 * ((-math.log(p(2**3)) - math.log(p(3**3))) / 2 + 3 * (1 + 0) / 2),
     }
     assert values(terms_of(trainer, one_voxel_batch(), text)) == pytest.approx(expected, abs=1e-5)
     assert trainer.method_state["second_is_better"]  # for the next step
@@ -202,14 +210,14 @@ def test_all_terms_by_hand():
 @pytest.mark.parametrize("second_is_better", [False, True])
 def test_decoders_teach_each_other_and_the_better_one_labels_the_mixes(second_is_better):
     """The second decoder says the opposite of the first."""
-    trainer = bare_trainer(TextSemiSegTrainer, TWO, network=OneVoxel(1, -1), csa=False, unsupervised_weight=0.1)
+    trainer = bare_trainer(TextSemiSegTrainer, TWO, network=OneVoxel(1, -1), csa=False, consistency="paper")
     trainer.method_state = {"second_is_better": torch.tensor(second_is_better)}
     terms = values(terms_of(trainer, one_voxel_batch(), torch.eye(2)))
     # of the unlabelled voxel P(a) is 3/4 and 1/4: each is told what it gives 1/4
     assert terms["unsupervised"] == pytest.approx(0.1 * 2 * math.log(4), abs=1e-5)
     # of the labelled one, a, it is 2/3 and 1/3. The second learns a of both, or the first a and background
     expected = -math.log(2 / 3) - math.log(1 / 4) if second_is_better else -math.log(1 / 3) - math.log(1 / 4)
-    assert terms["mix"] == pytest.approx(expected, abs=1e-5) and "cog" not in terms
+    assert terms["mix"] == pytest.approx(expected / 2, abs=1e-5) and "cog" not in terms
     assert not trainer.method_state["second_is_better"]
 
 
@@ -221,7 +229,39 @@ def test_cog_is_one_mean_over_both_streams():
     x_l, x_u = torch.ones(1, 1, 1, 1), torch.zeros(3, 1, 1, 1)
     batch = batch_of(x_l, torch.ones(1, 1, 1, 1, dtype=torch.long), strong=x_u)
     text = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # the labelled sample's feature; from the others' it is 2 away
-    assert terms_of(trainer, batch, text)["cog"].item() == pytest.approx(2 * (1 * 0 + 3 * 2) / 4)
+    assert terms_of(trainer, batch, text)["cog"].item() == pytest.approx(2 * (1 * 0 + 3 * 1) / 4)
+
+
+def test_pseudo_labels_have_deep_supervision_or_the_papers_loss():
+    """The fine output says 0.8 of class a, the coarse one 0.6; weights are 2/3 and 1/3."""
+    logits = [torch.tensor([0.0, math.log(p / (1 - p))]).view(1, 2, 1, 1, 1).expand(1, 2, n, n, n)
+              for p, n in ((0.8, 4), (0.6, 2))]  # fmt: skip
+    for consistency, expected in (("dice_ce", -(2 * math.log(0.8) + math.log(0.6)) / 3), ("paper", -math.log(0.8))):
+        trainer = bare_trainer(TextSemiSegTrainer, TWO, consistency=consistency)
+        trainer.loss = DeepSupervisionWrapper(trainer.loss, (2 / 3, 1 / 3))
+        assert trainer.taught_loss(logits, torch.ones(1, 1, 4, 4, 4)).item() == pytest.approx(expected)
+
+
+def test_default_settings():
+    settings, paper = TextSemiSegTrainer.settings_class(), TextSemiSegTrainer.settings_class(consistency="paper")
+    assert (settings.csa_weight, settings.dca_weight, settings.n_ctx, settings.weight(0.4)) == (1, 1, 4, 1)
+    assert paper.weight(1) == 0.1 and paper.weight(0.5) == pytest.approx(0.1 * math.exp(-1.25))
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_text_that_does_not_learn(dataset, from_file, tmp_path):
+    settings = {}
+    if from_file:
+        from nnunet_semiseg.text.prompt_learner import save_embeddings
+        from nnunet_semiseg.text.prompts import read_prompts
+
+        save_embeddings(tmp_path / "e.safetensors", torch.eye(3, 16), read_prompts(dataset.dataset_json), "none")
+        settings["text_embeddings"] = str(tmp_path / "e.safetensors")
+    trainer = started(dataset, dca_start=0.0, n_ctx=0, **settings)
+    before = trainer.prompt_learner()
+    assert not before.requires_grad and not set(trainer.trainable) & set(trainer.prompt_learner.parameters())
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert torch.equal(trainer.prompt_learner(), before) and torch.isfinite(out["loss"])
 
 
 def test_mixing_needs_an_unlabelled_sample_for_each_labelled_one(dataset):

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, terms_of
 
-from nnunet_semiseg.trainers.urpc import HEAD_DROPOUT, URPCTrainer, perturb
+from nnunet_semiseg.trainers.urpc import HEAD_DROPOUT, URPCTrainer, perturb, pyramid_certainty
 from nnunet_semiseg.training.batch import Batch
 
 
@@ -14,14 +15,25 @@ def logits_of(p, regions=False):
     return torch.logit(p) if regions else p.log()
 
 
+def of_two_scales(loss):
+    """nnU-Net's loss with the deep supervision that a network of two outputs gets; supervised is the first alone."""
+    return SupervisedByTheFinest(loss, (2 / 3, 1 / 3))
+
+
+class SupervisedByTheFinest(DeepSupervisionWrapper):
+    def forward(self, output, target):
+        return self.loss(output[0], target)
+
+
 def pyramid(fine, coarse, labels=CLASSES, step=1, **settings):
     """The term of a step whose network gives these outputs, the second one in so many voxels less (`step`)."""
-    trainer = bare_trainer(URPCTrainer, labels, **{"consistency_weight": 1.0} | settings)
-    trainer.enable_deep_supervision, trainer.loss = True, lambda output, target: output[0].sum()
+    trainer = bare_trainer(URPCTrainer, labels, **{"consistency": "paper", "consistency_weight": 1.0} | settings)
+    trainer.enable_deep_supervision, trainer.loss = True, of_two_scales(trainer.loss)
     steps = (..., *[slice(None, None, step)] * (fine.ndim - 2))
     trainer.network = lambda x: [x[:, : fine.shape[1]], x[:, fine.shape[1] :][steps]]
     images = torch.cat((fine, coarse), 1)
-    return terms_of(trainer, batch_of(images, strong=images))["pyramid"]
+    target = torch.zeros_like(fine if labels.has_regions else fine[:, :1])
+    return terms_of(trainer, batch_of(images, target, strong=images))["pyramid"]
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -34,6 +46,40 @@ def test_the_pyramid_by_hand(regions):
     d_2 = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
     loss = pyramid(*(logits_of(p, regions) for p in (0.9, 0.5)), REGIONS if regions else CLASSES)
     assert loss.item() == pytest.approx(0.04 + (d_1 + d_2) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_scales_learn_the_decision_of_their_mean(regions):
+    """p of 0.9 and 0.4, their mean 0.65: class 0, and as regions 0 alone; each weighted with exp(-D_s).
+
+    The coarse output has half the resolution, and with deep supervision half the weight. The ramp ends at 0.4.
+    """
+
+    def divergence(p):
+        return p * math.log(p / 0.65) + (1 - p) * math.log((1 - p) / 0.35)
+
+    one, other = (math.exp(-divergence(p)) * -math.log(p) for p in (0.9, 0.4))
+    labels, about = REGIONS if regions else CLASSES, dict(step=2, consistency="dice_ce", consistency_weight=2.0)
+    loss = pyramid(*(logits_of(p, regions) for p in (0.9, 0.4)), labels, **about, progress=0.4)
+    assert loss.item() == pytest.approx(2 * (2 / 3 * one + 1 / 3 * other), rel=1e-4)
+
+
+def test_certainty_is_of_each_voxel_on_each_scales_grid():
+    """In the first half the scales agree on 0.9, in the other they say 0.9 and 0.4."""
+    fine, coarse = logits_of(0.9), logits_of(0.4).clone()
+    coarse[:, :, :4] = fine[:, :, :4]
+    mean, weights = pyramid_certainty([fine, coarse[..., ::2, ::2, ::2]], CLASSES)
+    d = [p * math.log(p / 0.65) + (1 - p) * math.log((1 - p) / 0.35) for p in (0.9, 0.4)]
+    assert [w.shape for w in weights] == [(1, 1, 8, 8, 8), (1, 1, 4, 4, 4)]
+    for w, x in zip(weights, d, strict=True):
+        assert w.flatten()[0].item() == pytest.approx(1) and w.flatten()[-1].item() == pytest.approx(math.exp(-x))
+    assert mean.exp()[0, 0, (0, -1), 0, 0].tolist() == pytest.approx([0.9, 0.65])
+
+
+def test_default_settings():
+    settings, paper = URPCTrainer.settings_class(), URPCTrainer.settings_class(consistency="paper")
+    assert settings.weight(0.4) == settings.weight(1) == 1
+    assert paper.weight(1) == 0.1 and paper.weight(0.5) == pytest.approx(0.1 * math.exp(-1.25))
 
 
 def test_uncertain_voxels_count_less():
@@ -82,7 +128,7 @@ def test_all_scales_are_supervised_and_compared(ready):
 
 def test_the_loss_of_a_step_by_hand():
     """The two outputs of test_the_pyramid_by_hand, the second one of half the size; the ramp at 0.2."""
-    about = dict(step=2, progress=0.2, consistency_weight=0.3)
+    about = dict(step=2, progress=0.2, consistency_weight=0.3)  # of the paper's 0.1
     d_1 = 0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3)
     d_2 = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
     fine, coarse = (logits_of(p).clone().requires_grad_() for p in (0.9, 0.5))
@@ -103,8 +149,8 @@ def test_logits_are_brought_to_full_resolution_not_probabilities():
     """Between -4 and 4 lies 0, whose probability is 1/2 either way; next to it they differ."""
     coarse = torch.tensor([-4.0, 4.0]).view(1, 1, 2, 1).repeat(1, 1, 1, 2)
     fine = torch.nn.functional.interpolate(coarse, (4, 4), mode="bilinear")
-    trainer = bare_trainer(URPCTrainer, REGIONS, network=lambda x: [fine, coarse])
-    trainer.enable_deep_supervision, trainer.loss = True, lambda output, target: output[0].sum()
+    trainer = bare_trainer(URPCTrainer, REGIONS, network=lambda x: [fine, coarse], consistency="paper")
+    trainer.enable_deep_supervision, trainer.loss = True, of_two_scales(trainer.loss)
     assert terms_of(trainer, batch_of(fine, strong=fine))["pyramid"].item() == pytest.approx(0, abs=1e-6)
 
 

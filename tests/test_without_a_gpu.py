@@ -72,7 +72,10 @@ def test_the_fake_gpu_finds_what_waits_and_what_is_mixed(on_fake_gpu):
 
 
 OPTIONS = {
+    "MeanTeacherTrainer": dict(text=True),
     "UAMTTrainer": dict(text=True),
+    "BCPTrainer": dict(text=True),
+    "URPCTrainer": dict(text=True),
     "CPSTrainer": dict(text=True),
     "DTCTrainer": dict(text=True),
     "MCNetTrainer": dict(text=True),

@@ -276,6 +276,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         weak = batch.views["weak"]
         with torch.no_grad():
             taught = probabilities(self.teacher(weak), self.label_manager)
+            self.decide(taught.logit())  # its classes are counted
         to_slices, samples = self.draw_slices(weak)
         masks, has_text, loss = self.text_masks(to_slices(weak), [batch.cases[i] for i in samples], flip)
         yield {"mask": settings.mask_weight * loss}

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
-from nnunet_semiseg.settings.base import PseudoLabelSettings, TeacherSettings, TurnSettings, require
+from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
+from nnunet_semiseg.settings.base import (
+    OptionalTextSettings,
+    PseudoLabelSettings,
+    TeacherSettings,
+    TurnSettings,
+    require,
+)
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
-from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import update_teacher
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class BCPSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
+class BCPSettings(OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Settings of `BCPTrainer`."""
 
     pretraining: float = 2 / 17
@@ -37,7 +45,7 @@ class BCPSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
             require(self, name, minimum=0, maximum=1)
 
 
-class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
+class BCPTrainer(TextGuidedTrainer[BCPSettings]):
     """Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation" (CVPR 2023, 2305.00673).
 
     With M = 0 in a box at a random place, whose sides are 2/3 of the patch's, and 1 around it:
@@ -58,6 +66,10 @@ class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
     """
 
     views = ("weak", "strong")
+
+    @classmethod
+    def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+        return MultiDecoderUNet(network)
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         check_there_are_pairs(self.settings, plans, configuration, "BCP")
@@ -82,27 +94,27 @@ class BCPTrainer(SemiSupervisedTrainer[BCPSettings]):
         """The first that unlabelled samples take part in; it is on the CPU, so that nothing waits."""
         return int(self.method_state["first_step"])
 
-    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target
         box = draw_box(x_l, self.settings.box)
         if self.step < self.first_step:
             mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
-            yield {
-                "supervised": self.loss(self.network(paste(box, x_l.roll(1, 0), x_l)), mixed),
-                "pseudo": x_l.new_zeros(()),
-            }
+            output, aligned = self.predict(paste(box, x_l.roll(1, 0), x_l), text)
+            terms = {"supervised": self.loss(output, mixed), "pseudo": x_l.new_zeros(())}
+            yield terms | self.cog(aligned, self.finest(output), text, 1)
             return
         if self.step == self.first_step:
             update_teacher(self.teacher, self.network, 0, self.settings.decay)  # begins as a copy
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
-        outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
+        outputs = self.each(partial(self.predict, text=text), paste(box, x_u, x_l), paste(box, x_l, other))
         for labeled, pseudo_label in ((~box, label), (box, other_label)):  # inwards, outwards: eq. 5 and 6
-            with self.shared(next(outputs)) as output:
+            with self.shared(next(outputs)) as (output, aligned):
                 yield {"supervised": self.loss_where(labeled, output, target)}
                 loss = self.loss_where(~labeled, output, pseudo_label)
                 yield {"pseudo": self.settings.bcp_weight * loss}
+                yield self.cog(aligned, self.finest(output), text, 0.5)
 
     @torch.no_grad()
     def pseudo_label(self, images: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +14,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.networks import feature_perturbation
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.settings.base import ConsistencySettings
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
@@ -30,8 +31,11 @@ GUIDED = {"object_mask", "context_mask", "cutout"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CCTSettings(ConsistencySettings):
+class CCTSettings(ConsistencySettings, PseudoLabelSettings):
     """Settings of `CCTTrainer`."""
+
+    paper_weight: ClassVar[float] = 30.0
+    paper_ramp: ClassVar[float] = 0.1
 
     perturbations: tuple[str, ...] = ("noise", "drop", "dropout")
     """one auxiliary decoder for each: noise, drop, dropout, object_mask, context_mask, cutout"""
@@ -59,31 +63,59 @@ class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
     foreground; the paper has a box an object). Each level of the U-Net draws its own noise and threshold. The default
     three are the ones that volumes' U-Nets are trained with in the field, one decoder each; naming one more often
     gives it more decoders. Left out is the paper's I-VAT. A U-Net's decoder reads skips as well, so these are
-    perturbed as the bottleneck is; decoders are the plans' instead of the paper's light ones. The weight is that of
-    volumes (0.1; 30 there, for a mean over 21 classes), with a Gaussian ramp.
+    perturbed as the bottleneck is; decoders are the plans' instead of the paper's light ones.
+
+    With `consistency=paper` L_u is eq. 2 with the paper's weight, 30 after a ramp over a tenth of the training. In a
+    training from random weights its auxiliary decoders are then taught by nothing but the main one's soft output. By
+    default we depart: L_u is nnU-Net's loss with deep supervision towards the main decoder's decision, and the
+    auxiliary decoders learn from the labels, too, on perturbed features: in each step one of them, in turn, as the time
+    of a step grows with every pass.
     """
 
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
-        convolutions = arch_kwargs["n_conv_per_stage_decoder"]
-        others = [extra_decoder(network, convolutions, False, finest_only=True) for _ in settings.perturbations]
+        convolutions, paper = arch_kwargs["n_conv_per_stage_decoder"], settings.consistency == "paper"
+        others = [
+            extra_decoder(network, convolutions, deep_supervision and not paper, finest_only=paper)
+            for _ in settings.perturbations
+        ]
         return MultiDecoderUNet(network, others, recompute=settings.memory == "stock")
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         network, names = self.bare_network, self.settings.perturbations
+        paper = self.settings.consistency == "paper"
         encoded = self.each(network.encode, batch.images, batch.views["strong"])
-        yield {"supervised": self.loss(network.decode(next(encoded).skips), batch.target)}
-        weight = self.settings.consistency_weight * self.settings.ramp(self.progress) / len(names)
+        with self.shared(next(encoded).skips) as skips:
+            with self.shared(network.decode(skips)) as output:
+                yield {"supervised": self.loss(output, batch.target)}
+                foreground = self.foreground(hard_pseudo_label(self.finest(output), self.label_manager))
+            del output
+            if not paper:
+                i = int(self.step) % len(names)
+                yield {"supervised_other": self.loss(self.perturbed(skips, i, foreground), batch.target)}
+        weight = self.settings.weight(self.progress) / len(names)
         with self.shared(next(encoded).skips) as skips:
             with self.without_gradients():  # a target needs no backward pass through the main decoder
                 logits = self.finest(network.decode(skips))
-                main = probabilities(logits, self.label_manager)
-                foreground = (hard_pseudo_label(logits, self.label_manager) > 0).any(1, keepdim=True)
-                del logits
-            for i, name in enumerate(names, 1):
-                arguments = (foreground,) if name in GUIDED else ()
-                perturbed = [PERTURBATIONS[name](skip, *arguments) for skip in skips]
-                p = probabilities(network.decode(perturbed, i), self.label_manager)
-                del perturbed
-                yield {"consistency": weight * F.mse_loss(p, main)}
-                del p
+            decision = self.decide(logits)
+            main = probabilities(logits, self.label_manager) if paper else decision
+            foreground = self.foreground(decision)
+            del logits, decision
+            for i in range(len(names)):
+                yield {"consistency": weight * self.distance(self.perturbed(skips, i, foreground), main)}
+
+    def perturbed(self, skips: list[Tensor], i: int, foreground: Tensor):
+        """The output of auxiliary decoder i, which reads its perturbation of the features."""
+        name = self.settings.perturbations[i]
+        arguments = (foreground,) if name in GUIDED else ()
+        return self.bare_network.decode([PERTURBATIONS[name](skip, *arguments) for skip in skips], i + 1)
+
+    def distance(self, output, main: Tensor) -> Tensor:
+        """Of an auxiliary decoder's output from the main one's decision, or from its probabilities."""
+        if self.settings.consistency == "paper":
+            return F.mse_loss(probabilities(self.finest(output), self.label_manager), main)
+        return self.pseudo_loss(output, main)
+
+    def foreground(self, decision: Tensor) -> Tensor:
+        """(B, 1, *S), bool: where any class or region is."""
+        return (decision > 0).any(1, keepdim=True)

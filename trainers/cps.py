@@ -66,7 +66,7 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
         networks = self.bare_network, self.auxiliary["second"]
         for images, target, share in batch.streams("strong"):
             passes = [partial(predict, network, images, text) for network in networks]
-            for i, prediction, labels in self.in_turn(passes, self.decision):
+            for i, prediction, labels in self.in_turn(passes, partial(self.decision, counts=target is None)):
                 with self.shared(prediction) as (output, aligned):
                     del prediction
                     if target is not None:
@@ -78,9 +78,9 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
                         cps = self.pseudo_loss(output, labels[1 - i])
                     yield {"cps": share * weight * cps} | self.cog(aligned, logits, text, share)
 
-    def decision(self, prediction) -> Tensor:
+    def decision(self, prediction, counts: bool) -> Tensor:
         """What one network says to the other."""
-        return self.decide(self.finest(prediction[0]))
+        return self.decide(self.finest(prediction[0]), counts)
 
 
 def predict(network: MultiDecoderUNet, images: Tensor, text: Tensor | None):

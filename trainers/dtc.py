@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.losses.pseudo_labels import has_label, probabilities
-from nnunet_semiseg.losses.ramps import gaussian_ramp
+from nnunet_semiseg.losses.pseudo_labels import cross_entropy, has_label, probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.settings.base import OptionalTextSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
@@ -27,18 +26,17 @@ STEEPNESS = 1500
 
 
 @dataclass(frozen=True, kw_only=True)
-class DTCSettings(OptionalTextSettings):
-    """Settings of `DTCTrainer`; the ramp is as long as the training."""
+class DTCSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings):
+    """Settings of `DTCTrainer`."""
+
+    paper_weight: ClassVar[float] = 1.0
 
     level_set_weight: float = 0.3
     """beta of the level sets' supervised loss"""
-    dtc_weight: float = 1.0
-    """of the consistency between the tasks, at the end of the ramp"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("level_set_weight", "dtc_weight"):
-            require(self, name, minimum=0)
+        require(self, "level_set_weight", minimum=0)
 
 
 class DualTaskUNet(MultiDecoderUNet):
@@ -63,6 +61,15 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
     a patch is outside everywhere (1). A patch with ignored voxels has no L_LSF. The distances are computed in the
     loader's processes, after augmentation (1 to 1.5 s for each head of a patch of 128^3). L_LSF and L_DTC act at full
     resolution, L_seg is nnU-Net's; with deep supervision the coarser outputs' level sets are not used.
+
+    With `consistency=paper` L_DTC is eq. 4. At its weight the classes learn next to nothing from it, and with k = 1500
+    the level sets do so within a few thousandths of 0 alone, where the wrong sign is hardly wrong. By default we
+    depart: each task learns the other's decision,
+
+        L_DTC = L_seg(p, argmin z) + CE(softmax(-k z), argmax p) / k,
+
+    of regions z < 0, and the sigmoid. L_seg is nnU-Net's, with deep supervision; the other part is about 0 where the
+    sign is right, and elsewhere by how much it is wrong, so that distances are free but for their sign.
     """
 
     @classmethod
@@ -94,24 +101,35 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
 
         streams = batch.streams("strong")
         predictions = self.each(predict, *(images for images, _, _ in streams))
+        weight = self.settings.weight(self.progress)
         for _, target, share in streams:
             with self.shared(next(predictions)) as (output, aligned):
                 # one sample at a time: with many classes the level sets' tensors are the largest of a step
                 samples = self.finest(output).split(1)
                 if target is not None:
-                    yield {"supervised": self.loss(tree_map(lambda t: self.split(t)[0], output), target)}
+                    yield {"supervised": self.loss(self.segmentation(output), target)}
                     shares = self.known_shares(target)
                     for sample, true, known in zip(samples, batch.extra["level_sets"], shares, strict=True):
                         yield {"level_sets": known * self.level_set_loss(sample, true)}
-                for sample in samples:
-                    yield {"dtc": share / len(samples) * self.dtc_loss(sample)}
-                del samples, sample  # views of logits, which would outlive this stream
+                segmentation, level_sets = self.split(self.finest(output))
+                decisions = [self.decide(x, counts=target is None) for x in (segmentation, -level_sets)]
+                del segmentation, level_sets
+                if self.settings.consistency != "paper":
+                    yield {"dtc": weight * share * self.pseudo_loss(self.segmentation(output), decisions[1])}
+                for sample, decision in zip(samples, decisions[0].split(1), strict=True):
+                    yield {"dtc": weight * share / len(samples) * self.dtc_loss(sample, decision)}
+                del decisions, decision
+                samples = sample = None  # views of logits, which would outlive this stream
                 yield self.cog(aligned, self.finest(output), text, share)
 
     def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The classes' or regions' logits (B, heads, *S), and what tanh makes the level sets of."""
         segmentation, level_sets = logits.chunk(2, 1)
         return segmentation, level_sets
+
+    def segmentation(self, output):
+        """The first task's part of an output with or without deep supervision."""
+        return tree_map(lambda logits: self.split(logits)[0], output)
 
     def known_shares(self, target) -> Tensor:
         """(B,), a sum of 1 or 0: weights of the patches whose distances are known, 0 for the others.
@@ -125,12 +143,13 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         """beta L_LSF of the logits of both tasks (1, 2 heads, *S), with T(y), (heads, *S)."""
         return self.settings.level_set_weight * F.mse_loss(self.split(logits)[1][0].float().tanh(), true.float())
 
-    def dtc_loss(self, logits: Tensor) -> Tensor:
-        """lambda(t) L_DTC of the logits of both tasks, (B, 2 heads, *S)."""
+    def dtc_loss(self, logits: Tensor, decision: Tensor) -> Tensor:
+        """Eq. 4 of the logits of both tasks (B, 2 heads, *S), or what the level sets learn of the classes' decision."""
         segmentation, level_sets = self.split(logits)
-        p = probabilities(segmentation, self.label_manager)
-        weight = self.settings.dtc_weight * gaussian_ramp(self.progress)
-        return weight * F.mse_loss((-STEEPNESS * level_sets.float().tanh()).sigmoid(), p)
+        inside = -STEEPNESS * level_sets.float().tanh()
+        if self.settings.consistency == "paper":
+            return F.mse_loss(inside.sigmoid(), probabilities(segmentation, self.label_manager))
+        return cross_entropy(inside, decision, self.label_manager.has_regions) / STEEPNESS
 
 
 def add_level_sets(labeled: dict, unlabeled: dict, label_manager) -> dict[str, Tensor]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.losses.pseudo_labels import probabilities
-from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.settings.base import OptionalTextSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
@@ -21,20 +21,19 @@ UPSAMPLING = ("linear", "nearest")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MCNetSettings(OptionalTextSettings):
-    """Settings of `MCNetTrainer`; the ramp is as long as the training."""
+class MCNetSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings):
+    """Settings of `MCNetTrainer`; `consistency_weight` is the paper's beta."""
+
+    paper_weight: ClassVar[float] = 1.0
 
     supervised_weight: float = 0.5
     """lambda, of the sum of the decoders' supervised losses"""
-    mutual_weight: float = 1.0
-    """beta, of the mutual consistency, at the end of the ramp"""
     sharpening: float = 0.1
-    """the temperature T"""
+    """the temperature T, with `consistency=paper`"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("supervised_weight", "mutual_weight"):
-            require(self, name, minimum=0)
+        require(self, "supervised_weight", minimum=0)
         require(self, "sharpening", minimum=1e-3, maximum=1)
 
 
@@ -50,8 +49,12 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
     - L = lambda sum_i L_seg(i) + beta L_mc, lambda = 0.5, beta a Gaussian ramp to 1 over the training.
 
     Where the source is silent, or its code differs: p* gets no gradient, as it stands for a label; L_seg is nnU-Net's
-    (their code: Dice alone); the ramp is as long as the training (their code: 40 % of it). The decoder with transposed
-    convolutions is deployed.
+    (their code: Dice alone). The decoder with transposed convolutions is deployed.
+
+    With `consistency=paper` L_mc is as above, with a ramp as long as the training (their code: 40 % of it). By default
+    we depart: what a decoder learns from another is its decision, p* at T = 0, by nnU-Net's loss with deep
+    supervision; L_mc = lambda sum_i mean over j != i of L_seg(i, decision of j), so that what is learnt of the others
+    weighs as much as the labels when beta is 1.
     """
 
     @classmethod
@@ -62,25 +65,35 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
         network, settings = self.bare_network, self.settings
-        weight = settings.mutual_weight * gaussian_ramp(self.progress)
+        weight = settings.weight(self.progress)
         streams = batch.streams("strong")
         encoded = self.each(partial(network.encode, text=text), *(images for images, _, _ in streams))
         for _, target, share in streams:
+            keep = partial(self.taught, counts=target is None)
             with self.shared(next(encoded)) as (skips, aligned):
                 passes = [partial(network.decode, skips, i) for i in range(1 + len(UPSAMPLING))]
-                for i, output, logits in self.in_turn(passes):
+                for i, output, taught in self.in_turn(passes, keep):
                     with self.shared(output) as output:
                         if target is not None:
                             yield {f"supervised_{i + 1}": settings.supervised_weight * self.loss(output, target)}
-                        own, others = self.finest(output), [x for j, x in enumerate(logits) if j != i]
-                        mutual = share * weight * self.mutual_loss(own, others)
-                        terms = {"mutual": mutual} | self.cog(aligned, own, text, share)
-                        del own, others, mutual
+                        others = [x for j, x in enumerate(taught) if j != i]
+                        mutual = share * weight * self.mutual_loss(output, others)
+                        terms = {"mutual": mutual} | self.cog(aligned, self.finest(output), text, share)
+                        del others, mutual
                         yield terms
-                del logits, terms  # else they would outlive this stream
+                del taught, terms  # else they would outlive this stream
 
-    def mutual_loss(self, logits: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """sum_j MSE(p, p*_j) of a decoder's logits (B, heads, *S) with the others', which get no gradient."""
-        p = probabilities(logits, self.label_manager)
-        sharpened = (probabilities(x.detach().float() / self.settings.sharpening, self.label_manager) for x in others)
-        return sum(F.mse_loss(p, x) for x in sharpened)  # pyright: ignore[reportReturnType]: sum's 0 is not left
+    def taught(self, output, counts: bool) -> Tensor:
+        """What a decoder teaches the others: its decision, or its logits."""
+        logits = self.finest(output)
+        decision = self.decide(logits, counts)
+        return logits.detach() if self.settings.consistency == "paper" else decision
+
+    def mutual_loss(self, output, others: Sequence[Tensor]) -> Tensor:
+        """A decoder's part of L_mc, of its output and what the others teach, which gets no gradient."""
+        if self.settings.consistency == "paper":
+            p, T = probabilities(self.finest(output), self.label_manager), self.settings.sharpening
+            sharpened = (probabilities(x.detach().float() / T, self.label_manager) for x in others)
+            return sum(F.mse_loss(p, x) for x in sharpened)  # pyright: ignore[reportReturnType]: sum's 0 is not left
+        losses = sum(self.pseudo_loss(output, decision) for decision in others)
+        return self.settings.supervised_weight / len(others) * losses

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.losses.pseudo_labels import probabilities
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, TeacherSettings, TurnSettings
+from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
+from nnunet_semiseg.settings.base import (
+    ConsistencySettings,
+    OptionalTextSettings,
+    PseudoLabelSettings,
+    TeacherSettings,
+    TurnSettings,
+)
 from nnunet_semiseg.training.batch import Batch
-from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanTeacherSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
+class MeanTeacherSettings(
+    ConsistencySettings, OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings
+):
     """Settings of `MeanTeacherTrainer`."""
 
     paper_ramp: ClassVar[float] = 0.4
 
 
-class MeanTeacherTrainer(SemiSupervisedTrainer[MeanTeacherSettings]):
+class MeanTeacherTrainer(TextGuidedTrainer[MeanTeacherSettings]):
     """Tarvainen and Valpola, "Mean teachers are better role models" (NeurIPS 2017, arXiv 1703.01780).
 
     L = L_sup + w(t) L_con(student on the strong view, teacher on the weak view), over the unlabelled samples (eq. 1,
@@ -37,16 +47,26 @@ class MeanTeacherTrainer(SemiSupervisedTrainer[MeanTeacherSettings]):
 
     views = ("weak", "strong")
 
-    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+    @classmethod
+    def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
+        return MultiDecoderUNet(network)
+
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
         turn = self.draw_turn()
-        outputs = self.each(self.network, batch.images, turn(batch.views["strong"]))
-        yield {"supervised": self.loss(next(outputs), batch.target)}
+        (x_l, target, share_l), (x_u, _, share_u) = batch.streams("strong")
+        outputs = self.each(partial(self.predict, text=text), x_l, turn(x_u))
+        output, aligned = next(outputs)
+        loss = self.loss(output, target)
+        yield {"supervised": loss} | self.cog(aligned, self.finest(output), text, share_l)
+        del output, aligned, loss
         with torch.no_grad():
             teacher = turn(self.teacher(batch.views["weak"]))
         decision = self.decide(teacher)
+        output, aligned = next(outputs)
         if self.settings.consistency == "paper":
-            student = probabilities(self.finest(next(outputs)), self.label_manager)
+            student = probabilities(self.finest(output), self.label_manager)
             loss = F.mse_loss(student, probabilities(teacher, self.label_manager))
         else:
-            loss = self.pseudo_loss(next(outputs), decision)
-        yield {"consistency": self.settings.weight(self.progress) * loss}
+            loss = self.pseudo_loss(output, decision)
+        terms = {"consistency": self.settings.weight(self.progress) * loss}
+        yield terms | self.cog(aligned, self.finest(output), text, share_u)

@@ -150,4 +150,5 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         if not self.round:
             yield {"pseudo": batch.images.new_zeros(())}
             return
+        self.decide.count(self.finest(batch.extra["pseudo"]))
         yield {"pseudo": self.settings.pseudo_weight * self.loss(next(outputs), batch.extra["pseudo"])}

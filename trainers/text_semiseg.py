@@ -10,29 +10,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.settings.base import PseudoLabelSettings, TextSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, TextSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSemiSegSettings(TextSettings, PseudoLabelSettings):
-    """Settings of `TextSemiSegTrainer`; the ramp is as long as the training."""
+class TextSemiSegSettings(ConsistencySettings, TextSettings, PseudoLabelSettings):
+    """Settings of `TextSemiSegTrainer`; `consistency` is of the cross pseudo supervision."""
 
     dca: Literal["complementary", "foreground", "off"] = "complementary"
     """the masks of the mixes: one and its complement, or each image's own foreground, as the paper has it"""
     dca_start: float = 0.2
     """share of the training before DCA begins"""
-    unsupervised_weight: float = 0.1
-    """lambda of the cross pseudo supervision, at the end of the ramp"""
+    dca_weight: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         require(self, "dca_start", minimum=0, maximum=1)
-        require(self, "unsupervised_weight", minimum=0)
+        require(self, "dca_weight", minimum=0)
 
 
 class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
@@ -44,10 +42,15 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
         L = L_sup(1) + L_sup(2) + L_cog + L_mix + lambda(t) L_unsup.
 
     L_sup is nnU-Net's loss with deep supervision; L_cog is CSA, `category_alignment_loss`, over both streams and
-    both decoders; L_mix is DCA (from `dca_start` on): the decoder with the lower supervised loss labels the
-    unlabelled samples, `mix` mixes, and the other decoder learns from the mixes (Dice + CE, and
-    L_cog on them); L_unsup is the cross pseudo supervision of the decoders with lambda(t) a Gaussian ramp over
-    the training. TMR is `MultiplanarTextAttention`. The first decoder (transposed convolutions) is deployed.
+    both decoders, and gives the text no gradient: it learns through TMR alone; L_mix is DCA (from `dca_start` on): the
+    decoder with the lower supervised loss labels the unlabelled samples, `mix` mixes, and the other decoder learns from
+    the mixes (Dice + CE, and L_cog on them; one mean over both mixes, as in the code); L_unsup is the cross pseudo
+    supervision of the decoders. TMR is `MultiplanarTextAttention`. The first decoder (transposed convolutions) is
+    deployed.
+
+    With `consistency=paper` the losses of pseudo-labels use the full resolution alone, and lambda(t) is a Gaussian ramp
+    to 0.1 over the training. By default we depart: they have nnU-Net's deep supervision, and lambda is 1 after 0.4 of
+    the training.
 
     Where the published code departs from the paper we follow the paper (see the modules' docstrings). We depart from
     the paper in DCA's masks. There each mix pastes its own image's foreground into the other (`dca=foreground`): both
@@ -56,10 +59,9 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     volume (docs/results.md). By default the second mix takes what the first left out, so that every voxel is used
     once, there is as much foreground as before, and a seam is not always a boundary.
 
-    Where the paper is silent: pseudo-label losses use the full resolution alone; the decoders are compared by the
-    losses of the step before (on a GPU of an earlier one, where the copy of the comparison to the CPU is not there yet:
-    no step waits for it, and a seed does not fix it there); foreground of a region
-    dataset is where any region is; one augmented view of a sample serves all terms.
+    Where the paper is silent: the decoders are compared by the losses of the step before (on a GPU of an earlier one,
+    where the copy of the comparison to the CPU is not there yet: no step waits for it, and a seed does not fix it
+    there); foreground of a region dataset is where any region is; one augmented view of a sample serves all terms.
     """
 
     @classmethod
@@ -91,12 +93,12 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
                     supervised.append(loss.detach())
                     yield {f"supervised_{i + 1}": loss}
                     yield self.cog(aligned, self.finest(output), text, share_l)
-        weight = settings.unsupervised_weight * gaussian_ramp(self.progress)
+        weight = settings.weight(self.progress)
         with self.shared(next(encoded)) as (skips, aligned):
             passes = [partial(network.decode, skips, i) for i in range(2)]
             for i, output, pseudo in self.in_turn(passes, self.pseudo_label):
                 with self.shared(output) as output:
-                    yield {"unsupervised": weight * self.finest_loss(self.finest(output), pseudo[1 - i])}
+                    yield {"unsupervised": weight * self.taught_loss(output, pseudo[1 - i])}
                     yield self.cog(aligned, self.finest(output), text, share_u)
         # on its way to the CPU while the GPU works; the next step reads it
         self.method_state["second_is_better"].copy_(supervised[1] < supervised[0], non_blocking=True)
@@ -106,16 +108,23 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
             yield {"mix": batch.images.new_zeros(())}
             return
         mixes = self.mixes(batch, pseudo[better])
-        predictions = self.each(partial(self.predict, text=text, decoder=1 - better), *(images for images, _ in mixes))
+        predictions = self.each(partial(self.decode_one, text=text, decoder=1 - better), *(x for x, _ in mixes))
         for _, target in mixes:
-            with self.shared(next(predictions)) as (logits, aligned):
-                yield {"mix": self.finest_loss(logits, target)}
-                yield {"mix": 0.5 * self.alignment(aligned, logits, text)} if settings.csa else {}
+            with self.shared(next(predictions)) as (output, aligned):
+                share = settings.dca_weight / len(mixes)
+                yield {"mix": share * self.taught_loss(output, target)}
+                yield {"mix": share * self.alignment(aligned, self.finest(output), text)} if settings.csa else {}
 
-    def predict(self, images: Tensor, text: Tensor, decoder: int) -> tuple[Tensor, Tensor]:
-        """One decoder's finest logits, and the aligned features."""
+    def decode_one(self, images: Tensor, text: Tensor, decoder: int):
+        """One decoder's output, and the aligned features."""
         skips, aligned = self.bare_network.encode(images, text)
-        return self.finest(self.bare_network.decode(skips, decoder)), aligned
+        return self.bare_network.decode(skips, decoder), aligned
+
+    def taught_loss(self, output, target: Tensor) -> Tensor:
+        """Dice + CE towards a target with pseudo-labels, with deep supervision or (paper) of the finest logits."""
+        if self.settings.consistency == "paper":
+            return self.finest_loss(self.finest(output), target)
+        return self.pseudo_loss(output, target)
 
     def mixes(self, batch: Batch, pseudo_label: Tensor) -> list[tuple[Tensor, Tensor]]:
         """DCA's images and targets: labelled foreground in unlabelled images, and the other way round."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.losses.pseudo_labels import on_grid, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import drop_channels, feature_noise
-from nnunet_semiseg.networks.multi_decoder import LINEAR
-from nnunet_semiseg.settings.base import ConsistencySettings
+from nnunet_semiseg.networks.multi_decoder import LINEAR, MultiDecoderUNet
+from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 from nnunet_semiseg.training.batch import Batch
-from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
+from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
 """of the outputs from the finest to the fourth; coarser ones have the last"""
@@ -24,7 +26,12 @@ SLAB = 32
 """voxels along the first axis, of what is computed at a time"""
 
 
-class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
+@dataclass(frozen=True, kw_only=True)
+class URPCSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings):
+    """Settings of `URPCTrainer`."""
+
+
+class URPCTrainer(TextGuidedTrainer[URPCSettings]):
     """Luo et al., "Efficient semi-supervised gross target volume segmentation by uncertainty rectified pyramid ...".
 
     URPC; MICCAI 2021, arXiv 2012.07042; Medical Image Analysis 2022.
@@ -39,6 +46,10 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
     - eq. 4: L_unsup = 1/S sum_s [sum_v ||p_s - p_c||^2 w_s / sum_v w_s] + 1/S sum_s mean D_s, w_s = exp(-D_s);
     - L = L_sup + lambda(t) L_unsup, with a Gaussian ramp to lambda = 0.1.
 
+    With `consistency=paper` L_unsup is eq. 4. By default we depart: each scale learns the decision of p_c by nnU-Net's
+    loss, each voxel weighted with w_s (which gets no gradient), and scales count as in deep supervision; lambda ends
+    at 1 after 0.4 of the training.
+
     As in their code, the squares are the mean over classes, and the last term is the mean of D_s (paper: its norm);
     that code has D_s the other way round, p_c log(p_c / p_s). L_sup is nnU-Net's, whose coarser outputs count half
     each (in the paper all alike); the coarsest, which nnU-Net leaves out, is supervised, too. Without deep
@@ -51,7 +62,7 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
         for i, head in enumerate(heads):
             # a hook, and the weights keep the names of the plans' network
             head.register_forward_pre_hook(partial(perturb, HEAD_DROPOUT[min(i, len(HEAD_DROPOUT) - 1)]))
-        return network
+        return MultiDecoderUNet(network)
 
     def _build_loss(self):
         loss: Any = super()._build_loss()
@@ -60,21 +71,62 @@ class URPCTrainer(SemiSupervisedTrainer[ConsistencySettings]):
             loss.weight_factors = tuple(weight / sum(weights) for weight in weights)
         return loss
 
-    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        outputs = self.each(self.network, batch.images, batch.views["strong"])
-        yield {"supervised": self.loss(next(outputs), batch.target)}
-        weight = self.settings.consistency_weight * self.settings.ramp(self.progress)
-        yield {"pyramid": weight * self.pyramid(next(outputs))}
+    def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        streams = batch.streams("strong")
+        outputs = self.each(partial(self.predict, text=text), *(images for images, _, _ in streams))
+        for _, target, share in streams:
+            output, aligned = next(outputs)
+            terms = self.cog(aligned, self.finest(output), text, share)
+            if target is None:
+                terms["pyramid"] = self.settings.weight(self.progress) * self.pyramid(output)
+            else:
+                terms["supervised"] = self.loss(output, target)
+            del output, aligned
+            yield terms
 
     def pyramid(self, output) -> Tensor:
-        """Eq. 4 of an output with or without deep supervision."""
-        return pyramid_consistency(output if self.enable_deep_supervision else [output], self.label_manager)
+        """L_unsup of an output with or without deep supervision."""
+        scales = output if self.enable_deep_supervision else [output]
+        mean, weights = pyramid_certainty(scales, self.label_manager)
+        decision = self.decide(mean)
+        if self.settings.consistency == "paper":
+            return pyramid_consistency(scales, self.label_manager)
+        if len(scales) == 1:
+            return 0 * scales[0].sum()
+        targets = [on_grid(decision, x) for x in scales]
+        loss: Any = DeepSupervisionWrapper(partial(weighted_loss, self.finest_loss), self.loss.weight_factors)
+        return loss(scales, targets, weights)
 
 
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """What a head gets of its features (B, C, *s): in training with channels dropped and with noise."""
     (x,) = inputs
     return (feature_noise(drop_channels(x, p)),) if head.training else inputs
+
+
+@torch.no_grad()
+def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, list[Tensor]]:
+    """The log of p_c, or of regions its logits, (B, heads, *S); and w_s on each scale's grid, (B, 1, *s).
+
+    Of regions w_s is of the least certain one.
+    """
+    means, weights = [], []
+    for sample in zip(*(x.split(1) for x in scales), strict=True):  # all at once would take more than the network
+        size = sample[0].shape[2:]
+        mean = sum(at_full_size(x, size, label_manager) for x in sample) / len(scales)
+        certainty = (
+            (-scale_divergence(at_full_size(x, size, label_manager), mean, label_manager.has_regions)).exp()
+            for x in sample
+        )
+        weights.append([on_grid(w.amin(1, keepdim=True), x) for w, x in zip(certainty, sample, strict=True)])
+        means.append(mean.logit() if label_manager.has_regions else mean.log())
+    return torch.cat(means), [torch.cat(of_scale) for of_scale in zip(*weights, strict=True)]
+
+
+def at_full_size(logits: Tensor, size: Sequence[int], label_manager) -> Tensor:
+    """The probabilities of one scale's logits (B, heads, *s), brought to full resolution."""
+    logits = F.interpolate(logits.float(), list(size), mode=LINEAR[len(size)])
+    return probabilities(logits, label_manager)
 
 
 def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
@@ -89,11 +141,8 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
     """
     size = scales[0].shape[2:]
 
-    def at_full_size(logits: Tensor) -> Tensor:
-        return probabilities(F.interpolate(logits.float(), size, mode=LINEAR[len(size)]), label_manager)
-
     def sums_of_scale(logits: Tensor, mean: Tensor) -> Any:
-        p = at_full_size(logits)
+        p = at_full_size(logits, size, label_manager)
         slabs = zip(p.split(SLAB, 2), mean.split(SLAB, 2), strict=True)
         return sum(checkpoint(in_slab, *slab, use_reentrant=False) for slab in slabs)
 
@@ -102,7 +151,8 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
 
     sums: Any = 0  # (S, 3)
     for sample in zip(*(x.split(1) for x in scales), strict=True):
-        mean = sum(checkpoint(at_full_size, x, use_reentrant=False) / len(scales) for x in sample)
+        of_scales = (checkpoint(at_full_size, x, size, label_manager, use_reentrant=False) for x in sample)
+        mean = sum(p / len(scales) for p in of_scales)
         sums = sums + torch.stack([checkpoint(sums_of_scale, x, mean, use_reentrant=False) for x in sample])
     distance, weight, divergence = (sums / len(scales[0])).unbind(1)
     return (distance / weight + divergence).mean()
@@ -116,13 +166,17 @@ def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
         mean: p_c, their mean over the scales.
         regions: each head is a class and its complement; else a softmax over the heads.
     """
+    divergence = scale_divergence(p, mean, regions)
+    weight = (-divergence).exp()
+    return torch.stack([((p - mean).square() * weight).mean(), weight.mean(), divergence.mean()])
+
+
+def scale_divergence(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
+    """D_s, eq. 3, of the arguments of `scale_means`: (B, 1, *S), of regions (B, heads, *S)."""
 
     def relative(p: Tensor, q: Tensor) -> Tensor:
         return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
 
     if regions:
-        divergence = relative(p, mean) + relative(1 - p, 1 - mean)
-    else:
-        divergence = relative(p, mean).sum(1, keepdim=True)
-    weight = (-divergence).exp()
-    return torch.stack([((p - mean).square() * weight).mean(), weight.mean(), divergence.mean()])
+        return relative(p, mean) + relative(1 - p, 1 - mean)
+    return relative(p, mean).sum(1, keepdim=True)

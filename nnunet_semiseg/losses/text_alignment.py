@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 
 def category_alignment_loss(features: Tensor, probs: Tensor, text: Tensor) -> Tensor:
-    """CSA: mean over classes (and samples) of ||F_t^k - v_k||^2, v_k = sum(F_v y_k) / sum(y_k).
+    """CSA: mean over classes, samples and the d channels of (F_t^k - v_k)^2, v_k = sum(F_v y_k) / sum(y_k).
 
     Source: Text-SemiSeg, category-aware semantic alignment. The published code normalises along the width axis
-    instead of the channels and averages over all voxels; we follow the paper.
+    instead of the channels and averages over all voxels; we follow the paper there. The mean over channels is the
+    code's: the paper's sum would be d times as much. The text gets no gradient: towards features that say nothing yet
+    the classes' texts would all move to the same place.
 
     Args:
         features: (B, d, *s), float32, F_v, normalised over d.
@@ -22,4 +24,4 @@ def category_alignment_loss(features: Tensor, probs: Tensor, text: Tensor) -> Te
         weights = F.interpolate(probs, size=features.shape[2:], mode="area").flatten(2)
         sums = torch.einsum("bdn,bkn->bkd", features.flatten(2), weights)
         prototypes = sums / weights.sum(2, keepdim=True).clamp_min(1e-6)
-        return (text - prototypes).square().sum(2).mean()
+        return F.mse_loss(prototypes, text.detach().expand_as(prototypes))

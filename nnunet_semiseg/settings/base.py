@@ -175,13 +175,15 @@ class TextSettings(SemiSupervisedSettings):
     text_embeddings: str | None = None
     """a file of `nnunet_semiseg embed_prompts`, in place of an encoder"""
     n_ctx: int = 4
-    """learnable context tokens a class; with wordllama they are averaged with the words, an offset to them"""
+    """learnable context tokens a class, 0: the text does not learn; with wordllama they are averaged with the words"""
     tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
     csa: bool = True
+    csa_weight: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "n_ctx", minimum=1)
+        for name in ("n_ctx", "csa_weight"):
+            require(self, name, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,11 +30,16 @@ class Decisions:
         self.shares = ClassShares(names, device)
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor) -> Tensor:
-        """The pseudo-label of logits (B, heads, *S), in the form of `hard_pseudo_label`; its classes are counted."""
+    def __call__(self, logits: Tensor, counts: bool = True) -> Tensor:
+        """The pseudo-label of logits (B, heads, *S), in the form of `hard_pseudo_label`.
+
+        Args:
+            counts: count its classes; not of labelled samples, where a class that vanishes elsewhere may well be.
+        """
         label = hard_pseudo_label(logits, self.label_manager)
         label = keep_largest_components(label, self.heads, self.label_manager.has_regions)
-        self.count(label)
+        if counts:
+            self.count(label)
         return label
 
     @torch.no_grad()

@@ -58,6 +58,7 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
             return super().build_auxiliary()
         if not self.prompt_learner.trained:
             self.print_to_log_file("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
+        self.prompt_learner.requires_grad_(bool(self.settings.n_ctx))  # of embeddings from a file the offset, too
         return super().build_auxiliary() | {"prompt_learner": self.prompt_learner}
 
     def refresh_network(self) -> None:
@@ -74,12 +75,20 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
         with self.shared(features) as text:
             yield from self.guided_losses(batch, text)
 
+    def predict(self, images: Tensor, text: Tensor | None):
+        """The network's output, and the features that are aligned with the text, None without text."""
+        if text is None:
+            return self.network(images), None
+        skips, aligned = self.bare_network.encode(images, text)
+        return self.bare_network.decode(skips), aligned
+
     def alignment(self, aligned: Tensor, logits: Tensor, text: Tensor) -> Tensor:
-        """CSA of the aligned features (B, d, *s) and the logits (B, heads, *S) with the text (K, d) of this step."""
+        """CSA, weighted, of the features (B, d, *s) and the logits (B, heads, *S) with the text (K, d) of this step."""
         if self.label_manager.has_regions:
             text = text[1:]  # regions have no background head
         logits = logits[:, : self.label_manager.num_segmentation_heads]  # another task's heads come after these
-        return category_alignment_loss(aligned, probabilities(logits, self.label_manager), text)
+        loss = category_alignment_loss(aligned, probabilities(logits, self.label_manager), text)
+        return self.settings.csa_weight * loss
 
     def cog(self, aligned: Tensor | None, logits: Tensor, text: Tensor | None, share: float) -> dict[str, Tensor]:
         """The term `cog` (CSA) of one stream's predictions, or none where there is no text or no CSA.
