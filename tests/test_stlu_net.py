@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 from torch.utils._pytree import tree_map
 from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
+from nnunet_semiseg.data.paired_spatial import share_spatial
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
 from nnunet_semiseg.losses.ramps import gaussian_ramp
@@ -224,6 +227,69 @@ def test_without_mixing_the_stream_is_the_plain_network():
     assert all(skip.equal(x) for skip in mixed.unbind(1)) and weights == []
 
 
+@pytest.mark.parametrize("own_skips", [False, True])
+def test_skips_are_mixed_or_a_samples_own(own_skips):
+    """The labelled sample is 1, its partner 0, and each keeps 3/4 of its own at the first and at the last stage."""
+    network = FeatureMixingUNet(TRANSPARENT, "weight", 0.0, own_skips)
+    x = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
+    mixed, dropped, _ = streams(network, x, (0, 2), torch.tensor(0.75))
+    # of 3/4 and 1/4 each keeps 3/4: 9/16 + 1/16
+    first = [1, 0] if own_skips else [0.75, 0.25]
+    expected = [first, [0.75, 0.25], [0.625, 0.375]]
+    assert [skip.flatten().tolist() for skip in mixed.unbind(1)] == expected
+    assert all(skip.equal(x) for skip in dropped.unbind(1))
+
+
+# -------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_what_one_sample_drew_the_other_replays():
+    spatial = SpatialTransform(
+        (8, 8), 0, False, p_rotation=1, rotation=(-3, 3), p_scaling=1, scaling=(0.7, 1.4), p_elastic_deform=0
+    )
+    labeled, unlabeled = ComposeTransforms([spatial]), ComposeTransforms([spatial])
+    share_spatial(labeled, unlabeled)
+    images = [torch.rand(1, 8, 8) for _ in range(3)]
+    ours, theirs = ([transforms(image=x)["image"] for x in images] for transforms in (labeled, unlabeled))
+    for one, other, x in zip(ours, theirs, images, strict=True):
+        assert torch.equal(one, other) and not torch.equal(one, x)
+    assert not labeled.transforms[0].drawn
+
+
+def test_pairs_are_mirrored_alike_with_their_labels():
+    """Each image is an ascending ramp on both axes; the unlabelled one is ten times as much, the target the image."""
+    trainer, seen = bare_trainer(STLUNetTrainer), set()
+    trainer.inference_allowed_mirroring_axes = (0, 1)
+    x = torch.arange(4.0).view(1, 1, 2, 2).repeat(3, 1, 1, 1)
+    for _ in range(10):
+        labeled, target, unlabeled = trainer.mirrored(batch_of(x, [x, x[..., :1]], strong=10 * x))
+        assert torch.equal(10 * labeled, unlabeled) and torch.equal(labeled, target[0])
+        # the coarse target holds the first column: 0 and 2
+        assert [c[0].tolist() for c in target[1]] == [
+            [[0], [2]] if s[0].min(1)[0][0] < 2 else [[2], [0]] for s in labeled
+        ]
+        seen |= {tuple(sample.flatten().tolist()) for sample in labeled}
+    assert seen == {(0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0)}
+    off = bare_trainer(STLUNetTrainer, pairs="independent")
+    off.inference_allowed_mirroring_axes = (0, 1)
+    batch = batch_of(x, strong=10 * x)
+    assert off.mirrored(batch)[0] is batch.images
+
+
+@pytest.mark.parametrize("pairs", ["alike", "independent"])
+def test_the_loader_mirrors_unless_pairs_are_alike(pairs, ready):
+    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), pairs=pairs)
+    trainer.on_train_start()
+    loader, alike = trainer.dataloader_train.data_loader, pairs == "alike"
+    for transforms in (loader.labeled.transforms, loader.unlabeled.transforms.spatial):
+        kinds = [type(t).__name__ for t in transforms.transforms]
+        assert ("MirrorTransform" in kinds) != alike
+        assert bool({"Recorded", "Replayed"} & set(kinds)) == alike
+    assert trainer.inference_allowed_mirroring_axes == (0, 1)
+    next(trainer.dataloader_train)
+    assert not alike or not loader.labeled.transforms.transforms[0].drawn
+
+
 # -------------------------------------------------------------------------------------------------------- trainer
 
 
@@ -336,16 +402,32 @@ def test_losses_by_hand():
             "unsupervised_enhancement": -gamma * math.log(0.8 * 0.3) / 2,
         }
 
-    assert terms_by_hand(HALVES, stlu_weight=0.5) == pytest.approx(expected(0.5), abs=1e-6)
-    assert terms_by_hand(HALVES, progress=0.5) == pytest.approx(expected(math.exp(-1.25)), abs=1e-6)
+    assert terms_by_hand(HALVES, consistency_weight=0.5) == pytest.approx(expected(0.5), abs=1e-6)
+    assert terms_by_hand(HALVES, progress=0.2) == pytest.approx(expected(math.exp(-1.25)), abs=1e-6)
+    assert terms_by_hand(HALVES, progress=0.4) == pytest.approx(expected(1), abs=1e-6)
+    paper = terms_by_hand(HALVES, progress=0.5, consistency="paper")
+    assert paper == pytest.approx(expected(math.exp(-1.25)), abs=1e-6)
     # in both the first alone is sure: 0.9 and 0.6, 0.8 and 0.7
     sure = supervised | {
         "unsupervised_mixing": -0.5 * math.log(0.9) / 2,
         "unsupervised_enhancement": -0.5 * math.log(0.8) / 2,
     }
-    terms = terms_by_hand(HALVES, stlu_weight=0.5, confidence_threshold=0.75)
+    terms = terms_by_hand(HALVES, consistency_weight=0.5, confidence_threshold=0.75)
     assert terms == pytest.approx(sure, abs=1e-6)
-    one = terms_by_hand(HALVES, stlu_weight=0.5, supervision="mixing")
+    # each voxel as much as the other stream is sure of it, and where that is less than 0.75 not at all
+    soft = supervised | {
+        "unsupervised_mixing": -0.5 * (0.8 * math.log(0.9) + 0.7 * math.log(0.4)) / 2,
+        "unsupervised_enhancement": -0.5 * (0.9 * math.log(0.8) + 0.6 * math.log(0.3)) / 2,
+    }
+    for consistency in ("dice_ce", "paper"):
+        about = dict(confidence="soft", consistency=consistency, consistency_weight=0.5)
+        assert terms_by_hand(HALVES, **about) == pytest.approx(soft, abs=1e-6)
+        of_sure = supervised | {
+            "unsupervised_mixing": -0.5 * 0.8 * math.log(0.9) / 2,
+            "unsupervised_enhancement": -0.5 * 0.9 * math.log(0.8) / 2,
+        }
+        assert terms_by_hand(HALVES, confidence_threshold=0.75, **about) == pytest.approx(of_sure, abs=1e-6)
+    one = terms_by_hand(HALVES, consistency_weight=0.5, supervision="mixing")
     assert one == pytest.approx({k: v for k, v in expected(0.5).items() if k.endswith("mixing")}, abs=1e-6)
 
 
@@ -361,7 +443,10 @@ def test_a_pseudo_label_has_no_gradient():
 
 
 def test_losses_are_those_of_the_paper(ready):
-    trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), confidence_threshold=None, channel_dropout=0.0)
+    trainer = make_trainer(
+        STLUNetTrainer, ready(dims=2, size=32), confidence_threshold=None, channel_dropout=0.0, consistency="paper",
+        pairs="independent",
+    )  # fmt: skip
     trainer.on_train_start()
     trainer.step = 3  # of 6
     batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
@@ -382,12 +467,12 @@ def test_losses_are_those_of_the_paper(ready):
 
 
 OPTIONS = [
-    dict(mixing="scalar", mixing_weight=0.3),
+    dict(mixing="scalar", mixing_weight=0.3, skips="own"),
     dict(mixing="scalar", mixing_beta=0.5, mixing_groups="BI"),
     dict(mixing="mixup"),
-    dict(mixing="dropblock", loss="dice"),
+    dict(mixing="dropblock", loss="dice", pairs="independent"),
     dict(mixing="off", channel_dropout=0, mixing_groups="S"),
-    dict(supervision="mixing", confidence_threshold=0.6),
+    dict(supervision="mixing", confidence_threshold=0.6, confidence="soft"),
     dict(supervision="enhancement", loss="dice"),
 ]
 
@@ -410,7 +495,7 @@ def test_every_option_trains(options, kind, ready):
 
 def test_mixup_mixes_the_labels_too(monkeypatch):
     monkeypatch.setattr("nnunet_semiseg.trainers.stlu_net.draw_beta", lambda b: torch.tensor(0.2))
-    terms = terms_by_hand(HALVES, mixing="mixup", stlu_weight=0.5)
+    terms = terms_by_hand(HALVES, mixing="mixup", consistency_weight=0.5)
     # a sample keeps the larger part of its own: 0.8
     assert terms["supervised_mixing"] == pytest.approx(-0.8 * math.log(0.7 * 0.6) / 2, abs=1e-6)
     # pseudo-labels are a and background, as the true labels happen to be
@@ -427,7 +512,7 @@ def test_mixup_of_another_label(monkeypatch):
     halves = HALVES[0], (says(0.9, 0.6), says(0.1, 0.3))
     own, of_labeled, of_true = 0.1 * 0.4, 0.3 * 0.6, 0.9 * 0.4
     expected = -0.5 * (0.8 * math.log(own) + 0.2 * (math.log(of_labeled) + math.log(of_true))) / 2
-    terms = terms_by_hand(halves, mixing="mixup", stlu_weight=0.5)
+    terms = terms_by_hand(halves, mixing="mixup", consistency_weight=0.5)
     assert terms["unsupervised_mixing"] == pytest.approx(expected, abs=1e-6)
 
 

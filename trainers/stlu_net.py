@@ -5,29 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.data.paired_spatial import share_spatial
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, probabilities, weighted_loss
-from nnunet_semiseg.losses.ramps import gaussian_ramp
+from nnunet_semiseg.losses.pseudo_labels import confidence, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_mixing import FeatureMixingUNet, mixing_points
-from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
+from nnunet_semiseg.training.turns import draw_turn
 
 HISTOGRAM_BINS = 10
 STREAMS = ("mixing", "enhancement")
 
 
 @dataclass(frozen=True, kw_only=True)
-class STLUNetSettings(SemiSupervisedSettings):
-    """Settings of `STLUNetTrainer`."""
+class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
+    """Settings of `STLUNetTrainer`; `consistency_weight` is the paper's gamma."""
 
+    paper_weight: ClassVar[float] = 1.0
+
+    pairs: Literal["alike", "independent"] = "alike"
+    """whether both samples of a pair are mirrored, rotated and scaled in the same way"""
     mixing_groups: str = "SIB"
     """the groups of encoder stages to mix after: any of S (shallow), I (intermediate), B (bottleneck)"""
     mixing: Literal["similarity", "scalar", "mixup", "dropblock", "off"] = "similarity"
@@ -36,14 +42,16 @@ class STLUNetSettings(SemiSupervisedSettings):
     """of a sample's own features, for scalar"""
     mixing_beta: float | None = None
     """draw the weight from Beta(b, b) at every step, for scalar; mixup always does, with 1 by default"""
+    skips: Literal["own", "mixed"] = "mixed"
+    """of the mixing stream's decoder, but the bottleneck: a sample's own features, or the mixed ones"""
     channel_dropout: float = 0.5
     """p of the semantic enhancement stream, and of dropblock; 0 is off"""
     supervision: Literal["symmetric", "mixing", "enhancement"] = "symmetric"
     """which streams learn: both, or one"""
     confidence_threshold: float | None = None
     """voxels whose pseudo-label has a smaller probability count nothing; None: all count"""
-    stlu_weight: float = 1.0
-    """gamma at the end of the ramp, which is as long as the training"""
+    confidence: Literal["hard", "soft"] = "hard"
+    """whether the others count alike, or as much as the probability is"""
     loss: Literal["dice_ce", "dice"] = "dice_ce"
     """nnU-Net's, or its Dice alone, as the paper has it"""
 
@@ -55,7 +63,6 @@ class STLUNetSettings(SemiSupervisedSettings):
         require(self, "mixing_beta", minimum=1e-3)
         require(self, "channel_dropout", minimum=0, maximum=0.99)
         require(self, "confidence_threshold", minimum=0, maximum=1)
-        require(self, "stlu_weight", minimum=0)
 
 
 class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
@@ -72,24 +79,28 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     L_sup = L(p_d^l, y) + L(p_m^l, y); L_unsup = L(p_d^u, argmax p_m^u) + L(p_m^u, argmax p_d^u);
     L = L_sup + gamma(t) L_unsup. Inference has neither mixing nor dropout.
 
-    There is no public code. Where the source is silent: w and pseudo-labels are detached; w is taken after a ReLU
-    (see `similarity_weights`), its histogram is logged every epoch; what was mixed or dropped goes to the next stage
-    and to the decoder's skip; each group mixes once, after its last stage, since mixing twice with w = 0 would undo
-    itself; stages before the first mixing are computed once for both streams; gamma is a Gaussian ramp to 1 over
-    the training; L is nnU-Net's Dice + CE with deep supervision, on pseudo-labels at full resolution alone
-    (`loss=dice`: Dice alone, the paper's).
+    The paper names a repository, which could not be read. Where the source is silent: w and pseudo-labels are detached;
+    w is taken after a ReLU (see `similarity_weights`), its histogram is logged every epoch; what was mixed or dropped
+    goes to the next stage and to the decoder's skip (`skips=own`: that is the sample's own); each group mixes once,
+    after its last stage, since mixing twice with w = 0 would undo itself; stages before the first mixing are computed
+    once for both streams. A pair is mirrored, rotated and scaled alike: else seven of eight pairs in 3d differ in the
+    mirrored axes, and a cosine compares an organ with its mirror image (`pairs=independent`).
+
+    L is nnU-Net's Dice + CE with deep supervision (`loss=dice`: Dice alone, the paper's), and gamma a Gaussian ramp to
+    1 over 0.4 of the training. With `consistency=paper` the ramp is as long as the training, and pseudo-labels teach at
+    full resolution alone.
 
     The paper's comparisons: `mixing_groups`; `mixing=scalar` (a fixed weight, or one drawn from Beta(b, b));
     `mixing=mixup`, after Verma et al. (ICML 2019), at one of the groups' stages drawn anew in each step, with a
     weight above 1/2, each sample supervised with both labels in proportion (labelled with pseudo-labels under gamma);
     `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other;
-    `confidence_threshold`.
+    `confidence_threshold`, and `confidence=soft`, the probability of a pseudo-label as its voxel's weight.
     """
 
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         mixing = "weight" if settings.mixing in ("scalar", "mixup") else settings.mixing
-        return FeatureMixingUNet(network, mixing, settings.channel_dropout)
+        return FeatureMixingUNet(network, mixing, settings.channel_dropout, settings.skips == "own")
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         plans = super().prepare(plans, configuration, fold, dataset_json)
@@ -112,6 +123,21 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         super().initialize()
         self.histogram = torch.zeros(len(self.points), HISTOGRAM_BINS, device=self.device)
 
+    def get_training_transforms(
+        self, patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, *args, **kwargs
+    ):
+        """nnU-Net's, without mirroring where a step mirrors pairs."""
+        axes = mirror_axes if self.settings.pairs == "independent" else None
+        return super().get_training_transforms(
+            patch_size, rotation_for_DA, deep_supervision_scales, axes, *args, **kwargs
+        )
+
+    def _make_unlabeled_loader(self, labeled):
+        loader: Any = super()._make_unlabeled_loader(labeled)
+        if self.settings.pairs == "alike":
+            share_spatial(labeled.transforms, loader.transforms.spatial)
+        return loader
+
     def _build_loss(self):
         loss = super()._build_loss()
         if self.settings.loss == "dice":
@@ -130,12 +156,21 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
             return None, weight.to(self.device, non_blocking=True)
         return None, None
 
+    def mirrored(self, batch: Batch) -> tuple[Tensor, Any, Tensor]:
+        """Labelled images, their target and unlabelled images, where a pair is mirrored alike."""
+        pairs = batch.images, batch.target, batch.views["strong"]
+        if self.settings.pairs == "independent":
+            return pairs
+        turns = [draw_turn(self.inference_allowed_mirroring_axes or (), ()) for _ in batch.images]
+        return tree_map(lambda x: torch.cat([turn(x[i : i + 1]) for i, turn in enumerate(turns)]), pairs)
+
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        settings, target = self.settings, batch.target
-        gamma = settings.stlu_weight * gaussian_ramp(self.progress)
+        settings = self.settings
+        gamma = settings.weight(self.progress)
         mixed_at, weight = self.draw()
         samples = {"stock": len(batch.images), "small": 1, "fast": None}[settings.memory]
-        images = torch.cat((batch.images, batch.views["strong"]))
+        labeled, target, unlabeled = self.mirrored(batch)
+        images = torch.cat((labeled, unlabeled))
         *halves, weights = self.bare_network.paired(images, self.points, weight, mixed_at, samples)
         for counts, w in zip(self.histogram, weights, strict=False):
             counts += torch.histc(w, HISTOGRAM_BINS, 0, 1)
@@ -144,9 +179,9 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         own: list[Any] = [weight if mixup else 1, 1]
         with self.shared(halves) as halves:
             labeled, unlabeled = ([partial(self.bare_network.decode, skips) for skips in half] for half in halves)
-            for i, output, decisions in self.in_turn(unlabeled, self.decide):
+            for i, output, decisions in self.in_turn(unlabeled, self.taught):
                 if learns[i]:
-                    loss = own[i] * self.pseudo_loss(output, decisions[1 - i])
+                    loss = own[i] * self.taught_loss(output, decisions[1 - i])
                     if mixup and i == 0:
                         loss = loss + (1 - own[0]) * self.loss(output, target)
                     yield {f"unsupervised_{STREAMS[i]}": gamma * loss}
@@ -157,24 +192,29 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
                     with self.shared(decode()) as output:
                         yield {f"supervised_{STREAMS[i]}": own[i] * self.loss(output, target)}
                         if mixup and i == 0:
-                            loss = (1 - own[0]) * gamma * self.pseudo_loss(output, decisions[1])
+                            loss = (1 - own[0]) * gamma * self.taught_loss(output, decisions[1])
                             yield {"unsupervised_mixing": loss}
 
-    def decide(self, output) -> tuple[Tensor, Tensor | None]:
-        """What a stream teaches: its decision, and where it is sure of it, (B, 1, *S); None: everywhere."""
-        logits, threshold = self.finest(output), self.settings.confidence_threshold
-        sure = None
-        if threshold is not None:
-            sure = (confidence(probabilities(logits, self.label_manager), self.label_manager) >= threshold).float()
-        return hard_pseudo_label(logits, self.label_manager), sure
+    def taught(self, output) -> tuple[Tensor, Tensor | None]:
+        """What a stream teaches: its decision, and how much that counts, (B, 1, *S), in 0 to 1; None: 1."""
+        logits, settings = self.finest(output), self.settings
+        if settings.confidence_threshold is None and settings.confidence == "hard":
+            return self.decide(logits), None
+        p = confidence(probabilities(logits, self.label_manager), self.label_manager)
+        sure = (p >= (settings.confidence_threshold or 0)).float()
+        return self.decide(logits), sure * p if settings.confidence == "soft" else sure
 
-    def pseudo_loss(self, output, decision: tuple[Tensor, Tensor | None]) -> Tensor:
-        """The loss of an output, at full resolution alone, towards what the other stream teaches."""
-        target, sure = decision
+    def taught_loss(self, output, decision: tuple[Tensor, Tensor | None]) -> Tensor:
+        """The loss of an output towards what the other stream teaches."""
+        if self.settings.consistency != "paper":
+            return self.pseudo_loss(output, *decision)
+        target, weight = decision
         logits = self.finest(output)
-        if sure is None:
-            return self.finest_loss(logits, target)
-        return weighted_loss(self.finest_loss, logits, target, sure)
+        return (
+            self.finest_loss(logits, target)
+            if weight is None
+            else weighted_loss(self.finest_loss, logits, target, weight)
+        )
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)

@@ -65,15 +65,17 @@ class FeatureMixingUNet(nn.Module):
         network: a PlainConvUNet or ResidualEncoderUNet.
         mixing: `similarity` (w from the features), `weight` (w is given), `dropblock` or `off`.
         dropout: p of the other stream's channel dropout, and of dropblock.
+        own_skips: what was mixed feeds the next stage, and the decoder's skip is what it was before; at the bottleneck,
+            behind which there is no stage, it is mixed.
     """
 
     encoder: Any
     decoder: Any
 
-    def __init__(self, network: Any, mixing: str, dropout: float):
+    def __init__(self, network: Any, mixing: str, dropout: float, own_skips: bool = False):
         super().__init__()
         self.encoder, self.decoder = network.encoder, network.decoder
-        self.mixing, self.dropout = mixing, dropout
+        self.mixing, self.dropout, self.own_skips = mixing, dropout, own_skips
 
     def forward(self, x: Tensor):
         """The plain network: (B, C, *S) to its output."""
@@ -121,6 +123,7 @@ class FeatureMixingUNet(nn.Module):
         streams, halves, weights = [x], (([], []), ([], [])), []
         for i, stage in enumerate(self.encoder.stages):
             streams = [in_parts(stage, streams[0])] if len(streams) == 1 else [stage(x) for x in streams]
+            own = streams[0] if self.own_skips and i < len(self.encoder.stages) - 1 else None
             if i in points:
                 mixed, dropped = streams[0], streams[-1]  # the same tensor at the first point: computed once
                 if self.mixing == "dropblock":
@@ -134,7 +137,7 @@ class FeatureMixingUNet(nn.Module):
                     mixed = torch.cat(mix(labeled, unlabeled, w))
                 dropped = drop_channels(dropped, self.dropout) if self.dropout else dropped
                 streams = [mixed] if mixed is dropped else [mixed, dropped]  # nothing mixed, nothing dropped
-            parts = [x.chunk(2) for x in streams]
+            parts = [x.chunk(2) for x in (streams[0] if own is None else own, streams[-1])]
             for half in range(2):
                 halves[half][0].append(parts[0][half])
                 halves[half][1].append(parts[-1][half])
