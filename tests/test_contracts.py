@@ -17,8 +17,10 @@ from watching import nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.settings.base import TeacherSettings
+from nnunet_semiseg.trainers.ad_mt import ADMTTrainer
 from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.bcp import BCPTrainer
+from nnunet_semiseg.trainers.mcf import MCFTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
@@ -408,6 +410,8 @@ def test_teacher_follows_by_ema(trainer_class, ready):
         (BCPTrainer, dict(deploy="student")),
         (AMVLMTrainer, {}),
         (SelfTrainingTrainer, {}),
+        (MCFTrainer, {}),
+        (ADMTTrainer, dict(deploy="student", period=1)),
     ],
     ids=lambda x: name_of(x) or ",".join(map(str, x.values())) or "plain",
 )
@@ -460,7 +464,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 def test_methods_that_remember_more_are_among_those():
     """A new one has to be added there."""
-    tested = {*REPRESENTATIVES, BCPTrainer, AMVLMTrainer, SelfTrainingTrainer}
+    tested = {*REPRESENTATIVES, BCPTrainer, AMVLMTrainer, SelfTrainingTrainer, MCFTrainer}
     assert {t for t in TRAINERS if "method_state" in t.initialize.__code__.co_names} <= tested
 
 

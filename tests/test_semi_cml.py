@@ -40,21 +40,47 @@ def test_area_similarity_by_hand():
     p = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.5]])[:, None]
     expected = [[1, 2 / 3, 0], [2 / 3, 1, 2 * 0.5 / 2.5], [0, 2 * 0.5 / 2.5, 0.5]]
     torch.testing.assert_close(area_similarity(p), torch.tensor(expected), atol=1e-4, rtol=0)
+    squared = area_similarity(p, squared=True)  # P_3 with itself 1; P_2 and P_3: 2 * 0.5 / (2 + 0.25)
+    expected = [[1, 2 / 3, 0], [2 / 3, 1, 1 / 2.25], [0, 1 / 2.25, 1]]
+    torch.testing.assert_close(squared, torch.tensor(expected), atol=1e-4, rtol=0)
     two_classes = torch.cat((p, torch.ones(3, 1, 2)), 1)  # the second class is everywhere the same
     torch.testing.assert_close(area_similarity(two_classes)[0, 1].item(), (2 / 3 + 1) / 2, atol=1e-4, rtol=0)
 
 
+S = torch.tensor([[9, 0.1, 0.8, 0.2], [0.1, 9, 0.3, 0.6], [0.8, 0.3, 9, 0.4], [0.2, 0.6, 0.4, 9]])
+"""similarities of samples 1 and 2 in modalities a and b: a1, a2, b1, b2"""
+ALL = torch.ones(4, 4, dtype=torch.bool)
+
+
 def test_area_similarity_contrast_of_a_batch_of_two():
-    """Samples 1 and 2, modalities a and b: a1, a2, b1, b2."""
-    s = torch.tensor([[9, 0.1, 0.8, 0.2], [0.1, 9, 0.3, 0.6], [0.8, 0.3, 9, 0.4], [0.2, 0.6, 0.4, 9]])
-    e = math.exp
+    """T = 1/2."""
+
+    def e(s):
+        return math.exp(2 * s)
+
     terms = [
         -math.log(e(0.8) / (e(0.1) + e(0.8) + e(0.2))),
         -math.log(e(0.6) / (e(0.1) + e(0.3) + e(0.6))),
         -math.log(e(0.8) / (e(0.8) + e(0.3) + e(0.4))),
         -math.log(e(0.6) / (e(0.2) + e(0.6) + e(0.4))),
     ]
-    assert area_similarity_contrast(s).item() == pytest.approx(sum(terms) / 4)
+    assert area_similarity_contrast(S, ALL, 2, 0.5).item() == pytest.approx(sum(terms) / 4)
+    # sample 1 is unlabelled, sample 2 gives negatives alone
+    assert area_similarity_contrast(S, ALL, 1, 0.5).item() == pytest.approx((terms[0] + terms[2]) / 2)
+    # a2 and b2 have no class, nor has a pair of both; and b1 and a2 are no pair
+    counts = ALL.clone()
+    counts[1, 3] = counts[3, 1] = counts[2, 1] = False
+    without_a2 = -math.log(e(0.8) / (e(0.8) + e(0.4)))
+    assert area_similarity_contrast(S, counts, 2, 0.5).item() == pytest.approx((terms[0] + without_a2) / 2)
+    assert area_similarity_contrast(S, ~ALL, 2, 0.5).item() == 0
+
+
+def test_negatives_as_near_as_the_positive_are_not_pushed_away():
+    s = S.clone()
+    s[0, 1] = 0.8  # as near as b1
+    s.requires_grad_()
+    area_similarity_contrast(s, ALL, 1, 0.5).backward()
+    assert s.grad[0, 1] == 0 < s.grad[0, 3] and s.grad[0, 2] < 0 and not s.grad[1].any()
 
 
 def test_threshold_at_its_start_in_the_middle_and_at_its_end():
@@ -97,7 +123,7 @@ class Decoders:
         return outputs if passes is None else (outputs, self.mean, self.sampled)
 
 
-OFF = dict(inter_weight=0, contrast_weight=0, intra_weight=0, relearning_weight=0)
+OFF = dict(inter_weight=0, contrast_weight=0, consistency_weight=0, relearning_weight=0, ramp_length=1.0)
 
 
 def terms_by_hand(student, teacher=None, label_manager=CLASSES, progress=1.0, **settings):
@@ -113,7 +139,8 @@ def terms_by_hand(student, teacher=None, label_manager=CLASSES, progress=1.0, **
 
 def relearning(student, branches, mean, sampled=None, progress=0.5, **settings):
     """The loss of the re-learning, its ramp and the other terms taken away."""
-    own = dict(relearning_start=0.5, threshold_warmup=0.1, threshold=0.7, disagreement_weight=0.3) | settings
+    own = dict(relearning_start=0.5, threshold_warmup=0.1, threshold=0.7, disagreement_weight=0.3)
+    own |= dict(relearning="hard") | settings
     ramp = math.exp(-5 * (1 - progress) ** 2)
     teacher = Decoders(*branches, mean=mean, sampled=sampled)
     terms = terms_by_hand(Decoders(*student), teacher, progress=progress, relearning_weight=1 / ramp, **own)
@@ -139,6 +166,17 @@ def test_disagreement_weighs_the_loss_and_not_the_label():
     assert relearning([student, student], [a, b], mean, progress=0.45) == 0
 
 
+@pytest.mark.parametrize("consistency", ["dice_ce", "paper"])
+def test_soft_pseudo_labels(consistency):
+    """P(a) of the teacher is 0.9 and 0.75, of which the modalities differ in the second: CE towards probabilities."""
+    student, mean = logits_of(0.6, 0.2), logits_of(0.9, 0.75)
+    a, b = logits_of(0.9, 0.9), logits_of(0.9, 0.4)
+    first = -0.9 * math.log(0.6) - 0.1 * math.log(0.4)
+    second = -0.75 * math.log(0.2) - 0.25 * math.log(0.8)
+    soft = relearning([student, student], [a, b], mean, relearning="soft", consistency=consistency)
+    assert soft == pytest.approx(2 * (first + 0.3 * second) / 2, abs=1e-6)
+
+
 def test_uncertain_voxels_weigh_less():
     student, sure = logits_of(0.6, 0.6), logits_of(0.9, 0.9)
     sampled = logits_of(0.5, 0.75)
@@ -149,24 +187,48 @@ def test_uncertain_voxels_weigh_less():
 
 def test_the_supervised_loss_and_that_between_the_modalities_by_hand():
     """Two voxels of background; P(a) of the decoders is (1/2, 0) and (1/2, 1/2) of both streams."""
-    a, b = logits_of(0.5, 1e-9), logits_of(0.5, 0.5)
+    a, b = logits_of(0.51, 1e-9), logits_of(0.5, 0.5)
     terms = terms_by_hand(Decoders(a, b), progress=0.5, inter_weight=0.7)
-    dice = 2 * (0.25 + 0) / (0.5 + 1)
+    dice = 2 * (0.51 * 0.5 + 0) / (0.51 + 1)
     assert terms == pytest.approx(
         {
-            "supervised_a": math.log(2) / 2,
+            "supervised_a": -math.log(0.49) / 2,
             "supervised_b": math.log(2),
             "inter": 0.7 * math.exp(-1.25) * (1 - dice),  # one mean over both streams
         },
         abs=1e-4,
     )
+    # class a is in neither decision: there is nothing to agree on
+    terms = terms_by_hand(Decoders(logits_of(0.4, 1e-9), b), progress=0.5, inter_weight=0.7)
+    assert terms["inter"] == 0
 
 
-def test_the_consistency_with_the_teacher_by_hand():
-    """P(a) of the student's decoders is 0.5 and 0.6, of the teacher's 0.9 and 0.2."""
-    teacher = Decoders(logits_of(0.9), logits_of(0.2), mean=logits_of(0.5))
-    terms = terms_by_hand(Decoders(logits_of(0.5), logits_of(0.6)), teacher, progress=0.5, intra_weight=0.3)
-    assert terms["intra"] == pytest.approx(0.3 * math.exp(-1.25) * (0.4**2 + 0.4**2), abs=1e-6)
+def test_only_unlabelled_samples_are_anchors_of_the_contrast():
+    """P(a) of two voxels; decoder a says (1, 0), b (1, 1) of the unlabelled sample, of the labelled one (0, 1) both.
+
+    With squares: s(a1, b1) = 2/3, s(a1, a2) = s(a1, b2) = 0, s(b1, a2) = s(b1, b2) = 2/3. T = 1.
+    """
+
+    def logits(*p):
+        return 40 * (logits_of(*p) > -0.1) - 20.0
+
+    of_unlabeled, of_labeled = (logits(1.0, 0.0), logits(1.0, 1.0)), (logits(0.0, 1.0), logits(0.0, 1.0))
+    trainer = bare_trainer(SemiCMLTrainer, **OFF | dict(contrast_weight=0.3, contrast_temperature=1.0))
+    trainer.network = lambda x, branches: of_unlabeled if x.any() else of_labeled
+    images = torch.zeros(1, 1, 2, 1, 1)
+    contrast = terms_of(trainer, batch_of(images, weak=images, strong=images + 1))["contrast"]
+    e = math.exp(2 / 3)
+    expected = (-math.log(e / (e + 2)) - math.log(e / (3 * e))) / 2
+    assert contrast.item() == pytest.approx(0.3 * expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("consistency, expected", [("dice_ce", -2 * math.log(0.4)), ("paper", 2 * 0.5**2)])
+def test_the_consistency_with_the_teacher_by_hand(consistency, expected):
+    """P(a) of the student's decoders is 0.4 and 0.6, of the teacher's 0.9 and 0.1."""
+    teacher = Decoders(logits_of(0.9), logits_of(0.1), mean=logits_of(0.5))
+    about = dict(progress=0.5, consistency=consistency, consistency_weight=0.3)
+    terms = terms_by_hand(Decoders(logits_of(0.4), logits_of(0.6)), teacher, **about)
+    assert terms["intra"] == pytest.approx(0.3 * math.exp(-1.25) * expected, abs=1e-6)
     ((images, passes, _),) = teacher.asked
     assert passes == 0 and (images == -1).all()  # the weak view, without dropout
 
@@ -183,7 +245,7 @@ def test_relearning_asks_the_teacher_for_its_passes_and_is_weighted_and_ramped()
     teacher = Decoders(sure, sure, mean=sure)
     terms = terms_by_hand(
         Decoders(logits_of(0.5), logits_of(0.8)), teacher, progress=0.75, relearning_weight=0.6, mc_passes=3,
-        mc_dropout=0.35,
+        mc_dropout=0.35, relearning="hard",
     )  # fmt: skip
     expected = 0.6 * math.exp(-5 / 16) * -(math.log(0.5) + math.log(0.8))  # one voxel, both decoders
     assert terms["relearning"] == pytest.approx(expected, abs=1e-6)
@@ -217,16 +279,32 @@ def test_the_student_lacks_a_modality_of_each_sample():
 
 def test_each_modality_takes_the_others_voxels_and_keeps_its_own():
     """One voxel, so all attention is on it; with projections of 1 it is LN of the other modality."""
-    fusion = CrossModalFusion(2, nn.Conv2d)
+    fusion = CrossModalFusion(2, nn.Conv2d, nn.BatchNorm2d(2, affine=False, eps=0)).eval()
     with torch.no_grad():
         for attention in fusion.attentions:
             attention.in_proj_weight.copy_(torch.eye(2).repeat(3, 1))
             attention.out_proj.weight.copy_(torch.eye(2))
-        fusion.fuse.weight.copy_(torch.cat((torch.eye(2), 10 * torch.eye(2)), 1)[..., None, None])
-        fusion.fuse.bias.zero_()
+        fusion.fuse[0].weight.copy_(torch.cat((torch.eye(2), 10 * torch.eye(2)), 1)[..., None, None])
+        fusion.fuse[0].bias.zero_()
+        fusion.fuse[1].running_mean.copy_(torch.tensor([1.0, 42.0]))
     a, b = torch.tensor([[0.0, 2.0], [5.0, 3.0]]).view(2, 1, 2, 1, 1)
     # LN(a) = (-1, 1), LN(b) = (1, -1): a' = (0 + 1, 2 - 1), b' = (5 - 1, 3 + 1), fused = a' + 10 b'
-    torch.testing.assert_close(fusion(a, b).flatten(), torch.tensor([41.0, 41.0]), atol=1e-3, rtol=0)
+    # both are 41, of which the norm takes 1 and 42; and ReLU
+    torch.testing.assert_close(fusion(a, b).flatten(), torch.tensor([40.0, 0.0]), atol=1e-3, rtol=0)
+
+
+def test_without_fusion_the_networks_are_apart(ready):
+    trainer = started(ready(dims=2, size=32, channels=2), fusion="off")
+    network = trainer.network.eval()
+    assert network.fusion is None and "loss" in trainer.train_step(next(trainer.dataloader_train))
+    x = torch.randn(1, 2, 32, 32)
+    with torch.no_grad():
+        a, b = network(x, branches=True)
+        x[:, 1] += 1
+        other_a, other_b = network(x, branches=True)
+    assert torch.equal(a[0], other_a[0]) and not torch.equal(b[0], other_b[0])
+    fused = started(ready(dataset_id=902, dims=2, size=32, channels=2)).network.fusion.fuse
+    assert [type(layer).__name__ for layer in fused] == ["Conv2d", "InstanceNorm2d", "ReLU"]
 
 
 # ------------------------------------------------------------------------------------------------------ modalities
@@ -382,6 +460,7 @@ def test_losses(ready):
     batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
     labeled, unlabeled = (trainer.network(x, branches=True) for x in (batch.images, batch.views["strong"]))
     trainer.step = 2  # of 6: before re-learning
+    trainer.settings = replace(trainer.settings, consistency="paper")
     terms = terms_of(trainer, batch)
     assert set(terms) == {"supervised_a", "supervised_b", "inter", "contrast", "intra", "relearning"}
     assert terms["relearning"] == 0
@@ -391,9 +470,13 @@ def test_losses(ready):
     a, b = (torch.cat((x[0], y[0])).softmax(1) for x, y in zip(labeled, unlabeled, strict=True))
     foreground = a[:, 1:].flatten(2), b[:, 1:].flatten(2)
     dice = 2 * (foreground[0] * foreground[1]).sum(2) / (foreground[0].sum(2) + foreground[1].sum(2))
-    torch.testing.assert_close(terms["inter"], 0.5 * ramp * (1 - dice.mean()), rtol=1e-3, atol=1e-5)
-    similarity = area_similarity(torch.cat((a, b))[:, 1:])
-    torch.testing.assert_close(terms["contrast"], 0.4 * area_similarity_contrast(similarity))  # without a ramp
+    there = [F.one_hot(p.argmax(1), 3)[..., 1:].flatten(1, 2).any(1) for p in (a, b)]
+    either = there[0] | there[1]
+    of_samples = (dice * either).sum(1) / either.sum(1).clamp_min(1)
+    losses = (1 - of_samples).split(len(batch.images))
+    expected = sum(x[y.any(1)].mean() / 2 if y.any() else 0 for x, y in zip(losses, either.split(2), strict=True))
+    torch.testing.assert_close(terms["inter"], 0.5 * ramp * expected, rtol=1e-3, atol=1e-5)
+    assert terms["contrast"] > 0
     teacher = trainer.teacher(batch.views["weak"], branches=True)
     n = len(batch.images)
     mse = sum(F.mse_loss(p[n:], t.softmax(1)) for p, t in zip((a, b), teacher, strict=True))
@@ -404,7 +487,6 @@ def test_losses(ready):
 
 @pytest.mark.parametrize("contrast_weight", [0.4, 0.0])
 def test_the_gradients_do_not_depend_on_the_memory(contrast_weight, ready):
-    """With the contrast one stream is computed twice, so that the features of one at a time are kept."""
     trainer = started(ready(dims=2, size=32, channels=2), contrast_weight=contrast_weight, mc_passes=0)
     batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
     trainer.step, results, encoded = 4, [], []
@@ -416,8 +498,7 @@ def test_the_gradients_do_not_depend_on_the_memory(contrast_weight, ready):
         terms = trainer.backward(trainer.losses(batch))
         gradients = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
         results.append((terms, gradients))
-        # both streams at once, or one after the other, and the first one before without gradients
-        assert len(encoded) == (1 if memory == "fast" else 3 if contrast_weight else 2)
+        assert len(encoded) == (1 if memory == "fast" else 2)  # both streams at once, or one after the other
     (terms, gradients), other = results
     assert terms.keys() == other[0].keys() and gradients.keys() == other[1].keys()
     for a, b in ((terms, other[0]), (gradients, other[1])):
@@ -442,7 +523,7 @@ def test_dropout_passes_leave_the_encoder_alone_and_differ(ready):
 
 @pytest.mark.parametrize("term", ["inter", "contrast", "intra", "relearning"])
 def test_each_loss_alone(term, ready):
-    settings = OFF | {f"{term}_weight": 1.0}
+    settings = OFF | {"consistency_weight" if term == "intra" else f"{term}_weight": 1.0}
     trainer = started(ready(dims=2, size=32), relearning_start=0.0, mc_passes=0, **settings)
     out = trainer.train_step(next(trainer.dataloader_train))
     assert set(out) == {"loss", "supervised_a", "supervised_b", term} and torch.isfinite(out["loss"])

@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_semiseg.losses.pseudo_labels import cross_entropy
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 from nnunet_semiseg.training.batch import Batch
-from nnunet_semiseg.training.passes import run_in_bfloat16, run_sample_by_sample
-from nnunet_semiseg.training.semi_supervised import compile_parts
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
+from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +21,7 @@ class CPSSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
     """Settings of `CPSTrainer`; `consistency_weight` is the paper's lambda."""
 
 
-class CPSTrainer(TextGuidedTrainer[CPSSettings]):
+class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings]):
     """Chen et al., "Semi-supervised semantic segmentation with cross pseudo supervision" (CVPR 2021, 2106.01226).
 
     Two networks of the same architecture that differ in their initial weights: L = L_s + lambda L_cps.
@@ -35,37 +33,13 @@ class CPSTrainer(TextGuidedTrainer[CPSSettings]):
     The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step, of networks pre-trained on ImageNet. From
     random weights that would teach noise: with `consistency=paper` L_cps is eq. 4 with the 0.1 and the Gaussian ramp
     over the training that are usual for volumes. By default it is nnU-Net's Dice + CE with deep supervision, with a
-    weight of 1 after 0.4 of the training. The first network is deployed; the second is trained beside it and saved for
-    resuming. nnU-Net's `-pretrained_weights` are the first's alone: the two have to differ.
+    weight of 1 after 0.4 of the training.
     """
-
-    @classmethod
-    def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
-        return MultiDecoderUNet(network)
-
-    def build_auxiliary(self) -> dict[str, nn.Module]:
-        channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
-        heads = self.label_manager.num_segmentation_heads
-        second = self.build_network_architecture(
-            self.plans_manager, self.configuration_manager, channels, heads, self.enable_deep_supervision
-        )
-        return super().build_auxiliary() | {"second": second}
-
-    def initialize(self):
-        super().initialize()
-        second = self.auxiliary["second"]
-        if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
-            run_in_bfloat16(second)
-        if self._do_i_compile():
-            compile_parts(second)
-        if self.settings.memory == "small":
-            run_sample_by_sample(second)
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
         weight = self.settings.weight(self.progress)
-        networks = self.bare_network, self.auxiliary["second"]
         for images, target, share in batch.streams("strong"):
-            passes = [partial(predict, network, images, text) for network in networks]
+            passes = [partial(predict, network, images, text) for network in self.networks]
             for i, prediction, labels in self.in_turn(passes, partial(self.decision, counts=target is None)):
                 with self.shared(prediction) as (output, aligned):
                     del prediction

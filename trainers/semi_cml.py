@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
 from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
-from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
 from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
-from nnunet_semiseg.settings.base import TeacherSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, TeacherSettings, require
 from nnunet_semiseg.settings.plans import FOUND_KEY, read_settings, with_found
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
@@ -35,8 +35,10 @@ recomputed: Any = partial(checkpoint, use_reentrant=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemiCMLSettings(TeacherSettings):
-    """Settings of `SemiCMLTrainer`."""
+class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings):
+    """Settings of `SemiCMLTrainer`; `consistency_weight` is of the term `intra`, 0 is off."""
+
+    paper_weight: ClassVar[float] = 0.1
 
     modalities: tuple[tuple[int, ...], ...] | None = None
     """two groups of channels; None: the first half of the channels, and the others"""
@@ -47,16 +49,19 @@ class SemiCMLSettings(TeacherSettings):
     contrast_gammas: tuple[float, ...] = (0.5, 2.0)
     width: Literal["half", "full"] = "half"
     """of each modality's encoder and decoder, as a share of the plans'"""
+    fusion: Literal["attention", "off"] = "attention"
+    """of the bottlenecks; off: two networks of their own, as in the paper"""
     modality_dropout: float = 0.0
     """probability that a training sample is shown to the student without one of its modalities"""
     inter_weight: float = 0.5
     """of the soft Dice between the modalities, at the end of the ramp; 0 is off"""
     contrast_weight: float = 0.4
-    """of the area-similarity contrast; 0 is off"""
-    intra_weight: float = 0.1
-    """of the consistency with the EMA teacher, at the end of the ramp; 0 is off"""
+    """of the area-similarity contrast, at the end of the ramp; 0 is off"""
+    contrast_temperature: float = 0.1
     relearning_weight: float = 1.0
     """of the re-learning from pseudo-labels, at the end of the ramp; 0 is off"""
+    relearning: Literal["soft", "hard"] = "soft"
+    """towards the teacher's probabilities, or its decision"""
     relearning_start: float = 0.5
     """share of the training before it begins"""
     threshold: float = 0.7
@@ -77,9 +82,10 @@ class SemiCMLSettings(TeacherSettings):
         shares = "modality_dropout", "relearning_start", "threshold", "threshold_warmup", "disagreement_weight"
         for name in shares:
             require(self, name, minimum=0, maximum=1)
-        for name in ("inter_weight", "contrast_weight", "intra_weight", "relearning_weight", "mc_passes"):
+        for name in ("inter_weight", "contrast_weight", "relearning_weight", "mc_passes"):
             require(self, name, minimum=0)
         require(self, "mc_dropout", minimum=0, maximum=0.99)
+        require(self, "contrast_temperature", minimum=1e-3)
         require(self, "pool_size", minimum=1)
         for name, size in (("modalities", None), ("ct_windows", 2), ("contrast_gammas", None)):
             value = getattr(self, name)
@@ -96,24 +102,30 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     differ in their losses; both are here. With P_a, P_b the probabilities of the two decoders:
 
     - supervised: nnU-Net's loss for each decoder, throughout the training (the public code drops it later);
-    - `inter`: 1 - 2 |P_a P_b| / (|P_a| + |P_b|), `area_similarity` of a sample's two predictions;
-    - `contrast`: `area_similarity_contrast` over all predictions of a batch. The paper has 3.5 of it beside 10 BCE + 7
-      Dice, and we 0.4 beside CE + Dice;
-    - `intra`: MSE between student and EMA teacher, each decoder with its own, on unlabelled samples;
-    - `relearning`, from `relearning_start` on: the loss of both decoders towards the teacher's decision, where its
-      probability is at least tau(t) (`dynamic_threshold`), weighted (`weighted_loss`) with 1 - entropy / its maximum
-      over Monte-Carlo dropout passes, and with 0.3 where the modalities' decisions differ. It is the loss that is
-      weighted: the page that retells the method scales the label, which turns foreground into background.
+    - `inter`: 1 - 2 |P_a P_b| / (|P_a| + |P_b|), of a sample's two predictions (`area_similarity`);
+    - `contrast`: `area_similarity_contrast` of unlabelled samples, among all predictions of a batch, with squares in
+      the denominators, so that equal soft predictions have 1. The paper has 3.5 of it beside 10 BCE + 7 Dice, and we
+      0.4 beside CE + Dice. Negatives that overlap as much as the positive pair does are not pushed away: cases share
+      where an organ lies;
+    - `intra`: student and EMA teacher, each decoder with its own, on unlabelled samples: nnU-Net's loss with deep
+      supervision towards the decision, or with `consistency=paper` the MSE;
+    - `relearning`, from `relearning_start` on: the loss of both decoders towards the teacher's probabilities (or its
+      decision, `relearning=hard`), where its decision's probability is at least tau(t) (`dynamic_threshold`), weighted
+      with 1 - entropy / its maximum over Monte-Carlo dropout passes, and with 0.3 where the modalities' decisions
+      differ. It is the loss that is weighted: the page that retells the method scales the label, which turns foreground
+      into background. With `consistency=paper` it is of the full resolution alone.
 
-    inter, intra and relearning have a Gaussian ramp over the training. The teacher sees weak views, the student strong
-    ones. `teacher=best_pool`: the mean of the better decoders of the epochs with the best pseudo Dice on nnU-Net's
-    validation patches, which are the fold's own (with fold `all`: training cases), never a test set's.
+    A class that neither of two decisions has does not count in inter and contrast. All but the supervised terms have a
+    Gaussian ramp, over 0.4 of the training or, with `consistency=paper`, over all of it. The teacher sees weak views,
+    the student strong ones. `teacher=best_pool`: the mean of the better decoders of the epochs with the best pseudo
+    Dice on nnU-Net's validation patches, which are the fold's own (with fold `all`: training cases), never a test
+    set's.
 
     Where the sources are silent: dropout acts on the features that decoders read, as nnU-Net's networks have none, so
-    that a pass costs no encoder; the contrast has no temperature; its classes are the foreground's; a modality
-    is missing where all of it is empty (0 in the file), and then has no share in the deployed mean, and its decoder no
-    say in what is taught. A single channel has two views of it for modalities, part of the network: contrast curves,
-    or CT windows, within what nnU-Net's normalisation has not clipped.
+    that a pass costs no encoder; the contrast's classes are the foreground's, and its negatives those of one batch; a
+    modality is missing where all of it is empty (0 in the file), and then has no share in the deployed mean, and its
+    decoder no say in what is taught. A single channel has two views of it for modalities, part of the network: contrast
+    curves, or CT windows, within what nnU-Net's normalisation has not clipped.
     """
 
     views = ("weak", "strong")
@@ -139,7 +151,9 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             )
             for count in channels
         ]  # fmt: skip
-        return MutualLearningUNet(networks, modalities, plans_manager.plans[FOUND_KEY]["has_regions"])
+        return MutualLearningUNet(
+            networks, modalities, plans_manager.plans[FOUND_KEY]["has_regions"], settings.fusion != "off"
+        )
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         plans = super().prepare(plans, configuration, fold, dataset_json)
@@ -173,24 +187,17 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             present = draw_present(self.bare_network.modalities.groups, torch.cat(images), settings.modality_dropout)
             images = [x * here for x, here in zip(images, present.split([len(x) for x in images]), strict=True)]
         taught = self.ask_teacher(batch.views["weak"])
-        predict = partial(self.network, branches=True)
-        outputs: Any = self.each(predict, *reversed(images))
-        others: list[Tensor] = []  # the other stream's logits for the contrast; its feature maps are not kept
-        if settings.contrast_weight and settings.memory == "fast":
-            joint = list(outputs)
-            outputs, others = iter(joint), [x.detach() for x in self.of_branches(joint[1])]
-        elif settings.contrast_weight:
-            with self.without_gradients():
-                others = self.of_branches(predict(images[0]))
-        for _, target, share in reversed(streams):
+        outputs: Any = self.each(partial(self.network, branches=True), *images)
+        labeled: list[Tensor] = []
+        for _, target, share in streams:
             with self.shared(next(outputs)) as branches:
-                if settings.contrast_weight:
-                    own = self.of_branches(branches)
-                    contrast = settings.contrast_weight * self.contrast(own, others)
-                    # each stream gets its part of the gradient; the value is logged once
-                    yield {"contrast": contrast if target is None else contrast - contrast.detach()}
-                    others = [x.detach() for x in own]
-                    del own, contrast
+                if target is not None:
+                    labeled = [x.detach() for x in self.of_branches(branches)]
+                elif settings.contrast_weight:
+                    contrast = self.contrast(self.of_branches(branches), labeled)
+                    yield {"contrast": settings.contrast_weight * settings.ramp(self.progress) * contrast}
+                    labeled.clear()
+                    del contrast
                 yield from self.stream_losses(branches, target, share, *taught)
 
     def stream_losses(self, branches: list, target, share: float, own: Any, taught: Any):
@@ -203,7 +210,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             own: the teacher's logits for each decoder, None where they are not needed.
             taught: the re-learning's target and weight, see `relearning_target`; None before it.
         """
-        settings, ramp = self.settings, gaussian_ramp(self.progress)
+        settings, ramp = self.settings, self.settings.ramp(self.progress)
         if target is not None:
             for name, output in zip(BRANCHES, branches, strict=True):
                 yield {f"supervised_{name}": self.loss(output, target)}
@@ -212,17 +219,30 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             yield {"inter": share * settings.inter_weight * ramp * self.inter(*logits)}
         if target is not None:
             return
-        if settings.intra_weight:
-            for x, q in zip(logits, own, strict=True):
-                consistency = F.mse_loss(self.probabilities(x), self.probabilities(q))
-                yield {"intra": settings.intra_weight * ramp * consistency}
+        self.decide(logits[0])  # its classes are counted
+        if own is not None:
+            for output, teacher in zip(branches, own, strict=True):
+                yield {"intra": settings.weight(self.progress) * self.intra(output, teacher)}
         if settings.relearning_weight and taught is None:
             yield {"relearning": logits[0].new_zeros(())}
         elif settings.relearning_weight:
-            label, weight = taught
-            for x in logits:
-                loss = weighted_loss(self.finest_loss, x, label, weight)
-                yield {"relearning": settings.relearning_weight * ramp * loss}
+            for output in branches:
+                yield {"relearning": settings.relearning_weight * ramp * self.relearning_loss(output, *taught)}
+
+    def intra(self, output, teacher: Tensor) -> Tensor:
+        """A decoder's distance from the teacher's logits."""
+        if self.settings.consistency == "paper":
+            return F.mse_loss(self.probabilities(self.finest(output)), self.probabilities(teacher))
+        return self.pseudo_loss(output, self.decide(teacher, counts=False))
+
+    def relearning_loss(self, output, target: Tensor, weight: Tensor) -> Tensor:
+        """A decoder's weighted loss towards probabilities or a decision."""
+        if self.settings.relearning == "soft":
+            paper = self.settings.consistency == "paper"
+            return soft_pseudo_loss(self.loss, self.finest(output) if paper else output, target, weight)
+        if self.settings.consistency == "paper":
+            return weighted_loss(self.finest_loss, self.finest(output), target, weight)
+        return self.pseudo_loss(output, target, weight)
 
     def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:
         """The teacher's logits for each decoder, and the re-learning's target and weight; None where not needed."""
@@ -234,33 +254,40 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         if relearns and pooled is None:
             taught = self.predict(self.teacher, weak, settings.mc_passes)
             own = taught[0]
-        elif settings.intra_weight:
+        elif settings.weight(1):
             own = self.predict(self.teacher, weak, 0)[0]
         target = None if taught is None else self.relearning_target(*taught)
-        return own if settings.intra_weight else None, target
+        return own if settings.weight(1) else None, target
 
     def inter(self, a: Tensor, b: Tensor) -> Tensor:
-        """1 - the soft Dice between the decoders' predictions, the mean over samples and foreground classes."""
-        return 1 - self.similarity([a, b]).diagonal(len(a)).mean()
+        """1 - the soft Dice between the decoders' predictions, the mean over samples, each over the classes it has."""
+        similarity, counts = (x.diagonal(len(a)) for x in self.similarity([a, b]))
+        return ((1 - similarity) * counts).sum() / counts.sum().clamp_min(1)
 
     def of_branches(self, outputs: list) -> list[Tensor]:
         """The full-resolution logits of both decoders."""
         return [self.finest(output) for output in outputs]
 
-    def contrast(self, *streams: list[Tensor]) -> Tensor:
-        """The area-similarity contrast of all samples of the streams, each with the logits of both decoders."""
-        return area_similarity_contrast(self.similarity([x for branch in zip(*streams, strict=True) for x in branch]))
+    def contrast(self, unlabeled: list[Tensor], labeled: list[Tensor]) -> Tensor:
+        """The contrast of unlabelled samples with all; of each stream the logits of both decoders."""
+        logits = [x for branch in zip(unlabeled, labeled, strict=True) for x in branch]
+        similarity = self.similarity(logits, squared=True)
+        return area_similarity_contrast(*similarity, len(unlabeled[0]), self.settings.contrast_temperature)
 
-    def similarity(self, logits: Sequence[Tensor]) -> Tensor:
-        """The mean over foreground classes of `area_similarity` of all samples of these logits, k times (B, heads, *S).
+    def similarity(self, logits: Sequence[Tensor], squared: bool = False) -> tuple[Tensor, Tensor]:
+        """Of all samples of these logits, k times (B, heads, *S), `area_similarity`, and whether it counts: (M, M).
 
-        One class at a time, and computed again by the backward pass: the probabilities of all would be the largest
-        tensors of a step.
+        It is the mean over the foreground classes that at least one of the two decisions has; without any it does not
+        count. One class at a time, and computed again by the backward pass: the probabilities of all would be the
+        largest tensors of a step.
         """
         regions = self.label_manager.has_regions
         norms = [None if regions else recomputed(log_normaliser, x) for x in logits]
         classes = list(zip(*(x.unbind(1) for x in logits), strict=True))[0 if regions else 1 :]
-        return torch.stack([recomputed(class_similarity, of_class, norms) for of_class in classes]).mean(0)
+        of_classes = torch.stack([recomputed(class_similarity, of_class, norms, squared) for of_class in classes])
+        there = torch.cat([classes_in(x, self.label_manager) for x in logits]).T  # (classes, M)
+        either = there[:, :, None] | there[:, None]
+        return (of_classes * either).sum(0) / either.sum(0).clamp_min(1), either.any(0)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self.label_manager)
@@ -272,7 +299,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     @torch.no_grad()
     def relearning_target(self, branches: list[Tensor], mean: Tensor, sampled: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The decision of `mean` as a target, and how much each voxel counts, (B, 1, *S)."""
+        """The decision or the probabilities of `mean`, and how much each voxel counts, (B, 1, *S)."""
         settings = self.settings
         t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
         tau = dynamic_threshold(t, settings.threshold)
@@ -280,7 +307,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         weight *= torch.where(disagree(branches[0], branches[1], self.label_manager), settings.disagreement_weight, 1.0)
         if sampled is not None:
             weight *= certainty(self.probabilities(sampled), self.label_manager)
-        return hard_pseudo_label(mean, self.label_manager), weight
+        soft = settings.relearning == "soft"
+        return self.probabilities(mean) if soft else self.decide(mean, counts=False), weight
 
     # ----------------------------------------------------------------------------------------------------- best pool
 
@@ -344,20 +372,31 @@ def pseudo_dice(val_outputs: list[dict], name: str) -> float:
 # ------------------------------------------------------------------------------------------------------------ formulas
 
 
-def area_similarity(p: Tensor) -> Tensor:
+def area_similarity(p: Tensor, squared: bool = False) -> Tensor:
     """Soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of every pair of predictions, the mean over classes.
 
     Args:
         p: (M, classes, *S), float32 probabilities.
+        squared: |P_i^2| + |P_j^2| in the denominator, so that a soft prediction has 1 with itself.
 
     Returns:
         (M, M), in 0 to 1.
     """
     with torch.autocast(p.device.type, enabled=False):  # sums over many thousands of voxels
         flat = p.float().flatten(2)
-        area = flat.sum(2)
+        area = (flat.square() if squared else flat).sum(2)
         overlap = torch.einsum("icv,jcv->ijc", flat, flat)
         return ((2 * overlap + 1e-5) / (area[:, None] + area[None] + 1e-5)).mean(2)
+
+
+@torch.no_grad()
+def classes_in(logits: Tensor, label_manager) -> Tensor:
+    """Which foreground classes or regions the decision of logits (B, heads, *S) has: (B, classes), bool."""
+    label = hard_pseudo_label(logits, label_manager)
+    heads = range(logits.shape[1])
+    if label_manager.has_regions:
+        return torch.stack([label[:, head].flatten(1).any(1) for head in heads], 1)
+    return torch.stack([(label == head).flatten(1).any(1) for head in heads[1:]], 1)
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
@@ -365,32 +404,44 @@ def log_normaliser(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
 
 
-def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None]) -> Tensor:
+def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], squared: bool = False) -> Tensor:
     """`area_similarity` of one class.
 
     Args:
         logits: k times (B, *S), of this class alone.
         norms: `log_normaliser` of all heads for each of them; None for a region, whose probability is a sigmoid.
+        squared: see `area_similarity`.
 
     Returns:
         (k B, k B), in 0 to 1.
     """
     p = [x.sigmoid() if norm is None else (x - norm).exp() for x, norm in zip(logits, norms, strict=True)]
-    return area_similarity(torch.cat(p)[:, None])
+    return area_similarity(torch.cat(p)[:, None], squared)
 
 
-def area_similarity_contrast(similarity: Tensor) -> Tensor:
+def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, temperature: float) -> Tensor:
     """Cross-entropy that picks, among all predictions of a batch but itself, the other modality's of the same sample.
 
-    Mean over i of -log(exp(s_ij) / sum_(k != i) exp(s_ik)), j the partner of i.
+    Mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), j the partner of i. A negative k with
+    s_ik >= s_ij gets no gradient.
 
     Args:
-        similarity: (2 N, 2 N), the N samples' predictions of one modality and then of the other.
+        similarity: s, (2 N, 2 N), the N samples' predictions of one modality and then of the other.
+        counts: (2 N, 2 N), bool; pairs that are no negatives, or samples that are no anchors, where False.
+        anchors: the number of samples, the first of each modality, whose predictions are anchors.
+        temperature: T.
     """
-    m = len(similarity)
-    itself = torch.eye(m, dtype=torch.bool, device=similarity.device)
-    partner = torch.arange(m, device=similarity.device).roll(-m // 2)
-    return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), partner)
+    m, n = len(similarity), len(similarity) // 2
+    samples = torch.arange(anchors, device=similarity.device)
+    rows = torch.cat((samples, samples + n))
+    partner = ((rows + n) % m)[:, None]
+    s, usable = similarity[rows], counts[rows]
+    positive, anchor = s.gather(1, partner), usable.gather(1, partner)[:, 0]
+    s = torch.where(s >= positive, s.detach(), s).scatter(1, partner, positive)
+    itself = torch.zeros_like(usable).scatter(1, rows[:, None], True)
+    others = (usable & ~itself).scatter(1, partner, True)
+    losses = F.cross_entropy((s / temperature).masked_fill(~others, -torch.inf), partner[:, 0], reduction="none")
+    return (losses * anchor).sum() / anchor.sum().clamp_min(1)
 
 
 def dynamic_threshold(t: float, tau0: float) -> float:

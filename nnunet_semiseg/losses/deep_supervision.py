@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nnunet_semiseg.losses.pseudo_labels import has_label, on_grid, weighted_loss
+from nnunet_semiseg.losses.pseudo_labels import has_label, on_grid, soft_label_loss, weighted_loss
 
 
 def finest_of(loss: nn.Module) -> nn.Module:
@@ -27,6 +28,20 @@ def pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None =
         if weight is None:
             return finest_of(loss)(logits, on_grid(target, logits))
         return weighted_loss(finest_of(loss), logits, on_grid(target, logits), on_grid(weight, logits))
+
+    if isinstance(loss, DeepSupervisionWrapper) and isinstance(output, (list, tuple)):
+        return DeepSupervisionWrapper(of_one, loss.weight_factors)(output)
+    return of_one(output)
+
+
+def soft_pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`pseudo_loss` towards probabilities (B, heads, *S), see `soft_label_loss`; coarser outputs get their means."""
+
+    def of_one(logits: Tensor) -> Tensor:
+        on_its_grid = F.interpolate(target, logits.shape[2:], mode="area")
+        return soft_label_loss(
+            finest_of(loss), logits, on_its_grid, None if weight is None else on_grid(weight, logits)
+        )
 
     if isinstance(loss, DeepSupervisionWrapper) and isinstance(output, (list, tuple)):
         return DeepSupervisionWrapper(of_one, loss.weight_factors)(output)

@@ -79,10 +79,8 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
     if regions:
         target = target[:, : logits.shape[1]]  # without the channel of the ignore label
     ce = cross_entropy(logits, target, regions, weight)
-    counts = weight.flatten(1).any(1)
-    # where nothing counts, nnU-Net's Dice is -1 by its smoothing alone: its best value
-    empty = (~(counts.any() if loss.dc.batch_dice else counts)).float().mean()
-    return loss.weight_ce * ce + loss.weight_dice * (loss.dc(logits, target, loss_mask=weight) + empty)
+    dice = loss.dc(logits, target, loss_mask=weight) + share_without_weight(loss, weight)
+    return loss.weight_ce * ce + loss.weight_dice * dice
 
 
 def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:
@@ -99,7 +97,7 @@ def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor 
     return (losses if weight is None else losses * weight[:, 0]).mean()
 
 
-def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:
+def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """nnU-Net's Dice + CE towards probabilities instead of labels; the least where the two are equal.
 
     nnU-Net's Dice is not: a network that is taught 0.4 everywhere does best with 1 everywhere. So its overlap, the sum
@@ -109,14 +107,24 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor) -> Tensor:
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
         logits, target: (B, heads, *S); the target gets no gradient.
+        weight: (B, 1, *S), at least 0, see `weighted_loss`; None: every voxel counts alike.
     """
     from monai.losses.dice import DiceLoss  # takes seconds, and few methods need it
 
     target, dc = target.detach(), loss.dc
+    weight = torch.ones_like(target[:, :1]) if weight is None else weight
     if isinstance(loss, DC_and_BCE_loss):
-        ce = F.binary_cross_entropy_with_logits(logits, target)
+        ce = F.binary_cross_entropy_with_logits(logits, target, weight)
     else:
-        ce = F.cross_entropy(logits, target)
+        ce = (F.cross_entropy(logits, target, reduction="none") * weight[:, 0]).mean()
     smooth = {"smooth_nr": dc.smooth, "smooth_dr": dc.smooth}
-    dice = DiceLoss(dc.do_bg, other_act=dc.apply_nonlin, batch=dc.batch_dice, soft_label=True, **smooth)
-    return loss.weight_ce * ce + loss.weight_dice * (dice(logits, target) - 1)
+    dice = DiceLoss(dc.do_bg, batch=dc.batch_dice, soft_label=True, **smooth)
+    return loss.weight_ce * ce + loss.weight_dice * (
+        dice(weight * dc.apply_nonlin(logits), weight * target) - 1 + share_without_weight(loss, weight)
+    )
+
+
+def share_without_weight(loss, weight: Tensor) -> Tensor:
+    """Of the samples, or with `batch_dice` of the batch: there nnU-Net's Dice is at its best by its smoothing alone."""
+    counts = weight.flatten(1).any(1)
+    return (~(counts.any() if loss.dc.batch_dice else counts)).float().mean()

@@ -18,17 +18,20 @@ HEAD_WIDTH = 32
 class CrossModalFusion(nn.Module):
     """Each modality's bottleneck voxels query the other's; then a convolution makes one of both.
 
-    F_i' = F_i + Attention(query LN(F_i), key and value LN(F_j)); fused = conv_1([F_a', F_b']).
+    F_i' = F_i + Attention(query LN(F_i), key and value LN(F_j)); fused = ReLU(norm(conv_1([F_a', F_b']))).
+
+    Args:
+        norm: after the convolution, for C channels.
 
     Shape: two (B, C, *s) -> (B, C, *s)
     """
 
-    def __init__(self, channels: int, conv_op: type[nn.Module]):
+    def __init__(self, channels: int, conv_op: type[nn.Module], norm: nn.Module):
         super().__init__()
         heads = next(h for h in range(max(1, channels // HEAD_WIDTH), 0, -1) if channels % h == 0)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
         self.attentions = nn.ModuleList(nn.MultiheadAttention(channels, heads, batch_first=True) for _ in range(2))
-        self.fuse = conv_op(2 * channels, channels, 1)
+        self.fuse = nn.Sequential(conv_op(2 * channels, channels, 1), norm, nn.ReLU())
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         tokens = [x.flatten(2).transpose(1, 2) for x in (a, b)]
@@ -62,20 +65,24 @@ class MutualLearningUNet(nn.Module):
         networks: nnU-Net's, one a modality, of the same shape but for the input channels.
         modalities: makes two images of one.
         regions: sigmoid heads instead of softmax.
+        fused: both decoders read one bottleneck, of both modalities; else each its own, so that the networks are apart.
     """
 
     encoder: Any
     decoder: Any
 
-    def __init__(self, networks: Sequence[Any], modalities: nn.Module, regions: bool):
+    def __init__(self, networks: Sequence[Any], modalities: nn.Module, regions: bool, fused: bool = True):
         super().__init__()
         self.modalities, self.regions = modalities, regions
         self.encoder = nn.ModuleList(network.encoder for network in networks)
         self.decoder = Decoders(network.decoder for network in networks)
         for decoder in self.decoder:
             decoder.encoder = None  # registered again, its weights would be counted and saved twice
-        encoder = self.encoder[0]
-        self.fusion = CrossModalFusion(encoder.output_channels[-1], encoder.conv_op)
+        encoder, self.fusion = self.encoder[0], None
+        if fused:
+            channels = encoder.output_channels[-1]
+            norm = encoder.norm_op(channels, **encoder.norm_op_kwargs)
+            self.fusion = CrossModalFusion(channels, encoder.conv_op, norm)
 
     def forward(self, x: Tensor, branches: bool = False, passes: int | None = None, dropout: float = 0.0):
         """The mean of both decoders, or what else is asked for.
@@ -94,8 +101,10 @@ class MutualLearningUNet(nn.Module):
         """
         images = self.modalities(x)
         features = [encoder(image) for encoder, image in zip(self.encoder, images, strict=True)]
-        fused = self.fusion(features[0][-1], features[1][-1])
-        skips = [[*f[:-1], fused] for f in features]
+        skips = features
+        if self.fusion is not None:
+            fused = self.fusion(features[0][-1], features[1][-1])
+            skips = [[*f[:-1], fused] for f in features]
         outputs = self.decode(skips)
         if branches and passes is None:
             return outputs

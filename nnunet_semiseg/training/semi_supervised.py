@@ -361,9 +361,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         else:
             self.optimizer.step()
         self.step += 1
+        self.move_teacher()
+        return {"loss": sum(terms.values()), **terms}
+
+    def move_teacher(self) -> None:
+        """The EMA teacher follows the network by one step."""
         if self.teacher is not None:
             update_teacher(self.teacher, self.network, self.step, cast(TeacherSettings, self.settings).decay)
-        return {"loss": sum(terms.values()), **terms}
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """A backward pass for each group of terms, or with `memory=fast` one for all; returns the terms, detached."""

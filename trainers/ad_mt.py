@@ -1,0 +1,107 @@
+"""AD-MT: two teachers that take turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nnunet_semiseg.losses.pseudo_labels import entropy, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.settings.base import (
+    ConsistencySettings,
+    PseudoLabelSettings,
+    TeacherSettings,
+    TurnSettings,
+    require,
+)
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
+from nnunet_semiseg.training.teacher import make_teacher, update_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADMTSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
+    """Settings of `ADMTTrainer`; the teacher that can be deployed is the first."""
+
+    paper_weight: ClassVar[float] = 1.0
+
+    period: int = 100
+    """steps in which one of the teachers follows the student, before it is the other's turn"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "period", minimum=1)
+
+
+class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
+    """Zhao et al., "Alternate diverse teaching for semi-supervised medical image segmentation" (ECCV 2024, 2311.17325).
+
+    A student and two EMA teachers, of which one at a time follows it, so that they differ. Of their probabilities
+    p_1, p_2 on the weak view and the entropies H of these, voxel by voxel,
+
+        p = (exp(-H_1) p_1 + exp(-H_2) p_2) / (exp(-H_1) + exp(-H_2)),
+
+    and the student learns its decision from the strong view, where they agree and where they do not.
+
+    Where we depart, or know the paper's abstract and idea alone: the turns are of equal length (theirs are drawn); both
+    teachers' periods see the same kinds of batches and augmentation (theirs differ); where the teachers' decisions
+    differ a voxel counts as much as p is certain, 1 - H / its maximum. L_u is nnU-Net's loss with deep supervision, its
+    weight 1 after 0.4 of the training; with `consistency=paper` it is Dice + CE of the full resolution alone, with a
+    ramp as long as the training. The student's view is flipped and turned.
+    """
+
+    views = ("weak", "strong")
+
+    def initialize(self):
+        super().initialize()
+        # frozen, and saved with what else is not deployed
+        other = self.auxiliary["other_teacher"] = make_teacher(self.bare_network)
+        if self._do_i_compile():
+            other.compile()
+
+    def on_train_start(self):
+        super().on_train_start()
+        if self.step == 0:  # weights may have been loaded after the teacher was made
+            update_teacher(self.auxiliary["other_teacher"], self.network, 0, self.settings.decay)
+
+    def move_teacher(self) -> None:
+        if (self.step - 1) // self.settings.period % 2 == 0:
+            super().move_teacher()
+        else:
+            update_teacher(self.auxiliary["other_teacher"], self.network, self.step, self.settings.decay)
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        turn = self.draw_turn()
+        outputs = self.each(self.network, batch.images, turn(batch.views["strong"]))
+        yield {"supervised": self.loss(next(outputs), batch.target)}
+        decision, weight = (turn(x) for x in self.ask_teachers(batch.views["weak"]))
+        yield {"consistency": self.settings.weight(self.progress) * self.taught_loss(next(outputs), decision, weight)}
+
+    def taught_loss(self, output, decision: Tensor, weight: Tensor) -> Tensor:
+        """The student's weighted loss, with deep supervision or (paper) of the finest logits."""
+        if self.settings.consistency == "paper":
+            return weighted_loss(self.finest_loss, self.finest(output), decision, weight)
+        return self.pseudo_loss(output, decision, weight)
+
+    @torch.no_grad()
+    def ask_teachers(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Their decision as a target, and how much each voxel counts, (B, 1, *S)."""
+        regions = self.label_manager.has_regions
+        logits = [teacher(images) for teacher in (self.teacher, self.auxiliary["other_teacher"])]
+        decisions = [hard_pseudo_label(x, self.label_manager) for x in logits]
+        p = combine([probabilities(x, self.label_manager) for x in logits], regions)
+        del logits
+        certain = 1 - entropy(p, regions) / math.log(2 if regions else p.shape[1])
+        differ = (decisions[0] != decisions[1]).any(1, keepdim=True)
+        return self.decide(p.logit() if regions else p.log()), torch.where(differ, certain.amin(1, keepdim=True), 1.0)
+
+
+def combine(ps: list[Tensor], regions: bool) -> Tensor:
+    """The mean of probabilities (B, heads, *S), weighted with exp(-H), of each region its own."""
+    weights = [(-entropy(p, regions)).exp() for p in ps]
+    total = sum(weight * p for weight, p in zip(weights, ps, strict=True))
+    return total / sum(weights)  # pyright: ignore[reportReturnType]: sum's 0 is not left

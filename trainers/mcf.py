@@ -1,0 +1,101 @@
+"""MCF: two networks that correct each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_semiseg.losses.pseudo_labels import has_label, probabilities
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
+from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MCFSettings(ConsistencySettings, PseudoLabelSettings):
+    """Settings of `MCFTrainer`."""
+
+    review_weight: float = 0.5
+    """of the labelled voxels on which the networks differ"""
+    sharpening: float = 0.1
+    """the temperature T, with `consistency=paper`"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "review_weight", minimum=0)
+        require(self, "sharpening", minimum=1e-3, maximum=1)
+
+
+class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
+    """Wang et al., "MCF: mutual correction framework for semi-supervised medical image segmentation" (CVPR 2023).
+
+    - contrastive difference review: with M = 1 where the networks' decisions on a labelled sample differ,
+      L_review = sum M ||p_i - y||^2 / sum M, of each network;
+    - rectification: the network with the lower supervised loss labels the unlabelled samples, and the other learns from
+      it, the MSE towards p^(1/T) / sum p^(1/T), T = 0.1;
+    - L = L_sup(1) + L_sup(2) + 0.5 L_review + lambda(t) L_rect.
+
+    That is `consistency=paper`, with a Gaussian ramp to 0.1 over the training. By default we depart: L_review is
+    nnU-Net's loss over the voxels of M, and L_rect nnU-Net's loss towards the better network's decision, both with deep
+    supervision, lambda 1 after 0.4 of the training. Theirs are two architectures; here they differ in their initial
+    weights. They are compared by the losses of the step before (on a GPU of an earlier one, where the copy to the CPU
+    is not there yet: no step waits for it). A voxel with the ignore label is not reviewed.
+    """
+
+    def initialize(self):
+        super().initialize()
+        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool)
+        if self.device.type == "cuda":  # a copy into pinned memory does not make the CPU wait
+            self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        settings, supervised = self.settings, []
+        better = int(self.method_state["second_is_better"])  # of a step before
+        passes = [partial(network, batch.images) for network in self.networks]
+        for i, output, decisions in self.in_turn(passes, self.labeled_decision):
+            differ = (decisions[0] != decisions[1]).any(1, keepdim=True)
+            with self.shared(output) as output:
+                loss = self.loss(output, batch.target)
+                supervised.append(loss.detach())
+                yield {f"supervised_{i + 1}": loss}
+                yield {"review": settings.review_weight * self.review(differ, output, batch.target)}
+            del output, loss
+        # on its way to the CPU while the GPU works; the next step reads it
+        self.method_state["second_is_better"].copy_(supervised[1] < supervised[0], non_blocking=True)
+        images, networks = batch.views["strong"], self.networks
+        with self.without_gradients():
+            logits = self.finest(networks[better](images))
+        decision = self.decide(logits)
+        loss = self.rectification(networks[1 - better](images), logits, decision)
+        yield {"rectification": settings.weight(self.progress) * loss}
+
+    def labeled_decision(self, output) -> Tensor:
+        return self.decide(self.finest(output), counts=False)
+
+    def review(self, differ: Tensor, output, target) -> Tensor:
+        """L_review of one network, over the voxels of `differ`, (B, 1, *S), bool."""
+        if self.settings.consistency != "paper":
+            return self.loss_where(differ, output, target)
+        target, p = self.finest(target), probabilities(self.finest(output), self.label_manager)
+        mask = differ & has_label(target, self.label_manager)
+        squared = (p - self.one_hot(target)).square() * mask
+        return squared.sum() / (mask.sum() * p.shape[1]).clamp_min(1)
+
+    def one_hot(self, target: Tensor) -> Tensor:
+        """A target as probabilities (B, heads, *S); where it has the ignore label, anything."""
+        heads = self.label_manager.num_segmentation_heads
+        if self.label_manager.has_regions:
+            return target[:, :heads].float()
+        return torch.cat([target == head for head in range(heads)], 1).float()
+
+    def rectification(self, output, logits: Tensor, decision: Tensor) -> Tensor:
+        """L_rect of the worse network's output, with the better one's logits and decision."""
+        if self.settings.consistency != "paper":
+            return self.pseudo_loss(output, decision)
+        taught = probabilities(logits.float() / self.settings.sharpening, self.label_manager)
+        return F.mse_loss(probabilities(self.finest(output), self.label_manager), taught)
