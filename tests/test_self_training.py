@@ -57,7 +57,7 @@ def test_a_pseudo_label_is_the_networks_decision(ready):
     trainer.network.forward = lambda x: torch.stack((0.5 + 0 * x[:, 0], x[:, 0] > 0, -x[:, 0].abs()), 1).float()
     label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
     del trainer.network.forward
-    loader = trainer._make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
+    loader = trainer.make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
     for case in loader._data.identifiers:
         data, label, _, properties = loader._data.load_case(case)
         assert np.array_equal(label[:][0], (data[:][0] > 0).astype(np.int8))
@@ -143,7 +143,7 @@ def test_what_is_outside_of_the_nonzero_mask_stays_marked(ready, monkeypatch):
     dataset.load_case = with_an_outside
     trainer.unlabeled_dataset = lambda: dataset
     label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
-    loader = trainer._make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
+    loader = trainer.make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
     _, label, _, _ = loader._data.load_case("un_000")
     assert (label[:][0, :5] == -1).all() and label[:][0, 5:].min() >= 0
 
@@ -235,7 +235,7 @@ def test_pseudo_labels_are_drawn_as_labels_are_and_ignore_nothing(ready):
     for probabilistic in (False, True):
         name = "_probabilistic_oversampling" if probabilistic else "_oversample_last_XX_percent"
         labeled.get_do_oversample = getattr(labeled, name)
-        loader = trainer._make_unlabeled_loader(labeled)
+        loader = trainer.make_unlabeled_loader(labeled)
         assert labeled.has_ignore and not loader.has_ignore and loader.batch_size == 3
         assert loader.oversample_foreground_percent == labeled.oversample_foreground_percent > 0
         assert loader.get_do_oversample == getattr(loader, name)

@@ -431,7 +431,7 @@ def loader_kind(trainer) -> tuple:
         "target_maker",
         "extend_loader",
         "get_dataloaders",
-        "_make_unlabeled_loader",
+        "make_unlabeled_loader",
         "get_training_transforms",
         "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
     )

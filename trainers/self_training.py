@@ -131,7 +131,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
 
     # ---------------------------------------------------------------------------------------------------- a step
 
-    def _make_unlabeled_loader(self, labeled):
+    def make_unlabeled_loader(self, labeled):
         folder, dataset = self.folder(self.round), self.unlabeled_dataset()
         missing = without_label(dataset, folder)
         if not self.round or (missing and self.current_epoch in self.starts):

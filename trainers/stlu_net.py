@@ -132,8 +132,8 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
             patch_size, rotation_for_DA, deep_supervision_scales, axes, *args, **kwargs
         )
 
-    def _make_unlabeled_loader(self, labeled):
-        loader: Any = super()._make_unlabeled_loader(labeled)
+    def make_unlabeled_loader(self, labeled):
+        loader: Any = super().make_unlabeled_loader(labeled)
         if self.settings.pairs == "alike":
             share_spatial(labeled.transforms, loader.transforms.spatial)
         return loader

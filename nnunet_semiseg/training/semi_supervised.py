@@ -315,7 +315,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return heads
 
     def extend_loader(self, augmenter) -> None:
-        add_unlabeled_stream(augmenter, self._make_unlabeled_loader, self.views, self.target_maker())
+        add_unlabeled_stream(augmenter, self.make_unlabeled_loader, self.views, self.target_maker())
 
     def get_dataloaders(self):
         loaders = super().get_dataloaders()
@@ -332,7 +332,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     foreground_share = 0.0
     """of the unlabelled samples, that are drawn around locations that `unlabeled_dataset` knows of"""
 
-    def _make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader | None:
+    def make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader | None:
         sizes = (s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size))
         patch_size, final_patch_size = sizes
         return UnlabeledDataLoader(
