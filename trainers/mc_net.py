@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,5 +96,5 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
             p, T = probabilities(self.finest(output), self.label_manager), self.settings.sharpening
             sharpened = (probabilities(x.detach().float() / T, self.label_manager) for x in others)
             return sum(F.mse_loss(p, x) for x in sharpened)  # pyright: ignore[reportReturnType]: sum's 0 is not left
-        losses = sum(self.pseudo_loss(output, decision) for decision in others)
-        return self.settings.supervised_weight / len(others) * losses
+        losses = torch.stack([self.pseudo_loss(output, decision) for decision in others])
+        return self.settings.supervised_weight * losses.mean()

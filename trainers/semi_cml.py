@@ -219,7 +219,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             yield {"inter": share * settings.inter_weight * ramp * self.inter(*logits)}
         if target is not None:
             return
-        self.decide(logits[0])  # its classes are counted
+        self.decide.count(hard_pseudo_label(logits[0], self.label_manager))
         if own is not None:
             for output, teacher in zip(branches, own, strict=True):
                 yield {"intra": settings.weight(self.progress) * self.intra(output, teacher)}

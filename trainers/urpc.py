@@ -87,13 +87,17 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
     def pyramid(self, output) -> Tensor:
         """L_unsup of an output with or without deep supervision."""
         scales = output if self.enable_deep_supervision else [output]
-        mean, weights = pyramid_certainty(scales, self.label_manager)
-        decision = self.decide(mean)
+        decisions, certainties = [], []
+        for sample in zip(*(x.split(1) for x in scales), strict=True):  # all at once would take more than the network
+            mean, certainty = pyramid_certainty(sample, self.label_manager)
+            decisions.append(self.decide(mean))
+            certainties.append(certainty)
         if self.settings.consistency == "paper":
             return pyramid_consistency(scales, self.label_manager)
         if len(scales) == 1:
             return 0 * scales[0].sum()
-        targets = [on_grid(decision, x) for x in scales]
+        targets = [on_grid(torch.cat(decisions), x) for x in scales]
+        weights = [torch.cat(of_scale) for of_scale in zip(*certainties, strict=True)]
         loss: Any = DeepSupervisionWrapper(partial(weighted_loss, self.finest_loss), self.loss.weight_factors)
         return loss(scales, targets, weights)
 
@@ -106,21 +110,17 @@ def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 @torch.no_grad()
 def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, list[Tensor]]:
-    """The log of p_c, or of regions its logits, (B, heads, *S); and w_s on each scale's grid, (B, 1, *s).
+    """Of one sample the log of p_c, or of regions its logits, (1, heads, *S); and w_s on each scale's grid, (1, 1, *s).
 
     Of regions w_s is of the least certain one.
     """
-    means, weights = [], []
-    for sample in zip(*(x.split(1) for x in scales), strict=True):  # all at once would take more than the network
-        size = sample[0].shape[2:]
-        mean = sum(at_full_size(x, size, label_manager) for x in sample) / len(scales)
-        certainty = (
-            (-scale_divergence(at_full_size(x, size, label_manager), mean, label_manager.has_regions)).exp()
-            for x in sample
-        )
-        weights.append([on_grid(w.amin(1, keepdim=True), x) for w, x in zip(certainty, sample, strict=True)])
-        means.append(mean.logit() if label_manager.has_regions else mean.log())
-    return torch.cat(means), [torch.cat(of_scale) for of_scale in zip(*weights, strict=True)]
+    size, regions = scales[0].shape[2:], label_manager.has_regions
+    mean: Any = sum(at_full_size(x, size, label_manager) for x in scales) / len(scales)
+    weights = []
+    for x in scales:
+        weight = (-scale_divergence(at_full_size(x, size, label_manager), mean, regions)).exp()
+        weights.append(on_grid(weight.amin(1, keepdim=True), x))
+    return mean.logit() if regions else mean.log(), weights
 
 
 def at_full_size(logits: Tensor, size: Sequence[int], label_manager) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import nn
@@ -45,6 +45,6 @@ class TwoNetworkTrainer(SemiSupervisedTrainer[S]):
             run_sample_by_sample(second)
 
     @property
-    def networks(self) -> tuple[nn.Module, nn.Module]:
+    def networks(self) -> tuple[Any, Any]:
         """The one that is deployed, and the other."""
         return self.bare_network, self.auxiliary["second"]
