@@ -51,7 +51,7 @@ def test_values_are_typed():
         ({"tmr": "planes"}, ["multiplanar or copy or off"]),
         ({"csa": 1}, ["true or false"]),
         ({"dca_start": 1.5}, ["at most 1"]),
-        ({"unsupervised_weight": float("inf")}, ["a number"]),
+        ({"dca_weight": float("inf")}, ["a number"]),
         ({"seed": -1}, ["at least 0"]),
         ({"unlabeled_batch_size": 0}, ["at least 1"]),
         ({"memory": "most"}, ["memory", "stock or fast or small"]),

@@ -2,7 +2,7 @@
 
     python tools/yardstick.py --data DATA --work WORK --sets la_small --labels few all
     python tools/yardstick.py --data DATA --work WORK --sets la_small --trainers BCPTrainer CPSTrainer --equal-time
-    python tools/yardstick.py --data DATA --work WORK --trainers BCPTrainer --name largest --set largest_component=true
+    python tools/yardstick.py --data DATA --work WORK --trainers BCPTrainer --name largest --set largest_component=on
     python tools/yardstick.py
 
 The first makes the two lines that a method is held against: labelled only and all labels. The second adds methods, the
