@@ -253,6 +253,9 @@ def test_gradients_do_not_depend_on_the_memory(trainer_class, ready):
             if first.teacher is not None:
                 trainer.teacher.load_state_dict(first.teacher.state_dict())
             trainer.method_state = {name: value.clone() for name, value in state.items()}
+            # found when a training starts
+            trainer.inference_allowed_mirroring_axes = first.inference_allowed_mirroring_axes
+            trainer.decide.heads = first.decide.heads
         in_float64(trainer)
         trainer.network.train()
         same = tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, batch)

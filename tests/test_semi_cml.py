@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 from torch.nn import functional as F
-from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, terms_of
+from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
+from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
 from nnunet_semiseg.networks.modalities import (
     ContrastCurve,
     Window,
@@ -175,6 +178,31 @@ def test_soft_pseudo_labels(consistency):
     second = -0.75 * math.log(0.2) - 0.25 * math.log(0.8)
     soft = relearning([student, student], [a, b], mean, relearning="soft", consistency=consistency)
     assert soft == pytest.approx(2 * (first + 0.3 * second) / 2, abs=1e-6)
+
+
+def test_a_weighted_soft_loss_by_hand():
+    """P(a) is 0.8 and 0.4, of the target 0.9 and 0.5; the second voxel counts 0.3. Dice has the smaller of both."""
+    logits, target = logits_of(0.8, 0.4), logits_of(0.9, 0.5).exp()
+    weight = torch.tensor([1.0, 0.3]).view(1, 1, 2, 1, 1)
+    first = -0.9 * math.log(0.8) - 0.1 * math.log(0.2)
+    second = -0.5 * math.log(0.4) - 0.5 * math.log(0.6)
+    dice = 2 * (0.8 + 0.3 * 0.4) / (0.8 + 0.9 + 0.3 * (0.4 + 0.5))
+    expected = (first + 0.3 * second) / 2 - dice
+    assert soft_label_loss(nnunet_loss(False), logits, target, weight).item() == pytest.approx(expected, abs=1e-4)
+    logits, target, weight = (torch.cat((x, x)) for x in (logits, target, weight))
+    weight[1] = 0  # a sample in which nothing counts
+    loss = soft_label_loss(nnunet_loss(False), logits, target, weight)
+    assert loss.item() == pytest.approx(expected / 2, abs=1e-4)
+
+
+def test_coarse_outputs_learn_the_mean_of_soft_labels():
+    """Of two voxels with 1 and 0.5 the coarse output, which says 0.6, learns 0.75; weights are 2/3 and 1/3."""
+    loss = DeepSupervisionWrapper(nnunet_loss(False, weight_dice=0), (2 / 3, 1 / 3))
+    target = logits_of(1.0, 0.5).exp()
+    fine = -(math.log(0.8) + 0.5 * math.log(0.8) + 0.5 * math.log(0.2)) / 2
+    coarse = -0.75 * math.log(0.6) - 0.25 * math.log(0.4)
+    value = soft_pseudo_loss(loss, [logits_of(0.8, 0.8), logits_of(0.6)], target)
+    assert value.item() == pytest.approx(2 / 3 * fine + 1 / 3 * coarse, abs=1e-6)
 
 
 def test_uncertain_voxels_weigh_less():
