@@ -369,7 +369,8 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
     parser.add_argument("-p", default=PLANS, metavar="PLANS", help="default: %(default)s")
     parser.add_argument(
         "--model", metavar="MODEL",
-        help="hf-hub:OWNER/NAME, NAME:TAG of open_clip's, or a folder; with :none untrained; default: BiomedCLIP",
+        help="hf-hub:OWNER/NAME, NAME:TAG of open_clip's, a folder, or timm:NAME, an image network of timm's with the"
+        " words of WordLlama; with :none at its end untrained; default: BiomedCLIP",
     )  # fmt: skip
     parser.add_argument("-o", metavar="FOLDER", help="default: vlm/CONFIGURATION below the dataset's results")
     _add_device_argument(parser)
