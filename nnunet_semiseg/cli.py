@@ -408,6 +408,31 @@ def text_masks(parser: ArgumentParser) -> Command:
     return run
 
 
+def add_masks(parser: ArgumentParser) -> Command:
+    """Add masks that another model made of the images, and measure each class on the labelled cases."""
+    parser.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset number")
+    parser.add_argument("--name", required=True, metavar="NAME", help="of the other model, for example voxtell")
+    parser.add_argument(
+        "-i", required=True, metavar="FOLDER", help="its masks, a label file for each case: CASE.nii.gz"
+    )
+    parser.add_argument(
+        "--map", nargs="+", action="extend", default=[], metavar="VALUE=CLASS",
+        help="what values mean, for example 5=liver; others are background; default: as dataset.json says",
+    )  # fmt: skip
+    parser.add_argument(
+        "-np", type=_at_least(0), default=_cores(4), metavar="N", help="processes; default: %(default)s"
+    )
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.data import external_masks
+
+        result = external_masks.add_masks(args.d, args.name, args.i, args.map, args.np)
+        print(external_masks.table(result))
+        print(f"Dice below {external_masks.LEAST_DICE} gives the weight 0.")
+
+    return run
+
+
 def demo(parser: ArgumentParser) -> Command:
     """Make a small data set, train with and without its unlabelled images, compare: minutes on a CPU."""
     parser.add_argument("-o", metavar="FOLDER", help="where to keep everything; default: nnunet_semiseg_demo")
@@ -434,7 +459,7 @@ def env(parser: ArgumentParser) -> Command:
 
 COMMANDS = (
     convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, review, accept, distill, share,
-    export, pretrain_vlm, text_masks, embed_prompts, demo, env,
+    export, pretrain_vlm, text_masks, embed_prompts, add_masks, demo, env,
 )  # fmt: skip
 
 
