@@ -385,6 +385,7 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
         output = pretraining.pretrain(args.d, model, args.o, args.set, **chosen)
         if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
             print(output)
+            print(pretraining.what_it_saw(output))
 
     return run
 

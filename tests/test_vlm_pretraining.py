@@ -491,6 +491,8 @@ def test_an_image_network_of_timms_with_words_and_labels(dataset, tmp_path):
     folds = json.loads((dataset.preprocessed / "splits_final.json").read_text())
     assert set(about["mask_cases"]) <= set(folds[0]["train"])
     assert not any(key.startswith("text.") for key in weights)  # they come with the package
+    seen = f"It saw the labels of {len(about['mask_cases'])} cases: it is for trainings of fold 0 with num_labeled=2."
+    assert pretraining.what_it_saw(output) == seen
     vlm = load_vlm(output.rename(tmp_path / "moved"))
     ids = vlm.tokenize(["two lesions", "lesions two", "a dark spot"])
     first, second, third = vlm.encode_text(ids).cls

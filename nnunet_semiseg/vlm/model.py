@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.encoder import is_hf
-from nnunet_semiseg.text.static_words import WordTower
+from nnunet_semiseg.text.static_words import WordTokenizer, WordTower
 from nnunet_semiseg.text.tokenizer import Tokenizer
 
 HEADS = 4  # of the attention in front of the distributions
@@ -47,7 +47,8 @@ class AMVLM(nn.Module):
         super().__init__()
         self.visual, self.text = clip.visual.eval(), clip.text  # what is tried below is no image to learn from
         self.words_alone = isinstance(self.text, WordTower)
-        if self.words_alone:
+        self.tokenize: Tokenizer | WordTokenizer
+        if isinstance(self.text, WordTower):
             self.tokenize = self.text.tokenize
         else:
             self.tokenize = Tokenizer(tokenizer, may_cut=False)  # one shape for all batches

@@ -125,6 +125,16 @@ def cases_with_masks(dataset: str, labeled: list[str], settings: PretrainingSett
     return take_labeled(training, [], settings.num_labeled, dataset_json)[0], dataset_json["labels"].get("ignore")
 
 
+def what_it_saw(output: Path) -> str:
+    """Whose labels a pre-training saw, and so which trainings may use it."""
+    about = read_about(output, f"remove {output} to begin anew")
+    if not (seen := about.get("mask_cases")):
+        return "It saw no label: a training of any fold may use it."
+    fold, number = about["settings"].get("fold"), about["settings"].get("num_labeled")
+    only = f"fold {'all' if fold is None else fold}" + ("" if number is None else f" with num_labeled={number}")
+    return f"It saw the labels of {len(seen)} cases: it is for trainings of {only}."
+
+
 @contextmanager
 def alone(output: Path, rank: int) -> Iterator[None]:
     """Make the folder, and keep a second pre-training out of it; torchrun's first process speaks for all.

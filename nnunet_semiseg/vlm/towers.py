@@ -72,8 +72,8 @@ def _write_config(name: str, folder: Path) -> None:
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
         raise UserError(f"--model {TIMM}{name}: no model of timm's; {hint}")
     size = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear"}
-    vision["image_size"] = size.input_size[-1] if size else 224
+    image_size = size.input_size[-1] if size else 224
+    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": image_size}
     config = {"embed_dim": 128, "vision_cfg": vision, "text_cfg": NO_TEXT}
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": {}}), encoding="utf-8"
