@@ -23,7 +23,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.settings.base import TeacherSettings, require
-from nnunet_semiseg.text.prompts import check_prompts_are_current, class_names, read_prompts
+from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import dataset_json_file
@@ -405,7 +405,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         """Measure the text masks on labelled training cases, and say which are used and which are not."""
         masks, gate = [self.masks_of(example) for example in self.examples], self.settings.mask_gate
         said = []
-        for k, name in enumerate(class_names(self.dataset_json)[1:]) if masks else ():
+        for k, name in enumerate(self.class_names()) if masks else ():
             labels, known = [e.labels[k] for e in self.examples], [e.known for e in self.examples]
             quality = measure([mask[k] for mask in masks], labels, known)
             use = gate == 0 or quality.area >= gate
