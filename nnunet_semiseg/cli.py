@@ -369,7 +369,8 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
     parser.add_argument("-p", default=PLANS, metavar="PLANS", help="default: %(default)s")
     parser.add_argument(
         "--model", metavar="MODEL",
-        help="hf-hub:OWNER/NAME, NAME:TAG of open_clip's, or a folder; with :none untrained; default: BiomedCLIP",
+        help="hf-hub:OWNER/NAME, NAME:TAG of open_clip's, a folder, or timm:NAME, an image network of timm's with the"
+        " words of WordLlama; with :none at its end untrained; default: BiomedCLIP",
     )  # fmt: skip
     parser.add_argument("-o", metavar="FOLDER", help="default: vlm/CONFIGURATION below the dataset's results")
     _add_device_argument(parser)
@@ -384,6 +385,7 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
         output = pretraining.pretrain(args.d, model, args.o, args.set, **chosen)
         if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
             print(output)
+            print(pretraining.what_it_saw(output))
 
     return run
 
@@ -403,6 +405,31 @@ def text_masks(parser: ArgumentParser) -> Command:
         found = how_well_labels_are_found(trained, args.n)
         areas = ", ".join(f"{area:.3f} {name}" for name, area in found.items())
         print(f"the labels' pixels above others (ROC AUC; 0.5 is chance): {areas or 'no labelled case has a text'}")
+
+    return run
+
+
+def add_masks(parser: ArgumentParser) -> Command:
+    """Add masks that another model made of the images, and measure each class on the labelled cases."""
+    parser.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset number")
+    parser.add_argument("--name", required=True, metavar="NAME", help="of the other model, for example voxtell")
+    parser.add_argument(
+        "-i", required=True, metavar="FOLDER", help="its masks, a label file for each case: CASE.nii.gz"
+    )
+    parser.add_argument(
+        "--map", nargs="+", action="extend", default=[], metavar="VALUE=CLASS",
+        help="what values mean, for example 5=liver; others are background; default: as dataset.json says",
+    )  # fmt: skip
+    parser.add_argument(
+        "-np", type=_at_least(0), default=_cores(4), metavar="N", help="processes; default: %(default)s"
+    )
+
+    def run(args: Namespace) -> None:
+        from nnunet_semiseg.data import external_masks
+
+        result = external_masks.add_masks(args.d, args.name, args.i, args.map, args.np)
+        print(external_masks.table(result))
+        print(f"Dice below {external_masks.LEAST_DICE} gives the weight 0.")
 
     return run
 
@@ -433,7 +460,7 @@ def env(parser: ArgumentParser) -> Command:
 
 COMMANDS = (
     convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, review, accept, distill, share,
-    export, pretrain_vlm, text_masks, embed_prompts, demo, env,
+    export, pretrain_vlm, text_masks, embed_prompts, add_masks, demo, env,
 )  # fmt: skip
 
 

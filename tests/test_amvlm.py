@@ -548,6 +548,27 @@ def test_refusals(lesions):
     assert not dataset.results.exists()
 
 
+def test_labels_that_the_pretraining_saw_and_this_training_must_not_know(lesions, tmp_path):
+    dataset = lesions("a lesion", labeled=4)
+    folder = write_vlm(tmp_path / "vlm")
+    about = {"dataset": dataset.name, "settings": {"dim": 16, "hidden": 32}}
+    (dataset.preprocessed / "splits_final.json").write_text(
+        json.dumps([{"train": ["tr_000", "tr_001"], "val": ["tr_002", "tr_003"]}])
+    )
+
+    def made_with(seen, fold, **settings):
+        (folder / "vlm.json").write_text(json.dumps(about | {"mask_cases": seen}))
+        return make_trainer(AMVLMTrainer, dataset, fold=fold, vlm=str(folder), texts="classes", **settings)
+
+    made_with(["tr_000", "tr_001"], 0)
+    message = "vlm: its pre-training saw the labels of tr_002 and others, 1 in all, .* --set fold=0, or with"
+    with pytest.raises(UserError, match=message):
+        made_with(["tr_000", "tr_002"], 0)
+    with pytest.raises(UserError, match="of tr_001 and others.*--set fold=0 num_labeled=1"):
+        made_with(["tr_001"], 0, num_labeled=1)
+    made_with(["tr_000", "tr_002"], "all")
+
+
 def test_the_three_supervisions_by_hand():
     """One voxel: the teacher says 0.6 of the weak view, the text 0.8 of the first sample; the second has no text."""
 

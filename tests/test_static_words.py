@@ -7,16 +7,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from training import make_trainer
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.text_effect import empty_features
+from nnunet_semiseg.files import write_json
 from nnunet_semiseg.text import static_words
 from nnunet_semiseg.text.encoder import load_text_tower
 from nnunet_semiseg.text.prompt_learner import PromptLearner, build_prompt_learner, embed_prompts, load_embeddings
 from nnunet_semiseg.text.prompts import read_prompts
 from nnunet_semiseg.text.static_words import WordTower, load_word_tower, wordllama_folder
-from nnunet_semiseg.trainers.cps import CPSTrainer
+from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
+from nnunet_semiseg.vlm.model import AMVLM
+from nnunet_semiseg.vlm.towers import load_towers
 
 WORDS = {"text_model": "wordllama", "text_pretrained": "openai"}
 SETTINGS = SimpleNamespace(**WORDS, text_cache_dir=None, text_embeddings=None, n_ctx=2)
@@ -121,10 +126,9 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
         wordllama_folder()
 
 
-@pytest.mark.parametrize("trainer_class, dims, more", [(TextSemiSegTrainer, 3, {}), (CPSTrainer, 2, {"text": True})])
-def test_trainers_train_resume_and_keep_what_prediction_needs(trainer_class, dims, more, ready, monkeypatch):
-    dataset = ready(dims=dims, size=24 if dims == 3 else 32)
-    trainer = make_trainer(trainer_class, dataset, **WORDS, **more)
+def test_a_training_goes_on_and_keeps_what_prediction_needs(ready, monkeypatch):
+    trainer_class, dataset = TextSemiSegTrainer, ready()
+    trainer = make_trainer(trainer_class, dataset, **WORDS)
     trainer.on_train_start()
     trainer.network.train()
     before = trainer.prompt_learner.ctx.detach().clone()
@@ -134,15 +138,37 @@ def test_trainers_train_resume_and_keep_what_prediction_needs(trainer_class, dim
     trainer.save_checkpoint(str(file))
     saved = torch.load(file, weights_only=False)
     assert saved["init_args"]["plans"]["semiseg"]["text_model"] == "wordllama"  # a name, and no table
-    kept = [key for key in saved["semiseg"]["auxiliary"] if key.startswith("prompt_learner")]
-    assert kept == ["prompt_learner.ctx"]
+    assert list(saved["semiseg"]["auxiliary"]) == ["prompt_learner.ctx"]
     assert saved["network_weights"]["guidance.features"].shape == (len(read_prompts(trainer.dataset_json)), 256)
-    again = make_trainer(trainer_class, dataset, goes_on=True, **WORDS, **more)
+    again = make_trainer(trainer_class, dataset, goes_on=True, **WORDS)
     again.initialize()
     again.load_checkpoint(str(file))
     assert torch.equal(again.prompt_learner(), trainer.prompt_learner())
+    run = SimpleNamespace(trainer=trainer_class.__name__, checkpoint=file)
+    empty, meaning = empty_features(run, saved, saved["network_weights"]["guidance.features"])
+    torch.testing.assert_close(
+        empty, F.normalize(trainer.prompt_learner.ctx.detach().mean(1), dim=1)
+    )  # no word is left
+    assert meaning.startswith("an empty text")
     monkeypatch.setattr(static_words, "wordllama_folder", None)  # from here on nothing can be read
     network = trainer_class.build_network_architecture(
         trainer.plans_manager, trainer.configuration_manager, trainer.num_input_channels, 3, True
     )
     network.load_state_dict(saved["network_weights"])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_amvlm_with_an_image_network_of_timms_and_words(dims, ready, tmp_path):
+    clip, tokenizer, config = load_towers("timm:test_resnet", "none", None, None, {"model": ""})
+    vlm = AMVLM(clip, tokenizer, dim=16, hidden=32)
+    save_file(vlm.state_dict(), tmp_path / "vlm.safetensors")
+    write_json(config, tmp_path / "open_clip_config.json")
+    write_json({"settings": {"dim": 16, "hidden": 32, "text_model": "wordllama"}}, tmp_path / "vlm.json")
+    dataset = ready(dims=dims, size=24 if dims == 3 else 32)
+    trainer = make_trainer(AMVLMTrainer, dataset, vlm=str(tmp_path), mask_gate=0, text_slices=2)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.network.train()
+    out = trainer.train_step(next(trainer.dataloader_train))
+    assert all(torch.isfinite(x) for x in out.values()) and out["text"] != 0 and out["mask"] != 0
+    assert not any("table" in key for key in trainer.auxiliary.state_dict())

@@ -13,6 +13,7 @@ from nnunet_semiseg.vlm.losses import (
     info_nce,
     intra_modal_contrast,
     local_contrast,
+    mask_supervision,
     similarity_supervision,
     token_weights,
     wasserstein2,
@@ -127,6 +128,17 @@ def test_intra_modal_contrast_excludes_itself_and_padding():
     # sample 0: positives 1 and 0.6, one negative 0 (padding is none); sample 1: positive 1, negatives 0 and 0.8
     terms = [-math.log(e(1) / (e(1) + 1)), -math.log(e(0.6) / (e(0.6) + 1)), -math.log(e(1) / (e(1) + 1 + e(0.8)))]
     assert intra_modal_contrast(cls, samples, valid, 1.0).item() == pytest.approx(sum(terms) / 3, abs=1e-6)
+
+
+def test_mask_supervision_by_hand():
+    """Two patches whose cosines with the text are 0.25 and 0.35; a second sample has no label, and does not count."""
+    tokens = torch.tensor([[[0.25, 1.0], [0.35, 1.0]], [[0.5, 0.0], [0.5, 0.0]]])
+    text, areas = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.5], [-1.0, -1.0]])
+    p = 1 / (1 + e(-1))
+    entropy = (-math.log(0.5) - 0.5 * math.log(p) - 0.5 * math.log(1 - p)) / 2
+    dice = 2 * (0.5 * p) / (0.5 + p + 0.5)
+    assert mask_supervision(tokens, text, areas).item() == pytest.approx(entropy + 1 - dice, abs=1e-5)
+    assert mask_supervision(tokens[1:], text[1:], areas[1:]) == 0
 
 
 def test_gradients_reach_means_and_spreads():

@@ -25,9 +25,10 @@ from nnunet_semiseg.vlm import losses, pretraining
 from nnunet_semiseg.vlm.model import AMVLM, repeat_words
 from nnunet_semiseg.vlm.overlays import draw, how_well_labels_are_found, load_text_masks, write_text_masks
 from nnunet_semiseg.vlm.pairs import Pairs, random_crop
-from nnunet_semiseg.vlm.pretraining import pretrain, split_model
+from nnunet_semiseg.vlm.pretraining import pretrain
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, gather, retrieval
 from nnunet_semiseg.vlm.text_masks import load_vlm, read_state
+from nnunet_semiseg.vlm.towers import load_towers, split_model
 
 PLANS = "nnUNetSemiSegSmallPlans"
 SHORT = ["num_epochs=3", "batch_size=2", "dim=16", "hidden=32", "num_workers=0", "held_out=0.3", "learning_rate=1e-3"]
@@ -128,7 +129,10 @@ def test_momentum_towers_follow(towers):
     with torch.no_grad():
         for p in task.model.parameters():
             p.add_(1)
+        task.model.visual.register_buffer("mean", torch.tensor(5.0))  # as a batch norm's
+        task.momentum.visual.register_buffer("mean", torch.tensor(0.0))
     task.update_momentum()
+    assert task.momentum.visual.mean == 5
     for new, old, online in zip(task.momentum.parameters(), before, task.model.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
 
@@ -467,13 +471,59 @@ def test_wrong_use_is_one_line_before_anything_is_written(dataset, towers, tmp_p
         (["--model", f"{towers}:none", "--set", "dim=5"], "setting dim=5: must be even"),
         (["--model", f"{towers}:none", "--set", "seed=5000000000"], "seed=5000000000: must be"),
         (["--model", f"{towers}:none", "--set", *(f"{n}_weight=0" for n in ("itc", "css", "local", "icl"))], "above 0"),
-        (["--model", "RN50:none"], "no patch tokens: choose one with a ViT"),
+        (["--model", "timm:resnet1"], "--model timm:resnet1: no model of timm's; did you mean resnet1"),
+        (["--model", f"{towers}:none", "--set", "text_model=bert"], "text_model=bert: must be wordllama, or"),
+        (["--model", f"{towers}:none", "--set", "fold=7"], "splits_final.json: has no fold 7"),
+        (["--model", f"{towers}:none", "--set", "num_labeled=9"], "the fold has 4 labelled training cases"),
         (["--model", f"{towers}:none", "-o", str(dataset.raw / "dataset.json")], "dataset.json: is a file: name a"),
     ):
         assert cli.main([*common, *words]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error
     assert not out.exists()
+
+
+def test_an_image_network_of_timms_with_words_and_labels(dataset, tmp_path):
+    """Without a ViT, without a download; and what labels it saw is written down."""
+    output = run(dataset, "timm:test_resnet", tmp_path / "out", "num_epochs=1", "fold=0", "num_labeled=2")
+    about, weights = json.loads((output / "vlm.json").read_text()), load_file(output / "vlm.safetensors")
+    assert about["settings"]["text_model"] == "wordllama" and len(about["mask_cases"]) <= 2
+    folds = json.loads((dataset.preprocessed / "splits_final.json").read_text())
+    assert set(about["mask_cases"]) <= set(folds[0]["train"])
+    assert not any(key.startswith("text.") for key in weights)  # they come with the package
+    seen = f"It saw the labels of {len(about['mask_cases'])} cases: it is for trainings of fold 0 with num_labeled=2."
+    assert pretraining.what_it_saw(output) == seen
+    vlm = load_vlm(output.rename(tmp_path / "moved"))
+    ids = vlm.tokenize(["two lesions", "lesions two", "a dark spot"])
+    first, second, third = vlm.encode_text(ids).cls
+    torch.testing.assert_close(first, second)  # it knows no order
+    assert not torch.allclose(first, third, atol=1e-2) and not list(vlm.text.parameters())
+    image = vlm.encode_image(torch.randn(1, 3, *vlm.image_size))
+    assert image.tokens.shape == (1, vlm.grid[0] * vlm.grid[1], 16)
+
+
+@pytest.mark.parametrize("name, depth", [("test_vit", 1), ("test_resnet", 2), ("test_convnext", 2)])
+def test_patches_are_of_16_pixels_where_a_network_has_such(name, depth):
+    """Of images of 160 pixels; the deepest features of the others are of 32."""
+    options = {"model": "", "pretrained": "", "cache_dir": ""}
+    model = AMVLM(*load_towers(f"timm:{name}", "none", None, None, options)[:2], 16, 32)
+    assert (model.depth, model.grid) == (depth, (10, 10))
+
+
+def test_labels_are_seen_where_they_may_be(towers):
+    """A label of two columns of four on a grid of 4 x 4 patches; the last pixels are ignored."""
+    label = np.zeros((1, 1, 32, 32), int)
+    label[..., :12], label[..., 28:] = 1, 2
+    data = SimpleNamespace(load_case=lambda case: (np.random.rand(1, 1, 32, 32), label))
+    model = AMVLM(*load_clip(str(towers), "none"), 16, 32)
+    pairs = Pairs(data, {"a": "b", "c": "d"}, ["a", "c"], model, 0, None, ["a"], 2)
+    assert pairs[0][2].tolist() == [[1, 0.5, 0, 0]] * 4 and (pairs[1][2] == -1).all()
+    assert 0 < Pairs(data, {"a": "b"}, ["a"], model, 0, 0.5, ["a"], 2)[0][2].mean() < 1  # cut with the image
+    task = make_task(towers, itc_weight=1, css_weight=0, local_weight=0, icl_weight=0, mask_weight=2)
+    images, ids, areas = (torch.stack(x) for x in zip(pairs[0], pairs[1], strict=True))
+    terms = task(images, ids, areas)
+    assert list(terms) == ["itc", "mask"] and terms["mask"] > 0
+    assert task(images, ids, torch.full_like(areas, -1))["mask"] == 0
 
 
 def test_crops_are_parts_of_the_image():

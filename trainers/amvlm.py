@@ -17,12 +17,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.settings.base import TeacherSettings, require
-from nnunet_semiseg.text.prompts import check_prompts_are_current, class_names, read_prompts
+from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import dataset_json_file
@@ -148,7 +149,9 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             [*self.case_texts.values(), *self.labeled_texts.values()] if self.case_texts else [*chain(*self.prompts)]
         )
         n_dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
-        axis = read_about(Path(self.settings.vlm), "pre-train again")["settings"].get("slice_axis", 0)
+        about = read_about(Path(self.settings.vlm), "pre-train again")
+        self.refuse_seen_labels(about, plans, configuration, fold, dataset_json)
+        axis = about["settings"].get("slice_axis", 0)
         if n_dims == 3 and axis != 0:
             raise UserError(
                 f"setting vlm={self.settings.vlm}: was pre-trained on slices across axis {axis}, and text masks are of"
@@ -165,6 +168,27 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         except UserError as error:
             raise UserError(f"{'texts.json' if self.case_texts else 'dataset.json'}: {error}") from None
         return plans
+
+    def refuse_seen_labels(self, about: dict, plans: dict, configuration: str, fold, dataset_json: dict) -> None:
+        """Refuse a pre-training that saw labels which this training must not know, of validation cases above all.
+
+        Raises:
+            UserError: there is such a label.
+        """
+        name, seen, number = plans["dataset_name"], about.get("mask_cases"), self.settings.num_labeled
+        if not seen or about.get("dataset") != name:
+            return
+        base = Path(str(nnUNet_preprocessed), name)
+        folder = str(base / PlansManager(plans).get_configuration(configuration).data_identifier)
+        training = cases_of_fold(base, infer_dataset_class(folder).get_identifiers(folder), fold)
+        hidden = sorted(set(seen) - set(take_labeled(training, [], number, dataset_json)[0]))
+        if hidden:
+            wanted = f"fold={fold}" + ("" if number is None else f" num_labeled={number}")
+            raise UserError(
+                f"setting vlm={self.settings.vlm}: its pre-training saw the labels of {hidden[0]} and others,"
+                f" {len(hidden)} in all, which this training must not know: pre-train another with --set {wanted},"
+                " or with --set mask_weight=0"
+            )
 
     def read_case_texts(self, plans: dict, configuration: str) -> tuple[dict[str, str], dict[str, str]]:
         """Texts of the unlabelled cases, and of the labelled ones that have any; none where prompts are asked for."""
@@ -191,6 +215,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         super().initialize()
         generator = self.auxiliary["text_masks"]
         self.mask_optimizer = torch.optim.Adam(generator.parameters(), self.settings.mask_learning_rate)
+        self.optimizer.register_step_pre_hook(self.step_masks)
         n_classes = 1 if self.case_texts else len(self.prompts) - 1
         self.method_state = {"mask_used": torch.zeros(n_classes), "mask_threshold": torch.full((n_classes,), 0.5)}
         if self.settings.mask_gate == 0:
@@ -216,14 +241,23 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return optimizer, scheduler
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Also a step of the text masks, whose gradients are complete."""
-        self.mask_optimizer.zero_grad(set_to_none=True)
+        """The gradients of the masks are cut to a norm of 1, or they would count where all gradients are clipped."""
         terms = super().backward(groups)
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.mask_optimizer)
+        nn.utils.clip_grad_norm_(self.auxiliary["text_masks"].parameters(), 1.0)
+        return terms
+
+    def train_step(self, batch: dict) -> dict:
+        self.mask_optimizer.zero_grad(set_to_none=True)
+        return super().train_step(batch)
+
+    def step_masks(self, *_) -> None:
+        """The step of the masks' optimizer, just before that of the network's."""
         if self.grad_scaler is None:
             self.mask_optimizer.step()
         else:
             self.grad_scaler.step(self.mask_optimizer)
-        return terms
 
     def collect_checkpoint(self) -> dict:
         checkpoint = super().collect_checkpoint()
@@ -372,7 +406,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         """Measure the text masks on labelled training cases, and say which are used and which are not."""
         masks, gate = [self.masks_of(example) for example in self.examples], self.settings.mask_gate
         said = []
-        for k, name in enumerate(class_names(self.dataset_json)[1:]) if masks else ():
+        for k, name in enumerate(self.class_names()) if masks else ():
             labels, known = [e.labels[k] for e in self.examples], [e.known for e in self.examples]
             quality = measure([mask[k] for mask in masks], labels, known)
             use = gate == 0 or quality.area >= gate

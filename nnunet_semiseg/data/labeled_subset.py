@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.schema import read_splits
 
 ORDER_KEY = "labeled_order"
 """in the `semiseg` section of dataset.json: labelled cases in the published order"""
@@ -36,6 +40,29 @@ def take_labeled(
     ordered = sorted(training, key=lambda case: (order.get(case, len(order)), case))
     kept, hidden = ordered[:num_labeled], ordered[num_labeled:]
     return kept, [case for case in validation if case not in hidden], hidden
+
+
+def cases_of_fold(preprocessed: Path, cases: Sequence[str], fold: int | str) -> list[str]:
+    """The training cases of a fold, as nnU-Net's `do_split` has them.
+
+    Args:
+        preprocessed: the dataset's folder with `splits_final.json`; without it nnU-Net makes five folds.
+        cases: all labelled cases.
+        fold: a number, or `all`.
+
+    Raises:
+        UserError: there is no such fold.
+    """
+    if fold == "all":
+        return list(cases)
+    file = preprocessed / "splits_final.json"
+    if file.is_file():
+        folds = read_splits(file, "correct the file, or delete it to have new folds")
+    else:
+        folds = generate_crossval_split(sorted(cases)) if len(cases) >= 5 else []
+    if not isinstance(fold, int) or not 0 <= fold < len(folds):
+        raise UserError(f"{file}: has no fold {fold}: use one of its {len(folds)} folds, or all")
+    return list(folds[fold]["train"])
 
 
 class JoinedDataset:

@@ -30,7 +30,11 @@ TEXT_OPTIONS = {
 
 
 def load_clip(
-    model: str, pretrained: str | None, cache_dir: str | None = None, options: Mapping[str, str] = TEXT_OPTIONS
+    model: str,
+    pretrained: str | None,
+    cache_dir: str | None = None,
+    options: Mapping[str, str] = TEXT_OPTIONS,
+    pretrained_image: bool = False,
 ) -> tuple[nn.Module, Callable]:
     """A model of open_clip's, `.visual` and `.text`, and its tokenizer.
 
@@ -44,6 +48,7 @@ def load_clip(
             OpenAI's own ``.pt`` files, which are TorchScript archives.
         cache_dir: where to look for downloaded weights, and to keep them; default: the hub's own cache.
         options: how messages call model, pretrained and cache_dir, and what else may help.
+        pretrained_image: whether an image half of timm's has timm's weights, where the rest is random.
 
     Raises:
         UserError: unknown model or tag, a checkpoint of another model, weights that cannot be had.
@@ -58,7 +63,7 @@ def load_clip(
     is_archive = file is not None and _is_torchscript(file)
     quick_gelu = is_archive or bool(tag and open_clip.get_pretrained_cfg(model, tag).get("quick_gelu"))
     if untrained or file:
-        weights = {"load_weights": False, "pretrained_text": False}
+        weights = {"load_weights": False, "pretrained_text": False, "pretrained_image": pretrained_image}
     else:
         weights = {"pretrained": tag, "require_pretrained": True}
     local = Path(model.removeprefix("local-dir:"))
@@ -67,7 +72,7 @@ def load_clip(
         own = {"hf_model_name": str(local), "hf_model_pretrained": False}  # its weights are the whole model's
         weights["text_cfg"] = open_clip.get_model_config(model)["text_cfg"] | own
     try:
-        needs_hub = tag or is_hub or (_has_hf_text(model) and not has_text_config)
+        needs_hub = tag or is_hub or pretrained_image or (_has_hf_text(model) and not has_text_config)
         with _quiet(), _hub_or_cache(needs_hub), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an untrained tower must be the same again when a training is resumed
             # force_custom_text: the text half as one module, also where it is part of the model itself

@@ -43,7 +43,7 @@ def examples_of(data, cases: Sequence[str], labels: Sequence, ignore_label: int 
     examples = []
     for case in cases[:: max(math.ceil(len(cases) / MOST), 1)]:
         image, label = data.load_case(case)[:2]
-        label = np.asarray(label)[0]
+        label = np.asarray(label[:])[0]
         known = np.ones_like(label, bool) if ignore_label is None else label != ignore_label
         i = int(((label > 0) & known).sum((1, 2)).argmax())
         of_classes = np.stack([np.isin(label[i], values) for values in labels])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.encoder import is_hf
+from nnunet_semiseg.text.static_words import WordTokenizer, WordTower
 from nnunet_semiseg.text.tokenizer import Tokenizer
 
 HEADS = 4  # of the attention in front of the distributions
@@ -36,23 +37,26 @@ class AMVLM(nn.Module):
     """Both towers, a two-layer head for each of their outputs, and a distribution transformer a modality.
 
     Args:
-        clip: of open_clip, with `.visual` (a ViT, its own or timm's) and `.text`.
-        tokenizer: from `open_clip.get_tokenizer`.
+        clip: of open_clip, with `.visual` (its own or timm's) and `.text`, which may be a `WordTower`.
+        tokenizer: from `open_clip.get_tokenizer`; a `WordTower` has its own.
         dim: d, of the joint space.
         hidden: width of the heads.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Callable, dim: int = 128, hidden: int = 2048):
         super().__init__()
-        self.visual, self.text = clip.visual, clip.text
-        self.tokenize = Tokenizer(tokenizer, may_cut=False)  # one shape for all batches
-        if is_hf(self.text):
-            self.text.output_tokens = True
+        self.visual, self.text = clip.visual.eval(), clip.text  # what is tried below is no image to learn from
+        self.words_alone = isinstance(self.text, WordTower)
+        self.tokenize: Tokenizer | WordTokenizer
+        if isinstance(self.text, WordTower):
+            self.tokenize = self.text.tokenize
+        else:
+            self.tokenize = Tokenizer(tokenizer, may_cut=False)  # one shape for all batches
+            if is_hf(self.text):
+                self.text.output_tokens = True
+        self.depth, self.grid = self._choose_patches()
         with torch.no_grad():
-            try:
-                image = self.image_features(torch.zeros(1, 3, *self.image_size))
-            except AssertionError:  # of open_clip or timm: a convolutional tower has no (N, L, C) output
-                raise UserError("the model's image half has no patch tokens: choose one with a ViT") from None
+            image = self.image_features(torch.zeros(1, 3, *self.image_size))
             text = self.text_features(self.tokenize(["a"]))
         heads = {"image_cls": image[0], "image_tokens": image[1], "text_cls": text[0], "text_tokens": text[1]}
         self.heads = nn.ModuleDict({name: projection(x.shape[-1], hidden, dim) for name, x in heads.items()})
@@ -63,22 +67,34 @@ class AMVLM(nn.Module):
         size = self.visual.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        with torch.no_grad():
-            features = self.visual.forward_intermediates(
-                torch.zeros(1, 3, *self.image_size, device=next(self.parameters()).device), indices=1
-            )
-        return tuple(features["image_intermediates"][-1].shape[2:])
+    def _choose_patches(self) -> tuple[int, tuple[int, int]]:
+        """Which of the image tower's last two outputs is taken, 1 or 2 from its end, and its rows and columns.
+
+        A ViT's last one; of a convolutional tower the deepest with patches of at most 16 pixels.
+        """
+        sizes = []
+        for depth in (1, 2):
+            try:
+                with torch.no_grad():
+                    output = self.visual.forward_intermediates(torch.zeros(1, 3, *self.image_size), indices=depth)
+            except (AssertionError, AttributeError, NotImplementedError):  # of open_clip or timm: it has no such
+                break
+            sizes.append(tuple(output["image_intermediates"][0].shape[2:]))
+        if not sizes:
+            raise UserError("the model's image half gives no features of patches: choose another")
+        small = [16 * size[0] >= self.image_size[0] for size in sizes]
+        return (2, sizes[1]) if small == [False, True] else (1, sizes[0])
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The tower's pooled (B, C) and patch (B, P, C') features of images as `to_tower` makes them."""
-        output = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
-        return output["image_features"], output["image_intermediates"][-1]
+        output = self.visual.forward_intermediates(images, indices=self.depth, normalize_intermediates=True)
+        return output["image_features"], output["image_intermediates"][0].flatten(2).transpose(1, 2)
 
     def text_features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The tower's pooled (B, C) and token (B, L, C') features of ids from `tokenize`."""
+        if self.words_alone:
+            tokens = self.text.embed_tokens(ids)
+            return self.text(tokens, ids), tokens
         if is_hf(self.text):
             pooled, tokens = self.text(ids)
             # open_clip leaves out a CLS token that it pools at

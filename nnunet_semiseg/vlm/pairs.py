@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
@@ -19,34 +20,56 @@ from nnunet_semiseg.vlm.model import AMVLM, to_tower
 
 
 class Pairs(Dataset):
-    """Images as the tower takes them, each with its token ids; of a volume one slice.
+    """Images as the tower takes them, each with its token ids and where it is labelled; of a volume one slice.
+
+    What is labelled comes as the share of each of the tower's patches, (rows, columns), and as -1 where nobody knows.
 
     Args:
         data: nnU-Net's preprocessed cases.
+        masks: the cases whose labels may be seen.
+        ignore_label: its voxels count as not labelled.
         crop: the least share of height and width that a random crop keeps, with any slice of a volume; None: the
             whole image, the middle slice.
     """
 
     def __init__(
-        self, data, texts: dict[str, str], cases: Sequence[str], model: AMVLM, axis: int, crop: float | None = None
+        self,
+        data,
+        texts: dict[str, str],
+        cases: Sequence[str],
+        model: AMVLM,
+        axis: int,
+        crop: float | None = None,
+        masks: Collection[str] = (),
+        ignore_label: int | None = None,
     ):
         self.data, self.cases, self.axis, self.crop = data, list(cases), axis, crop
         self.ids = model.tokenize([texts[case] for case in self.cases]) if cases else None
-        self.size, self.about = model.image_size, model.visual.preprocess_cfg
+        self.size, self.about, self.grid = model.image_size, model.visual.preprocess_cfg, model.grid
+        self.masks, self.ignore_label = set(masks), ignore_label
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        volume = self.data.load_case(self.cases[index])[0]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        case = self.cases[index]
+        loaded = self.data.load_case(case)
+        volume = loaded[0]
         axis = self.axis + 1 if volume.shape[1] > 1 else 1  # 2d cases have one slice
         depth = volume.shape[axis]
         i = depth // 2 if self.crop is None else int(torch.randint(depth, ()))
-        part = volume[(slice(None),) * axis + (i,)]  # of a compressed volume this reads the slice alone
-        image = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
+        part = (slice(None),) * axis + (i,)  # of a compressed volume this reads the slice alone
+        image = torch.from_numpy(np.ascontiguousarray(volume[part], dtype=np.float32))
+        if case in self.masks:
+            mask = torch.from_numpy(np.asarray(loaded[1][part]))
+            image = torch.cat((image, ((mask > 0) & (mask != self.ignore_label)).float()))
         if self.crop is not None:
             image = random_crop(image, self.crop)
-        return to_tower(image[None], self.about, self.size)[0], self.ids[index]
+        area = torch.full(self.grid, -1.0)
+        if case in self.masks:
+            image, mask = image[:-1], image[-1:]
+            area = F.adaptive_avg_pool2d(mask, self.grid)[0]
+        return to_tower(image[None], self.about, self.size)[0], self.ids[index], area
 
 
 def random_crop(image: Tensor, least: float) -> Tensor:

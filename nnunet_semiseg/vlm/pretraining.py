@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +22,22 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
+from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, folder_for, only_one, reading, write_json, written_whole
+from nnunet_semiseg.schema import read_dataset_json
 from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
-from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config, save_text_config
+from nnunet_semiseg.text.open_clip_models import UNTRAINED, save_text_config
+from nnunet_semiseg.text.static_words import WORDLLAMA
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
 from nnunet_semiseg.vlm.text_masks import ABOUT, STATE, WEIGHTS, read_about, read_state
+from nnunet_semiseg.vlm.towers import TIMM, load_towers, split_model
 
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
@@ -55,7 +59,8 @@ def pretrain(
     """Pre-train on the images and texts of a dataset; under torchrun on several GPUs. Interrupted, it goes on.
 
     Args:
-        model: `hf-hub:OWNER/NAME`, `NAME:TAG` of open_clip's or a folder (`PATH`, or `PATH:none` for an untrained one).
+        model: `hf-hub:OWNER/NAME`, `NAME:TAG` of open_clip's, a folder, or `timm:NAME`, an image network of timm's with
+            the words of WordLlama; with `:none` at its end untrained.
         output: default `vlm/CONFIGURATION` below the dataset's results.
         settings: `KEY=VALUE`, of `PretrainingSettings`.
 
@@ -68,7 +73,10 @@ def pretrain(
     """
     chosen = settings_from(PretrainingSettings, parse_assignments(settings))
     name = dataset_folder("nnUNet_preprocessed", dataset).name
-    data, _ = open_cases(name, plans, configuration)
+    data, unlabeled = open_cases(name, plans, configuration)
+    if model.startswith(TIMM):
+        chosen = replace(chosen, text_model=WORDLLAMA)
+    masks, ignore_label = cases_with_masks(name, sorted(set(data.identifiers) - set(unlabeled)), chosen)
     texts = read_texts(name, data.identifiers, chosen.missing_texts)
     if output is None:
         output = dataset_folder("nnUNet_results", dataset) / "vlm" / configuration
@@ -81,7 +89,7 @@ def pretrain(
     rank, device = set_up(device)
     seed_everything(chosen.seed)
     base, weights = split_model(model)
-    clip, tokenizer = load_clip(base, weights, chosen.cache_dir, OPTIONS)
+    clip, tokenizer, config = load_towers(base, weights, chosen.text_model, chosen.cache_dir, OPTIONS)
     vlm = AMVLM(clip, tokenizer, chosen.dim, chosen.hidden)
     cases = np.random.default_rng(chosen.seed).permutation(sorted(texts)).tolist()
     n_held_out = round(chosen.held_out * len(cases))
@@ -91,18 +99,40 @@ def pretrain(
         raise UserError(f"{few}: --set batch_size=NUMBER")
     parts = [(training, chosen.crop), (held_out, None)]
     try:
-        train_pairs, held_out_pairs = (Pairs(data, texts, p, vlm, chosen.slice_axis, crop) for p, crop in parts)
+        train_pairs, held_out_pairs = (
+            Pairs(data, texts, p, vlm, chosen.slice_axis, crop, masks, ignore_label) for p, crop in parts
+        )
     except UserError as error:
         raise UserError(f"texts.json of {name}: {error}") from None
-    about |= {"trained": weights != UNTRAINED, "held_out": held_out}
+    about |= {"trained": weights != UNTRAINED, "held_out": held_out, "mask_cases": sorted(set(masks) & set(training))}
     with alone(output, rank), reading(Path(data.folders[0])):
         if rank == 0:
-            write_json(model_config(base, clip), output / "open_clip_config.json")
-            if is_hf(clip.text):
+            write_json(config, output / "open_clip_config.json")
+            if not chosen.text_model and is_hf(clip.text):
                 save_text_config(clip, tokenizer, output)
             write_json(about, output / ABOUT)
         Pretraining(vlm, chosen, train_pairs, held_out_pairs, [texts[c] for c in held_out], output, device, rank).run()
     return output
+
+
+def cases_with_masks(dataset: str, labeled: list[str], settings: PretrainingSettings) -> tuple[list[str], int | None]:
+    """The labelled cases whose labels the pre-training may see, and the ignore label."""
+    if not settings.mask_weight:
+        return [], None
+    base = dataset_folder("nnUNet_preprocessed", dataset)
+    dataset_json = read_dataset_json(base)
+    training = cases_of_fold(base, labeled, "all" if settings.fold is None else settings.fold)
+    return take_labeled(training, [], settings.num_labeled, dataset_json)[0], dataset_json["labels"].get("ignore")
+
+
+def what_it_saw(output: Path) -> str:
+    """Whose labels a pre-training saw, and so which trainings may use it."""
+    about = read_about(output, f"remove {output} to begin anew")
+    if not (seen := about.get("mask_cases")):
+        return "It saw no label: a training of any fold may use it."
+    fold, number = about["settings"].get("fold"), about["settings"].get("num_labeled")
+    only = f"fold {'all' if fold is None else fold}" + ("" if number is None else f" with num_labeled={number}")
+    return f"It saw the labels of {len(seen)} cases: it is for trainings of {only}."
 
 
 @contextmanager
@@ -132,16 +162,6 @@ def check_goes_on(about: dict, output: Path) -> None:
     if changed := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
         other = f"holds a pre-training of before {', '.join(changed)} changed"
         raise UserError(f"{output}: {other}: remove it, or choose another folder with -o")
-
-
-def split_model(model: str) -> tuple[str, str | None]:
-    """`NAME:TAG` to name and tag; what has no tag brings its own weights."""
-    if model.endswith(f":{UNTRAINED}"):
-        return model.removesuffix(f":{UNTRAINED}"), UNTRAINED
-    if model.startswith(("hf-hub:", "local-dir:")) or ":" not in model:
-        return model, None
-    name, _, tag = model.rpartition(":")
-    return name, tag
 
 
 def set_up(device: str) -> tuple[int, torch.device]:
@@ -218,9 +238,9 @@ class Pretraining:
         accumulation = self.settings.accumulation
         bar = tqdm(self.loader, desc=f"epoch {self.epoch + 1}", disable=self.rank > 0, leave=False)
         for i, batch in enumerate(bar, 1):
-            images, ids = (x.to(self.device, non_blocking=True) for x in batch)
+            given = [x.to(self.device, non_blocking=True) for x in batch]
             with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-                terms = task(images, ids)
+                terms = task(*given)
             loss = sum(terms.values())
             window = (i - 1) // accumulation * accumulation
             self.scaler.scale(loss / min(accumulation, len(self.loader) - window)).backward()
@@ -242,7 +262,7 @@ class Pretraining:
             return {}
         self.task.eval()
         model = self.task.model
-        encoded = [[e.cls for e in model(*(x.to(self.device) for x in batch))] for batch in self.held_out]
+        encoded = [[e.cls for e in model(*(x.to(self.device) for x in batch[:2]))] for batch in self.held_out]
         image, text = (torch.cat(part) for part in zip(*encoded, strict=True))
         return retrieval(image, text, self.held_out_texts)
 

@@ -41,6 +41,14 @@ class PretrainingSettings:
     css_weight: float = 0.5
     local_weight: float = 0.1
     icl_weight: float = 0.1
+    mask_weight: float = 1.0
+    """of what the labels say: where in a labelled image its text is; 0: labels are not looked at"""
+    fold: int | None = None
+    """look at the labels of this fold's training cases alone; None: of all, for trainings with fold all"""
+    num_labeled: int | None = None
+    """and only at the first so many of these, as with the trainers' setting of this name"""
+    text_model: str | None = None
+    """`wordllama`: its trained and frozen embeddings of words in place of the model's text half"""
     held_out: float = 0.1
     """share of the cases that retrieval is measured on"""
     crop: float = 0.9
@@ -64,8 +72,10 @@ class PretrainingSettings:
             raise UserError("settings itc_weight, css_weight, local_weight, icl_weight: one must be above 0")
         for name in ("learning_rate", "temperature"):
             require(self, name, minimum=1e-12)
-        for name in ("weight_decay", "itc_weight", "css_weight", "local_weight", "icl_weight", "num_workers", "seed"):
+        terms = ("itc_weight", "css_weight", "local_weight", "icl_weight", "mask_weight")
+        for name in (*terms, "weight_decay", "num_workers", "seed", "fold"):
             require(self, name, minimum=0)
+        require(self, "num_labeled", minimum=1)
         for name in ("warmup", "momentum", "crop"):
             require(self, name, minimum=0, maximum=1)
         require(self, "held_out", minimum=0, maximum=0.9)
@@ -91,7 +101,13 @@ class PretrainingTask(nn.Module):
         self.momentum.heads.train(mode)  # keys are centred by their own batch, as what they are compared with is
         return self
 
-    def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, ids: Tensor, areas: Tensor | None = None) -> dict[str, Tensor]:
+        """The terms by name.
+
+        Args:
+            images, ids: as `Pairs` has them.
+            areas: the labelled share of each patch (B, rows, columns); None, where no label is seen.
+        """
         s, t = self.settings, self.settings.temperature
         image, text = self.model(images, ids)
         with torch.no_grad():
@@ -119,6 +135,8 @@ class PretrainingTask(nn.Module):
             for encoding, of in ((image, image_of), (text, text_of)):
                 icl = icl + losses.intra_modal_contrast(encoding.cls, losses.draw(of[1]), encoding.valid, t) / 2
             terms["icl"] = s.icl_weight * icl / 2
+        if areas is not None and s.mask_weight:
+            terms["mask"] = s.mask_weight * losses.mask_supervision(image.tokens, text.cls, areas.flatten(1))
         return terms
 
     def supervision(self, name: str, own, other, distribution) -> Tensor:
@@ -135,6 +153,8 @@ class PretrainingTask(nn.Module):
     def update_momentum(self) -> None:
         average = get_ema_multi_avg_fn(self.settings.momentum)
         average(list(self.momentum.parameters()), list(self.model.parameters()), None)
+        for own, online in zip(self.momentum.visual.buffers(), self.model.visual.buffers(), strict=True):
+            own.copy_(online)  # of batch norms, which it has in eval mode
 
 
 def gather(x: Tensor) -> Tensor:

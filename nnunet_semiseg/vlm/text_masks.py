@@ -19,6 +19,7 @@ from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
 from nnunet_semiseg.vlm.losses import info_nce, one_way
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
 from nnunet_semiseg.vlm.pamr import refine
+from nnunet_semiseg.vlm.towers import with_words
 
 ABOUT, WEIGHTS, STATE = "vlm.json", "vlm.safetensors", "training_state.safetensors"
 RAW_SHARE = 0.3
@@ -52,6 +53,8 @@ def load_vlm(folder: str | Path) -> AMVLM:
         clip, tokenizer = load_clip(str(folder), UNTRAINED)
     except UserError as error:
         raise UserError(f"{folder}: its towers cannot be built: {fix} [{error}]") from None
+    if settings.get("text_model"):
+        with_words(clip)
     vlm = AMVLM(clip, tokenizer, settings["dim"], settings["hidden"])
     try:
         vlm.load_state_dict(load_file(folder / WEIGHTS))
@@ -77,8 +80,8 @@ def read_state(folder: Path) -> dict:
 def read_about(folder: Path, fix: str) -> dict:
     """The checked `vlm.json` of a pre-training. Raises UserError where it is missing, damaged or another file."""
     about = read_json(folder / ABOUT, fix)
-    check(about, {"settings": dict}, folder / ABOUT, fix)
-    sizes = {"dim": int, "hidden": int, "slice_axis?": int, "num_epochs?": int}
+    check(about, {"settings": dict, "mask_cases?": list[str]}, folder / ABOUT, fix)
+    sizes = {"dim": int, "hidden": int, "slice_axis?": int, "num_epochs?": int, "text_model?": str | None}
     check(about["settings"], sizes, folder / ABOUT, fix, '"settings" ')
     if min(about["settings"]["dim"], about["settings"]["hidden"]) < 1:
         raise UserError(f"{folder / ABOUT}: dim and hidden must be 1 or more: {fix}")

@@ -1,0 +1,247 @@
+"""Masks that another model made of a dataset's images: checked, brought to our values, measured on labelled cases."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_semiseg.data.headers import header_problem, read_header
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, geometry_difference, one_line_of
+from nnunet_semiseg.data.labeled import label_values, labeled_files
+from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.data.written_images import write_image
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, write_json
+from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.schema import check_name, read_dataset_json
+
+EXTERNAL, RECORD = "external", "masks.json"
+"""a folder of the raw dataset, with a folder for each model; in that one, what was measured"""
+LEAST_DICE = 0.5
+"""of a class on the labelled cases; where it is less, nothing is learnt from the masks of this class"""
+ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".png", ".tif", ".tiff", ".bmp")
+
+
+def add_masks(
+    dataset: int | str, name: str, folder: str | Path, assignments: Sequence[str] = (), num_processes: int = 0
+) -> dict[str, dict]:
+    """Write `external/NAME/imagesTr|imagesUn` of the raw dataset, a label file for each case, and `masks.json`.
+
+    Masks of before with this name are replaced, when all new ones are known to be good.
+
+    Args:
+        name: of the other model.
+        folder: a label file for each case, CASE.nii.gz or the like, also in folders of its own. Not every case
+            needs one.
+        assignments: `VALUE=CLASS`, of the values in these files; other values are background. None: the values are
+            those of dataset.json.
+
+    Returns:
+        Each class with its `dice`, a mean over labelled cases that show it (None where none does), and its `weight`.
+
+    Raises:
+        UserError: wrong names and values; files of no case, or that do not lie upon their image; one line for each.
+    """
+    check_name("--name", name)
+    raw, folder = dataset_folder("nnUNet_raw", dataset), Path(folder)
+    dataset_json = read_dataset_json(raw)
+    classes = classes_of(dataset_json)
+    values = parse_map(assignments, classes)
+    labels = labeled_files(raw, dataset_json)
+    images = {case: Path(files[0]) for case, files in labels.items()}
+    if (raw / IMAGES_FOLDER).is_dir():
+        images |= {case: Path(files[0]) for case, files in find_unlabeled_cases(raw, dataset_json).items()}
+    files = find_masks(folder, images, raw)
+    if not files.keys() & labels.keys():
+        raise UserError(
+            f"{folder}: has no mask of a labelled case: run the other model on imagesTr, too, to measure it"
+        )
+
+    output = raw / EXTERNAL / name
+    unfinished = output.with_name(f".{name}.{os.getpid()}.tmp")
+    ending, ignore = dataset_json["file_ending"], dataset_json["labels"].get("ignore")
+    jobs = []
+    for case, file in files.items():
+        label = Path(labels[case][-1]) if case in labels else None
+        target = unfinished / ("imagesTr" if label else IMAGES_FOLDER) / f"{case}{ending}"
+        known = sorted(label_values(dataset_json) - {ignore})
+        jobs.append((case, file, images[case], label, target, values, known, classes, ignore))
+    with disk_errors(raw), only_one(raw / f"{EXTERNAL}.lock", "adds masks"):
+        try:
+            for part in ("imagesTr", IMAGES_FOLDER):
+                (unfinished / part).mkdir(parents=True)
+            found = list(run_jobs(_add_case, jobs, num_processes))
+            if problems := sorted(problem for _, problem, _ in found if problem):
+                raise UserError("\n".join(problems))
+            measured = {case: dice for case, _, dice in sorted(found, key=lambda x: x[0]) if case in labels}
+            result = weigh(measured, classes)
+            write_json({"map": list(assignments), "classes": result, "dice": measured}, unfinished / RECORD)
+            shutil.rmtree(output, ignore_errors=True)
+            unfinished.rename(output)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return result
+
+
+def classes_of(dataset_json: dict) -> dict[str, list[int]]:
+    """Each foreground class, or region, with its values."""
+    labels = {k: v if isinstance(v, list) else [v] for k, v in dataset_json["labels"].items() if k != "ignore"}
+    return {name: values for name, values in labels.items() if set(values) != {0}}
+
+
+def parse_map(assignments: Sequence[str], classes: Mapping[str, Sequence[int]]) -> dict[int, int]:
+    """`["5=liver"]` to value in the files to value in the dataset.
+
+    Raises:
+        UserError: something else, a value twice, a class that the dataset does not have, a region of several values.
+    """
+    values: dict[int, int] = {}
+    for word in assignments:
+        value, equals, name = word.partition("=")
+        if not (equals and name and value.strip().isdecimal()):
+            raise UserError(f"--map {word}: write VALUE=CLASS, for example --map 5=liver")
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"its classes are {', '.join(classes)}"
+            raise UserError(f'--map {word}: the dataset has no class "{name}", and cannot learn it from masks: {hint}')
+        if len(classes[name]) > 1:
+            raise UserError(f"--map {word}: {name} is a region of several values: name a region of one")
+        if int(value) in values:
+            raise UserError(f"--map: the value {int(value)} is named twice: leave one")
+        values[int(value)] = classes[name][0]
+    return values
+
+
+def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str, Path]:
+    """The mask of each case, and no other file.
+
+    Masks of test cases are passed over: nothing is learnt from them.
+
+    Raises:
+        UserError: no such folder, no masks, a file of no case, two files of one case.
+    """
+    if not folder.is_dir():
+        raise UserError(f"-i {folder}: no such folder: give the one with the other model's masks")
+    test = {file.name.rpartition("_0000")[0] for file in (raw / "imagesTs").glob("*_0000.*")}
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        ending = next((e for e in ENDINGS if file.name.endswith(e)), None)
+        if ending is None or file.name.startswith("."):
+            continue
+        case = file.name.removesuffix(ending)
+        if case in test and case not in images:
+            continue
+        if case not in images:
+            near = difflib.get_close_matches(case, images, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}? rename it" if near else "name it as a case of imagesTr or imagesUn"
+            raise UserError(f"{file}: there is no case {case}: {hint}, or take it out")
+        if case in found:
+            raise UserError(f"{file}: {found[case]} is of the same case: take one of them out")
+        found[case] = file
+    if not found:
+        raise UserError(
+            f"-i {folder}: no masks: it needs a label file for each case, such as {next(iter(images))}.nii.gz"
+        )
+    return found
+
+
+def weigh(measured: Mapping[str, Mapping[str, float | None]], classes: Sequence[str] | Mapping) -> dict[str, dict]:
+    """Each class's mean Dice over the labelled cases that show it, and its weight: the Dice, or 0 below 0.5.
+
+    Args:
+        measured: of each labelled case the Dice of each class, None where neither label nor mask shows it.
+    """
+    result = {}
+    for name in classes:
+        scores = [dice[name] for dice in measured.values()]
+        scores = [score for score in scores if score is not None]
+        mean = float(np.mean(scores)) if scores else None
+        weight = mean if mean is not None and mean >= LEAST_DICE else 0.0
+        result[name] = {"dice": mean, "cases": len(scores), "weight": weight}
+    return result
+
+
+def table(result: Mapping[str, Mapping]) -> str:
+    """What `add_masks` measured, a line for each class."""
+    width = max(len("class"), *map(len, result))
+    lines = [f"{'class':{width}}  labelled cases   Dice  weight"]
+    for name, row in result.items():
+        dice = "     –" if row["dice"] is None else f"{row['dice']:6.3f}"
+        lines.append(f"{name:{width}}  {row['cases']:14d} {dice}  {row['weight']:6.3f}")
+    return "\n".join(lines)
+
+
+def _add_case(
+    case: str, file: Path, image: Path, label: Path | None, target: Path, values: Mapping[int, int],
+    known: Sequence[int], classes: Mapping[str, Sequence[int]], ignore: int | None,
+) -> tuple[str, str | None, dict[str, float | None]]:  # fmt: skip
+    """Check, map, write and measure one mask: the case, what is wrong, and the Dice of each class."""
+    try:
+        mask, array = read_mask(file, image)
+        mapped = map_values(file, array, values, known)
+    except UserError as error:
+        return case, str(error), {}
+    written = sitk.GetImageFromArray(mapped)
+    written.CopyInformation(mask)
+    write_image(written, target)
+    if label is None:
+        return case, None, {}
+    reference = sitk.GetArrayFromImage(sitk.ReadImage(str(label)))
+    counted = np.ones_like(reference, bool) if ignore is None else reference != ignore
+    a, b = mapped[counted], reference[counted]
+    return case, None, {name: dice(np.isin(a, v), np.isin(b, v)) for name, v in classes.items()}
+
+
+def read_mask(file: Path, image: Path) -> tuple[sitk.Image, np.ndarray]:
+    """A mask and its values.
+
+    Raises:
+        UserError: it cannot be read, has colours, or lies elsewhere than its image.
+    """
+    if problem := header_problem(file, file.parent):
+        raise UserError(f"{file}: {problem}")
+    try:
+        mask = sitk.ReadImage(str(file))
+    except RuntimeError as error:
+        raise UserError(f"{file}: cannot be read ({one_line_of(error)}): make it again, or take it out") from None
+    if mask.GetNumberOfComponentsPerPixel() > 1:
+        raise UserError(f"{file}: has colours: save one value for each class")
+    expected = read_header(image)
+    if expected is not None and (difference := geometry_difference(mask, expected)):
+        raise UserError(f"{file}: {difference} in {image}: resample the mask to the grid of its image")
+    return mask, sitk.GetArrayFromImage(mask)
+
+
+def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: Sequence[int]) -> np.ndarray:
+    """A mask's values as dataset.json has them, (*S) int16.
+
+    Raises:
+        UserError: values that are no whole numbers; without a map, one that dataset.json does not name.
+    """
+    found = np.unique(array)
+    if not np.isfinite(found).all() or (found != np.round(found)).any():
+        raise UserError(f"{file}: has values that are no whole numbers: save one value for each class")
+    unknown = [int(v) for v in found if v not in known]
+    if unknown and not values:
+        named = ", ".join(map(str, known))
+        raise UserError(
+            f"{file}: has the value {unknown[0]}, but dataset.json names {named}: say what is what with --map"
+        )
+    if not values:
+        return array.astype(np.int16)
+    mapped = np.zeros(array.shape, np.int16)
+    for value, own in values.items():
+        mapped[array == value] = own
+    return mapped
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float | None:
+    """2 |a and b| / (|a| + |b|) of bool arrays; None where both are empty."""
+    size = np.count_nonzero(a) + np.count_nonzero(b)
+    return 2 * np.count_nonzero(a & b) / size if size else None
