@@ -184,7 +184,10 @@ def test_images_in_colour_ask_for_channels_at_once(tmp_path):
     with pytest.raises(ValueError, match="images/a.png: in colour: name its channels with --channels red green blue"):
         own.find_cases(folder, labels=["a", "b"])
     write(Image.fromarray(np.stack([FLAT] * 3, -1)), folder / "images" / "b.png")  # grey, in three channels
-    assert len(own.find_cases(folder, labels=["a", "b"]).cases) == 2
+    with pytest.raises(
+        ValueError, match="^case a: .*images/a.png: a colour image, where a grey one belongs: .*--channels"
+    ):
+        convert(folder, labels=["a", "b"])
 
 
 def test_a_link_to_nowhere_is_said_to_be_one(source):
