@@ -318,6 +318,19 @@ def test_an_image_whose_voxels_are_in_another_file_is_whole_without_it(ending, d
     assert np.array_equal(voxels(raw / "labelsTr" / f"a{ending}"), ORGAN)
 
 
+@pytest.mark.parametrize("layers", [2, 4])
+def test_layers_of_a_segmentation_are_not_dropped(layers, source):
+    (source / "labels" / "c0.nii.gz").unlink()
+    array = np.stack([ORGAN.T] + [0 * ORGAN.T] * (layers - 1), -1)
+    label = sitk.GetImageFromArray(array, isVector=True)
+    label.SetSpacing((1, 1, 1.5))
+    sitk.WriteImage(label, str(source / "labels" / "c0.seg.nrrd"))
+    with pytest.raises(
+        ValueError, match=f"^case c0: .*c0.seg.nrrd: {layers} values a voxel, where one belongs: save it"
+    ):
+        convert(source)
+
+
 def test_nan_is_filled_on_demand(source, raw, capsys):
     for i in (1, 3):
         array = image(i, np.float32)

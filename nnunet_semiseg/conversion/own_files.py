@@ -23,6 +23,7 @@ from nnunet_semiseg.conversion.pictures import mode_of, read_colour_mask, read_c
 from nnunet_semiseg.conversion.readers import (
     find_modalities,
     find_series,
+    one_channel,
     read_dicom_channel,
     read_dicom_picture,
     read_dicom_series,
@@ -364,7 +365,8 @@ class Files:
 
     def _loaded(self, path: Path) -> sitk.Image:
         reader = self._picture_reader(path)
-        return load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
+        label = load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
+        return label if label.GetDimension() == 2 else one_channel(label, str(path))
 
 
 def _words(names: Iterable[str]) -> str:
