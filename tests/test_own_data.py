@@ -546,8 +546,19 @@ def test_archives_from_windows(source, raw, tmp_path):
 def test_what_is_written_anew_is_said(source, raw, capsys):
     (source / "images" / "c0.nii.gz").unlink()
     sitk.WriteImage(sitk.ReadImage(str(source / "labels" / "c0.nii.gz")), str(source / "images" / "c0.mhd"))
+    nii(255 * ORGAN, source / "labels" / "c1.nii.gz")
+    label = sitk.ReadImage(str(source / "labels" / "c1.nii.gz"))
+    (source / "labels" / "c1.nii.gz").unlink()
+    sitk.WriteImage(label, str(source / "labels" / "c1.nrrd"))
     convert(source)
-    assert "1 .mhd are written as .nii.gz, voxel by voxel" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for line in (
+        "note: 1 .mhd are written as .nii.gz, voxel by voxel",
+        "note: 1 .nrrd labels are written as .nii.gz, voxel by voxel",
+        "note: label value 255 is written as 1",
+    ):
+        assert line in printed
+    assert np.array_equal(voxels(raw / "labelsTr" / "c1.nii.gz"), ORGAN)
 
 
 # -------------------------------------------------------------------------------------------------------------- stacks
