@@ -590,9 +590,10 @@ def test_colour_pictures_are_three_channels_of_one_file(names, pictures, raw):
     shutil.rmtree(pictures / "images")
     for name in names:
         picture(pictures / "images" / name, np.stack([GRAY, GRAY + 1, GRAY + 2], -1))
-    with pytest.raises(ValueError, match="a.*.png: a colour image, where a grey one belongs: .*--channels"):
+    with pytest.raises(ValueError, match="a.*.png: in colour: name its channels with --channels"):
         convert(pictures, 801, **OPTIONS)
-    convert(pictures, 801, **OPTIONS, channels=["red", "green", "blue"], overwrite=True)
+    assert not raw.exists()
+    convert(pictures, 801, **OPTIONS, channels=["red", "green", "blue"])
     assert voxels(raw / "imagesTr" / "a_0000.png").shape == (4, 6, 3)
 
 

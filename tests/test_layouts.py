@@ -500,3 +500,10 @@ def test_masks_beside_a_label_of_the_whole_case():
     )
     paths = tree("s{0,1}/ct.nii.gz s0/seg.nii.gz s0/{brain,liver}_mask.nii.gz")
     assert recognise(paths, classes=["liver"]).labels["s0"].keys() == {"", "brain", "liver"}
+
+
+def test_a_folder_that_is_called_like_a_channel_holds_cases():
+    layout = recognise(tree("CT/{1,2}/D.dicom MR/{1,2}/D.dicom CT/1/Ground/{1,2}.png"), ["CT"])
+    assert layout.images == {"1": {"": "CT/1/D.dicom"}, "2": {"": "CT/2/D.dicom"}}
+    assert layout.labels == {"1": {"": "CT/1/Ground.stack"}}
+    assert layout.left_out == dict.fromkeys(tree("MR/{1,2}/D.dicom"), "in no folder that is called CT")

@@ -184,7 +184,10 @@ def test_images_in_colour_ask_for_channels_at_once(tmp_path):
     with pytest.raises(ValueError, match="images/a.png: in colour: name its channels with --channels red green blue"):
         own.find_cases(folder, labels=["a", "b"])
     write(Image.fromarray(np.stack([FLAT] * 3, -1)), folder / "images" / "b.png")  # grey, in three channels
-    assert len(own.find_cases(folder, labels=["a", "b"]).cases) == 2
+    with pytest.raises(
+        ValueError, match="^case a: .*images/a.png: a colour image, where a grey one belongs: .*--channels"
+    ):
+        convert(folder, labels=["a", "b"])
 
 
 def test_a_link_to_nowhere_is_said_to_be_one(source):
@@ -313,6 +316,19 @@ def test_an_image_whose_voxels_are_in_another_file_is_whole_without_it(ending, d
     shutil.rmtree(tmp_path / "d")
     assert np.array_equal(voxels(raw / "imagesTr" / f"a_0000{ending}"), image())
     assert np.array_equal(voxels(raw / "labelsTr" / f"a{ending}"), ORGAN)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_layers_of_a_segmentation_are_not_dropped(layers, source):
+    (source / "labels" / "c0.nii.gz").unlink()
+    array = np.stack([ORGAN.T] + [0 * ORGAN.T] * (layers - 1), -1)
+    label = sitk.GetImageFromArray(array, isVector=True)
+    label.SetSpacing((1, 1, 1.5))
+    sitk.WriteImage(label, str(source / "labels" / "c0.seg.nrrd"))
+    with pytest.raises(
+        ValueError, match=f"^case c0: .*c0.seg.nrrd: {layers} values a voxel, where one belongs: save it"
+    ):
+        convert(source)
 
 
 def test_nan_is_filled_on_demand(source, raw, capsys):
@@ -530,8 +546,19 @@ def test_archives_from_windows(source, raw, tmp_path):
 def test_what_is_written_anew_is_said(source, raw, capsys):
     (source / "images" / "c0.nii.gz").unlink()
     sitk.WriteImage(sitk.ReadImage(str(source / "labels" / "c0.nii.gz")), str(source / "images" / "c0.mhd"))
+    nii(255 * ORGAN, source / "labels" / "c1.nii.gz")
+    label = sitk.ReadImage(str(source / "labels" / "c1.nii.gz"))
+    (source / "labels" / "c1.nii.gz").unlink()
+    sitk.WriteImage(label, str(source / "labels" / "c1.nrrd"))
     convert(source)
-    assert "1 .mhd are written as .nii.gz, voxel by voxel" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for line in (
+        "note: 1 .mhd are written as .nii.gz, voxel by voxel",
+        "note: 1 .nrrd labels are written as .nii.gz, voxel by voxel",
+        "note: label value 255 is written as 1",
+    ):
+        assert line in printed
+    assert np.array_equal(voxels(raw / "labelsTr" / "c1.nii.gz"), ORGAN)
 
 
 # -------------------------------------------------------------------------------------------------------------- stacks

@@ -11,11 +11,12 @@ from nnunet_semiseg.conversion.names import SERIES, Name, is_visit, part_of, pla
 Folders = tuple[str, ...]
 
 
-def case_folders(names: Iterable[Name]) -> dict[Name, Folders]:
+def case_folders(names: Iterable[Name], channels: Sequence[str] | None) -> dict[Name, Folders]:
     """The folder of each file's case; empty where it lies in none.
 
     It is the uppermost one below those of training and test. Where several folders in it have a label of their own, or
-    are visits, each of them is a case: `CT/1`, `MR/2/T1` and `MR/2/T2`, `P1/2020-01-05`.
+    are visits, or it is called like a wanted channel, each of them is a case: `CT/1`, `MR/2/T1` and `MR/2/T2`,
+    `P1/2020-01-05`.
     """
     names = list(names)
     starts, places = {}, {}
@@ -26,7 +27,8 @@ def case_folders(names: Iterable[Name]) -> dict[Name, Folders]:
     series = {places[name] for name in names if name.ending == SERIES}
     above_series = {place[:n] for place in series for n in range(len(place) + 1)}
     homes = {_longest(places[name], above_series) for name in names if is_label(name)}
-    keys = _split(series, {home[:n] for home in homes for n in range(1, len(home) + 1)})
+    labelled = {home[:n] for home in homes for n in range(1, len(home) + 1)}
+    keys = _split(series, labelled, {plain(channel) for channel in channels or ()})
     folders = {}
     for name in names:
         key = _longest(places[name], keys)
@@ -40,7 +42,7 @@ def _longest(place: Folders, known: set[Folders]) -> Folders:
     return next((place[:n] for n in range(len(place), 0, -1) if place[:n] in known), ())
 
 
-def _split(series: set[Folders], labelled: set[Folders]) -> set[Folders]:
+def _split(series: set[Folders], labelled: set[Folders], channels: set[str]) -> set[Folders]:
     """Folders of cases: the uppermost ones, split up as long as that takes.
 
     Args:
@@ -57,6 +59,7 @@ def _split(series: set[Folders], labelled: set[Folders]) -> set[Folders]:
         brothers = {key[:-1] for key, found in inner.items() if len(found & labelled) > 1}
         several = max(visits.values(), default=0) > 1
         split = {key for key in inner if key[:-1] in brothers or (several and visits[key])}
+        split |= {key for key, found in inner.items() if len(found) > 1 and plain(key[-1]) in channels}
         if not split:
             return keys
         keys = (keys - split).union(*(inner[key] for key in split))

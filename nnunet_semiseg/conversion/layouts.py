@@ -150,7 +150,7 @@ def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bo
     if any(name.ending == SERIES for name in images):
         slices = len(labels) > 1 and all(name.ending in PICTURES for name in labels)
         known = {folder for name in images for folder in (*name.folders, name.stem)}
-        keys = case_folders(names)
+        keys = case_folders(names, channels)
         matched = any(keys[name] or {name.stem, *name.folders} & known for name in labels)
         alone = (nameless or slices) and not matched
     else:
@@ -270,7 +270,7 @@ def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | No
 def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
     """`P1/P1_t1ce.nii.gz`, `P1/P1_seg.nii.gz`, or with folders therein; `labels/P1.nii.gz` for those without."""
     dicom = any(name.ending == SERIES for name in names)
-    keys = case_folders(names) if dicom else {name: name.above for name in names}
+    keys = case_folders(names, channels) if dicom else {name: name.above for name in names}
     of_labels = {keys[name] for name in names if is_label(name)}
     for name, key in keys.items():  # P1/T1/a.nii.gz beside P1/seg.nii.gz
         keys[name] = next((key[:n] for n in range(1, len(key)) if key[:n] in of_labels), key)

@@ -23,6 +23,7 @@ from nnunet_semiseg.conversion.pictures import mode_of, read_colour_mask, read_c
 from nnunet_semiseg.conversion.readers import (
     find_modalities,
     find_series,
+    one_channel,
     read_dicom_channel,
     read_dicom_picture,
     read_dicom_series,
@@ -83,25 +84,15 @@ class Files:
         Raises:
             UserError: labels or channels that must be named first; the message says what was found.
         """
-        by_name = {name: self.place(name) for files in layout.images.values() for name in files.values()}
-        images = list(by_name.values())
-        self.sizes = _sizes(images)
-        self.named = len(self.channels) > 1 and any("" not in files for files in layout.images.values())
-        dims = Counter(min(len(size), 3) for size in self.sizes.values())
+        self.sizes = _sizes(self.place(name) for files in layout.images.values() for name in files.values())
         self._leave_out_4d(layout)
+        images = [self.place(name) for files in layout.images.values() for name in files.values()]
+        self.named = len(self.channels) > 1 and any("" not in files for files in layout.images.values())
+        dims = Counter(min(len(self.sizes[path]), 3) for path in images if path in self.sizes)
         self.dims = dims.most_common(1)[0][0] if dims else 3
         self._check_channels(layout)
         names = self._classes(layout, labels, given, folder)
         ending = _file_ending(images, self.dims)
-        kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
-        other = Counter(name[-len(e) :] for name in by_name if not name.endswith(ending) and (e := Name(name).ending))
-        notes = [f"{n} {kinds.get(e, e)} are written as {ending}, voxel by voxel" for e, n in other.items()]
-        if self.classes and not labels:
-            notes.append(f"each class has a mask of its own: choose some of them with --labels {_words(self.classes)}")
-        if layout.joined:
-            notes.append(
-                f"labels with different names are taken for the same: {some(layout.joined)}{_if_classes(layout)}"
-            )
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",
             protocol="labelled is what has a label; training, validation and test cases as folders or --split say",
@@ -112,8 +103,25 @@ class Files:
             dims=self.dims,
             label_values=self._label_values(names),
             repair=self.repair,
-            notes=tuple(notes),
+            notes=tuple(self._notes(layout, labels, ending)),
         )  # fmt: skip
+
+    def _notes(self, layout: Layout, labels: Sequence[str] | None, ending: str) -> Iterable[str]:
+        """What is written in another format, and what names leave open."""
+        images = [name for files in layout.images.values() for name in files.values()]
+        plain = [name for files in layout.labels.values() if set(files) == {""} for name in files.values()]
+        plain = [
+            name for name in plain if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)
+        ]  # say so alone
+        kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
+        for what, found in (("", images), (" labels", plain)):
+            other = Counter(name[-len(Name(name).ending) :] for name in found if not name.endswith(ending))
+            for kind, n in other.items():
+                yield f"{n} {kinds.get(kind, kind)}{what} are written as {ending}, voxel by voxel"
+        if self.classes and not labels:
+            yield f"each class has a mask of its own: choose some of them with --labels {_words(self.classes)}"
+        if layout.joined:
+            yield f"labels with different names are taken for the same: {some(layout.joined)}{_if_classes(layout)}"
 
     def case(self, case: str, layout: Layout) -> Case:
         """With a reader for each file that nnU-Net does not read as it is."""
@@ -332,6 +340,8 @@ class Files:
         plain = self._plain_labels(layout, cases)
         known = set(about.label_map) | (set(self.values.colours) if self.values else set())
         counts = [counted for path in plain[:FEW] if (counted := self._count([path]))]
+        if not self.values and about.label_map.get(255) == 1 and any(255 in counted for counted in counts):
+            print("note: label value 255 is written as 1")
         if not counts or any(counted.keys() <= known for counted in counts):
             return
         by_path = {path: self._count([path]) for path in plain[:MANY]}
@@ -364,7 +374,8 @@ class Files:
 
     def _loaded(self, path: Path) -> sitk.Image:
         reader = self._picture_reader(path)
-        return load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
+        label = load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
+        return label if label.GetDimension() == 2 else one_channel(label, str(path))
 
 
 def _words(names: Iterable[str]) -> str:

@@ -167,10 +167,13 @@ def read_gray(path: Path) -> sitk.Image:
 
 def one_channel(image: sitk.Image, name: str) -> sitk.Image:
     """The image itself, or the first of its colour channels, if all are alike. Raises UserError if they are not."""
-    if image.GetNumberOfComponentsPerPixel() == 1:
+    number = image.GetNumberOfComponentsPerPixel()
+    if number == 1:
         return image
     voxels = sitk.GetArrayViewFromImage(image)
-    colours = 3 if image.GetNumberOfComponentsPerPixel() >= 3 else 1  # grey and alpha
+    if image.GetDimension() > 2:  # a segmentation of 3D Slicer's has a layer for each of several that overlap
+        raise UserError(f"{name}: {number} values a voxel, where one belongs: save it as one volume, without layers")
+    colours = 3 if number >= 3 else 1  # grey and alpha
     if not (voxels[..., :colours] == voxels[..., :1]).all():
         raise UserError(f"{name}: a colour image, where a grey one belongs: save it so, or name all --channels")
     return sitk.VectorIndexSelectionCast(image, 0)
