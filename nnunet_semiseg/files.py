@@ -55,12 +55,22 @@ def base_folder(variable: str) -> Path:
 
 
 def folder_for(output: str | Path) -> Path:
-    """The folder that `-o` names. Raises UserError where it, or what is above it, is a file."""
+    """The folder that `-o` names. Raises UserError where it is empty, or where it, or what is above it, is a file."""
+    if not str(output):
+        raise UserError("-o is empty: name a folder")
     output = Path(output).absolute()
     there = next(path for path in (output, *output.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there}: is a file: name a folder with -o")
     return output
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it. Raises DiskError where the system does not, whatever it says."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # in /proc it says that there is no such file
+        raise disk_error(error.filename or folder, error.strerror) from None
 
 
 def read_json(file: Path, fix: str, kind: type = dict) -> Any:
@@ -160,7 +170,7 @@ def disk_errors(place: Path | str) -> Iterator[None]:
 
 def disk_error(place: Path | str, cause: str) -> DiskError:
     """The error of a file that could not be written."""
-    fix = "make room or use another disk, then run the command again (a training: with --c)"
+    fix = "make room or use another disk, then run the command again"
     return DiskError(f"{place}: cannot be written ({cause}): {fix}")
 
 

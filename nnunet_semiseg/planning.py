@@ -197,6 +197,8 @@ def plan_and_preprocess(
     if len(num_processes) not in (1, len(configurations)):
         raise UserError(f"-np {' '.join(map(str, num_processes))}: give one number, or one for each of -c")
     dataset_ids = list(dataset_ids)
+    if unknown := sorted(set(configurations) - {*DEFAULT_CONFIGURATIONS, "3d_cascade_fullres"}):
+        raise UserError(f"-c {unknown[0]}: no such configuration: use {' or '.join(DEFAULT_CONFIGURATIONS)}")
     if gpu_memory_target is not None and gpu_memory_target < LEAST_GPU:
         raise UserError(f"-gpu_memory_target {gpu_memory_target:g}: give {LEAST_GPU:g} GB or more")
     for dataset_id in dataset_ids:
@@ -280,7 +282,7 @@ def _preprocess_labeled(
         try:
             with _in_one_line(folder):
                 preprocess_dataset(
-                    dataset_id, plans["plans_name"], [configuration], [num_processes], verbose, show_progress_bar
+                    dataset_id, plans["plans_name"], [configuration], [num_processes or 1], verbose, show_progress_bar
                 )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -402,7 +404,6 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
     read_prompts(dataset_json, str(raw / "dataset.json"))
-    unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
@@ -418,6 +419,10 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
             f'{raw / "dataset.json"}: "channel_names" names {named} channels, but {case} has {found}: name those that'
             " there are, or add the missing files"
         )
+    for case, files in labeled.items():
+        if len(files) != len(images):
+            raise UserError(f"{files[0]}: {case} has {len(files)} images, and {next(iter(labeled))} has {len(images)}")
+    unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     if target_spacing:
         _check_target_spacing(target_spacing, images[0], named)
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"

@@ -196,6 +196,9 @@ def _check_labels(content: dict, file: str | Path) -> None:
         if not values or min(values) < 0:
             what = f"is {values[0]}" if len(values) == 1 else f"is {values}"
             raise UserError(f'{file}: label "{name}" {what}, but labels are 0 or more: {DATASET_FIX}')
+        if len(values) > 1 and (0 in values or len(set(values)) < len(values)):
+            what = "the background in it" if 0 in values else "a value twice"
+            raise UserError(f'{file}: label "{name}" is {values}, and has {what}: {DATASET_FIX}')
     if labels.get("background") != [0] or isinstance(content["labels"]["background"], list):
         raise UserError(f'{file}: "labels" must have "background": 0: {DATASET_FIX}')
     if not classes:

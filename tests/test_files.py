@@ -16,6 +16,8 @@ from nnunet_semiseg.files import (
     BusyError,
     DiskError,
     disk_errors,
+    folder_for,
+    make_folder,
     only_one,
     put_back,
     read_json,
@@ -61,6 +63,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_file_as_it_was(tmp_path):
     assert str(error.value).startswith(f"{file}: cannot be written (No space left on device): make room")
     assert "\n" not in str(error.value)
     assert read_json(file, "fix it") == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_folder_that_cannot_be_made_or_is_none(tmp_path):
+    with pytest.raises(DiskError, match="^/proc/x: cannot be written .No such file or directory.: make room"):
+        make_folder(Path("/proc/x/logs"))
+    with pytest.raises(UserError, match="^-o is empty: name a folder$"):
+        folder_for("")
+    make_folder(tmp_path / "a" / "b")
+    assert folder_for(tmp_path / "a") == tmp_path / "a" and (tmp_path / "a" / "b").is_dir()
 
 
 def test_a_read_only_disk_is_named_with_its_path(tmp_path):

@@ -27,7 +27,7 @@ from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import base_folder, disk_errors, only_one, reading, write_json
+from nnunet_semiseg.files import DiskError, base_folder, disk_errors, only_one, reading, write_json
 from nnunet_semiseg.schema import OTHER_PLANS, PLANS, check, check_architecture, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
@@ -241,6 +241,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 half.unlink(missing_ok=True)
             try:
                 super().run_training()
+            except DiskError as error:
+                there = any(Path(self.output_folder, file).is_file() for file in LAST)
+                raise DiskError(f"{error}, with --c") if there else error from None
             finally:
                 for loader in (self.dataloader_train, self.dataloader_val):
                     stop(loader)
