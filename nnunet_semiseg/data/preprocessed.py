@@ -267,11 +267,11 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     dataset_json = read_dataset_json(raw or preprocessed)
     _check_description(raw, preprocessed, dataset_json, fix)
     now = {case: dict(entry) for case, entry in record["cases"].items()}
-    _check_made(folder, cases, now, dataset_json, fix)
+    look = preprocess_unlabeled_again(plans, configuration)
+    if raw and not (raw / IMAGES_FOLDER).is_dir():
+        look = f"{fix} --labeled_only"
+    _check_made(folder, cases, now, dataset_json, fix, look)
     if raw and (files := labeled_files(raw, dataset_json)):
-        look = preprocess_unlabeled_again(plans, configuration)
-        if not (raw / IMAGES_FOLDER).is_dir():
-            look = f"{fix} --labeled_only"
         _check_raw(files, raw, folder, cases, now, fix, look)
     _check_fingerprint(preprocessed, len(cases), fix)
     if now != record["cases"]:  # so that the next start need not read them again
@@ -288,28 +288,33 @@ def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict,
             raise UserError(f'{preprocessed / "dataset.json"}: "{key}" differs from that in {raw}/dataset.json: {fix}')
 
 
-def _check_made(folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str) -> None:
-    """Whether preprocessed files and copies of labels are those of the record, which is given their times of now."""
+def _check_made(
+    folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str, look: str
+) -> None:
+    """Whether preprocessed files and copies of labels are those of the record, which is given their times of now.
+
+    Args:
+        look: the command that compares contents, and copies labels again.
+    """
     for case in cases:
-        files = made_files(folder, case, dataset_json)
-        before = record.get(case, {}).get("made")
+        *files, copy = made_files(folder, case, dataset_json)
+        *before, old_copy = record.get(case, {}).get("made") or [None] * 4
         for file in files:
             if not file.is_file():
-                is_copy = file.parent.name == REFERENCES
-                why = ", and validation needs this copy of the label" if is_copy else ""
-                raise UserError(f"{file}: no such file{why}: {fix}")
-        if before:
-            stamps = [renewed(old, file) for old, file in zip(before, files, strict=True)]
-            if None in stamps:
-                file = files[stamps.index(None)]
-                is_copy = file.parent.name == REFERENCES
-                what = "is not the label that was preprocessed" if is_copy else DAMAGED
-                raise UserError(f"{file}: {what}: {fix}")
-            record[case]["made"] = stamps
-        else:
+                raise UserError(f"{file}: no such file: {fix}")
+        if not copy.is_file():
+            raise UserError(f"{copy}: no such file, and validation needs this copy of the label: {look}")
+        if old_copy is None:
             for file in files[:2]:
                 if not opens(file):
                     raise UserError(f"{file}: half-written or damaged: {fix}")
+            continue
+        stamps = [renewed(*pair) for pair in zip(before, files, strict=True)]
+        if None in stamps:
+            raise UserError(f"{files[stamps.index(None)]}: {DAMAGED}: {fix}")
+        if (copy_stamp := renewed(old_copy, copy)) is None:
+            raise UserError(f"{copy}: is not the label that was preprocessed: {look}")
+        record[case]["made"] = [*stamps, copy_stamp]
 
 
 def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
