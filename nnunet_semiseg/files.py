@@ -246,7 +246,7 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
         BusyError: another process is there.
         DiskError: the lock cannot be written.
     """
-    lease = SoftFileLease(lock, lease_duration=LEASE, heartbeat_interval=LEASE / 6, thread_local=False)
+    lease = _lease(lock)
     with disk_errors(lock):
         if not (_acquired(lease, wait) or (_is_elsewhere(lease) and _acquired_from_the_dead(lease))):
             raise BusyError(f"{lock}: {_name_of(lease)} {does}: wait until it has ended, or end it")
@@ -269,6 +269,9 @@ def reading(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             with only_one(_gate(folder), REWRITES, WAIT):
+                for left in _readers(folder):  # by who was killed on this computer
+                    if _acquired(lease := _lease(left), 0.0):
+                        lease.release()
                 name = f".{folder.name}.{uuid.uuid4().hex[:8]}.reading.lock"
                 stack.enter_context(only_one(folder.with_name(name), READS))
         except DiskError:
@@ -285,7 +288,7 @@ def rewriting(folder: Path) -> Iterator[None]:
         DiskError: the lock cannot be written.
     """
     with only_one(_gate(folder), REWRITES, WAIT):
-        for lock in folder.parent.glob(f".{folder.name}.????????.reading.lock"):
+        for lock in _readers(folder):
             with only_one(lock, READS):  # one that lives holds it; that of a dead one goes
                 pass
         yield
@@ -293,6 +296,14 @@ def rewriting(folder: Path) -> Iterator[None]:
 
 def _gate(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
+
+
+def _readers(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f".{folder.name}.????????.reading.lock"))
+
+
+def _lease(lock: Path) -> SoftFileLease:
+    return SoftFileLease(lock, lease_duration=LEASE, heartbeat_interval=LEASE / 6, thread_local=False)
 
 
 def _acquired(lease: SoftFileLease, wait: float) -> bool:

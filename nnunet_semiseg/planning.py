@@ -42,7 +42,16 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_json, rewriting, write_json
+from nnunet_semiseg.files import (
+    dataset_folder,
+    disk_errors,
+    make_folder,
+    only_one,
+    put_back,
+    read_json,
+    rewriting,
+    write_json,
+)
 from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
@@ -210,38 +219,40 @@ def plan_and_preprocess(
         if preprocess:
             _refuse_while_used(plans_file, configurations)
 
-        print("Fingerprint extraction...")
-        with _in_one_line(raw):
-            stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
-        if why := why_fingerprint_is_old(preprocessed, stamps):
-            print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
-        with _in_one_line(preprocessed):
-            extract_fingerprint_dataset(
-                dataset_id,
-                num_processes=num_processes_fingerprint,
-                check_dataset_integrity=verify_dataset_integrity,
-                clean=clean or bool(why),
-                verbose=verbose,
-                show_progress_bar=show_progress_bar,
+        make_folder(preprocessed.parent)
+        with only_one(preprocessed.with_name(f".{preprocessed.name}.lock"), "plans this data set"):
+            print("Fingerprint extraction...")
+            with _in_one_line(raw):
+                stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
+            if why := why_fingerprint_is_old(preprocessed, stamps):
+                print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
+            with _in_one_line(preprocessed):
+                extract_fingerprint_dataset(
+                    dataset_id,
+                    num_processes=num_processes_fingerprint,
+                    check_dataset_integrity=verify_dataset_integrity,
+                    clean=clean or bool(why),
+                    verbose=verbose,
+                    show_progress_bar=show_progress_bar,
+                )
+            write_record(
+                preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
             )
-        write_record(
-            preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
-        )
-        _check_spacings(raw, preprocessed)
-        print("Experiment planning...")
-        with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
-            kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
-            plan_experiment_dataset(
-                dataset_id,
-                planner_class,
-                gpu_memory_target,
-                overwrite_target_spacing=overwrite_target_spacing,
-                overwrite_plans_name=overwrite_plans_name,
-            )
-            if kept:
-                write_json(update_settings(load_plans(plans_file, "plan again"), kept), plans_file)
-        store_settings(plans_file, changes)
-        write_small_split(dataset_id)
+            _check_spacings(raw, preprocessed)
+            print("Experiment planning...")
+            with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
+                kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
+                plan_experiment_dataset(
+                    dataset_id,
+                    planner_class,
+                    gpu_memory_target,
+                    overwrite_target_spacing=overwrite_target_spacing,
+                    overwrite_plans_name=overwrite_plans_name,
+                )
+                if kept:
+                    write_json(update_settings(load_plans(plans_file, "plan again"), kept), plans_file)
+            store_settings(plans_file, changes)
+            write_small_split(dataset_id)
         if preprocess:
             print("Preprocessing...")
             plans = read_plans(preprocessed, plans_name)

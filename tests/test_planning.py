@@ -18,6 +18,7 @@ from training import make_trainer
 
 from nnunet_semiseg.discovery import iter_classes
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import BusyError, only_one
 from nnunet_semiseg.planning import SemiSegMemory, find_planner, plan_and_preprocess, read_plans
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -494,3 +495,11 @@ def test_a_case_with_more_images_than_others_is_named_itself(tiny_dataset):
     dataset.update_dataset_json(dataset=cases, numTraining=1)
     with pytest.raises(UserError, match='"channel_names" names 1 channels, but tr_001 has 2'):
         dataset.plan()
+
+
+def test_a_second_planning_is_told_who_plans(tiny_dataset):
+    dataset = tiny_dataset(labeled=2, unlabeled=1)
+    lock = dataset.preprocessed.with_name(f".{dataset.name}.lock")
+    with only_one(lock, "plans"), pytest.raises(BusyError, match=f"^{lock}: process .* plans this data set: wait"):
+        dataset.plan()
+    assert not dataset.preprocessed.exists() and not lock.exists()
