@@ -165,7 +165,8 @@ def disk_errors(place: Path | str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        raise disk_error(error.filename or place, error.strerror) from None
+        written = error.filename2 or error.filename  # of a copy or a link the second one is new
+        raise disk_error(written or place, error.strerror) from None
 
 
 def disk_error(place: Path | str, cause: str) -> DiskError:

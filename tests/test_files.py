@@ -77,6 +77,8 @@ def test_a_folder_that_cannot_be_made_or_is_none(tmp_path):
 def test_a_read_only_disk_is_named_with_its_path(tmp_path):
     with pytest.raises(DiskError, match="^/a/b: cannot be written .Read-only file system."), disk_errors(tmp_path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/a/b")
+    with pytest.raises(DiskError, match="^/new: cannot be written .No space"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/old", None, "/new")
     with pytest.raises(DiskError, match=f"^{tmp_path}: cannot be written .No space left"), disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path):  # this is no fault of the disk
