@@ -131,7 +131,7 @@ def train(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.discovery import find_trainer
         from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.planning import check_plans_name, copy_plans
-        from nnunet_semiseg.runs import Run
+        from nnunet_semiseg.runs import Run, using_data
         from nnunet_semiseg.schema import check_name
         from nnunet_semiseg.settings.plans import given_settings, parse_assignments, refuse_foreign, update_settings
         from nnunet_semiseg.training_command import check_training, continued, words
@@ -151,7 +151,8 @@ def train(parser: ArgumentParser) -> Command:
         sys.argv = words(args)
         try:
             # the trainer puts the settings into the plans when it begins
-            with continued(args, changes), given_settings(changes, args.accept_changes):
+            data = using_data(preprocessed.name, args.configuration, args.tr, args.p)
+            with continued(args, changes), given_settings(changes, args.accept_changes), data:
                 run_training_entry()
             if os.environ.get("RANK", "0") == "0" and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
                 where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"

@@ -55,12 +55,22 @@ def base_folder(variable: str) -> Path:
 
 
 def folder_for(output: str | Path) -> Path:
-    """The folder that `-o` names. Raises UserError where it, or what is above it, is a file."""
+    """The folder that `-o` names. Raises UserError where it is empty, or where it, or what is above it, is a file."""
+    if not str(output):
+        raise UserError("-o is empty: name a folder")
     output = Path(output).absolute()
     there = next(path for path in (output, *output.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there}: is a file: name a folder with -o")
     return output
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it. Raises DiskError where the system does not, whatever it says."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # in /proc it says that there is no such file
+        raise disk_error(error.filename or folder, error.strerror) from None
 
 
 def read_json(file: Path, fix: str, kind: type = dict) -> Any:
@@ -155,12 +165,13 @@ def disk_errors(place: Path | str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        raise disk_error(error.filename or place, error.strerror) from None
+        written = error.filename2 or error.filename  # of a copy or a link the second one is new
+        raise disk_error(written or place, error.strerror) from None
 
 
 def disk_error(place: Path | str, cause: str) -> DiskError:
     """The error of a file that could not be written."""
-    fix = "make room or use another disk, then run the command again (a training: with --c)"
+    fix = "make room or use another disk, then run the command again"
     return DiskError(f"{place}: cannot be written ({cause}): {fix}")
 
 
@@ -236,7 +247,7 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
         BusyError: another process is there.
         DiskError: the lock cannot be written.
     """
-    lease = SoftFileLease(lock, lease_duration=LEASE, heartbeat_interval=LEASE / 6, thread_local=False)
+    lease = _lease(lock)
     with disk_errors(lock):
         if not (_acquired(lease, wait) or (_is_elsewhere(lease) and _acquired_from_the_dead(lease))):
             raise BusyError(f"{lock}: {_name_of(lease)} {does}: wait until it has ended, or end it")
@@ -259,6 +270,9 @@ def reading(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             with only_one(_gate(folder), REWRITES, WAIT):
+                for left in _readers(folder):  # by who was killed on this computer
+                    if _acquired(lease := _lease(left), 0.0):
+                        lease.release()
                 name = f".{folder.name}.{uuid.uuid4().hex[:8]}.reading.lock"
                 stack.enter_context(only_one(folder.with_name(name), READS))
         except DiskError:
@@ -275,7 +289,7 @@ def rewriting(folder: Path) -> Iterator[None]:
         DiskError: the lock cannot be written.
     """
     with only_one(_gate(folder), REWRITES, WAIT):
-        for lock in folder.parent.glob(f".{folder.name}.????????.reading.lock"):
+        for lock in _readers(folder):
             with only_one(lock, READS):  # one that lives holds it; that of a dead one goes
                 pass
         yield
@@ -283,6 +297,14 @@ def rewriting(folder: Path) -> Iterator[None]:
 
 def _gate(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
+
+
+def _readers(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f".{folder.name}.????????.reading.lock"))
+
+
+def _lease(lock: Path) -> SoftFileLease:
+    return SoftFileLease(lock, lease_duration=LEASE, heartbeat_interval=LEASE / 6, thread_local=False)
 
 
 def _acquired(lease: SoftFileLease, wait: float) -> bool:

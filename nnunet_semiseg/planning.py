@@ -42,7 +42,16 @@ from nnunet_semiseg.data.unlabeled import (
 )
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, put_back, read_json, rewriting, write_json
+from nnunet_semiseg.files import (
+    dataset_folder,
+    disk_errors,
+    make_folder,
+    only_one,
+    put_back,
+    read_json,
+    rewriting,
+    write_json,
+)
 from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
@@ -197,6 +206,8 @@ def plan_and_preprocess(
     if len(num_processes) not in (1, len(configurations)):
         raise UserError(f"-np {' '.join(map(str, num_processes))}: give one number, or one for each of -c")
     dataset_ids = list(dataset_ids)
+    if unknown := sorted(set(configurations) - {*DEFAULT_CONFIGURATIONS, "3d_cascade_fullres"}):
+        raise UserError(f"-c {unknown[0]}: no such configuration: use {' or '.join(DEFAULT_CONFIGURATIONS)}")
     if gpu_memory_target is not None and gpu_memory_target < LEAST_GPU:
         raise UserError(f"-gpu_memory_target {gpu_memory_target:g}: give {LEAST_GPU:g} GB or more")
     for dataset_id in dataset_ids:
@@ -208,38 +219,40 @@ def plan_and_preprocess(
         if preprocess:
             _refuse_while_used(plans_file, configurations)
 
-        print("Fingerprint extraction...")
-        with _in_one_line(raw):
-            stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
-        if why := why_fingerprint_is_old(preprocessed, stamps):
-            print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
-        with _in_one_line(preprocessed):
-            extract_fingerprint_dataset(
-                dataset_id,
-                num_processes=num_processes_fingerprint,
-                check_dataset_integrity=verify_dataset_integrity,
-                clean=clean or bool(why),
-                verbose=verbose,
-                show_progress_bar=show_progress_bar,
+        make_folder(preprocessed.parent)
+        with only_one(preprocessed.with_name(f".{preprocessed.name}.lock"), "plans this data set"):
+            print("Fingerprint extraction...")
+            with _in_one_line(raw):
+                stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
+            if why := why_fingerprint_is_old(preprocessed, stamps):
+                print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
+            with _in_one_line(preprocessed):
+                extract_fingerprint_dataset(
+                    dataset_id,
+                    num_processes=num_processes_fingerprint,
+                    check_dataset_integrity=verify_dataset_integrity,
+                    clean=clean or bool(why),
+                    verbose=verbose,
+                    show_progress_bar=show_progress_bar,
+                )
+            write_record(
+                preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
             )
-        write_record(
-            preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
-        )
-        _check_spacings(raw, preprocessed)
-        print("Experiment planning...")
-        with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
-            kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
-            plan_experiment_dataset(
-                dataset_id,
-                planner_class,
-                gpu_memory_target,
-                overwrite_target_spacing=overwrite_target_spacing,
-                overwrite_plans_name=overwrite_plans_name,
-            )
-            if kept:
-                write_json(update_settings(load_plans(plans_file, "plan again"), kept), plans_file)
-        store_settings(plans_file, changes)
-        write_small_split(dataset_id)
+            _check_spacings(raw, preprocessed)
+            print("Experiment planning...")
+            with locked(plans_file), disk_errors(plans_file), put_back(plans_file):
+                kept = load_plans(plans_file, "delete it").get(PLANS_KEY, {}) if plans_file.is_file() else {}
+                plan_experiment_dataset(
+                    dataset_id,
+                    planner_class,
+                    gpu_memory_target,
+                    overwrite_target_spacing=overwrite_target_spacing,
+                    overwrite_plans_name=overwrite_plans_name,
+                )
+                if kept:
+                    write_json(update_settings(load_plans(plans_file, "plan again"), kept), plans_file)
+            store_settings(plans_file, changes)
+            write_small_split(dataset_id)
         if preprocess:
             print("Preprocessing...")
             plans = read_plans(preprocessed, plans_name)
@@ -280,7 +293,7 @@ def _preprocess_labeled(
         try:
             with _in_one_line(folder):
                 preprocess_dataset(
-                    dataset_id, plans["plans_name"], [configuration], [num_processes], verbose, show_progress_bar
+                    dataset_id, plans["plans_name"], [configuration], [num_processes or 1], verbose, show_progress_bar
                 )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -402,7 +415,6 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
     read_prompts(dataset_json, str(raw / "dataset.json"))
-    unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     labeled = labeled_images(raw, dataset_json)
     if not labeled:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
@@ -418,6 +430,10 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
             f'{raw / "dataset.json"}: "channel_names" names {named} channels, but {case} has {found}: name those that'
             " there are, or add the missing files"
         )
+    for case, files in labeled.items():
+        if len(files) != len(images):
+            raise UserError(f"{files[0]}: {case} has {len(files)} images, and {next(iter(labeled))} has {len(images)}")
+    unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     if target_spacing:
         _check_target_spacing(target_spacing, images[0], named)
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"

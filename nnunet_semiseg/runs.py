@@ -7,14 +7,17 @@ name. nnU-Net names its output folders after the plans, so that every run has on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import base_folder, read_json, write_json
+from nnunet_semiseg.files import base_folder, read_json, reading, write_json
 from nnunet_semiseg.schema import check, load_plans, read_dataset_json
 from nnunet_semiseg.settings.plans import locked, settings_of, update_settings
 from nnunet_semiseg.training import checkpoint as checkpoints
@@ -154,6 +157,22 @@ class Run:
 def has_settings(trainer: str) -> bool:
     """Whether this trainer knows what the plans hold under `semiseg`; nnU-Net's own do not."""
     return hasattr(find_class("trainers", trainer), "settings_class")
+
+
+@contextmanager
+def using_data(dataset: str, configuration: str, trainer: str, plans: str) -> Iterator[None]:
+    """Keep others from rewriting what one of nnU-Net's own trainers trains with; ours see to it themselves.
+
+    Raises:
+        BusyError: another process rewrites the data.
+    """
+    if has_settings(trainer):
+        yield
+        return
+    preprocessed = base_folder("nnUNet_preprocessed") / dataset
+    manager = PlansManager(load_plans(preprocessed / f"{plans}.json", PLAN_FIRST))
+    with reading(preprocessed / manager.get_configuration(configuration).data_identifier):
+        yield
 
 
 class TrainedRun:

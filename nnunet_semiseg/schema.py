@@ -77,6 +77,7 @@ ARCHITECTURE_KWARGS: Shape = {"n_stages?": int, **{f"{key}?": hint for key, hint
 NETWORKS = r"(dynamic_network_architectures|nnunetv2|nnunet_semiseg)(\.\w+)*\.[A-Z]\w*"
 PARTS = r"torch\.nn(\.modules(\.\w+)?)?\.[A-Z]\w*"
 """classes that may be imported for a network, and for its convolutions and the like"""
+OTHER_PLANS = "take other plans"
 TRUST = "nnUNet_semiseg_trust"
 """a variable; 1: checkpoints and plans that can run code are used"""
 FOLD: Shape = {"train": list[str], "val": list[str]}
@@ -195,6 +196,9 @@ def _check_labels(content: dict, file: str | Path) -> None:
         if not values or min(values) < 0:
             what = f"is {values[0]}" if len(values) == 1 else f"is {values}"
             raise UserError(f'{file}: label "{name}" {what}, but labels are 0 or more: {DATASET_FIX}')
+        if len(values) > 1 and (0 in values or len(set(values)) < len(values)):
+            what = "the background in it" if 0 in values else "a value twice"
+            raise UserError(f'{file}: label "{name}" is {values}, and has {what}: {DATASET_FIX}')
     if labels.get("background") != [0] or isinstance(content["labels"]["background"], list):
         raise UserError(f'{file}: "labels" must have "background": 0: {DATASET_FIX}')
     if not classes:
@@ -309,9 +313,9 @@ def check_architecture(configuration: dict, file: str | Path, fix: str, within: 
                 f'{file}: {within}"{key}" is {name!r}, which is code of unknown origin: {fix}; or, if you trust it,'
                 f" export {TRUST}=1"
             )
-    stages = kwargs.get("n_stages")
-    for key in PER_STAGE if stages is not None else ():
-        expected, value = stages - (key == "n_conv_per_stage_decoder"), kwargs.get(key)
+    for key in PER_STAGE if "n_stages" in kwargs else ():
+        value = kwargs.get(key)
+        expected = kwargs["n_stages"] - (key == "n_conv_per_stage_decoder")
         if isinstance(value, list) and len(value) != expected:
             raise UserError(f'{file}: {within}"{key}" has {len(value)} values, but must have {expected}: {fix}')
     axes = re.search(r"Conv(\d)d$", str(kwargs.get("conv_op")))

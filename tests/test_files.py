@@ -16,6 +16,8 @@ from nnunet_semiseg.files import (
     BusyError,
     DiskError,
     disk_errors,
+    folder_for,
+    make_folder,
     only_one,
     put_back,
     read_json,
@@ -63,9 +65,20 @@ def test_a_full_disk_is_one_line_and_leaves_the_file_as_it_was(tmp_path):
     assert read_json(file, "fix it") == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_folder_that_cannot_be_made_or_is_none(tmp_path):
+    with pytest.raises(DiskError, match="^/proc/x: cannot be written .No such file or directory.: make room"):
+        make_folder(Path("/proc/x/logs"))
+    with pytest.raises(UserError, match="^-o is empty: name a folder$"):
+        folder_for("")
+    make_folder(tmp_path / "a" / "b")
+    assert folder_for(tmp_path / "a") == tmp_path / "a" and (tmp_path / "a" / "b").is_dir()
+
+
 def test_a_read_only_disk_is_named_with_its_path(tmp_path):
     with pytest.raises(DiskError, match="^/a/b: cannot be written .Read-only file system."), disk_errors(tmp_path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/a/b")
+    with pytest.raises(DiskError, match="^/new: cannot be written .No space"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/old", None, "/new")
     with pytest.raises(DiskError, match=f"^{tmp_path}: cannot be written .No space left"), disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path):  # this is no fault of the disk
@@ -156,8 +169,8 @@ def test_nor_does_a_dead_process_of_another_computer_for_ever(tmp_path, monkeypa
 
 
 def test_but_one_that_lives_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LEASE", 3.0)
-    lock, stop = tmp_path / "a.lock", threading.Event()
+    monkeypatch.setattr(files, "LEASE", 30.0)
+    lock, stop, begun = tmp_path / "a.lock", threading.Event(), time.monotonic()
     leave_lock(lock, host="elsewhere", pid=7)
 
     def live():
@@ -172,6 +185,7 @@ def test_but_one_that_lives_there_is_named(tmp_path, monkeypatch):
     finally:
         stop.set()
         thread.join()
+    assert time.monotonic() - begun < 20  # a sign of life is enough: it does not wait for the lease to end
 
 
 def test_many_use_preprocessed_data_at_once_and_nobody_rewrites_it_meanwhile(tmp_path, monkeypatch):
@@ -193,9 +207,11 @@ def test_many_use_preprocessed_data_at_once_and_nobody_rewrites_it_meanwhile(tmp
 def test_who_was_killed_while_using_data_blocks_nobody_and_its_lock_goes(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()
-    leave_lock(tmp_path / ".P.12345678.reading.lock", pid=process.pid)
-    with rewriting(tmp_path / "P"):
-        assert os.listdir(tmp_path) == [".P.lock"]
+    for use, left in ((rewriting, [".P.lock"]), (reading, [])):
+        leave_lock(tmp_path / ".P.12345678.reading.lock", pid=process.pid)
+        with use(tmp_path / "P"):
+            assert [name for name in os.listdir(tmp_path) if "reading" not in name] == left
+            assert not (tmp_path / ".P.12345678.reading.lock").exists()
 
 
 def test_data_on_a_read_only_disk_can_be_used(tmp_path, monkeypatch):

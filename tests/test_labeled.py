@@ -28,6 +28,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, find_test_set, make_runs
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.vlm.pairs import open_cases
 
 OLD = (1_500_000_000, 1_500_000_000)
 """July 2017: what `cp -p`, rsync or unzip may leave"""
@@ -88,6 +89,11 @@ def test_a_corrected_label_reaches_validation_whatever_its_time(dataset, times):
     names = {"configuration": "3d_fullres", "trainers": ("MeanTeacherTrainer",), "plans": PLANS, "fold": "0"}
     asked = Request(dataset=dataset.id, **names)
     refused("tr_000.nii.gz: this label or its image is not", lambda: find_test_set(asked, make_runs(asked)[0][0]))
+    for part, file in {"imagesTs": "un_000_0000.nii.gz", "labelsTs": "un_000.nii.gz"}.items():  # a test set, too
+        (dataset.raw / part).mkdir()
+        shutil.copy(dataset.image("un_000"), dataset.raw / part / file)
+    refused("tr_000.nii.gz: this label or its image is not", lambda: find_test_set(asked, make_runs(asked)[0][0]))
+    refused("tr_000.nii.gz: this label or its image is not", open_cases, dataset.name, PLANS, "3d_fullres")
     refused("tr_000.nii.gz: this label, its image or the plans changed after prepro", preprocess, dataset)
     dataset.plan()
     assert reference_of(dataset).read_bytes() == label_of(dataset).read_bytes()
@@ -360,12 +366,26 @@ def test_labelled_cases_that_change_come_or_go(dataset, trainer_class):
     refused("Dataset901_Tiny: labelled case tr_001 was preprocessed and is gone: run", train, dataset, trainer_class)
 
 
+def test_a_touch_of_raw_files_asks_for_no_more_than_a_look(dataset):
+    for file in dataset.raw.rglob("*.nii.gz"):
+        os.utime(file)
+    look = f"to compare its content, run nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres -plans_name {PLANS}"
+    refused(f"tr_000.nii.gz: has another time than when it was preprocessed: {look}$", train, dataset)
+    before = {file: file.stat().st_mtime_ns for file in dataset.preprocessed.rglob("*.b2nd")}
+    preprocess(dataset)
+    train(dataset)
+    assert before == {file: file.stat().st_mtime_ns for file in dataset.preprocessed.rglob("*.b2nd")}
+    os.utime(label_of(dataset))
+    shutil.rmtree(dataset.raw / "imagesUn")
+    refused("tr_000.nii.gz: has another time .* --labeled_only$", train, dataset, SupervisedTrainer)
+
+
 def test_what_nnunets_own_commands_made_is_looked_at_without_a_record(dataset):
     for file in dataset.preprocessed.glob("*__labeled.json"):
         file.unlink()
     train(dataset, SupervisedTrainer)
     os.utime(label_of(dataset))  # newer than what was made of it
-    refused("tr_000.nii.gz: this label or its image is not what was prepro", train, dataset, SupervisedTrainer)
+    refused("tr_000.nii.gz: has another time .*, run nnunet_semiseg prepro", train, dataset, SupervisedTrainer)
     preprocess(dataset)  # it compares the voxels, and finds that nothing has changed
     train(dataset, SupervisedTrainer)
     correct(dataset, None)
@@ -459,7 +479,8 @@ def test_damage_that_no_size_and_no_time_tells(dataset, kind):
     whole = file.read_bytes()
     change_bytes(file)
     for trainer_class in (MeanTeacherTrainer, SupervisedTrainer):
-        refused(rf"{file.name}: .*: {PLAN_AGAIN}", train, dataset, trainer_class)
+        command = "run nnunet_semiseg preprocess_unlabeled -d 901" if kind == "gt_segmentations" else PLAN_AGAIN
+        refused(rf"{file.name}: .*: {command}", train, dataset, trainer_class)
     if kind == "gt_segmentations":  # a copy that is made again
         preprocess(dataset)
         assert file.read_bytes() == whole
@@ -568,3 +589,11 @@ def test_workers_of_nnunets_that_are_killed(tiny_dataset, monkeypatch):
     refused(f"{PLANS}_3d_fullres: a preprocessing worker was killed, .* -np", dataset.plan)
     monkeypatch.setattr("nnunet_semiseg.planning.extract_fingerprint_dataset", killed)
     refused("Dataset901_Tiny: a preprocessing worker was killed", dataset.plan)
+
+
+@pytest.mark.parametrize("processes", [0, 3])
+def test_nnunet_is_given_at_least_one_process(tiny_dataset, monkeypatch, processes):
+    dataset, given = tiny_dataset(labeled=2, unlabeled=1), []
+    monkeypatch.setattr("nnunet_semiseg.planning.preprocess_dataset", lambda *args: given.append(args[3]))
+    dataset.plan(num_processes=processes, labeled_only=True)
+    assert given == [[processes or 1]]

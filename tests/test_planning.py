@@ -18,6 +18,7 @@ from training import make_trainer
 
 from nnunet_semiseg.discovery import iter_classes
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import BusyError, only_one
 from nnunet_semiseg.planning import SemiSegMemory, find_planner, plan_and_preprocess, read_plans
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -464,6 +465,10 @@ def test_images_too_small_for_a_u_net_are_refused(tiny_dataset, planner):
     "options, message",
     [
         ({"numTraining": 100}, '"numTraining" is 100, but there are 2 labelled cases: write "numTraining": 2$'),
+        (
+            {"configurations": ["3d_fullres", "bogus"]},
+            "^-c bogus: no such configuration: use 2d or 3d_fullres or 3d_lo",
+        ),
         ({"gpu_memory_target": 1e-9}, "-gpu_memory_target 1e-09: give 0.5 GB or more"),
         ({"overwrite_target_spacing": (1e-4, 1, 1)}, "-overwrite_target_spacing 0.0001 1 1: .* spacing of 1.5 1 1 and"),
         ({"overwrite_target_spacing": (1e6, 1, 1)}, "would have 3.6e-05 24 24 voxels: give a spacing near"),
@@ -476,3 +481,25 @@ def test_numbers_out_of_all_reason_are_refused_before_any_work(options, message,
     with pytest.raises(UserError, match=message):
         dataset.plan(**options)
     assert not dataset.preprocessed.exists()
+
+
+def test_a_case_with_more_images_than_others_is_named_itself(tiny_dataset):
+    dataset = tiny_dataset(labeled=2, unlabeled=1)
+    images = {case: [f"imagesTr/{case}_0000.nii.gz"] for case in ("tr_000", "tr_001")}
+    cases = {case: {"images": images[case], "label": f"labelsTr/{case}.nii.gz"} for case in images}
+    cases["tr_001"]["images"] *= 2
+    dataset.update_dataset_json(dataset=cases)
+    with pytest.raises(UserError, match="imagesTr/tr_001_0000.nii.gz: tr_001 has 2 images, and tr_000 has 1$"):
+        dataset.plan()
+    del cases["tr_000"]
+    dataset.update_dataset_json(dataset=cases, numTraining=1)
+    with pytest.raises(UserError, match='"channel_names" names 1 channels, but tr_001 has 2'):
+        dataset.plan()
+
+
+def test_a_second_planning_is_told_who_plans(tiny_dataset):
+    dataset = tiny_dataset(labeled=2, unlabeled=1)
+    lock = dataset.preprocessed.with_name(f".{dataset.name}.lock")
+    with only_one(lock, "plans"), pytest.raises(BusyError, match=f"^{lock}: process .* plans this data set: wait"):
+        dataset.plan()
+    assert not dataset.preprocessed.exists() and not lock.exists()

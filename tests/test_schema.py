@@ -104,6 +104,8 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"overwrite_image_reader_writer": "MyIO"}, 'is "MyIO": use NaturalImage2DIO or SimpleITKIO'),
         ({"semiseg": {"labeled_order": 5}}, '"semiseg" "labeled_order" is 5, but must be a list of a text'),
         ({"dataset": {"c": {"images": "c.png"}}}, '"dataset" c "images" is'),
+        (REGIONS | {"labels": {"background": 0, "a": [0, 1]}}, 'label "a" is [0, 1], and has the background in it'),
+        (REGIONS | {"labels": {"background": 0, "a": [1, 1]}}, 'label "a" is [1, 1], and has a value twice'),
         (REGIONS | {"regions_class_order": None}, '"regions_class_order" is missing, but label "both" is a region'),
         (REGIONS | {"regions_class_order": [1]}, '"regions_class_order" has 1 values'),
         (REGIONS | {"regions_class_order": [1, 3]}, '"regions_class_order" has 3, which is no value'),

@@ -92,6 +92,8 @@ def test_assignments():
         "a": [1, 2],
         "b": "x=y",
     }
+    with pytest.raises(UserError, match="^--set seed=2: seed is given twice: give it once$"):
+        parse_assignments(["seed=1", "num_epochs=3", "seed=2"])
     for wrong in ("num_epochs", "=3"):
         with pytest.raises(UserError, match="KEY=VALUE"):
             parse_assignments([wrong])

@@ -180,6 +180,19 @@ def test_a_trainer_refuses_what_nnunet_would_fail_on(kind, dataset):
     assert nothing_is_left(dataset)
 
 
+@pytest.mark.parametrize("trainer, locks", [("nnUNetTrainer", 1), ("SupervisedTrainer", 0)])
+def test_our_command_keeps_data_as_it_is_for_nnunets_own_trainers(trainer, locks, dataset, monkeypatch):
+    """Our trainers do it themselves, when they begin."""
+    found = []
+    monkeypatch.setattr(
+        "nnunetv2.run.run_training.run_training_entry",
+        lambda: found.extend(dataset.preprocessed.glob(".*.reading.lock")),
+    )
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    assert cli.main(f"train 901 3d_fullres 0 -p {PLANS} -tr {trainer} -device cpu".split()) == 0
+    assert len(found) == locks and not list(dataset.preprocessed.glob(".*.lock"))
+
+
 @pytest.mark.parametrize("what", ["killed", "refused"])
 def test_no_loader_speaks_after_the_reason(what, dataset, monkeypatch, capfd):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")

@@ -209,6 +209,11 @@ def test_a_disk_that_fills_in_a_training_is_one_line(dataset):
     with no_room_for_files_of(100_000), pytest.raises(DiskError) as error:
         trainer.run_training()
     assert one_line_of(error).startswith(trainer.output_folder) and "(File too large)" in str(error.value)
+    assert "--c" not in str(error.value)  # there is no checkpoint yet
+    Path(trainer.output_folder, "checkpoint_best.pth").write_bytes(b"")
+    with no_room_for_files_of(100_000), pytest.raises(DiskError, match="then run the command again, with --c$"):
+        make_trainer(SupervisedTrainer, dataset).run_training()
+    Path(trainer.output_folder, "checkpoint_best.pth").unlink()
     left = os.listdir(trainer.output_folder)
     assert not [name for name in left if name.endswith((".tmp", ".pth", ".lock"))], left
 

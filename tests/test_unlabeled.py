@@ -453,6 +453,13 @@ def test_hidden_labels_change_nothing(tiny_dataset):
     assert everything() == without
 
 
+def test_a_folder_named_like_an_image_is_not_passed_over(planned):
+    folder = planned.image("un_007")
+    folder.mkdir()
+    with pytest.raises(UserError, match=f"^{folder}: is a folder, not an image: take it out$"):
+        run(planned)
+
+
 def test_a_second_preprocessing_is_told_who_is_at_it(planned):
     folder, _ = output(planned)
     with only_one(folder.with_name(f"{folder.name}.lock"), "preprocesses"):

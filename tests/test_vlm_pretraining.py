@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -560,3 +561,18 @@ def test_text_masks_can_be_looked_at(trained, tmp_path):
     _, other, _ = trained(SupervisedTrainer, dims=2, size=32, dataset_id=902)
     with pytest.raises(UserError, match="has no text masks"):
         load_text_masks(other)
+
+
+def test_what_a_loaders_process_could_not_read_is_one_line(monkeypatch):
+    """torch hands it on with the stack of that process."""
+    handed_on = (
+        "Caught UserError in DataLoader worker process 0.\nTraceback ...\nnnunet_semiseg.errors.UserError: /a/b.*: no"
+    )
+    training = pretraining.Pretraining.__new__(pretraining.Pretraining)
+    training.settings, training.sampler, training.epoch, training.task = PretrainingSettings(), None, 0, None
+    monkeypatch.setattr(training, "load", lambda: None)
+    for text, line in {handed_on: "/a/b.*: no", "/a/c: half": "/a/c: half"}.items():
+        monkeypatch.setattr(training, "train_epoch", Mock(side_effect=UserError(text)))
+        with pytest.raises(UserError) as error:
+            training.run()
+        assert str(error.value) == line

@@ -23,6 +23,7 @@ from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
 from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
 from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
+from nnunet_semiseg.schema import OTHER_PLANS, check_architecture
 from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, TeacherSettings, require
 from nnunet_semiseg.settings.plans import FOUND_KEY, read_settings, with_found
 from nnunet_semiseg.training.batch import Batch
@@ -138,6 +139,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
+        check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], OTHER_PLANS)
         settings = read_settings(SemiCMLSettings, plans_manager.plans)
         modalities, channels = make_modalities(settings, num_input_channels, plans_manager, configuration_manager)
         kwargs = dict(configuration_manager.network_arch_init_kwargs)

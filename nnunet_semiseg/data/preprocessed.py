@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,13 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data.empty_channels import values_of_nothing
-from nnunet_semiseg.data.image_problems import one_line_of, preprocessed_problems, spread, spread_problems
+from nnunet_semiseg.data.image_problems import (
+    IMAGES_FOLDER,
+    one_line_of,
+    preprocessed_problems,
+    spread,
+    spread_problems,
+)
 from nnunet_semiseg.data.labeled import channel_names, inspect_labeled, labeled_files
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.records import FINGERPRINT, contents, read_record, record_file, usual_spread, write_record
@@ -219,8 +226,20 @@ def preprocess_again(plans: dict, configuration: str) -> str:
     """The command that makes plans and preprocessed data anew."""
     planner = plans.get("experiment_planner_used", "ExperimentPlanner")
     option = "" if planner == "ExperimentPlanner" else f" -pl {planner}"
-    number = int(plans["dataset_name"][len("Dataset") :][:3])
+    number = number_of(plans["dataset_name"])
     return f"run nnunet_semiseg plan_and_preprocess -d {number} -c {configuration}{option}"
+
+
+def preprocess_unlabeled_again(plans: dict, configuration: str) -> str:
+    """The command that brings preprocessed unlabelled cases up to date, and looks whether the labelled ones are."""
+    number, name = number_of(plans["dataset_name"]), plans["plans_name"]
+    return f"run nnunet_semiseg preprocess_unlabeled -d {number} -c {configuration} -plans_name {name}"
+
+
+def number_of(dataset: int | str) -> int | str:
+    """The number of a dataset, from its name."""
+    match = re.match(r"Dataset(\d{3,})", str(dataset))
+    return int(match[1]) if match else dataset
 
 
 # ------------------------------------------------------------------------------------------ at the start of a training
@@ -248,9 +267,12 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     dataset_json = read_dataset_json(raw or preprocessed)
     _check_description(raw, preprocessed, dataset_json, fix)
     now = {case: dict(entry) for case, entry in record["cases"].items()}
-    _check_made(folder, cases, now, dataset_json, fix)
+    look = preprocess_unlabeled_again(plans, configuration)
+    if raw and not (raw / IMAGES_FOLDER).is_dir():
+        look = f"{fix} --labeled_only"
+    _check_made(folder, cases, now, dataset_json, fix, look)
     if raw and (files := labeled_files(raw, dataset_json)):
-        _check_raw(files, raw, folder, cases, now, fix)
+        _check_raw(files, raw, folder, cases, now, fix, look)
     _check_fingerprint(preprocessed, len(cases), fix)
     if now != record["cases"]:  # so that the next start need not read them again
         with contextlib.suppress(OSError, UserError):
@@ -266,28 +288,33 @@ def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict,
             raise UserError(f'{preprocessed / "dataset.json"}: "{key}" differs from that in {raw}/dataset.json: {fix}')
 
 
-def _check_made(folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str) -> None:
-    """Whether preprocessed files and copies of labels are those of the record, which is given their times of now."""
+def _check_made(
+    folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str, look: str
+) -> None:
+    """Whether preprocessed files and copies of labels are those of the record, which is given their times of now.
+
+    Args:
+        look: the command that compares contents, and copies labels again.
+    """
     for case in cases:
-        files = made_files(folder, case, dataset_json)
-        before = record.get(case, {}).get("made")
+        *files, copy = made_files(folder, case, dataset_json)
+        *before, old_copy = record.get(case, {}).get("made") or [None] * 4
         for file in files:
             if not file.is_file():
-                is_copy = file.parent.name == REFERENCES
-                why = ", and validation needs this copy of the label" if is_copy else ""
-                raise UserError(f"{file}: no such file{why}: {fix}")
-        if before:
-            stamps = [renewed(old, file) for old, file in zip(before, files, strict=True)]
-            if None in stamps:
-                file = files[stamps.index(None)]
-                is_copy = file.parent.name == REFERENCES
-                what = "is not the label that was preprocessed" if is_copy else DAMAGED
-                raise UserError(f"{file}: {what}: {fix}")
-            record[case]["made"] = stamps
-        else:
+                raise UserError(f"{file}: no such file: {fix}")
+        if not copy.is_file():
+            raise UserError(f"{copy}: no such file, and validation needs this copy of the label: {look}")
+        if old_copy is None:
             for file in files[:2]:
                 if not opens(file):
                     raise UserError(f"{file}: half-written or damaged: {fix}")
+            continue
+        stamps = [renewed(*pair) for pair in zip(before, files, strict=True)]
+        if None in stamps:
+            raise UserError(f"{files[stamps.index(None)]}: {DAMAGED}: {fix}")
+        if (copy_stamp := renewed(old_copy, copy)) is None:
+            raise UserError(f"{copy}: is not the label that was preprocessed: {look}")
+        record[case]["made"] = [*stamps, copy_stamp]
 
 
 def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
@@ -300,9 +327,19 @@ def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
 
 
 def _check_raw(
-    files: dict[str, list[str]], raw: Path, folder: Path, cases: Sequence[str], record: dict[str, dict], fix: str
+    files: dict[str, list[str]],
+    raw: Path,
+    folder: Path,
+    cases: Sequence[str],
+    record: dict[str, dict],
+    fix: str,
+    look: str,
 ) -> None:
-    """Whether images and labels are those of the record, which is given their times of now."""
+    """Whether images and labels are those of the record, which is given their times of now.
+
+    Args:
+        look: the command that compares contents, which a training must not do with labels: it may be enough.
+    """
     for case in sorted(files.keys() ^ set(cases)):
         what = "is new and not preprocessed" if case in files else "was preprocessed and is gone"
         raise UserError(f"{raw}: labelled case {case} {what}: {fix}")
@@ -312,12 +349,14 @@ def _check_raw(
                 raise UserError(f"{file}: no such file, but {case} is preprocessed: put it back, or {fix}")
         if case in record:
             *old, old_label = record[case]["files"]
-            stamps = all_renewed(old, images)
-            label_stamp = renewed(old_label, label, may_read=False)
-            is_old = stamps is None or label_stamp is None
+            stamps, label_stamp = all_renewed(old, images), renewed(old_label, label, may_read=False)
+            may_be_same = stamps is not None and os.stat(label).st_size == old_label[1]
             record[case]["files"] = [*(stamps or []), label_stamp]
+            is_old = stamps is None or label_stamp is None
         else:  # preprocessed by nnU-Net's own command, and not looked at since
             made = os.stat(folder / (case + SUFFIXES[-1])).st_mtime_ns
-            is_old = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
+            is_old = may_be_same = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
+        if is_old and may_be_same:
+            raise UserError(f"{label}: has another time than when it was preprocessed: to compare its content, {look}")
         if is_old:
             raise UserError(f"{label}: this label or its image is not what was preprocessed: {fix}")

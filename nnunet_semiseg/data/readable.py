@@ -18,10 +18,11 @@ class ReadableCases:
     Args:
         dataset_class: nnU-Net's.
         fixes: what to do, by folder of preprocessed cases.
-        reasons: where a process that loads data leaves the error for the main one.
+        reasons: a queue, in which a process of batchgenerators leaves the error for the main one, and ends; None
+            where other processes load data, which hand errors on.
     """
 
-    def __init__(self, dataset_class: Any, fixes: Mapping[str, str], reasons: Any):
+    def __init__(self, dataset_class: Any, fixes: Mapping[str, str], reasons: Any = None):
         self._class, self._fixes, self._reasons = dataset_class, fixes, reasons
 
     def __call__(self, folder: str, *args, **kwargs) -> _Dataset:
@@ -54,7 +55,7 @@ class _Dataset:
             yield
         except Exception as e:
             error = UserError(f"{case}.*: a preprocessed file cannot be read ({one_line_of(e)}): {self.fix}")
-            if multiprocessing.parent_process() is None:
+            if self.reasons is None or multiprocessing.parent_process() is None:
                 raise error from None
             self.reasons.put(str(error))
             raise SystemExit(1) from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 Stamp = list  # JSON has no tuples
@@ -50,7 +51,7 @@ def renewed(old: Stamp, file: str | Path, may_read: bool = True) -> Stamp | None
     return [name, size, s.st_mtime_ns, s.st_ctime_ns, content]
 
 
-def all_renewed(old: list[Stamp], files: list[str], may_read: bool = True) -> list[Stamp] | None:
+def all_renewed(old: list[Stamp], files: Sequence[str | Path], may_read: bool = True) -> list[Stamp] | None:
     """`renewed` for several files, in this order; None if one of them changed, or there are more or fewer."""
     if len(old) != len(files):
         return None

@@ -44,6 +44,8 @@ from nnunet_semiseg.data.preprocessed import (
     case_files,
     look_at_labeled,
     made_of,
+    number_of,
+    preprocess_unlabeled_again,
     read_arrays,
 )
 from nnunet_semiseg.data.records import contents
@@ -83,7 +85,10 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     put = f"put the unlabelled images there, named CASE_0000{ending}"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: make it and {put} (with labelled cases alone: --labeled_only)")
-    files = sorted(f.name for f in folder.iterdir() if not (f.is_dir() or f.name.startswith(".")))
+    there = [f for f in folder.iterdir() if not f.name.startswith(".")]
+    if folders := sorted(f.name for f in there if f.is_dir() and f.name.endswith(ending)):
+        raise UserError("\n".join(f"{folder / name}: is a folder, not an image: take it out" for name in folders))
+    files = sorted(f.name for f in there if not f.is_dir())
     images = [name for name in files if name.endswith(ending)]
     if not images:
         found = f"no *{ending} among its {len(files)} files (the first is {files[0]})" if files else "empty"
@@ -150,7 +155,7 @@ def preprocess_unlabeled(
     """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans_file = preprocessed / f"{plans_name}.json"
-    plan = f"nnunet_semiseg plan_and_preprocess -d {_number(raw.name)}"
+    plan = f"nnunet_semiseg plan_and_preprocess -d {number_of(raw.name)}"
     plans = load_plans(plans_file, f"make the plans with {plan}, or name others with -plans_name")
     dataset_json = read_dataset_json(raw)
     cases = find_unlabeled_cases(raw, dataset_json)
@@ -220,12 +225,6 @@ def load_manifest(
     return str(folder), list(entries)
 
 
-def preprocess_unlabeled_again(plans: dict, configuration: str) -> str:
-    """The command that brings preprocessed unlabelled cases up to date."""
-    number, name = _number(plans["dataset_name"]), plans["plans_name"]
-    return f"run nnunet_semiseg preprocess_unlabeled -d {number} -c {configuration} -plans_name {name}"
-
-
 def _is_whole(manifest: dict) -> bool:
     """Whether each case has its stamps."""
     try:
@@ -247,11 +246,6 @@ def _unchanged(old: Stamp, file: Path, fix: str) -> Stamp:
     except FileNotFoundError:
         raise UserError(f"{file}: missing: {fix}") from None
     raise UserError(f"{file}: {DAMAGED}: {fix}")
-
-
-def _number(dataset: int | str) -> int | str:
-    match = re.match(r"Dataset(\d{3,})", str(dataset))
-    return int(match[1]) if match else dataset
 
 
 def _output(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, TestSet
 from nnunet_semiseg.evaluation.scores import signature
-from nnunet_semiseg.files import disk_errors, only_one, read_json, write_json
+from nnunet_semiseg.files import disk_errors, make_folder, only_one, read_json, write_json
 from nnunet_semiseg.runs import RECORD, Run
 
 PREDICT_AGAIN = "remove its folder to predict again"
@@ -32,7 +32,7 @@ def alone(output: Path) -> Iterator[None]:
         DiskError: its disk is full or read-only.
     """
     with disk_errors(output):
-        (output / LOGS).mkdir(parents=True, exist_ok=True)
+        make_folder(output / LOGS)
         with only_one(output / LOCK, "works on this report"):
             yield
 

@@ -173,8 +173,8 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     """The test set, if there is one with references, else the fold's validation cases.
 
     Raises:
-        UserError: neither; a reference without an image; noise without a test set; for validation cases what
-            `check_labeled_data` refuses: a label may have been corrected since.
+        UserError: neither; a reference without an image; noise without a test set; what `check_labeled_data` refuses:
+            a label may have been corrected since.
     """
     raw = dataset_folder("nnUNet_raw", request.dataset)
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
@@ -189,6 +189,7 @@ def find_test_set(request: Request, run: Run) -> TestSet:
         lists = create_lists_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else []
         return {Path(files[0]).name[: -len(ending) - 5]: files for files in lists}
 
+    check_labeled_data(preprocessed, raw, plans, request.configuration)
     references = sorted(file.name[: -len(ending)] for file in (raw / "labelsTs").glob(f"*{ending}"))
     if references:
         images = cases_of(raw / "imagesTs")
@@ -203,7 +204,6 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             f"{raw / 'labelsTs'}: no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
             f" labelsTs, or compare a numbered fold with -f"
         )
-    check_labeled_data(preprocessed, raw, plans, request.configuration)
     images = cases_of(raw / "imagesTr")
     cases = sorted(fold_of(request, preprocessed, images)["val"])
     if not cases:

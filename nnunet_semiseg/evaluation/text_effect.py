@@ -66,7 +66,9 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
     variants = make_variants(run)
 
-    output = folder_for(output) if output else run.model_folder.parent / "text_effect" / run.model_folder.name
+    output = (
+        folder_for(output) if output is not None else run.model_folder.parent / "text_effect" / run.model_folder.name
+    )
     with alone(output):
         jobs, folders = [], {}
         for variant in variants:

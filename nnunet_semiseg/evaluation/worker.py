@@ -23,14 +23,17 @@ from torch import Tensor
 
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.files import disk_errors, read_json, write_json
-from nnunet_semiseg.runs import RECORD, RESOURCES
+from nnunet_semiseg.runs import RECORD, RESOURCES, using_data
 from nnunet_semiseg.training import checkpoint as checkpoints
 
 
 def train(words: list[str], folder: str) -> None:
     """`nnUNetv2_train`, then the peak of memory into the run's folder, over all interruptions."""
     sys.argv = ["nnUNetv2_train", *words]
-    run_training_entry()
+    dataset, configuration = words[:2]
+    trainer, plans = (words[words.index(option) + 1] for option in ("-tr", "-p"))
+    with using_data(dataset, configuration, trainer, plans):
+        run_training_entry()
     file = Path(folder, RESOURCES)
     peak, memory = _peak_memory()
     before = read_json(file, "remove it").get("peak_memory_mib", 0) if file.is_file() else 0

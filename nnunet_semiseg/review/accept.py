@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -17,7 +17,7 @@ from nnunet_semiseg.data.labeled import labeled_images
 from nnunet_semiseg.data.preprocessed import REFERENCES
 from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, only_one
+from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, rewriting
 from nnunet_semiseg.review import journal
 from nnunet_semiseg.review.journal import Roots, Staging
 from nnunet_semiseg.review.labels import NewLabel, choose, predictions_of, problems_of, write_label
@@ -94,7 +94,9 @@ def _alone(dataset: int | str) -> Iterator[tuple[Roots, bool]]:
     """The data set's folders, with no other process at this work and nothing half done; whether something was."""
     roots = {root: dataset_folder(f"nnUNet_{root}", dataset) for root in ("raw", "preprocessed")}
     raw = roots["raw"]
-    with disk_errors(raw), only_one(raw / ".accept.lock", "accepts cases of this data set"):
+    with disk_errors(raw), only_one(raw / ".accept.lock", "accepts cases of this data set"), ExitStack() as stack:
+        for folder in filter(Path.is_dir, roots["preprocessed"].glob("*")):  # a training may use what changes
+            stack.enter_context(rewriting(folder))
         yield roots, journal.recover(roots)
 
 

@@ -67,6 +67,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not (key and equals):
             raise UserError(f"--set {assignment}: write KEY=VALUE, for example --set num_epochs=100")
+        if key in settings:
+            raise UserError(f"--set {assignment}: {key} is given twice: give it once")
         try:
             settings[key] = json.loads(text)
         except (ValueError, RecursionError):

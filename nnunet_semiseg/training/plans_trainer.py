@@ -27,8 +27,8 @@ from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import base_folder, disk_errors, only_one, reading, write_json
-from nnunet_semiseg.schema import PLANS, check, check_architecture, check_configuration, check_dataset_json
+from nnunet_semiseg.files import DiskError, base_folder, disk_errors, only_one, reading, write_json
+from nnunet_semiseg.schema import OTHER_PLANS, PLANS, check, check_architecture, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
 from nnunet_semiseg.training import checkpoint as checkpoints
@@ -141,7 +141,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """nnU-Net's. The predictor calls it, too, with a model's plans; see `check_architecture`."""
-        check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], "take other plans")
+        check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], OTHER_PLANS)
         return nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
@@ -245,6 +245,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 half.unlink(missing_ok=True)
             try:
                 super().run_training()
+            except DiskError as error:
+                there = any(Path(self.output_folder, file).is_file() for file in LAST)
+                raise DiskError(f"{error}, with --c") if there else error from None
             finally:
                 for loader in (self.dataloader_train, self.dataloader_val):
                     stop(loader)

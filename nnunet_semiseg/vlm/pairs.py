@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
-from nnunet_semiseg.data.preprocessed import find_dataset_class
-from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.data.preprocessed import check_labeled_data, find_dataset_class, preprocess_again
+from nnunet_semiseg.data.readable import ReadableCases
+from nnunet_semiseg.data.unlabeled import load_manifest, preprocess_unlabeled_again
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.schema import check_configuration, load_plans
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
@@ -88,6 +92,11 @@ def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[
     plans = load_plans(file, fix)
     check_configuration(plans, configuration, file, fix)
     labeled = base / PlansManager(plans).get_configuration(configuration).data_identifier
-    kind = find_dataset_class(labeled, "run nnunet_semiseg plan_and_preprocess")
+    fix = preprocess_again(plans, configuration)
+    kind: Any = find_dataset_class(labeled, fix)
+    raw = Path(os.environ["nnUNet_raw"], base.name) if os.environ.get("nnUNet_raw") else None
+    check_labeled_data(base, raw if raw and (raw / "dataset.json").is_file() else None, plans, configuration)
     unlabeled, cases = load_manifest(base, plans, configuration, dataset_name)
+    fixes = {str(labeled): fix, unlabeled: preprocess_unlabeled_again(plans, configuration)}
+    kind = ReadableCases(kind, fixes)
     return JoinedDataset(kind(str(labeled)), kind(unlabeled, cases)), cases

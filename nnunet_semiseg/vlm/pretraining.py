@@ -26,7 +26,16 @@ from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, folder_for, only_one, reading, write_json, written_whole
+from nnunet_semiseg.files import (
+    dataset_folder,
+    disk_errors,
+    folder_for,
+    make_folder,
+    only_one,
+    reading,
+    write_json,
+    written_whole,
+)
 from nnunet_semiseg.schema import read_dataset_json
 from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
@@ -147,7 +156,7 @@ def alone(output: Path, rank: int) -> Iterator[None]:
         if rank:
             yield
             return
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         with only_one(output / LOCK, "pre-trains this model"):
             yield
 
@@ -210,7 +219,10 @@ class Pretraining:
         self.load()
         task = DistributedDataParallel(self.task, find_unused_parameters=True) if self.sampler else self.task
         while self.epoch < self.settings.num_epochs:
-            means = self.train_epoch(task)
+            try:
+                means = self.train_epoch(task)
+            except UserError as error:  # what torch hands on of a loader's process begins with its stack
+                raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
             if not math.isfinite(means["loss"]):
                 terms = ", ".join(name for name, value in means.items() if not math.isfinite(value) and name != "loss")
                 raise UserError(
