@@ -145,7 +145,8 @@ def test_members_are_the_first_kind_that_there_is(trained):
 
 
 def words(dataset, *more: str) -> list[str]:
-    return ["review", "-d", "901", "-c", "3d_fullres", "-f", "all", "-p", PLANS, "-device", "cpu", "--no_pbar", *more]
+    model = ["-d", "901", "-c", "3d_fullres", "-f", "all", "-p", PLANS]
+    return ["review", *model, "-device", "cpu", "--disable_tta", "--no_pbar", *more]
 
 
 def test_an_untrained_model_is_reviewed(trained, capsys):
