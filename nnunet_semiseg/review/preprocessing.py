@@ -15,7 +15,7 @@ from nnunet_semiseg.data.empty_channels import values_of_nothing
 from nnunet_semiseg.data.image_problems import preprocessed_problems, spread
 from nnunet_semiseg.data.labeled import channel_names
 from nnunet_semiseg.data.plans_hash import plans_hash
-from nnunet_semiseg.data.preprocessed import SUFFIXES, read_arrays, sizes_of
+from nnunet_semiseg.data.preprocessed import SUFFIXES, case_files, read_arrays
 from nnunet_semiseg.data.records import FINGERPRINT, read_record, record_file
 from nnunet_semiseg.data.stamps import stamp
 from nnunet_semiseg.data.unlabeled import MANIFEST
@@ -81,7 +81,7 @@ def stage(
     """
     preprocessed = staging.roots["preprocessed"]
     record, properties = read_record(preprocessed, about.name), []
-    has_record = record_file(preprocessed, about.name).is_file()
+    has_record = bool(record["cases"])  # nnU-Net's own command writes none
     for case, files in cases.items():
         for suffix in SUFFIXES:
             name = f"{about.name}/{case}{suffix}"
@@ -110,7 +110,8 @@ def _preprocess(
     nothing = values_of_nothing(manager, configuration)
     if problems := preprocessed_problems(data, files[:-1], channel_names(dataset_json), nothing):
         raise UserError("\n".join(problems))
-    entry = {"files": stamps, "sizes": sizes_of(folder, case), "spread": spread(data)}
+    made = [*(stamp(file) for file in case_files(folder, case)), stamps[-1]]  # the last is nnU-Net's copy of the label
+    entry = {"files": stamps, "made": made, "spread": spread(data)}
     return entry, load_pickle(str(folder / f"{case}{SUFFIXES[-1]}"))
 
 
