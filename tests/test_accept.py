@@ -193,7 +193,7 @@ def undo_refused() -> str:
 def test_each_label_says_where_it_comes_from(raw_only, tmp_path):
     dataset, folder = raw_only
     review = dataset.results / "review" / "A__B__fold_0"
-    for case in ("un_000", "un_001"):
+    for case in ("un_000", "un_001", "tr_000"):  # the last one was accepted some time ago
         (review / "masks").mkdir(parents=True, exist_ok=True)
         (review / "cases").mkdir(exist_ok=True)
         write_image(cubes(), review / "masks" / f"{case}.nii.gz")
@@ -212,6 +212,18 @@ def test_each_label_says_where_it_comes_from(raw_only, tmp_path):
     written = sitk.ReadImage(str(dataset.raw / "labelsTr" / "un_000.nii.gz"))
     assert written.GetPixelIDTypeAsString() == "8-bit unsigned integer"
     assert np.array_equal(sitk.GetArrayFromImage(written), changed)
+
+
+def test_voxels_that_nobody_looked_at_are_ignored(raw_only, tmp_path):
+    dataset, _ = raw_only
+    partial = cubes()
+    partial[12:] = 3
+    folder = labelled(tmp_path / "partial", "un_000", partial)
+    assert 'add "ignore": 3 to its labels and plan again' in refused(folder)
+    dataset.update_dataset_json(labels={"background": 0, "kidney": 1, "tumour": 2, "ignore": 3})
+    accept(901, folder)
+    written = sitk.ReadImage(str(dataset.raw / "labelsTr" / "un_000.nii.gz"))
+    assert np.array_equal(sitk.GetArrayFromImage(written), partial)
 
 
 def test_what_was_changed_since_is_not_taken_back(raw_only):

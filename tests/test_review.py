@@ -18,6 +18,7 @@ from nnunet_semiseg.review import estimates, lists, signs
 from nnunet_semiseg.review.calibration import Line, calibrate
 from nnunet_semiseg.review.labels import digest_of
 from nnunet_semiseg.review.members import find_members
+from nnunet_semiseg.review.request import _only_trainer
 from nnunet_semiseg.review.table import Reviewed, tabulate
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -145,7 +146,8 @@ def test_members_are_the_first_kind_that_there_is(trained):
 
 
 def words(dataset, *more: str) -> list[str]:
-    return ["review", "-d", "901", "-c", "3d_fullres", "-f", "all", "-p", PLANS, "-device", "cpu", "--no_pbar", *more]
+    model = ["-d", "901", "-c", "3d_fullres", "-f", "all", "-p", PLANS]
+    return ["review", *model, "-device", "cpu", "--disable_tta", "--no_pbar", *more]
 
 
 def test_an_untrained_model_is_reviewed(trained, capsys):
@@ -200,3 +202,19 @@ def test_what_makes_no_sense_is_refused(more, message, trained, capsys):
     assert cli.main(words(dataset, *more)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_the_trainer_is_what_is_trained(trained):
+    dataset, run, _ = trained(MeanTeacherTrainer)
+    given = dataset.results, PLANS, "3d_fullres", "all"
+    assert _only_trainer(*given) == "MeanTeacherTrainer"
+    for trainer in ("UniMatchTrainer", "SemiSegTrainer"):
+        folder = run.folder.parents[1] / run.model_folder.name.replace("MeanTeacherTrainer", trainer) / "fold_all"
+        folder.mkdir(parents=True)
+        (folder / run.checkpoint.name).touch()
+        if trainer == "UniMatchTrainer":
+            with pytest.raises(UserError, match="choose with -tr MeanTeacherTrainer or -tr UniMatchTrainer"):
+                _only_trainer(*given)
+    assert _only_trainer(*given) == "SemiSegTrainer"
+    with pytest.raises(UserError, match="no trained model"):
+        _only_trainer(*given[:3], "0")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from training import PLANS, make_trainer
@@ -425,3 +426,26 @@ def test_a_finished_run_is_left_alone_and_its_name_is_taken(tool, tmp_path, caps
     with pytest.raises(RuntimeError, match="choose another --name"):
         yardstick.do(args, done.run, "0123456")
     assert yardstick.read_results(args.csv) == [done]
+
+
+# ----------------------------------------------------------------------------------------------- review_check.py
+
+
+def test_an_estimate_is_held_against_the_truth(tool):
+    review_check, _ = tool("review_check")
+    cases = [f"c{i:02d}" for i in range(20)]
+    truth = {case: i / 20 for i, case in enumerate(cases)}
+    backwards = [19 - i for i in range(20)]
+    halves = [(i + 5) % 20 for i in range(20)]  # of the ten worst it finds c00 to c04
+    table = pd.DataFrame({"case": cases, "right": range(20), "wrong": backwards, "half": halves})
+    rows = review_check.agreement_with_truth(table, truth, ["right", "wrong", "half"])
+    # 1 - 6 sum(d^2) / (n (n^2 - 1)), d = 5 for fifteen cases and 15 for five
+    assert rows == [["right", "1.00", "1.0"], ["wrong", "-1.00", "0.0"], ["half", f"{1 - 6 * 1500 / 7980:.2f}", "0.5"]]
+
+
+def test_each_round_of_the_loop_is_a_model_of_its_own(tool):
+    review_check, _ = tool("review_check")
+    run = review_check.Run("acdc_small", "6", "SupervisedTrainer", "default", 0, 2000)
+    plans = [review_check.round_of(run, i).plans for i in range(3)]
+    assert plans == ["default_2000_seed0", "default_2000_seed0_round1", "default_2000_seed0_round2"]
+    assert review_check.round_of(run, 2).dataset == "Dataset706_acdc_small_6"

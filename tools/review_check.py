@@ -85,7 +85,7 @@ def check_estimates(args: argparse.Namespace) -> None:
             known = [c for c in ("agreement", "expected", "certainty") if c in table]
             lines += [[ensemble, *row] for row in agreement_with_truth(table, truth, known)]
             n = len(table)
-        print(f"\n{run.name}: {n} unlabelled cases; {WORST / n:.1f} of the worst by chance\n\n{markdown(lines)}")
+        print(f"\n{run.name}: {n} unlabelled cases; {WORST / n:.2f} of the worst by chance\n\n{markdown(lines)}")
 
 
 # --------------------------------------------------------------------------------------------------------------- loop

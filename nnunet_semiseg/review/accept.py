@@ -59,8 +59,9 @@ def accept(
         reviews = sorted((dataset_folder("nnUNet_results", dataset) / REVIEWS).glob("*"))
         reviews = [r for r in reviews if r != review] + ([review] if review else [])
         known = predictions_of(reviews, dataset_json["file_ending"])
-        labels, problems = choose(Path(given).absolute() if given else None, review, known, dataset_json, reader)
         cases = find_unlabeled_cases(raw, dataset_json)
+        folder = Path(given).absolute() if given else None
+        labels, problems = choose(folder, review, known, cases.keys(), dataset_json, reader)
         for label in labels:
             problems += _misplaced(label, cases, raw, dataset_json) or problems_of(
                 label, cases[label.case], dataset_json, reader

@@ -13,7 +13,7 @@ ENSEMBLES = ("auto", "folds", "seeds", "teacher", "snapshots", "mirroring", "sin
 
 def add_review_arguments(parser: ArgumentParser) -> None:
     """Those of `review` beside data set, configuration, fold and plans."""
-    parser.add_argument("-tr", metavar="TRAINER", help="of the model; default: the one that is trained")
+    parser.add_argument("-tr", metavar="TRAINER", help="of the model; default: what is trained")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="cases on the list; default: %(default)s")
     parser.add_argument(
         "--for", dest="purpose", choices=PURPOSES, default="correction",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,18 @@ def predictions_of(reviews: Iterable[Path], file_ending: str) -> dict[str, list[
 
 
 def choose(
-    given: Path | None, all_of: Path | None, known: Mapping[str, list[Predicted]], dataset_json: dict, reader: Any
+    given: Path | None,
+    all_of: Path | None,
+    known: Mapping[str, list[Predicted]],
+    unlabeled: Collection[str],
+    dataset_json: dict,
+    reader: Any,
 ) -> tuple[list[NewLabel], list[str]]:
     """The labels of a folder and, with `all_of`, the other masks of a review.
 
     Args:
         known: what all reviews have predicted; those of `all_of` among them.
+        unlabeled: the cases; of `all_of` others are passed over, as they may have been accepted before.
 
     Returns:
         Labels, and a line for each that differs in nothing from a prediction, unless `all_of` asks for it.
@@ -91,9 +97,10 @@ def choose(
     """
     ending, labels, problems = dataset_json["file_ending"], {}, []
     if all_of is not None:
-        masks = sorted((all_of / MASKS).glob(f"*{ending}"))
+        masks = [f for f in sorted((all_of / MASKS).glob(f"*{ending}")) if f.name[: -len(ending)] in unlabeled]
         if not masks:
-            raise UserError(f"{all_of / MASKS}: no *{ending}: name the folder of a review, which holds {MASKS}")
+            fix = f"name the folder of a review, which holds {MASKS}"
+            raise UserError(f"{all_of / MASKS}: no CASE{ending} of an unlabelled case: {fix}")
         for mask in masks:
             case = mask.name[: -len(ending)]
             own = [p for p in known.get(case, ()) if p.review == all_of]

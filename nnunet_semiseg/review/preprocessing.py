@@ -18,7 +18,6 @@ from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.preprocessed import SUFFIXES, case_files, read_arrays
 from nnunet_semiseg.data.records import FINGERPRINT, read_record, record_file
 from nnunet_semiseg.data.stamps import stamp
-from nnunet_semiseg.data.unlabeled import MANIFEST
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.review.journal import Staging
@@ -81,7 +80,7 @@ def stage(
     """
     preprocessed = staging.roots["preprocessed"]
     record, properties = read_record(preprocessed, about.name), []
-    has_record = record_file(preprocessed, about.name).is_file()
+    has_record = bool(record["cases"])  # nnU-Net's own command writes none
     for case, files in cases.items():
         for suffix in SUFFIXES:
             name = f"{about.name}/{case}{suffix}"
@@ -121,7 +120,7 @@ def _take_from_unlabeled(staging: Staging, name: str, cases: Mapping[str, list[s
     manifest_file = preprocessed / f"{name}.json"
     if manifest_file.is_file():
         manifest = read_json(manifest_file, "run nnunet_semiseg preprocess_unlabeled")
-        check(manifest, MANIFEST, manifest_file, "run nnunet_semiseg preprocess_unlabeled")
+        check(manifest, {"cases": dict}, manifest_file, "run nnunet_semiseg preprocess_unlabeled")
         kept = {case: entry for case, entry in manifest["cases"].items() if case not in cases}
         staging.write(f"preprocessed/{manifest_file.name}", manifest | {"cases": kept})
     for case in cases:

@@ -16,6 +16,8 @@ from nnunet_semiseg.runs import Run
 from nnunet_semiseg.schema import check_configuration
 
 FINAL = "checkpoint_final.pth"
+RECIPE = "SemiSegTrainer"
+"""whose model is taken where several are trained"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +81,12 @@ def make_request(args: Namespace) -> Request:
 
 
 def _only_trainer(results: Path, plans: str, configuration: str, fold: str) -> str:
-    """The trainer of the one model that is trained; raises UserError where there is none, or several."""
+    """The trainer of the one model that is trained, or of the recipe's; raises UserError where that is none."""
     ending = f"__{plans}__{configuration}"
     models = sorted(results.glob(f"*{ending}/fold_{fold}/{FINAL}"))
     trainers = [model.parents[1].name.removesuffix(ending) for model in models]
-    if len(trainers) == 1:
-        return trainers[0]
+    if len(trainers) == 1 or RECIPE in trainers:
+        return RECIPE if RECIPE in trainers else trainers[0]
     if trainers:
         raise UserError(f"{results}: several models are trained: choose with -tr {' or -tr '.join(trainers)}")
     raise UserError(f"{results}: no trained model *{ending}/fold_{fold}: train one first, or choose with -p and -f")
