@@ -25,6 +25,10 @@ for variable, value in ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 PLACES = ("raw", "preprocessed", "results")
 
 
