@@ -92,7 +92,7 @@ EVERY_NETWORK = (*ONE_OF_EACH_NETWORK, CPSTrainer, MCNetTrainer, URPCTrainer)
 
 
 def test_every_other_trainer_has_the_network_of_one_of_these(ready):
-    dataset = ready(dims=2, size=32)
+    dataset = ready(dims=2, size=32, channels=2)
 
     def network_of(trainer_class):
         trainer = make_trainer(trainer_class, dataset)
