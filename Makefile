@@ -6,8 +6,7 @@ BIN := .venv/bin
 .PHONY: test demo lint
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow"
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 demo: .venv/installed
 	$(BIN)/nnunet_semiseg demo

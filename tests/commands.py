@@ -55,6 +55,28 @@ def start(name: str, *args, without: Sequence[str] = (), **env: str) -> tuple[Ba
     return process, Path(log.name)
 
 
+class Popen:
+    """`subprocess.Popen` of a command as `start` begins it, for code that reads what it prints, and waits for it."""
+
+    def __init__(self, words: list[str], env: dict[str, str], **pipes):
+        self.process, self.log = start(Path(words[0]).name, *words[1:], **env)
+
+    def __enter__(self) -> Popen:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.join()
+
+    @property
+    def stdout(self) -> list[str]:
+        self.process.join()
+        return self.log.read_text().splitlines(keepends=True)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+
 def _do(words: list[str], without: tuple[str, ...], environment: dict[str, str], log: str) -> None:
     import torch
 

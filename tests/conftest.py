@@ -17,10 +17,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-# Before torch and nnU-Net: arrays are tiny, and pytest's workers share the cores. nnU-Net's commands take all cores for
-# torch nevertheless, and where others work, too, threads that wait for one another actively need many times as long.
-for variable, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "nnUNet_def_n_proc": "1"}.items():
+# Before torch, nnU-Net and matplotlib: arrays are tiny, and pytest's workers share the cores. nnU-Net's commands take
+# all cores for torch nevertheless, and where others work, too, threads that wait actively need many times as long.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "nnUNet_def_n_proc": "1"}
+ENVIRONMENT["MATPLOTLIBRC"] = str(Path(__file__).with_name("matplotlibrc"))
+for variable, value in ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 PLACES = ("raw", "preprocessed", "results")
@@ -181,11 +187,14 @@ def planned_before(tmp_path_factory):
 
 @pytest.fixture
 def ready(tiny_dataset, planned_before, tmp_path, monkeypatch):
-    """A factory of planned and preprocessed tiny data sets: copies, as planning takes longer than most tests."""
+    """A factory of planned and preprocessed tiny data sets: copies, as planning takes longer than most tests.
+
+    What it is given beside planner and `preprocess` is for `tiny_dataset`.
+    """
     known, cache = planned_before
 
-    def make(**kwargs) -> TinyDataset:
-        key = json.dumps(kwargs, sort_keys=True)
+    def make(planner="SemiSegPlannerSmall", preprocess=True, **kwargs) -> TinyDataset:
+        key = json.dumps([planner, preprocess, kwargs], sort_keys=True)
         if key in known:
             stored = known[key]
             set_folders(tmp_path, monkeypatch)
@@ -194,11 +203,12 @@ def ready(tiny_dataset, planned_before, tmp_path, monkeypatch):
             shutil.copytree(stored.preprocessed, dataset.preprocessed)
         else:
             dataset = tiny_dataset(**kwargs)
-            dataset.plan()
+            dataset.plan(planner, preprocess=preprocess)
             known[key] = stored = replace(dataset, **{p: cache / str(len(known)) / p for p in PLACES})
             shutil.copytree(dataset.raw, stored.raw)
             shutil.copytree(dataset.preprocessed, stored.preprocessed)
-        monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner would not survive it
+        if preprocess:  # it can be trained on
+            monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planner would not survive it
         return dataset
 
     return make

@@ -5,9 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from commands import command, start
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from training import PLANS, write_settings
 from watching import no_room_for_files_of
@@ -32,10 +30,8 @@ TRAINERS = ("SupervisedTrainer", "MeanTeacherTrainer", "TextSemiSegTrainer")
 
 
 @pytest.fixture
-def planned(tiny_dataset):
-    dataset = tiny_dataset(labeled=3, test=4)
-    dataset.plan(preprocess=False)
-    return dataset
+def planned(ready):
+    return ready(preprocess=False, labeled=3, test=4)
 
 
 def request(dataset, **changes) -> Request:
@@ -459,7 +455,7 @@ def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
 # -------------------------------------------------------------------------------------------------------- for real
 
 
-def commands() -> list[str]:
+def command_lines() -> list[str]:
     """The command lines of all processes."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
@@ -474,21 +470,20 @@ def test_killed_and_started_again_it_goes_on(tiny_dataset, monkeypatch):
     dataset = tiny_dataset(labeled=3, test=2)
     dataset.plan()
     write_settings(dataset)
-    for variable, number in (("nnUNet_n_proc_DA", "0"), ("nnUNet_def_n_proc", "1"), ("OMP_NUM_THREADS", "1")):
-        monkeypatch.setenv(variable, number)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     words = f"compare -d {dataset.id} -c 3d_fullres -f 0 -p {PLANS} -device cpu --seeds 1 --run --disable_tta"
     words = [*words.split(), "--trainers", "SupervisedTrainer", "MeanTeacherTrainer"]
     runs = all_runs(request(dataset, fold="0", seeds=1, trainers=TRAINERS[:2]))
-    parent = subprocess.Popen([sys.executable, "-m", "nnunet_semiseg.cli", *words])
+    parent, _ = start("nnunet_semiseg", *words)
     while not runs[1].is_begun:
-        assert parent.poll() is None
+        assert parent.is_alive()
         time.sleep(0.1)
     results = str(runs[1].model_folder.parent)  # the test's own; others may train the same beside it
-    assert any(results in command for command in commands())
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    assert any(results in line for line in command_lines())
+    parent.kill()
+    parent.join()
     for _ in range(100):
-        if not any(results in command for command in commands()):
+        if not any(results in line for line in command_lines()):
             break
         time.sleep(0.1)
     else:
@@ -506,10 +501,9 @@ def test_killed_and_started_again_it_goes_on(tiny_dataset, monkeypatch):
     table = pd.read_csv(output / "runs.csv")
     assert (table["peak_memory_mib"] > 100).all() and (table["memory"] == "RAM").all()
     assert (table["iterations"] == 6).all() and (table["seconds_per_case"] > 0).all()
-    command = [Path(sys.executable).parent / "nnUNetv2_predict", "-i", dataset.raw / "imagesTs", "-o", output / "stock"]
-    command += ["-d", dataset.id, "-c", "3d_fullres", "-f", 0, "-tr", runs[1].trainer, "-p", runs[1].plans]
-    command += ["-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    words = ["-i", dataset.raw / "imagesTs", "-o", output / "stock", "-d", dataset.id, "-c", "3d_fullres", "-f", 0]
+    words += ["-tr", runs[1].trainer, "-p", runs[1].plans, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
+    command("nnUNetv2_predict", *words)
     for file in (output / "stock").glob("*.nii.gz"):
         mine = jobs.predictions_folder(runs[1], 0, output) / file.name
         assert np.array_equal(*(sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (file, mine)))

@@ -337,10 +337,8 @@ def test_trains_without_deep_supervision(trainer_class, ready):
 
 @pytest.mark.slow
 @every_trainer
-def test_trains_on_residual_encoder_plans(trainer_class, tiny_dataset, monkeypatch):
-    dataset = tiny_dataset(dims=2, size=32)
-    dataset.plan("SemiSegPlannerResEncM")
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+def test_trains_on_residual_encoder_plans(trainer_class, ready):
+    dataset = ready("SemiSegPlannerResEncM", dims=2, size=32)
     trainer = started(trainer_class, dataset, plans="nnUNetSemiSegResEncUNetMPlans")
     trainer.network.train()
     out = trainer.train_step(next(trainer.dataloader_train))

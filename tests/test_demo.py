@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from commands import Popen
 
 from nnunet_semiseg import demo
 from nnunet_semiseg.errors import UserError
@@ -97,6 +98,7 @@ def test_the_whole_demo(tmp_path, capsys, monkeypatch):
     mine.mkdir()
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(mine))
+    monkeypatch.setattr(demo.subprocess, "Popen", Popen)
     output = tmp_path / "with a space"
     demo.run_demo(output, cases=(3, 2, 2), num_epochs=2, num_iterations_per_epoch=1)
 

@@ -3,11 +3,7 @@
 import builtins
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import blosc2
@@ -17,9 +13,10 @@ import onnxruntime
 import pytest
 import SimpleITK as sitk
 import torch
+from commands import command
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from training import PLANS, TRAINERS, bare_trainer, batch_of, terms_of
+from training import PLANS, TRAINERS, bare_trainer, batch_of, make_trainer, terms_of
 from watching import no_room_for_files_of, nothing_of_the_test_set_is_opened
 
 from nnunet_semiseg import cli
@@ -32,13 +29,16 @@ from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DiskError
 from nnunet_semiseg.runs import Run
+from nnunet_semiseg.trainers.cps import CPSTrainer
 from nnunet_semiseg.trainers.dtc import DTCTrainer
+from nnunet_semiseg.trainers.mc_net import MCNetTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
 from nnunet_semiseg.trainers.semiseg import SemiSegTrainer
 from nnunet_semiseg.trainers.stlu_net import STLUNetTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
+from nnunet_semiseg.trainers.urpc import URPCTrainer
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 
 
@@ -86,7 +86,24 @@ def no_plots(monkeypatch):
 
 REGIONS = dict(regions=True)
 ONE_OF_EACH_NETWORK = (MeanTeacherTrainer, TextSemiSegTrainer, DTCTrainer, STLUNetTrainer, SemiCMLTrainer)
-"""what is distilled is a network's forward pass, and other trainers have the networks of these"""
+"""what is distilled is a network's forward pass"""
+EVERY_NETWORK = (*ONE_OF_EACH_NETWORK, CPSTrainer, MCNetTrainer, URPCTrainer)
+"""what is exported is a network, down to its parts and hooks, and other trainers have the networks of these"""
+
+
+def test_every_other_trainer_has_the_network_of_one_of_these(ready):
+    dataset = ready(dims=2, size=32, channels=2)
+
+    def network_of(trainer_class):
+        trainer = make_trainer(trainer_class, dataset)
+        trainer.initialize()
+        network = trainer.bare_network
+        hooked = {module for module in network.modules() if module._forward_pre_hooks or module._forward_hooks}
+        return type(network), frozenset((type(module), module in hooked) for module in network.modules())
+
+    these = [network_of(t) for t in EVERY_NETWORK]
+    assert len(set(these)) == len(these)
+    assert [t.__name__ for t in TRAINERS if network_of(t) not in these] == []
 
 
 @pytest.mark.slow
@@ -104,19 +121,13 @@ def test_a_distilled_model_predicts_without_this_package(trainer_class, kind, tr
     assert checkpoint["trainer_name"] == "nnUNetTrainer" and not {"teacher", "semiseg"} & set(checkpoint)
     assert "semiseg" not in json.loads((stock / "plans.json").read_text())
 
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "nnunet_semiseg.py").write_text("raise ImportError('not on this machine')")
-    environment = {**os.environ, "PYTHONPATH": str(blocked), "nnUNet_def_n_proc": "1"}
-    words = ["-d", dataset.id, "-c", "3d_fullres", "-f", "all", "-p", f"{PLANS}_from_{trainer_class.__name__}"]
-    words += ["-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "-device", "cpu", "-npp", 1, "-nps", 1]
-    command = [Path(sys.executable).parent / "nnUNetv2_predict", *words]
-    subprocess.run([*map(str, command)], env=environment, check=True, capture_output=True)
+    without = {"without": ["nnunet_semiseg"]}
+    model = ["-d", dataset.id, "-c", "3d_fullres", "-f", "all", "-p", f"{PLANS}_from_{trainer_class.__name__}"]
+    about = ["-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "-device", "cpu", "-npp", 1, "-nps", 1]
+    command("nnUNetv2_predict", *model, *about, **without)
     predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "ts_000.nii.gz")))
     assert predicted.shape == (24, 24, 24)
-    command[0] = Path(sys.executable).parent / "nnUNetv2_export_model_to_zip"
-    words = words[:8] + ["-o", tmp_path / "model.zip"]
-    subprocess.run([*map(str, [command[0], *words])], env=environment, check=True, capture_output=True)
+    command("nnUNetv2_export_model_to_zip", *model, "-o", tmp_path / "model.zip", **without)
 
 
 def test_a_shared_model_is_a_stock_one_and_gives_the_same_voxels(trained):
@@ -300,8 +311,12 @@ def test_the_taught_network_comes_nearer_to_its_teacher(trained, no_plots):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "trainer_class, kind",
-    [*((t, dict(dims=2, size=32, channels=2)) for t in TRAINERS), (SemiCMLTrainer, REGIONS), (DTCTrainer, REGIONS)],
-    ids=[*(t.__name__ for t in TRAINERS), "SemiCMLTrainer-3d-regions", "DTCTrainer-3d-regions"],
+    [
+        *((t, dict(dims=2, size=32, channels=2)) for t in EVERY_NETWORK),
+        (SemiCMLTrainer, REGIONS),
+        (DTCTrainer, REGIONS),
+    ],
+    ids=[*(t.__name__ for t in EVERY_NETWORK), "SemiCMLTrainer-3d-regions", "DTCTrainer-3d-regions"],
 )
 def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
     dataset, run, _ = trained(trainer_class, **kind)

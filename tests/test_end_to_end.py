@@ -44,7 +44,7 @@ briefly = pytest.mark.parametrize("trainer_class", [t for t in TRAINERS if t not
 @pytest.fixture
 def dataset(ready):
     dataset = ready(test=2)
-    write_settings(dataset)
+    write_settings(dataset, num_epochs=2)
     return dataset
 
 
@@ -123,7 +123,7 @@ def test_killed_in_mid_epoch_and_continued(trainer_class, dataset, tmp_path):
     command("nnUNetv2_train", *args, nnUNet_results=str(straight))
 
     process, log = start("nnUNetv2_train", *args, nnUNet_results=str(killed))
-    while not re.search("Epoch 2 *\n", log.read_text()):
+    while not re.search("Epoch 1 *\n", log.read_text()):
         assert process.is_alive()
         time.sleep(0.01)
     process.kill()
@@ -135,7 +135,7 @@ def test_killed_in_mid_epoch_and_continued(trainer_class, dataset, tmp_path):
         torch.load(where / folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
         for where in (straight, killed)
     )
-    assert a["current_epoch"] == b["current_epoch"] == 3
+    assert a["current_epoch"] == b["current_epoch"] == 2
     assert a["logging"]["train_losses"] == b["logging"]["train_losses"]  # says in which epoch they part
     assert_same(a["network_weights"], b["network_weights"])
     assert (a["teacher"] is None) == (b["teacher"] is None)
@@ -149,7 +149,7 @@ def test_the_baseline_trains_for_as_long_as_the_plans_say(dataset):
         command("nnUNetv2_train", *train_args(dataset, SupervisedTrainer))
     folder = dataset.results / f"SupervisedTrainer__{PLANS}__{dataset.configuration}" / "fold_all"
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    assert checkpoint["current_epoch"] == 3 and len(checkpoint["logging"]["train_losses"]) == 3
+    assert checkpoint["current_epoch"] == 2 and len(checkpoint["logging"]["train_losses"]) == 2
 
 
 def test_a_second_training_with_stock_plans_and_no_variable_set(tiny_dataset, monkeypatch):

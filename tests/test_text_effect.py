@@ -67,11 +67,9 @@ def test_wrong_use(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(model, tmp_path, monkeypatch):
+def test_the_command(model, tmp_path):
     """Random weights that make much of the text: wrong prompts change the prediction."""
     dataset, run, _ = model
-    for variable in ("nnUNet_def_n_proc", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(variable, "1")
     checkpoint = torch.load(run.checkpoint, weights_only=False)
     for name, weight in checkpoint["network_weights"].items():
         if "interaction" in name:

@@ -28,10 +28,8 @@ PLANS = "nnUNetSemiSegSmallPlans"
 
 
 @pytest.fixture
-def planned(tiny_dataset):
-    dataset = tiny_dataset(labeled=2, unlabeled=4)
-    dataset.plan(preprocess=False)
-    return dataset
+def planned(ready):
+    return ready(preprocess=False, labeled=2, unlabeled=4)
 
 
 def run(dataset, num_processes=0, **kwargs):
