@@ -47,6 +47,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     settings_class = SemiSupervisedSettings
     views: tuple[str, ...] = ("strong",)
+    decide: Decisions  # from `initialize` on
 
     def __init__(
         self,
@@ -59,7 +60,6 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.auxiliary: Any = nn.ModuleDict()  # trained, but not deployed: outside self.network
         self.teacher: Any = None  # a network, where the settings ask for one
-        self.decide = Decisions(self.label_manager, self.class_names(), self.device)
         self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
         self.step = 0
         self._resume_random_state = None
@@ -266,6 +266,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             torch._dynamo.config.automatic_dynamic_shapes = False
             torch._dynamo.config.cache_size_limit = 64  # parts that are compiled on their own count together
         super().initialize()
+        self.decide = Decisions(self.label_manager, self.class_names(), self.device)
         if compiled:
             compile_parts(self.bare_network)
         if isinstance(self.settings, TeacherSettings):
