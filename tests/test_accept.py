@@ -184,6 +184,14 @@ def test_wrong_labels_are_refused_in_one_line_each(raw_only, tmp_path):
     assert snapshot(dataset.raw) == before
 
 
+def test_a_refusal_on_the_way_leaves_nothing(raw_only):
+    dataset, folder = raw_only
+    (dataset.raw / "splits_final.json").write_text("[1]")
+    before = snapshot(dataset.raw)
+    assert "splits_final.json: fold 0 is no JSON object" in refused(folder)
+    assert snapshot(dataset.raw) == before
+
+
 def undo_refused() -> str:
     with pytest.raises(UserError) as error:
         undo(901)

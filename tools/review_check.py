@@ -73,7 +73,7 @@ def check_estimates(args: argparse.Namespace) -> None:
     for name in args.sets:
         run, about = run_of(args, name), SETS[name]
         raw = args.work / "raw" / run.dataset
-        lines = [["ensemble", "estimate", "Spearman", f"of the {WORST} worst"]]
+        n, lines = 0, [["ensemble", "estimate", "Spearman", f"of the {WORST} worst"]]
         for ensemble in args.ensembles:
             output = args.work / "review" / f"{run.name}__{ensemble}"
             try:
@@ -85,6 +85,8 @@ def check_estimates(args: argparse.Namespace) -> None:
             known = [c for c in ("agreement", "expected", "certainty") if c in table]
             lines += [[ensemble, *row] for row in agreement_with_truth(table, truth, known)]
             n = len(table)
+        if len(lines) == 1:
+            continue
         print(f"\n{run.name}: {n} unlabelled cases; {WORST / n:.2f} of the worst by chance\n\n{markdown(lines)}")
 
 
@@ -94,7 +96,7 @@ def check_estimates(args: argparse.Namespace) -> None:
 def check_loop(args: argparse.Namespace) -> None:
     """Dice after each round, of each list."""
     run = run_of(args, args.set)
-    first = score(args.work, args.work / "review" / "first", run, args)
+    first = score(args.work, args.work / "review" / f"{run.name}__first", run, args)
     lines = [["list", *[f"{int(run.labels) + i * args.add} labels" for i in range(args.rounds + 1)]]]
     names = [n for n in args.lists if n != "random"]
     names += [f"random{draw}" for draw in range(args.draws)] if "random" in args.lists else []

@@ -70,7 +70,11 @@ def accept(
             raise UserError("\n".join(problems))
         _refuse_two_disks(raw)
         staging = Staging.begin(roots)
-        stage_change(staging, labels, {label.case: cases[label.case] for label in labels}, reader, show_progress)
+        try:
+            stage_change(staging, labels, {label.case: cases[label.case] for label in labels}, reader, show_progress)
+        except BaseException:
+            journal.recover(roots)  # nothing of it is left
+            raise
         journal.finish(staging.commit({label.case: label.origin for label in labels}), roots)
         return labels
 
