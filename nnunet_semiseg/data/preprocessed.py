@@ -298,7 +298,8 @@ def _check_made(
     """
     for case in cases:
         *files, copy = made_files(folder, case, dataset_json)
-        *before, old_copy = record.get(case, {}).get("made") or [None] * 4
+        made: list[Any] = record.get(case, {}).get("made") or [None] * 4
+        *before, old_copy = made
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file}: no such file: {fix}")
