@@ -28,13 +28,14 @@ from nnunet_semiseg.training.distributed import Ranks, part
 ALONE = {
     "AMVLMTrainer": dict(mask_gate=0.0),
     "BCPTrainer": dict(box=0.0, pretraining=0.0),
-    "CCTTrainer": dict(perturbations=["noise", "dropout"]),
+    "CCTTrainer": dict(perturbations=["noise", "dropout"], consistency_weight=0.1),
     "FixMatchTrainer": dict(match_threshold=0.4),
     "SemiCMLTrainer": dict(contrast_weight=0.0, relearning_start=0.0, threshold=0.2),
     "SemiSegTrainer": dict(box=0.0, warm_up=0.0, turns=False),
     "TextSemiSegTrainer": dict(dca_start=0.0),
     "UAMTTrainer": dict(mc_passes=0),
     "UniMatchTrainer": dict(match_threshold=0.4, cutmix=0.0),
+    "URPCTrainer": dict(consistency_weight=0.1),
 }
 STEPS = 3
 TOLERANCE = 1e-6
