@@ -97,7 +97,7 @@ def test_several_processes_are_started_by_torchrun_where_there_are_gpus_for_them
     assert "-num_gpus 2: this machine has 1: give 1 or less" in with_gpus(1, monkeypatch, run, "MeanTeacherTrainer")
     assert "nnU-Net's own trainers need -device cuda" in run("nnUNetTrainer", "-device", "cpu")
     weights = "-pretrained_weights", "x.pth"
-    assert "-pretrained_weights: several processes" in run("MeanTeacherTrainer", "-device", "cpu", *weights)
+    assert "-pretrained_weights: in several processes" in run("MeanTeacherTrainer", "-device", "cpu", *weights)
     run("MeanTeacherTrainer", "-device", "cpu", "--set", "num_epochs=3")
     assert started.pop() == [
         "--standalone", "--nproc_per_node=2", "-m", "nnunet_semiseg.cli", *given,
