@@ -192,6 +192,8 @@ def test_two_ranks_of_one_sample_end_as_one_rank_of_two(ready, tmp_path):
     for name, state in alone.items():
         for rank in ranks:
             found = differences(rank[name], state)
+            if name == "AMVLMTrainer":  # float32, by Adam, which divides by small gradients: three steps of 3e-4
+                assert found.pop("auxiliary") < 5e-5
             assert max(found.values()) < TOLERANCE, (name, found)
     for trainer_class, leave_out, parts in LEFT_OUT:
         found = [differences(rank[leave_out.__name__], alone[trainer_class.__name__]) for rank in ranks]
