@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import sys
+import time
 from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 
@@ -82,9 +83,17 @@ def preprocess_unlabeled(parser: ArgumentParser) -> Command:
     """Preprocess imagesUn for plans that are there already, nnU-Net's own among them."""
     parser.add_argument("-d", type=_dataset_id, nargs="+", required=True, metavar="ID", help="dataset numbers")
     parser.add_argument("-plans_name", default=PLANS, metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "-num_parts", type=_at_least(1), default=1, metavar="N",
+        help="divide the cases among N calls, on computers that share a disk; a last call without parts ends the work",
+    )  # fmt: skip
+    parser.add_argument("-part_id", type=_at_least(0), metavar="I", help="which of the parts: 0 to N - 1")
     _add_preprocessing_arguments(parser)
 
     def run(args: Namespace) -> None:
+        if (args.part_id is None) != (args.num_parts == 1) or (args.part_id or 0) >= args.num_parts:
+            raise UserError("-num_parts N and -part_id I: give both, with I from 0 to N - 1, or none of them")
+        part = None if args.part_id is None else (args.part_id, args.num_parts)
         from nnunet_semiseg import planning
         from nnunet_semiseg.data import unlabeled
         from nnunet_semiseg.files import dataset_folder
@@ -101,6 +110,7 @@ def preprocess_unlabeled(parser: ArgumentParser) -> Command:
                 args.clean,
                 not args.no_pbar,
                 args.verbose,
+                part,
             )
 
     return run
@@ -134,6 +144,7 @@ def train(parser: ArgumentParser) -> Command:
         from nnunet_semiseg.runs import Run, using_data
         from nnunet_semiseg.schema import check_name
         from nnunet_semiseg.settings.plans import given_settings, parse_assignments, refuse_foreign, update_settings
+        from nnunet_semiseg.training import distributed
         from nnunet_semiseg.training_command import check_training, continued, words
 
         changes = parse_assignments(args.set)
@@ -142,11 +153,18 @@ def train(parser: ArgumentParser) -> Command:
         if args.copy:
             check_name("--as", args.copy)
         check_training(args, args.copy)
+        if int(args.num_gpus or 1) > 1 and not distributed.is_one_of_several():
+            return distributed.launch(int(args.num_gpus), args.words)
+        args.num_gpus = None  # torchrun has started all processes
+        distributed.join(args.device or "cuda")
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
         results = dataset_folder("nnUNet_results", args.dataset_name_or_id)
         plans_file = preprocessed / f"{args.p}.json"
         if args.copy:
-            plans_file, args.p = copy_plans(plans_file, args.copy), args.copy
+            if distributed.is_first():
+                copy_plans(plans_file, args.copy)
+            distributed.wait()
+            plans_file, args.p = plans_file.with_name(f"{args.copy}.json"), args.copy
         check_plans_name(plans_file)
         sys.argv = words(args)
         try:
@@ -154,12 +172,14 @@ def train(parser: ArgumentParser) -> Command:
             data = using_data(preprocessed.name, args.configuration, args.tr, args.p)
             with continued(args, changes), given_settings(changes, args.accept_changes), data:
                 run_training_entry()
-            if os.environ.get("RANK", "0") == "0" and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
+            distributed.part()
+            if distributed.is_first() and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
                 where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"
                 _say_next(f"compare {where} --trainers SupervisedTrainer {args.tr} --run")
         except UserError:
             if (
                 args.copy
+                and distributed.is_first()
                 and not Run(results.name, args.configuration, args.fold, args.tr, args.p).settings_file.exists()
             ):
                 plans_file.unlink()
@@ -234,6 +254,11 @@ def compare(parser: ArgumentParser) -> Command:
         "--noise", type=float, nargs="+", default=[], metavar="SIGMA", help="on the normalised test images"
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="one process on each")
+    parser.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: jobs of its queue")
+    parser.add_argument(
+        "--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="of each job: partition=gpu hours=12 gpus=1, or any other option of sbatch",
+    )  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the NSD; default: %(default)s")
     parser.add_argument("-np", type=_at_least(0), default=_cores(8), metavar="N", help="processes for the evaluation")
     parser.add_argument(
@@ -258,6 +283,8 @@ def compare(parser: ArgumentParser) -> Command:
             noise=args.noise,
             device=args.device,
             gpus=args.gpus,
+            executor=args.executor,
+            slurm=args.slurm,
             mirroring=not args.disable_tta,
             tolerance=args.tolerance,
             num_processes=args.np,
@@ -378,13 +405,14 @@ def pretrain_vlm(parser: ArgumentParser) -> Command:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the training")
 
     def run(args: Namespace) -> None:
+        from nnunet_semiseg.training.distributed import is_first
         from nnunet_semiseg.vlm import pretraining
 
         _check_plans(args)
         model = args.model or pretraining.DEFAULT_MODEL
         chosen = {"configuration": args.c, "plans": args.p, "device": args.device}
         output = pretraining.pretrain(args.d, model, args.o, args.set, **chosen)
-        if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
+        if is_first():
             print(output)
             print(pretraining.what_it_saw(output))
 
@@ -474,10 +502,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.__name__, help=command.__doc__, description=command.__doc__, allow_abbrev=False
         )
         subparser.set_defaults(run=command(subparser))
-    args = parser.parse_args(_with_folder(sys.argv[1:] if argv is None else argv))
+    words = _with_folder(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words, Namespace(words=words))
     try:
         args.run(args)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks, and has this one ended
+            time.sleep(5)
         report(error)
         return 1
     except KeyboardInterrupt:

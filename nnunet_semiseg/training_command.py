@@ -65,6 +65,8 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
         UserError: a fold, a device or a number of GPUs that makes no sense; no such data set, plans or configuration,
             or damaged ones; weights that are missing, damaged or can run code; `--val` before a training has ended.
     """
+    import torch
+
     from nnunet_semiseg.devices import check_device
     from nnunet_semiseg.files import dataset_folder
     from nnunet_semiseg.planning import planning_command, read_plans
@@ -86,10 +88,10 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
     gpus = args.num_gpus or "1"
     if not gpus.isdecimal() or int(gpus) < 1:
         raise UserError(f"-num_gpus {gpus}: give a whole number, 1 or more")
-    if int(gpus) > 1 and device != "cuda":
-        raise UserError(f"-num_gpus {gpus}: several GPUs need -device cuda")
-    if int(gpus) > 1 and has_settings(args.tr):
-        raise UserError(f"-num_gpus {gpus}: {args.tr} trains on one GPU: leave it out")
+    if int(gpus) > 1 and device != "cuda" and not has_settings(args.tr):
+        raise UserError(f"-num_gpus {gpus}: nnU-Net's own trainers need -device cuda for several processes")
+    if int(gpus) > 1 and device == "cuda" and int(gpus) > (there := torch.cuda.device_count()):
+        raise UserError(f"-num_gpus {gpus}: this machine has {there}: give {there} or less")
     if args.c and args.val:
         raise UserError("--c and --val: give one of them: --c goes on with a training, --val validates a finished one")
     if args.val_best and args.disable_checkpointing:
@@ -97,6 +99,11 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
     if args.pretrained_weights:
         if args.c:
             raise UserError("-pretrained_weights and --c: give one of them: weights are for the start of a training")
+        here, all_ranks = (int(os.environ.get(f"{name}WORLD_SIZE", "1")) for name in ("LOCAL_", ""))
+        if here != all_ranks or (device != "cuda" and max(int(gpus), all_ranks) > 1):
+            raise UserError(
+                "-pretrained_weights: in several processes nnU-Net can load them on one machine's GPUs alone"
+            )
         fix = "give a checkpoint of nnU-Net's with -pretrained_weights"
         checkpoints.read(args.pretrained_weights, fix, mmap=True, keys=("network_weights",))
     if getattr(args, "continue_from", None):

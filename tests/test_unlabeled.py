@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data import unlabeled
 from nnunet_semiseg.data.unlabeled import (
+    alone_or_part,
     find_unlabeled_cases,
     load_manifest,
     plans_hash,
@@ -466,3 +468,44 @@ def test_a_second_preprocessing_is_told_who_is_at_it(planned):
     assert not folder.exists()
     run(planned)
     assert len(whole_cases(planned)) == 4 and not list(planned.preprocessed.glob("*.lock"))
+
+
+def everything_in(dataset) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in output(dataset)[0].iterdir()}
+
+
+def test_parts_make_together_what_one_call_makes(planned):
+    folder, manifest_file = output(planned)
+    run(planned)
+    by_one = everything_in(planned)
+    shutil.rmtree(folder)
+    manifest_file.unlink()
+    for number, cases in {1: {"un_001"}, 2: {"un_001", "un_002"}, 0: {"un_000", "un_001", "un_002", "un_003"}}.items():
+        run(planned, part=(number, 3))
+        assert set(whole_cases(planned)) == cases and not manifest_file.exists()
+    whole = whole_cases(planned)
+    run(planned, part=(0, 3))
+    run(planned)
+    assert whole_cases(planned) == whole and everything_in(planned) == by_one
+    assert len(manifest(planned)[1]) == 4 and not list(planned.preprocessed.glob("*.part*"))
+    run(planned, part=(1, 3), clean=True)  # what the others have made stays
+    now = whole_cases(planned)
+    assert {case for case in whole if now[case] != whole[case]} == {"un_001"} and not manifest_file.exists()
+
+
+@pytest.mark.parametrize(
+    "lock, part, busy",
+    [
+        (".part0of2.lock", None, True),  # the last call comes when all parts have ended
+        (".part0of2.lock", (0, 2), True),
+        (".part0of2.lock", (1, 2), False),
+        (".part0of2.lock", (1, 3), True),  # other parts would do the same cases
+        (".lock", (1, 2), True),
+    ],
+)
+def test_parts_and_other_calls_keep_out_of_each_others_way(lock, part, busy, tmp_path):
+    folder = tmp_path / "plans_3d_fullres__unlabeled"
+    with only_one(tmp_path / f"{folder.name}{lock}", "preprocesses"):
+        with pytest.raises(BusyError) if busy else contextlib.nullcontext(), alone_or_part(folder, part):
+            assert not busy
+    assert not list(tmp_path.iterdir())

@@ -243,6 +243,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The gradients of the masks are cut to a norm of 1, or they would count where all gradients are clipped."""
         terms = super().backward(groups)
+        self.ranks.mean_gradients([*self.auxiliary["text_masks"].parameters()])
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.mask_optimizer)
         nn.utils.clip_grad_norm_(self.auxiliary["text_masks"].parameters(), 1.0)

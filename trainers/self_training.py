@@ -95,8 +95,9 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
 
     def on_train_start(self):
         for number in range(self.round + 1, self.settings.rounds + 1):  # of a training before this one
-            if self.folder(number).exists():
+            if self.folder(number).exists() and not self.ranks.number:
                 shutil.rmtree(self.folder(number))
+        self.ranks.wait()
         super().on_train_start()
 
     def on_train_epoch_start(self):
@@ -119,6 +120,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
             self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
         )  # fmt: skip
         self.bare_network.load_state_dict(fresh.state_dict())
+        self.ranks.copy_first(self.bare_network)
         self._best_ema = None  # of `checkpoint_best.pth`: the other network's
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -138,7 +140,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
             return None  # there are no pseudo-labels yet; once they are made, loaders are, too
         if missing:
             raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is gone: train again, without --c")
-        batch_size = self.settings.unlabeled_batch_size or self.batch_size
+        batch_size = self.ranks.part(self.settings.unlabeled_batch_size) or self.batch_size
         return pseudo_label_loader(labeled, PseudoLabeledDataset(dataset, folder), batch_size, self.label_manager)
 
     def target_maker(self):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -352,7 +353,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
         if self.settings.teacher == "best_pool":
-            dice = [pseudo_dice(val_outputs, name) for name in BRANCHES]
+            of_all = list(chain.from_iterable(self.ranks.gather(val_outputs)))
+            dice = [pseudo_dice(of_all, name) for name in BRANCHES]
             self.offer_to_pool(max(dice), dice.index(max(dice)))
 
     def offer_to_pool(self, dice: float, branch: int) -> None:

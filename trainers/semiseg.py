@@ -91,11 +91,13 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     # ------------------------------------------------------------------------------------------------- decisions
 
     def on_train_start(self):
-        if self.current_epoch == 0 and self.foreground_folder.exists():  # of a training before this one
-            shutil.rmtree(self.foreground_folder)
+        with self.ranks.one_first():
+            if self.current_epoch == 0 and self.foreground_folder.exists():  # of a training before this one
+                shutil.rmtree(self.foreground_folder)
         super().on_train_start()
         lines = self.decisions()
-        Path(self.output_folder, "decisions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if not self.ranks.number:
+            Path(self.output_folder, "decisions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for line in lines:
             self.print_to_log_file(line)
 

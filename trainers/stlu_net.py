@@ -219,7 +219,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
         if self.settings.mixing == "similarity":
-            for point, counts in zip(self.points, self.histogram.cpu(), strict=True):
+            for point, counts in zip(self.points, self.ranks.sum(self.histogram).cpu(), strict=True):
                 shares = " ".join(f"{share:.2f}" for share in counts / counts.sum())
                 self.print_to_log_file(f"similarity weights after stage {point}, shares in tenths of 0 to 1: {shares}")
         self.histogram.zero_()

@@ -101,7 +101,8 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
                     yield {"unsupervised": weight * self.taught_loss(output, pseudo[1 - i])}
                     yield self.cog(aligned, self.finest(output), text, share_u)
         # on its way to the CPU while the GPU works; the next step reads it
-        self.method_state["second_is_better"].copy_(supervised[1] < supervised[0], non_blocking=True)
+        first, second = self.ranks.mean(torch.stack(supervised))
+        self.method_state["second_is_better"].copy_(second < first, non_blocking=True)
         if settings.dca == "off":
             return
         if self.progress < settings.dca_start:

@@ -11,7 +11,6 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle, write_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_semiseg.files import write_json, written_whole
@@ -53,7 +52,7 @@ class PseudoForegroundDataset:
         return self._left_out[1]
 
 
-def look_at_cases(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Sequence[str], folder: Path) -> None:
+def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str], folder: Path) -> None:
     """Write where a network finds foreground in whole cases, and how much it agrees with itself on each.
 
     Class locations are as nnU-Net's preprocessing keeps them of labels. The score of a case (`SCORES`) is the mean Dice
@@ -61,7 +60,7 @@ def look_at_cases(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Se
     than exact: neighbouring windows do not overlap.
 
     Args:
-        trainer: says how images are shown to the network.
+        trainer: says how images are shown to the network; of several processes (`ranks`) each looks at its part.
         network: without deep supervision.
         dataset: of preprocessed cases.
         cases: those to look at; their files are replaced.
@@ -90,7 +89,8 @@ def look_at_cases(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Se
         return np.asarray(manager.convert_logits_to_segmentation(logits.cpu())).astype(np.int16)
 
     scores = load_json(str(folder / SCORES)) if (folder / SCORES).is_file() else {}
-    for case in cases:
+    found: dict[str, float] = {}
+    for case in cases[trainer.ranks.number :: trainer.ranks.of]:
         image = torch.from_numpy(dataset.load_case(case)[0][:])
         label, others, last = decision(image), [], folder / f"{case}.npz"
         if axes:
@@ -98,13 +98,17 @@ def look_at_cases(trainer: nnUNetTrainer, network: nn.Module, dataset, cases: Se
         if last.is_file():
             others.append(np.load(last)["label"])
         dice = [agreement(label, other, classes) for other in others]
-        scores[case] = float(np.mean(dice)) if dice else float("nan")
+        found[case] = float(np.mean(dice)) if dice else float("nan")
         with written_whole(last) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, label=label)
         locations = DefaultPreprocessor._sample_foreground_locations(label[None], classes)
         with written_whole(folder / f"{case}.pkl") as temporary:
             write_pickle(locations, str(temporary))
-    write_json(scores, folder / SCORES)
+    for of_rank in trainer.ranks.gather(found):
+        scores |= of_rank
+    if not trainer.ranks.number:
+        write_json(scores, folder / SCORES)
+    trainer.ranks.wait()
 
 
 def agreement(a: np.ndarray, b: np.ndarray, classes: Sequence) -> float:

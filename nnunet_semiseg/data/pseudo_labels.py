@@ -13,7 +13,6 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_semiseg.data.written_images import refuse_half_written
 from nnunet_semiseg.files import written_whole
@@ -57,20 +56,24 @@ def without_label(dataset, folder: Path) -> list[str]:
     return [case for case in dataset.identifiers if not (folder / f"{case}.pkl").is_file()]
 
 
-def label_cases(trainer: nnUNetTrainer, dataset, folder: Path) -> None:
-    """Write the decision of a trainer's network on every case that has no label in the folder; see `label_case`."""
+def label_cases(trainer: Any, dataset, folder: Path) -> None:
+    """Write the decision of a trainer's network on every case that has no label in the folder; see `label_case`.
+
+    Of several processes each labels its part of the cases; they wait for each other.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     todo = without_label(dataset, folder)
+    trainer.ranks.wait()  # all have looked: none takes for done what another one has just labelled
     trainer.print_to_log_file(f"labelling {len(todo)} unlabelled cases: {folder}")
     predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=True, allow_tqdm=False)
     predictor.manual_initialization(
-        trainer.network,  # pyright: ignore[reportArgumentType]: there is one after `initialize`
-        trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
         type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
     )  # fmt: skip
     trainer.set_deep_supervision_enabled(False)
-    for case in todo:
+    for case in todo[trainer.ranks.number :: trainer.ranks.of]:
         label_case(predictor, dataset, case, folder)
+    trainer.ranks.wait()
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 
 

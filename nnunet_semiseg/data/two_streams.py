@@ -168,6 +168,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
             data, batch_size, patch_size, final_patch_size, label_manager, foreground_share, transforms=transforms
         )
         self.has_ignore = False  # else nnU-Net would sample annotated voxels, of which there are none
+        self.indices = np.asarray(self.indices)  # else NumPy makes an array of all names for each batch
 
     def get_indices(self):
         """nnU-Net's draw; a case that is left out is replaced by one that is not."""

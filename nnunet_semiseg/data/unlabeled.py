@@ -13,7 +13,8 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,12 @@ PROPERTIES_KEY = "semiseg"
 ENDING = "__unlabeled"
 """of the folder of unlabelled cases, beside that of the labelled ones"""
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+READERS = 16
+"""threads that look at files: what they wait for is the disk, often one on a network"""
+DELAY = 10
+"""seconds before there is a bar"""
+WAIT = 24 * 3600
+"""seconds that a part waits while another one looks at the labelled cases"""
 
 MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
@@ -85,10 +92,12 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     put = f"put the unlabelled images there, named CASE_0000{ending}"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: make it and {put} (with labelled cases alone: --labeled_only)")
-    there = [f for f in folder.iterdir() if not f.name.startswith(".")]
-    if folders := sorted(f.name for f in there if f.is_dir() and f.name.endswith(ending)):
+    with os.scandir(folder) as entries:  # with no further look at a file that is no link
+        found = {e.name: e for e in entries if not e.name.startswith(".")}
+    if folders := sorted(name for name, e in found.items() if name.endswith(ending) and e.is_dir()):
         raise UserError("\n".join(f"{folder / name}: is a folder, not an image: take it out" for name in folders))
-    files = sorted(f.name for f in there if not f.is_dir())
+    there = {name: e for name, e in found.items() if not e.is_dir()}
+    files = sorted(there)
     images = [name for name in files if name.endswith(ending)]
     if not images:
         found = f"no *{ending} among its {len(files)} files (the first is {files[0]})" if files else "empty"
@@ -100,7 +109,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     problems = []
     for name in images:
         match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name)
-        if not (folder / name).exists():
+        if there[name].is_symlink() and not there[name].is_file():
             problems.append(f"{folder / name}: a link to a file that is not there: fix it or remove it")
         if match:
             cases.setdefault(match[1], {})[int(match[2])] = folder / name
@@ -127,7 +136,9 @@ def check_headers(cases: dict[str, list[str]], reader: type) -> None:
     Raises:
         UserError: unreadable images, channels whose geometry differs; one line for each.
     """
-    problems = [line for images in cases.values() for line in header_problems(images, reader)]
+    with ThreadPoolExecutor(READERS) as threads:
+        found = threads.map(lambda images: header_problems(images, reader), cases.values())
+        problems = [line for lines in tqdm(found, "Headers", len(cases), delay=DELAY) for line in lines]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -140,6 +151,7 @@ def preprocess_unlabeled(
     clean: bool = False,
     show_progress_bar: bool = True,
     verbose: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Preprocess the images in ``imagesUn`` as nnU-Net would; cases that are whole and fresh are left alone.
 
@@ -148,8 +160,11 @@ def preprocess_unlabeled(
     Args:
         num_processes: one number, or one for each configuration; 0 works in this process.
         clean: begin anew.
+        part: number and count: of so many calls, on several computers that share the disk, this is the one that does
+            every count-th case. When all parts are done, a call without a part writes the manifest.
 
     Raises:
+        BusyError: another call works on these cases, and is not another part.
         UserError: no such dataset or plans; what `find_unlabeled_cases` and `look_at_labeled` refuse; bad images, one
             line for each, after all good cases are done; a killed worker; a full disk.
     """
@@ -172,14 +187,38 @@ def preprocess_unlabeled(
         if configuration in known:
             check_configuration(plans, configuration, plans_file, f"plan again with {plan}")
             folder, _ = _output(preprocessed, plans, configuration)
-            lock = folder.with_name(f"{folder.name}.lock")
-            with only_one(lock, "preprocesses these unlabelled cases"), disk_errors(folder), killed_workers(folder):
-                usual = look_at_labeled(raw, preprocessed, plans, configuration, n)
+            with alone_or_part(folder, part), disk_errors(folder), killed_workers(folder):
+                with only_one(folder.with_name(f"{folder.name}.labeled.lock"), "looks at labelled cases", WAIT):
+                    usual = look_at_labeled(raw, preprocessed, plans, configuration, n)
                 _preprocess_configuration(
-                    cases, preprocessed, plans, configuration, dataset_json, usual, n, clean, show_progress_bar, verbose
-                )
+                    cases, preprocessed, plans, configuration, dataset_json, usual, n, clean, show_progress_bar,
+                    verbose, part,
+                )  # fmt: skip
         else:
             print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
+
+
+@contextlib.contextmanager
+def alone_or_part(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
+    """Keep others from these cases: a call without a part from all of them, a part from its like and from such a call.
+
+    Each takes its own lock first and looks at the others' then, so that of two at the same time none overlooks the
+    other.
+
+    Raises:
+        BusyError: another call is at work; parts of another count are, too.
+    """
+    whole, does = folder.with_name(f"{folder.name}.lock"), "preprocesses these unlabelled cases"
+    number, count = part or (0, 0)
+    own = folder.with_name(f"{folder.name}.part{number}of{count}.lock") if part else whole
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(own, does):
+        parts = folder.parent.glob(f"{folder.name}.part*.lock")
+        for other in [whole] * bool(part) + [p for p in parts if not (part and p.stem.endswith(f"of{count}"))]:
+            with only_one(other, does, wait=2):
+                pass
+        yield
 
 
 def load_manifest(
@@ -254,46 +293,69 @@ def _output(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, 
 
 
 def _preprocess_configuration(
-    cases, preprocessed, plans, configuration, dataset_json, usual, num_processes, clean, show_progress_bar, verbose
-) -> None:
+    cases, preprocessed, plans, configuration, dataset_json, usual, num_processes, clean, show_progress_bar, verbose,
+    part=None,
+) -> None:  # fmt: skip
     folder, manifest_file = _output(preprocessed, plans, configuration)
     hash_now = plans_hash(plans, configuration)
-    recorded = {} if clean else _recorded(manifest_file)
-    entries = {
-        case: None if clean else _entry_of_whole(folder, case, images, hash_now, recorded.get(case))
-        for case, images in cases.items()
-    }
+    records = [manifest_file, *sorted(folder.parent.glob(f"{folder.name}.part*of*.json"))]
+    recorded = {} if clean else {case: entry for file in records for case, entry in _recorded(file).items()}
+    if part:
+        cases = {case: cases[case] for case in sorted(cases)[part[0] :: part[1]]}
+        records[1:] = [folder.with_name(f"{folder.name}.part{part[0]}of{part[1]}.json")]
+    entries = dict.fromkeys(cases)
+    if not clean:
+        with ThreadPoolExecutor(READERS) as threads:
+            known = threads.map(
+                lambda case: _entry_of_whole(folder, case, cases[case], hash_now, recorded.get(case)), cases
+            )
+            bar = tqdm(known, "Looking at what is there", len(cases), delay=DELAY, disable=not show_progress_bar)
+            entries = dict(zip(cases, bar, strict=True))
     todo = [case for case, entry in entries.items() if entry is None]
     expected = {case + suffix for case in cases for suffix in SUFFIXES}
-    leftovers = [file for file in folder.iterdir() if file.name not in expected] if folder.is_dir() else []
+    there = list(folder.iterdir()) if folder.is_dir() and not part else []  # a part leaves alone what others make
+    leftovers = [file for file in there if file.name not in expected]
     labeled = folder.with_name(folder.name.removesuffix(ENDING))  # what a training uses, and locks
-    with rewriting(labeled) if todo or leftovers else contextlib.nullcontext():
-        if todo or leftovers:  # first: it must never vouch for a folder that changes
-            manifest_file.unlink(missing_ok=True)
-        if clean:
+    with contextlib.ExitStack() as stack:
+        if todo or leftovers:
+            stack.enter_context(rewriting(labeled))
+            manifest_file.unlink(missing_ok=True)  # first: it must never vouch for a folder that changes
+        if part:
+            stack.close()  # other parts want to begin; without a manifest no training does
+        if clean and not part:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         for file in leftovers:
             file.unlink(missing_ok=True)
 
-        print(f"{configuration}: {len(cases)} unlabelled cases, {len(todo)} of them to preprocess")
+        which = f" in part {part[0]} of {part[1]}" if part else ""
+        print(f"{configuration}: {len(cases)} unlabelled cases{which}, {len(todo)} of them to preprocess")
+        staging = folder.with_name(folder.name + ".tmp")
+        staging = staging / f"part{part[0]}of{part[1]}" if part else staging
         about = folder, plans, configuration, dataset_json, usual, verbose
-        entries |= _preprocess_cases({case: cases[case] for case in todo}, num_processes, show_progress_bar, about)
-        write_json({"plans_hash": hash_now, "cases": dict(sorted(entries.items()))}, manifest_file)
+        entries |= _preprocess_cases(
+            {case: cases[case] for case in todo}, staging, num_processes, show_progress_bar, about
+        )
+        content = {"plans_hash": hash_now, "cases": dict(sorted(entries.items()))}
+        write_json(content, records[1] if part else manifest_file)
+        for file in () if part else records[1:]:
+            file.unlink(missing_ok=True)
+    if part:
+        print(f"{configuration}: this part is done; when all are, the same call without -num_parts ends the work")
 
 
 def _preprocess_cases(
-    cases: dict[str, list[str]], num_processes: int, show_progress_bar: bool, about: tuple
+    cases: dict[str, list[str]], staging: Path, num_processes: int, show_progress_bar: bool, about: tuple
 ) -> dict[str, dict]:
     """The cases' entries in the manifest.
 
     Args:
+        staging: a folder for what is not whole yet; it is emptied.
         about: further arguments of `_preprocess_case`; the first one is the folder.
 
     Raises:
         UserError: bad images, one line for each, after all good cases are done.
     """
-    staging = about[0].with_name(about[0].name + ".tmp")
     jobs = [(case, images, staging / case, *about) for case, images in cases.items()]
     entries, problems, missing = {}, {}, {}
     shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it

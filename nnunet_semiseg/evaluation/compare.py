@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.cluster import do_all_in_queue, parameters_of, slurm_executor
 from nnunet_semiseg.evaluation.jobs import (
     LOGS,
     alone,
@@ -52,7 +54,8 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     check_sizes(request, runs[0])
     if upper_bound:
         check_disjoint(test_set, upper_bound[0])
-    devices = find_devices(request)
+    devices = find_devices(request) if request.executor == "local" else []
+    parameters = parameters_of(request.slurm, request.device)
     everything = [*runs, *upper_bound]
     # a test set needs no validation: it may have been interrupted, or be of another checkpoint
     missing = [r for r in everything if not (r.is_validated if test_set.is_validation else r.is_trained)]
@@ -71,14 +74,19 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     with alone(output):
         for r in missing:
             r.write_plans()
-        do_all([training_job(r, request.device) for r in missing], devices, output / LOGS)
+        if request.executor == "local":
+            work = partial(do_all, devices=devices, logs=output / LOGS)
+        else:
+            executor = slurm_executor(output / LOGS, parameters)
+            work = partial(do_all_in_queue, executor=executor, logs=output / LOGS)
+        work([training_job(r, request.device) for r in missing])
         if not test_set.is_validation:
             jobs = [
                 prediction_job(r, noise, request, test_set, output)
                 for r in everything
                 for noise in noise_levels(request, r, upper_bound)
             ]
-            do_all([job for job in jobs if not is_predicted(job, test_set)], devices, output / LOGS)
+            work([job for job in jobs if not is_predicted(job, test_set)])
         return write_report(collect(request, runs, upper_bound, test_set, output), output)
 
 

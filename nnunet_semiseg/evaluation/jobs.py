@@ -121,10 +121,8 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path) -> None:
 def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) -> str | None:
     """Returns what went wrong."""
     print(f"{job.title} ...", flush=True)
-    log, file = logs / f"{job.name}.txt", logs / f"{job.name}.json"
-    write_json(job.content, file)
+    log, command = logs / f"{job.name}.txt", command_of(job, logs)
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "nnunet_semiseg.evaluation.worker", str(file)]
     with open(log, "ab") as printed:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=printed, stderr=printed, start_new_session=True
@@ -132,7 +130,19 @@ def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) ->
         running.add(process)
         process.wait()
         running.discard(process)
-    if process.returncode == 0:
+    return say_what_failed(process.returncode, log)
+
+
+def command_of(job: Job, logs: Path) -> list[str]:
+    """The words that start a job's process; what it is to do is written into `logs`."""
+    file = logs / f"{job.name}.json"
+    write_json(job.content, file)
+    return [sys.executable, "-m", "nnunet_semiseg.evaluation.worker", str(file)]
+
+
+def say_what_failed(status: int, log: Path) -> str | None:
+    """The last line that a process printed, if it failed."""
+    if status == 0:
         return None
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'failed'} (exit status {process.returncode}; all it printed: {log})"
+    return f"{lines[-1] if lines else 'failed'} (exit status {status}; all it printed: {log})"

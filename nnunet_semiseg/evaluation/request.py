@@ -39,6 +39,8 @@ class Request:
         upper_bound: a dataset with all the labels, for the baseline's trainer.
         noise: standard deviations of noise on the normalised test images.
         gpus: the numbers of those that train and predict at the same time; none: the one that `device` means.
+        executor: `local`, or `slurm`: trainings and predictions are jobs of its queue.
+        slurm: `KEY=VALUE` for them; see `parameters_of`.
         tolerance: of the normalised surface distance, in mm.
         num_processes: for the evaluation.
     """
@@ -55,6 +57,8 @@ class Request:
     noise: Sequence[float] = ()
     device: str = "cuda"
     gpus: Sequence[int] = ()
+    executor: str = "local"
+    slurm: Sequence[str] = ()
     mirroring: bool = True
     tolerance: float = 2.0
     num_processes: int = 2

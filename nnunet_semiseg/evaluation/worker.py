@@ -29,6 +29,8 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 
 def train(words: list[str], folder: str) -> None:
     """`nnUNetv2_train`, then the peak of memory into the run's folder, over all interruptions."""
+    if not {"--c", "--val"} & set(words) and any(Path(folder).glob("checkpoint_*.pth")):
+        words = [*words, "--c"]  # this very job was begun before: a cluster took it from its computer
     sys.argv = ["nnUNetv2_train", *words]
     dataset, configuration = words[:2]
     trainer, plans = (words[words.index(option) + 1] for option in ("-tr", "-p"))

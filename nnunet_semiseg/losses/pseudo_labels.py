@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
+from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -127,4 +128,8 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None 
 def share_without_weight(loss, weight: Tensor) -> Tensor:
     """Of the samples, or with `batch_dice` of the batch: there nnU-Net's Dice is at its best by its smoothing alone."""
     counts = weight.flatten(1).any(1)
-    return (~(counts.any() if loss.dc.batch_dice else counts)).float().mean()
+    if loss.dc.batch_dice:
+        counts = counts.any()
+        if loss.dc.ddp:  # the batch of all processes
+            counts = AllGatherGrad.apply(counts.float()).any()
+    return (~counts).float().mean()

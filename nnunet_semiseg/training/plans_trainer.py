@@ -17,9 +17,11 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import distributed, nn
+from torch import Tensor, autocast, distributed, nn
 from torch._dynamo import OptimizedModule
+from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.preprocessed import preprocess_again
@@ -34,6 +36,7 @@ from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read
 from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import repeatable
 from nnunet_semiseg.training.checks import check_batch_fits, check_depth, check_labeled_cases
+from nnunet_semiseg.training.distributed import Ranks, told
 from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 from nnunet_semiseg.training.passes import run_in_bfloat16
@@ -67,6 +70,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     num_input_channels: Any
     output_folder: Any
     preprocessed_dataset_folder: Any
+    grad_scaler: Any
+    ranks = Ranks()
+    """this process among those that train together"""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -90,12 +96,19 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         except UserError as error:  # what --set gave is looked at already
             raise UserError(f"{plans_file(plans)}: {error}") from None
         self.goes_on = plans.get("continue_training", False)
-        if self.settings.seed is not None:
-            seed_everything(self.settings.seed)
+        self.ranks = Ranks()
+        if (seed := self.ranks.seed(self.settings.seed)) is not None:
+            seed_everything(seed)
         plans = self.prepare(plans, configuration, fold, dataset_json)
+        batch_size = PlansManager(plans).get_configuration(configuration).batch_size
+        self.ranks.check_even(f"plans {plans['plans_name']}: {configuration}: batch_size", batch_size)
+        self.ranks.check_even("setting unlabeled_batch_size", getattr(self.settings, "unlabeled_batch_size", None))
         with disk_errors(str(nnUNet_results)):
             self.refuse_a_second(plans, configuration, fold)
             super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:  # nnU-Net has several processes on GPUs alone, and of one machine
+            self.device = self.ranks.device(device)
+            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             setattr(self, name, getattr(self.settings, name))
         self.logger.local_logger = LossTermLogger()
@@ -124,12 +137,18 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         check_labeled_cases(join(nnUNet_preprocessed, plans["dataset_name"]), plans, configuration, fold)
         return plans
 
+    def _set_batch_size_and_oversample(self):
+        with told(self, self.ranks.of > 1):
+            super()._set_batch_size_and_oversample()
+
     def _build_loss(self):
         with np.errstate(invalid="ignore"):
             loss: Any = super()._build_loss()
         if self.enable_deep_supervision and len(loss.weight_factors) == 1:
             # a network of two stages has one output, which is nnU-Net's last one, of weight 0: it gets 0 / 0
             loss.weight_factors = (1.0,)
+        # the Dice of a batch is that of the batch of all ranks
+        (loss.loss if self.enable_deep_supervision else loss).dc.ddp = self.ranks.of > 1
         return loss
 
     @staticmethod
@@ -152,7 +171,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return bare(self.network)
 
     def initialize(self):
-        super().initialize()
+        with told(self, several=False):
+            super().initialize()
+        if self.ranks.of > 1 and self.device.type == "cuda":
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        self.ranks.copy_first(*self.trained_modules())
         self.dataset_class = ReadableCases(self.dataset_class, self.fixes(), self.reasons)
         if (model := os.environ.get(checkpoints.CONTINUE_FROM)) and not self.goes_on:
             fix = "continue from a model with the same network, of the same trainer"
@@ -168,6 +191,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         """What to do where preprocessed cases cannot be read, by their folder."""
         fix = preprocess_again(self.plans_manager.plans, self.configuration_name)
         return {self.preprocessed_dataset_folder: f"{fix}, then go on with --c"}
+
+    def set_deep_supervision_enabled(self, enabled: bool):
+        with told(self, several=False):
+            super().set_deep_supervision_enabled(enabled)
 
     def trained_modules(self) -> list[nn.Module]:
         """What the optimizer trains."""
@@ -191,7 +218,8 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return transforms if self.settings.seed is None else repeatable(transforms)
 
     def do_split(self):
-        split: Any = super().do_split()  # names of cases, which nnU-Net's annotations call arrays
+        with self.ranks.one_first():  # nnU-Net writes the splits where there are none
+            split: Any = super().do_split()  # names of cases, which nnU-Net's annotations call arrays
         training, validation, self.hidden_cases = take_labeled(
             split[0], split[1], self.settings.num_labeled, self.dataset_json
         )
@@ -201,7 +229,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         train, val = super().get_dataloaders()
         try:
             self.extend_loader(train)
-            seed_workers(train, self.settings.seed, self.current_epoch * self.num_iterations_per_epoch)
+            seed_workers(train, self.ranks.seed(self.settings.seed), self.current_epoch * self.num_iterations_per_epoch)
             next(train)  # starts the workers here, as nnU-Net does
         except BaseException:
             stop(train)
@@ -241,8 +269,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def run_training(self):
         """nnU-Net's; however it ends, no process and no thread of the loaders is left to print after the reason."""
         with self.alone("trains this model"), quiet_loaders(self.reasons):
-            for half in Path(self.output_folder).glob("*.tmp"):  # of a training that was killed
-                half.unlink(missing_ok=True)
+            if not self.local_rank:
+                for half in Path(self.output_folder).glob("*.tmp"):  # of a training that was killed
+                    half.unlink(missing_ok=True)
             try:
                 super().run_training()
             except DiskError as error:
@@ -262,6 +291,38 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             write_json(asdict(self.settings), Path(self.output_folder, SETTINGS))
             plans = self.plans_manager
             store_given(Path(nnUNet_preprocessed, plans.dataset_name, f"{plans.plans_name}.json"))
+
+    def train_step(self, batch: dict) -> dict:
+        """nnU-Net's; in several processes with the mean of their gradients."""
+        if self.ranks.of == 1:
+            return super().train_step(batch)
+        data, target = tree_map(lambda x: x.to(self.device, non_blocking=True), (batch["data"], batch["target"]))
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            loss = self.loss(self.network(data), target)
+        self.scaled(loss).backward()
+        self.take_step([p for p in self.network.parameters() if p.requires_grad])
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss as its backward pass needs it under mixed precision."""
+        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+
+    def take_step(self, parameters: list[nn.Parameter]) -> None:
+        """Reduce, unscale and clip the gradients, and let the optimizer step, as nnU-Net does."""
+        self.ranks.mean_gradients(parameters)
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(parameters, 12)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+
+    def print_to_log_file(self, *args, **kwargs):
+        if not self.local_rank:
+            super().print_to_log_file(*args, **kwargs)
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
@@ -290,7 +351,8 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     def collect_checkpoint(self) -> dict:
         """All that a checkpoint holds."""
-        return checkpoints.collect(super().save_checkpoint)
+        with told(self, several=False):
+            return checkpoints.collect(super().save_checkpoint)
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, written whole or not at all.
@@ -298,7 +360,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         Raises:
             DiskError: the disk is full or read-only.
         """
-        if self.disable_checkpointing or self.local_rank:
+        if self.local_rank:
+            return None
+        if self.disable_checkpointing:
             return super().save_checkpoint(filename)
         checkpoints.write(self.collect_checkpoint(), filename)
 
@@ -324,7 +388,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 Path(self.log_file).unlink(missing_ok=True)  # nothing was trained
                 raise
         own = self.my_init_kwargs
-        with checkpoints.fitting(changed, name, fix):
+        with checkpoints.fitting(changed, name, fix), told(self, several=False):
             if isinstance(checkpoint, dict):
                 with tempfile.NamedTemporaryFile(suffix=".pth") as file:
                     torch.save(checkpoint, file.name)

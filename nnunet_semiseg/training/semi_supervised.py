@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.helpers import dummy_context
-from torch import Tensor, autocast, distributed, nn
+from torch import Tensor, autocast, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -62,7 +62,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self.teacher: Any = None  # a network, where the settings ask for one
         self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
         self.step = 0
-        self._resume_random_state = None
+        self._resume_random_state: dict | None = None
+        self._random_states: list[dict] = []  # of every rank, for a checkpoint
         self._resume_student: dict | None = None
 
     # ---------------------------------------------------------------------------------- what a method overrides
@@ -87,8 +88,6 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             UserError: there is no such configuration, or the unlabelled data or the labelled cases do not fit;
                 a feature of nnU-Net that is not supported.
         """
-        if distributed.is_available() and distributed.is_initialized():
-            raise UserError(f"{type(self).__name__}: training on several GPUs (-num_gpus) is not supported")
         plans = super().prepare(plans, configuration, fold, dataset_json)
         if samples := self.settings.unlabeled_batch_size:
             what = f"setting unlabeled_batch_size={samples}: set it to a smaller number, or null"
@@ -338,7 +337,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         patch_size, final_patch_size = sizes
         return UnlabeledDataLoader(
             self.unlabeled_dataset(),
-            self.settings.unlabeled_batch_size or self.batch_size,
+            self.ranks.part(self.settings.unlabeled_batch_size) or self.batch_size,
             patch_size,
             final_patch_size,
             self.label_manager,
@@ -353,14 +352,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self.decide.count_labels(self.finest(on_device.target))
         terms = self.backward(self.losses(on_device))
         del on_device
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.trainable, 12)
-        if self.grad_scaler is not None:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            self.optimizer.step()
+        self.take_step(self.trainable)
         self.step += 1
         self.move_teacher()
         return {"loss": sum(terms.values()), **terms}
@@ -386,31 +378,30 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             if self.settings.memory == "fast":
                 total = loss if total is None else total + loss
             elif isinstance(loss, Tensor) and loss.requires_grad:
-                self._scaled(loss).backward()
+                self.scaled(loss).backward()
             del group, loss
         if total is not None:
-            self._scaled(total).backward()
+            self.scaled(total).backward()
         return terms
 
     def autocast(self, enabled: bool = True):
         """nnU-Net's mixed precision, on a GPU; on other devices nothing."""
         return autocast(self.device.type, enabled=enabled) if self.device.type == "cuda" else dummy_context()
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
-
     def on_train_epoch_end(self, train_outputs: list[dict]):
         self.refresh_network()
         names = list(train_outputs[0])
         if any(o.keys() != train_outputs[0].keys() for o in train_outputs):
             raise RuntimeError(f"{type(self).__name__}.losses must yield terms of the same names in every step")
-        means = torch.stack([torch.stack([o[k].float() for k in names]) for o in train_outputs]).mean(0).cpu()
-        means = dict(zip(names, means.tolist(), strict=True))
+        means = torch.stack([torch.stack([o[k].float() for k in names]) for o in train_outputs]).mean(0)
+        means = dict(zip(names, self.ranks.mean(means).tolist(), strict=True))
         loss = np.float64(means.pop("loss"))
         for name, value in means.items():
             self.logger.log(PREFIX + name, value, self.current_epoch)
         self.print_to_log_file("loss terms:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
-        for line in self.decide.shares.end_epoch(self.progress):
+        shares = self.decide.shares
+        shares.sums, shares.counts = self.ranks.sum(shares.sums), self.ranks.sum(shares.counts)
+        for line in shares.end_epoch(self.progress):
             self.print_to_log_file(line)
         super().on_train_epoch_end([{"loss": loss}])
 
@@ -427,6 +418,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     def save_checkpoint(self, filename: str) -> None:
         self.refresh_network()
+        self._random_states = self.ranks.gather(get_random_state())
         super().save_checkpoint(filename)
 
     def collect_checkpoint(self) -> dict:
@@ -444,7 +436,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             "student": student,
             "auxiliary": self.auxiliary.state_dict(),
             "method_state": self.method_state,
-            "random_state": get_random_state(),
+            "random_state": self._random_states[0],
+            "random_state_of_others": self._random_states[1:],
         }
         return checkpoint
 
@@ -471,7 +464,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if self.teacher is not None:
             bare(self.teacher).load_state_dict(checkpoint["teacher"])
         self._resume_student = state["student"]
-        self._resume_random_state = state["random_state"]
+        states = [state["random_state"], *state.get("random_state_of_others", [])]
+        if len(states) != self.ranks.of and self.goes_on:
+            self.print_to_log_file(
+                f"trained in {len(states)} processes so far, and from now on in {self.ranks.of}: other random numbers"
+                " are drawn than without the interruption"
+            )
+        self._resume_random_state = states[self.ranks.number] if self.ranks.number < len(states) else None
 
 
 def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:

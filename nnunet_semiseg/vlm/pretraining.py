@@ -41,6 +41,7 @@ from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, save_text_config
 from nnunet_semiseg.text.static_words import WORDLLAMA
+from nnunet_semiseg.training.distributed import Ranks, join
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
@@ -176,12 +177,8 @@ def check_goes_on(about: dict, output: Path) -> None:
 def set_up(device: str) -> tuple[int, torch.device]:
     """This process's rank and device; joins the group that torchrun made."""
     check_device(device)
-    if "LOCAL_RANK" not in os.environ:
-        return 0, torch.device(device)
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return distributed.get_rank(), torch.device(device)
+    join(device)
+    return Ranks().number, torch.device(device)
 
 
 class Pretraining:

@@ -1,0 +1,125 @@
+"""The jobs of a comparison in a cluster's queue, by submitit. They go on when the comparison ends.
+
+A job that is preempted, or at the end of its hours, is put into the queue again and goes on from its checkpoint. A
+comparison that is started again waits for what is there already. The processes are those of `jobs.py`: a job in the
+queue starts one, and ends it when it has to go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.jobs import Job, command_of, say_what_failed
+from nnunet_semiseg.files import read_json, write_json
+
+EXECUTORS = ("local", "slurm")
+HOURS = 24.0
+TIMES = 100
+"""how often a job may come to the end of its hours"""
+
+
+class Work:
+    """What lies in the queue: a command, and the file for what it prints. It returns what went wrong, or None."""
+
+    def __init__(self, command: list[str], log: Path):
+        self.command, self.log = command, log
+
+    def __call__(self) -> str | None:
+        with open(self.log, "ab") as printed:
+            environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+            # it ends when its stdin does, and so with this process
+            process = subprocess.Popen(
+                self.command, env=environment, stdin=subprocess.PIPE, stdout=printed, stderr=printed,
+                start_new_session=True,
+            )  # fmt: skip
+            return say_what_failed(process.wait(), self.log)
+
+    def checkpoint(self):
+        """Asked for by submitit: the same again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def parameters_of(assignments: Sequence[str], device: str) -> dict[str, Any]:
+    """`KEY=VALUE` to submitit's parameters: `hours`, `gpus` of a node, and any other option of sbatch, `partition=gpu`.
+
+    Raises:
+        UserError: no `KEY=VALUE`; hours or GPUs that are no numbers.
+    """
+    given = {"hours": str(HOURS), "gpus": "1" if device == "cuda" else "0"}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not (key and equals and value):
+            raise UserError(f"--slurm {assignment}: write KEY=VALUE, for example --slurm partition=gpu hours=12 gpus=1")
+        given[key.lstrip("-")] = value
+    try:
+        hours, gpus = float(given.pop("hours")), int(given.pop("gpus"))
+    except ValueError as error:
+        raise UserError(f"--slurm hours=H gpus=N: {error}: give numbers") from None
+    parameters: dict[str, Any] = {"time": max(1, round(60 * hours)), "additional_parameters": given}
+    return parameters | ({"gpus_per_node": gpus} if gpus else {})
+
+
+def slurm_executor(logs: Path, parameters: dict[str, Any]):
+    """submitit's executor for SLURM.
+
+    Raises:
+        UserError: submitit is not installed; this computer does not know SLURM.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--executor slurm: needs submitit: pip install 'nnunet-semiseg[cluster]'") from None
+    try:
+        executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=TIMES)
+    except RuntimeError:
+        raise UserError("--executor slurm: no srun here: run this on a computer that knows the queue") from None
+    executor.update_parameters(**parameters)
+    return executor
+
+
+def do_all_in_queue(jobs: list[Job], executor, logs: Path) -> None:
+    """Put each job into the queue, if it is not there yet, and wait for all.
+
+    Raises:
+        UserError: jobs that failed, one line each, when all the others are done.
+    """
+    submitted = [(job, known_job(job, executor, logs) or submit(job, executor, logs)) for job in jobs]
+    problems = []
+    for job, in_queue in submitted:
+        try:
+            line = in_queue.result()
+        except Exception as error:  # what submitit says of a job that was cancelled or has come to its end too often
+            line = f"job {in_queue.job_id} ended without a result ({' '.join(str(error).split())[:200]})"
+        (logs / f"{job.name}.job").unlink(missing_ok=True)
+        problems += [f"{job.title}: {line}"] if line else []
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def submit(job: Job, executor, logs: Path):
+    """Put a job into the queue, and keep its number."""
+    in_queue = executor.submit(Work(command_of(job, logs), logs / f"{job.name}.txt"))
+    write_json({"id": in_queue.job_id}, logs / f"{job.name}.job")
+    print(f"{job.title}: job {in_queue.job_id}", flush=True)
+    return in_queue
+
+
+def known_job(job: Job, executor, logs: Path):
+    """The job as a comparison before this one left it in the queue; None where it is not, or has ended."""
+    file = logs / f"{job.name}.job"
+    if not file.is_file():
+        return None
+    with contextlib.suppress(UserError, KeyError):
+        in_queue = executor.job_class(executor.folder, read_json(file, "remove it")["id"])
+        if not in_queue.done(force_check=True):
+            print(f"{job.title}: job {in_queue.job_id} is there already", flush=True)
+            return in_queue
+    return None
