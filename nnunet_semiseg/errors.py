@@ -10,9 +10,16 @@ class UserError(ValueError):
     """Something the user can fix. One line for each problem: which file, what is wrong, how to fix it."""
 
 
+MOST_LINES = 30
+"""of one error: a fault that all of 500 images share is seen in the first"""
+
+
 def report(error: Exception) -> None:
-    """The lines of an error on stderr."""
-    for line in str(error).splitlines():
+    """The lines of an error on stderr; of very many the first, how many follow, and the last, which may sum them up."""
+    *lines, last = str(error).splitlines() or [""]
+    if left := max(0, len(lines) + 1 - MOST_LINES):
+        lines = [*lines[: MOST_LINES - 2], f"... and {left + 1} more like these"]
+    for line in (*lines, last):
         print(f"error: {line}", file=sys.stderr)
 
 

@@ -10,7 +10,7 @@ import pytest
 from test_schema import CONFIGURATION, PLANS
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.settings.plans import GIVEN, store_given, store_settings, with_given
 
 
@@ -309,3 +309,12 @@ def test_the_command_with_real_processes(tiny_dataset):
     made = {file.name for file in dataset.preprocessed.glob("*_3d_fullres*/*.pkl")}
     assert made == {"tr_000.pkl", "tr_001.pkl", "un_000.pkl", "un_002.pkl"}
     assert not list(dataset.preprocessed.glob("*__unlabeled.*"))
+
+
+def test_of_very_many_problems_the_first_and_the_last_are_shown(capsys):
+    report(UserError("\n".join([*(f"case {i}: no spacing" for i in range(300)), "fix them and run it again"])))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 30 and lines[0] == "error: case 0: no spacing" and lines[27] == "error: case 27: no spacing"
+    assert lines[28:] == ["error: ... and 272 more like these", "error: fix them and run it again"]
+    report(UserError("\n".join(map(str, range(30)))))
+    assert capsys.readouterr().err.splitlines() == [f"error: {i}" for i in range(30)]
