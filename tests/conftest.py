@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import multiprocessing
 import os
 import shutil
@@ -30,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 PLACES = ("raw", "preprocessed", "results")
+
+LC_CTYPE = locale.setlocale(locale.LC_CTYPE)
+"""before any test"""
+
+
+@pytest.fixture(autouse=True)
+def same_encoding():
+    """SimpleITK sets the C locale when it reads a DICOM series, and with it what `read_text` decodes."""
+    locale.setlocale(locale.LC_CTYPE, LC_CTYPE)
+    yield
+    locale.setlocale(locale.LC_CTYPE, LC_CTYPE)
 
 
 @dataclass(frozen=True)

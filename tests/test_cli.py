@@ -144,7 +144,7 @@ def test_every_default_of_plans_is_nnunets():
         command(parser)
         name = {"-p", "-plans_name"} & set(parser._option_string_actions)
         defaults |= {(command.__name__, n): parser.get_default(n.removeprefix("-")) for n in name}
-    assert set(defaults.values()) == {"nnUNetPlans"} and len(defaults) == 8
+    assert set(defaults.values()) == {"nnUNetPlans"} and len(defaults) == 10
     parser = ArgumentParser()
     cli.plan_and_preprocess(parser)
     assert parser.get_default("pl") == "ExperimentPlanner"

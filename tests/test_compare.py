@@ -185,9 +185,9 @@ def test_repetitions_with_other_settings_are_named(planned):
     write_json(TrainedRun(runs[3]).settings | {"seed": 2, "ema_decay": 0.9}, runs[5].settings_file)
     assert unequal_conditions(runs) == [
         "SupervisedTrainer, seed 1 and SupervisedTrainer, seed 0: the settings differ: save_every 7 and 50",
-        "MeanTeacherTrainer, seed 1 and MeanTeacherTrainer, seed 0: the settings differ: ema_decay 0.5 and 0.99;"
+        "MeanTeacherTrainer, seed 1 and MeanTeacherTrainer, seed 0: the settings differ: ema_decay 0.5 and None;"
         " save_every 7 and 50",
-        "MeanTeacherTrainer, seed 2 and MeanTeacherTrainer, seed 0: the settings differ: ema_decay 0.9 and 0.99",
+        "MeanTeacherTrainer, seed 2 and MeanTeacherTrainer, seed 0: the settings differ: ema_decay 0.9 and None",
     ]
 
 
@@ -268,7 +268,7 @@ def test_what_is_done_is_remembered_until_something_changes(planned, pretend_pre
     compare.compare(asked, tmp_path / "out")
     done, evaluated = [], []
     do_all, evaluate = compare.do_all, scores.evaluate_folder
-    monkeypatch.setattr(compare, "do_all", lambda jobs, *rest: (done.extend(jobs), do_all(jobs, *rest)))
+    monkeypatch.setattr(compare, "do_all", lambda jobs, **rest: (done.extend(jobs), do_all(jobs, **rest)))
     monkeypatch.setattr(scores, "evaluate_folder", lambda *a, **k: evaluated.append(a[0]) or evaluate(*a, **k))
     compare.compare(asked, tmp_path / "out")
     assert not done and not evaluated
@@ -294,7 +294,7 @@ def test_a_training_that_was_killed_in_its_validation_goes_on_with_it(planned, t
     refused(asked, "not validated with the last checkpoint: MeanTeacherTrainer .*add --run", tmp_path / "out")
     done = []
 
-    def do_all(jobs, *_):
+    def do_all(jobs, **_):
         done.extend(jobs)
         if jobs:
             pretend_validated(runs[1], planned, [case])
@@ -448,7 +448,7 @@ def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
     with pytest.raises(UserError) as error:
         jobs.do_all(todo, ["", ""], tmp_path)
     lines = sorted(str(error.value).splitlines())
-    assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 2" in lines[0]
+    assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 1" in lines[0]
     assert "KeyError: 'nonsense' (exit status 1; all it printed: " in lines[1] and "j1.txt" in lines[1]
 
 

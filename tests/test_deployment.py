@@ -29,7 +29,6 @@ from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DiskError
 from nnunet_semiseg.runs import Run
-from nnunet_semiseg.trainers.cps import CPSTrainer
 from nnunet_semiseg.trainers.dtc import DTCTrainer
 from nnunet_semiseg.trainers.mc_net import MCNetTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
@@ -87,7 +86,7 @@ def no_plots(monkeypatch):
 REGIONS = dict(regions=True)
 ONE_OF_EACH_NETWORK = (MeanTeacherTrainer, TextSemiSegTrainer, DTCTrainer, STLUNetTrainer, SemiCMLTrainer)
 """what is distilled is a network's forward pass"""
-EVERY_NETWORK = (*ONE_OF_EACH_NETWORK, CPSTrainer, MCNetTrainer, URPCTrainer)
+EVERY_NETWORK = (*ONE_OF_EACH_NETWORK, SemiSegTrainer, MCNetTrainer, URPCTrainer)
 """what is exported is a network, down to its parts and hooks, and other trainers have the networks of these"""
 
 

@@ -30,6 +30,7 @@ ALONE = {
     "BCPTrainer": dict(box=0.0, pretraining=0.0),
     "CCTTrainer": dict(perturbations=["noise", "dropout"], consistency_weight=0.1),
     "FixMatchTrainer": dict(match_threshold=0.4),
+    "MCFTrainer": dict(review_weight=0.0),
     "SemiCMLTrainer": dict(contrast_weight=0.0, relearning_start=0.0, threshold=0.2),
     "SemiSegTrainer": dict(box=0.0, warm_up=0.0, turns=False),
     "TextSemiSegTrainer": dict(dca_start=0.0),

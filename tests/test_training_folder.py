@@ -105,7 +105,7 @@ def test_a_training_keeps_the_settings_that_it_was_started_with(dataset):
     assert trainer.num_epochs == 1
     settings = json.loads(Path(trainer.output_folder, "settings.json").read_text(encoding="utf-8"))
     assert settings == json.loads(json.dumps(asdict(trainer.settings)))
-    assert settings["num_epochs"] == 1 and settings["ema_decay"] == 0.99  # the default is written down, too
+    assert settings["num_epochs"] == 1 and settings["ema_decay"] is None  # the default is written down, too
 
 
 def test_given_settings_are_trained_with_and_written_when_it_begins(dataset):
@@ -132,7 +132,7 @@ def test_going_on_with_other_settings_is_refused_unless_they_are_accepted(traine
     first.save_checkpoint(str(Path(first.output_folder, "checkpoint_latest.pth")))
     file = str(Path(first.output_folder, "checkpoint_latest.pth"))
 
-    trainer = make_trainer(trainer_class, dataset, goes_on=True, num_epochs=5, tmr="copy")  # tmr is another trainer's
+    trainer = make_trainer(trainer_class, dataset, goes_on=True, num_epochs=5, dca="off")  # dca is another trainer's
     with pytest.raises(UserError) as error:
         trainer.load_checkpoint(file)
     line = one_line_of(error)

@@ -174,7 +174,13 @@ def dataset(tiny_dataset):
 
 def run(dataset, towers, output, *settings, **kwargs):
     chosen = {"device": "cpu", "plans": PLANS} | kwargs
-    return pretrain(dataset.id, f"{towers}:none", output, [*SHORT, *settings], **chosen)
+    return pretrain(
+        dataset.id,
+        f"{towers}:none",
+        output,
+        [*(s for s in SHORT if s.split("=")[0] not in {t.split("=")[0] for t in settings}), *settings],
+        **chosen,
+    )
 
 
 def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset, towers, tmp_path, monkeypatch):

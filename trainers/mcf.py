@@ -66,7 +66,8 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
                 yield {"review": settings.review_weight * self.review(differ, output, batch.target)}
             del output, loss
         # on its way to the CPU while the GPU works; the next step reads it
-        self.method_state["second_is_better"].copy_(supervised[1] < supervised[0], non_blocking=True)
+        first, second = self.ranks.mean(torch.stack(supervised))
+        self.method_state["second_is_better"].copy_(second < first, non_blocking=True)
         images, networks = batch.views["strong"], self.networks
         with self.without_gradients():
             logits = self.finest(networks[better](images))

@@ -32,9 +32,8 @@ def train(words: list[str], folder: str) -> None:
     if not {"--c", "--val"} & set(words) and any(Path(folder).glob("checkpoint_*.pth")):
         words = [*words, "--c"]  # this very job was begun before: a cluster took it from its computer
     sys.argv = ["nnUNetv2_train", *words]
-    dataset, configuration = words[:2]
     trainer, plans = (words[words.index(option) + 1] for option in ("-tr", "-p"))
-    with using_data(dataset, configuration, trainer, plans):
+    with using_data(*words[:2], trainer, plans):
         run_training_entry()
     file = Path(folder, RESOURCES)
     peak, memory = _peak_memory()

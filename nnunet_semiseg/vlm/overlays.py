@@ -95,7 +95,7 @@ def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 2
         output.mkdir(parents=True, exist_ok=True)
     files = []
     for case in [case for case in trained.unlabeled if case in trained.texts][:n_cases]:
-        image = torch.from_numpy(np.asarray(trained.data.load_case(case)[0], dtype=np.float32))
+        image = torch.from_numpy(np.asarray(trained.data.load_case(case)[0][:], dtype=np.float32))
         image, texts = image[:, image.shape[1] // 2], trained.texts[case]
         files.append(output / f"{case}.png")
         figure = draw(image.mean(0), *trained.of(image, texts), [" / ".join(t) for t in texts.values()])
