@@ -4,6 +4,7 @@ import builtins
 import json
 import math
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import blosc2
@@ -367,10 +368,14 @@ def test_an_export_into_no_folder_is_refused_at_once(trained, tmp_path, monkeypa
 
 def test_a_damaged_checkpoint_is_said_to_be_one(trained, tmp_path):
     _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
-    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
-    for use in (lambda: onnx_export.export_onnx(run, tmp_path / "model.onnx"), lambda: distill(run, [], "cpu")):
-        with pytest.raises(UserError, match="checkpoint_final.pth: cannot be read .*: remove it and train on"):
-            use()
+    whole = run.checkpoint.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:1000], whole[:middle] + bytes(64) + whole[middle + 64 :]):  # torch reads the latter
+        run.checkpoint.write_bytes(damaged)
+        onnx = partial(onnx_export.export_onnx, run, tmp_path / "model.onnx")
+        for use in (onnx, partial(distill, run, [], "cpu"), partial(share, run)):
+            with pytest.raises(UserError, match="checkpoint_final.pth: cannot be read .*: remove it and train on"):
+                use()
 
 
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
