@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import os
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill,
 from nnunet_semiseg.deployment.sharing import share
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DiskError
+from nnunet_semiseg.files import BusyError, DiskError, only_one
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.cps import CPSTrainer
 from nnunet_semiseg.trainers.dtc import DTCTrainer
@@ -376,6 +377,13 @@ def test_a_damaged_checkpoint_is_said_to_be_one(trained, tmp_path):
         for use in (onnx, partial(distill, run, [], "cpu"), partial(share, run)):
             with pytest.raises(UserError, match="checkpoint_final.pth: cannot be read .*: remove it and train on"):
                 use()
+
+
+def test_a_second_distillation_of_a_model_is_told_who_distils(trained):
+    _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
+    lock = run.model_folder.parent / f".{run.model_folder.name}__fold_all.lock"
+    with only_one(lock, "x"), pytest.raises(BusyError, match=rf"^{lock}: process {os.getpid()} on \S+ distils"):
+        distill(run, [], "cpu")
 
 
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
