@@ -198,6 +198,8 @@ def _check_labels(content: dict, file: str | Path) -> None:
     labels = {name: value if isinstance(value, list) else [value] for name, value in content["labels"].items()}
     classes = [name for name in labels if name not in ("background", "ignore")]
     for name, values in labels.items():
+        if not name.strip() or not name.isprintable():  # it stands in tables, figures and texts
+            raise UserError(f'{file}: "labels" has a class called {name!r}: give it a name of letters')
         if not values or min(values) < 0:
             what = f"is {values[0]}" if len(values) == 1 else f"is {values}"
             raise UserError(f'{file}: label "{name}" {what}, but labels are 0 or more: {DATASET_FIX}')

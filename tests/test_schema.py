@@ -90,6 +90,8 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"labels": {"background": 0, "a": 1, "b": 1}}, '"labels" has the values 0, 1, but must have 0 to 2'),
         ({"labels": {"background": 0, "ignore": 1}}, "has no class beside background and ignore"),
         ({"labels": {"a": 1}}, 'must have "background": 0'),
+        ({"labels": {"background": 0, "": 1}}, "\"labels\" has a class called '': give it a name"),
+        ({"labels": {"background": 0, "a\nb": 1}}, "\"labels\" has a class called 'a\\nb': give it a name"),
         ({"labels": {"background": 0, "ignore": 1, "a": 2}}, '"labels" has the values 0, 2'),
         ({"labels": {"background": 0, "a": 1, "ignore": 3}}, 'label "ignore" is 3, but must be the last one: 2'),
         ({"labels": {"background": 0, "a": 1, "ignore": [2]}}, 'label "ignore" is a list'),
