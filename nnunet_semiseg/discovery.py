@@ -60,8 +60,9 @@ def find_trainer(name: str) -> type:
     try:
         with contextlib.redirect_stdout(None):
             return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        if name not in str(error):  # not nnU-Net's own: a module of the user's that does not load
+    except (RuntimeError, TypeError) as error:  # the latter of a name that is no class, such as os
+        # not nnU-Net's own: a module of the user's that does not load
+        if isinstance(error, RuntimeError) and name not in str(error):
             raise
         ours = sorted(trainer.__name__ for trainer in iter_classes("trainers"))
         near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6) or ours

@@ -154,6 +154,11 @@ class Run:
         return base_folder("nnUNet_preprocessed") / self.dataset / f"{name}.json"
 
 
+def is_fold(text: str) -> bool:
+    """Whether it names a fold as nnU-Net names its folder: `all`, or a number, 0 and not 00."""
+    return text == "all" or (text.isdecimal() and text == str(int(text)))
+
+
 def has_settings(trainer: str) -> bool:
     """Whether this trainer knows what the plans hold under `semiseg`; nnU-Net's own do not."""
     return hasattr(find_class("trainers", trainer), "settings_class")

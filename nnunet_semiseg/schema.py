@@ -166,13 +166,18 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
 
     Raises:
         UserError: a key that is missing or of another type; a label below 0, a gap between labels, a background that is
-            not 0, no class; regions without their order; an ignore label that is not the last one; a reader that
-            nnU-Net does not have.
+            not 0, no class; regions without their order; an ignore label that is not the last one; channels that are
+            not numbered from 0 on; a reader that nnU-Net does not have.
     """
     check(content, DATASET, file, DATASET_FIX)
     channels = content.get("channel_names") or content.get("modality")
     if not channels:
         raise UserError(f'{file}: "channel_names" names no channel: {DATASET_FIX}')
+    if list(channels) != [str(i) for i in range(len(channels))]:  # nnU-Net takes them as they come
+        found, right = (", ".join(map(repr, keys)) for keys in (channels, map(str, range(len(channels)))))
+        raise UserError(f'{file}: "channel_names" has the keys {found}, but must have {right}, in this order')
+    if len(content.get("modality", channels)) != len(channels):  # nnU-Net counts these, and reads the others
+        raise UserError(f'{file}: "modality" and "channel_names" have not as many channels: remove "modality"')
     if not content["file_ending"].startswith("."):
         raise UserError(f'{file}: "file_ending" is "{content["file_ending"]}", and begins with no dot: {DATASET_FIX}')
     if content["numTraining"] < 0:
@@ -193,6 +198,8 @@ def _check_labels(content: dict, file: str | Path) -> None:
     labels = {name: value if isinstance(value, list) else [value] for name, value in content["labels"].items()}
     classes = [name for name in labels if name not in ("background", "ignore")]
     for name, values in labels.items():
+        if not name.strip() or not name.isprintable():  # it stands in tables, figures and texts
+            raise UserError(f'{file}: "labels" has a class called {name!r}: give it a name of letters')
         if not values or min(values) < 0:
             what = f"is {values[0]}" if len(values) == 1 else f"is {values}"
             raise UserError(f'{file}: label "{name}" {what}, but labels are 0 or more: {DATASET_FIX}')

@@ -108,7 +108,8 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
         checkpoints.read(args.pretrained_weights, fix, mmap=True, keys=("network_weights",))
     if getattr(args, "continue_from", None):
         _check_continuation(args, plans, plans_name)
-    run = Run(preprocessed.name, args.configuration, args.fold, args.tr, plans_name or args.p)
+    fold = args.fold if args.fold == "all" else str(int(args.fold))  # nnU-Net takes 00 for 0
+    run = Run(preprocessed.name, args.configuration, fold, args.tr, plans_name or args.p)
     if args.val and not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: --val needs a finished training: train without --val first")
 

@@ -363,7 +363,8 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     fixed = json.loads((planned.preprocessed / f"{PLANS}.json").read_text()) | {"semiseg": {"num_labeled": 2}}
     write_json(fixed | {"plans_name": "Fixed"}, planned.preprocessed / "Fixed.json")
     refused(request(planned, labeled=[1, None], plans="Fixed"), "--labeled all: the plans Fixed say num_labeled=2", out)
-    refused(request(planned, fold="first"), "-f first: give the number of a fold, or all", out)
+    for fold in ("first", "00", "\u0663"):  # nnU-Net's folders are fold_0 and fold_3
+        refused(request(planned, fold=fold), f"-f {fold}: give the number of a fold, or all", out)
     refused(request(planned, labeled=[2], fold="99"), "-f 99: .*splits_final.json has the folds 0 to 2", out, run=True)
     (tmp_path / "file").touch()
     refused(request(planned), "/file: is a file: name a folder with -o", tmp_path / "file" / "below", run=True)
@@ -450,6 +451,15 @@ def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
     lines = sorted(str(error.value).splitlines())
     assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 1" in lines[0]
     assert "KeyError: 'nonsense' (exit status 1; all it printed: " in lines[1] and "j1.txt" in lines[1]
+
+
+def test_of_a_job_that_was_killed_the_last_line_is_no_reason(tmp_path):
+    (log := tmp_path / "j.txt").write_text("Epoch 3\n")
+    line = jobs.say_what_failed(-9, log)
+    assert line == (
+        "was killed by SIGKILL, by someone or for lack of memory: run the command again, which goes on"
+        f" (all it printed: {log})"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- for real

@@ -3,7 +3,9 @@
 import builtins
 import json
 import math
+import os
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import blosc2
@@ -27,7 +29,7 @@ from nnunet_semiseg.deployment.distillation import DistillationTrainer, distill,
 from nnunet_semiseg.deployment.sharing import share
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DiskError
+from nnunet_semiseg.files import BusyError, DiskError, only_one
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.dtc import DTCTrainer
 from nnunet_semiseg.trainers.mc_net import MCNetTrainer
@@ -366,10 +368,21 @@ def test_an_export_into_no_folder_is_refused_at_once(trained, tmp_path, monkeypa
 
 def test_a_damaged_checkpoint_is_said_to_be_one(trained, tmp_path):
     _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
-    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
-    for use in (lambda: onnx_export.export_onnx(run, tmp_path / "model.onnx"), lambda: distill(run, [], "cpu")):
-        with pytest.raises(UserError, match="checkpoint_final.pth: cannot be read .*: remove it and train on"):
-            use()
+    whole = run.checkpoint.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:1000], whole[:middle] + bytes(64) + whole[middle + 64 :]):  # torch reads the latter
+        run.checkpoint.write_bytes(damaged)
+        onnx = partial(onnx_export.export_onnx, run, tmp_path / "model.onnx")
+        for use in (onnx, partial(distill, run, [], "cpu"), partial(share, run)):
+            with pytest.raises(UserError, match="checkpoint_final.pth: cannot be read .*: remove it and train on"):
+                use()
+
+
+def test_a_second_distillation_of_a_model_is_told_who_distils(trained):
+    _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
+    lock = run.model_folder.parent / f".{run.model_folder.name}__fold_all.lock"
+    with only_one(lock, "x"), pytest.raises(BusyError, match=rf"^{lock}: process {os.getpid()} on \S+ distils"):
+        distill(run, [], "cpu")
 
 
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import pytest
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_semiseg.trainers
-from nnunet_semiseg.discovery import _modules, export_line, ext_folder, find_class, iter_classes
+from nnunet_semiseg.discovery import _modules, export_line, ext_folder, find_class, find_trainer, iter_classes
+from nnunet_semiseg.errors import UserError
 
 STUB = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -117,6 +118,11 @@ def test_unknown_trainer_gives_nnunets_own_error(capsys):
     output = capsys.readouterr().out
     assert "Inspecting module: nnunet_semiseg_trainers" in output
     assert "Found class" not in output
+
+
+def test_a_name_that_is_no_class_is_no_trainer():
+    with pytest.raises(UserError, match="^os: no such trainer: use .*"):
+        find_trainer("os")  # nnU-Net's modules have it
 
 
 def test_users_own_folder_is_searched_first(stub, add_trainer, tmp_path_factory, monkeypatch):

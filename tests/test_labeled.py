@@ -178,6 +178,12 @@ def with_voxel(label, value, dtype):
     return label
 
 
+def write_rgb(file):
+    colours = sitk.Image([24, 24, 24], sitk.sitkVectorUInt8, 3)
+    colours.CopyInformation(sitk.ReadImage(str(file)))
+    sitk.WriteImage(colours, str(file))
+
+
 DAMAGE = {
     "cut image": (lambda d: cut(d.image("tr_000", folder="imagesTr")), "imagesTr/tr_000_0000.nii.gz: cannot be read"),
     "empty file": (
@@ -187,6 +193,10 @@ DAMAGE = {
     "RGB label": (
         lambda d: sitk.WriteImage(sitk.Image([24, 24, 24], sitk.sitkVectorUInt8, 3), str(label_of(d))),
         "labelsTr/tr_000.nii.gz: ",
+    ),
+    "RGB label on the image's grid": (
+        lambda d: write_rgb(label_of(d)),
+        r"labelsTr/tr_000.nii.gz: size \(24, 24, 24, 3\) differs from",  # and not the spacing, too
     ),
     "cut label": (lambda d: cut(label_of(d)), "labelsTr/tr_000.nii.gz: cannot be read"),
     "no label": (lambda d: label_of(d).unlink(), "labelsTr/tr_000.nii.gz: no such file: put the label there"),
@@ -233,12 +243,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_labelled_files_are_named_before_anything_is_made_of_them(tiny_dataset, kind):
+def test_damaged_labelled_files_are_named_before_anything_is_made_of_them(tiny_dataset, kind, capsys):
     dataset = tiny_dataset(labeled=2, unlabeled=1)
     damage, message = DAMAGE[kind]
     damage(dataset)
     refused(message, dataset.plan)
     assert not dataset.preprocessed.exists()
+    assert "Traceback" not in capsys.readouterr().err  # nnU-Net prints one for each reader that fails
 
 
 def test_damage_that_nnunets_own_preprocessing_let_through(dataset):

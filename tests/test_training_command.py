@@ -26,6 +26,7 @@ REFUSED = [
     ("3d_fullres 0 -device cpu -pretrained_weights /nix.pth", "/nix.pth: no such file: give a checkpoint"),
     ("3d_fullres 0 -device cpu -pretrained_weights /nix.pth --c", "-pretrained_weights and --c: give one"),
     ("3d_fullres 0 -device cpu --val", "checkpoint_final.pth: no such file: --val needs a finished training"),
+    ("3d_fullres 00 -device cpu --val", "fold_0/checkpoint_final.pth: no such file: --val needs"),
     ("3d_fullres 0 -device cpu --val --c", "--c and --val: give one of them"),
     ("3d_fullres 0 -device cpu -num_gpus 0", "-num_gpus 0: give a whole number"),
 ]

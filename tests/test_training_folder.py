@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from nnunet_semiseg.files import BusyError, DiskError, only_one, reading
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, given_settings, store_settings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.training import plans_trainer
 from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 
@@ -123,6 +125,15 @@ def test_given_settings_are_trained_with_and_written_when_it_begins(dataset):
     with given_settings({"num_labeled": 99}), pytest.raises(UserError, match="num_labeled"):
         make_trainer(MeanTeacherTrainer, dataset).on_train_start()
     assert file.read_bytes() == before
+
+
+def test_where_given_settings_cannot_be_stored_a_model_keeps_its_own(dataset, monkeypatch):
+    make_trainer(SupervisedTrainer, dataset, num_epochs=1).on_train_start()
+    monkeypatch.setattr(plans_trainer, "store_given", Mock(side_effect=DiskError("read-only")))
+    trainer = make_trainer(SupervisedTrainer, dataset, num_epochs=5)
+    with pytest.raises(DiskError):
+        trainer.on_train_start()
+    assert json.loads(Path(trainer.output_folder, "settings.json").read_text(encoding="utf-8"))["num_epochs"] == 1
 
 
 @two_trainers

@@ -74,7 +74,8 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
     stamps = known_stamps(preprocessed, cases)
     example = next(iter(cases.values()))[0]
     try:
-        reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # a stack of each reader that fails
+            reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     except RuntimeError:  # it tries all readers on this one image
         raise UserError(f"{example}: cannot be read by any of nnU-Net's readers: {take_out(example)}") from None
     jobs = [(case, cases[case], reader, dataset_json) for case in cases if case not in stamps]
@@ -106,10 +107,11 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
             return case, problems, False, stamps
         raise
     problems += intensity_problems(data, images, channel_names(dataset_json))
-    problems += label_problems(seg, label, data.shape[1:], label_values(dataset_json))
+    problems += (wrong := label_problems(seg, label, data.shape[1:], label_values(dataset_json)))
     spacings = about["spacing"], about_label["spacing"]
-    if len(spacings[0]) != len(spacings[1]) or not np.allclose(*spacings):
-        problems.append(f"{label}: spacing {about_label['spacing']} differs from {about['spacing']}: {take_out(label)}")
+    if not wrong and not np.allclose(*spacings):
+        image, own = (" x ".join(f"{mm:g}" for mm in spacing) for spacing in spacings)
+        problems.append(f"{label}: a spacing of {own} mm differs from {image} mm, that of the image: {take_out(label)}")
     return case, problems, not (seg > 0).any(), stamps
 
 

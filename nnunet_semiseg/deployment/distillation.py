@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from nnunet_semiseg.data.unlabeled import load_manifest
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, read_json, write_json
+from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, read_json, write_json
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.schema import load_plans, read_dataset_json
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
@@ -127,9 +128,16 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     Raises:
         UserError: the model is not trained, or its checkpoint is damaged; a setting that the distillation has not; no
             unlabelled data; no such device; another distillation, in whose place this one would be.
+        BusyError: another process distils this model.
     """
     check_device(device)
     predictor = load_predictor(run)
+    # to the end: the trainer's own lock is open between training, validation, and what is made of them
+    with only_one(run.model_folder.with_name(f".{run.model_folder.name}__fold_{run.fold}.lock"), "distils this model"):
+        return _distill(run, predictor, settings, device)
+
+
+def _distill(run: Run, predictor: nnUNetPredictor, settings: Iterable[str], device: str) -> Path:
     plans = load_plans(run.model_folder / "plans.json", "train this model again")
     plans = with_settings(plans, parse_assignments(settings)) | {"plans_name": f"{run.plans}_from_{run.trainer}"}
     digest = hashlib.sha256(run.checkpoint.read_bytes()).hexdigest()

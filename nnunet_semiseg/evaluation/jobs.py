@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,8 +142,11 @@ def command_of(job: Job, logs: Path) -> list[str]:
 
 
 def say_what_failed(status: int, log: Path) -> str | None:
-    """The last line that a process printed, if it failed."""
+    """The last line that a process printed, if it failed; of one that was killed it is no reason."""
     if status == 0:
         return None
+    if status < 0:
+        why = f"was killed by {signal.Signals(-status).name}, by someone or for lack of memory"
+        return f"{why}: run the command again, which goes on (all it printed: {log})"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"{lines[-1] if lines else 'failed'} (exit status {status}; all it printed: {log})"

@@ -20,7 +20,7 @@ from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.planning import NUM_FOLDS
-from nnunet_semiseg.runs import Run
+from nnunet_semiseg.runs import Run, is_fold
 from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY
 
@@ -153,7 +153,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
             raise UserError(f"{name}: {' '.join(map(str, values))}: name each once")
     if request.seeds is not None and request.seeds < 1:
         raise UserError(f"--seeds {request.seeds}: give at least 1")
-    if not (request.fold == "all" or request.fold.isdecimal()):
+    if not is_fold(request.fold):
         raise UserError(f"-f {request.fold}: give the number of a fold, or all")
     for trainer in request.curve or ():
         if trainer not in request.trainers or len(request.labeled) < 2:

@@ -12,7 +12,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, folder_for
 from nnunet_semiseg.planning import read_plans
 from nnunet_semiseg.review.accept import REVIEWS
-from nnunet_semiseg.runs import Run
+from nnunet_semiseg.runs import Run, is_fold
 from nnunet_semiseg.schema import check_configuration
 
 FINAL = "checkpoint_final.pth"
@@ -57,7 +57,7 @@ def make_request(args: Namespace) -> Request:
         raise UserError(f"-n {args.n}: give a number of cases, 1 or more")
     if not 0 <= args.part_id < args.num_parts:
         raise UserError(f"--part_id {args.part_id}: give a number from 0 to {args.num_parts - 1}, one less than parts")
-    if not (args.f == "all" or args.f.isdecimal()):
+    if not is_fold(args.f):
         raise UserError(f"-f {args.f}: give the number of a fold, or all")
     dataset_folder("nnUNet_raw", args.d)
     preprocessed, results = (dataset_folder(f"nnUNet_{place}", args.d) for place in ("preprocessed", "results"))

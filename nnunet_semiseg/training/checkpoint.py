@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, key
     if isinstance(checkpoint, dict):
         return checkpoint
     try:
+        _check_sums(checkpoint)
         with safe_globals(HARMLESS):
             content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
@@ -60,6 +62,14 @@ def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, key
     if missing := [k for k in keys if not (isinstance(content, dict) and isinstance(content.get(k), dict))]:
         raise UserError(f"{checkpoint}: is no checkpoint of nnU-Net's (it has no {missing[0]}): {fix}")
     return content
+
+
+def _check_sums(file: str | os.PathLike) -> None:
+    """Raises BadZipFile where a part of a file is not what was written: torch does not look at the checksums."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as parts:
+            if damaged := parts.testzip():
+                raise zipfile.BadZipFile(damaged)
 
 
 def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:

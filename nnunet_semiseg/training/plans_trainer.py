@@ -288,9 +288,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def on_train_start(self):
         super().on_train_start()
         if not self.local_rank:
-            write_json(asdict(self.settings), Path(self.output_folder, SETTINGS))
-            plans = self.plans_manager
+            plans = self.plans_manager  # first: where they cannot be stored, what a model here was trained with stays
             store_given(Path(nnUNet_preprocessed, plans.dataset_name, f"{plans.plans_name}.json"))
+            write_json(asdict(self.settings), Path(self.output_folder, SETTINGS))
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's; in several processes with the mean of their gradients."""
