@@ -117,7 +117,7 @@ def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[
     cases = [case for case in trained.labeled if case in trained.texts][:n_cases]
     found = defaultdict(list)
     for case, other in zip(cases, cases[1:] + cases[:1], strict=True):
-        image, label = (x[:] for x in trained.data.load_case(case)[:2])
+        image, label = (np.asarray(x[:]) for x in trained.data.load_case(case)[:2])
         known = (label[0] >= 0) & (label[0] != trained.ignore_label)
         i = int(((label[0] > 0) & known).sum((1, 2)).argmax())
         known, label, image = known[i], label[0, i], torch.from_numpy(image[:, i].astype(np.float32))
