@@ -160,7 +160,7 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     lines = (trainer.foreground_folder.parent / "decisions.txt").read_text().splitlines()
     assert lines[0] == "labels only until epoch 1 of 3 (warm_up)"
     assert lines[1] == "EMA decay 0.9900 for 6 iterations (ema_decay)"
-    assert lines[2].startswith("largest component: kidney, tumour: in one piece")
+    assert lines[2] == "largest component kept of: kidney, tumour (largest_component=auto)"
     assert all(
         f"({name})" in line
         for line, name in zip(lines[3:], ("turns", "box", "unlabeled_foreground", "leave_out"), strict=True)

@@ -113,7 +113,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         return [
             f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
-            f"largest component: {one_piece}: in one piece in every labelled case that has it (largest_component)",
+            f"largest component kept of: {one_piece} (largest_component={settings.largest_component})",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
             f"{settings.unlabeled_foreground:.0%} of unlabelled patches around the teacher's foreground, {search}",
