@@ -6,7 +6,8 @@ import configparser
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import (
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets import (
     About,
     Case,
     Read,
@@ -16,7 +17,6 @@ from nnunet_semiseg.conversion import (
     find_files,
     published_split,
 )
-from nnunet_semiseg.errors import UserError
 
 ABOUT = About(
     name="ACDC",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, find_files, published_split
+from nnunet_semiseg.raw_datasets import About, Case, Source, by_name, convert_dataset, find_files, published_split
 
 ABOUT = About(
     name="BraTS2019",

@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import Source, convert_dataset, seeded_split
 from nnunet_semiseg.dataset_conversion import brats2019
+from nnunet_semiseg.raw_datasets import Source, convert_dataset, seeded_split
 
 ABOUT = replace(
     brats2019.ABOUT,

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, convert_dataset, seeded_split
-from nnunet_semiseg.conversion.filling import Layout
-from nnunet_semiseg.conversion.label_values import parse
-from nnunet_semiseg.conversion.layouts import recognise
-from nnunet_semiseg.conversion.listing import UNKNOWN, list_files, real_path
-from nnunet_semiseg.conversion.names import LABEL, VOLUMES, Name
-from nnunet_semiseg.conversion.own_files import Files
-from nnunet_semiseg.conversion.patients import find_patients, refuse_shared
-from nnunet_semiseg.conversion.repair import Repair
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.raw_datasets import About, Case, Source, convert_dataset, seeded_split
+from nnunet_semiseg.raw_datasets.filling import Layout
+from nnunet_semiseg.raw_datasets.label_values import parse
+from nnunet_semiseg.raw_datasets.layouts import recognise
+from nnunet_semiseg.raw_datasets.listing import UNKNOWN, list_files, real_path
+from nnunet_semiseg.raw_datasets.names import LABEL, VOLUMES, Name
+from nnunet_semiseg.raw_datasets.own_files import Files
+from nnunet_semiseg.raw_datasets.patients import find_patients, refuse_shared
+from nnunet_semiseg.raw_datasets.repair import Repair
 
 ABOUT = About(
     name="MyData",

@@ -12,7 +12,10 @@ from pathlib import Path
 import h5py
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion import (
+from nnunet_semiseg.data.headers import total_memory
+from nnunet_semiseg.dataset_conversion import brats2019, la2018, pancreas_ct
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets import (
     About,
     Case,
     Read,
@@ -22,9 +25,6 @@ from nnunet_semiseg.conversion import (
     find_files,
     published_split,
 )
-from nnunet_semiseg.data.headers import total_memory
-from nnunet_semiseg.dataset_conversion import brats2019, la2018, pancreas_ct
-from nnunet_semiseg.errors import UserError
 
 NOTE = "images are already normalised and cropped round the label by whoever made the h5 files, test cases too"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, find_files, seeded_split
+from nnunet_semiseg.raw_datasets import About, Case, Read, Source, by_name, convert_dataset, find_files, seeded_split
 
 ABOUT = About(
     name="HECKTOR2022",

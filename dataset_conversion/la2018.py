@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Crop, Source, by_name, convert_dataset, find_files, published_split
+from nnunet_semiseg.raw_datasets import About, Case, Crop, Source, by_name, convert_dataset, find_files, published_split
 
 ABOUT = About(
     name="LA2018",

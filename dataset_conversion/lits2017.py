@@ -6,7 +6,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, find_files, seeded_split
+from nnunet_semiseg.raw_datasets import About, Case, Source, by_name, convert_dataset, find_files, seeded_split
 
 ABOUT = About(
     name="LiTS2017",

@@ -11,9 +11,9 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.draw import polygon
 
-from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, find_files
 from nnunet_semiseg.dataset_conversion.qata_cov19 import read_texts, text_notes
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets import About, Case, Read, Source, by_name, convert_dataset, find_files
 
 ABOUT = About(
     name="MoNuSeg",

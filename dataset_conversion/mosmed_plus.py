@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import Source, convert_dataset
 from nnunet_semiseg.dataset_conversion import qata_cov19
+from nnunet_semiseg.raw_datasets import Source, convert_dataset
 
 ABOUT = replace(
     qata_cov19.ABOUT,

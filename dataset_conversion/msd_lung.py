@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from nnunet_semiseg.conversion import About, Case, Source, by_name, convert_dataset, find_files, seeded_split
+from nnunet_semiseg.raw_datasets import About, Case, Source, by_name, convert_dataset, find_files, seeded_split
 
 ABOUT = About(
     name="MSDLung",

@@ -10,7 +10,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_semiseg.conversion import (
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets import (
     About,
     Case,
     Crop,
@@ -22,7 +23,6 @@ from nnunet_semiseg.conversion import (
     published_split,
     read_dicom_series,
 )
-from nnunet_semiseg.errors import UserError
 
 ABOUT = About(
     name="PancreasCT",

@@ -13,8 +13,8 @@ import pandas
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunet_semiseg.conversion import About, Case, Read, Source, by_name, convert_dataset, find_files, read_gray
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets import About, Case, Read, Source, by_name, convert_dataset, find_files, read_gray
 
 ABOUT = About(
     name="QaTaCOV19",

@@ -95,14 +95,14 @@ def preprocess_unlabeled(parser: ArgumentParser) -> Command:
             raise UserError("-num_parts N and -part_id I: give both, with I from 0 to N - 1, or none of them")
         part = None if args.part_id is None else (args.part_id, args.num_parts)
         from nnunet_semiseg import planning
-        from nnunet_semiseg.data import unlabeled
+        from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled as preprocess
         from nnunet_semiseg.files import dataset_folder
 
         for dataset_id in args.d:
             dataset_folder("nnUNet_raw", dataset_id)
             planning.read_plans(dataset_folder("nnUNet_preprocessed", dataset_id), args.plans_name, "-plans_name")
         for dataset_id in args.d:
-            unlabeled.preprocess_unlabeled(
+            preprocess(
                 dataset_id,
                 args.c,
                 args.plans_name,
@@ -427,7 +427,7 @@ def text_masks(parser: ArgumentParser) -> Command:
     parser.add_argument("-n", type=_at_least(1), default=20, metavar="N", help="cases; default: %(default)s")
 
     def run(args: Namespace) -> None:
-        from nnunet_semiseg.vlm.overlays import how_well_labels_are_found, load_text_masks, write_text_masks
+        from nnunet_semiseg.vlm.text_mask_pictures import how_well_labels_are_found, load_text_masks, write_text_masks
 
         trained = load_text_masks(_trained_run(args))
         print(f"{args.o}: {len(write_text_masks(trained, args.o, args.n))} pictures")

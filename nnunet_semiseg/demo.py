@@ -197,7 +197,7 @@ def run_demo(
         )
     console.say("evaluating")
     rows = evaluate(output / "predictions", raw / "labelsTs", output / "metrics.csv")
-    draw_overlay(raw, output / "predictions", output / "overlay.png")
+    save_overlay(raw, output / "predictions", output / "overlay.png")
     print("\n" + format_table(rows) + "\n")
     print(f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. Texts are trained embeddings")
     print(f"of words ({WORDLLAMA}). One run is too little to say what text adds.")
@@ -286,7 +286,7 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw_overlay(raw: Path, predictions: Path, png_file: Path, num_cases: int = 4) -> None:
+def save_overlay(raw: Path, predictions: Path, png_file: Path, num_cases: int = 4) -> None:
     """The first test cases' middle slices: contours of the reference, and of each trainer's prediction."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

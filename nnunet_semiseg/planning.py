@@ -30,16 +30,11 @@ from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folde
 
 from nnunet_semiseg.data.headers import count_channels, read_header, spacing_problem, total_memory
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, take_out
-from nnunet_semiseg.data.labeled import inspect_labeled, labeled_images
+from nnunet_semiseg.data.labeled_cases import channel_names, inspect_labeled, labeled_images
 from nnunet_semiseg.data.preprocessed import blame_the_disk, look_at_labeled
 from nnunet_semiseg.data.records import FINGERPRINT, record_file, why_fingerprint_is_old, write_record
-from nnunet_semiseg.data.unlabeled import (
-    DEFAULT_CONFIGURATIONS,
-    channel_names,
-    check_headers,
-    find_unlabeled_cases,
-    preprocess_unlabeled,
-)
+from nnunet_semiseg.data.unlabeled_cases import check_headers, find_unlabeled_cases
+from nnunet_semiseg.data.unlabeled_preprocessing import DEFAULT_CONFIGURATIONS, preprocess_unlabeled
 from nnunet_semiseg.discovery import find_class, iter_classes
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import (
@@ -91,9 +86,9 @@ class CountUnlabeled(SemiSegPlans):
         folder = Path(self.raw_dataset_folder, IMAGES_FOLDER)
         ending = self.dataset_json["file_ending"]
         cases = get_identifiers_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else ()
-        unlabeled = sum(not case.startswith(".") for case in cases)
+        unlabeled_cases = sum(not case.startswith(".") for case in cases)
         # the planner's copy; the file is copied to the preprocessed data as it is
-        self.dataset_json = {**self.dataset_json, "numTraining": self.dataset_json["numTraining"] + unlabeled}
+        self.dataset_json = {**self.dataset_json, "numTraining": self.dataset_json["numTraining"] + unlabeled_cases}
 
 
 class SemiSegMemory(SemiSegPlans):
@@ -415,25 +410,27 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
     read_prompts(dataset_json, str(raw / "dataset.json"))
-    labeled = labeled_images(raw, dataset_json)
-    if not labeled:
+    labeled_cases = labeled_images(raw, dataset_json)
+    if not labeled_cases:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
-    if dataset_json["numTraining"] != len(labeled):  # it decides on the batch size
+    if dataset_json["numTraining"] != len(labeled_cases):  # it decides on the batch size
+        count = len(labeled_cases)
         raise UserError(
-            f'{raw / "dataset.json"}: "numTraining" is {dataset_json["numTraining"]}, but there are {len(labeled)}'
-            f' labelled cases: write "numTraining": {len(labeled)}'
+            f'{raw / "dataset.json"}: "numTraining" is {dataset_json["numTraining"]}, but there are {count} labelled'
+            f' cases: write "numTraining": {count}'
         )
-    case, images = next(iter(labeled.items()))
+    case, images = next(iter(labeled_cases.items()))
     found, named = count_channels(images), len(channel_names(dataset_json))
     if found not in (None, named):
         raise UserError(
             f'{raw / "dataset.json"}: "channel_names" names {named} channels, but {case} has {found}: name those that'
             " there are, or add the missing files"
         )
-    for case, files in labeled.items():
+    for case, files in labeled_cases.items():
         if len(files) != len(images):
-            raise UserError(f"{files[0]}: {case} has {len(files)} images, and {next(iter(labeled))} has {len(images)}")
-    unlabeled = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
+            first = next(iter(labeled_cases))
+            raise UserError(f"{files[0]}: {case} has {len(files)} images, and {first} has {len(images)}")
+    unlabeled_cases = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     if target_spacing:
         _check_target_spacing(target_spacing, images[0], named)
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
@@ -441,8 +438,8 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
     if both and not _agree(read_splits(ours, "delete it"), read_splits(theirs, "fix it")):
         raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
     if headers:
-        example = next(iter(labeled.values()))[0]
-        check_headers(unlabeled, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False))
+        example = next(iter(labeled_cases.values()))[0]
+        check_headers(unlabeled_cases, determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False))
 
 
 def _check_target_spacing(target: Sequence[float], image: str, channels: int) -> None:

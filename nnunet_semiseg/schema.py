@@ -24,6 +24,8 @@ Shape = Mapping[str, Any]
 
 DATASET_FIX = "write it as nnU-Net's documentation/dataset_format.md says"
 READER_KEY = "overwrite_image_reader_writer"
+DATASET_SECTION = "semiseg"
+"""of `dataset.json`: what this package adds to it, as `prompts` and `labeled_order`"""
 
 DATASET: Shape = {
     "labels": dict[str, int | list[int]],
@@ -185,8 +187,8 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
     readers = [reader.__name__ for reader in LIST_OF_IO_CLASSES]
     if content.get(READER_KEY, "None") not in (*readers, "None"):
         raise UserError(f'{file}: "{READER_KEY}" is "{content[READER_KEY]}": use {" or ".join(readers)}')
-    if isinstance(content.get("semiseg"), dict):  # another type is refused with the prompts
-        check(content["semiseg"], {"labeled_order?": list[str]}, file, DATASET_FIX, '"semiseg" ')
+    if isinstance(content.get(DATASET_SECTION), dict):  # another type is refused with the prompts
+        check(content[DATASET_SECTION], {"labeled_order?": list[str]}, file, DATASET_FIX, f'"{DATASET_SECTION}" ')
     for case, entry in content.get("dataset", {}).items():
         check(entry, {"images": list[str], "label": str}, file, DATASET_FIX, f'"dataset" {case} ')
         if case in ("", ".", "..") or "/" in case or "\\" in case:  # its files would lie in another folder

@@ -86,9 +86,9 @@ def in_threads() -> Iterator[None]:
         DatasetFingerprintExtractor,
     )
 
-    from nnunet_semiseg.data import labeled, preprocessed, unlabeled
+    from nnunet_semiseg.data import labeled_cases, preprocessed, unlabeled_preprocessing
 
-    run_jobs, extract = unlabeled.run_jobs, DatasetFingerprintExtractor.run
+    run_jobs, extract = preprocessed.run_jobs, DatasetFingerprintExtractor.run
 
     def extract_few(self, **kwargs):
         self.num_foreground_voxels_for_intensitystats = 10_000
@@ -98,7 +98,7 @@ def in_threads() -> Iterator[None]:
         patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
         patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         patch.setattr(DatasetFingerprintExtractor, "run", extract_few)
-        for module in (labeled, preprocessed, unlabeled):
+        for module in (labeled_cases, preprocessed, unlabeled_preprocessing):
             patch.setattr(module, "run_jobs", lambda function, jobs, num_processes: run_jobs(function, jobs, 0))
         yield
 

@@ -16,7 +16,7 @@ from training import make_trainer
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.data.half_accepted import FOLDER, journals
-from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import write_json
 from nnunet_semiseg.review.accept import accept, extended, undo

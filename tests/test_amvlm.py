@@ -13,14 +13,14 @@ from training import bare_trainer, batch_of, make_trainer, nnunet_loss, settings
 
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
+from nnunet_semiseg.losses.segmentation import soft_label_loss
 from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer, with_background
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.vlm.gate import Quality, examples_of, measure
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.pamr import neighbours, refine
 from nnunet_semiseg.vlm.sides import axes_of_sides, exchange, is_flat, named_sides
-from nnunet_semiseg.vlm.text_masks import (
+from nnunet_semiseg.vlm.text_mask_generator import (
     TextMaskGenerator,
     UpBlock,
     area_prior,
@@ -103,7 +103,7 @@ def test_masks_are_probabilities_that_span_0_to_1_and_use_the_refined_mask(vlm, 
     torch.testing.assert_close(raw[0, 0, 0, 0], sigmoid)
     assert raw.min() < 1e-5 and raw.max() > 0.999
     assert masks.shape == (2, 1, 40, 40) and masks.min() < 0.05 and masks.max() > 0.9 and not masks.requires_grad
-    monkeypatch.setattr("nnunet_semiseg.vlm.text_masks.refine", lambda mask, image: torch.zeros_like(mask))
+    monkeypatch.setattr("nnunet_semiseg.vlm.text_mask_generator.refine", lambda mask, image: torch.zeros_like(mask))
     without = generator(images, texts)[1]
     torch.testing.assert_close(without.max(), 0.3 * sigmoid, atol=1e-3, rtol=0)
 

@@ -29,7 +29,7 @@ from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.loss_term_logger import PREFIX, LossTermLogger
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
-from nnunet_semiseg.vlm.text_masks import TextMaskGenerator
+from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator
 
 DATASETS = {
     "3d": dict(dims=3),

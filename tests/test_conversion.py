@@ -24,11 +24,11 @@ from conftest import write_image
 from PIL import Image
 from watching import no_room_for_files_of
 
-from nnunet_semiseg import cli, conversion
+from nnunet_semiseg import cli, raw_datasets
 from nnunet_semiseg.archives import unpacked
-from nnunet_semiseg.conversion import Case, Crop, Source, assign, seeded_split
 from nnunet_semiseg.dataset_conversion import folder as own
 from nnunet_semiseg.files import BusyError, DiskError, only_one
+from nnunet_semiseg.raw_datasets import Case, Crop, Source, assign, seeded_split
 
 convert = own.convert
 OPTIONS = {"labels": ["organ"], "num_processes": 0, "show_progress_bar": False}
@@ -163,8 +163,8 @@ def test_files_are_found_through_links_and_what_macs_leave_is_not(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
-    assert conversion.find_files(tmp_path / "a", "*.tif") == [tmp_path / "a/link/b/v.tif", tmp_path / "a/x.tif"]
-    assert conversion.find_files(tmp_path, "a/*.tif") == [tmp_path / "a" / "x.tif"]
+    assert raw_datasets.find_files(tmp_path / "a", "*.tif") == [tmp_path / "a/link/b/v.tif", tmp_path / "a/x.tif"]
+    assert raw_datasets.find_files(tmp_path, "a/*.tif") == [tmp_path / "a" / "x.tif"]
 
 
 # ------------------------------------------------------------------------------------------ what is written
@@ -484,7 +484,7 @@ def test_what_has_changed_since_is_made_anew(download, raw, tmp_path):
 
 
 def test_a_killed_worker_is_reported(download, raw, monkeypatch):
-    monkeypatch.setattr(conversion.dataset, "convert_case", kill_worker)
+    monkeypatch.setattr(raw_datasets.dataset, "convert_case", kill_worker)
     with pytest.raises(ValueError, match=r"Dataset801_MyData: a worker was killed, .*-np"):
         convert(download, 801, **{**OPTIONS, "num_processes": 1})
 
@@ -694,15 +694,15 @@ def test_dicom_that_is_not_one_whole_series(heights, uids, words, tmp_path):
     for uid in uids:
         write_dicom(tmp_path / "a" / uid, heights, uid)
     with pytest.raises(ValueError, match=words):
-        conversion.read_dicom_series(tmp_path / "a")
+        raw_datasets.read_dicom_series(tmp_path / "a")
 
 
 def test_rounded_positions_are_no_gaps_and_a_tilted_gantry_is_refused(tmp_path):
     write_dicom(tmp_path / "a", [0, 0.6, 1.2, 1.9, 2.5, 3.1])
-    assert conversion.read_dicom_series(tmp_path / "a").GetSize() == (5, 4, 6)
+    assert raw_datasets.read_dicom_series(tmp_path / "a").GetSize() == (5, 4, 6)
     write_dicom(tmp_path / "b", [0, 2, 4], shift=1)
     with pytest.raises(ValueError, match="b: slices are shifted against each other"):
-        conversion.read_dicom_series(tmp_path / "b")
+        raw_datasets.read_dicom_series(tmp_path / "b")
 
 
 def test_a_folder_of_dicom_may_have_any_name(tmp_path, raw):
@@ -824,7 +824,7 @@ def test_killed_it_goes_on_where_it_was(tmp_path, raw):
         "--no_pbar",
     ]
     slowly = (
-        "import sys, time, nnunet_semiseg.cli as cli, nnunet_semiseg.conversion.case as c; write = c._write_case\n"
+        "import sys, time, nnunet_semiseg.cli as cli, nnunet_semiseg.raw_datasets.case as c; write = c._write_case\n"
         "c._write_case = lambda *args: (time.sleep(0.05), write(*args))[1]\n"
         "cli.main(sys.argv[1:])"
     )
@@ -836,11 +836,11 @@ def test_killed_it_goes_on_where_it_was(tmp_path, raw):
     process.wait()
     done = {f: f.stat().st_mtime_ns for f in (raw / ".conversion").glob("case_*.json")}
     assert 5 <= len(done) < 40 and not (raw / "dataset.json").exists()
-    written = conversion.case._write_case
+    written = raw_datasets.case._write_case
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            conversion.case, "_write_case", lambda case, *args: seen.append(case.name) or written(case, *args)
+            raw_datasets.case, "_write_case", lambda case, *args: seen.append(case.name) or written(case, *args)
         )
         assert cli.main(words) == 0
     assert len(seen) == 40 - len(done)

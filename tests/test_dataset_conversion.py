@@ -14,11 +14,11 @@ from conftest import TinyDataset, in_threads
 from training import make_trainer
 
 from nnunet_semiseg import planning
-from nnunet_semiseg.conversion import Read, Source, assign, published_split
 from nnunet_semiseg.dataset_conversion import hecktor
 from nnunet_semiseg.dataset_conversion.pancreas_ct import choose_orientation
 from nnunet_semiseg.dataset_conversion.qata_cov19 import read_mask
 from nnunet_semiseg.discovery import load_module, module_names
+from nnunet_semiseg.raw_datasets import Read, Source, assign, published_split
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 
 SIZE = 24

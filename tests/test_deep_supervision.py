@@ -9,7 +9,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import CLASSES, nnunet_loss
 
 from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
-from nnunet_semiseg.losses.pseudo_labels import on_grid
+from nnunet_semiseg.losses.segmentation import on_grid
 
 CE = nnunet_loss(False, weight_dice=0)
 DEEP = DeepSupervisionWrapper(CE, (0.75, 0.25))

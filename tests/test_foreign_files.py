@@ -123,7 +123,7 @@ def test_a_single_slice_among_volumes():
 def test_a_single_slice_is_not_preprocessed(ready):
     dataset = ready(labeled=2, unlabeled=2)
     write_image(np.random.default_rng(0).random((1, 24, 24), np.float32), dataset.image("un_001"))
-    from nnunet_semiseg.data.unlabeled import preprocess_unlabeled
+    from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 
     with pytest.raises(UserError, match=r"un_001_0000.nii.gz: has the shape 1 x 24 x 24, a single slice"):
         preprocess_unlabeled(901, ["3d_fullres"], "nnUNetSemiSegSmallPlans", 0, show_progress_bar=False)

@@ -23,7 +23,8 @@ from nnunet_semiseg.data.image_problems import (
 )
 from nnunet_semiseg.data.preprocessed import look_at_labeled
 from nnunet_semiseg.data.stamps import renewed, stamp
-from nnunet_semiseg.data.unlabeled import load_manifest, preprocess_unlabeled
+from nnunet_semiseg.data.unlabeled_manifest import load_manifest
+from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, find_test_set, make_runs
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer

@@ -29,8 +29,8 @@ def test_the_others_are_unlabelled_and_no_label_leaks(trainer_class, ready):
     batches = []
     for _ in range(2):
         trainer = in_last_epoch(trainer_class, dataset, num_labeled=1)
-        assert set(trainer.dataloader_train.data_loader.labeled.indices) == {"tr_000"}
-        assert sorted(trainer.dataloader_train.data_loader.unlabeled.indices) == ["tr_001", "tr_002", "un_000"]
+        assert set(trainer.dataloader_train.data_loader.labeled_loader.indices) == {"tr_000"}
+        assert sorted(trainer.dataloader_train.data_loader.unlabeled_loader.indices) == ["tr_001", "tr_002", "un_000"]
         batches.append([next(trainer.dataloader_train) for _ in range(3)])
         scramble_labels(trainer.preprocessed_dataset_folder, "tr_001", "tr_002")
         for record in dataset.preprocessed.glob("*__labeled.json"):  # it would tell

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_semiseg.conversion.layouts import recognise
-from nnunet_semiseg.conversion.names import is_session, is_visit, kind_of, label_core, part_of
-from nnunet_semiseg.conversion.patients import find_patients
 from nnunet_semiseg.dataset_conversion import folder
+from nnunet_semiseg.raw_datasets.layouts import recognise
+from nnunet_semiseg.raw_datasets.names import is_session, is_visit, kind_of, label_core, part_of
+from nnunet_semiseg.raw_datasets.patients import find_patients
 
 
 def tree(text: str) -> list[str]:

@@ -18,8 +18,8 @@ from PIL import Image
 from test_cli import write_plans
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.conversion import label_values, own_files
 from nnunet_semiseg.dataset_conversion import folder as own
+from nnunet_semiseg.raw_datasets import label_values, own_files
 
 SHAPE = (5, 6, 7)  # x y z
 

@@ -250,7 +250,7 @@ def test_numbers_that_nnunet_cannot_tell_apart(tiny_dataset, tmp_path):
 def test_a_manifest_that_is_none(manifest, ready):
     from training import PLANS as SMALL
 
-    from nnunet_semiseg.data.unlabeled import load_manifest
+    from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 
     dataset = ready(labeled=2, unlabeled=2)
     file = dataset.preprocessed / f"{SMALL}_3d_fullres__unlabeled.json"

@@ -7,7 +7,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from training import bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
-from nnunet_semiseg.data.pseudo_labels import label_cases
+from nnunet_semiseg.data.pseudo_label_files import label_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.training.schedules import RestartingPolyLR
@@ -57,7 +57,7 @@ def test_a_pseudo_label_is_the_networks_decision(ready):
     trainer.network.forward = lambda x: torch.stack((0.5 + 0 * x[:, 0], x[:, 0] > 0, -x[:, 0].abs()), 1).float()
     label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
     del trainer.network.forward
-    loader = trainer.make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
+    loader = trainer.make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled_loader)
     for case in loader._data.identifiers:
         data, label, _, properties = loader._data.load_case(case)
         assert np.array_equal(label[:][0], (data[:][0] > 0).astype(np.int8))
@@ -143,7 +143,7 @@ def test_what_is_outside_of_the_nonzero_mask_stays_marked(ready, monkeypatch):
     dataset.load_case = with_an_outside
     trainer.unlabeled_dataset = lambda: dataset
     label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
-    loader = trainer.make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled)
+    loader = trainer.make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled_loader)
     _, label, _, _ = loader._data.load_case("un_000")
     assert (label[:][0, :5] == -1).all() and label[:][0, 5:].min() >= 0
 
@@ -231,7 +231,7 @@ def test_pseudo_labels_are_drawn_as_labels_are_and_ignore_nothing(ready):
     trainer.on_train_start()
     trainer.current_epoch = 1
     label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
-    labeled = trainer.dataloader_train.data_loader.labeled
+    labeled = trainer.dataloader_train.data_loader.labeled_loader
     for probabilistic in (False, True):
         name = "_probabilistic_oversampling" if probabilistic else "_oversample_last_XX_percent"
         labeled.get_do_oversample = getattr(labeled, name)

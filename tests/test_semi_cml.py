@@ -14,7 +14,7 @@ from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnu
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
-from nnunet_semiseg.losses.pseudo_labels import soft_label_loss
+from nnunet_semiseg.losses.segmentation import soft_label_loss
 from nnunet_semiseg.networks.modalities import (
     ContrastCurve,
     Window,
@@ -433,20 +433,20 @@ def test_both_halves_cost_less_than_what_the_plan_budgeted(ready):
 
 def test_single_channels_have_two_views(ready):
     mr = started(ready())
-    assert [type(v).__name__ for v in mr.network.modalities.views] == ["ContrastCurve"] * 2
+    assert [type(v).__name__ for v in mr.network.modalities.contrasts] == ["ContrastCurve"] * 2
     dataset = ready(dataset_id=902, channel_names={"0": "CT"})
     ct = started(dataset)
     x = next(ct.dataloader_val)["data"]
-    a, b = (view(x) for view in ct.network.modalities.views)
+    a, b = (view(x) for view in ct.network.modalities.contrasts)
     assert (a == 1).any() and (b == -1).any() and not a.equal(b)
     about = ct.plans_manager.foreground_intensity_properties_per_channel["0"]
     low, high = about["percentile_00_5"], about["percentile_99_5"]
     middle = (low + high) / 2
-    first, _ = started(dataset, ct_windows=[[middle, 1], [middle, 10]]).network.modalities.views
+    first, _ = started(dataset, ct_windows=[[middle, 1], [middle, 10]]).network.modalities.contrasts
     assert isinstance(first, Window) and first.centre == pytest.approx((middle - about["mean"]) / about["std"])
     with pytest.raises(UserError, match="ct_windows=.*of which both windows show all"):
         make_trainer(SemiCMLTrainer, dataset, ct_windows=[[middle, 5000], [middle, 6000]])
-    assert isinstance(started(dataset, modality_views="contrast").network.modalities.views[0], ContrastCurve)
+    assert isinstance(started(dataset, modality_views="contrast").network.modalities.contrasts[0], ContrastCurve)
 
 
 def test_channel_groups(ready):

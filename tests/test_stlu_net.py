@@ -17,8 +17,8 @@ from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnu
 
 from nnunet_semiseg.data.paired_spatial import share_spatial
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import confidence, hard_pseudo_label, weighted_loss
 from nnunet_semiseg.losses.ramps import gaussian_ramp
+from nnunet_semiseg.losses.segmentation import confidence, hard_pseudo_label, weighted_loss
 from nnunet_semiseg.networks.feature_mixing import (
     FeatureMixingUNet,
     drop_blocks,
@@ -281,13 +281,13 @@ def test_the_loader_mirrors_unless_pairs_are_alike(pairs, ready):
     trainer = make_trainer(STLUNetTrainer, ready(dims=2, size=32), pairs=pairs)
     trainer.on_train_start()
     loader, alike = trainer.dataloader_train.data_loader, pairs == "alike"
-    for transforms in (loader.labeled.transforms, loader.unlabeled.transforms.spatial):
+    for transforms in (loader.labeled_loader.transforms, loader.unlabeled_loader.transforms.spatial):
         kinds = [type(t).__name__ for t in transforms.transforms]
         assert ("MirrorTransform" in kinds) != alike
         assert bool({"Recorded", "Replayed"} & set(kinds)) == alike
     assert trainer.inference_allowed_mirroring_axes == (0, 1)
     next(trainer.dataloader_train)
-    assert not alike or not loader.labeled.transforms.transforms[0].drawn
+    assert not alike or not loader.labeled_loader.transforms.transforms[0].drawn
 
 
 # -------------------------------------------------------------------------------------------------------- trainer

@@ -10,8 +10,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
 from nnunet_semiseg.losses.ramps import gaussian_ramp
+from nnunet_semiseg.losses.segmentation import hard_pseudo_label, probabilities
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
 from nnunet_semiseg.networks.multi_decoder import Encoded
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer, mix

@@ -14,8 +14,8 @@ from training import PLANS, make_trainer
 from watching import no_room_for_files_of, opened_in
 
 from nnunet_semiseg import files
-from nnunet_semiseg.data.pseudo_labels import write_pseudo_label
-from nnunet_semiseg.data.unlabeled import preprocess_unlabeled
+from nnunet_semiseg.data.pseudo_label_files import write_pseudo_label
+from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 from nnunet_semiseg.data.written_images import check_written, write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import BusyError, DiskError, only_one, reading

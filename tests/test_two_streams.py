@@ -218,8 +218,8 @@ def test_unlabelled_patches_are_drawn_uniformly(dataset):
     trainer = make_trainer(MeanTeacherTrainer, dataset)
     trainer.initialize()
     train, _ = trainer.get_dataloaders()
-    loader = train.data_loader.unlabeled
-    assert loader.need_to_pad.tolist() == train.data_loader.labeled.need_to_pad.tolist()
+    loader = train.data_loader.unlabeled_loader
+    assert loader.need_to_pad.tolist() == train.data_loader.labeled_loader.need_to_pad.tolist()
     loader.patch_size, loader.need_to_pad = (8, 8, 8), np.zeros(3, int)
     starts = np.array([loader.get_bbox((24, 24, 24), True, {1: [[0, 0, 0, 0]]})[0] for _ in range(3000)])
     counts = np.stack([np.bincount(axis, minlength=17) for axis in starts.T])

@@ -6,7 +6,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import CLASSES, REGIONS, Echo, bare_trainer, batch_of, make_trainer, terms_of
 
-from nnunet_semiseg.losses.pseudo_labels import entropy
+from nnunet_semiseg.losses.segmentation import entropy
 from nnunet_semiseg.networks.multi_decoder import Encoded
 from nnunet_semiseg.trainers.ua_mt import UAMTTrainer, masked_mse
 

@@ -15,14 +15,11 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from conftest import write_image
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_semiseg.data import unlabeled
-from nnunet_semiseg.data.unlabeled import (
-    alone_or_part,
-    find_unlabeled_cases,
-    load_manifest,
-    plans_hash,
-    preprocess_unlabeled,
-)
+from nnunet_semiseg.data import unlabeled_preprocessing
+from nnunet_semiseg.data.plans_hash import plans_hash
+from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
+from nnunet_semiseg.data.unlabeled_manifest import load_manifest
+from nnunet_semiseg.data.unlabeled_preprocessing import alone_or_part, preprocess_unlabeled
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import BusyError, only_one
 
@@ -290,7 +287,7 @@ def test_after_sigkill_whole_cases_are_not_redone(planned):
         "    if str(target).endswith('un_001.pkl'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    real(source, target)\n"
         "os.replace = replace\n"
-        "from nnunet_semiseg.data.unlabeled import preprocess_unlabeled\n"
+        "from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled\n"
         f"preprocess_unlabeled({planned.id}, ['3d_fullres'], '{PLANS}', 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
@@ -309,7 +306,7 @@ def kill_worker(case, *_):
 
 
 def test_a_killed_worker_is_reported(planned, monkeypatch):
-    monkeypatch.setattr(unlabeled, "_preprocess_case", kill_worker)
+    monkeypatch.setattr(unlabeled_preprocessing, "_preprocess_case", kill_worker)
     with pytest.raises(UserError, match=r"^\S*unlabeled: a preprocessing worker was killed.*-np.*$"):
         run(planned, num_processes=1)
     assert nothing_half_made(planned)

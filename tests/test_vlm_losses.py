@@ -9,11 +9,11 @@ from nnunet_semiseg.vlm.losses import (
     constrained_similarity,
     counterparts,
     distribution_contrast,
-    draw,
     info_nce,
     intra_modal_contrast,
     local_contrast,
     mask_supervision,
+    sample_token,
     similarity_supervision,
     token_weights,
     wasserstein2,
@@ -144,8 +144,8 @@ def test_mask_supervision_by_hand():
 def test_gradients_reach_means_and_spreads():
     mean, log_std = torch.randn(2, 3, 4, requires_grad=True), torch.zeros(2, 3, 4, requires_grad=True)
     cls = torch.randn(2, 4, requires_grad=True)
-    intra_modal_contrast(cls, draw((mean, log_std.exp())), torch.ones(2, 3, dtype=torch.bool), 0.07).backward()
+    intra_modal_contrast(cls, sample_token((mean, log_std.exp())), torch.ones(2, 3, dtype=torch.bool), 0.07).backward()
     assert all(x.grad.abs().sum() > 0 for x in (mean, log_std, cls))
     torch.manual_seed(0)
-    drawn = draw((torch.zeros(2000, 1), torch.full((2000, 1), 3.0)))
+    drawn = sample_token((torch.zeros(2000, 1), torch.full((2000, 1), 3.0)))
     assert drawn.std().item() == pytest.approx(3, rel=0.1)

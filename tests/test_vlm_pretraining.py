@@ -24,11 +24,16 @@ from nnunet_semiseg.trainers.amvlm import AMVLMTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.vlm import losses, pretraining
 from nnunet_semiseg.vlm.model import AMVLM, repeat_words
-from nnunet_semiseg.vlm.overlays import draw, how_well_labels_are_found, load_text_masks, write_text_masks
 from nnunet_semiseg.vlm.pairs import Pairs, random_crop
 from nnunet_semiseg.vlm.pretraining import pretrain
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, gather, retrieval
-from nnunet_semiseg.vlm.text_masks import load_vlm, read_state
+from nnunet_semiseg.vlm.text_mask_generator import load_vlm, read_state
+from nnunet_semiseg.vlm.text_mask_pictures import (
+    how_well_labels_are_found,
+    load_text_masks,
+    plot_masks,
+    write_text_masks,
+)
 from nnunet_semiseg.vlm.towers import load_towers, split_model
 
 PLANS = "nnUNetSemiSegSmallPlans"
@@ -414,7 +419,7 @@ def test_gradients_come_back_from_all_processes(tmp_path):
 
 def test_an_overlay_shows_the_mask_before_and_after_pamr():
     image, raw, mask = torch.zeros(4, 4), torch.full((1, 4, 4), 0.25), torch.full((1, 4, 4), 0.75)
-    text, before, after = draw(image, raw, mask, ["costs $^$ two"]).axes
+    text, before, after = plot_masks(image, raw, mask, ["costs $^$ two"]).axes
     assert text.get_title() == "costs $^$ two" and len(text.images) == 1
     assert (before.images[1].get_array() == 0.25).all() and (after.images[1].get_array() == 0.75).all()
 
@@ -425,7 +430,7 @@ def test_how_well_labels_are_found_by_hand():
     labels = {"a": [[1, 0], [0, 2]], "b": [[1, 0], [0, 0]], "c": [[0, 0], [0, 0]]}
     trained = SimpleNamespace(
         data=SimpleNamespace(load_case=lambda case: (image, [[labels[case]]])),
-        labeled=list(labels), texts={case: {"lesion": [case]} for case in "ab"} | {"c": {"lesion": ["a"]}},
+        labeled_cases=list(labels), texts={case: {"lesion": [case]} for case in "ab"} | {"c": {"lesion": ["a"]}},
         labels=[1], ignore_label=2,
         # the text "a" means the image, "b" its opposite; before PAMR there is nothing
         of=lambda image, texts: (torch.zeros_like(image), image if texts["lesion"] == ["a"] else -image),
@@ -435,7 +440,7 @@ def test_how_well_labels_are_found_by_hand():
     assert found["before PAMR"] == 0.5 and found["after it"] == pytest.approx((1 + 1 / 3) / 2)
     # case a with "b": below both; case b with "a": above two of three
     assert found["with the next case's text"] == pytest.approx((0 + 2 / 3) / 2)
-    assert how_well_labels_are_found(SimpleNamespace(labeled=["x"], texts={})) == {}
+    assert how_well_labels_are_found(SimpleNamespace(labeled_cases=["x"], texts={})) == {}
 
 
 def test_the_largest_slice_of_a_volume_is_looked_at_and_every_region_counts():
@@ -445,7 +450,7 @@ def test_the_largest_slice_of_a_volume_is_looked_at_and_every_region_counts():
     image[0, 2] = [[0.9, 0.2], [0.1, 0.5]]
     trained = SimpleNamespace(
         data=SimpleNamespace(load_case=lambda case: (image, label)),
-        labeled=["a"], texts={"a": {}}, labels=[(1, 2), (2,)], ignore_label=None,
+        labeled_cases=["a"], texts={"a": {}}, labels=[(1, 2), (2,)], ignore_label=None,
         of=lambda image, texts: (image.repeat(2, 1, 1), image.repeat(2, 1, 1)),
     )  # fmt: skip
     # (1, 2): 0.9 above both, 0.2 above 0.1 alone: 3 of 4; 2: 0.2 above 0.1 alone: 1 of 3

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nnunet_semiseg.losses.pseudo_labels import entropy, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.losses.segmentation import entropy, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.settings.base import (
     ConsistencySettings,
     PseudoLabelSettings,

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map
 from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import probabilities, soft_label_loss
 from nnunet_semiseg.losses.ramps import gaussian_ramp
+from nnunet_semiseg.losses.segmentation import probabilities, soft_label_loss
 from nnunet_semiseg.settings.base import TeacherSettings, require
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
@@ -39,7 +39,7 @@ from nnunet_semiseg.vlm.sides import (
     is_flat,
     named_sides,
 )
-from nnunet_semiseg.vlm.text_masks import TextMaskGenerator, load_vlm, read_about
+from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +200,12 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         cases = list(self.unlabeled_cases)
         manager = PlansManager(plans).get_configuration(configuration)
         folder = join(nnUNet_preprocessed, name, manager.data_identifier)
-        labeled = infer_dataset_class(folder).get_identifiers(folder)
+        labeled_cases = infer_dataset_class(folder).get_identifiers(folder)
         if self.settings.num_labeled is not None:  # which of the labelled ones are to be unlabelled the fold says later
-            cases += labeled
+            cases += labeled_cases
         texts = read_texts(name, cases, self.settings.missing_texts)
-        known = read_texts(name, {*cases, *labeled}, "skip")
-        return texts, {case: known[case] for case in labeled if case in known}
+        known = read_texts(name, {*cases, *labeled_cases}, "skip")
+        return texts, {case: known[case] for case in labeled_cases if case in known}
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
         relative, temperature = self.settings.mask_cosines == "relative", self.settings.mask_temperature

@@ -109,10 +109,10 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
         outputs = self.each(partial(self.predict, text=text), paste(box, x_u, x_l), paste(box, x_l, other))
-        for labeled, pseudo_label in ((~box, label), (box, other_label)):  # inwards, outwards: eq. 5 and 6
+        for is_labeled, pseudo_label in ((~box, label), (box, other_label)):  # inwards, outwards: eq. 5 and 6
             with self.shared(next(outputs)) as (output, aligned):
-                yield {"supervised": self.loss_where(labeled, output, target)}
-                loss = self.loss_where(~labeled, output, pseudo_label)
+                yield {"supervised": self.loss_where(is_labeled, output, target)}
+                loss = self.loss_where(~is_labeled, output, pseudo_label)
                 yield {"pseudo": self.settings.bcp_weight * loss}
                 yield self.cog(aligned, self.finest(output), text, 0.5)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, probabilities
+from nnunet_semiseg.losses.segmentation import hard_pseudo_label, probabilities
 from nnunet_semiseg.networks import feature_perturbation
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
 from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from nnunet_semiseg.losses.pseudo_labels import cross_entropy
+from nnunet_semiseg.losses.segmentation import cross_entropy
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 from nnunet_semiseg.training.batch import Batch

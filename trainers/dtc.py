@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.losses.pseudo_labels import cross_entropy, has_label, probabilities
+from nnunet_semiseg.losses.segmentation import cross_entropy, has_label, probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch
@@ -152,9 +152,9 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         return cross_entropy(inside, decision, self.label_manager.has_regions) / STEEPNESS
 
 
-def add_level_sets(labeled: dict, unlabeled: dict, label_manager) -> dict[str, Tensor]:
+def add_level_sets(labeled_batch: dict, unlabeled_batch: dict, label_manager) -> dict[str, Tensor]:
     """The level sets (B, heads, *S) of a batch's labels, float16; see `level_set`."""
-    target = labeled["target"]
+    target = labeled_batch["target"]
     target = (target[0] if isinstance(target, (list, tuple)) else target).numpy()
     heads = range(label_manager.num_segmentation_heads)
     masks = target[:, heads] > 0 if label_manager.has_regions else np.concatenate([target == c for c in heads], 1)

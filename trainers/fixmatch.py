@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from nnunet_semiseg.losses.pseudo_labels import confidence, cross_entropy, probabilities
+from nnunet_semiseg.losses.segmentation import confidence, cross_entropy, probabilities
 from nnunet_semiseg.settings.base import MatchSettings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer

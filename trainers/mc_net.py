@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.losses.segmentation import probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
 from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.losses.pseudo_labels import has_label, probabilities
+from nnunet_semiseg.losses.segmentation import has_label, probabilities
 from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nnunet_semiseg.data.pseudo_labels import (
+from nnunet_semiseg.data.pseudo_label_files import (
     PseudoLabeledDataset,
     label_cases,
     pseudo_label_loader,
@@ -133,7 +133,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
 
     # ---------------------------------------------------------------------------------------------------- a step
 
-    def make_unlabeled_loader(self, labeled):
+    def make_unlabeled_loader(self, labeled_loader):
         folder, dataset = self.folder(self.round), self.unlabeled_dataset()
         missing = without_label(dataset, folder)
         if not self.round or (missing and self.current_epoch in self.starts):
@@ -141,7 +141,9 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         if missing:
             raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is gone: train again, without --c")
         batch_size = self.ranks.part(self.settings.unlabeled_batch_size) or self.batch_size
-        return pseudo_label_loader(labeled, PseudoLabeledDataset(dataset, folder), batch_size, self.label_manager)
+        return pseudo_label_loader(
+            labeled_loader, PseudoLabeledDataset(dataset, folder), batch_size, self.label_manager
+        )
 
     def target_maker(self):
         return take_pseudo_label

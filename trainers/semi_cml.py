@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
-from nnunet_semiseg.losses.pseudo_labels import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.losses.segmentation import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
 from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
 from nnunet_semiseg.schema import OTHER_PLANS, check_architecture
@@ -191,15 +191,15 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             images = [x * here for x, here in zip(images, present.split([len(x) for x in images]), strict=True)]
         taught = self.ask_teacher(batch.views["weak"])
         outputs: Any = self.each(partial(self.network, branches=True), *images)
-        labeled: list[Tensor] = []
+        labeled_logits: list[Tensor] = []
         for _, target, share in streams:
             with self.shared(next(outputs)) as branches:
                 if target is not None:
-                    labeled = [x.detach() for x in self.of_branches(branches)]
+                    labeled_logits = [x.detach() for x in self.of_branches(branches)]
                 elif settings.contrast_weight:
-                    contrast = self.contrast(self.of_branches(branches), labeled)
+                    contrast = self.contrast(self.of_branches(branches), labeled_logits)
                     yield {"contrast": settings.contrast_weight * settings.ramp(self.progress) * contrast}
-                    labeled.clear()
+                    labeled_logits.clear()
                     del contrast
                 yield from self.stream_losses(branches, target, share, *taught)
 
@@ -271,11 +271,11 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         """The full-resolution logits of both decoders."""
         return [self.finest(output) for output in outputs]
 
-    def contrast(self, unlabeled: list[Tensor], labeled: list[Tensor]) -> Tensor:
+    def contrast(self, unlabeled_logits: list[Tensor], labeled_logits: list[Tensor]) -> Tensor:
         """The contrast of unlabelled samples with all; of each stream the logits of both decoders."""
-        logits = [x for branch in zip(unlabeled, labeled, strict=True) for x in branch]
+        logits = [x for branch in zip(unlabeled_logits, labeled_logits, strict=True) for x in branch]
         similarity = self.similarity(logits, squared=True)
-        return area_similarity_contrast(*similarity, len(unlabeled[0]), self.settings.contrast_temperature)
+        return area_similarity_contrast(*similarity, len(unlabeled_logits[0]), self.settings.contrast_temperature)
 
     def similarity(self, logits: Sequence[Tensor], squared: bool = False) -> tuple[Tensor, Tensor]:
         """Of all samples of these logits, k times (B, heads, *S), `area_similarity`, and whether it counts: (M, M).

@@ -171,10 +171,10 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
         weight = self.settings.weight(self.progress)
-        for labeled, pseudo_label in ((~box, label), (box, other_label)):
+        for is_labeled, pseudo_label in ((~box, label), (box, other_label)):
             with self.shared(next(outputs)) as output:
-                yield {"supervised": self.loss_where(labeled, output, target)}
-                yield {"pseudo": weight * self.loss_where(~labeled, output, pseudo_label)}
+                yield {"supervised": self.loss_where(is_labeled, output, target)}
+                yield {"pseudo": weight * self.loss_where(~is_labeled, output, pseudo_label)}
 
     def pseudo_label(self, images: Tensor) -> Tensor:
         """The teacher's decision."""

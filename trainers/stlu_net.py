@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.paired_spatial import share_spatial
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.losses.pseudo_labels import confidence, probabilities, weighted_loss
+from nnunet_semiseg.losses.segmentation import confidence, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_mixing import FeatureMixingUNet, mixing_points
 from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch
@@ -132,10 +132,10 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
             patch_size, rotation_for_DA, deep_supervision_scales, axes, *args, **kwargs
         )
 
-    def make_unlabeled_loader(self, labeled):
-        loader: Any = super().make_unlabeled_loader(labeled)
+    def make_unlabeled_loader(self, labeled_loader):
+        loader: Any = super().make_unlabeled_loader(labeled_loader)
         if self.settings.pairs == "alike":
-            share_spatial(labeled.transforms, loader.transforms.spatial)
+            share_spatial(labeled_loader.transforms, loader.transforms.spatial)
         return loader
 
     def _build_loss(self):
@@ -144,7 +144,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
             (loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss).weight_ce = 0
         return loss
 
-    def draw(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
+    def draw_mixing(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
         """The stages to mix after, None for all points, and the weight where the features do not give it."""
         mixing, beta = self.settings.mixing, self.settings.mixing_beta
         if mixing == "mixup":
@@ -167,7 +167,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         settings = self.settings
         gamma = settings.weight(self.progress)
-        mixed_at, weight = self.draw()
+        mixed_at, weight = self.draw_mixing()
         samples = {"stock": len(batch.images), "small": 1, "fast": None}[settings.memory]
         labeled, target, unlabeled = self.mirrored(batch)
         images = torch.cat((labeled, unlabeled))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.losses.pseudo_labels import confidence, probabilities
+from nnunet_semiseg.losses.segmentation import confidence, probabilities
 from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.losses.pseudo_labels import entropy, probabilities
+from nnunet_semiseg.losses.segmentation import entropy, probabilities
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import (

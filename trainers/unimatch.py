@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_semiseg.losses.copy_paste import draw_box
-from nnunet_semiseg.losses.pseudo_labels import confidence, probabilities, weighted_loss
+from nnunet_semiseg.losses.segmentation import confidence, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import MatchSettings, require

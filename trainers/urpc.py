@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nnunet_semiseg.losses.pseudo_labels import on_grid, probabilities, weighted_loss
+from nnunet_semiseg.losses.segmentation import on_grid, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import drop_channels, feature_noise
 from nnunet_semiseg.networks.multi_decoder import LINEAR, MultiDecoderUNet
 from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings

@@ -13,8 +13,8 @@ import SimpleITK as sitk
 
 from nnunet_semiseg.data.headers import header_problem, read_header
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, geometry_difference, one_line_of
-from nnunet_semiseg.data.labeled import label_values, labeled_files
-from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.data.labeled_cases import label_values, labeled_files
+from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, write_json

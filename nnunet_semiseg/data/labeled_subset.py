@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.schema import read_splits
+from nnunet_semiseg.schema import DATASET_SECTION, read_splits
 
 ORDER_KEY = "labeled_order"
 """in the `semiseg` section of dataset.json: labelled cases in the published order"""
@@ -36,7 +36,7 @@ def take_labeled(
             f"setting num_labeled={num_labeled}: the fold has {len(training)} labelled training cases;"
             f" set it to {len(training)} or less"
         )
-    order = {case: i for i, case in enumerate(dataset_json.get("semiseg", {}).get(ORDER_KEY, ()))}
+    order = {case: i for i, case in enumerate(dataset_json.get(DATASET_SECTION, {}).get(ORDER_KEY, ()))}
     ordered = sorted(training, key=lambda case: (order.get(case, len(order)), case))
     kept, hidden = ordered[:num_labeled], ordered[num_labeled:]
     return kept, [case for case in validation if case not in hidden], hidden

@@ -34,11 +34,11 @@ class Replayed(Recorded):
         return self.drawn.popleft()
 
 
-def share_spatial(labeled: ComposeTransforms, unlabeled: ComposeTransforms) -> None:
+def share_spatial(labeled_transforms: ComposeTransforms, unlabeled_transforms: ComposeTransforms) -> None:
     """Let the second transforms, in place, rotate and scale the i-th sample of a batch as the first did theirs.
 
     A batch of labelled samples must be made before the unlabelled one, of as many, as `TwoStreamLoader` does.
     """
     drawn: deque[dict] = deque()
-    for compose, kind in ((labeled, Recorded), (unlabeled, Replayed)):
+    for compose, kind in ((labeled_transforms, Recorded), (unlabeled_transforms, Replayed)):
         compose.transforms = [kind(t, drawn) if isinstance(t, SpatialTransform) else t for t in compose.transforms]

@@ -24,7 +24,7 @@ from nnunet_semiseg.data.image_problems import (
     spread,
     spread_problems,
 )
-from nnunet_semiseg.data.labeled import channel_names, inspect_labeled, labeled_files
+from nnunet_semiseg.data.labeled_cases import channel_names, inspect_labeled, labeled_files
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.records import FINGERPRINT, contents, read_record, record_file, usual_spread, write_record
 from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed, stamp

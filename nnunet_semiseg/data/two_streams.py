@@ -181,32 +181,46 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         return super().get_bbox(data_shape, around, class_locations if around else None)
 
 
+def patch_sizes(loader: nnUNetDataLoader) -> list[Sequence[int]]:
+    """The size of a patch before and after augmentation, as another loader takes it.
+
+    For 2d plans nnU-Net's loader adds a first axis to both sizes; here it is taken off again.
+    """
+    sizes = (loader.patch_size, loader.final_patch_size)
+    return [size[1:] if loader.patch_size_was_2d else size for size in sizes]
+
+
 class TwoStreamLoader(SlimDataLoaderBase):
     """Adds `views` {name: (B_u, C, *S)}, `extra` and `cases` to every labelled batch; see `Batch`.
 
     Args:
-        labeled: nnU-Net's loader.
-        unlabeled: a loader whose images are the views, stacked along the channels; with None the three are empty.
+        labeled_loader: nnU-Net's loader.
+        unlabeled_loader: its images are the views, stacked along the channels. If None, the three keys are empty.
         views: their names.
         make_targets: called with both loaders' batches, returns `extra`.
     """
 
     def __init__(
-        self, labeled: nnUNetDataLoader, unlabeled: nnUNetDataLoader | None, views: Sequence[str], make_targets
+        self,
+        labeled_loader: nnUNetDataLoader,
+        unlabeled_loader: nnUNetDataLoader | None,
+        views: Sequence[str],
+        make_targets,
     ):
-        super().__init__(None, labeled.batch_size)
-        self.labeled, self.unlabeled, self.views, self.make_targets = labeled, unlabeled, views, make_targets
+        super().__init__(None, labeled_loader.batch_size)
+        self.labeled_loader, self.unlabeled_loader = labeled_loader, unlabeled_loader
+        self.views, self.make_targets = views, make_targets
 
     def generate_train_batch(self) -> dict:
-        batch: Any = next(self.labeled)  # by their annotations, loaders return nothing
-        if self.unlabeled is None:
+        batch: Any = next(self.labeled_loader)  # by their annotations, loaders return nothing
+        if self.unlabeled_loader is None:
             return batch | {"views": {}, "extra": {}, "cases": []}
-        unlabeled: Any = next(self.unlabeled)
-        views = unlabeled["data"].chunk(len(self.views), dim=1)
+        unlabeled_batch: Any = next(self.unlabeled_loader)
+        views = unlabeled_batch["data"].chunk(len(self.views), dim=1)
         # contiguous, or the copy to the GPU waits and torch.compile sees another layout
         batch["views"] = {name: view.contiguous() for name, view in zip(self.views, views, strict=True)}
-        batch["extra"] = self.make_targets(batch, unlabeled)
-        batch["cases"] = unlabeled["keys"]
+        batch["extra"] = self.make_targets(batch, unlabeled_batch)
+        batch["cases"] = unlabeled_batch["keys"]
         return batch
 
 
@@ -223,8 +237,9 @@ def add_unlabeled_stream(augmenter, make_unlabeled_loader, views: Sequence[str],
     else:
         augmenter._finish()
         name = "generator"
-    labeled = getattr(augmenter, name)
-    setattr(augmenter, name, TwoStreamLoader(labeled, make_unlabeled_loader(labeled), views, make_targets))
+    labeled_loader = getattr(augmenter, name)
+    unlabeled_loader = make_unlabeled_loader(labeled_loader)
+    setattr(augmenter, name, TwoStreamLoader(labeled_loader, unlabeled_loader, views, make_targets))
 
 
 def seed_workers(augmenter, seed: int | None, step: int) -> None:

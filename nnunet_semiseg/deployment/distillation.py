@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.data.empty_channels import keep_empty
-from nnunet_semiseg.data.unlabeled import load_manifest
+from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError

@@ -13,8 +13,8 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
+from nnunet_semiseg.data.labeled_cases import labeled_images
 from nnunet_semiseg.data.preprocessed import check_labeled_data
-from nnunet_semiseg.data.unlabeled import labeled_images
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnunet_semiseg.losses.pseudo_labels import on_grid
+from nnunet_semiseg.losses.segmentation import on_grid
 
 
 def draw_box(x: Tensor, share: float, whole_first_axis: bool = False) -> Tensor:

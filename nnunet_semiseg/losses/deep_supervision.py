@@ -6,7 +6,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.losses.pseudo_labels import has_label, on_grid, soft_label_loss, weighted_loss
+from nnunet_semiseg.losses.segmentation import has_label, on_grid, soft_label_loss, weighted_loss
 
 
 def finest_of(loss: nn.Module) -> nn.Module:

@@ -129,12 +129,12 @@ class FeatureMixingUNet(nn.Module):
                 if self.mixing == "dropblock":
                     mixed = drop_blocks(mixed, self.dropout)
                 elif self.mixing != "off" and (mixed_at is None or i in mixed_at):
-                    labeled, unlabeled = mixed.chunk(2)
+                    labeled_features, unlabeled_features = mixed.chunk(2)
                     if self.mixing == "similarity":
-                        weight = similarity_weights(labeled, unlabeled)
+                        weight = similarity_weights(labeled_features, unlabeled_features)
                         weights.append(weight)
                     w: Any = weight  # is given, or has just been computed
-                    mixed = torch.cat(mix(labeled, unlabeled, w))
+                    mixed = torch.cat(mix(labeled_features, unlabeled_features, w))
                 dropped = drop_channels(dropped, self.dropout) if self.dropout else dropped
                 streams = [mixed] if mixed is dropped else [mixed, dropped]  # nothing mixed, nothing dropped
             parts = [x.chunk(2) for x in (streams[0] if own is None else own, streams[-1])]

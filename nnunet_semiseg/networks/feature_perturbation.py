@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.losses.pseudo_labels import on_grid
+from nnunet_semiseg.losses.segmentation import on_grid
 
 
 def drop_channels(x: Tensor, p: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the two modalities of an image are: groups of its channels, or two views of a single one (Semi-CML)."""
+"""The two modalities of an image for Semi-CML: two groups of its channels, or two contrasts of a single channel."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ class ChannelGroups(nn.Module):
         return [x[:, list(group)] for group in self.groups]
 
 
-class Views(nn.Module):
-    """Two views of a single channel in place of two modalities: (B, 1, *S) to two of the same shape."""
+class TwoContrasts(nn.Module):
+    """A single channel shown in two contrasts, which take the place of two modalities: (B, 1, *S) to two of that shape.
 
-    def __init__(self, views: Sequence[Callable[[Tensor], Tensor]]):
+    Args:
+        contrasts: two functions of intensities, such as `Window` and `ContrastCurve`.
+    """
+
+    def __init__(self, contrasts: Sequence[Callable[[Tensor], Tensor]]):
         super().__init__()
-        self.views = tuple(views)
+        self.contrasts = tuple(contrasts)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [view(x) for view in self.views]
+        return [contrast(x) for contrast in self.contrasts]
 
 
 class Window:
@@ -95,7 +99,8 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
     """Refuse settings of `SemiCMLTrainer` that do not fit the data set.
 
     Raises:
-        UserError: channels that there are not, views of several channels, windows that show nothing.
+        UserError: a channel does not exist; contrasts are asked for, but there are several channels; a CT window shows
+            nothing.
     """
     groups = settings.modalities
     if n_channels == 1:
@@ -132,20 +137,20 @@ def check_windows(windows, low: float, high: float) -> None:
 def make_modalities(settings, n_channels: int, plans_manager, configuration_manager) -> tuple[nn.Module, list[int]]:
     """What takes an image (B, C, *S) to its two modalities, by `SemiCMLTrainer`'s settings, and each one's channels."""
     if n_channels == 1:
-        return make_views(settings, plans_manager, configuration_manager), [1, 1]
+        return make_two_contrasts(settings, plans_manager, configuration_manager), [1, 1]
     groups = settings.modalities or halves(n_channels)
     nothing = values_of_nothing(plans_manager, configuration_manager)
     return ChannelGroups(groups, nothing), [len(group) for group in groups]
 
 
-def make_views(settings, plans_manager, configuration_manager) -> Views:
-    """Two views of a single channel: CT windows where they are asked for or it is CT, else contrast curves."""
+def make_two_contrasts(settings, plans_manager, configuration_manager) -> TwoContrasts:
+    """CT windows if the setting asks for them or the images are CT, else contrast curves."""
     kind = settings.modality_views
     if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
         about = plans_manager.foreground_intensity_properties_per_channel["0"]
         windows = settings.ct_windows or two_thirds(*kept_range(plans_manager))
-        return Views([Window(level, width, about["mean"], about["std"]) for level, width in windows])
-    return Views([ContrastCurve(gamma) for gamma in settings.contrast_gammas])
+        return TwoContrasts([Window(level, width, about["mean"], about["std"]) for level, width in windows])
+    return TwoContrasts([ContrastCurve(gamma) for gamma in settings.contrast_gammas])
 
 
 def draw_present(groups, images: Tensor, p: float) -> Tensor:

@@ -13,16 +13,16 @@ from tqdm import tqdm
 
 from nnunet_semiseg.data.half_accepted import FOLDER, journals
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
-from nnunet_semiseg.data.labeled import labeled_images
+from nnunet_semiseg.data.labeled_cases import labeled_images
 from nnunet_semiseg.data.preprocessed import REFERENCES
-from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, rewriting
 from nnunet_semiseg.review import journal
 from nnunet_semiseg.review.journal import Roots, Staging
 from nnunet_semiseg.review.labels import NewLabel, choose, predictions_of, problems_of, write_label
 from nnunet_semiseg.review.preprocessing import find_preprocessed, stage, stage_fingerprint
-from nnunet_semiseg.schema import read_dataset_json, read_splits
+from nnunet_semiseg.schema import DATASET_SECTION, read_dataset_json, read_splits
 
 ACCEPTED = "accepted"
 """in the `semiseg` section of dataset.json: where the label of each accepted case comes from"""
@@ -168,9 +168,9 @@ def extended(folds: list[dict], cases: Sequence[str]) -> list[dict]:
 def _described(dataset_json: dict, labels: Sequence[NewLabel], files: Mapping[str, list[str]]) -> dict:
     """The description with the new number of labelled cases, and where the new labels come from."""
     ending = dataset_json["file_ending"]
-    section = dataset_json.get("semiseg", {})
+    section = dataset_json.get(DATASET_SECTION, {})
     accepted = section.get(ACCEPTED, {}) | {label.case: label.about for label in labels}
-    new = {"numTraining": dataset_json["numTraining"] + len(labels), "semiseg": section | {ACCEPTED: accepted}}
+    new = {"numTraining": dataset_json["numTraining"] + len(labels), DATASET_SECTION: section | {ACCEPTED: accepted}}
     if "dataset" in dataset_json:  # it lists the files of every case
         listed = {
             case: {

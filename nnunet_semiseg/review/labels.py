@@ -14,12 +14,12 @@ import SimpleITK as sitk
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_semiseg.conversion.repair import grid_difference
 from nnunet_semiseg.data.image_problems import label_problems, nifti_damage, one_line_of
-from nnunet_semiseg.data.labeled import label_values
+from nnunet_semiseg.data.labeled_cases import label_values
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.raw_datasets.repair import grid_difference
 
 MASKS, UNCERTAINTY, CASES = "masks", "uncertainty", "cases"
 """folders of a review: predictions, maps of uncertainty, and a record for each case"""

@@ -13,7 +13,7 @@ def for_correction(dices: Mapping[str, float], reasons: Mapping[str, Sequence[st
 
 
 def for_labelling(
-    dices: Mapping[str, float], features: Mapping[str, Sequence[float]], labeled: Sequence[Sequence[float]]
+    dices: Mapping[str, float], features: Mapping[str, Sequence[float]], labeled_features: Sequence[Sequence[float]]
 ) -> list[str]:
     """One after the other the case with the largest product of uncertainty and distance to all that is chosen.
 
@@ -23,10 +23,10 @@ def for_labelling(
 
     Args:
         features: of each case, all of one length.
-        labeled: those of labelled cases.
+        labeled_features: those of labelled cases.
     """
     cases = sorted(dices)
-    every = np.array([*(features[case] for case in cases), *labeled], float)
+    every = np.array([*(features[case] for case in cases), *labeled_features], float)
     every = (every - every.mean(0)) / np.where(every.std(0) > 0, every.std(0), 1)
     points, known = every[: len(cases)], every[len(cases) :]
     uncertainty = np.array([1 - dices[case] for case in cases])

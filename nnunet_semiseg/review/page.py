@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
-from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.evaluation.figures import COLORS, overlay
 from nnunet_semiseg.evaluation.page import write_csv
 from nnunet_semiseg.files import written_whole

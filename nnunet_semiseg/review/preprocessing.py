@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data.empty_channels import values_of_nothing
 from nnunet_semiseg.data.image_problems import preprocessed_problems, spread
-from nnunet_semiseg.data.labeled import channel_names
+from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.preprocessed import SUFFIXES, case_files, read_arrays
 from nnunet_semiseg.data.records import FINGERPRINT, read_record, record_file

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_semiseg.data.labeled import channel_names, labeled_files
-from nnunet_semiseg.data.unlabeled import find_unlabeled_cases
+from nnunet_semiseg.data.labeled_cases import channel_names, labeled_files
+from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.written_images import refuse_half_written
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import find_splits
@@ -37,8 +37,8 @@ class Work:
     request: Request
     kind: str
     members: list[Member]
-    unlabeled: dict[str, list[str]]
-    labeled: dict[str, list[str]]
+    unlabeled_cases: dict[str, list[str]]
+    labeled_cases: dict[str, list[str]]
 
     def signature(self, files: Sequence[str]) -> list:
         """What a record was made of, by names, sizes and times."""
@@ -49,19 +49,19 @@ class Work:
 
     def record(self, case: str) -> Path:
         """The file of a case's record."""
-        folder = CASES if case in self.unlabeled else LABELED
+        folder = CASES if case in self.unlabeled_cases else LABELED
         return self.request.output / folder / f"{case}.json"
 
     def files(self, case: str) -> list[str]:
         """A case's images and, where it has one, its label."""
-        return self.unlabeled.get(case) or self.labeled[case]
+        return self.unlabeled_cases.get(case) or self.labeled_cases[case]
 
     def is_done(self, case: str) -> bool:
         """Whether the case has a record that was made of what there is now, and the files that it speaks of."""
         record = self.record(case)
         if not record.is_file() or read_json(record, AGAIN).get("made_of") != self.signature(self.files(case)):
             return False
-        return case in self.labeled or all(
+        return case in self.labeled_cases or all(
             any((self.request.output / folder).glob(f"{case}.*")) for folder in (MASKS, UNCERTAINTY)
         )
 
@@ -77,28 +77,28 @@ def review(request: Request) -> Path | None:
     """
     raw, preprocessed = (dataset_folder(f"nnUNet_{p}", request.run.dataset) for p in ("raw", "preprocessed"))
     dataset_json = read_dataset_json(raw)
-    unlabeled = find_unlabeled_cases(raw, dataset_json)
+    unlabeled_cases = find_unlabeled_cases(raw, dataset_json)
     every = labeled_files(raw, dataset_json)
     unseen = _unseen(request, preprocessed, sorted(every))
-    labeled = dict(sorted(every.items(), key=lambda item: item[0] not in unseen)[:AT_MOST])
+    labeled_cases = dict(sorted(every.items(), key=lambda item: item[0] not in unseen)[:AT_MOST])
     kind, members = find_members(request.run, request.ensemble, request.mirroring)
     if request.estimate == "agreement" and len(members) == 1:
         raise UserError("--estimate agreement: there is one member, and it needs two: choose them with --ensemble")
     if kind == "folds":
         unseen = set()  # a case that one member has not seen, the others have
-    work = Work(request, kind, members, unlabeled, labeled)
+    work = Work(request, kind, members, unlabeled_cases, labeled_cases)
     with disk_errors(request.output):
         for folder in (MASKS, UNCERTAINTY, CASES, LABELED):
             (request.output / folder).mkdir(parents=True, exist_ok=True)
         with only_one(request.output / f"part_{request.part}.lock", "works on this part of the review"):
             _predict(work, unseen, dataset_json)
-        todo = [case for case in (*unlabeled, *labeled) if not work.is_done(case)]
+        todo = [case for case in (*unlabeled_cases, *labeled_cases) if not work.is_done(case)]
         if todo:
             return None
-        reviewed = [_read(work, case) for case in unlabeled]
-        known = [_read(work, case) for case in labeled]
+        reviewed = [_read(work, case) for case in unlabeled_cases]
+        known = [_read(work, case) for case in labeled_cases]
         table = tabulate(reviewed, known, request.purpose, channel_names(dataset_json))
-        facts = _facts(work, sorted(unseen & labeled.keys()))
+        facts = _facts(work, sorted(unseen & labeled_cases.keys()))
         return write_page(table, request, facts, raw, dataset_json)
 
 
@@ -107,7 +107,7 @@ def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
     return {
         "model": f"{run.trainer}, {run.plans}, {run.configuration}, fold {run.fold}, of {run.dataset}",
         "members": f"{TITLES[work.kind]}: {', '.join(m.name for m in work.members)}",
-        "cases": f"{len(work.unlabeled)} unlabelled; compared with {len(work.labeled)} labelled ones",
+        "cases": f"{len(work.unlabeled_cases)} unlabelled; compared with {len(work.labeled_cases)} labelled ones",
         "ranked by": work.request.estimate or ("agreement" if len(work.members) > 1 else "expected"),
         "kept from all members": ", ".join(unseen) or "no labelled case",
     }
@@ -127,7 +127,7 @@ def _unseen(request: Request, preprocessed: Path, cases: list[str]) -> set[str]:
 
 def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
     request = work.request
-    cases = [*work.unlabeled, *work.labeled][request.part :: request.parts]
+    cases = [*work.unlabeled_cases, *work.labeled_cases][request.part :: request.parts]
     todo = [case for case in cases if not work.is_done(case)]
     if not todo:
         return
@@ -136,9 +136,9 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
     for case in tqdm(todo, "Cases", disable=not request.show_progress):
         files = work.files(case)
         made_of = work.signature(files)
-        images = files if case in work.unlabeled else files[:-1]
+        images = files if case in work.unlabeled_cases else files[:-1]
         prediction = ensemble.predict(images)
-        if case in work.unlabeled:
+        if case in work.unlabeled_cases:
             record = describe(prediction, prediction.mask, ensemble)
             _write_images(ensemble, prediction, request.output, case, dataset_json["file_ending"])
         else:

@@ -50,24 +50,28 @@ class Table:
     warnings: list[str] = field(default_factory=list)
 
 
-def tabulate(reviewed: Sequence[Reviewed], labeled: Sequence[Reviewed], purpose: str, channels: Sequence[str]) -> Table:
+def tabulate(
+    reviewed: Sequence[Reviewed], labeled_cases: Sequence[Reviewed], purpose: str, channels: Sequence[str]
+) -> Table:
     """The table of these cases.
 
     A class that is missing, and that all labelled cases have, counts as a Dice of 0: members may agree on nothing.
 
     Args:
-        labeled: at least one labelled case.
+        labeled_cases: at least one labelled case.
     """
-    known = [case for case in labeled if case.dice is not None]
+    known = [case for case in labeled_cases if case.dice is not None]
     calibration, sentence = calibrate([c.ranked_by for c in known], [c.dice or {} for c in known])
-    unit = "ml" if any(c.is_volume for c in labeled) else "cm2"
-    usual = signs.Usual.of([c.signs for c in labeled], unit)
+    unit = "ml" if any(c.is_volume for c in labeled_cases) else "cm2"
+    usual = signs.Usual.of([c.signs for c in labeled_cases], unit)
     little = signs.least_agreed({c.case: c.ranked_by for c in reviewed})
     reasons = {c.case: [*signs.reasons(c.signs, usual, channels), *little[c.case]] for c in reviewed}
     dices = {c.case: _dices(c, usual, calibration) for c in reviewed}
     means = {case: float(np.mean(list(of.values()))) for case, of in dices.items()}
     if purpose == "labelling":
-        order = lists.for_labelling(means, {c.case: _features(c) for c in reviewed}, [_features(c) for c in labeled])
+        order = lists.for_labelling(
+            means, {c.case: _features(c) for c in reviewed}, [_features(c) for c in labeled_cases]
+        )
     elif purpose == "random":
         order = lists.at_random(list(means))
     else:

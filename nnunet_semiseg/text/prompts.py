@@ -8,9 +8,7 @@ import os
 from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.schema import read_dataset_json
-
-SETTINGS_KEY = "semiseg"
+from nnunet_semiseg.schema import DATASET_SECTION, read_dataset_json
 
 
 def class_names(dataset_json: dict, source: str = "dataset.json") -> list[str]:
@@ -83,13 +81,13 @@ def _values(label: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _given_prompts(dataset_json: dict, source: str) -> dict | None:
-    section = dataset_json.get(SETTINGS_KEY, {})
+    section = dataset_json.get(DATASET_SECTION, {})
     if not isinstance(section, dict):
-        raise UserError(f'{source}: "{SETTINGS_KEY}" must be like {{"prompts": {{"CLASS": "TEXT"}}}}')
+        raise UserError(f'{source}: "{DATASET_SECTION}" must be like {{"prompts": {{"CLASS": "TEXT"}}}}')
     if "prompts" not in section:
         near = difflib.get_close_matches("prompts", section, n=1, cutoff=0.8)
         if near:  # a slip of the pen must not replace somebody's prompts with the classes' names in silence
-            raise UserError(f'{source}: unknown key "{near[0]}" in "{SETTINGS_KEY}"; rename it to "prompts"')
+            raise UserError(f'{source}: unknown key "{near[0]}" in "{DATASET_SECTION}"; rename it to "prompts"')
         return None
     if not isinstance(section["prompts"], dict):
         raise UserError(f'{source}: "prompts" must map each class to a text or to a list of texts')

@@ -10,7 +10,7 @@ from pathlib import Path
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data.headers import total_memory
-from nnunet_semiseg.data.labeled import channel_names
+from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.data.preprocessed import check_labeled_data, find_dataset_class
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.schema import read_splits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnunet_semiseg.losses.components import keep_largest_components
-from nnunet_semiseg.losses.pseudo_labels import hard_pseudo_label, has_label
+from nnunet_semiseg.losses.segmentation import hard_pseudo_label, has_label
 from nnunet_semiseg.training.class_shares import ClassShares, shares_of
 
 

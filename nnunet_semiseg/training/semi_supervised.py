@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from nnunet_semiseg.data.components import heads_in_one_piece
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
-from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream
-from nnunet_semiseg.data.unlabeled import load_manifest, preprocess_unlabeled_again
+from nnunet_semiseg.data.preprocessed import preprocess_unlabeled_again
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream, patch_sizes
+from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
@@ -308,8 +309,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         first = 0 if self.label_manager.has_regions else 1
         heads: Sequence[int] = range(first, self.label_manager.num_segmentation_heads)
         if keep == "auto":
-            labeled = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
-            heads = heads_in_one_piece(labeled, self.label_manager, len(self.configuration_manager.patch_size) == 2)
+            labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
+            heads = heads_in_one_piece(
+                labeled_cases, self.label_manager, len(self.configuration_manager.patch_size) == 2
+            )
         names = ", ".join(self.class_names()[head - first] for head in heads)
         self.print_to_log_file(f"largest_component={keep}: pseudo-labels keep the largest of: {names or 'no class'}")
         return heads
@@ -332,16 +335,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     foreground_share = 0.0
     """of the unlabelled samples, that are drawn around locations that `unlabeled_dataset` knows of"""
 
-    def make_unlabeled_loader(self, labeled) -> UnlabeledDataLoader | None:
-        sizes = (s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size))
-        patch_size, final_patch_size = sizes
+    def make_unlabeled_loader(self, labeled_loader) -> UnlabeledDataLoader | None:
         return UnlabeledDataLoader(
             self.unlabeled_dataset(),
             self.ranks.part(self.settings.unlabeled_batch_size) or self.batch_size,
-            patch_size,
-            final_patch_size,
+            *patch_sizes(labeled_loader),
             self.label_manager,
-            transforms=ViewsTransform(labeled.transforms, self.views, self.settings.strong_probability),
+            transforms=ViewsTransform(labeled_loader.transforms, self.views, self.settings.strong_probability),
             foreground_share=self.foreground_share,
         )
 
@@ -473,7 +473,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self._resume_random_state = states[self.ranks.number] if self.ranks.number < len(states) else None
 
 
-def no_targets(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
+def no_targets(labeled_batch: dict, unlabeled_batch: dict) -> dict[str, Tensor]:
     """For a method that needs no more than the batches: `Batch.extra` is empty."""
     return {}
 

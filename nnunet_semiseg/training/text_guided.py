@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.losses.pseudo_labels import probabilities
+from nnunet_semiseg.losses.segmentation import probabilities
 from nnunet_semiseg.losses.text_alignment import category_alignment_loss
 from nnunet_semiseg.networks.text_guidance import TextGuidance
 from nnunet_semiseg.settings.base import TextSettings, uses_text

@@ -154,7 +154,7 @@ def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperatur
     return loss.masked_fill(~valid, 0).sum() / valid.sum().clamp_min(1)
 
 
-def draw(distribution: tuple[Tensor, Tensor]) -> Tensor:
+def sample_token(distribution: tuple[Tensor, Tensor]) -> Tensor:
     """mu + sigma e, e a standard normal number for every element; gradients reach both."""
     mean, std = distribution
     return mean + std * torch.randn_like(mean)

@@ -15,9 +15,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
-from nnunet_semiseg.data.preprocessed import check_labeled_data, find_dataset_class, preprocess_again
+from nnunet_semiseg.data.preprocessed import (
+    check_labeled_data,
+    find_dataset_class,
+    preprocess_again,
+    preprocess_unlabeled_again,
+)
 from nnunet_semiseg.data.readable import ReadableCases
-from nnunet_semiseg.data.unlabeled import load_manifest, preprocess_unlabeled_again
+from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.schema import check_configuration, load_plans
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
@@ -91,12 +96,12 @@ def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[
     file, fix = base / f"{plans_name}.json", "plan first with nnunet_semiseg plan_and_preprocess"
     plans = load_plans(file, fix)
     check_configuration(plans, configuration, file, fix)
-    labeled = base / PlansManager(plans).get_configuration(configuration).data_identifier
+    labeled_folder = base / PlansManager(plans).get_configuration(configuration).data_identifier
     fix = preprocess_again(plans, configuration)
-    kind: Any = find_dataset_class(labeled, fix)
+    kind: Any = find_dataset_class(labeled_folder, fix)
     raw = Path(os.environ["nnUNet_raw"], base.name) if os.environ.get("nnUNet_raw") else None
     check_labeled_data(base, raw if raw and (raw / "dataset.json").is_file() else None, plans, configuration)
-    unlabeled, cases = load_manifest(base, plans, configuration, dataset_name)
-    fixes = {str(labeled): fix, unlabeled: preprocess_unlabeled_again(plans, configuration)}
+    unlabeled_folder, cases = load_manifest(base, plans, configuration, dataset_name)
+    fixes = {str(labeled_folder): fix, unlabeled_folder: preprocess_unlabeled_again(plans, configuration)}
     kind = ReadableCases(kind, fixes)
-    return JoinedDataset(kind(str(labeled)), kind(unlabeled, cases)), cases
+    return JoinedDataset(kind(str(labeled_folder)), kind(unlabeled_folder, cases)), cases

@@ -46,7 +46,7 @@ from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
-from nnunet_semiseg.vlm.text_masks import ABOUT, STATE, WEIGHTS, read_about, read_state
+from nnunet_semiseg.vlm.text_mask_generator import ABOUT, STATE, WEIGHTS, read_about, read_state
 from nnunet_semiseg.vlm.towers import TIMM, load_towers, split_model
 
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
@@ -83,10 +83,10 @@ def pretrain(
     """
     chosen = settings_from(PretrainingSettings, parse_assignments(settings))
     name = dataset_folder("nnUNet_preprocessed", dataset).name
-    data, unlabeled = open_cases(name, plans, configuration)
+    data, unlabeled_cases = open_cases(name, plans, configuration)
     if model.startswith(TIMM):
         chosen = replace(chosen, text_model=WORDLLAMA)
-    masks, ignore_label = cases_with_masks(name, sorted(set(data.identifiers) - set(unlabeled)), chosen)
+    masks, ignore_label = cases_with_masks(name, sorted(set(data.identifiers) - set(unlabeled_cases)), chosen)
     texts = read_texts(name, data.identifiers, chosen.missing_texts)
     if output is None:
         output = dataset_folder("nnUNet_results", dataset) / "vlm" / configuration
@@ -125,13 +125,15 @@ def pretrain(
     return output
 
 
-def cases_with_masks(dataset: str, labeled: list[str], settings: PretrainingSettings) -> tuple[list[str], int | None]:
+def cases_with_masks(
+    dataset: str, labeled_cases: list[str], settings: PretrainingSettings
+) -> tuple[list[str], int | None]:
     """The labelled cases whose labels the pre-training may see, and the ignore label."""
     if not settings.mask_weight:
         return [], None
     base = dataset_folder("nnUNet_preprocessed", dataset)
     dataset_json = read_dataset_json(base)
-    training = cases_of_fold(base, labeled, "all" if settings.fold is None else settings.fold)
+    training = cases_of_fold(base, labeled_cases, "all" if settings.fold is None else settings.fold)
     return take_labeled(training, [], settings.num_labeled, dataset_json)[0], dataset_json["labels"].get("ignore")
 
 
@@ -294,7 +296,7 @@ class Pretraining:
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         save_whole(tensors, self.output / STATE, {"state": json.dumps(content)})
-        draw_progress(self.history, self.output / "progress.png")
+        plot_progress(self.history, self.output / "progress.png")
 
     def load(self) -> None:
         file = self.output / STATE
@@ -336,7 +338,7 @@ def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] 
         temporary.write_bytes(content)
 
 
-def draw_progress(history: dict[str, list[float]], file: Path) -> None:
+def plot_progress(history: dict[str, list[float]], file: Path) -> None:
     """Two panels over the epochs: the loss with its terms, and the recalls of retrieval."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for ax, title in zip(figure.subplots(1, 2), ("loss", "recall"), strict=True):

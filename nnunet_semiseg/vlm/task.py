@@ -133,7 +133,7 @@ class PretrainingTask(nn.Module):
         if s.icl_weight:
             icl = losses.distribution_contrast(*(tuple(map(gather, of[0])) for of in (image_of, text_of)), t)
             for encoding, of in ((image, image_of), (text, text_of)):
-                icl = icl + losses.intra_modal_contrast(encoding.cls, losses.draw(of[1]), encoding.valid, t) / 2
+                icl = icl + losses.intra_modal_contrast(encoding.cls, losses.sample_token(of[1]), encoding.valid, t) / 2
             terms["icl"] = s.icl_weight * icl / 2
         if areas is not None and s.mask_weight:
             terms["mask"] = s.mask_weight * losses.mask_supervision(image.tokens, text.cls, areas.flatten(1))

@@ -13,14 +13,15 @@ from typing import NoReturn
 
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion.case import load
-from nnunet_semiseg.conversion.description import About, Case, Read
-from nnunet_semiseg.conversion.dicom_labels import classes_in, read_dicom_labels
-from nnunet_semiseg.conversion.filling import Layout
-from nnunet_semiseg.conversion.label_values import LabelValues, count, found_text, offer
-from nnunet_semiseg.conversion.names import DICOM_SEG, PICTURES, RTSTRUCT, SERIES, STACK, Name, some
-from nnunet_semiseg.conversion.pictures import mode_of, read_colour_mask, read_colours, read_jpeg, read_mask
-from nnunet_semiseg.conversion.readers import (
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.case import load
+from nnunet_semiseg.raw_datasets.description import About, Case, Read
+from nnunet_semiseg.raw_datasets.dicom_labels import classes_in, read_dicom_labels
+from nnunet_semiseg.raw_datasets.filling import Layout
+from nnunet_semiseg.raw_datasets.label_values import LabelValues, count, found_text, offer
+from nnunet_semiseg.raw_datasets.names import DICOM_SEG, PICTURES, RTSTRUCT, SERIES, STACK, Name, some
+from nnunet_semiseg.raw_datasets.pictures import mode_of, read_colour_mask, read_colours, read_jpeg, read_mask
+from nnunet_semiseg.raw_datasets.readers import (
     find_modalities,
     find_series,
     one_channel,
@@ -30,15 +31,14 @@ from nnunet_semiseg.conversion.readers import (
     read_gray,
     read_grid,
 )
-from nnunet_semiseg.conversion.repair import Repair
-from nnunet_semiseg.conversion.volumes import (
+from nnunet_semiseg.raw_datasets.repair import Repair
+from nnunet_semiseg.raw_datasets.volumes import (
     read_channel,
     read_class_masks,
     read_mask_stack,
     read_stack,
     read_tiff_volume,
 )
-from nnunet_semiseg.errors import UserError
 
 READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
 FEW, MANY = 3, 50

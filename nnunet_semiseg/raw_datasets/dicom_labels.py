@@ -12,8 +12,8 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.draw import polygon
 
-from nnunet_semiseg.conversion.names import some
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.names import some
 
 INSTALL = "pip install 'nnunet-semiseg[dicom]'"
 

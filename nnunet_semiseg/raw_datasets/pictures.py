@@ -9,10 +9,10 @@ import numpy as np
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunet_semiseg.conversion.label_values import count, found_text, offer
-from nnunet_semiseg.conversion.names import PICTURES
-from nnunet_semiseg.conversion.readers import one_channel
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.label_values import count, found_text, offer
+from nnunet_semiseg.raw_datasets.names import PICTURES
+from nnunet_semiseg.raw_datasets.readers import one_channel
 
 Colour = tuple[int, int, int]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sklearn.model_selection import GroupKFold
 
-from nnunet_semiseg.conversion.names import some
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.names import some
 
 _LAST_NUMBER = re.compile(
     r"(?i)(.*\d.*?)[_-](?:(?:ses|session|visit|scan|time|tp|day|week|month|frame|fu|baseline|bl|t|v)[-_]?)?\d[\d-]*"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion.repair import Repair
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.repair import Repair
 
 PICTURES = (".png", ".bmp", ".tif")  # of those that nnU-Net reads
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from nnunet_semiseg.conversion.filling import is_label
-from nnunet_semiseg.conversion.names import SERIES, Name, is_visit, part_of, plain
+from nnunet_semiseg.raw_datasets.filling import is_label
+from nnunet_semiseg.raw_datasets.names import SERIES, Name, is_visit, part_of, plain
 
 Folders = tuple[str, ...]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion.description import About, Case, Crop, Read
-from nnunet_semiseg.conversion.names import some
-from nnunet_semiseg.conversion.readers import one_channel
-from nnunet_semiseg.conversion.repair import Repair, grid_difference, read
 from nnunet_semiseg.data.headers import data_files, header_problem, is_spacing
 from nnunet_semiseg.data.image_problems import nifti_damage, one_line_of
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DiskError, disk_errors, write_json
+from nnunet_semiseg.raw_datasets.description import About, Case, Crop, Read
+from nnunet_semiseg.raw_datasets.names import some
+from nnunet_semiseg.raw_datasets.readers import one_channel
+from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 STATE = ".conversion"
 LINKED = (".nrrd", ".mha")

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from nnunet_semiseg.conversion.case import paths_of
-from nnunet_semiseg.conversion.description import Case, Source
-from nnunet_semiseg.conversion.names import some
+from nnunet_semiseg.raw_datasets.case import paths_of
+from nnunet_semiseg.raw_datasets.description import Case, Source
+from nnunet_semiseg.raw_datasets.names import some
 
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
 """part to nnU-Net's name of it"""

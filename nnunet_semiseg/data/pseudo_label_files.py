@@ -14,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from nnunet_semiseg.data.two_streams import patch_sizes
 from nnunet_semiseg.data.written_images import refuse_half_written
 from nnunet_semiseg.files import written_whole
 
@@ -31,24 +32,22 @@ class PseudoLabeledDataset:
 
 
 def pseudo_label_loader(
-    labeled: nnUNetDataLoader, data: PseudoLabeledDataset, batch_size: int, label_manager
+    labeled_loader: nnUNetDataLoader, data: PseudoLabeledDataset, batch_size: int, label_manager
 ) -> nnUNetDataLoader:
     """A loader with pseudo-labels that is like the one with labels, foreground sampling and augmentation included."""
-    sizes = (s[1:] if labeled.patch_size_was_2d else s for s in (labeled.patch_size, labeled.final_patch_size))
-    patch_size, final_patch_size = sizes
     loader = nnUNetDataLoader(
         data,  # pyright: ignore[reportArgumentType]: the loader uses no more of a dataset than this one has
-        batch_size, patch_size, final_patch_size, label_manager, labeled.oversample_foreground_percent,
-        probabilistic_oversampling=labeled.get_do_oversample == labeled._probabilistic_oversampling,
-        transforms=labeled.transforms,
+        batch_size, *patch_sizes(labeled_loader), label_manager, labeled_loader.oversample_foreground_percent,
+        probabilistic_oversampling=labeled_loader.get_do_oversample == labeled_loader._probabilistic_oversampling,
+        transforms=labeled_loader.transforms,
     )  # fmt: skip
     loader.has_ignore = False  # a pseudo-label ignores nothing
     return loader
 
 
-def take_pseudo_label(labeled: dict, unlabeled: dict) -> dict:
+def take_pseudo_label(labeled_batch: dict, unlabeled_batch: dict) -> dict:
     """The targets that a `nnUNetDataLoader` of pseudo-labelled cases made."""
-    return {"pseudo": unlabeled["target"]}
+    return {"pseudo": unlabeled_batch["target"]}
 
 
 def without_label(dataset, folder: Path) -> list[str]:

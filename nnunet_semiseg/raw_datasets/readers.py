@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion.listing import dicom_kind
-from nnunet_semiseg.conversion.names import SERIES, plain
-from nnunet_semiseg.conversion.sources import find_files
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.listing import dicom_kind
+from nnunet_semiseg.raw_datasets.names import SERIES, plain
+from nnunet_semiseg.raw_datasets.sources import find_files
 
 
 def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:

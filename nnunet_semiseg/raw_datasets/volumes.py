@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_semiseg.conversion.names import PICTURES, natural
-from nnunet_semiseg.conversion.readers import read_grid, series_files
-from nnunet_semiseg.conversion.repair import Repair, grid_difference, read
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.raw_datasets.names import PICTURES, natural
+from nnunet_semiseg.raw_datasets.readers import read_grid, series_files
+from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 
 def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:

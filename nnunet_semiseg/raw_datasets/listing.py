@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nnunet_semiseg.conversion.names import BESIDE, DICOM_SEG, ENDINGS, RTSTRUCT, SERIES, STACK, kind_of
-from nnunet_semiseg.conversion.sources import JUNK
 from nnunet_semiseg.data.headers import data_files
+from nnunet_semiseg.raw_datasets.names import BESIDE, DICOM_SEG, ENDINGS, RTSTRUCT, SERIES, STACK, kind_of
+from nnunet_semiseg.raw_datasets.sources import JUNK
 
 SYSTEM = ("thumbs.db", "desktop.ini", "dicomdir", "lockfile", "version")
 DICOM_FILES = (".dcm", ".ima")

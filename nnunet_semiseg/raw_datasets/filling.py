@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from nnunet_semiseg.conversion.names import (
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.names import (
     DICOM_SEG,
     IMAGE,
     LABEL,
@@ -21,8 +22,7 @@ from nnunet_semiseg.conversion.names import (
     label_core,
     without_case,
 )
-from nnunet_semiseg.conversion.pairs import find_suffixes, pair
-from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.pairs import find_suffixes, pair
 
 
 @dataclass

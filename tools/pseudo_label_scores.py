@@ -1,6 +1,6 @@
 """How good the pseudo-labels of a TextSemiSegTrainer were over time, where the true labels are known after all.
 
-    python tools/pseudo_labels.py MODEL CHECKPOINT [CHECKPOINT ...] --images DIR --labels DIR --every 5
+    python tools/pseudo_label_scores.py MODEL CHECKPOINT [CHECKPOINT ...] --images DIR --labels DIR --every 5
 
 MODEL is a trained model's folder (with plans.json and dataset.json), the checkpoints are copies that were kept of its
 `checkpoint_latest.pth` while it trained. For each of them, and for each decoder: Dice and the predicted volume as a

@@ -8,10 +8,10 @@ While a dataset is being made, a folder `.conversion` in it holds what was asked
 is whole. It stays where a case failed, so that the same command goes on; `dataset.json` comes last.
 """
 
-from nnunet_semiseg.conversion.dataset import assign, convert_dataset
-from nnunet_semiseg.conversion.description import About, Case, Crop, Read, Source
-from nnunet_semiseg.conversion.readers import one_channel, read_dicom_series, read_gray
-from nnunet_semiseg.conversion.sources import JUNK, by_name, find_files, published_split, seeded_split
+from nnunet_semiseg.raw_datasets.dataset import assign, convert_dataset
+from nnunet_semiseg.raw_datasets.description import About, Case, Crop, Read, Source
+from nnunet_semiseg.raw_datasets.readers import one_channel, read_dicom_series, read_gray
+from nnunet_semiseg.raw_datasets.sources import JUNK, by_name, find_files, published_split, seeded_split
 
 __all__ = [
     "JUNK",

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from nnunet_semiseg.conversion.names import Name, core, label_core, natural, some
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.names import Name, core, label_core, natural, some
 
 Placed = list[tuple[str, str, Name]]
 """case, channel or class, and file"""

@@ -1,9 +1,8 @@
-"""Unlabelled cases: found in ``imagesUn/``, preprocessed beside the labelled ones, handed to the trainer.
+"""Unlabelled cases are preprocessed as nnU-Net would, into a folder beside the labelled ones.
 
-A folder ``<data_identifier>__unlabeled`` holds the cases, ``<data_identifier>__unlabeled.json`` beside it is
-the manifest. The manifest is written last: where it is, every case in it is whole. Where a ``.pkl`` is, its
-case is whole, because that file is moved in last; it also says which images and plans the case was made from.
-No label is looked for, here or anywhere.
+Each case is made in a folder of its own and then moved. Its ``.pkl`` file is moved last: where it exists, the case is
+complete. That file also says which images and which plans the case was made from. The manifest comes when all cases
+are done (see `unlabeled_manifest`). No label of an unlabelled case is ever opened.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +23,6 @@ from tqdm import tqdm
 from nnunet_semiseg.data.empty_channels import values_of_nothing
 from nnunet_semiseg.data.headers import flat_problem, spacing_problem
 from nnunet_semiseg.data.image_problems import (
-    IMAGES_FOLDER,
     header_problems,
     intensity_problems,
     missing_channels,
@@ -36,22 +33,22 @@ from nnunet_semiseg.data.image_problems import (
     spread_problems,
     take_out,
 )
-from nnunet_semiseg.data.labeled import channel_names, labeled_images
+from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.preprocessed import (
-    DAMAGED,
     SUFFIXES,
     blame_the_disk,
     case_files,
     look_at_labeled,
     made_of,
     number_of,
-    preprocess_unlabeled_again,
     read_arrays,
 )
 from nnunet_semiseg.data.records import contents
-from nnunet_semiseg.data.stamps import STAMP, Stamp, all_renewed, digest, renewed, stamp
+from nnunet_semiseg.data.stamps import all_renewed, digest, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
+from nnunet_semiseg.data.unlabeled_cases import DELAY, READERS, find_unlabeled_cases
+from nnunet_semiseg.data.unlabeled_manifest import ENDING, output_of, recorded_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import (
     DiskError,
@@ -59,88 +56,17 @@ from nnunet_semiseg.files import (
     disk_error,
     disk_errors,
     only_one,
-    read_json,
     rewriting,
     write_json,
 )
 from nnunet_semiseg.parallel import killed_workers, run_jobs
-from nnunet_semiseg.schema import check, check_configuration, load_plans, read_dataset_json
+from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
-ENDING = "__unlabeled"
-"""of the folder of unlabelled cases, beside that of the labelled ones"""
+"""in a case's ``.pkl`` file: which images and plans it was made from, and hashes of what was made"""
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
-READERS = 16
-"""threads that look at files: what they wait for is the disk, often one on a network"""
-DELAY = 10
-"""seconds before there is a bar"""
 WAIT = 24 * 3600
-"""seconds that a part waits while another one looks at the labelled cases"""
-
-MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
-_ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
-
-
-def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """Case ids with their image files: as many as labelled cases have, mostly one a channel.
-
-    Raises:
-        UserError: ``imagesUn`` missing or without images; a file with no channel in its name; a missing or
-            surplus channel; an id that a labelled case has. One line for each.
-    """
-    folder, ending = Path(raw_dataset_folder) / IMAGES_FOLDER, dataset_json["file_ending"]
-    put = f"put the unlabelled images there, named CASE_0000{ending}"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: make it and {put} (with labelled cases alone: --labeled_only)")
-    with os.scandir(folder) as entries:  # with no further look at a file that is no link
-        found = {e.name: e for e in entries if not e.name.startswith(".")}
-    if folders := sorted(name for name, e in found.items() if name.endswith(ending) and e.is_dir()):
-        raise UserError("\n".join(f"{folder / name}: is a folder, not an image: take it out" for name in folders))
-    there = {name: e for name, e in found.items() if not e.is_dir()}
-    files = sorted(there)
-    images = [name for name in files if name.endswith(ending)]
-    if not images:
-        found = f"no *{ending} among its {len(files)} files (the first is {files[0]})" if files else "empty"
-        raise UserError(f"{folder}: {found}: {put}")
-
-    labeled = labeled_images(raw_dataset_folder, dataset_json)
-    channels = max(map(len, labeled.values()), default=len(channel_names(dataset_json)))
-    cases: dict[str, dict[int, Path]] = {}
-    problems = []
-    for name in images:
-        match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name)
-        if there[name].is_symlink() and not there[name].is_file():
-            problems.append(f"{folder / name}: a link to a file that is not there: fix it or remove it")
-        if match:
-            cases.setdefault(match[1], {})[int(match[2])] = folder / name
-        else:
-            problems.append(f"{folder / name}: no channel in its name: rename it to CASE_0000{ending}")
-    for case, found in cases.items():
-        for c in range(channels):
-            if c not in found:
-                missing = folder / f"{case}_{c:04d}{ending}"
-                problems.append(f"{missing}: missing, {case} needs {channels} channels: {_ADD_OR_TAKE_OUT}")
-        for c in found:
-            if c >= channels:
-                problems.append(f"{found[c]}: channel too many, labelled cases have {channels}: remove the file")
-        if case in labeled:
-            problems.append(f"{folder / case}_*{ending}: {case} is a labelled case too: remove it from {IMAGES_FOLDER}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return {case: [str(found[c]) for c in range(channels)] for case, found in sorted(cases.items())}
-
-
-def check_headers(cases: dict[str, list[str]], reader: type) -> None:
-    """Look at the headers of all unlabelled images, which is quick where the reader is a SimpleITK one.
-
-    Raises:
-        UserError: unreadable images, channels whose geometry differs; one line for each.
-    """
-    with ThreadPoolExecutor(READERS) as threads:
-        found = threads.map(lambda images: header_problems(images, reader), cases.values())
-        problems = [line for lines in tqdm(found, "Headers", len(cases), delay=DELAY) for line in lines]
-    if problems:
-        raise UserError("\n".join(problems))
+"""seconds that one part waits while another one looks at the labelled cases"""
 
 
 def preprocess_unlabeled(
@@ -186,7 +112,7 @@ def preprocess_unlabeled(
     for configuration, n in zip(configurations, processes * len(configurations), strict=False):
         if configuration in known:
             check_configuration(plans, configuration, plans_file, f"plan again with {plan}")
-            folder, _ = _output(preprocessed, plans, configuration)
+            folder, _ = output_of(preprocessed, plans, configuration)
             with alone_or_part(folder, part), disk_errors(folder), killed_workers(folder):
                 with only_one(folder.with_name(f"{folder.name}.labeled.lock"), "looks at labelled cases", WAIT):
                     usual = look_at_labeled(raw, preprocessed, plans, configuration, n)
@@ -221,85 +147,14 @@ def alone_or_part(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
         yield
 
 
-def load_manifest(
-    preprocessed_dataset_folder: str | Path, plans: dict, configuration: str, dataset: int | str
-) -> tuple[str, list[str]]:
-    """The folder of the preprocessed unlabelled cases and their ids, for the trainer.
-
-    Raises:
-        UserError: not preprocessed for these plans and these images; a file missing. Names the command.
-    """
-    preprocessed = Path(preprocessed_dataset_folder)
-    folder, manifest_file = _output(preprocessed, plans, configuration)
-    plans_name = plans["plans_name"]
-    fix = preprocess_unlabeled_again(plans | {"dataset_name": dataset}, configuration)
-    # where training runs, there need not be any raw data
-    raw = Path(os.environ["nnUNet_raw"]) / preprocessed.name if os.environ.get("nnUNet_raw") else None
-    images = raw / IMAGES_FOLDER if raw and raw.is_dir() else None
-    if not manifest_file.is_file():
-        if images and not images.is_dir():
-            fix = f"put the unlabelled images into {images}, then {fix}"
-        raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
-    manifest = read_json(manifest_file, fix)
-    check(manifest, MANIFEST, manifest_file, fix)
-    if not _is_whole(manifest):
-        raise UserError(f"{manifest_file}: damaged, or written by another version of nnunet_semiseg: {fix}")
-    if manifest["plans_hash"] != plans_hash(plans, configuration):
-        raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
-    entries = {case: dict(entry) for case, entry in manifest["cases"].items()}
-    for case, entry in entries.items():
-        entry["made"] = [_unchanged(*pair, fix) for pair in zip(entry["made"], case_files(folder, case), strict=True)]
-    if raw and images and images.is_dir():
-        found = find_unlabeled_cases(raw, read_dataset_json(raw))
-        for case in sorted(found.keys() ^ entries.keys()):
-            what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
-            raise UserError(f"{images}: case {case} {what}: {fix}")
-        for case, files in found.items():
-            entries[case]["images"] = now = all_renewed(entries[case]["images"], files)
-            if now is None:
-                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
-    if entries != manifest["cases"]:  # copies: so that the next start need not read them again
-        with contextlib.suppress(UserError):  # where it cannot be written, it does
-            write_json(manifest | {"cases": entries}, manifest_file)
-    return str(folder), list(entries)
-
-
-def _is_whole(manifest: dict) -> bool:
-    """Whether each case has its stamps."""
-    try:
-        entries = manifest["cases"].values()
-        return all(
-            entry["images"] and len(entry["made"]) == len(SUFFIXES) and all(len(s) == len(STAMP) for s in stamps)
-            for entry in entries
-            for stamps in (entry["images"], entry["made"])
-        )
-    except (AttributeError, KeyError, TypeError):
-        return False
-
-
-def _unchanged(old: Stamp, file: Path, fix: str) -> Stamp:
-    """The stamp of a preprocessed file, with its times of now. Raises UserError where it is missing or damaged."""
-    try:
-        if (now := renewed(old, file)) is not None:
-            return now
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing: {fix}") from None
-    raise UserError(f"{file}: {DAMAGED}: {fix}")
-
-
-def _output(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
-    name = PlansManager(plans).get_configuration(configuration).data_identifier + ENDING
-    return preprocessed / name, preprocessed / f"{name}.json"
-
-
 def _preprocess_configuration(
     cases, preprocessed, plans, configuration, dataset_json, usual, num_processes, clean, show_progress_bar, verbose,
     part=None,
 ) -> None:  # fmt: skip
-    folder, manifest_file = _output(preprocessed, plans, configuration)
+    folder, manifest_file = output_of(preprocessed, plans, configuration)
     hash_now = plans_hash(plans, configuration)
     records = [manifest_file, *sorted(folder.parent.glob(f"{folder.name}.part*of*.json"))]
-    recorded = {} if clean else {case: entry for file in records for case, entry in _recorded(file).items()}
+    recorded = {} if clean else {case: entry for file in records for case, entry in recorded_cases(file).items()}
     if part:
         cases = {case: cases[case] for case in sorted(cases)[part[0] :: part[1]]}
         records[1:] = [folder.with_name(f"{folder.name}.part{part[0]}of{part[1]}.json")]
@@ -315,10 +170,10 @@ def _preprocess_configuration(
     expected = {case + suffix for case in cases for suffix in SUFFIXES}
     there = list(folder.iterdir()) if folder.is_dir() and not part else []  # a part leaves alone what others make
     leftovers = [file for file in there if file.name not in expected]
-    labeled = folder.with_name(folder.name.removesuffix(ENDING))  # what a training uses, and locks
+    labeled_folder = folder.with_name(folder.name.removesuffix(ENDING))  # what a training uses, and locks
     with contextlib.ExitStack() as stack:
         if todo or leftovers:
-            stack.enter_context(rewriting(labeled))
+            stack.enter_context(rewriting(labeled_folder))
             manifest_file.unlink(missing_ok=True)  # first: it must never vouch for a folder that changes
         if part:
             stack.close()  # other parts want to begin; without a manifest no training does
@@ -372,14 +227,6 @@ def _preprocess_cases(
     for case in sorted(case for case, channels in missing.items() if channels):
         print(f"{case}: {', '.join(missing[case])} is 0 everywhere: taken for a channel that this case lacks")
     return entries
-
-
-def _recorded(manifest_file: Path) -> dict[str, dict]:
-    """The entries of a manifest; none where it is missing or damaged."""
-    with contextlib.suppress(UserError):
-        manifest = read_json(manifest_file, "")
-        return manifest["cases"] if _is_whole(manifest) else {}
-    return {}
 
 
 def _preprocess_case(

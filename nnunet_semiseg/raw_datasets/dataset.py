@@ -16,15 +16,15 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from tqdm import tqdm
 
 from nnunet_semiseg.archives import ARCHIVES, unpacked
-from nnunet_semiseg.conversion.case import STATE, convert_case, files_of, paths_of
-from nnunet_semiseg.conversion.description import About, Case, Source
-from nnunet_semiseg.conversion.names import some
-from nnunet_semiseg.conversion.patients import folds_by_patient
-from nnunet_semiseg.conversion.report import SUBSETS, report
 from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, disk_errors, only_one, read_json, write_json
 from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.raw_datasets.case import STATE, convert_case, files_of, paths_of
+from nnunet_semiseg.raw_datasets.description import About, Case, Source
+from nnunet_semiseg.raw_datasets.names import some
+from nnunet_semiseg.raw_datasets.patients import folds_by_patient
+from nnunet_semiseg.raw_datasets.report import SUBSETS, report
 
 
 def convert_dataset(
@@ -270,12 +270,14 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
     for name, record in records.items():
         for note in record["notes"]:
             print(f"case {name}: {note}")
-    labeled, validation = ([n for n in whole if request["parts"][n] == part] for part in ("labeled", "validation"))
+    labeled_cases, validation = (
+        [n for n in whole if request["parts"][n] == part] for part in ("labeled", "validation")
+    )
     for file in ("splits_final.json", "texts.json"):  # of a beginning with other cases
         (target / file).unlink(missing_ok=True)
     if validation:
-        write_json([{"train": labeled, "val": validation}], target / "splits_final.json")
-    elif folds := folds_by_patient(labeled, source.patients) if source.patients else []:
+        write_json([{"train": labeled_cases, "val": validation}], target / "splits_final.json")
+    elif folds := folds_by_patient(labeled_cases, source.patients) if source.patients else []:
         write_json(folds, target / "splits_final.json")
     if texts := {name: source.cases[name].text for name in whole if source.cases[name].text}:
         write_json(texts, target / "texts.json")
@@ -285,7 +287,7 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
         str(staging),
         dict(enumerate(about.channels)),
         {name: list(value) if isinstance(value, tuple) else value for name, value in about.labels.items()},
-        len(labeled) + len(validation),
+        len(labeled_cases) + len(validation),
         about.file_ending,
         regions_class_order=about.regions_class_order,
         dataset_name=about.name,
@@ -298,7 +300,7 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
             "licence": about.licence,
             "citation": about.citation,
             "protocol": about.protocol if request["protocol"] == "published" else "every case trains, no test set",
-            ORDER_KEY: [name for name in request["parts"] if name in labeled],  # as published
+            ORDER_KEY: [name for name in request["parts"] if name in labeled_cases],  # as published
             "crop": f"round the ground truth ({about.crop.source})" if request["crop"] == "published" else "none",
             "notes": list(about.notes),
             "sources": {file: digest for record in records.values() for file, digest in record["sources"].items()},

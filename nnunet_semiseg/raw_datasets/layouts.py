@@ -13,9 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from nnunet_semiseg.conversion.dicom_folders import case_folders, without_channels
-from nnunet_semiseg.conversion.filling import Layout, by_kind, fill_case, fill_flat, fill_groups, is_label, put
-from nnunet_semiseg.conversion.names import (
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.dicom_folders import case_folders, without_channels
+from nnunet_semiseg.raw_datasets.filling import Layout, by_kind, fill_case, fill_flat, fill_groups, is_label, put
+from nnunet_semiseg.raw_datasets.names import (
     DICOM_SEG,
     IMAGE,
     LABEL,
@@ -31,8 +32,7 @@ from nnunet_semiseg.conversion.names import (
     natural,
     part_of,
 )
-from nnunet_semiseg.conversion.pairs import choose_channels
-from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.pairs import choose_channels
 
 MANY_CHANNELS = 8
 """images beside one label: more are no channels of a case"""

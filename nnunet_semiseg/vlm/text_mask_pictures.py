@@ -23,7 +23,7 @@ from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.prompts import class_names, read_prompts
 from nnunet_semiseg.vlm.pairs import open_cases
-from nnunet_semiseg.vlm.text_masks import TextMaskGenerator, load_vlm
+from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm
 
 PREFIX = "text_masks."
 """of the generator's weights among a checkpoint's auxiliary ones"""
@@ -41,8 +41,8 @@ class TrainedMasks:
 
     generator: TextMaskGenerator
     data: JoinedDataset
-    labeled: list[str]
-    unlabeled: list[str]
+    labeled_cases: list[str]
+    unlabeled_cases: list[str]
     texts: dict[str, dict[str, list[str]]]
     labels: list[int] | list[tuple[int, ...]]
     ignore_label: int | None
@@ -75,12 +75,12 @@ def load_text_masks(run: Run) -> TrainedMasks:
     settings = read_settings(find_class("trainers", run.trainer).settings_class, plans)
     generator = TextMaskGenerator(load_vlm(settings.vlm), settings.mask_cosines == "relative")
     generator.load_state_dict(weights)
-    data, unlabeled = open_cases(run.dataset, run.plans, run.configuration)
-    labeled = [case for case in data.identifiers if case not in set(unlabeled)]
+    data, unlabeled_cases = open_cases(run.dataset, run.plans, run.configuration)
+    labeled_cases = [case for case in data.identifiers if case not in set(unlabeled_cases)]
     texts = texts_of(run, data.identifiers, settings, dataset_json)
     manager = PlansManager(plans).get_label_manager(dataset_json)
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    return TrainedMasks(generator, data, labeled, unlabeled, texts, labels, manager.ignore_label)
+    return TrainedMasks(generator, data, labeled_cases, unlabeled_cases, texts, labels, manager.ignore_label)
 
 
 def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 20) -> list[Path]:
@@ -94,11 +94,11 @@ def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 2
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     files = []
-    for case in [case for case in trained.unlabeled if case in trained.texts][:n_cases]:
+    for case in [case for case in trained.unlabeled_cases if case in trained.texts][:n_cases]:
         image = torch.from_numpy(np.asarray(trained.data.load_case(case)[0][:], dtype=np.float32))
         image, texts = image[:, image.shape[1] // 2], trained.texts[case]
         files.append(output / f"{case}.png")
-        figure = draw(image.mean(0), *trained.of(image, texts), [" / ".join(t) for t in texts.values()])
+        figure = plot_masks(image.mean(0), *trained.of(image, texts), [" / ".join(t) for t in texts.values()])
         with written_whole(files[-1]) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
     return files
@@ -114,7 +114,7 @@ def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[
         "before PAMR", "after it" and, where each case has its own text, "with the next case's text"; nothing where no
         labelled case has a text.
     """
-    cases = [case for case in trained.labeled if case in trained.texts][:n_cases]
+    cases = [case for case in trained.labeled_cases if case in trained.texts][:n_cases]
     found = defaultdict(list)
     for case, other in zip(cases, cases[1:] + cases[:1], strict=True):
         image, label = (np.asarray(x[:]) for x in trained.data.load_case(case)[:2])
@@ -141,7 +141,7 @@ def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[s
     return {case: {name: list(prompts[name]) for name in names[1:]} for case in cases}
 
 
-def draw(image: Tensor, raw: Tensor, masks: Tensor, texts: list[str]) -> Figure:
+def plot_masks(image: Tensor, raw: Tensor, masks: Tensor, texts: list[str]) -> Figure:
     """A row a mask: the image (H, W), and on it the mask before and after PAMR, (K, H, W) each, in 0 to 1."""
     figure = Figure(figsize=(9, 3.4 * len(texts)), layout="constrained")
     axes = figure.subplots(len(texts), 3, squeeze=False)

@@ -1,0 +1,107 @@
+"""The manifest of the preprocessed unlabelled cases, and what a training takes from it.
+
+The folder ``<data_identifier>__unlabeled`` holds the preprocessed cases. The manifest is the file
+``<data_identifier>__unlabeled.json`` beside it. It lists the cases, with the stamps of their images and of their
+preprocessed files. It is written last: where it exists, every case in it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
+from nnunet_semiseg.data.plans_hash import plans_hash
+from nnunet_semiseg.data.preprocessed import DAMAGED, SUFFIXES, case_files, preprocess_unlabeled_again
+from nnunet_semiseg.data.stamps import STAMP, Stamp, all_renewed, renewed
+from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.schema import check, read_dataset_json
+
+ENDING = "__unlabeled"
+"""of the folder of unlabelled cases, beside that of the labelled ones"""
+MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
+
+
+def load_manifest(
+    preprocessed_dataset_folder: str | Path, plans: dict, configuration: str, dataset: int | str
+) -> tuple[str, list[str]]:
+    """The folder of the preprocessed unlabelled cases and their ids, for the trainer.
+
+    Raises:
+        UserError: not preprocessed for these plans and these images; a file missing. Names the command.
+    """
+    preprocessed = Path(preprocessed_dataset_folder)
+    folder, manifest_file = output_of(preprocessed, plans, configuration)
+    plans_name = plans["plans_name"]
+    fix = preprocess_unlabeled_again(plans | {"dataset_name": dataset}, configuration)
+    # where training runs, there need not be any raw data
+    raw = Path(os.environ["nnUNet_raw"]) / preprocessed.name if os.environ.get("nnUNet_raw") else None
+    images = raw / IMAGES_FOLDER if raw and raw.is_dir() else None
+    if not manifest_file.is_file():
+        if images and not images.is_dir():
+            fix = f"put the unlabelled images into {images}, then {fix}"
+        raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
+    manifest = read_json(manifest_file, fix)
+    check(manifest, MANIFEST, manifest_file, fix)
+    if not _is_whole(manifest):
+        raise UserError(f"{manifest_file}: damaged, or written by another version of nnunet_semiseg: {fix}")
+    if manifest["plans_hash"] != plans_hash(plans, configuration):
+        raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
+    entries = {case: dict(entry) for case, entry in manifest["cases"].items()}
+    for case, entry in entries.items():
+        entry["made"] = [_unchanged(*pair, fix) for pair in zip(entry["made"], case_files(folder, case), strict=True)]
+    if raw and images and images.is_dir():
+        found = find_unlabeled_cases(raw, read_dataset_json(raw))
+        for case in sorted(found.keys() ^ entries.keys()):
+            what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
+            raise UserError(f"{images}: case {case} {what}: {fix}")
+        for case, files in found.items():
+            entries[case]["images"] = now = all_renewed(entries[case]["images"], files)
+            if now is None:
+                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
+    if entries != manifest["cases"]:  # copies: so that the next start need not read them again
+        with contextlib.suppress(UserError):  # where it cannot be written, it does
+            write_json(manifest | {"cases": entries}, manifest_file)
+    return str(folder), list(entries)
+
+
+def output_of(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
+    """The folder of the preprocessed unlabelled cases and its manifest."""
+    name = PlansManager(plans).get_configuration(configuration).data_identifier + ENDING
+    return preprocessed / name, preprocessed / f"{name}.json"
+
+
+def _is_whole(manifest: dict) -> bool:
+    """Whether each case has its stamps."""
+    try:
+        entries = manifest["cases"].values()
+        return all(
+            entry["images"] and len(entry["made"]) == len(SUFFIXES) and all(len(s) == len(STAMP) for s in stamps)
+            for entry in entries
+            for stamps in (entry["images"], entry["made"])
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+def recorded_cases(manifest_file: Path) -> dict[str, dict]:
+    """The entries of a manifest by case. They are empty if the file is missing or damaged."""
+    with contextlib.suppress(UserError):
+        manifest = read_json(manifest_file, "")
+        return manifest["cases"] if _is_whole(manifest) else {}
+    return {}
+
+
+def _unchanged(old: Stamp, file: Path, fix: str) -> Stamp:
+    """The stamp of a preprocessed file, with its times of now. Raises UserError where it is missing or damaged."""
+    try:
+        if (now := renewed(old, file)) is not None:
+            return now
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing: {fix}") from None
+    raise UserError(f"{file}: {DAMAGED}: {fix}")
