@@ -181,13 +181,13 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         return super().get_bbox(data_shape, around, class_locations if around else None)
 
 
-def patch_sizes(loader: nnUNetDataLoader) -> list[Sequence[int]]:
+def patch_sizes(loader: nnUNetDataLoader) -> tuple[Any, Any]:
     """The size of a patch before and after augmentation, as another loader takes it.
 
     For 2d plans nnU-Net's loader adds a first axis to both sizes; here it is taken off again.
     """
-    sizes = (loader.patch_size, loader.final_patch_size)
-    return [size[1:] if loader.patch_size_was_2d else size for size in sizes]
+    first = 1 if loader.patch_size_was_2d else 0
+    return loader.patch_size[first:], loader.final_patch_size[first:]
 
 
 class TwoStreamLoader(SlimDataLoaderBase):
