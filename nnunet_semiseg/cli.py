@@ -487,7 +487,23 @@ def env(parser: ArgumentParser) -> Command:
     return run
 
 
+def list_trainers(parser: ArgumentParser) -> Command:
+    """Show all trainers of this package, each with its method."""
+    from nnunet_semiseg.commands.show import run_list_trainers
+
+    return run_list_trainers
+
+
+def settings(parser: ArgumentParser) -> Command:
+    """Show the settings of a trainer: name, default, type, meaning."""
+    from nnunet_semiseg.commands.show import add_settings_arguments, run_settings
+
+    add_settings_arguments(parser)
+    return run_settings
+
+
 COMMANDS = (
+    list_trainers, settings,
     convert, plan_and_preprocess, preprocess_unlabeled, train, compare, text_effect, review, accept, distill, share,
     export, pretrain_vlm, text_masks, embed_prompts, add_masks, demo, env,
 )  # fmt: skip

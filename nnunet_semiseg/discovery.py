@@ -74,6 +74,11 @@ def module_names(package: str) -> list[str]:
     return sorted(module.rpartition(".")[2] for module, _ in _modules(package))
 
 
+def sources(package: str) -> list[Path]:
+    """The files of these modules."""
+    return sorted(file for _, file in _modules(package))
+
+
 def load_module(package: str, name: str) -> ModuleType:
     """Import one of `module_names`; what it raises is passed on."""
     return importlib.import_module(f"nnunet_semiseg.{package}.{name}")

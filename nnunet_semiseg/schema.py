@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import os
 import re
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.json_types import in_words, matches
 
 Shape = Mapping[str, Any]
 """key to type; a key that ends with `?` may be left out"""
@@ -83,44 +83,6 @@ OTHER_PLANS = "take other plans"
 TRUST = "nnUNet_semiseg_trust"
 """a variable; 1: checkpoints and plans that can run code are used"""
 FOLD: Shape = {"train": list[str], "val": list[str]}
-
-
-def matches(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of this type; a number is finite, and true and false are none."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(matches(value, a) for a in args)
-    if origin is Literal:
-        return value in args and not isinstance(value, bool)
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(matches(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(matches(v, args[1]) for v in value.values())
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)
-
-
-def in_words(hint: Any) -> str:
-    """A type in plain words: `a list of whole numbers`."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(in_words(a) for a in args)
-    if origin is Literal:
-        return " or ".join(map(str, args))
-    if origin in (list, tuple):
-        return f"a list of {in_words(args[0])}"
-    if origin is dict:
-        return f"an object, and each value in it {in_words(args[1])}"
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        dict: "an object",
-        list: "a list",
-    }
-    return names.get(hint, "null")
 
 
 def check(content: dict, shape: Shape, file: str | Path, fix: str, within: str = "") -> None:

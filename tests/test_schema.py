@@ -9,7 +9,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, dataset_folder, read_json
-from nnunet_semiseg.schema import check_configuration, check_name, load_plans, matches, read_dataset_json, read_splits
+from nnunet_semiseg.json_types import matches
+from nnunet_semiseg.schema import check_configuration, check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 DATASET = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "numTraining": 2, "file_ending": ".png"}

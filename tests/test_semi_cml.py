@@ -653,7 +653,7 @@ def test_refusals(ready):
         (double, dict(modality_views="contrast"), "modality_views=contrast: the dataset has 2 channels, which are the"),
         (double, dict(ct_windows=[[40, 400], [40]]), "ct_windows=.*: must have two entries of level and width"),
         (double, dict(contrast_gammas=[0.5, -1]), "gammas must be above 0"),
-        (double, dict(threshold=1.5), "threshold=1.5: must be at least 0 and at most 1"),
+        (double, dict(threshold=1.5), "threshold=1.5: must be a number from 0 to 1"),
     ):
         with pytest.raises(UserError, match=words):
             make_trainer(SemiCMLTrainer, dataset, **settings)

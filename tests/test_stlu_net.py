@@ -540,7 +540,7 @@ def test_refusals(ready):
         (dict(mixing_groups=""), "mixing_groups=: must be letters of SIB"),
         (dict(mixing_groups="SS"), "mixing_groups=SS: must be letters of SIB"),
         (dict(mixing="cutmix"), "mixing=.cutmix.: must be similarity or scalar or mixup"),
-        (dict(channel_dropout=1.0), "channel_dropout=1.0: must be at least 0 and at most 0.99"),
+        (dict(channel_dropout=1.0), "channel_dropout=1.0: must be a number from 0 to 0.99"),
     ):
         with pytest.raises(UserError, match=words):
             make_trainer(STLUNetTrainer, dataset, **settings)

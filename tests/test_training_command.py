@@ -176,7 +176,7 @@ BROKEN = {
     ),
     "setting": (
         in_plans(lambda plans: plans.update(semiseg={"num_epochs": 0})),
-        f"{PLANS}.json: setting num_epochs=0: must be at least 1",
+        f"{PLANS}.json: setting num_epochs=0: must be a whole number of 1 or more",
     ),
     "other labels": (
         other_dataset_json(labels={"background": 0, "kidney": 1, "tumour": 2, "new": 3}),

@@ -1,4 +1,4 @@
-"""AD-MT: two teachers that take turns."""
+"""AD-MT (ECCV 2024): two teachers take turns, and the student also learns where they differ."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_semiseg.losses.segmentation import entropy, hard_pseudo_label, probabilities, weighted_loss
-from nnunet_semiseg.settings.base import (
-    ConsistencySettings,
-    PseudoLabelSettings,
-    TeacherSettings,
-    TurnSettings,
-    require,
-)
+from nnunet_semiseg.settings.base import ConsistencySettings, Count, PseudoLabelSettings, TeacherSettings, TurnSettings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
@@ -29,12 +23,8 @@ class ADMTSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings, Tu
 
     paper_weight: ClassVar[float] = 1.0
 
-    period: int = 100
-    """steps in which one of the teachers follows the student, before it is the other's turn"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "period", minimum=1)
+    period: Count = 100
+    """The number of steps in which one of the two teachers follows the student, before it is the other's turn."""
 
 
 class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):

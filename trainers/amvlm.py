@@ -1,4 +1,4 @@
-"""AMVLM: pseudo-labels from a teacher and from texts."""
+"""AMVLM (TMI 2025): masks that are made from texts become pseudo-labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_map
 from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.data.texts import has_texts, read_texts
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.losses.segmentation import probabilities, soft_label_loss
-from nnunet_semiseg.settings.base import TeacherSettings, require
+from nnunet_semiseg.settings.base import Count, Share, TeacherSettings, Weight
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
@@ -47,41 +48,51 @@ class AMVLMSettings(TeacherSettings):
     """Settings of `AMVLMTrainer`; without `vlm` it does not start."""
 
     vlm: str | None = None
-    """the folder of `nnunet_semiseg pretrain_vlm`"""
+    """The folder that `nnunet_semiseg pretrain_vlm` wrote. The trainer does not start without it."""
     texts: Literal["auto", "cases", "classes"] = "auto"
-    """a text a case, of texts.json, or a prompt a class; auto: cases where there is a texts.json and one class"""
+    """Where the texts come from. `cases` takes the text of each case from `texts.json`, `classes` takes the prompts of
+    the classes. `auto` takes `cases` where there is a `texts.json` and one class, else `classes`."""
     missing_texts: Literal["error", "skip"] = "error"
-    """skip: a case without a text has no text masks"""
+    """What happens if a case has no text. `error` refuses to train, `skip` uses no text mask for this case."""
     teacher_supervision: bool = True
+    """Whether the student learns from the teacher's pseudo-labels."""
     text_supervision: bool = True
+    """Whether the student learns from the text masks."""
     average_supervision: bool = True
-    pseudo_weight: float = 1.0
-    """of each of the three supervisions, at the end of the ramp"""
-    mask_weight: float = 1.0
-    """of the mask generator's own loss; 0: its masks stay those of the pre-training"""
-    mask_learning_rate: float = 3e-4
-    """of the mask generator's own optimizer, Adam"""
-    mask_texts: int = 64
-    """texts that an image is contrasted with: its batch's, and others of the dataset, drawn at every step"""
-    mask_temperature: float = 0.07
-    """of the mask generator's loss when it begins; it is learnt"""
-    mask_gate: float = 0.6
-    """the least area under the ROC curve on labelled cases with which text masks are used; 0: they always are"""
+    """Whether the student learns from the average of the teacher's pseudo-label and the text mask."""
+    pseudo_weight: Weight = 1.0
+    """The weight of each of these three losses at the end of the ramp."""
+    mask_weight: Weight = 1.0
+    """The weight of the loss that trains the text masks. With 0 they stay as they are after the pre-training."""
+    mask_learning_rate: Annotated[float, Bounds(0)] = 3e-4
+    """The learning rate of the text masks, which have an optimizer of their own (Adam)."""
+    mask_texts: Count = 64
+    """The number of texts that each image is compared with: those of the batch, and others that are drawn at random."""
+    mask_temperature: Annotated[float, Bounds(1e-6)] = 0.07
+    """The first value of the temperature in the text masks' loss. Training changes it."""
+    mask_gate: Share = 0.6
+    """How well text masks must find the labels (area under the ROC curve on labelled cases, 0.5 is chance). Worse
+    masks are not used. With 0 they always are."""
     mask_labels: Literal["hard", "soft"] = "hard"
-    """hard: masks above the threshold with the best Dice on labelled cases; soft: as they are, the paper's"""
+    """How text masks become pseudo-labels. `hard` cuts them at the threshold with the best Dice on labelled cases,
+    `soft` uses their probabilities, as the paper does."""
     mask_cosines: Literal["absolute", "relative"] = "absolute"
-    """sigmoid(10 (cos - 0.25)), the paper's; or the cosine against the others of its image, for any towers"""
-    text_slices: int = 8
-    """slices of a 3d patch, drawn at every step, that get text masks"""
+    """How the similarity of an image and a text becomes a mask. `absolute` is the paper's sigmoid(10 (cos - 0.25)).
+    `relative` compares a pixel with the others of its image, and works with any pre-trained model."""
+    text_slices: Count = 8
+    """The number of slices of a 3d patch that get a text mask. They are drawn anew in every step."""
     sides: Literal["keep", "swap"] = "keep"
-    """where texts name sides: no flips that make them false, or flips with the words exchanged"""
+    """What happens where a text names a side. `keep` leaves out the flips that make the text false. `swap` flips, and
+    swaps the words."""
     vertical_sides: tuple[tuple[str, ...], ...] = (
         ("upper", "lower"), ("uppermost", "lowermost"), ("top", "bottom"), ("topmost", "bottommost"),
         ("above", "below"), ("superior", "inferior"), ("anterior", "posterior"),
     )  # fmt: skip
+    """The pairs of words that a flip from top to bottom exchanges."""
     horizontal_sides: tuple[tuple[str, ...], ...] = (
         ("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward"),
     )  # fmt: skip
+    """The pairs of words that a flip from left to right exchanges."""
 
     @property
     def side_pairs(self) -> SidePairs:
@@ -89,12 +100,6 @@ class AMVLMSettings(TeacherSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("pseudo_weight", "mask_weight", "mask_learning_rate"):
-            require(self, name, minimum=0)
-        require(self, "mask_gate", minimum=0, maximum=1)
-        require(self, "mask_temperature", minimum=1e-6)
-        for name in ("text_slices", "mask_texts"):
-            require(self, name, minimum=1)
         for name in ("vertical_sides", "horizontal_sides"):
             if any(len(pair) != 2 for pair in getattr(self, name)):
                 raise UserError(f"setting {name}={getattr(self, name)}: must be a list of pairs of words")

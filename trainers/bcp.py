@@ -1,4 +1,4 @@
-"""Bidirectional copy-paste."""
+"""Bidirectional copy-paste (CVPR 2023): boxes are pasted between labelled and unlabelled images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import (
     OptionalTextSettings,
     PseudoLabelSettings,
+    Share,
     TeacherSettings,
     TurnSettings,
-    require,
+    Weight,
 )
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
@@ -31,18 +32,12 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 class BCPSettings(OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Settings of `BCPTrainer`."""
 
-    pretraining: float = 2 / 17
-    """share of the training before unlabelled samples come in; the paper's 2,000 of 17,000 iterations"""
-    box: float = 2 / 3
-    """beta, the box's sides as a share of the patch's"""
-    bcp_weight: float = 0.5
-    """alpha, of voxels with pseudo-labels"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "bcp_weight", minimum=0)
-        for name in ("pretraining", "box"):
-            require(self, name, minimum=0, maximum=1)
+    pretraining: Share = 2 / 17
+    """The share of the training that uses labelled samples only. The paper has 2,000 of 17,000 iterations."""
+    box: Share = 2 / 3
+    """The length of each side of the pasted box, as a share of the patch (beta in the paper)."""
+    bcp_weight: Weight = 0.5
+    """The weight of voxels with pseudo-labels (alpha in the paper)."""
 
 
 class BCPTrainer(TextGuidedTrainer[BCPSettings]):

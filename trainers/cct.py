@@ -1,4 +1,4 @@
-"""Cross-consistency training."""
+"""Cross-consistency training (CVPR 2020): perturbed decoders agree with the main one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class CCTSettings(ConsistencySettings, PseudoLabelSettings):
     paper_ramp: ClassVar[float] = 0.1
 
     perturbations: tuple[str, ...] = ("noise", "drop", "dropout")
-    """one auxiliary decoder for each: noise, drop, dropout, object_mask, context_mask, cutout"""
+    """The perturbations of the features, with an auxiliary decoder for each. Choose from noise, drop, dropout,
+    object_mask, context_mask and cutout."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Cross pseudo supervision."""
+"""Cross pseudo supervision (CVPR 2021): two networks teach each other."""
 
 from __future__ import annotations
 

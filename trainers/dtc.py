@@ -1,4 +1,4 @@
-"""Dual-task consistency."""
+"""Dual-task consistency (AAAI 2021): predicted classes and signed distances agree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.losses.segmentation import cross_entropy, has_label, probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
@@ -31,12 +31,8 @@ class DTCSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 
     paper_weight: ClassVar[float] = 1.0
 
-    level_set_weight: float = 0.3
-    """beta of the level sets' supervised loss"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "level_set_weight", minimum=0)
+    level_set_weight: Weight = 0.3
+    """The weight of the loss of the level sets on labelled samples (beta in the paper)."""
 
 
 class DualTaskUNet(MultiDecoderUNet):

@@ -1,4 +1,4 @@
-"""FixMatch."""
+"""FixMatch (NeurIPS 2020): pseudo-labels that are certain teach the strong view."""
 
 from __future__ import annotations
 

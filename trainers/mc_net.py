@@ -1,19 +1,20 @@
-"""MC-Net+."""
+"""MC-Net+ (MedIA 2022): three decoders that differ agree with each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.segmentation import probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
@@ -27,15 +28,10 @@ class MCNetSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettin
 
     paper_weight: ClassVar[float] = 1.0
 
-    supervised_weight: float = 0.5
-    """lambda, of the sum of the decoders' supervised losses"""
-    sharpening: float = 0.1
-    """the temperature T, with `consistency=paper`"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "supervised_weight", minimum=0)
-        require(self, "sharpening", minimum=1e-3, maximum=1)
+    supervised_weight: Weight = 0.5
+    """The weight of the loss on labelled samples, which is the sum over all decoders (lambda in the paper)."""
+    sharpening: Annotated[float, Bounds(1e-3, 1)] = 0.1
+    """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the harder they are."""
 
 
 class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):

@@ -1,17 +1,19 @@
-"""MCF: two networks that correct each other."""
+"""MCF (CVPR 2023): the better of two networks labels, and both review where they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.segmentation import has_label, probabilities
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
@@ -20,15 +22,10 @@ from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 class MCFSettings(ConsistencySettings, PseudoLabelSettings):
     """Settings of `MCFTrainer`."""
 
-    review_weight: float = 0.5
-    """of the labelled voxels on which the networks differ"""
-    sharpening: float = 0.1
-    """the temperature T, with `consistency=paper`"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "review_weight", minimum=0)
-        require(self, "sharpening", minimum=1e-3, maximum=1)
+    review_weight: Weight = 0.5
+    """The weight of the loss on those labelled voxels where the two networks disagree."""
+    sharpening: Annotated[float, Bounds(1e-3, 1)] = 0.1
+    """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the harder they are."""
 
 
 class MCFTrainer(TwoNetworkTrainer[MCFSettings]):

@@ -1,4 +1,4 @@
-"""Mean Teacher."""
+"""Mean Teacher (NeurIPS 2017): the student agrees with the moving average of its weights."""
 
 from __future__ import annotations
 

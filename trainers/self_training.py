@@ -1,4 +1,4 @@
-"""Self-training."""
+"""Self-training: train on the labels, label the unlabelled cases, train again on all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nnunet_semiseg.data.pseudo_label_files import (
     without_label,
 )
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
+from nnunet_semiseg.settings.base import Count, SemiSupervisedSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.schedules import RestartingPolyLR
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
@@ -28,15 +28,11 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 class SelfTrainingSettings(SemiSupervisedSettings):
     """Settings of `SelfTrainingTrainer`."""
 
-    rounds: int = 1
-    """how often the unlabelled cases are labelled, and a new training begins, on both"""
-    pseudo_weight: float = 1.0
-    """of the loss on pseudo-labels"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "rounds", minimum=1)
-        require(self, "pseudo_weight", minimum=0)
+    rounds: Count = 1
+    """How often the network labels the unlabelled cases, and a new training on all cases begins. The epochs are
+    divided among all trainings."""
+    pseudo_weight: Weight = 1.0
+    """The weight of the loss on pseudo-labels, relative to that on labels."""
 
 
 class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):

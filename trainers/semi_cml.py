@@ -1,4 +1,4 @@
-"""Semi-CML: mutual learning of two modalities, with pseudo-label re-learning."""
+"""Semi-CML (MedIA 2023): two modalities teach each other and learn again from pseudo-labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,12 +20,21 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
 from nnunet_semiseg.losses.segmentation import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
 from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
 from nnunet_semiseg.schema import OTHER_PLANS, check_architecture
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, TeacherSettings, require
+from nnunet_semiseg.settings.base import (
+    ConsistencySettings,
+    Count,
+    Dropout,
+    PseudoLabelSettings,
+    Share,
+    TeacherSettings,
+    Weight,
+)
 from nnunet_semiseg.settings.plans import FOUND_KEY, read_settings, with_found
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
@@ -43,52 +52,53 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     paper_weight: ClassVar[float] = 0.1
 
     modalities: tuple[tuple[int, ...], ...] | None = None
-    """two groups of channels; None: the first half of the channels, and the others"""
+    """The channels of each of the two modalities, such as `[[0, 1], [2, 3]]`. By default they are the first and the
+    second half of the channels."""
     modality_views: Literal["auto", "ct_windows", "contrast"] = "auto"
-    """of a single channel, in place of modalities; auto: windows for CT, else contrast curves"""
+    """How the two modalities are made from a single channel: two CT windows or two contrast curves. `auto` takes
+    windows for CT and contrast curves for all other images."""
     ct_windows: tuple[tuple[float, ...], ...] | None = None
-    """level and width of each, HU; None: the lower and the upper two thirds of the range that nnU-Net does not clip"""
+    """The level and the width of both CT windows, in HU, such as `[[50, 400], [-600, 1500]]`. By default they are the
+    lower and the upper two thirds of the intensities that nnU-Net does not clip."""
     contrast_gammas: tuple[float, ...] = (0.5, 2.0)
+    """The exponents of both contrast curves."""
     width: Literal["half", "full"] = "half"
-    """of each modality's encoder and decoder, as a share of the plans'"""
+    """The width of each modality's encoder and decoder, compared with the network in the plans."""
     fusion: Literal["attention", "off"] = "attention"
-    """of the bottlenecks; off: two networks of their own, as in the paper"""
-    modality_dropout: float = 0.0
-    """probability that a training sample is shown to the student without one of its modalities"""
-    inter_weight: float = 0.5
-    """of the soft Dice between the modalities, at the end of the ramp; 0 is off"""
-    contrast_weight: float = 0.4
-    """of the area-similarity contrast, at the end of the ramp; 0 is off"""
-    contrast_temperature: float = 0.1
-    relearning_weight: float = 1.0
-    """of the re-learning from pseudo-labels, at the end of the ramp; 0 is off"""
+    """Whether attention connects the two bottlenecks. With `off` the networks are separate, as in the paper."""
+    modality_dropout: Share = 0.0
+    """The probability that the student sees a sample without one of its modalities."""
+    inter_weight: Weight = 0.5
+    """The weight, at the end of the ramp, of the soft Dice loss between the two modalities. 0 switches it off."""
+    contrast_weight: Weight = 0.4
+    """The weight, at the end of the ramp, of the area-similarity contrast. 0 switches it off."""
+    contrast_temperature: Annotated[float, Bounds(1e-3)] = 0.1
+    """The temperature of the area-similarity contrast."""
+    relearning_weight: Weight = 1.0
+    """The weight, at the end of the ramp, of the re-learning from pseudo-labels. 0 switches it off."""
     relearning: Literal["soft", "hard"] = "soft"
-    """towards the teacher's probabilities, or its decision"""
-    relearning_start: float = 0.5
-    """share of the training before it begins"""
-    threshold: float = 0.7
-    """tau0: the least probability of a pseudo-label that counts, when re-learning begins"""
-    threshold_warmup: float = 0.02
-    """share of the training over which tau rises"""
-    mc_passes: int = 4
-    """of Monte-Carlo dropout; 0: no weights by uncertainty"""
-    mc_dropout: float = 0.2
-    disagreement_weight: float = 0.3
-    """of a voxel's loss where the modalities' decisions differ"""
+    """The target of the re-learning: the teacher's probabilities (`soft`) or its decision (`hard`)."""
+    relearning_start: Share = 0.5
+    """The share of the training after which the re-learning begins."""
+    threshold: Share = 0.7
+    """The least probability of a pseudo-label that counts when the re-learning begins (tau0 in the paper)."""
+    threshold_warmup: Share = 0.02
+    """The share of the training over which this least probability rises."""
+    mc_passes: Annotated[int, Bounds(0)] = 4
+    """The number of passes with dropout that measure the uncertainty of pseudo-labels. With 0 all voxels have the same
+    weight."""
+    mc_dropout: Dropout = 0.2
+    """The dropout probability in these passes."""
+    disagreement_weight: Share = 0.3
+    """The weight of a voxel's loss where the decisions of the two modalities differ. Elsewhere it is 1."""
     teacher: Literal["ema", "best_pool"] = "ema"
-    """what labels the unlabelled images; best_pool: the better modality of the best epochs on the fold's validation"""
-    pool_size: int = 3
+    """Which network labels the unlabelled images: the EMA of the student, or (`best_pool`) the better modality of the
+    epochs with the best validation."""
+    pool_size: Count = 3
+    """The number of best epochs that `teacher=best_pool` uses."""
 
     def __post_init__(self):
         super().__post_init__()
-        shares = "modality_dropout", "relearning_start", "threshold", "threshold_warmup", "disagreement_weight"
-        for name in shares:
-            require(self, name, minimum=0, maximum=1)
-        for name in ("inter_weight", "contrast_weight", "relearning_weight", "mc_passes"):
-            require(self, name, minimum=0)
-        require(self, "mc_dropout", minimum=0, maximum=0.99)
-        require(self, "contrast_temperature", minimum=1e-3)
-        require(self, "pool_size", minimum=1)
         for name, size in (("modalities", None), ("ct_windows", 2), ("contrast_gammas", None)):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or (size and any(len(v) != size for v in value))):

@@ -1,4 +1,4 @@
-"""The recipe: one network on nnU-Net's plans that configures itself."""
+"""The recipe: one network on nnU-Net's plans, which sets itself up by the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, look_at_cases
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
-from nnunet_semiseg.settings.base import PseudoLabelSettings, TeacherSettings, TurnSettings, require
+from nnunet_semiseg.settings.base import PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
@@ -32,28 +32,23 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Settings of `SemiSegTrainer`; none has to be set."""
 
     deploy: Literal["student", "teacher"] = "teacher"
-    """whose weights validation and prediction use"""
-    warm_up: float = 0.1
-    """share of the training with labels only"""
-    ramp: float = 0.2
-    """share of the training, after the warm-up, over which the weight of pseudo-labels grows"""
-    first_weight: float = 0.5
-    """of pseudo-labelled voxels, at the end of the warm-up"""
-    pseudo_weight: float = 1.0
-    """of pseudo-labelled voxels, at the end of the ramp"""
-    box: float = 2 / 3
-    """the box's sides, as a share of the patch's"""
-    unlabeled_foreground: float = 1 / 3
-    """share of the unlabelled patches that are drawn around what the teacher takes for foreground; 0: none"""
-    leave_out: float = 0.2
-    """most of the unlabelled cases that are left out, as the teacher contradicts itself on them; 0: none"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("warm_up", "ramp", "box", "unlabeled_foreground", "leave_out"):
-            require(self, name, minimum=0, maximum=1)
-        for name in ("first_weight", "pseudo_weight"):
-            require(self, name, minimum=0)
+    """Which network validates and predicts: the student or its EMA teacher."""
+    warm_up: Share = 0.1
+    """The share of the training that uses labels only."""
+    ramp: Share = 0.2
+    """The share of the training, after the warm-up, over which the weight of pseudo-labels grows."""
+    first_weight: Weight = 0.5
+    """The weight of voxels with pseudo-labels at the end of the warm-up."""
+    pseudo_weight: Weight = 1.0
+    """The weight of voxels with pseudo-labels at the end of the ramp."""
+    box: Share = 2 / 3
+    """The length of each side of the pasted box, as a share of the patch."""
+    unlabeled_foreground: Share = 1 / 3
+    """The share of unlabelled patches that are drawn where the teacher finds foreground. With 0 all are drawn at
+    random."""
+    leave_out: Share = 0.2
+    """The greatest share of unlabelled cases that are left out because the teacher contradicts itself on them. With 0
+    no case is left out."""
 
     def weight(self, progress: float) -> float:
         """Of pseudo-labelled voxels at this share of the training: linear between both ends of the ramp."""

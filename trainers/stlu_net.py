@@ -1,11 +1,11 @@
-"""STLU-Net."""
+"""STLU-Net (Pattern Recognition 2026): features are mixed where two images are alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.paired_spatial import share_spatial
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.segmentation import confidence, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_mixing import FeatureMixingUNet, mixing_points
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, Dropout, PseudoLabelSettings, Share
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.turns import draw_turn
@@ -33,36 +34,37 @@ class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
     paper_weight: ClassVar[float] = 1.0
 
     pairs: Literal["alike", "independent"] = "alike"
-    """whether both samples of a pair are mirrored, rotated and scaled in the same way"""
+    """Whether the labelled and the unlabelled sample of a pair are mirrored, rotated and scaled in the same way."""
     mixing_groups: str = "SIB"
-    """the groups of encoder stages to mix after: any of S (shallow), I (intermediate), B (bottleneck)"""
+    """The groups of encoder stages after which features are mixed: any of S (shallow), I (intermediate) and B
+    (bottleneck)."""
     mixing: Literal["similarity", "scalar", "mixup", "dropblock", "off"] = "similarity"
-    """mixup is manifold mixup, which mixes the labels, too; dropblock drops blocks and mixes nothing"""
-    mixing_weight: float = 0.5
-    """of a sample's own features, for scalar"""
-    mixing_beta: float | None = None
-    """draw the weight from Beta(b, b) at every step, for scalar; mixup always does, with 1 by default"""
+    """How the features of a pair are mixed. `similarity` weights each channel by its similarity, `scalar` uses one
+    weight, `mixup` mixes the labels, too, `dropblock` drops blocks instead, and `off` does nothing."""
+    mixing_weight: Share = 0.5
+    """The weight of a sample's own features with `mixing=scalar`."""
+    mixing_beta: Annotated[float, Bounds(1e-3)] | None = None
+    """The weight of `mixing=scalar` or `mixup` is drawn from Beta(b, b) in every step, where b is this number. By
+    default `scalar` uses `mixing_weight`, and `mixup` uses b = 1."""
     skips: Literal["own", "mixed"] = "mixed"
-    """of the mixing stream's decoder, but the bottleneck: a sample's own features, or the mixed ones"""
-    channel_dropout: float = 0.5
-    """p of the semantic enhancement stream, and of dropblock; 0 is off"""
+    """Which features the skip connections of the mixing stream carry: a sample's own or the mixed ones. The bottleneck
+    is always mixed."""
+    channel_dropout: Dropout = 0.5
+    """The probability that a channel is dropped in the semantic enhancement stream, or a block with
+    `mixing=dropblock`. 0 switches it off."""
     supervision: Literal["symmetric", "mixing", "enhancement"] = "symmetric"
-    """which streams learn: both, or one"""
-    confidence_threshold: float | None = None
-    """voxels whose pseudo-label has a smaller probability count nothing; None: all count"""
+    """Which of the two streams learn from pseudo-labels: both (`symmetric`) or one."""
+    confidence_threshold: Share | None = None
+    """The least probability of a pseudo-label that counts. By default all pseudo-labels count."""
     confidence: Literal["hard", "soft"] = "hard"
-    """whether the others count alike, or as much as the probability is"""
+    """How much a pseudo-label counts. `hard` is 1 for each, `soft` is its probability."""
     loss: Literal["dice_ce", "dice"] = "dice_ce"
-    """nnU-Net's, or its Dice alone, as the paper has it"""
+    """The loss: `dice_ce` is nnU-Net's, `dice` is its Dice part alone, as in the paper."""
 
     def __post_init__(self):
         super().__post_init__()
         if not self.mixing_groups or len(set(self.mixing_groups) & set("SIB")) < len(self.mixing_groups):
             raise UserError(f"setting mixing_groups={self.mixing_groups}: must be letters of SIB, each at most once")
-        require(self, "mixing_weight", minimum=0, maximum=1)
-        require(self, "mixing_beta", minimum=1e-3)
-        require(self, "channel_dropout", minimum=0, maximum=0.99)
-        require(self, "confidence_threshold", minimum=0, maximum=1)
 
 
 class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):

@@ -1,4 +1,4 @@
-"""The labelled-only baseline."""
+"""The baseline: nnU-Net's own trainer, which learns from the labelled cases only."""
 
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.training.plans_trainer import PlansTrainer

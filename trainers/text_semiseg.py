@@ -1,4 +1,4 @@
-"""Text-SemiSeg."""
+"""Text-SemiSeg (MICCAI 2025): class prompts guide two decoders that teach each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, TextSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, Share, TextSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
@@ -22,15 +22,12 @@ class TextSemiSegSettings(ConsistencySettings, TextSettings, PseudoLabelSettings
     """Settings of `TextSemiSegTrainer`; `consistency` is of the cross pseudo supervision."""
 
     dca: Literal["complementary", "foreground", "off"] = "complementary"
-    """the masks of the mixes: one and its complement, or each image's own foreground, as the paper has it"""
-    dca_start: float = 0.2
-    """share of the training before DCA begins"""
-    dca_weight: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "dca_start", minimum=0, maximum=1)
-        require(self, "dca_weight", minimum=0)
+    """How two images are mixed (DCA in the paper). `complementary` uses one mask and its complement, `foreground` uses
+    the foreground of each image, as the paper does, and `off` mixes none."""
+    dca_start: Share = 0.2
+    """The share of the training after which DCA begins."""
+    dca_weight: Weight = 1.0
+    """The weight of the loss on mixed images."""
 
 
 class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):

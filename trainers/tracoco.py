@@ -1,11 +1,11 @@
-"""TraCoCo: two networks that see other surroundings of the same voxels."""
+"""TraCoCo (TMI 2024): two networks see the same voxels in other surroundings, and agree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.segmentation import confidence, probabilities
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, require
+from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, Share
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
@@ -26,15 +27,10 @@ class TraCoCoSettings(ConsistencySettings, PseudoLabelSettings):
 
     paper_weight: ClassVar[float] = 1.0
 
-    shift: float = 0.25
-    """between the two crops of an unlabelled patch, as a share of its sides"""
-    match_threshold: float = 0.65
-    """pseudo-labels with a lower probability do not count"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "shift", minimum=0, maximum=0.5)
-        require(self, "match_threshold", minimum=0, maximum=1)
+    shift: Annotated[float, Bounds(0, 0.5)] = 0.25
+    """The distance between the two crops of an unlabelled patch, as a share of its sides."""
+    match_threshold: Share = 0.65
+    """The least probability of a pseudo-label that counts."""
 
 
 class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):

@@ -1,25 +1,26 @@
-"""Uncertainty-aware mean teacher."""
+"""UA-MT (MICCAI 2019): Mean Teacher that counts only where the teacher is certain."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.segmentation import entropy, probabilities
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import (
     ConsistencySettings,
+    Dropout,
     OptionalTextSettings,
     PseudoLabelSettings,
     TeacherSettings,
     TurnSettings,
-    require,
 )
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import bare
@@ -30,18 +31,13 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Settings of `UAMTTrainer`; the ramp is the weight's and the threshold's."""
 
-    mc_passes: int = 8
-    """0: everywhere is certain"""
-    mc_dropout: float = 0.5
-    """of the bottleneck, in the student and in the teacher's passes"""
-    input_noise: float = 0.1
-    """standard deviation of what is added to the teacher's images, cut off at twice that"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("input_noise", "mc_passes"):
-            require(self, name, minimum=0)
-        require(self, "mc_dropout", minimum=0, maximum=0.99)
+    mc_passes: Annotated[int, Bounds(0)] = 8
+    """The number of passes with dropout that measure where the teacher is certain. With 0 it counts as certain
+    everywhere."""
+    mc_dropout: Dropout = 0.5
+    """The dropout probability at the bottleneck, in the student and in these passes."""
+    input_noise: Annotated[float, Bounds(0)] = 0.1
+    """The standard deviation of the noise on the teacher's images. It is cut off at twice this value."""
 
 
 class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):

@@ -1,4 +1,4 @@
-"""UniMatch."""
+"""UniMatch (CVPR 2023): FixMatch with two strong views and perturbed features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnunet_semiseg.losses.copy_paste import draw_box
 from nnunet_semiseg.losses.segmentation import confidence, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
-from nnunet_semiseg.settings.base import MatchSettings, require
+from nnunet_semiseg.settings.base import Dropout, MatchSettings, Share
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
@@ -24,15 +24,10 @@ BOX_VOLUME = (0.02, 0.4)
 class UniMatchSettings(MatchSettings):
     """Settings of `UniMatchTrainer`."""
 
-    feature_dropout: float = 0.5
-    """p of the channel dropout of the feature stream"""
-    cutmix: float = 0.5
-    """how often a strong view gets a box of another sample"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "feature_dropout", minimum=0, maximum=0.99)
-        require(self, "cutmix", minimum=0, maximum=1)
+    feature_dropout: Dropout = 0.5
+    """The probability that a channel is dropped in the feature stream."""
+    cutmix: Share = 0.5
+    """The probability that a box of another sample is pasted into a strong view."""
 
 
 class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):

@@ -1,4 +1,4 @@
-"""Uncertainty rectified pyramid consistency."""
+"""URPC (MedIA 2022): the outputs at all resolutions agree."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -20,9 +21,10 @@ from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, read_json, write_json
+from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.schema import load_plans, read_dataset_json
-from nnunet_semiseg.settings.base import SemiSupervisedSettings, require
+from nnunet_semiseg.settings.base import SemiSupervisedSettings, Weight
 from nnunet_semiseg.settings.plans import FOUND_KEY, PLANS_KEY, parse_assignments, settings_from
 from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import limited
@@ -44,13 +46,10 @@ STOCK_KEYS = (
 class DistillationSettings(SemiSupervisedSettings):
     """Settings of `DistillationTrainer`: the temperature T of both models' softmax, and the weight w of that term."""
 
-    temperature: float = 2.0
-    distillation_weight: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "temperature", minimum=1e-3)
-        require(self, "distillation_weight", minimum=0)
+    temperature: Annotated[float, Bounds(1e-3)] = 2.0
+    """The temperature of the softmax of both models. The higher it is, the softer the targets are."""
+    distillation_weight: Weight = 1.0
+    """The weight of the loss towards the model that teaches."""
 
 
 class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):

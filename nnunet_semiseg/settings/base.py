@@ -5,67 +5,88 @@ A trainer's settings are the argument of its base class, as in `SemiSupervisedTr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from functools import cache
 from math import log
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.json_types import Bounds, in_words, matches
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 
 DECAY_BETWEEN = (2_000, 50_000)
 """iterations of a training: an EMA over 100 of them up to the first, over 1,000 from the second on"""
 
 
-def require(settings, name: str, minimum: float | None = None, maximum: float | None = None) -> None:
-    """Raise a UserError unless the setting is None or lies within the bounds, both included."""
-    value = getattr(settings, name)
-    if value is None or ((minimum is None or value >= minimum) and (maximum is None or value <= maximum)):
-        return
-    bounds = [f"at least {minimum}"] * (minimum is not None) + [f"at most {maximum}"] * (maximum is not None)
-    raise UserError(f"setting {name}={value}: must be {' and '.join(bounds)}; fix it with --set {name}=VALUE")
+Share = Annotated[float, Bounds(0, 1)]
+"""a part of a whole, or a probability"""
+Dropout = Annotated[float, Bounds(0, 0.99)]
+"""the probability that a value is dropped"""
+Weight = Annotated[float, Bounds(0)]
+"""a factor of a term of the loss; 0 switches the term off"""
+Count = Annotated[int, Bounds(1)]
+
+
+@cache
+def types_of(settings_class: type) -> dict[str, Any]:
+    """Every setting's name and its type, with the bounds in it."""
+    hints = get_type_hints(settings_class, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(settings_class)}
+
+
+def check_types(settings) -> None:
+    """Raises UserError for a setting of another type than its own, or out of its bounds."""
+    for name, hint in types_of(type(settings)).items():
+        if not matches(value := getattr(settings, name), hint):
+            fix = f"fix it with --set {name}={_example(hint)}"
+            raise UserError(f"setting {name}={json.dumps(value)}: must be {in_words(hint)}; {fix}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """The length of a training and the like; every trainer of this package has these."""
+    """The length of a training and the like; every trainer of this package has these.
 
-    num_epochs: int = 1000
-    num_iterations_per_epoch: int = 250
-    num_val_iterations_per_epoch: int = 50
-    save_every: int = 50
-    """epochs between two `checkpoint_latest.pth`"""
-    seed: int | None = None
-    """fixes the initialisation, and with `nnUNet_n_proc_DA=0` on a CPU the whole training"""
-    num_labeled: int | None = None
-    """use the labels of so many training cases; the others' images are unlabelled. None: of all"""
+    The text under a setting is what `nnunet_semiseg settings` prints.
+    """
+
+    num_epochs: Count = 1000
+    """The length of the training, in epochs."""
+    num_iterations_per_epoch: Count = 250
+    """The number of training steps in an epoch."""
+    num_val_iterations_per_epoch: Count = 50
+    """The number of batches on which an epoch's validation loss and pseudo Dice are measured."""
+    save_every: Count = 50
+    """The number of epochs after which `checkpoint_latest.pth` is written again."""
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] | None = None
+    """The seed of the initial weights and of the augmentation. On a CPU, `nnUNet_n_proc_DA=0` then makes the whole
+    training repeatable. By default every training differs."""
+    num_labeled: Count | None = None
+    """How many of the training cases keep their labels. The images of the others are used as unlabelled ones. By
+    default all of them keep their labels."""
     pretrained_encoder: str | None = None
-    """a checkpoint of nnssl, such as OpenMind's: its encoder is what a new training begins with"""
+    """The path of a checkpoint of nnssl, such as one of the OpenMind models. The training starts with the weights of
+    its encoder."""
     bfloat16_on_cpu: bool = False
-    """on a CPU, run the network in bfloat16: faster on CPUs that have instructions for it (AVX512-BF16)"""
+    """Whether a training on a CPU computes in bfloat16. This is faster on a CPU with AVX512-BF16 instructions."""
 
     def __post_init__(self):
-        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
-            require(self, name, minimum=1)
-        require(self, "seed", minimum=0, maximum=2**32 - 1)
-        require(self, "num_labeled", minimum=1)
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemiSupervisedSettings(TrainingSettings):
     """Settings of every method with unlabelled samples."""
 
-    unlabeled_batch_size: int | None = None
-    """unlabelled samples in a batch; None: as many as labelled ones"""
+    unlabeled_batch_size: Count | None = None
+    """The number of unlabelled samples in a batch. By default it is the number of labelled samples."""
     memory: Literal["stock", "fast", "small"] = "stock"
-    """stock: within 1.15 of nnU-Net's memory; fast: streams joined where a method runs them alike, one backward pass,
-    several times the memory; small: one sample at a time, computed twice"""
-    strong_probability: float | None = 0.8
-    """of each of nnU-Net's intensity transforms in a strong view, which is never without any; null: nnU-Net's own"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "unlabeled_batch_size", minimum=1)
-        require(self, "strong_probability", minimum=0.01, maximum=1)
+    """How much memory a training step may use. `stock` stays within 1.15 times the memory of nnU-Net. `fast` runs
+    labelled and unlabelled samples together where the method allows it, and needs several times the memory. `small`
+    runs one sample at a time and computes each twice."""
+    strong_probability: Annotated[float, Bounds(0.01, 1)] | None = 0.8
+    """The probability of each of nnU-Net's intensity transforms in a strong view. At least one of them is always
+    applied. `null` keeps the probabilities of nnU-Net."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +94,8 @@ class PseudoLabelSettings(SemiSupervisedSettings):
     """Settings of a method that learns from hard pseudo-labels."""
 
     largest_component: Literal["auto", "on", "off"] = "auto"
-    """keep a class's largest component in pseudo-labels; auto: where each labelled case has the class in one piece"""
+    """Whether pseudo-labels keep only the largest connected component of a class. `auto` does this for the classes
+    that are one piece in every labelled case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +103,19 @@ class TurnSettings(SemiSupervisedSettings):
     """Settings of a method whose student sees another view than what labels its samples."""
 
     turns: bool = True
-    """flip the student's view and turn it by right angles, where nnU-Net mirrors; the pseudo-label is turned alike"""
+    """Whether the student's view is flipped and turned by right angles, along the axes that nnU-Net mirrors. The
+    pseudo-label is flipped and turned in the same way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(SemiSupervisedSettings):
     """Settings of a method with an EMA teacher; having them is what gives a trainer its teacher."""
 
-    ema_decay: float | None = None
-    """None: by the length of the training, 0.99 up to 2,000 iterations and 0.999 from 50,000 on"""
+    ema_decay: Share | None = None
+    """The decay of the exponential moving average (EMA) that makes the teacher. By default it follows the length of
+    the training: 0.99 up to 2,000 steps, 0.999 from 50,000 steps on."""
     deploy: Literal["student", "teacher"] = "student"
-    """whose weights validation and prediction use"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "ema_decay", minimum=0, maximum=1)
+    """Which network validates and predicts: the student or its EMA teacher."""
 
     @property
     def decay(self) -> float:
@@ -123,16 +143,13 @@ class ConsistencySettings(SemiSupervisedSettings):
     paper_ramp: ClassVar[float] = 1.0
 
     consistency: Literal["dice_ce", "paper"] = "dice_ce"
-    """nnU-Net's loss towards decisions, with deep supervision; or the loss, weight and ramp of the paper"""
-    consistency_weight: float | None = None
-    """at the end of the ramp; null: 1, or the paper's"""
-    ramp_length: float | None = None
-    """of the consistency's weight, as a share of the training; null: 0.4, or the paper's"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "consistency_weight", minimum=0)
-        require(self, "ramp_length", minimum=1e-6, maximum=1)
+    """The loss on unlabelled samples. `dice_ce` is nnU-Net's loss towards pseudo-labels, with deep supervision.
+    `paper` is the loss of the paper, with its weight and ramp where you do not set these."""
+    consistency_weight: Weight | None = None
+    """The weight of this loss at the end of its ramp. By default it is 1, or the paper's with `consistency=paper`."""
+    ramp_length: Annotated[float, Bounds(1e-6, 1)] | None = None
+    """The share of the training over which this weight grows. By default it is 0.4, or the paper's with
+    `consistency=paper`."""
 
     def ramp(self, progress: float) -> float:
         """The share of the consistency's weight at this share of the training."""
@@ -150,16 +167,12 @@ class MatchSettings(PseudoLabelSettings, TurnSettings):
     """Settings of a method that learns from its own pseudo-labels where these are certain."""
 
     consistency: Literal["dice_ce", "paper"] = "dice_ce"
-    """nnU-Net's loss with deep supervision, or the paper's"""
-    match_weight: float = 1.0
-    """lambda_u, of the unsupervised loss"""
-    match_threshold: float = 0.95
-    """tau: pseudo-labels with a lower probability do not count"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "match_weight", minimum=0)
-        require(self, "match_threshold", minimum=0, maximum=1)
+    """The loss on unlabelled samples. `dice_ce` is nnU-Net's loss towards pseudo-labels, with deep supervision.
+    `paper` is the loss of the paper."""
+    match_weight: Weight = 1.0
+    """The weight of the loss on unlabelled samples (lambda_u in the paper)."""
+    match_threshold: Share = 0.95
+    """The least probability of a pseudo-label that counts (tau in the paper)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,23 +180,24 @@ class TextSettings(SemiSupervisedSettings):
     """Settings of a method that is guided by class prompts."""
 
     text_model: str = "ViT-B-32"
-    """an open_clip model, `hf-hub:NAME`, the path of a folder with `open_clip_config.json`, or `wordllama`: trained
-    embeddings of words that come with a package, and know nothing of the order of words"""
+    """The text encoder: the name of an open_clip model, `hf-hub:NAME`, a folder with `open_clip_config.json`, or
+    `wordllama`. The last needs no download; its texts are means of word embeddings, without the order of the words."""
     text_pretrained: str = "openai"
-    """a tag of open_clip, the path of a checkpoint, or `none` for an untrained encoder"""
+    """The weights of the text encoder: a tag of open_clip, the path of a checkpoint, or `none` for an untrained one."""
     text_cache_dir: str | None = None
+    """The folder in which open_clip keeps its downloads. By default it is open_clip's own."""
     text_embeddings: str | None = None
-    """a file of `nnunet_semiseg embed_prompts`, in place of an encoder"""
-    n_ctx: int = 4
-    """learnable context tokens a class, 0: the text does not learn; with wordllama they are averaged with the words"""
+    """The path of a file of `nnunet_semiseg embed_prompts`. It replaces the text encoder, for example where there is
+    no internet."""
+    n_ctx: Annotated[int, Bounds(0)] = 4
+    """The number of context tokens that are learned for each class. With 0 the text does not learn."""
     tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
+    """How text changes the features of the image (TMR in the paper). `multiplanar` is attention in three planes,
+    `copy` adds the same text to every voxel, `off` leaves it out."""
     csa: bool = True
-    csa_weight: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("n_ctx", "csa_weight"):
-            require(self, name, minimum=0)
+    """Whether a loss aligns the features of each class with its text (CSA in the paper)."""
+    csa_weight: Weight = 1.0
+    """The weight of the loss of `csa`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +205,7 @@ class OptionalTextSettings(TextSettings):
     """Settings of a method that Text-SemiSeg's text module can be added to (TMR in the network, CSA as a loss)."""
 
     text: bool = False
+    """Whether the method also uses text: the text module of Text-SemiSeg, with `tmr` and `csa`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -201,3 +216,13 @@ class OptionalTextSettings(TextSettings):
 def uses_text(settings: TrainingSettings) -> bool:
     """Whether a method with these settings is guided by class prompts; with `OptionalTextSettings` the user decides."""
     return getattr(settings, "text", isinstance(settings, TextSettings))
+
+
+def _example(hint: Any) -> str:
+    """What is to be typed after the equals sign; a shell takes the quotes of JSON away."""
+    lists = [h for h in (hint, *get_args(hint)) if get_origin(h) is tuple]
+    if not lists:
+        return "VALUE"
+    (inner, *_) = get_args(lists[0])
+    item = '"VALUE"' if inner is str else _example(inner).strip("'")
+    return f"'[{item}, {item}]'"

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import only_one, write_json
-from nnunet_semiseg.schema import in_words, load_plans, matches
+from nnunet_semiseg.schema import load_plans
 from nnunet_semiseg.settings.base import TrainingSettings
 
 PLANS_KEY = "semiseg"
@@ -57,7 +57,7 @@ def settings_from(settings_class: type[S], given: dict[str, Any]) -> S:
     """
     own = _hints(settings_class)
     _refuse_unknown(given, own)
-    return settings_class(**{k: _convert(k, v, own[k]) for k, v in given.items()})
+    return settings_class(**{k: _convert(v, own[k]) for k, v in given.items()})
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def update_settings(plans: dict, changes: dict[str, Any]) -> dict:
     _refuse_unknown(changes, known)
     for key, value in changes.items():
         for settings_class in known[key]:
-            settings_class(**{key: _convert(key, value, _hints(settings_class)[key])})
+            settings_class(**{key: _convert(value, _hints(settings_class)[key])})
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
 
 
@@ -194,21 +194,8 @@ def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
         raise UserError(f"unknown setting {key} (--set, or key '{PLANS_KEY}' of the plans): {hint}")
 
 
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    if not matches(value, hint):
-        raise UserError(
-            f"setting {key}={json.dumps(value)}: must be {in_words(hint)}; fix it with --set {key}={_example(hint)}"
-        )
+def _convert(value: Any, hint: Any) -> Any:
+    """What JSON has no type for: tuples, and whole numbers where any number will do."""
     if isinstance(value, list):
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    return float(value) if hint is float else value
-
-
-def _example(hint: Any) -> str:
-    """What is to be typed after the equals sign; a shell takes the quotes of JSON away."""
-    lists = [h for h in (hint, *get_args(hint)) if get_origin(h) is tuple]
-    if not lists:
-        return "VALUE"
-    (inner, *_) = get_args(lists[0])
-    item = '"VALUE"' if inner is str else _example(inner).strip("'")
-    return f"'[{item}, {item}]'"
+    return float(value) if hint is float and type(value) is int else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.settings.base import require
+from nnunet_semiseg.json_types import Bounds
+from nnunet_semiseg.settings.base import Count, Share, Weight, check_types
 from nnunet_semiseg.vlm import losses
 from nnunet_semiseg.vlm.model import AMVLM
 
@@ -24,62 +25,65 @@ RECALLS = (1, 5)
 class PretrainingSettings:
     """Of `pretrain_vlm`; the weights are those of L = L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL."""
 
-    num_epochs: int = 30
-    batch_size: int = 32
-    """of a process: what is contrasted with each other, by L_itc and between distributions over all processes"""
-    accumulation: int = 1
-    """batches a step"""
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    """share of the training over which the learning rate rises; then it falls (torch's OneCycleLR)"""
-    temperature: float = 0.07
-    momentum: float = 0.995
-    dim: int = 128
-    hidden: int = 2048
-    itc_weight: float = 1.0
-    css_weight: float = 0.5
-    local_weight: float = 0.1
-    icl_weight: float = 0.1
-    mask_weight: float = 1.0
-    """of what the labels say: where in a labelled image its text is; 0: labels are not looked at"""
-    fold: int | None = None
-    """look at the labels of this fold's training cases alone; None: of all, for trainings with fold all"""
-    num_labeled: int | None = None
-    """and only at the first so many of these, as with the trainers' setting of this name"""
+    num_epochs: Count = 30
+    """The length of the pre-training, in epochs."""
+    batch_size: Annotated[int, Bounds(2)] = 32
+    """The number of pairs of image and text in a batch of one process. Each is compared with all others."""
+    accumulation: Count = 1
+    """The number of batches whose gradients are added up for one step."""
+    learning_rate: Annotated[float, Bounds(1e-12)] = 1e-4
+    """The greatest learning rate. It first rises and then falls (OneCycleLR of torch)."""
+    weight_decay: Annotated[float, Bounds(0)] = 0.05
+    """The weight decay of the optimizer."""
+    warmup: Share = 0.05
+    """The share of the pre-training over which the learning rate rises."""
+    temperature: Annotated[float, Bounds(1e-12)] = 0.07
+    """The first value of the temperature of the contrast. Training changes it."""
+    momentum: Share = 0.995
+    """The decay of the moving average that makes the momentum model."""
+    dim: Annotated[int, Bounds(2)] = 128
+    """The number of values in the joint embedding of images and texts. It must be even."""
+    hidden: Count = 2048
+    """The width of the hidden layer that leads to this embedding."""
+    itc_weight: Weight = 1.0
+    """The weight of the contrast of whole images and whole texts (L_itc in the paper). 0 switches it off."""
+    css_weight: Weight = 0.5
+    """The weight of the similarity of image regions and words (L_CSS in the paper). 0 switches it off."""
+    local_weight: Weight = 0.1
+    """The weight of the contrast of regions and words with whole texts and images (L_local). 0 switches it off."""
+    icl_weight: Weight = 0.1
+    """The weight of the contrast of distributions, between and within images and texts (L_ICL). 0 switches it off."""
+    mask_weight: Weight = 1.0
+    """The weight of the loss on labelled images that says where in the image its text is. With 0 the pre-training
+    reads no label."""
+    fold: Annotated[int, Bounds(0)] | None = None
+    """The fold whose training labels may be used. It must be the fold of the training to come. By default all labels
+    are used, for trainings with fold `all`."""
+    num_labeled: Count | None = None
+    """How many of these cases keep their labels, as the trainers' setting `num_labeled`."""
     text_model: str | None = None
-    """`wordllama`: its trained and frozen embeddings of words in place of the model's text half"""
-    held_out: float = 0.1
-    """share of the cases that retrieval is measured on"""
-    crop: float = 0.9
-    """least share of height and width that the random crop of a training image keeps; 1: no crop"""
-    slice_axis: int = 0
-    """of 3d volumes, after nnU-Net's transposition"""
+    """`wordllama` replaces the text half of the model by frozen word embeddings, which need no download."""
+    held_out: Annotated[float, Bounds(0, 0.9)] = 0.1
+    """The share of the cases on which retrieval is measured."""
+    crop: Share = 0.9
+    """The smallest share of height and width that the random crop of an image keeps. With 1 there is no crop."""
+    slice_axis: Annotated[int, Bounds(0, 2)] = 0
+    """The axis along which volumes are cut into slices, after the transposition by nnU-Net."""
     missing_texts: Literal["error", "skip"] = "error"
+    """What happens if a case has no text. `error` refuses to train, `skip` leaves the case out."""
     cache_dir: str | None = None
-    num_workers: int = 4
-    seed: int = 0
+    """The folder in which open_clip keeps its downloads. By default it is open_clip's own."""
+    num_workers: Annotated[int, Bounds(0)] = 4
+    """The number of processes that load images."""
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
+    """The seed of the initial weights, of the crops and of the order of the cases."""
 
     def __post_init__(self):
-        for name in ("num_epochs", "accumulation", "hidden"):
-            require(self, name, minimum=1)
-        for name in ("batch_size", "dim"):
-            require(self, name, minimum=2)
+        check_types(self)
         if self.dim % 2:
             raise UserError(f"setting dim={self.dim}: must be even: half is for means, half for spreads")
-        require(self, "seed", maximum=2**32 - 1)
         if not (self.itc_weight or self.css_weight or self.local_weight or self.icl_weight):
             raise UserError("settings itc_weight, css_weight, local_weight, icl_weight: one must be above 0")
-        for name in ("learning_rate", "temperature"):
-            require(self, name, minimum=1e-12)
-        terms = ("itc_weight", "css_weight", "local_weight", "icl_weight", "mask_weight")
-        for name in (*terms, "weight_decay", "num_workers", "seed", "fold"):
-            require(self, name, minimum=0)
-        require(self, "num_labeled", minimum=1)
-        for name in ("warmup", "momentum", "crop"):
-            require(self, name, minimum=0, maximum=1)
-        require(self, "held_out", minimum=0, maximum=0.9)
-        require(self, "slice_axis", minimum=0, maximum=2)
 
 
 class PretrainingTask(nn.Module):
