@@ -72,7 +72,7 @@ def plan_and_preprocess(parser: ArgumentParser) -> Command:
         )
         if not args.no_pp:
             configuration = "3d_fullres" if "3d_fullres" in args.c else args.c[0]
-            trainer = "SupervisedTrainer" if args.labeled_only else "MeanTeacherTrainer"
+            trainer = "SupervisedTrainer" if args.labeled_only else "SemiSegTrainer"
             plans = args.overwrite_plans_name or planning.plans_name_of(args.pl)
             _say_next(f"train {args.d[0]} {configuration} 0 -tr {trainer} -p {plans}")
 
@@ -240,7 +240,13 @@ def compare(parser: ArgumentParser) -> Command:
     """Compare trainers on one dataset: train what is missing, predict, evaluate, write a report."""
     _add_model_arguments(parser)
     _add_prediction_arguments(parser)
-    parser.add_argument("--trainers", nargs="+", required=True, metavar="TRAINER", help="the first is the baseline")
+    parser.add_argument(
+        "--trainers",
+        nargs="+",
+        default=["SupervisedTrainer", "SemiSegTrainer"],
+        metavar="TRAINER",
+        help="the first is the baseline; default: SupervisedTrainer SemiSegTrainer",
+    )
     parser.add_argument("--run", action="store_true", dest="train", help="train what is missing, or go on with it")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each trainer; default: one, without a seed")
     parser.add_argument(

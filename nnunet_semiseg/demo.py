@@ -24,11 +24,11 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.text.static_words import WORDLLAMA, wordllama_folder
+from nnunet_semiseg.text.static_words import WORDLLAMA
 
 DATASET_ID, DATASET = 999, "Dataset999_SemiSegDemo"
 PLANNER, PLANS = "SemiSegPlannerSmall", "nnUNetSemiSegSmallPlans"
-TRAINERS = BASELINE, METHOD = "SupervisedTrainer", "TextSemiSegTrainer"
+TRAINERS = BASELINE, METHOD = "SupervisedTrainer", "SemiSegTrainer"
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
 PROMPTS = {"background": "tissue around the organs", **{k: f"the {k}" for k in LABELS if LABELS[k]}}
@@ -156,12 +156,11 @@ def run_demo(
         num_epochs, num_iterations_per_epoch: of each of the two trainings.
 
     Raises:
-        UserError: the folder is in use; wordllama is not installed; a command failed (its last lines are printed).
+        UserError: the folder is in use; a command failed (its last lines are printed).
     """
     output = Path(output or "nnunet_semiseg_demo").absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already: remove it, or choose another folder with -o FOLDER")
-    wordllama_folder()  # or say at once that it is missing
     console = Console()
     folders = {f"nnUNet_{name}": str(output / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
     raw = Path(folders["nnUNet_raw"], DATASET)
@@ -199,8 +198,8 @@ def run_demo(
     rows = evaluate(output / "predictions", raw / "labelsTs", output / "metrics.csv")
     save_overlay(raw, output / "predictions", output / "overlay.png")
     print("\n" + format_table(rows) + "\n")
-    print(f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. Texts are trained embeddings")
-    print(f"of words ({WORDLLAMA}). One run is too little to say what text adds.")
+    print(f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The prompts of the organs are")
+    print(f"in dataset.json: train TextSemiSegTrainer to use them; its texts are trained embeddings ({WORDLLAMA}).")
     console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
 
 

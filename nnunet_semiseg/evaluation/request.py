@@ -32,7 +32,7 @@ class Request:
     Attributes:
         dataset: number or name.
         fold: a number, or `all`.
-        trainers: the first is the baseline.
+        trainers: the first is the baseline; by default labels alone, and the recipe.
         seeds: how many runs of each trainer, with the seeds 0, 1, ...; None: one, with what the plans say.
         labeled: sizes of the labelled set, None for all labels; without any, the set is what it is.
         curve: trainers that are trained at every size; the others at the first alone. None: all of them.
@@ -48,7 +48,7 @@ class Request:
     dataset: int | str
     configuration: str
     fold: str
-    trainers: Sequence[str]
+    trainers: Sequence[str] = ("SupervisedTrainer", "SemiSegTrainer")
     plans: str = "nnUNetPlans"
     seeds: int | None = None
     labeled: Sequence[int | None] = ()
