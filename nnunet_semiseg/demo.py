@@ -198,7 +198,9 @@ def run_demo(
     rows = evaluate(output / "predictions", raw / "labelsTs", output / "metrics.csv")
     save_overlay(raw, output / "predictions", output / "overlay.png")
     print("\n" + format_table(rows) + "\n")
-    print(f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The prompts of the organs are")
+    print(
+        f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The prompts of the organs are"
+    )
     print(f"in dataset.json: train TextSemiSegTrainer to use them; its texts are trained embeddings ({WORDLLAMA}).")
     console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
 
