@@ -254,6 +254,13 @@ def compare(parser: ArgumentParser) -> Command:
         "--noise", type=float, nargs="+", default=[], metavar="SIGMA", help="on the normalised test images"
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="one process on each")
+    parser.add_argument(
+        "--jobs",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="at a time, on a GPU or the CPU; default: %(default)s",
+    )
     parser.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: jobs of its queue")
     parser.add_argument(
         "--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -283,6 +290,7 @@ def compare(parser: ArgumentParser) -> Command:
             noise=args.noise,
             device=args.device,
             gpus=args.gpus,
+            jobs=args.jobs,
             executor=args.executor,
             slurm=args.slurm,
             mirroring=not args.disable_tta,
