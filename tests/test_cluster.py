@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import cluster
 from nnunet_semiseg.evaluation.cluster import (
     do_all_in_queue,
+    first_in_queue,
     known_job,
     parameters_of,
     slurm_executor,
     starter,
     submit,
 )
-from nnunet_semiseg.evaluation.jobs import Job, do_all
+from nnunet_semiseg.evaluation.jobs import Job, command_of, do_all
 from nnunet_semiseg.evaluation.work import Work
 
 submitit = pytest.importorskip("submitit")
@@ -118,6 +120,22 @@ sys.exit(failure)"""
     with pytest.raises(UserError, match=r"title of job1: oh dear \(exit status 1; all it printed: .*job1.txt\)$"):
         do_all(todo, ["3", "5"], tmp_path, starter(tmp_path))
     assert {(tmp_path / name).read_text() for name in "01"} == {"3", "5"}
+
+
+def test_other_commands_are_shared_among_jobs(slurm, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(cluster, "do_all_in_queue", lambda todo, *_, **__: jobs.extend(todo))
+    words = ["review", "-d", "1", "--executor", "slurm", "--num_parts", "2"]
+    args = Namespace(words=words, executor="slurm", slurm=["hours=1"], device="cuda")
+    first_in_queue(args, tmp_path / "logs", 2)
+    assert [job.name for job in jobs] == ["review_1_of_2", "review_2_of_2"]
+    command = [sys.executable, "-m", "nnunet_semiseg.cli", *words, "--executor", "local"]
+    assert command_of(jobs[1], tmp_path) == [*command, "--num_parts", "2", "--part_id", "1"]
+    first_in_queue(args, tmp_path / "logs")
+    assert command_of(jobs[2], tmp_path) == command
+    args.executor = "local"
+    first_in_queue(args, tmp_path / "none")
+    assert len(jobs) == 3 and not (tmp_path / "none").exists()
 
 
 def test_there_is_a_way_without_submitit(tmp_path, monkeypatch):

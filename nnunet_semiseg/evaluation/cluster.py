@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.jobs import Job, command_of, start_process
 from nnunet_semiseg.evaluation.work import Work
-from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.files import make_folder, read_json, write_json
 
 EXECUTORS = ("local", "slurm")
 HOURS = 24.0
@@ -148,3 +149,30 @@ def known_job(job: Job, executor, logs: Path):
             print(f"{job.title}: job {in_queue.job_id} is there already", flush=True)
             return in_queue
     return None
+
+
+# ------------------------------------------------------------------------------------------------------ other commands
+
+
+def first_in_queue(args: Namespace, logs: Path, parts: int = 1) -> None:
+    """Where SLURM is asked for, let its jobs do this command, and wait: who calls this goes on and finds all done.
+
+    Args:
+        args: what is given, and `words`, all of it as it was written.
+        logs: the folder for what the jobs print.
+        parts: jobs that share the work by `--num_parts`.
+
+    Raises:
+        UserError: jobs that failed, one line each; see `slurm_executor`.
+    """
+    if args.executor == "local":
+        return
+    make_folder(logs)
+    executor = slurm_executor(logs, parameters_of(args.slurm, args.device))
+    jobs = []
+    for part in range(parts):
+        share = ["--num_parts", str(parts), "--part_id", str(part)] if parts > 1 else []
+        name = f"{args.words[0]}{f' {part + 1} of {parts}' if parts > 1 else ''}"
+        job = {"command": [*args.words, "--executor", "local", *share]}  # the last one of an option counts
+        jobs.append(Job(name.replace(" ", "_"), name, job))
+    do_all_in_queue(jobs, executor, logs)

@@ -39,7 +39,7 @@ def alone(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for a process of its own: the arguments of a function of `worker.py`."""
+    """Work for a process of its own: the arguments of a function of `worker.py`, or a `command` of this package's."""
 
     name: str
     title: str
@@ -131,6 +131,8 @@ def start_process(job: Job, device: str, logs: Path) -> Process:
 
 def command_of(job: Job, logs: Path) -> list[str]:
     """The words that start a job's process; what it is to do is written into `logs`."""
+    if "command" in job.content:
+        return [sys.executable, "-m", "nnunet_semiseg.cli", *job.content["command"]]
     file = logs / f"{job.name}.json"
     write_json(job.content, file)
     return [sys.executable, "-m", "nnunet_semiseg.evaluation.worker", str(file)]
