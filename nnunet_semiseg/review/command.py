@@ -9,7 +9,7 @@ from nnunet_semiseg.errors import UserError
 
 PURPOSES = ("correction", "labelling", "random")
 ESTIMATES = ("agreement", "expected", "certainty")
-ENSEMBLES = ("auto", "folds", "seeds", "teacher", "snapshots", "mirroring", "single")
+ENSEMBLES = ("auto", "folds", "seeds", "mirroring", "teacher", "snapshots", "single")
 
 
 def add_review_arguments(parser: ArgumentParser) -> None:
