@@ -260,11 +260,14 @@ def compare(parser: ArgumentParser) -> Command:
         "--noise", type=float, nargs="+", default=[], metavar="SIGMA", help="on the normalised test images"
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="one process on each")
-    parser.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: jobs of its queue")
     parser.add_argument(
-        "--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="of each job: partition=gpu hours=12 gpus=1, or any other option of sbatch",
-    )  # fmt: skip
+        "--jobs",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="at a time, on a GPU or the CPU; default: %(default)s",
+    )
+    _add_executor_arguments(parser)
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="MM", help="of the NSD; default: %(default)s")
     parser.add_argument("-np", type=_at_least(0), default=_cores(8), metavar="N", help="processes for the evaluation")
     parser.add_argument(
@@ -289,6 +292,7 @@ def compare(parser: ArgumentParser) -> Command:
             noise=args.noise,
             device=args.device,
             gpus=args.gpus,
+            jobs=args.jobs,
             executor=args.executor,
             slurm=args.slurm,
             mirroring=not args.disable_tta,
@@ -336,6 +340,7 @@ def review(parser: ArgumentParser) -> Command:
     _add_model_arguments(parser)
     _add_prediction_arguments(parser)
     add_review_arguments(parser)
+    _add_executor_arguments(parser)
     return run_review
 
 
@@ -353,11 +358,15 @@ def distill(parser: ArgumentParser) -> Command:
     parser.add_argument("-tr", required=True, metavar="TRAINER", help="of the model")
     _add_device_argument(parser)
     _add_set_argument(parser)
+    _add_executor_arguments(parser)
 
     def run(args: Namespace) -> None:
         from nnunet_semiseg.deployment import distillation
+        from nnunet_semiseg.evaluation.cluster import first_in_queue
 
-        stock = distillation.distill(_trained_run(args), args.set, args.device)
+        trained = _trained_run(args)
+        first_in_queue(args, trained.model_folder.parent / "distillation_logs")
+        stock = distillation.distill(trained, args.set, args.device if args.executor == "local" else "cpu")
         plans = stock.name.split("__")[1]
         print(f"{stock}\nnnUNetv2_predict -d {args.d} -c {args.c} -f {args.f} -p {plans} -i IMAGES -o PREDICTIONS")
 
@@ -612,6 +621,14 @@ def _add_prediction_arguments(parser: ArgumentParser) -> None:
 
 def _add_device_argument(parser: ArgumentParser) -> None:
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
+
+
+def _add_executor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: jobs of its queue")
+    parser.add_argument(
+        "--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="of each job: partition=gpu hours=12 gpus=1, or any other option of sbatch",
+    )  # fmt: skip
 
 
 def _add_conversion_arguments(parser: ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
@@ -27,7 +28,7 @@ def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Gener
         yield from (function(*job) for job in jobs)
         return
     executor = ProcessPoolExecutor(
-        min(num_processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        min(num_processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=end_with_parent
     )
     try:
         for future in as_completed([executor.submit(function, *job) for job in jobs]):
@@ -55,9 +56,17 @@ def killed_workers(place: Path | str) -> Iterator[None]:
         ) from None
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for ever, or write beside the next run."""
+def end_with_parent() -> None:
+    """In a process of multiprocessing's: a parent that was killed ends this one.
 
+    Else it would wait for ever, or write beside the next run. It may be called as often as one likes.
+    """
+    if multiprocessing.parent_process() is not None:
+        _watch_parent(os.getpid())
+
+
+@lru_cache  # what is forked has the cache of its parent, and another number
+def _watch_parent(process: int) -> None:
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)

@@ -5,14 +5,24 @@ import stat
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import cluster
-from nnunet_semiseg.evaluation.cluster import do_all_in_queue, known_job, parameters_of, slurm_executor, submit
-from nnunet_semiseg.evaluation.jobs import Job
+from nnunet_semiseg.evaluation.cluster import (
+    do_all_in_queue,
+    first_in_queue,
+    known_job,
+    parameters_of,
+    slurm_executor,
+    starter,
+    submit,
+)
+from nnunet_semiseg.evaluation.jobs import Job, command_of, do_all
+from nnunet_semiseg.evaluation.work import Work
 
 submitit = pytest.importorskip("submitit")
 
@@ -95,6 +105,50 @@ def test_a_job_that_is_preempted_is_put_into_the_queue_again_and_its_process_end
     wait_for(lambda: (slurm / "requeued").exists())
     assert (slurm / "requeued").read_text() == f"{in_queue.job_id}\n"
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_on_this_computer_as_many_are_done_at_a_time_as_there_are_devices(tmp_path, monkeypatch):
+    """Each of two jobs waits for the other one."""
+    code = f"""
+import os, pathlib, sys, time
+own, other, failure = pathlib.Path({str(tmp_path / "0")!r}), pathlib.Path({str(tmp_path / "1")!r}), 0
+if NUMBER: own, other, failure = other, own, "oh dear"
+own.write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+while not other.exists(): time.sleep(0.05)
+sys.exit(failure)"""
+    todo = [job_that(monkeypatch, f"NUMBER = {number}{code}", f"job{number}") for number in range(2)]
+    with pytest.raises(UserError, match=r"title of job1: oh dear \(exit status 1; all it printed: .*job1.txt\)$"):
+        do_all(todo, ["3", "5"], tmp_path, starter(tmp_path))
+    assert {(tmp_path / name).read_text() for name in "01"} == {"3", "5"}
+
+
+def test_other_commands_are_shared_among_jobs(slurm, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(cluster, "do_all_in_queue", lambda todo, *_, **__: jobs.extend(todo))
+    words = ["review", "-d", "1", "--executor", "slurm", "--num_parts", "2"]
+    args = Namespace(words=words, executor="slurm", slurm=["hours=1"], device="cuda")
+    first_in_queue(args, tmp_path / "logs", 2)
+    assert [job.name for job in jobs] == ["review_1_of_2", "review_2_of_2"]
+    command = [sys.executable, "-m", "nnunet_semiseg.cli", *words, "--executor", "local"]
+    assert command_of(jobs[1], tmp_path) == [*command, "--num_parts", "2", "--part_id", "1"]
+    first_in_queue(args, tmp_path / "logs")
+    assert command_of(jobs[2], tmp_path) == command
+    args.executor = "local"
+    first_in_queue(args, tmp_path / "none")
+    assert len(jobs) == 3 and not (tmp_path / "none").exists()
+
+
+def test_there_is_a_way_without_submitit(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert starter(tmp_path) is cluster.start_process
+
+
+def test_what_nobody_waits_for_any_more_is_ended(tmp_path):
+    (asked := subprocess.Popen(["true"])).wait()
+    pid = tmp_path / "pid"
+    command = ["bash", "-c", f"echo $$ > {pid}; sleep 100"]
+    assert Work(command, tmp_path / "log", asked_by=asked.pid)() == "nobody waits for it any more"
+    assert not Path(f"/proc/{pid.read_text().strip()}").exists()
 
 
 def ppid_of(pid: str) -> str:

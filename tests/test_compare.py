@@ -22,6 +22,7 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare, jobs, scores
 from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
+from nnunet_semiseg.evaluation.work import say_what_failed
 from nnunet_semiseg.files import BusyError, DiskError, only_one, write_json
 from nnunet_semiseg.runs import RECORD, Run, TrainedRun, unequal_conditions
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -66,7 +67,7 @@ def pretend_predicted(monkeypatch, planned):
     """Predictions are the references, shifted by as many voxels as a trainer's name says in this dictionary."""
     shifts = dict.fromkeys(TRAINERS, 0)
 
-    def do_all(jobs, devices, logs):
+    def do_all(jobs, **_):
         for job in jobs:
             content = job.content
             folder = Path(content["output"])
@@ -383,7 +384,7 @@ def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
     asked = request(planned, device="cuda", gpus=[0, 2])
     refused(asked, "--gpus 2: no such GPU: there are 2, numbered from 0", tmp_path / "o")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert find_devices(request(planned, device="cuda", gpus=[0, 1])) == ["0", "1"]
+    assert find_devices(request(planned, device="cuda", gpus=[0, 1], jobs=2)) == ["0", "1", "0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")  # numbers are of the GPUs that we were given
     assert find_devices(request(planned, device="cuda", gpus=[1])) == ["7"]
 
@@ -455,7 +456,7 @@ def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
 
 def test_of_a_job_that_was_killed_the_last_line_is_no_reason(tmp_path):
     (log := tmp_path / "j.txt").write_text("Epoch 3\n")
-    line = jobs.say_what_failed(-9, log)
+    line = say_what_failed(-9, log)
     assert line == (
         "was killed by SIGKILL, by someone or for lack of memory: run the command again, which goes on"
         f" (all it printed: {log})"

@@ -2,9 +2,14 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import struct
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import numpy as np
@@ -22,6 +27,7 @@ from nnunet_semiseg.data.image_problems import (
     spread_problems,
 )
 from nnunet_semiseg.data.preprocessed import look_at_labeled
+from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.stamps import renewed, stamp
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
@@ -533,6 +539,34 @@ def test_what_cannot_be_read_in_a_training_is_one_line(ready, suffix, workers, m
         trainer.run_training()
     captured = capfd.readouterr()
     assert "Traceback" not in captured.out + captured.err
+
+
+def test_loaders_end_with_a_training_that_is_killed(tmp_path):
+    """Two of them: both have what the parent writes to, for the second one was forked with it."""
+    fork = multiprocessing.get_context("fork")
+    loaders = fork.SimpleQueue()
+    dataset = SimpleNamespace(identifiers=[], source_folder=str(tmp_path), load_case=lambda case: (None, {}))
+
+    def load():
+        ReadableCases(lambda folder: dataset, {}, fork.SimpleQueue())(str(tmp_path)).load_case("a")
+        loaders.put(os.getpid())
+        signal.pause()
+
+    def train():
+        for _ in range(2):
+            fork.Process(target=load, daemon=True).start()
+        signal.pause()
+
+    training = fork.Process(target=train)
+    training.start()
+    files = [Path(f"/proc/{loaders.get()}/cmdline") for _ in range(2)]
+    assert all(file.read_bytes() for file in files)
+    training.kill()
+    training.join()
+    end = time.monotonic() + 60
+    while any(file.exists() and file.read_bytes() for file in files):  # of one that has ended it is empty
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 HALF = [

@@ -135,8 +135,13 @@ def test_members_are_the_first_kind_that_there_is(trained):
     assert [m.name for m in find_members(run, "auto", mirroring=False)[1]] == ["last"]
     kind, members = find_members(run, "auto", mirroring=True)
     assert kind == "mirroring" and [m.flips for m in members][:4] == [(), (0,), (1,), (2,)] and len(members) == 8
-    run.checkpoint.with_name("checkpoint_best.pth").write_bytes(run.checkpoint.read_bytes())
-    assert [m.name for m in find_members(run, "auto", True)[1]] == ["last", "best"]
+    best = run.checkpoint.with_name("checkpoint_best.pth")
+    best.write_bytes(run.checkpoint.read_bytes())
+    assert find_members(run, "auto", False)[0] == "single"  # the last epoch was the best: it would agree with itself
+    trainer.current_epoch += 1
+    trainer.save_checkpoint(str(best))
+    assert find_members(run, "auto", True)[0] == "mirroring"
+    assert [m.name for m in find_members(run, "auto", False)[1]] == ["last", "best"]
     other = run.model_folder.with_name(run.model_folder.name.replace(PLANS, f"{PLANS}_seed1")) / run.folder.name
     other.mkdir(parents=True)
     (other / run.checkpoint.name).write_bytes(run.checkpoint.read_bytes())

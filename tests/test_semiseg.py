@@ -11,7 +11,8 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import write_pickle
 from training import CLASSES, bare_trainer, batch_of, in_last_epoch, make_trainer, terms_of
 
-from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, agreement, leave_out, outliers
+from nnunet_semiseg.data.agreement import mean_agreement
+from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, outliers
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
 from nnunet_semiseg.losses.copy_paste import draw_box
 from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer
@@ -115,9 +116,9 @@ def test_patches_are_drawn_around_what_was_found_and_never_around_a_hidden_label
 def test_the_agreement_of_two_decisions():
     a = np.array([[0, 1, 1, 2], [0, 0, 0, 0]])
     b = np.array([[0, 1, 0, 0], [0, 0, 0, 0]])
-    assert agreement(a, b, [1, 2, 3]) == (2 / 3 + 0) / 2  # nobody names class 3
-    assert agreement(a, b, [(1, 2), (2,)]) == (2 / 4 + 0) / 2
-    assert agreement(a * 0, b * 0, [1, 2]) == 1
+    assert mean_agreement([a, b], [1, 2, 3]) == (2 / 3 + 0) / 2  # nobody names class 3
+    assert mean_agreement([a, b], [(1, 2), (2,)]) == (2 / 4 + 0) / 2
+    assert mean_agreement([a * 0, b * 0], [1, 2]) == 1
 
 
 def test_cases_far_below_the_others_are_left_out_up_to_a_share(tmp_path):

@@ -1,10 +1,12 @@
 import contextlib
+import gzip
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import blosc2
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from commands import command, start
 from conftest import write_image
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data import unlabeled_preprocessing
@@ -20,6 +24,7 @@ from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.data.unlabeled_preprocessing import alone_or_part, preprocess_unlabeled
+from nnunet_semiseg.data.unpacked import unpacked
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import BusyError, only_one
 
@@ -490,6 +495,33 @@ def test_parts_make_together_what_one_call_makes(planned):
     assert {case for case in whole if now[case] != whole[case]} == {"un_001"} and not manifest_file.exists()
 
 
+@pytest.mark.slow
+def test_three_processes_at_once_of_which_one_is_killed_and_started_again(ready):
+    dataset = ready(preprocess=False, labeled=2, unlabeled=60, size=12)
+    folder, manifest_file = output(dataset)
+    run(dataset)
+    by_one = everything_in(dataset)
+    shutil.rmtree(folder)
+    manifest_file.unlink()
+    words = ["preprocess_unlabeled", "-d", dataset.id, "-c", "3d_fullres", "-plans_name", PLANS, "-np", 0]
+    parts = [start("nnunet_semiseg", *words, "-num_parts", 3, "-part_id", part)[0] for part in range(3)]
+    second = {f"un_{i:03d}" for i in range(1, 60, 3)}
+    while not second & set(whole_cases(dataset)):
+        assert parts[1].is_alive()
+        time.sleep(0.01)
+    parts[1].kill()
+    parts[1].join()
+    assert second - set(whole_cases(dataset))  # in the middle of its work
+    command("nnunet_semiseg", *words, "-num_parts", 3, "-part_id", 1)
+    for part in parts:
+        part.join()
+    assert [part.exitcode for part in parts] == [0, -signal.SIGKILL, 0] and not manifest_file.exists()
+    whole = whole_cases(dataset)
+    command("nnunet_semiseg", *words)
+    assert len(whole) == 60 and whole_cases(dataset) == whole and everything_in(dataset) == by_one
+    assert len(manifest(dataset)[1]) == 60 and not list(dataset.preprocessed.glob("*.part*"))
+
+
 @pytest.mark.parametrize(
     "lock, part, busy",
     [
@@ -506,3 +538,16 @@ def test_parts_and_other_calls_keep_out_of_each_others_way(lock, part, busy, tmp
         with pytest.raises(BusyError) if busy else contextlib.nullcontext(), alone_or_part(folder, part):
             assert not busy
     assert not list(tmp_path.iterdir())
+
+
+def test_each_image_is_unpacked_once(planned, tmp_path, monkeypatch):
+    image, asked, unpack = planned.image("un_000"), [], gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n=-1: asked.append(n) or unpack(self, n))
+    file = Path(unpacked(str(image), tmp_path))
+    assert asked[-1] == 352 + 4 * 24**3  # no byte more than the header speaks of
+    assert file == tmp_path / "un_000_0000.nii" and file.read_bytes() == gzip.decompress(image.read_bytes())
+    read, original = [], SimpleITKIO.read_images
+    monkeypatch.setattr(SimpleITKIO, "read_images", lambda self, files: read.extend(files) or original(self, files))
+    run(planned)
+    assert sorted(Path(file).name for file in read) == [f"un_{i:03d}_0000.nii" for i in range(4)]
+    assert not any(Path(file).exists() for file in read)

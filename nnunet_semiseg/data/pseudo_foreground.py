@@ -13,6 +13,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from torch import nn
 
+from nnunet_semiseg.data.agreement import mean_agreement
 from nnunet_semiseg.files import write_json, written_whole
 
 SCORES, LEFT_OUT = "scores.json", "left_out.json"
@@ -97,7 +98,7 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
             others.append(np.flip(decision(image.flip(axes)), tuple(axis - 1 for axis in axes)))
         if last.is_file():
             others.append(np.load(last)["label"])
-        dice = [agreement(label, other, classes) for other in others]
+        dice = [mean_agreement([label, other], classes) for other in others]
         found[case] = float(np.mean(dice)) if dice else float("nan")
         with written_whole(last) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, label=label)
@@ -109,16 +110,6 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
     if not trainer.ranks.number:
         write_json(scores, folder / SCORES)
     trainer.ranks.wait()
-
-
-def agreement(a: np.ndarray, b: np.ndarray, classes: Sequence) -> float:
-    """The mean Dice of two label maps over the classes or regions that one of them has; 1 where both have none."""
-    dice = []
-    for labels in classes:
-        in_a, in_b = np.isin(a, labels), np.isin(b, labels)
-        if total := in_a.sum() + in_b.sum():
-            dice.append(2 * (in_a & in_b).sum() / total)
-    return float(np.mean(dice)) if dice else 1.0
 
 
 def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:

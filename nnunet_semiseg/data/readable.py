@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunet_semiseg.data.image_problems import one_line_of
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.parallel import end_with_parent
 
 
 class ReadableCases:
@@ -44,6 +45,8 @@ class _Dataset:
         self.identifiers, self.source_folder = dataset.identifiers, dataset.source_folder
 
     def load_case(self, identifier: str) -> tuple:
+        if self.reasons is not None:
+            end_with_parent()  # batchgenerators' processes outlive a training that is killed, and keep its memory
         with self.naming(Path(self.source_folder, identifier)):
             *arrays, properties = self.dataset.load_case(identifier)
         return *(None if a is None else _Array(a, self, identifier) for a in arrays), properties

@@ -49,6 +49,7 @@ from nnunet_semiseg.data.stamps import all_renewed, digest, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.data.unlabeled_cases import DELAY, READERS, find_unlabeled_cases
 from nnunet_semiseg.data.unlabeled_manifest import ENDING, output_of, recorded_cases
+from nnunet_semiseg.data.unpacked import unpacked
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import (
     DiskError,
@@ -250,9 +251,7 @@ def _preprocess_case(
     configuration_manager = plans_manager.get_configuration(configuration)
     reader = plans_manager.image_reader_writer_class
     channels, stamps = channel_names(dataset_json), [stamp(i) for i in images]  # before they are read
-    problems = header_problems(images, reader)
-    problems = problems or [f"{i}: {damage}: {take_out(i)}" for i in images if (damage := nifti_damage(i))]
-    missing: list[str] = []
+    problems, missing = header_problems(images, reader), list[str]()
     if problems:
         return case, problems, missing, None
     nothing, made = values_of_nothing(plans_manager, configuration_manager), []
@@ -280,10 +279,16 @@ def _preprocess_case(
     staging.mkdir(parents=True)
     printed = io.StringIO()
     try:
+        with disk_errors(folder / case):
+            files = [unpacked(image, staging) for image in images]
+        damages = zip(images, map(nifti_damage, files), strict=True)
+        problems.extend(f"{image}: {damage}: {take_out(image)}" for image, damage in damages if damage)
+        if problems:
+            raise UserError(problems[0])
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed):
             Unlabeled(verbose).run_case_save(
                 str(staging / case),
-                images,
+                files,
                 None,  # pyright: ignore[reportArgumentType]: nnU-Net itself passes None where there is no label
                 plans_manager,
                 configuration_manager,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.cluster import do_all_in_queue, parameters_of, slurm_executor
+from nnunet_semiseg.evaluation.cluster import do_all_in_queue, parameters_of, slurm_executor, starter
 from nnunet_semiseg.evaluation.jobs import (
     LOGS,
     alone,
@@ -75,7 +75,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
         for r in missing:
             r.write_plans()
         if request.executor == "local":
-            work = partial(do_all, devices=devices, logs=output / LOGS)
+            work = partial(do_all, devices=devices, logs=output / LOGS, start=starter(output / LOGS))
         else:
             executor = slurm_executor(output / LOGS, parameters)
             work = partial(do_all_in_queue, executor=executor, logs=output / LOGS)

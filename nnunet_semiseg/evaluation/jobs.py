@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, TestSet
 from nnunet_semiseg.evaluation.scores import signature
+from nnunet_semiseg.evaluation.work import Process
 from nnunet_semiseg.files import disk_errors, make_folder, only_one, read_json, write_json
 from nnunet_semiseg.runs import RECORD, Run
 
@@ -40,7 +39,7 @@ def alone(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for a process of its own: the arguments of a function of `worker.py`."""
+    """Work for a process of its own: the arguments of a function of `worker.py`, or a `command` of this package's."""
 
     name: str
     title: str
@@ -89,8 +88,11 @@ def is_predicted(job: Job, test_set: TestSet) -> bool:
     return record.is_file() and read_json(record, PREDICT_AGAIN).get("settings") == job.content["settings"]
 
 
-def do_all(jobs: list[Job], devices: list[str], logs: Path) -> None:
+def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[..., Any] | None = None) -> None:
     """Each job in its own process, as many at a time as there are devices; what they print goes to `logs`.
+
+    Args:
+        start: begins a job on a device and gives something with `result()` and `cancel()`; default: a `Process`.
 
     Raises:
         UserError: jobs that failed, one line each, when all the others are done.
@@ -98,55 +100,39 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path) -> None:
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for device in devices:
         free.put(device)
-    running: set[subprocess.Popen] = set()
+    running: set[Any] = set()
 
     def do(job: Job) -> str | None:
         device = free.get()
+        print(f"{job.title} ...", flush=True)
+        running.add(work := (start or start_process)(job, device, logs))
         try:
-            return do_one(job, device, logs, running)
+            return work.result()
         finally:
+            running.discard(work)
             free.put(device)
 
     pool = ThreadPoolExecutor(len(devices))
     futures = {pool.submit(do, job): job for job in jobs}
     try:
         problems = [f"{futures[f].title}: {line}" for f in as_completed(futures) if (line := f.result())]
-    finally:  # interrupted: the workers end when their stdin does
+    finally:  # interrupted
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.stdin.close()
+        for work in list(running):
+            work.cancel()
     if problems:
         raise UserError("\n".join(problems))
 
 
-def do_one(job: Job, device: str, logs: Path, running: set[subprocess.Popen]) -> str | None:
-    """Returns what went wrong."""
-    print(f"{job.title} ...", flush=True)
-    log, command = logs / f"{job.name}.txt", command_of(job, logs)
-    env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) | {"PYTHONUNBUFFERED": "1"}
-    with open(log, "ab") as printed:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=printed, stderr=printed, start_new_session=True
-        )
-        running.add(process)
-        process.wait()
-        running.discard(process)
-    return say_what_failed(process.returncode, log)
+def start_process(job: Job, device: str, logs: Path) -> Process:
+    """Begin a job as a child of this process."""
+    return Process(command_of(job, logs), logs / f"{job.name}.txt", device)
 
 
 def command_of(job: Job, logs: Path) -> list[str]:
     """The words that start a job's process; what it is to do is written into `logs`."""
+    if "command" in job.content:
+        return [sys.executable, "-m", "nnunet_semiseg.cli", *job.content["command"]]
     file = logs / f"{job.name}.json"
     write_json(job.content, file)
     return [sys.executable, "-m", "nnunet_semiseg.evaluation.worker", str(file)]
-
-
-def say_what_failed(status: int, log: Path) -> str | None:
-    """The last line that a process printed, if it failed; of one that was killed it is no reason."""
-    if status == 0:
-        return None
-    if status < 0:
-        why = f"was killed by {signal.Signals(-status).name}, by someone or for lack of memory"
-        return f"{why}: run the command again, which goes on (all it printed: {log})"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'failed'} (exit status {status}; all it printed: {log})"

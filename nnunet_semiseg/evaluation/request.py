@@ -39,6 +39,7 @@ class Request:
         upper_bound: a dataset with all the labels, for the baseline's trainer.
         noise: standard deviations of noise on the normalised test images.
         gpus: the numbers of those that train and predict at the same time; none: the one that `device` means.
+        jobs: how many train and predict at the same time on each of them, or on the CPU.
         executor: `local`, or `slurm`: trainings and predictions are jobs of its queue.
         slurm: `KEY=VALUE` for them; see `parameters_of`.
         tolerance: of the normalised surface distance, in mm.
@@ -57,6 +58,7 @@ class Request:
     noise: Sequence[float] = ()
     device: str = "cuda"
     gpus: Sequence[int] = ()
+    jobs: int = 1
     executor: str = "local"
     slurm: Sequence[str] = ()
     mirroring: bool = True
@@ -248,4 +250,4 @@ def find_devices(request: Request) -> list[str]:
     # numbers are those that this process sees: of the GPUs that it was given
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(count)]
-    return [names[gpu].strip() for gpu in request.gpus] or [""]
+    return ([names[gpu].strip() for gpu in request.gpus] or [""]) * request.jobs

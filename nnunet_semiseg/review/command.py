@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 
 from nnunet_semiseg.errors import UserError
 
 PURPOSES = ("correction", "labelling", "random")
 ESTIMATES = ("agreement", "expected", "certainty")
-ENSEMBLES = ("auto", "folds", "seeds", "teacher", "snapshots", "mirroring", "single")
+ENSEMBLES = ("auto", "folds", "seeds", "mirroring", "teacher", "snapshots", "single")
 
 
 def add_review_arguments(parser: ArgumentParser) -> None:
@@ -36,10 +37,14 @@ def add_review_arguments(parser: ArgumentParser) -> None:
 
 def run_review(args: Namespace) -> None:
     """Predict, estimate, write the page; then say where it is and what comes next."""
+    from nnunet_semiseg.evaluation.cluster import first_in_queue
     from nnunet_semiseg.review.request import make_request
     from nnunet_semiseg.review.review import review
 
     request = make_request(args)
+    first_in_queue(args, request.output / "logs", request.parts)
+    if args.executor != "local":
+        request = replace(request, part=0, parts=1)
     page = review(request)
     if page is None:
         print(f"{request.output}: other parts are at work: the last one writes the page")

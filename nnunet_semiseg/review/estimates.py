@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from nnunet_semiseg.data.agreement import pairwise_dice
 
 Labels = Mapping[str, int | Sequence[int]]
 
@@ -31,16 +32,9 @@ def agreement(masks: Sequence[np.ndarray], labels: Labels) -> dict[str, float]:
     Args:
         masks: label maps (*S) of at least two members.
     """
-    somewhere = np.logical_or.reduce([mask != 0 for mask in masks])
-    inside = [mask[somewhere] for mask in masks]
-    found = {}
-    for name, label in classes_of(labels).items():
-        members = np.stack([np.isin(mask, label) for mask in inside]).astype(np.float64)
-        both, sizes = members @ members.T, members.sum(1)
-        pairs = itertools.combinations(range(len(masks)), 2)
-        dices = [2 * both[i, j] / (sizes[i] + sizes[j]) if sizes[i] + sizes[j] else 1.0 for i, j in pairs]
-        found[name] = float(np.mean(dices))
-    return found
+    classes = classes_of(labels)
+    dice = np.nan_to_num(pairwise_dice(masks, list(classes.values())), nan=1.0)
+    return dict(zip(classes, dice.tolist(), strict=True))
 
 
 def expected_dice(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], labels: Labels) -> dict[str, float]:

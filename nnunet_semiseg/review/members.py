@@ -25,11 +25,13 @@ BEST = "checkpoint_best.pth"
 TITLES = {
     "folds": "folds of the model",
     "seeds": "trainings with other seeds",
+    "mirroring": "mirrored predictions of the model",
     "teacher": "student and teacher of the model",
     "snapshots": "last and best checkpoint of the model",
-    "mirroring": "mirrored predictions of the model",
     "single": "one prediction",
 }
+"""the kinds of ensembles, those first whose agreement ranked cases better (docs/review.md); mirrored predictions cost
+half of what the two below do"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _members(run: Run, kind: str) -> Iterator[Member]:
             yield Member("teacher", run.checkpoint, "teacher")
     elif kind == "snapshots":
         yield Member("last", run.checkpoint)
-        if (best := run.folder / BEST).is_file():
+        if (best := run.folder / BEST).is_file() and _epoch(best) != _epoch(run.checkpoint):  # else they are the same
             yield Member("best", best)
     elif kind == "mirroring":
         axes = run.load_checkpoint().get("inference_allowed_mirroring_axes") or ()
@@ -118,6 +120,10 @@ def _members(run: Run, kind: str) -> Iterator[Member]:
                 )
     elif kind == "single":
         yield Member("last", run.checkpoint)
+
+
+def _epoch(checkpoint: Path) -> int:
+    return checkpoints.read(checkpoint, "train this model again", mmap=True)["current_epoch"]
 
 
 def weights_of(member: Member) -> dict[str, Tensor]:

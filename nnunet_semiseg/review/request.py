@@ -71,7 +71,8 @@ def make_request(args: Namespace) -> Request:
         raise UserError(
             f"{run.checkpoint}: no such file: train {trainer} first, to its end, or choose with -tr, -p and -f"
         )
-    check_device(args.device)
+    if args.executor == "local":
+        check_device(args.device)
     output = folder_for(args.o or results / REVIEWS / f"{run.name}__{run.configuration}__fold_{run.fold}")
     return Request(
         run=run, purpose=args.purpose, length=args.n, ensemble=args.ensemble, estimate=args.estimate,

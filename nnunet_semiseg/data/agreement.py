@@ -1,0 +1,35 @@
+"""How much label maps of the same image agree: what a training leaves cases out by, and a review ranks them by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pairwise_dice(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[int]]) -> np.ndarray:
+    """The mean Dice over all pairs of masks, of every class, 0 to 1; NaN where no mask has the class.
+
+    In a pair that has not the class, though another pair has, the two agree: 1.
+
+    Args:
+        masks: label maps (*S), at least two.
+        classes: labels, or regions that are several of them.
+    """
+    somewhere = np.logical_or.reduce([mask != 0 for mask in masks])
+    inside = [mask[somewhere] for mask in masks]
+    found = []
+    for labels in classes:
+        members = np.stack([np.isin(mask, labels) for mask in inside]).astype(np.float64)
+        both, sizes = members @ members.T, members.sum(1)
+        pairs = list(itertools.combinations(range(len(masks)), 2))
+        dices = [2 * both[i, j] / (sizes[i] + sizes[j]) if sizes[i] + sizes[j] else 1.0 for i, j in pairs]
+        found.append(np.mean(dices) if sizes.any() else np.nan)
+    return np.array(found)
+
+
+def mean_agreement(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[int]]) -> float:
+    """The mean of `pairwise_dice` over the classes that a mask has; 1 where none has any."""
+    dice = pairwise_dice(masks, classes)
+    return float(np.nanmean(dice)) if np.isfinite(dice).any() else 1.0

@@ -1,0 +1,95 @@
+"""A command in a process of its own. What is imported here is little: a queue's job begins with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+SECONDS = 0.5
+"""between two looks at whether somebody still waits for the result"""
+
+
+class Process:
+    """A command at work.
+
+    Args:
+        log: the file for what it prints, at whose end that is written.
+        device: CUDA_VISIBLE_DEVICES; '' leaves it as it is.
+    """
+
+    def __init__(self, command: list[str], log: Path, device: str = ""):
+        self.log = log
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) | {"PYTHONUNBUFFERED": "1"}
+        with open(log, "ab") as printed:  # it ends when its stdin does, and so with this process
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=printed, stderr=printed, start_new_session=True
+            )
+
+    def result(self, timeout: float | None = None) -> str | None:
+        """Wait for its end; what went wrong, or None.
+
+        Raises:
+            TimeoutExpired: it goes on.
+        """
+        return say_what_failed(self.process.wait(timeout), self.log)
+
+    def cancel(self) -> None:
+        """End it, with all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Work:
+    """What lies in a queue: a command, and the file for what it prints. It returns what went wrong, or None.
+
+    Args:
+        device: see `Process`.
+        asked_by: the process of this computer that waits for the result: when it has ended, the command does, too.
+            None: nobody needs to wait.
+    """
+
+    def __init__(self, command: list[str], log: Path, device: str = "", asked_by: int | None = None):
+        self.command, self.log, self.device, self.asked_by = command, log, device, asked_by
+
+    def __call__(self) -> str | None:
+        process = Process(self.command, self.log, self.device)
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.result(SECONDS if self.asked_by else None)
+                if self.asked_by and not is_alive(self.asked_by):
+                    return "nobody waits for it any more"
+        finally:
+            process.cancel()
+
+    def checkpoint(self):
+        """Asked for by submitit: the same again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number on this computer."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+def say_what_failed(status: int, log: Path) -> str | None:
+    """The last line that a process printed, if it failed; of one that was killed it is no reason."""
+    if status == 0:
+        return None
+    if status < 0:
+        why = f"was killed by {signal.Signals(-status).name}, by someone or for lack of memory"
+        return f"{why}: run the command again, which goes on (all it printed: {log})"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{lines[-1] if lines else 'failed'} (exit status {status}; all it printed: {log})"
