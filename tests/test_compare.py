@@ -106,6 +106,7 @@ def test_a_planted_shift_is_found_and_a_copy_is_not(planned, pretend_predicted, 
     assert "MeanTeacherTrainer does not differ from SupervisedTrainer in any case." in sentence
     found = r"TextSemiSegTrainer minus SupervisedTrainer: -0\.\d+ \(-0\.\d+ to -0\.\d+; d_z = -\d\.\d+; p = 0.12\)"
     assert re.search(found, sentence) and "Only 4 cases: p cannot be below 0.12" in markdown
+    assert "The interval excludes 0, but p is not below 0.05: they disagree." in sentence
     differences = pd.read_csv(tmp_path / "out" / "differences.csv").set_index(["metric", "method"])
     assert differences.loc[("dice", "TextSemiSegTrainer"), "difference"] < 0
     assert "Contours: reference white, SupervisedTrainer blue, MeanTeacherTrainer vermilion" in markdown
@@ -239,6 +240,10 @@ def test_share_of_labels_upper_bound_and_noise(planned, pretend_predicted, tmp_p
     assert "SupervisedTrainer, all labels (Dataset902_Tiny)" in markdown
     assert "| SupervisedTrainer | 0.2 | 0." in markdown and "without mirroring" in markdown
     assert "share_of_labels.svg" in markdown and "noise.svg" in markdown
+    shares = pd.read_csv(tmp_path / "out" / "figures" / "share_of_labels.csv").set_index(["method", "x"])
+    assert list(shares.loc["SupervisedTrainer", "mean"]) == [1, 1, 1] and "(figures/noise.csv)" in markdown
+    training = pd.read_csv(tmp_path / "out" / "figures" / "training.csv")
+    assert list(training) == ["run", "epoch", "curve", "value"] and "pseudo Dice" in set(training["curve"])
     html = (tmp_path / "out" / "report.html").read_text()
     assert html.count(">SupervisedTrainer, all labels (Dataset902_Tiny)</text>") >= 2  # its own panel of curves, too
     ids = re.findall(r'\bid="([^"]+)"', html)

@@ -274,7 +274,7 @@ def test_markdown_has_no_tags(tmp_path):
 
 def test_a_class_may_have_dollars_in_its_name():
     scores = pd.DataFrame({"method": "$m_1$", "label": ["$\\frac$", "b"], "case": "c", "dice": [0.5, 0.6]})
-    svg = figures.to_svg(figures.box_plots(scores, "dice", "Dice"), "x")
+    svg = figures.box_plots(scores, "dice", "Dice", "x").svg
     assert "$\\frac$" in svg and "$m_1$" in svg
 
 

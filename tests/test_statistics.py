@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nnunet_semiseg.evaluation.report import why_they_disagree
 from nnunet_semiseg.evaluation.statistics import caution, differences_from, holm, spreads
 
 
@@ -64,6 +65,22 @@ def test_one_case_has_no_interval():
 
 def test_few_cases_are_said_to_be_few():
     assert caution(10) == [] and "Only 4 cases: p cannot be below 0.12" in caution(4)[0]
+
+
+@pytest.mark.parametrize(
+    "low, high, p, starts",
+    [
+        (0.01, 0.03, 0.04, ""),
+        (-0.01, 0.03, 0.2, ""),
+        (np.nan, np.nan, 1.0, ""),
+        (0.01, 0.03, 0.05, " The interval excludes 0, but p is not below 0.05: they disagree."),
+        (-0.03, -0.01, 0.2, " The interval excludes 0, but p is not below 0.05: they disagree."),
+        (-0.01, 0.03, 0.049, " The interval includes 0, but p is below 0.05: they disagree."),
+    ],
+)
+def test_an_interval_and_a_p_value_that_disagree_are_explained(low, high, p, starts):
+    text = why_they_disagree(pd.Series({"low": low, "high": high, "p_holm": p}))
+    assert text.startswith(starts) and bool(text) == bool(starts)
 
 
 def test_cases_that_one_method_lacks_are_no_pairs():

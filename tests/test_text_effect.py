@@ -10,6 +10,7 @@ from training import PLANS
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import text_effect
+from nnunet_semiseg.evaluation.jobs import Job
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 
 
@@ -26,6 +27,15 @@ def test_the_verdict_is_plain():
     worse.loc["shuffled"], better.loc["noise"] = (-0.2, -0.1), (0.01, 0.02)
     assert text_effect.verdict(changed, worse).endswith("It matters: Dice falls with shuffled prompts.")
     assert "no help: Dice is HIGHER with noise prompts" in text_effect.verdict(changed, better)
+
+
+def test_the_job_with_other_prompts_leaves_the_first_one_as_it_is(tmp_path):
+    job = Job("predict", "predicting", {"output": "a", "settings": {"noise": 0.0}})
+    file = tmp_path / "empty.safetensors"
+    other = text_effect.with_prompts(job, text_effect.Prompts("empty", torch.ones(2, 3), ""), file, tmp_path / "b")
+    assert job.content == {"output": "a", "settings": {"noise": 0.0}} and file.is_file()
+    settings = {"noise": 0.0, "features": [3.0, 3.0]}
+    assert other.content == {"output": str(tmp_path / "b"), "features": str(file), "settings": settings}
 
 
 @pytest.fixture

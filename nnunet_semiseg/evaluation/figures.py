@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG whose text takes the page's colour, and overlays as PNG."""
+"""The figures of a report: charts as SVG, each with the numbers that it shows, and overlays as PNG."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,19 @@ _STYLE = {
 }
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A figure and its numbers.
+
+    Attributes:
+        svg: an `<svg>` element, see `to_svg`.
+        data: every number that the figure shows, one row for each point.
+    """
+
+    svg: str
+    data: pd.DataFrame
+
+
 def color_of(methods: Sequence[str]) -> dict[str, str]:
     """A colour for each method; from the ninth on they repeat."""
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
@@ -47,11 +61,13 @@ def to_svg(figure: Figure, name: str) -> str:
     return re.sub(r"(?s)^.*?<svg ", "<svg ", text)
 
 
-def box_plots(scores: pd.DataFrame, metric: str, heading: str) -> Figure:
-    """One box a method over the cases, every case a dot, its mean over the method's runs; one panel a label.
+def box_plots(scores: pd.DataFrame, metric: str, heading: str, name: str) -> Chart:
+    """For each label one panel, and in it for each method one box. A dot is a case: its mean over the method's runs.
 
     Args:
-        scores: columns `method`, `label`, `case`, `metric`; a row a run.
+        scores: columns `method`, `label`, `case` and `metric`, with one row for each run.
+        heading: of the axis.
+        name: see `to_svg`.
     """
     scores = scores.groupby(["method", "label", "case"], sort=False)[metric].mean().reset_index()
     methods, labels = list(scores["method"].unique()), list(scores["label"].unique())
@@ -75,21 +91,22 @@ def box_plots(scores: pd.DataFrame, metric: str, heading: str) -> Figure:
             ax.grid(axis="x", color=_TEXT, alpha=0.15)
             ax.set_title(label if len(labels) > 1 else "", loc="left", fontsize=10)
         axes[-1].set_xlabel(heading)
-    return figure
+    return Chart(to_svg(figure, name), scores)
 
 
 def curves(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    line_at: tuple[str, float] | None = None,
-) -> Figure:
-    """Means with their spread over something few: the size of the labelled set, the noise.
+    points: pd.DataFrame, xlabel: str, ylabel: str, name: str, line_at: tuple[str, float] | None = None
+) -> Chart:
+    """For each method a line of means with error bars, against a few values such as the size of the labelled set.
 
     Args:
-        lines: method to x, mean and standard deviation (nan where there is one run).
-        line_at: a name and a value, drawn as a horizontal line.
+        points: columns `method`, `x`, `mean` and `over_runs` (a standard deviation; nan if there is one run). A row
+            whose `x` is not a number is not plotted.
+        name: see `to_svg`.
+        line_at: a name and a value, plotted as a horizontal line.
     """
+    numbers = points.assign(x=pd.to_numeric(points["x"], errors="coerce")).dropna(subset="x").sort_values("x")
+    lines = {m: (of["x"], of["mean"], of["over_runs"]) for m, of in numbers.groupby("method", sort=False)}
     colors = color_of(list(lines))
     with rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
@@ -102,16 +119,18 @@ def curves(
         ax.set_xticks(sorted({value for x, *_ in lines.values() for value in x}))
         ax.grid(color=_TEXT, alpha=0.15)
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
-    return figure
+    return Chart(to_svg(figure, name), points)
 
 
-def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: str) -> Figure:
+def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: str, name: str) -> Chart:
     """What each run logged: the losses, every term of them, and the pseudo Dice on the validation patches.
 
     Args:
-        logs: run to nnU-Net's log, one value an epoch.
+        logs: for each run nnU-Net's log, with one value for each epoch.
         prefix: of the keys of loss terms.
+        name: see `to_svg`.
     """
+    data = []
     with rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 2.1 * len(logs) + 0.3), layout="constrained")
         axes = figure.subplots(len(logs), 2, squeeze=False)
@@ -119,9 +138,9 @@ def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: s
             terms = {"training": log["train_losses"], "validation": log["val_losses"]}
             terms |= {key.removeprefix(prefix): value for key, value in log.items() if key.startswith(prefix)}
             marker = "." if len(log["train_losses"]) == 1 else ""  # a line of one point is not seen
-            for i, (name, values) in enumerate(terms.items()):
-                style = "-" if name in ("training", "validation") else "--"
-                left.plot(values, marker + style, color=COLORS[i % len(COLORS)], label=name, linewidth=1.2)
+            for i, (term, values) in enumerate(terms.items()):
+                style = "-" if term in ("training", "validation") else "--"
+                left.plot(values, marker + style, color=COLORS[i % len(COLORS)], label=term, linewidth=1.2)
             right.plot(log["mean_fg_dice"], marker + "-", color=COLORS[0], linewidth=0.8, alpha=0.5)
             right.plot(log["ema_fg_dice"], marker + "-", color=COLORS[0], linewidth=1.4)
             left.set_title(run, loc="left", fontsize=9)
@@ -130,9 +149,12 @@ def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: s
             for ax in (left, right):
                 ax.grid(color=_TEXT, alpha=0.15)
                 ax.tick_params(labelsize=8)
+            logged = {f"loss, {term}": values for term, values in terms.items()}
+            logged |= {"pseudo Dice": log["mean_fg_dice"], "pseudo Dice, moving average": log["ema_fg_dice"]}
+            data += [(run, epoch, what, value) for what, of in logged.items() for epoch, value in enumerate(of)]
         axes[-1][0].set_xlabel("epoch")
         axes[-1][1].set_xlabel("epoch")
-    return figure
+    return Chart(to_svg(figure, name), pd.DataFrame(data, columns=["run", "epoch", "curve", "value"]))
 
 
 def overlay(

@@ -1,4 +1,4 @@
-"""A report's page: its content, made once, written as one file of HTML and as Markdown."""
+"""The page of a report: the same content as one HTML file and as Markdown."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ COLOR_NAMES = dict(zip(
 
 @dataclass
 class Section:
-    """One heading with what belongs to it; what it does not have is empty.
+    """One heading and what stands below it. Each part may be empty.
 
     Attributes:
         rows: of a table, strings.
-        svgs: by file name.
-        legend: name to colour, of the images.
-        images: caption to data URI.
+        charts: by file name, without its ending.
+        legend: of the images, each name with its colour.
+        images: data URIs by their captions.
     """
 
     title: str
     notes: Sequence[str] = ()
     headers: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    svgs: Mapping[str, str] = field(default_factory=dict)
+    charts: Mapping[str, figures.Chart] = field(default_factory=dict)
     legend: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
 
@@ -60,7 +60,10 @@ class Report:
 
 
 def write(report: Report, output: Path) -> Path:
-    """`report.html`, which needs no other file, and `report.md` with its figures beside it."""
+    """Write `report.html`, which needs no other file, and `report.md` with its files in `figures/`.
+
+    Each chart there is a pair of files: `NAME.svg`, and `NAME.csv` with the numbers that it shows.
+    """
     environment = Environment(loader=PackageLoader("nnunet_semiseg.evaluation"), autoescape=True)
     html = environment.get_template("report.html").render(report=report)
     markdown = [f"# {report.title}", *(f"- {name}: {fact}" for name, fact in report.facts.items())]
@@ -69,17 +72,20 @@ def write(report: Report, output: Path) -> Path:
         markdown += [f"## {section.title}", *section.notes]
         if section.rows:
             markdown.append(markdown_table(section.headers, section.rows))
-        pictures = {f"{name}.svg": svg.encode() for name, svg in section.svgs.items()}
+        pictures = {f"{name}.svg": chart.svg.encode() for name, chart in section.charts.items()}
         for i, image in enumerate(section.images.values()):
             pictures[f"{section.title.lower().replace(' ', '_')}_{i}.png"] = base64.b64decode(image.partition(",")[2])
         if section.legend:
             markdown.append("Contours: " + ", ".join(f"{name} {COLOR_NAMES[c]}" for name, c in section.legend.items()))
-        captions = [*section.svgs, *section.images]
+        captions = [*section.charts, *section.images]
         for (name, content), caption in zip(pictures.items(), captions, strict=True):
             (output / "figures").mkdir(exist_ok=True)
             with written_whole(output / "figures" / name) as temporary:
                 temporary.write_bytes(content)
             markdown.append(f"![{caption}](figures/{name})")
+        for name, chart in section.charts.items():
+            write_csv(chart.data, output / "figures" / f"{name}.csv")
+            markdown.append(f"[The numbers of {name}](figures/{name}.csv)")
     text = html_escape("\n\n".join(markdown), quote=False)  # names of cases and classes must not become tags
     for name, content in (("report.md", text + "\n"), ("report.html", html)):
         with written_whole(output / name) as temporary:
@@ -88,13 +94,13 @@ def write(report: Report, output: Path) -> Path:
 
 
 def write_csv(table: pd.DataFrame, file: Path) -> None:
-    """A table without its index, written whole; a text that is a formula in a spreadsheet gets a quote in front."""
+    """Write a table without its index. A text that a spreadsheet would take for a formula gets a quote in front."""
     with written_whole(file) as temporary:
         table.rename(columns=harmless).apply(lambda column: column.map(harmless)).to_csv(temporary, index=False)
 
 
 def harmless(cell):
-    """The cell itself, or a text that begins with = + - @ with a quote in front; `-1.5` is a number and stays one."""
+    """The cell; a text that begins with = + - @ gets a quote in front. `-1.5` is a number and stays one."""
     if not (isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))):
         return cell
     with contextlib.suppress(ValueError):
@@ -104,6 +110,6 @@ def harmless(cell):
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; a `|` within a cell is escaped."""
+    """A table in Markdown. A `|` in a cell is escaped."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

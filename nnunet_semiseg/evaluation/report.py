@@ -14,7 +14,7 @@ from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
 from nnunet_semiseg.evaluation.request import Request, TestSet
-from nnunet_semiseg.evaluation.statistics import caution, differences_from, spreads
+from nnunet_semiseg.evaluation.statistics import SIGNIFICANT, caution, differences_from, spreads
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.runs import RECORD, Run, TrainedRun
 from nnunet_semiseg.training.loss_term_logger import PREFIX
@@ -78,16 +78,14 @@ def write_report(results: Results, output: Path) -> Path:
     baseline = request.trainers[0]
     tested = COMPARED if len(request.trainers) > 1 else ()
     differences = {metric: differences_from(baseline, compared, metric) for metric in tested}
+    case_charts = {f"cases_{metric}": metric for metric in COMPARED}
     sections = [
         summary_section(of_case, request.tolerance),
         *(difference_section(baseline, table, metric) for metric, table in differences.items()),
         class_section(main),
         runs_section(runs),
         cost_section(runs),
-        Section(
-            "Every case",
-            svgs={f"cases_{m}": figures.to_svg(figures.box_plots(main, m, METRICS[m]), f"cases_{m}") for m in COMPARED},
-        ),
+        Section("Every case", charts={n: figures.box_plots(main, m, METRICS[m], n) for n, m in case_charts.items()}),
     ]
     if len(request.labeled) > 1:
         sections.append(share_section(per_case(clean)))
@@ -96,8 +94,7 @@ def write_report(results: Results, output: Path) -> Path:
     names = {run: run.title for run in results.runs if run.num_labeled == size}
     names |= {run: f"{run.title}, all labels ({run.dataset})" for run in results.upper_bound}
     logs = {name: TrainedRun(run).curves for run, name in names.items()}
-    training = figures.to_svg(figures.training_curves(logs, PREFIX), "training")
-    sections.append(Section("Training", svgs={"training": training}))
+    sections.append(Section("Training", charts={"training": figures.training_curves(logs, PREFIX, "training")}))
     sections += overlay_sections(results, compared, size)
     test = "validation cases of the fold" if results.test_set.is_validation else "test cases"
     facts = {
@@ -186,7 +183,7 @@ def difference_section(baseline: str, differences: pd.DataFrame, metric: str) ->
 
 
 def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
-    """The table in a sentence a method."""
+    """The table in words: for each method one sentence, and one more if its interval and its p-value disagree."""
     sentences = []
     for method, d in differences.iterrows():
         if np.isnan(d["p"]):
@@ -196,8 +193,29 @@ def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
         effect = "" if np.isnan(d["effect"]) else f"d_z = {d['effect']:+.2f}; "
         sentences.append(
             f"{method} minus {baseline}: {difference} ({interval(metric, d)}; {effect}p = {d['p_holm']:.2g})."
+            + why_they_disagree(d)
         )
     return f"{METRICS[metric]}: " + " ".join(sentences)
+
+
+def why_they_disagree(d: pd.Series) -> str:
+    """What it means that the interval excludes 0 and p is not small, or the other way round; empty if they agree."""
+    if np.isnan(d["low"]):
+        return ""
+    excludes_zero, is_small = d["low"] > 0 or d["high"] < 0, d["p_holm"] < SIGNIFICANT
+    if excludes_zero == is_small:
+        return ""
+    if excludes_zero:
+        return (
+            f" The interval excludes 0, but p is not below {SIGNIFICANT}: they disagree. The interval is of the mean,"
+            " which a few cases can move, and it is not corrected for the number of methods; p asks whether the cases"
+            " change in one direction. So this comparison does not show a difference: test more cases."
+        )
+    return (
+        f" The interval includes 0, but p is below {SIGNIFICANT}: they disagree. Most cases change in one direction,"
+        " and a few change so much in the other that the mean may be 0. So the mean does not show a difference: look at"
+        " the single cases."
+    )
 
 
 def interval(metric: str, d: pd.Series) -> str:
@@ -282,17 +300,15 @@ def curve_points(of_case: pd.DataFrame, column: str) -> pd.DataFrame:
 def curve_section(
     title: str, note: str, points: pd.DataFrame, xlabel: str, line_at: tuple[str, float] | None = None
 ) -> Section:
-    """Dice against something: a table, and a figure of those points whose `x` is a number."""
+    """A table of Dice against `xlabel`, and its figure."""
     rows = [
         [p["method"], f"{p['x']}", *(number("dice", p[k]) for k in ("mean", "over_runs", "over_cases"))]
         for _, p in points.iterrows()
     ]
-    drawn = points.assign(x=pd.to_numeric(points["x"], errors="coerce")).dropna(subset="x").sort_values("x")
-    lines = {m: (g["x"], g["mean"], g["over_runs"]) for m, g in drawn.groupby("method", sort=False)}
     name = title.lower().replace(" ", "_")
-    figure = figures.to_svg(figures.curves(lines, xlabel, "Dice", line_at), name)
+    chart = figures.curves(points, xlabel, "Dice", name, line_at)
     headers = ["method", xlabel, "Dice", "± over runs", "± over cases"]
-    return Section(title, [note], headers, rows, {name: figure})
+    return Section(title, [note], headers, rows, {name: chart})
 
 
 def share_section(of_case: pd.DataFrame) -> Section:

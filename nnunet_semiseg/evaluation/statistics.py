@@ -7,6 +7,8 @@ import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
+"""a p-value below this is called small"""
 FEW = 10
 """cases: with fewer, what a paired test and a bootstrap say is weak (see `caution`)"""
 

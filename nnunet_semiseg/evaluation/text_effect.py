@@ -70,18 +70,25 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         folder_for(output) if output is not None else run.model_folder.parent / "text_effect" / run.model_folder.name
     )
     with alone(output):
-        jobs, folders = [], {}
+        job, jobs, folders = prediction_job(run, 0, request, test_set, output), [], {}
         for variant in variants:
-            content = prediction_job(run, 0, request, test_set, output).content
-            file, folder = output / f"{variant.name}.safetensors", output / "predictions" / variant.name
-            with written_whole(file) as temporary:
-                temporary.write_bytes(save({FEATURES: variant.features.contiguous()}))
-            content |= {"output": str(folder), "features": str(file)}
-            content["settings"]["features"] = variant.features.sum(1).tolist()
-            jobs.append(Job(f"predict_{variant.name}", f"predicting with {variant.name} prompts", content))
-            folders[variant.name] = folder
+            folders[variant.name] = output / "predictions" / variant.name
+            jobs.append(with_prompts(job, variant, output / f"{variant.name}.safetensors", folders[variant.name]))
         do_all([job for job in jobs if not is_predicted(job, test_set)], devices, output / LOGS)
         return write(make_report(request, run, test_set, variants, folders, output), output)
+
+
+def with_prompts(job: Job, variant: Prompts, file: Path, folder: Path) -> Job:
+    """The same prediction with other text features, which are written into a file for the job."""
+    with written_whole(file) as temporary:
+        temporary.write_bytes(save({FEATURES: variant.features.contiguous()}))
+    content = {
+        **job.content,
+        "output": str(folder),
+        "features": str(file),
+        "settings": {**job.content["settings"], "features": variant.features.sum(1).tolist()},
+    }
+    return Job(f"predict_{variant.name}", f"predicting with {variant.name} prompts", content)
 
 
 def make_variants(run: Run) -> list[Prompts]:
@@ -155,7 +162,7 @@ def make_report(
     write_csv(of_case.drop(columns="run"), output / "cases.csv")
     sections = [
         Section("What the text changes", headers=headers, rows=rows),
-        Section("Every case", svgs={"cases": figures.to_svg(figures.box_plots(scores, "dice", "Dice"), "cases")}),
+        Section("Every case", charts={"cases": figures.box_plots(scores, "dice", "Dice", "cases")}),
     ]
     facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {len(test_set.images)} test cases"}
     del shares["true"]
