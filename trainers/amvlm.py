@@ -390,11 +390,6 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
 
     # ------------------------------------------------------------------------------------------- how good masks are
 
-    def do_split(self):
-        training, validation = super().do_split()
-        self.labeled_cases = training
-        return training, validation
-
     def on_train_start(self):
         super().on_train_start()
         manager = self.label_manager

@@ -99,8 +99,6 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     def decisions(self) -> list[str]:
         """What was decided, why, and which setting overrules it."""
         settings, epochs = self.settings, self.num_epochs
-        first = 0 if self.label_manager.has_regions else 1
-        one_piece = ", ".join(self.class_names()[head - first] for head in self.decide.heads) or "none"
         cases = len(self.unlabeled_cases) + len(self.hidden_cases)
         axes = self.inference_allowed_mirroring_axes
         shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
@@ -108,7 +106,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         return [
             f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
-            f"largest component kept of: {one_piece} (largest_component={settings.largest_component})",
+            f"largest component kept of: {self.decide.one_piece} (largest_component={settings.largest_component})",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
             f"{settings.unlabeled_foreground:.0%} of unlabelled patches around the teacher's foreground, {search}",

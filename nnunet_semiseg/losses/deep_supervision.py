@@ -1,6 +1,8 @@
-"""nnU-Net's loss with its deep supervision, towards pseudo-labels and over parts of an image."""
+"""nnU-Net's loss with deep supervision: towards pseudo-labels, and over a part of the voxels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
@@ -10,18 +12,18 @@ from nnunet_semiseg.losses.segmentation import has_label, on_grid, soft_label_lo
 
 
 def finest_of(loss: nn.Module) -> nn.Module:
-    """nnU-Net's loss for the full resolution alone."""
+    """nnU-Net's loss for a single output, without deep supervision."""
     return loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss  # pyright: ignore[reportReturnType]
 
 
 def pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """nnU-Net's loss towards one target at full resolution; coarser outputs get its nearest neighbours.
+    """nnU-Net's loss towards one target at full resolution. For coarser outputs the target is resampled (nearest).
 
     Args:
         loss: nnU-Net's, with or without deep supervision.
-        output: logits (B, heads, *S), with deep supervision a list of them from fine to coarse.
+        output: logits (B, heads, *S); with deep supervision a list of them, from fine to coarse.
         target: as `hard_pseudo_label` returns it.
-        weight: (B, 1, *S), at least 0, see `weighted_loss`; None: every voxel counts alike.
+        weight: (B, 1, *S), at least 0, see `weighted_loss`. None: all voxels have the same weight.
     """
 
     def of_one(logits: Tensor) -> Tensor:
@@ -29,32 +31,34 @@ def pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None =
             return finest_of(loss)(logits, on_grid(target, logits))
         return weighted_loss(finest_of(loss), logits, on_grid(target, logits), on_grid(weight, logits))
 
-    if isinstance(loss, DeepSupervisionWrapper) and isinstance(output, (list, tuple)):
-        return DeepSupervisionWrapper(of_one, loss.weight_factors)(output)
-    return of_one(output)
+    return _over_outputs(of_one, loss, output)
 
 
 def soft_pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`pseudo_loss` towards probabilities (B, heads, *S), see `soft_label_loss`; coarser outputs get their means."""
+    """`pseudo_loss` towards probabilities (B, heads, *S), see `soft_label_loss`. For coarser outputs they are averaged."""
 
     def of_one(logits: Tensor) -> Tensor:
-        on_its_grid = F.interpolate(target, logits.shape[2:], mode="area")
-        return soft_label_loss(
-            finest_of(loss), logits, on_its_grid, None if weight is None else on_grid(weight, logits)
-        )
+        means = F.interpolate(target, logits.shape[2:], mode="area")
+        return soft_label_loss(finest_of(loss), logits, means, None if weight is None else on_grid(weight, logits))
 
+    return _over_outputs(of_one, loss, output)
+
+
+def _over_outputs(of_one: Callable[[Tensor], Tensor], loss: nn.Module, output) -> Tensor:
+    """The sum of `of_one` over the outputs, with the weights of nnU-Net's deep supervision if there are several."""
     if isinstance(loss, DeepSupervisionWrapper) and isinstance(output, (list, tuple)):
         return DeepSupervisionWrapper(of_one, loss.weight_factors)(output)
     return of_one(output)
 
 
 def loss_where(loss: nn.Module, output, target, mask: Tensor, label_manager) -> Tensor:
-    """nnU-Net's loss over the voxels of a mask that have a label: a mean over these, not over all.
+    """nnU-Net's loss over the labelled voxels of a mask. The mean is taken over these voxels, not over all.
 
     Args:
         loss: nnU-Net's, with or without deep supervision.
-        output: logits, with deep supervision a list of them from fine to coarse.
-        target: as nnU-Net's losses take it, of the same form; or one tensor at full resolution, as in `pseudo_loss`.
+        output: logits; with deep supervision a list of them, from fine to coarse.
+        target: as nnU-Net's losses take it: a tensor, or a list if the output is one. Or one tensor at full resolution,
+            as in `pseudo_loss`.
         mask: (1 or B, 1, *S), bool, at full resolution.
         label_manager: nnU-Net's.
     """

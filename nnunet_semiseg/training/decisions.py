@@ -1,4 +1,4 @@
-"""What a method takes the unlabelled voxels for."""
+"""Pseudo-labels from the output of a network."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nnunet_semiseg.training.class_shares import ClassShares, shares_of
 
 
 class Decisions:
-    """Makes pseudo-labels of logits, and counts their classes.
+    """Makes pseudo-labels from logits, and counts the voxels of each class.
 
     Args:
         label_manager: nnU-Net's.
-        names: of the classes or regions, in the order of the heads, background left out.
-        device: of the training.
+        names: of the classes or regions, in the order of the heads, without the background.
+        device: the device of the training.
 
     Attributes:
-        heads: the classes or regions of which the largest component is kept.
+        heads: pseudo-labels keep only the largest component of these classes or regions.
     """
 
     def __init__(self, label_manager, names: Sequence[str], device: torch.device):
@@ -29,12 +29,19 @@ class Decisions:
         self.heads: Sequence[int] = ()
         self.shares = ClassShares(names, device)
 
+    @property
+    def one_piece(self) -> str:
+        """The names that belong to `heads`, for the log."""
+        first = 0 if self.label_manager.has_regions else 1
+        return ", ".join(self.shares.names[head - first] for head in self.heads) or "none"
+
     @torch.no_grad()
     def __call__(self, logits: Tensor, counts: bool = True) -> Tensor:
         """The pseudo-label of logits (B, heads, *S), in the form of `hard_pseudo_label`.
 
         Args:
-            counts: count its classes; not of labelled samples, where a class that vanishes elsewhere may well be.
+            counts: count its classes. Set it to False for labelled samples: the count is there to show that a class
+                vanishes from the unlabelled ones.
         """
         label = hard_pseudo_label(logits, self.label_manager)
         label = keep_largest_components(label, self.heads, self.label_manager.has_regions)
@@ -44,12 +51,12 @@ class Decisions:
 
     @torch.no_grad()
     def count(self, label: Tensor) -> None:
-        """Count the classes of a pseudo-label that was made otherwise."""
+        """Count the classes of a pseudo-label that was made in another way."""
         self.shares.add_pseudo_labels(self._shares(label))
 
     @torch.no_grad()
     def count_labels(self, target: Tensor) -> None:
-        """Count the classes of a labelled batch's target at full resolution, where it has a label."""
+        """Count the classes in the target of a labelled batch, at full resolution. Ignored voxels do not count."""
         self.shares.add_labels(self._shares(target, has_label(target, self.label_manager)))
 
     def _shares(self, target: Tensor, known: Tensor | None = None) -> Tensor:

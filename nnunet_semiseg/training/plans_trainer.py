@@ -112,6 +112,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             setattr(self, name, getattr(self.settings, name))
         self.logger.local_logger = LossTermLogger()
+        self.labeled_cases: list[str] = []  # training cases whose labels are used; known when the cases are split
         self.hidden_cases: list[str] = []  # labelled cases whose labels must not be seen
         self.reasons = multiprocessing.SimpleQueue()  # what processes that load data could not read
 
@@ -220,10 +221,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def do_split(self):
         with self.ranks.one_first():  # nnU-Net writes the splits where there are none
             split: Any = super().do_split()  # names of cases, which nnU-Net's annotations call arrays
-        training, validation, self.hidden_cases = take_labeled(
+        self.labeled_cases, validation, self.hidden_cases = take_labeled(
             split[0], split[1], self.settings.num_labeled, self.dataset_json
         )
-        return training, validation
+        return self.labeled_cases, validation
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()

@@ -292,6 +292,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             self.bare_network.load_state_dict(self._resume_student)
         self._resume_student = None
         self.decide.heads = self.heads_with_one_component()
+        if keep := getattr(self.settings, "largest_component", None):
+            self.print_to_log_file(f"largest component kept of: {self.decide.one_piece} (largest_component={keep})")
         self.refresh_network()
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
             update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).decay)
@@ -302,20 +304,15 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return list(labels) if self.label_manager.has_regions else sorted(labels, key=labels.__getitem__)
 
     def heads_with_one_component(self) -> Sequence[int]:
-        """Of which the largest component is kept in pseudo-labels, by the setting `largest_component`."""
+        """The classes or regions of which pseudo-labels keep the largest component (setting `largest_component`)."""
         keep = getattr(self.settings, "largest_component", "off")
         if keep == "off":
             return ()
-        first = 0 if self.label_manager.has_regions else 1
-        heads: Sequence[int] = range(first, self.label_manager.num_segmentation_heads)
         if keep == "auto":
-            labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
-            heads = heads_in_one_piece(
-                labeled_cases, self.label_manager, len(self.configuration_manager.patch_size) == 2
-            )
-        names = ", ".join(self.class_names()[head - first] for head in heads)
-        self.print_to_log_file(f"largest_component={keep}: pseudo-labels keep the largest of: {names or 'no class'}")
-        return heads
+            cases = self.dataset_class(self.preprocessed_dataset_folder, self.labeled_cases)
+            return heads_in_one_piece(cases, self.label_manager, len(self.configuration_manager.patch_size) == 2)
+        first = 0 if self.label_manager.has_regions else 1
+        return range(first, self.label_manager.num_segmentation_heads)
 
     def extend_loader(self, augmenter) -> None:
         add_unlabeled_stream(augmenter, self.make_unlabeled_loader, self.views, self.target_maker())
