@@ -35,7 +35,7 @@ def pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None =
 
 
 def soft_pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`pseudo_loss` towards probabilities (B, heads, *S), see `soft_label_loss`. For coarser outputs they are averaged."""
+    """`pseudo_loss` towards probabilities (B, heads, *S): `soft_label_loss`. For coarser outputs they are averaged."""
 
     def of_one(logits: Tensor) -> Tensor:
         means = F.interpolate(target, logits.shape[2:], mode="area")
