@@ -264,8 +264,16 @@ def test_one_process_exchanges_nothing():
     [
         ({}, 2, None),
         ({"unlabeled_batch_size": 4}, 2, None),
-        ({}, 3, f"plans {PLANS}: 3d_fullres: batch_size=2: cannot be divided among 3 processes: use 1 or 2 of them"),
-        ({"unlabeled_batch_size": 3}, 2, "setting unlabeled_batch_size=3: cannot be divided among 2 processes: use 1"),
+        (
+            {},
+            3,
+            f"plans {PLANS}: 3d_fullres: batch_size=2: cannot be divided evenly by 3 processes: use 1 or 2 of them",
+        ),
+        (
+            {"unlabeled_batch_size": 3},
+            2,
+            "setting unlabeled_batch_size=3: cannot be divided evenly by 2 processes: use 1",
+        ),
     ],
 )
 def test_batches_that_cannot_be_divided_are_refused(settings, ranks, message, ready, monkeypatch):

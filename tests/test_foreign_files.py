@@ -226,7 +226,7 @@ def test_a_checkpoint_that_is_none_runs_no_code(trainer_class, content, ready, t
     with pytest.raises(UserError) as refused:
         trainer.load_checkpoint(str(file))
     words = {
-        "evil": "holds ", "cut": "cannot be read (", "list": "is no checkpoint", "text": "cannot be read",
+        "evil": "holds ", "cut": "cannot be read (", "list": "is not an nnU-Net checkpoint", "text": "cannot be read",
         "missing": "no such file",
     }  # fmt: skip
     assert f"checkpoint_latest.pth: {words[content]}" in str(refused.value) and "\n" not in str(refused.value)

@@ -155,7 +155,7 @@ def test_rounds_that_changed_are_refused(ready, changed):
     trainer.initialize()
     file = str(dataset.results / "checkpoint.pth")
     trainer.save_checkpoint(file)
-    with pytest.raises(UserError, match="its training cannot go on, since .*(num_epochs|rounds)"):
+    with pytest.raises(UserError, match="its training cannot continue, because .*(num_epochs|rounds)"):
         make_trainer(SelfTrainingTrainer, dataset, **dict(num_epochs=4) | changed).load_checkpoint(file)
 
 

@@ -407,7 +407,9 @@ def test_a_setting_that_changed_before_going_on_is_named(ready, before, after):
     file = str(dataset.results / "checkpoint.pth")
     trainer.save_checkpoint(file)
     (name, value), *_ = after.items()
-    with pytest.raises(UserError, match=f"its training cannot go on, since {name} was .* and is {value}: set it back"):
+    with pytest.raises(
+        UserError, match=f"its training cannot continue, because {name} was .* and is {value}: set it back"
+    ):
         make_trainer(SemiCMLTrainer, dataset, **after).load_checkpoint(file)
 
 

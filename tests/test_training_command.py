@@ -229,7 +229,7 @@ def test_no_loader_speaks_after_the_reason(what, dataset, monkeypatch, capfd):
             next(trainer.dataloader_train)
 
     monkeypatch.setattr(trainer, "on_train_epoch_end", end)
-    reason = "a reason" if what == "refused" else "a process that loads the data has ended: killed"
+    reason = "a reason" if what == "refused" else "a process that loads the data has ended: it was killed"
     said = []
     monkeypatch.setattr(threading, "excepthook", before := said.append)
     with pytest.raises(UserError, match=reason):

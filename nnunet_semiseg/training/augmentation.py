@@ -9,14 +9,15 @@ MOST = radians(15)
 
 
 def limited(rotation: tuple[float, float]) -> tuple[float, float]:
-    """nnU-Net's range of rotations, in radians, without those that change a side."""
+    """nnU-Net's range of rotations, in radians, limited so that left, right, top and bottom keep their sides."""
     return max(rotation[0], -MOST), min(rotation[1], MOST)
 
 
 def repeatable(transform: BasicTransform) -> BasicTransform:
-    """The same transform, in place, and all in it: blur no longer takes the algorithm that was the faster one just now.
+    """Make a transform, and all transforms inside it, give the same result for the same seed. It is changed in place.
 
-    Which that is differs between runs, and so would the last digits of what a seed ought to fix.
+    Blur measures which of two algorithms is faster and takes that one. The choice differs between runs, and the last
+    digits of the result differ with it. Here the measurement is turned off.
     """
     if isinstance(transform, GaussianBlurTransform):
         transform.benchmark = False

@@ -1,4 +1,4 @@
-"""What a training step is given."""
+"""The data of one training step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch.utils._pytree import tree_map_only
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of both streams, on the training's device.
+    """One batch of the labelled and the unlabelled stream, on the device of the training.
 
     Attributes:
         images: labelled patches (B, C, *S), normalised as in the plans.
-        target: their labels as nnU-Net's loss takes them: (B, 1 or regions, *S), with deep supervision a list of
-            these from fine to coarse.
-        views: the views of the unlabelled patches by name, each (B_u, C, *S); their voxels lie on each other.
+        target: their labels as nnU-Net's loss takes them: (B, 1 or regions, *S); with deep supervision a list of
+            these, from fine to coarse.
+        views: the views of the unlabelled patches by name, each (B_u, C, *S). A voxel shows the same place in
+            all views.
         extra: what the method's `target_maker` makes, by name.
         cases: the names of the unlabelled cases.
     """
@@ -30,15 +31,15 @@ class Batch:
 
     @classmethod
     def from_loader(cls, batch: dict, device: torch.device) -> Batch:
-        """The loader's dictionary, its tensors sent to the device without waiting for them."""
+        """Make a batch from the loader's dictionary. Its tensors are sent to the device without waiting for them."""
         tensors = {key: batch[key] for key in ("data", "target", "views", "extra")}
         tensors = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), tensors)
         return cls(images=tensors.pop("data"), cases=batch["cases"], **tensors)
 
     def streams(self, view: str) -> list[tuple[Tensor, Tensor | list[Tensor] | None, float]]:
-        """Images, target (None: unlabelled) and share of all samples, for the labelled stream and for one view.
+        """For the labelled stream and for one view: images, target (None if unlabelled) and share of all samples.
 
-        A mean over both streams is the sum of their means, each times its share.
+        The mean over all samples is the sum over the streams of share times the stream's mean.
         """
         unlabeled = self.views[view]
         share = len(unlabeled) / (len(self.images) + len(unlabeled))

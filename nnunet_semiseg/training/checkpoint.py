@@ -1,4 +1,4 @@
-"""Checkpoints: read, collected from nnU-Net, written whole, and compared with the settings of now."""
+"""Read and write checkpoints, and compare their settings with the present ones."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from nnunet_semiseg.schema import TRUST, is_trusted
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES
 
 CONTINUE_FROM = "nnUNet_semiseg_continue_from"
-"""a variable: the checkpoint whose weights a new training begins with"""
+"""an environment variable: a new training begins with the weights of this checkpoint"""
 
 _NUMPY: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
-"""what NumPy pickles its numbers and arrays with; NumPy 1 and NumPy 2 call their module differently"""
+"""the functions with which NumPy unpickles numbers and arrays; their module is named differently in NumPy 1 and 2"""
 
 HARMLESS = [
     np.ndarray,
@@ -32,22 +32,23 @@ HARMLESS = [
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool")),
     *((function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core") for function in _NUMPY),
 ]
-"""what else may be in a checkpoint: nnU-Net's log and the states of random generators are made of these"""
+"""other classes that a checkpoint may hold: nnU-Net's log and the states of random generators consist of them"""
 
 
 KEYS = ("network_weights", "init_args", "logging")
 
 
 def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, keys: Sequence[str] = KEYS) -> dict:
-    """A checkpoint, on the CPU, from its file or as it is; no code that a file may hold is run.
+    """Read a checkpoint onto the CPU, from a file or from a dictionary. Code in the file is not run.
 
     Args:
-        fix: what to do where the file is missing or damaged.
-        mmap: its tensors stay on the disk until they are used.
-        keys: of what it must hold, each a dictionary.
+        fix: how to fix a missing or damaged file, for the message.
+        mmap: leave the tensors on the disk until they are used.
+        keys: the checkpoint must have these keys, and each must be a dictionary.
 
     Raises:
-        UserError: no such file, damaged, not one of nnU-Net's, or it holds more than numbers and can run code.
+        UserError: the file is missing, damaged or not a checkpoint of nnU-Net; or it holds more than numbers, so that
+            loading it could run code.
     """
     if isinstance(checkpoint, dict):
         return checkpoint
@@ -60,12 +61,12 @@ def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, key
     except Exception as e:  # a damaged checkpoint raises nearly anything
         content = _read_trusted(checkpoint, fix, e)
     if missing := [k for k in keys if not (isinstance(content, dict) and isinstance(content.get(k), dict))]:
-        raise UserError(f"{checkpoint}: is no checkpoint of nnU-Net's (it has no {missing[0]}): {fix}")
+        raise UserError(f"{checkpoint}: is not an nnU-Net checkpoint (it has no {missing[0]}): {fix}")
     return content
 
 
 def _check_sums(file: str | os.PathLike) -> None:
-    """Raises BadZipFile where a part of a file is not what was written: torch does not look at the checksums."""
+    """Raises BadZipFile if a part of the file has a wrong checksum. torch does not look at the checksums."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as parts:
             if damaged := parts.testzip():
@@ -73,15 +74,15 @@ def _check_sums(file: str | os.PathLike) -> None:
 
 
 def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:
-    """A checkpoint that holds objects of other classes, if the user says that it may run code."""
+    """Read a checkpoint that holds objects of other classes, if the user allows it to run code."""
     try:
         with safe_globals(HARMLESS):
             unknown = get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # not to be read at all
+    except Exception:  # it cannot be read at all
         unknown = []
     if not unknown:
         raise UserError(f"{file}: cannot be read ({type(error).__name__}): {fix}") from None
-    warning = f"{file}: holds {', '.join(unknown[:3])}, so that loading it can run code that is in it"
+    warning = f"{file}: holds {', '.join(unknown[:3])}; loading this file can run code that is in it"
     if not is_trusted():
         raise UserError(f"{warning}: if you trust where it comes from, export {TRUST}=1") from None
     print(f"WARNING: {warning}")
@@ -89,61 +90,61 @@ def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:
 
 
 def collect(save: Callable[[Any], None]) -> dict:
-    """The dictionary that nnU-Net's `save_checkpoint` writes: it builds and writes it in one go.
+    """The dictionary that nnU-Net's `save_checkpoint` would write. That method makes and writes it in one go.
 
     Args:
-        save: that method; it asks for a file's name, and takes an open file as well, as `torch.save` does.
+        save: nnU-Net's method. It takes a file name; as `torch.save` does, it takes an open file, too.
     """
     buffer = io.BytesIO()
     save(buffer)
     buffer.seek(0)
-    return torch.load(buffer, map_location="cpu", weights_only=False)  # written by this process: nothing foreign
+    return torch.load(buffer, map_location="cpu", weights_only=False)  # this process wrote it: it is safe
 
 
 def write(checkpoint: dict, filename: str | os.PathLike) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a checkpoint so that the file is complete or does not appear at all.
 
     Raises:
-        DiskError: the disk is full or read-only; the file is as it was.
+        DiskError: the disk is full or read-only. An older file of this name is unchanged.
     """
-    buffer = io.BytesIO()  # torch.save hides what a full disk says
+    buffer = io.BytesIO()  # torch.save does not report a full disk well
     torch.save(checkpoint, buffer)
     with written_whole(Path(filename)) as temporary, open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
-        os.fsync(file.fileno())  # some shared disks say only now that they are full
+        os.fsync(file.fileno())  # some network disks report only now that they are full
 
 
 def refuse_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> None:
-    """Refuse to go on with other settings than those that a training was started with.
+    """Refuse to continue a training with settings that differ from those it was started with.
 
     Args:
-        changed: of `changed_settings`.
-        name: of the checkpoint's file, for the message.
+        changed: the result of `changed_settings`.
+        name: the checkpoint's file, for the message.
 
     Raises:
-        UserError: settings differ; it says which, how to set them back, and how to go on with the new ones.
+        UserError: settings differ. The message says which, how to set them back, and how to accept the new ones.
     """
     if changed:
         back = " ".join(f"{key}={json.dumps(old)}" for key, (old, _) in changed.items())
         raise UserError(
-            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with --set {back}, or go on"
-            f" with the new ones: nnunet_semiseg train ... --c --accept-changes, or {ACCEPT_CHANGES}=1 nnUNetv2_train"
-            " ... --c"
+            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with --set {back}, or"
+            f" continue with the new ones: nnunet_semiseg train ... --c --accept-changes, or {ACCEPT_CHANGES}=1"
+            " nnUNetv2_train ... --c"
         )
 
 
 @contextmanager
 def fitting(changed: dict[str, tuple[Any, Any]], name: str, fix: str) -> Iterator[None]:
-    """Say why a checkpoint that is loaded here does not fit: settings changed since, or it is another model's.
+    """If the checkpoint that is loaded in this block does not fit, say why: a setting changed, or it is another model.
 
     Args:
-        changed: of `changed_settings`.
-        name: of the checkpoint's file, for the message.
-        fix: what to do where no setting changed.
+        changed: the result of `changed_settings`.
+        name: the checkpoint's file, for the message.
+        fix: what to do if no setting changed.
 
     Raises:
-        UserError: it does not fit.
+        UserError: the checkpoint does not fit.
     """
     try:
         yield
@@ -152,8 +153,8 @@ def fitting(changed: dict[str, tuple[Any, Any]], name: str, fix: str) -> Iterato
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as e:
         if changed:
             raise UserError(
-                f"{name}: its training cannot go on, since {_sentence(changed)}: set it back with --set, or train again"
-                " without --c"
+                f"{name}: its training cannot continue, because {_sentence(changed)}: set it back with --set, or train"
+                " again without --c"
             ) from None
         what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{name}: does not fit this training ({what}): {fix}") from None

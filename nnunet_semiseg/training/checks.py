@@ -1,4 +1,4 @@
-"""What has to be there before a training starts."""
+"""Checks before a training starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nnunet_semiseg.schema import read_splits
 
 
 def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuration: str, fold) -> None:
-    """Refuse a fold that has no labelled case to train on, in the terms of nnU-Net's `do_split`.
+    """Refuse a fold without a labelled training case. The folds are those of nnU-Net's `do_split`.
 
     Raises:
-        UserError: the labelled data is not preprocessed, the fold is empty, or its cases are not there; what
+        UserError: the labelled data is not preprocessed; the fold is empty, or its cases do not exist; or what
             `check_labeled_data` refuses.
     """
     name = plans["dataset_name"]
@@ -33,41 +33,41 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
         splits_file = join(preprocessed_folder_base, "splits_final.json")
         if isfile(splits_file):
             splits = read_splits(Path(splits_file), "correct the file, or delete it to have new folds")
-            # a fold past the file is drawn at random by nnU-Net, 80 % for training
+            # nnU-Net splits at random for a fold that is not in the file: 80 % for training
             drawn = {"train": list(cases)[: int(len(cases) * 0.8)], "val": list(cases)[int(len(cases) * 0.8) :]}
             split = splits[fold] if fold < len(splits) else drawn
             training = split["train"]
             if training and not split["val"]:
-                raise UserError(f"{splits_file}: fold {fold} has no validation case: name one, or use fold all")
+                raise UserError(f"{splits_file}: fold {fold} has no validation case: add one, or use fold all")
             if missing := {*split["train"], *split["val"]} - cases:
                 raise UserError(
-                    f"{splits_file}: fold {fold} has {sorted(missing)[0]}, which is not in {folder};"
+                    f"{splits_file}: fold {fold} has {sorted(missing)[0]}, which is not in {folder}:"
                     f" correct the file, or preprocess the case"
                 )
         else:
             if len(cases) < 5:
-                folds = f", or nnunet_semiseg plan_and_preprocess -d {_id(name)}, which writes leave-one-out splits"
+                folds = f", or run nnunet_semiseg plan_and_preprocess -d {_id(name)}, which writes leave-one-out splits"
                 raise UserError(
-                    f"{splits_file} is missing and {len(cases)} labelled cases are too few for nnU-Net's five"
-                    f" folds; use fold all{folds if len(cases) > 1 else ''}"
+                    f"{splits_file}: missing, and {len(cases)} labelled cases are too few for nnU-Net's five"
+                    f" folds: use fold all{folds if len(cases) > 1 else ''}"
                 )
             training = cases
     if not training:
-        raise UserError(f"{folder}: fold {fold} has no labelled case to train on; use fold all")
+        raise UserError(f"{folder}: fold {fold} has no labelled case to train on: use fold all")
     raw = Path(os.environ["nnUNet_raw"], name) if os.environ.get("nnUNet_raw") else None
     has_raw = raw is not None and (raw / "dataset.json").is_file()
     check_labeled_data(Path(preprocessed_folder_base), raw if has_raw else None, plans, configuration)
 
 
 def check_batch_fits(plans: dict, configuration: str, samples: int, dataset_json: dict, what: str) -> None:
-    """Refuse a batch whose images alone take more than the machine's memory.
+    """Refuse a batch whose images need more memory than the computer has.
 
     Args:
-        samples: patches in the batch, or in what becomes one.
-        what: what is too large, and how to fix it.
+        samples: the number of patches in the batch.
+        what: what is too large, and how to fix it, for the message.
 
     Raises:
-        UserError: says what it takes.
+        UserError: the batch does not fit. The message says how much memory it needs.
     """
     patch, memory = PlansManager(plans).get_configuration(configuration).patch_size, total_memory()
     needed = samples * math.prod(map(int, patch)) * len(channel_names(dataset_json)) * 4
@@ -77,15 +77,15 @@ def check_batch_fits(plans: dict, configuration: str, samples: int, dataset_json
 
 
 def check_depth(plans: dict, configuration: str) -> None:
-    """Refuse a network without a decoder: nnU-Net halves no axis of less than 8 voxels.
+    """Refuse a network without a decoder. nnU-Net makes one if no axis has 8 voxels or more.
 
     Raises:
-        UserError: the network has one stage.
+        UserError: the network has only one stage.
     """
     manager = PlansManager(plans).get_configuration(configuration)
     if len(manager.pool_op_kernel_sizes) == 1:
         raise UserError(
-            f"plans {plans['plans_name']}: {configuration}: the images are too small for a U-Net, its patch is"
+            f"plans {plans['plans_name']}: {configuration}: the images are too small for a U-Net: the patch is"
             f" {' x '.join(map(str, manager.patch_size))}, and nnU-Net needs an axis of 8 voxels or more: choose"
             " another configuration with -c, or resample the images to a smaller spacing"
         )
@@ -96,10 +96,10 @@ def _id(dataset_name: str) -> int:
 
 
 def check_there_are_pairs(settings, plans: dict, configuration: str, what: str, or_else: str = "") -> None:
-    """Refuse fewer unlabelled than labelled samples in a batch, for a method that mixes one with the other.
+    """Refuse a batch with fewer unlabelled than labelled samples, for a method that mixes them in pairs.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer unlabelled samples.
     """
     unlabeled = settings.unlabeled_batch_size
     if configuration not in plans["configurations"] or unlabeled is None:
@@ -108,5 +108,5 @@ def check_there_are_pairs(settings, plans: dict, configuration: str, what: str, 
     if unlabeled < batch_size:
         raise UserError(
             f"setting unlabeled_batch_size={unlabeled}: {what} mixes each of the {batch_size} labelled samples of a"
-            f" batch with an unlabelled one; set it to {batch_size} or more{f', {or_else}' if or_else else ''}"
+            f" batch with an unlabelled one: set it to {batch_size} or more{f', {or_else}' if or_else else ''}"
         )

@@ -1,4 +1,4 @@
-"""The classes in the pseudo-labels of an epoch, against those in the labels: one that vanishes is seen at once."""
+"""How often each class is in the pseudo-labels and in the labels of an epoch. It shows when a class vanishes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 VANISHING = 0.05
-"""a class's share of the pseudo-labels, as a part of its share of the labels, below which it is vanishing"""
+"""a class is vanishing if its share of the pseudo-labels is less than this part of its share of the labels"""
 SETTLED = 0.1
-"""share of a training before which a class is not missed"""
+"""no class is reported as vanishing before this share of the training"""
 
 
 class ClassShares:
-    """Sums over an epoch, on the training's device: nothing waits for the GPU before the epoch's end.
+    """The share of voxels of each class, added up over an epoch on the device of the training.
 
-    Labelled patches are drawn around foreground more often than unlabelled ones, so that of a class that is learnt well
-    the shares may differ by a factor of a few.
+    The GPU is waited for only at the end of the epoch. Labelled patches are taken from the foreground more often than
+    unlabelled ones. So the shares of a class that is learnt well may still differ by a factor of a few.
 
     Args:
-        names: of the classes or regions, background left out.
+        names: of the classes or regions, without the background.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device):
@@ -30,19 +30,19 @@ class ClassShares:
         self.missing: set[str] = set()
 
     def add_labels(self, shares: Tensor) -> None:
-        """Shares (heads,) as `shares_of` gives them, of a labelled batch."""
+        """Add the shares (heads,) of a labelled batch, see `shares_of`."""
         self._add(0, shares)
 
     def add_pseudo_labels(self, shares: Tensor) -> None:
-        """Shares (heads,) as `shares_of` gives them, of what an unlabelled batch is taken for."""
+        """Add the shares (heads,) of the pseudo-labels of an unlabelled batch, see `shares_of`."""
         self._add(1, shares)
 
     def _add(self, row: int, shares: Tensor) -> None:
-        self.sums[row] += shares[-len(self.names) :]  # classes have a head for the background
+        self.sums[row] += shares[-len(self.names) :]  # for classes the first head is the background
         self.counts[row] += 1
 
     def end_epoch(self, progress: float) -> list[str]:
-        """Lines for the log, and begin anew.
+        """The lines for the log. The sums are set to 0.
 
         Args:
             progress: of the training, 0 to 1.
@@ -74,9 +74,9 @@ def shares_of(target: Tensor, heads: int, regions: bool, known: Tensor | None = 
 
     Args:
         target: as nnU-Net's losses take it: classes (B, 1, *S), or regions (B, heads or more, *S).
-        heads: how many classes or regions.
-        regions: whether the target has a channel for each.
-        known: (B, 1, *S), bool; voxels to count. None: all.
+        heads: the number of classes or regions.
+        regions: whether the target is one of regions, with one channel for each.
+        known: (B, 1, *S), bool: the voxels that are counted. None: all.
     """
     masks = [target[:, i : i + 1].bool() if regions else target == i for i in range(heads)]
     if known is None:

@@ -1,8 +1,8 @@
-"""One training in several processes (ranks): what they add up, agree on and wait for.
+"""One training in several processes (ranks): what they add up, what they agree on, and when they wait.
 
-Each rank has its part of every batch, and weights that are the same everywhere, for all take the same step. nnU-Net has
-torch's `DistributedDataParallel` for this. It knows of one network and one backward pass, and here are several of both:
-so there is one reduction of all gradients, after the last backward pass.
+Each rank has a part of every batch. All ranks have the same weights, because all take the same step. nnU-Net uses
+torch's `DistributedDataParallel` for this. That class expects one network and one backward pass; here there are several
+of both. So all gradients are averaged at once, after the last backward pass.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch import Tensor, distributed, nn
 from nnunet_semiseg.errors import UserError
 
 PATIENCE = timedelta(days=7)
-"""how long a rank waits for others that are alive, and label or validate whole cases; one that died is noticed"""
+"""how long a rank waits for ranks that are busy with whole cases; a rank that died is noticed at once"""
 
 
 class Ranks:
-    """The processes of this training; of one process, methods give back what they are given.
+    """The processes of this training. If there is only one, the methods return what they are given.
 
-    Every method that exchanges something is to be called by all ranks, in the same order.
+    All ranks must call the methods that exchange data, in the same order.
 
     Attributes:
-        number, of: which of how many processes this is.
+        number, of: this is process `number` (from 0) of `of` processes.
     """
 
     def __init__(self):
@@ -44,24 +44,24 @@ class Ranks:
     # ------------------------------------------------------------------------------------------------- what each has
 
     def part(self, batch_size: int | None) -> int | None:
-        """How many of a batch's samples this rank has."""
+        """The number of samples of a batch that this rank has."""
         return None if batch_size is None else batch_size // self.of
 
     def check_even(self, what: str, batch_size: int | None) -> None:
-        """Raises UserError where a batch cannot be divided: a mean over ranks would not be one over samples."""
+        """Raises UserError if a batch cannot be divided evenly. The mean over ranks would not be that over samples."""
         if batch_size is not None and batch_size % self.of:
             fits = " or ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
-            raise UserError(f"{what}={batch_size}: cannot be divided among {self.of} processes: use {fits} of them")
+            raise UserError(f"{what}={batch_size}: cannot be divided evenly by {self.of} processes: use {fits} of them")
 
     def seed(self, seed: int | None) -> int | None:
-        """A seed for this rank: the first one's is the training's; None stays None where there is one rank alone."""
+        """The seed of this rank. The first rank has that of the training. None stays None if there is one rank."""
         if not self.number:
             return seed
         entropy = None if seed is None else (seed, self.number)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def device(self, device: torch.device) -> torch.device:
-        """The GPU of this rank, of the machine that it is on; on a CPU the ranks share the cores."""
+        """The GPU of this rank on its computer. On a CPU the ranks share the cores."""
         if self.of > 1 and device.type == "cuda":
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.number)))
         if self.of > 1:
@@ -71,16 +71,17 @@ class Ranks:
     # ------------------------------------------------------------------------------------------- what they exchange
 
     def mean_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Give each parameter the mean of all ranks' gradients, in one reduction.
+        """Replace each parameter's gradient by its mean over all ranks, in one exchange.
 
-        One that has none on any rank keeps none, as the optimizer would else decay it; on some ranks, none is 0.
+        A parameter without a gradient on every rank keeps none; otherwise the optimizer would apply weight decay to it.
+        A parameter without a gradient on some ranks counts as 0 there.
         """
         if self.of == 1:
             return
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         distributed.all_reduce(
             has, distributed.ReduceOp.MAX, group=self._group(has)
-        )  # on the CPU: no GPU is waited for
+        )  # on the CPU, so that no GPU is waited for
         trained = [p for p, taken in zip(parameters, has.tolist(), strict=True) if taken]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
         distributed.all_reduce(flat)
@@ -101,7 +102,7 @@ class Ranks:
         return total
 
     def gather(self, thing: Any) -> list[Any]:
-        """What every rank has, a picklable object each."""
+        """A list of what each rank gives. It must be picklable."""
         if self.of == 1:
             return [thing]
         things: list[Any] = [None] * self.of
@@ -109,7 +110,7 @@ class Ranks:
         return things
 
     def copy_first(self, *modules: nn.Module) -> None:
-        """Give the first rank's weights and buffers to all: each has drawn its own."""
+        """Copy the first rank's weights and buffers to all ranks: each rank has initialised its own at random."""
         if self.of == 1:
             return
         for module in modules:
@@ -125,7 +126,7 @@ class Ranks:
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """The first rank does it, then all others do: for what is made where it is missing, and then read."""
+        """The first rank runs the block, then the others do: for a file that the first makes and the others read."""
         if self.number:
             self.wait()
         yield
@@ -133,7 +134,7 @@ class Ranks:
             self.wait()
 
     def _group(self, x: Tensor) -> Any:
-        """The group that can send a tensor from where it lies: NCCL's sends nothing from a CPU."""
+        """The group that can send this tensor. NCCL cannot send tensors of a CPU."""
         return cpu_group() if x.device.type == "cpu" else None
 
 
@@ -143,7 +144,7 @@ def several_processes() -> bool:
 
 
 def cpu_group() -> Any:
-    """A group of all ranks for tensors on the CPU; the first call is to be made by all ranks."""
+    """A group of all ranks for tensors on the CPU. All ranks must make the first call."""
     return _cpu_group(distributed.group.WORLD)
 
 
@@ -154,9 +155,9 @@ def _cpu_group(world: Any) -> Any:
 
 @contextmanager
 def told(trainer: Any, several: bool) -> Iterator[None]:
-    """Let a method of nnU-Net's believe that there are several processes, or one.
+    """Let a method of nnU-Net see several processes, or one.
 
-    Of several, some of its methods look for a network in torch's wrapper, and ours is in none.
+    If there are several, some of its methods expect the network in torch's wrapper. Ours is not in one.
     """
     before, trainer.is_ddp = trainer.is_ddp, several
     try:
@@ -169,17 +170,17 @@ def told(trainer: Any, several: bool) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks for all; before they have met, too."""
+    """Whether this process prints and writes for all. It can be called before the processes have joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun has started this process, and others with it."""
+    """Whether torchrun started this process and others with it."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def join(device: str) -> None:
-    """Meet the other processes, if torchrun has started any; once they have met, nothing happens."""
+    """Join the other processes, if torchrun started any. A second call does nothing."""
     if not is_one_of_several() or distributed.is_initialized():
         return
     _end_with_parent()
@@ -189,46 +190,46 @@ def join(device: str) -> None:
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have come here."""
     Ranks().wait()
 
 
 def part() -> None:
-    """Leave the other processes, all of which have ended their work."""
+    """Leave the group of processes. All have finished their work."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def launch(number: int, words: Iterable[str]) -> None:
-    """Run `nnunet_semiseg WORDS` in so many processes of this machine, by torchrun. What they print comes through.
+    """Run `nnunet_semiseg WORDS` in this number of processes, by torchrun. Their output is shown.
 
     Raises:
-        UserError: one of them was killed.
-        SystemExit: one of them has failed, and has said why.
+        UserError: a process was killed.
+        SystemExit: a process failed and has printed the reason.
     """
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells failures at length
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints long reports of failures
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would do so with a warning
     try:
         main(["--standalone", f"--nproc_per_node={number}", "-m", "nnunet_semiseg.cli", *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        with suppress(ProcessLookupError, PermissionError):  # torchrun leaves what a killed process had started
+        with suppress(ProcessLookupError, PermissionError):  # torchrun does not end the children of a killed process
             os.killpg(failure.pid, signal.SIGKILL)
         if failure.exitcode >= 0:
             raise SystemExit(failure.exitcode) from None
         raise UserError(
-            f"process {rank} of {number} was killed ({signal.Signals(-failure.exitcode).name}), often for want of"
-            " memory, and the others were ended: go on with --c"
+            f"process {rank} of {number} was killed ({signal.Signals(-failure.exitcode).name}), often because memory"
+            " ran out; the others were ended: continue with --c"
         ) from None
 
 
 def _end_with_parent() -> None:
-    """A rank whose torchrun was killed would train on, beside the next; its loaders' processes end with it."""
+    """End this rank when torchrun is killed. It would train on otherwise. The loaders' processes end with it."""
     parent = os.getppid()
 
     def watch():

@@ -1,4 +1,4 @@
-"""Whether a training still has numbers to learn from."""
+"""Find losses and weights that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nnunet_semiseg.training.loss_term_logger import PREFIX
 
 
 def what_is_not_finite(log: Mapping[str, Sequence], weights: Iterable[Tensor]) -> str | None:
-    """What is NaN or infinite at the end of an epoch, in words; None where all is finite.
+    """What is NaN or infinite at the end of an epoch, in words. None if everything is finite.
 
     Args:
-        log: nnU-Net's, with a value an epoch: `train_losses`, and terms that begin with `loss/`.
+        log: nnU-Net's log, with one value for each epoch: `train_losses`, and terms that begin with `loss/`.
     """
     loss = log["train_losses"][-1]
     if not math.isfinite(loss):

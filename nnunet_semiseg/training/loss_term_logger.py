@@ -1,4 +1,4 @@
-"""nnU-Net's logger, which also takes, keeps and draws the terms of a loss."""
+"""nnU-Net's logger, which also keeps and plots the terms of a loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX = "loss/"
 
 
 class LossTermLogger(LocalLogger):
-    """Keys that begin with `loss/` may appear at any epoch; the epochs before are filled with NaN."""
+    """A key that begins with `loss/` may first appear in any epoch. The epochs before are filled with NaN."""
 
     @property
     def terms(self) -> list[str]:
@@ -26,7 +26,7 @@ class LossTermLogger(LocalLogger):
         super().log(key, value, epoch)
 
     def plot_progress_png(self, output_folder):
-        """nnU-Net's `progress.png` with a panel of loss terms below."""
+        """nnU-Net's `progress.png` with one more panel for the loss terms."""
         super().plot_progress_png(output_folder)
         if not self.terms:
             return
@@ -36,7 +36,7 @@ class LossTermLogger(LocalLogger):
         ax.set(xlabel="epoch", ylabel="loss term, as it enters the sum")
         ax.legend(loc=(0, 1), ncols=4)
         figure.canvas.draw()
-        canvas: Any = figure.canvas  # of Agg, which nnU-Net chooses
+        canvas: Any = figure.canvas  # an Agg canvas, which nnU-Net chooses
         panel = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         plt.close(figure)
         with Image.open(join(output_folder, "progress.png")) as above:

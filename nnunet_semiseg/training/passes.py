@@ -1,4 +1,4 @@
-"""How a network's passes run: in bfloat16 on a CPU, or one sample at a time."""
+"""Change how a network runs: in bfloat16 on a CPU, or one sample at a time."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 PASSES = ("encode", "decode")
-"""the methods that run the layers of a network that is run in halves; `forward` calls them. Others have `forward`."""
+"""methods of a network that runs in two halves; its `forward` calls them. Other networks have `forward` only."""
 PAIRED = ("paired",)
-"""what runs a network in which samples touch each other"""
+"""a method of a network in which the samples of a batch influence each other"""
 
 
 def run_in_bfloat16(network: nn.Module) -> None:
-    """From now on this network's passes on a CPU run under autocast to bfloat16; logits are float32.
+    """Run this network on a CPU under autocast to bfloat16 from now on. The logits are float32.
 
-    Losses stay in float32, as under nnU-Net's mixed precision on a GPU. bfloat16 has float32's range, so that no
-    gradient needs scaling. A deep copy of the network (a teacher) does the same with its own weights.
+    Losses stay in float32, as under nnU-Net's mixed precision on a GPU. bfloat16 has the range of float32, so gradients
+    need no scaling. A deep copy of the network (a teacher) runs in the same way with its own weights.
     """
     wrap_passes(network, in_bfloat16, PAIRED)
 
 
 def run_sample_by_sample(network: nn.Module) -> None:
-    """From now on a pass with gradients runs on one sample after the other, and keeps the feature maps of none.
+    """Run this network on one sample after the other when gradients are needed. Feature maps are not kept.
 
-    Backward computes them again (`torch.utils.checkpoint`). No sample may touch another, as with instance norm.
+    The backward pass computes them again (`torch.utils.checkpoint`). Samples must not influence each other; with
+    instance normalisation they do not.
     """
     wrap_passes(network, sample_by_sample)
 
 
 def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable], more: Sequence[str] = ()) -> None:
-    """Replace the network's passes, in place. What torch.compile made of `forward` is wrapped from outside."""
+    """Replace the methods that run the network, in place. A compiled `forward` is wrapped from outside."""
     inner = getattr(network, "_orig_mod", network)
     for name in (*(PASSES if hasattr(inner, PASSES[0]) else ("forward",)), *more):
         owner = network if name == "forward" else inner
@@ -44,27 +45,27 @@ def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable], more: 
 
 
 def as_method(function: Callable) -> Callable:
-    """A function that takes the module first, of a bound method or of what torch.compile left in its place."""
+    """A function that takes the module first, made from a bound method or from what torch.compile put in its place."""
     if hasattr(function, "__func__"):
         return function.__func__
     return lambda self, *args, **kwargs: function(*args, **kwargs)
 
 
 def in_bfloat16(function: Callable) -> Callable:
-    """A pass under autocast to bfloat16 on the CPU; it returns float32, but for features that a decoder reads."""
+    """Run a function under autocast to bfloat16 on the CPU. It returns float32, except features for a decoder."""
 
     @wraps(function)
     def run(self, *args, **kwargs):
         with torch.autocast("cpu", torch.bfloat16):
             output = function(self, *args, **kwargs)
-        # decoders read features, and take bfloat16
+        # a decoder reads features, and takes bfloat16
         return output if function.__name__ in ("encode", *PAIRED) else tree_map_only(Tensor, Tensor.float, output)
 
     return run
 
 
 def sample_by_sample(function: Callable) -> Callable:
-    """A pass that, where gradients are on, takes (1, C, *S) at a time and is computed again by backward."""
+    """When gradients are on, run a function on (1, C, *S) at a time. The backward pass computes it again."""
 
     @wraps(function)
     def run(self, x, *args, **kwargs):

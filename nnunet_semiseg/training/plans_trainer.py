@@ -1,4 +1,4 @@
-"""The base of every trainer of this package: nnU-Net's trainer with settings from the plans."""
+"""The base of all trainers of this package: nnU-Net's trainer, with settings that it reads from the plans."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ S = TypeVar("S", bound=TrainingSettings)
 
 LAST = ("checkpoint_latest.pth", "checkpoint_best.pth")
 SETTINGS, LOCK = "settings.json", "training.lock"
-"""in a training's folder: the settings that it was started with; who trains or validates now"""
+"""files in a training's folder: the settings it was started with; the lock of the process that trains or validates"""
 
 
 class PlansTrainer(nnUNetTrainer, Generic[S]):
-    """nnU-Net's trainer, with the length, the seed, and the number of labels that the plans' settings say.
+    """nnU-Net's trainer. The settings in the plans give the length, the seed, the number of labels and more.
 
     Class attributes:
-        settings_class: the type argument of the base class, `PlansTrainer[MySettings]`.
+        settings_class: taken from the type argument of the base class, `PlansTrainer[MySettings]`.
     """
 
     settings_class: type[TrainingSettings] = TrainingSettings
     settings: S
-    # by nnU-Net's annotations these can be None; from `initialize` on they are not
+    # nnU-Net's annotations allow None; from `initialize` on these are not None
     network: Any
     loss: Any
     optimizer: Any
@@ -89,11 +89,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ):
-        # before nnU-Net's own __init__, which makes the output folder: what is refused leaves nothing behind
+        # before nnU-Net's own __init__, which makes the output folder: a refused training must leave nothing behind
         plans = with_given(plans)
         try:
             self.settings = cast(S, read_settings(self.settings_class, plans))
-        except UserError as error:  # what --set gave is looked at already
+        except UserError as error:  # the values of --set were checked before, so the error is in the plans
             raise UserError(f"{plans_file(plans)}: {error}") from None
         self.goes_on = plans.get("continue_training", False)
         self.ranks = Ranks()
@@ -106,26 +106,26 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         with disk_errors(str(nnUNet_results)):
             self.refuse_a_second(plans, configuration, fold)
             super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.is_ddp:  # nnU-Net has several processes on GPUs alone, and of one machine
+        if self.is_ddp:  # nnU-Net itself has several processes only on GPUs of one computer
             self.device = self.ranks.device(device)
             self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             setattr(self, name, getattr(self.settings, name))
         self.logger.local_logger = LossTermLogger()
         self.labeled_cases: list[str] = []  # training cases whose labels are used; known when the cases are split
-        self.hidden_cases: list[str] = []  # labelled cases whose labels must not be seen
-        self.reasons = multiprocessing.SimpleQueue()  # what processes that load data could not read
+        self.hidden_cases: list[str] = []  # labelled cases whose labels must not be used
+        self.reasons = multiprocessing.SimpleQueue()  # messages of loader processes that could not read a case
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         """Refuse what cannot be trained, before anything is written.
 
         Returns:
-            The plans, or a copy with what was found in the data (`with_found`). They reach the checkpoint and the
-            predictor.
+            The plans, or a copy that also holds what was found in the data (`with_found`). They are stored in the
+            checkpoint, and the predictor reads them.
 
         Raises:
-            UserError: plans or `dataset.json` are damaged; no such configuration; what `check_labeled_cases` and
-                `check_depth` refuse.
+            UserError: plans or `dataset.json` are damaged; the configuration does not exist; or what
+                `check_labeled_cases` and `check_depth` refuse.
         """
         about, file, fix = Path(dataset_json_file(plans)), plans_file(plans), PLAN_AGAIN
         check(plans, PLANS, file, fix)
@@ -146,9 +146,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         with np.errstate(invalid="ignore"):
             loss: Any = super()._build_loss()
         if self.enable_deep_supervision and len(loss.weight_factors) == 1:
-            # a network of two stages has one output, which is nnU-Net's last one, of weight 0: it gets 0 / 0
+            # a network of two stages has one output; nnU-Net gives the last one weight 0, and divides 0 by 0
             loss.weight_factors = (1.0,)
-        # the Dice of a batch is that of the batch of all ranks
+        # a batch Dice is that of the batch of all ranks
         (loss.loss if self.enable_deep_supervision else loss).dc.ddp = self.ranks.of > 1
         return loss
 
@@ -160,7 +160,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """nnU-Net's. The predictor calls it, too, with a model's plans; see `check_architecture`."""
+        """nnU-Net's network. The predictor calls this, too, with the plans of a model; see `check_architecture`."""
         check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], OTHER_PLANS)
         return nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
@@ -179,30 +179,30 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.ranks.copy_first(*self.trained_modules())
         self.dataset_class = ReadableCases(self.dataset_class, self.fixes(), self.reasons)
         if (model := os.environ.get(checkpoints.CONTINUE_FROM)) and not self.goes_on:
-            fix = "continue from a model with the same network, of the same trainer"
+            fix = "give a model of the same trainer with the same network"
             with checkpoints.fitting({}, model, fix):
                 self.begin_with(checkpoints.read(model, fix))
-            self.print_to_log_file(f"a new training, which begins with the weights of {model}")
+            self.print_to_log_file(f"this new training begins with the weights of {model}")
         elif (encoder := self.settings.pretrained_encoder) and not self.goes_on:
             self.print_to_log_file(load_pretrained_encoder(self.bare_network, encoder))
         if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
             run_in_bfloat16(self.network)
 
     def fixes(self) -> dict[str, str]:
-        """What to do where preprocessed cases cannot be read, by their folder."""
+        """For each folder of preprocessed cases, what to do if one of them cannot be read."""
         fix = preprocess_again(self.plans_manager.plans, self.configuration_name)
-        return {self.preprocessed_dataset_folder: f"{fix}, then go on with --c"}
+        return {self.preprocessed_dataset_folder: f"{fix}, then continue with --c"}
 
     def set_deep_supervision_enabled(self, enabled: bool):
         with told(self, several=False):
             super().set_deep_supervision_enabled(enabled)
 
     def trained_modules(self) -> list[nn.Module]:
-        """What the optimizer trains."""
+        """The modules that the optimizer trains."""
         return [self.network]
 
     def configure_optimizers(self):
-        """nnU-Net's SGD and schedule; on CUDA fused, so that the gradient scaler does not wait for the GPU."""
+        """nnU-Net's SGD and schedule. On CUDA it is fused, so that the gradient scaler does not wait for the GPU."""
         parameters = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(
             parameters,
@@ -219,8 +219,8 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return transforms if self.settings.seed is None else repeatable(transforms)
 
     def do_split(self):
-        with self.ranks.one_first():  # nnU-Net writes the splits where there are none
-            split: Any = super().do_split()  # names of cases, which nnU-Net's annotations call arrays
+        with self.ranks.one_first():  # nnU-Net writes the splits if they are missing
+            split: Any = super().do_split()  # names of cases; nnU-Net's annotations call them arrays
         self.labeled_cases, validation, self.hidden_cases = take_labeled(
             split[0], split[1], self.settings.num_labeled, self.dataset_json
         )
@@ -231,7 +231,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         try:
             self.extend_loader(train)
             seed_workers(train, self.ranks.seed(self.settings.seed), self.current_epoch * self.num_iterations_per_epoch)
-            next(train)  # starts the workers here, as nnU-Net does
+            next(train)  # starts the workers, as nnU-Net does
         except BaseException:
             stop(train)
             stop(val)
@@ -239,16 +239,16 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return train, val
 
     def extend_loader(self, augmenter) -> None:
-        """Change nnU-Net's training loader, in place, before its workers start."""
+        """Change nnU-Net's training loader in place, before its workers start."""
 
     # ---------------------------------------------------------------------------------------------------- a training
 
     @contextmanager
     def alone(self, does: str) -> Iterator[None]:
-        """Keep a second process out of the training's folder, and who would rewrite its data; name a full disk.
+        """Keep other processes from this training's folder and from rewriting its data. Report a full disk.
 
         Raises:
-            BusyError: another process is there, or rewrites the preprocessed data.
+            BusyError: another process uses the folder, or rewrites the preprocessed data.
             DiskError: the folder cannot be written.
         """
         with disk_errors(self.output_folder):
@@ -260,7 +260,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 yield
 
     def refuse_a_second(self, plans: dict, configuration: str, fold) -> None:
-        """Raises BusyError where such a training is going on: before nnU-Net begins another log in its folder."""
+        """Raises BusyError if this training runs already. Otherwise nnU-Net would begin a second log in its folder."""
         name = f"{type(self).__name__}__{plans['plans_name']}__{configuration}"
         lock = Path(str(nnUNet_results), plans["dataset_name"], name, f"fold_{fold}", LOCK)
         if lock.exists() and not (distributed.is_available() and distributed.is_initialized()):
@@ -268,10 +268,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 pass
 
     def run_training(self):
-        """nnU-Net's; however it ends, no process and no thread of the loaders is left to print after the reason."""
+        """nnU-Net's training. At its end, no process or thread of the loaders is left that could print more."""
         with self.alone("trains this model"), quiet_loaders(self.reasons):
             if not self.local_rank:
-                for half in Path(self.output_folder).glob("*.tmp"):  # of a training that was killed
+                for half in Path(self.output_folder).glob("*.tmp"):  # from a training that was killed
                     half.unlink(missing_ok=True)
             try:
                 super().run_training()
@@ -289,12 +289,12 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def on_train_start(self):
         super().on_train_start()
         if not self.local_rank:
-            plans = self.plans_manager  # first: where they cannot be stored, what a model here was trained with stays
+            plans = self.plans_manager  # first: if they cannot be stored, the settings of an older model stay
             store_given(Path(nnUNet_preprocessed, plans.dataset_name, f"{plans.plans_name}.json"))
             write_json(asdict(self.settings), Path(self.output_folder, SETTINGS))
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's; in several processes with the mean of their gradients."""
+        """nnU-Net's step. Several processes take the mean of their gradients."""
         if self.ranks.of == 1:
             return super().train_step(batch)
         data, target = tree_map(lambda x: x.to(self.device, non_blocking=True), (batch["data"], batch["target"]))
@@ -306,11 +306,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return {"loss": loss.detach().cpu().numpy()}
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """A loss as its backward pass needs it under mixed precision."""
+        """The loss, scaled for the backward pass under mixed precision."""
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
     def take_step(self, parameters: list[nn.Parameter]) -> None:
-        """Reduce, unscale and clip the gradients, and let the optimizer step, as nnU-Net does."""
+        """Average, unscale and clip the gradients, then let the optimizer step, as nnU-Net does."""
         self.ranks.mean_gradients(parameters)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
@@ -330,12 +330,12 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.end_unless_finite()
 
     def end_unless_finite(self) -> None:
-        """End a training that learns nothing any more, before its weights take the place of the last good ones.
+        """End a training that can no longer learn, before its weights replace the last good ones.
 
-        Called once an epoch: to look at the weights, the CPU waits for the GPU.
+        It is called once for each epoch, because the CPU must wait for the GPU to look at the weights.
 
         Raises:
-            UserError: the epoch's loss or the weights are not finite.
+            UserError: the loss of the epoch or the weights are not finite.
         """
         weights = (p for module in self.trained_modules() for p in module.parameters() if p.requires_grad)
         what = what_is_not_finite(self.logger.local_logger.my_fantastic_logging, weights)
@@ -345,18 +345,18 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         kept = f"{there[0]} is kept" if there else "no checkpoint was written"
         raise UserError(
             f"{self.output_folder}: epoch {self.current_epoch}: {what}: the training ends here; {kept}: look for images"
-            " with extreme intensities, or set a smaller weight of a loss term, and train again"
+            " with extreme intensities, or give a loss term a smaller weight, and train again"
         )
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def collect_checkpoint(self) -> dict:
-        """All that a checkpoint holds."""
+        """Everything that a checkpoint holds."""
         with told(self, several=False):
             return checkpoints.collect(super().save_checkpoint)
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint, written whole or not at all.
+        """Write nnU-Net's checkpoint. The file is complete, or does not appear at all.
 
         Raises:
             DiskError: the disk is full or read-only.
@@ -368,11 +368,13 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         checkpoints.write(self.collect_checkpoint(), filename)
 
     def load_checkpoint(self, checkpoint: dict | str | os.PathLike) -> None:
-        """Go on from a checkpoint's file, or from its dictionary, as nnU-Net's signature says (2.8.1 fails on one).
+        """Load a checkpoint from a file or from a dictionary, to continue or to validate.
+
+        nnU-Net's signature allows a dictionary, but version 2.8.1 fails on one.
 
         Raises:
-            UserError: a damaged file; a checkpoint that does not fit; with `--c`, other settings than it was trained
-                with, unless they are accepted.
+            UserError: the file is damaged; the checkpoint does not fit; or, with `--c`, it was trained with other
+                settings and the user has not accepted that.
         """
         plans = self.plans_manager
         command = f"nnUNetv2_train {plans.dataset_name} {self.configuration_name} {self.fold}"
@@ -386,7 +388,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             try:
                 checkpoints.refuse_other_settings(changed, name)
             except UserError:
-                Path(self.log_file).unlink(missing_ok=True)  # nothing was trained
+                Path(self.log_file).unlink(missing_ok=True)  # nothing was trained, so the new log is removed
                 raise
         own = self.my_init_kwargs
         with checkpoints.fitting(changed, name, fix), told(self, several=False):
@@ -397,28 +399,28 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             else:
                 super().load_checkpoint(os.fspath(checkpoint))
             self.restore(content)
-        self.my_init_kwargs = own  # nnU-Net takes the checkpoint's, with the settings of before
+        self.my_init_kwargs = own  # nnU-Net has taken the checkpoint's, which hold the old settings
         for setting, (old, new) in changed.items() if self.goes_on else ():
-            self.print_to_log_file(f"going on with another setting: {setting} was {old} and is {new}")
+            self.print_to_log_file(f"continuing with another setting: {setting} was {old} and is {new}")
 
     def begin_with(self, checkpoint: dict) -> None:
-        """Take the weights of another training, and nothing else of it: this one begins anew."""
+        """Take the weights of another training and nothing else. This training begins at epoch 0."""
         self.bare_network.load_state_dict(checkpoint["network_weights"])
 
     def check_checkpoint(self, checkpoint: dict, name: str) -> None:
-        """Raises UserError where the checkpoint is not of such a training."""
+        """Raises UserError if the checkpoint is of another kind of training."""
 
     def restore(self, checkpoint: dict) -> None:
-        """Take from a checkpoint what nnU-Net does not know of."""
+        """Take from a checkpoint what nnU-Net itself does not restore."""
 
 
 def dataset_json_file(plans: dict) -> str:
-    """The file that a trainer's `dataset_json` is from, for messages."""
+    """The file of a trainer's `dataset_json`, for messages."""
     return str(base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name")) / "dataset.json")
 
 
 def plans_file(plans: dict) -> Path:
-    """The file that a trainer's plans are from, for messages."""
+    """The file of a trainer's plans, for messages."""
     return Path(dataset_json_file(plans)).with_name(f"{plans.get('plans_name')}.json")
 
 

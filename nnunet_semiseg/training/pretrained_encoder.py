@@ -1,4 +1,4 @@
-"""An encoder that was pre-trained by self-supervision, in the format of nnssl and of the OpenMind models."""
+"""Load an encoder that was pre-trained without labels, in the format of nnssl and of the OpenMind models."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.training import checkpoint as checkpoints
 
 PLAN = "nnssl_adaptation_plan"
-FIX = "give a checkpoint of nnssl (as of the OpenMind models) with --set pretrained_encoder=FILE"
+FIX = "give a checkpoint of nnssl (for example an OpenMind model) with --set pretrained_encoder=FILE"
 ENCODER, STEM = "encoder.stages", "encoder.stem"
-"""where nnU-Net's residual encoders have their weights; the plain ones have no stem of their own"""
+"""the names of the weights in nnU-Net's residual encoders; plain encoders have no separate stem"""
 NAMED = 5
-"""weights that a message names, of those that do not fit"""
+"""a message names at most this number of weights that do not fit"""
 
 
 def check_is_there(file: str | None) -> None:
-    """Raises UserError where the setting names a file that does not exist: before anything is made."""
+    """Raises UserError if the file in the setting does not exist. It is called before anything is made."""
     if file and not Path(file).expanduser().is_file():
         raise UserError(f"setting pretrained_encoder={file}: no such file: {FIX}")
 
 
 def load_pretrained_encoder(network: Any, file: str) -> str:
-    """Put the weights of a pre-trained encoder and its stem into a network, in place; the decoder stays as it is.
+    """Load the weights of a pre-trained encoder and its stem into a network, in place. The decoder is unchanged.
 
-    A stem that was trained on fewer channels is repeated over ours and divided, so that its response keeps its size.
+    If the stem was trained on fewer channels, its weights are repeated for ours and divided, so that its output keeps
+    its size.
 
     Args:
         network: with nnU-Net's encoder, not compiled.
-        file: a checkpoint with `network_weights` and `nnssl_adaptation_plan`, which says where they are.
+        file: a checkpoint with `network_weights` and `nnssl_adaptation_plan`, which says where the weights are.
 
     Returns:
-        A line for the log: how many weights were taken, and which were not.
+        A line for the log: how many weights were loaded, and which were not.
 
     Raises:
-        UserError: no such checkpoint; its stem, or more than half of the encoder's weights, do not fit the network.
+        UserError: no such checkpoint; the stem, or more than half of the encoder's weights, do not fit the network.
     """
     content = checkpoints.read(str(Path(file).expanduser()), FIX, keys=("network_weights", PLAN))
     taken, left = fitting_weights(network.state_dict(), content["network_weights"], content[PLAN])
@@ -49,7 +50,7 @@ def load_pretrained_encoder(network: Any, file: str) -> str:
     if not taken or 2 * len(taken) < len(own) or any(name.startswith(STEM) for name in left):
         architecture = content[PLAN].get("architecture_plans", {}).get("arch_class_name", "another network")
         raise UserError(
-            f"{file}: an encoder of {architecture}, which does not fit these plans ({reasons or 'no common weight'}):"
+            f"{file}: an encoder of {architecture} that does not fit these plans ({reasons or 'no common weight'}):"
             " plan with the same network, for ResEncL with -pl SemiSegPlannerResEncL"
         )
     with torch.no_grad():
@@ -60,16 +61,16 @@ def load_pretrained_encoder(network: Any, file: str) -> str:
 def fitting_weights(
     own: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], plan: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The pre-trained weights by our names, and why the others do not fit.
+    """The pre-trained weights by the names in our network, and for each other weight why it does not fit.
 
     Args:
-        own: of our network.
-        pretrained: by their own names.
-        plan: `nnssl_adaptation_plan`: where the encoder and the stem are among these names, the layers that read the
-            image, and how many channels it had.
+        own: the weights of our network.
+        pretrained: the pre-trained weights, by their own names.
+        plan: `nnssl_adaptation_plan`: the names of the encoder, the stem and the layers that read the image, and the
+            number of channels.
     """
     encoder, stem = plan.get("key_to_encoder", ENCODER), plan.get("key_to_stem", STEM)
-    places = {encoder: ENCODER} | ({} if stem.startswith(encoder) else {stem: STEM})  # plain ones have it in a stage
+    places = {encoder: ENCODER} | ({} if stem.startswith(encoder) else {stem: STEM})  # plain: the stem is in a stage
     channels = int(plan.get("pretrain_num_input_channels", 1))
     taken, left = {}, {}
     for name, weight in pretrained.items():

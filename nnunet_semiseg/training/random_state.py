@@ -1,4 +1,4 @@
-"""The state of every random generator that a training draws from, so that a resumed one goes on where it was."""
+"""Save and restore the state of all random generators, so that a resumed training continues exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def get_random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Restore what `get_random_state` returned; generators of GPUs that are not here are passed over."""
+    """Restore what `get_random_state` returned. States of GPUs that this computer lacks are ignored."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -28,7 +28,7 @@ def set_random_state(state: dict) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch, those of GPUs included."""
+    """Seed the generators of Python, NumPy and torch, on all GPUs, too."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -4,10 +4,10 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 
 class RestartingPolyLR(PolyLRScheduler):
-    """nnU-Net's schedule, anew in each of several trainings.
+    """nnU-Net's schedule, which starts again for each of several trainings.
 
     Args:
-        starts: the first epoch of each training, and the end of the last.
+        starts: the first epoch of each training, and then the end of the last one.
     """
 
     def __init__(self, optimizer, initial_lr: float, starts: list[int]):

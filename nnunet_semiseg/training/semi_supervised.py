@@ -1,4 +1,4 @@
-"""The base of every semi-supervised method: nnU-Net's trainer with an unlabelled stream."""
+"""The base of all semi-supervised methods: nnU-Net's trainer with an unlabelled stream."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ S = TypeVar("S", bound=SemiSupervisedSettings)
 
 
 class SemiSupervisedTrainer(PlansTrainer[S]):
-    """A method is a subclass with `losses`; more is overridden only where the method needs it.
+    """A method is a subclass that defines `losses`. It overrides more only if it needs to.
 
     Class attributes:
-        views: names of the views of an unlabelled patch that the loader makes (see `ViewsTransform`).
+        views: the names of the views that the loader makes of each unlabelled patch (see `ViewsTransform`).
 
-    Settings derived from `TeacherSettings` give the method an EMA teacher, `self.teacher`.
+    If the settings derive from `TeacherSettings`, the method has an EMA teacher, `self.teacher`.
     """
 
     settings_class = SemiSupervisedSettings
@@ -59,26 +59,26 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.auxiliary: Any = nn.ModuleDict()  # trained, but not deployed: outside self.network
-        self.teacher: Any = None  # a network, where the settings ask for one
-        self.method_state: dict[str, Tensor] = {}  # what else a method must remember over a resume; on the CPU
+        self.auxiliary: Any = nn.ModuleDict()  # trained but not deployed, so not in self.network
+        self.teacher: Any = None  # a network, if the settings ask for one
+        self.method_state: dict[str, Tensor] = {}  # what else a resumed training needs; on the CPU
         self.step = 0
         self._resume_random_state: dict | None = None
-        self._random_states: list[dict] = []  # of every rank, for a checkpoint
+        self._random_states: list[dict] = []  # of all ranks, for a checkpoint
         self._resume_student: dict | None = None
 
     # ---------------------------------------------------------------------------------- what a method overrides
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """The terms of the method's loss, in groups; the loss is the sum of all.
+        """The terms of the method's loss, in groups. The loss is the sum of all terms.
 
-        A backward pass follows each yield and frees the group's feature maps, so that the memory of a step is that of
-        its largest group: yield as soon as a group is complete, and hold nothing of it. What a step draws or makes is
-        a local variable. A name may come in several groups, whose terms add up; all names come in every step. An
-        empty group is passed over.
+        After each yield a backward pass runs and frees the feature maps of the group. So a step needs the memory of its
+        largest group: yield a group as soon as it is complete, and keep no variable that holds its tensors. Whatever a
+        step draws or computes is a local variable. The same name may appear in several groups; these terms are added.
+        Every step must yield the same names. An empty group is ignored.
 
         Yields:
-            Scalars by name, weighted as they enter the sum.
+            Scalars by name, multiplied by their weights.
         """
         raise NotImplementedError
 
@@ -86,32 +86,32 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         """Refuse what cannot be trained, before anything is written.
 
         Raises:
-            UserError: there is no such configuration, or the unlabelled data or the labelled cases do not fit;
-                a feature of nnU-Net that is not supported.
+            UserError: the configuration does not exist; the labelled or unlabelled data does not fit; or a feature of
+                nnU-Net is not supported.
         """
         plans = super().prepare(plans, configuration, fold, dataset_json)
         if samples := self.settings.unlabeled_batch_size:
             what = f"setting unlabeled_batch_size={samples}: set it to a smaller number, or null"
             check_batch_fits(plans, configuration, samples * len(self.views), dataset_json, what)
         if "previous_stage" in plans["configurations"][configuration]:
-            raise UserError(f"{type(self).__name__}: cascades are not supported; train 3d_fullres")
+            raise UserError(f"{type(self).__name__}: cascades are not supported: train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
         self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
         return super().prepare(plans, configuration, fold, dataset_json)
 
     @classmethod
     def adapt_network(cls, network: Any, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
-        """What the method makes of the plans' network.
+        """Turn the plans' network into the method's network.
 
         Args:
             network: nnU-Net's.
-            arch_kwargs: those of the plans.
+            arch_kwargs: the arguments that it was made with, from the plans.
             deep_supervision: whether decoders have several outputs.
         """
         return network
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
-        """Modules that are trained with the network but not deployed, by name."""
+        """Modules, by name, that are trained together with the network but not deployed."""
         return {}
 
     @classmethod
@@ -131,38 +131,38 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return cls.adapt_network(network, settings, kwargs, enable_deep_supervision)
 
     def target_maker(self) -> Callable[[dict, dict], dict[str, Tensor]]:
-        """A function that makes `Batch.extra` of both loaders' batches, in the loader's processes."""
+        """A function that makes `Batch.extra` from the batches of both loaders. It runs in the loader's processes."""
         return no_targets
 
     def refresh_network(self) -> None:
-        """Bring what the network stores, beside its weights, up to date: called before it is used or saved."""
+        """Update what the network stores beside its weights. It is called before the network is used or saved."""
 
     # ------------------------------------------------------------------------------------- what a method can use
 
     @property
     def progress(self) -> float:
-        """0 at the first step, 1 at the end of the training."""
+        """The share of the training that is done: 0 at the first step, 1 at the end."""
         return self.step / (self.num_epochs * self.num_iterations_per_epoch)
 
     def finest(self, output) -> Tensor:
-        """The full-resolution logits of an output with or without deep supervision."""
+        """The logits at full resolution, from an output with or without deep supervision."""
         return output[0] if isinstance(output, (list, tuple)) else output
 
     @property
     def finest_loss(self) -> nn.Module:
-        """nnU-Net's loss for the full resolution alone."""
+        """nnU-Net's loss for the full resolution only."""
         return finest_of(self.loss)
 
     def pseudo_loss(self, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """nnU-Net's loss with its deep supervision towards a target of `decide`; see `losses.deep_supervision`."""
+        """nnU-Net's loss with deep supervision towards a pseudo-label; see `losses.deep_supervision.pseudo_loss`."""
         return pseudo_loss(self.loss, output, target, weight)
 
     def loss_where(self, mask: Tensor, output, target) -> Tensor:
-        """nnU-Net's loss with its deep supervision over the voxels of a mask; see `losses.deep_supervision`."""
+        """nnU-Net's loss with deep supervision over the voxels of a mask; see `losses.deep_supervision.loss_where`."""
         return loss_where(self.loss, output, target, mask, self.label_manager)
 
     def draw_turn(self) -> Turn:
-        """Flips and a turn for the student's view; none where they are off, or where nnU-Net does not mirror."""
+        """Draw flips and a turn for the student's view. None if the setting is off, or if nnU-Net does not mirror."""
         axes = self.inference_allowed_mirroring_axes or ()
         if not getattr(self.settings, "turns", False):
             return Turn()
@@ -171,12 +171,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return draw_turn(axes, planes_to_turn_in(axes, plans.patch_size, spacing))
 
     def each(self, function: Callable[[Tensor], Any], *images: Tensor) -> Iterator[Any]:
-        """What the function makes of each of these batches, computed when it is asked for.
+        """Apply the function to each batch. Each result is computed when it is asked for.
 
-        With `memory=fast` it runs once, on all of them together.
+        With `memory=fast` the function runs once, on all batches together.
 
         Args:
-            function: (B, C, *S) to tensors with the same B, in which no sample touches another.
+            function: (B, C, *S) to tensors with the same B. Samples must not influence each other.
         """
         if self.settings.memory != "fast":
             yield from map(function, images)
@@ -189,27 +189,28 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     @contextmanager
     def shared(self, tensors) -> Iterator[Any]:
-        """The tensors, for several groups of terms: their backward passes end here, and one goes on at the end.
+        """Tensors that several groups of terms use. The graph before them is used once, at the end of the block.
 
-        Without it the first group's backward pass would free the graph that the next one needs. Gradients add up, so
-        nothing changes. With `memory=fast` there is one backward pass anyway.
+        The first group's backward pass would free the graph that the next group needs. So each group's backward pass
+        ends at copies of the tensors, where gradients add up; then one backward pass continues from there. The result
+        is the same. With `memory=fast` there is only one backward pass anyway.
 
         Args:
-            tensors: any nested lists, tuples and dictionaries of them; None is passed through.
+            tensors: tensors in any nested lists, tuples and dictionaries. None stays None.
         """
         if self.settings.memory == "fast":
             yield tensors
             return
-        unique = {id(x): x for x in tree_leaves(tensors) if x is not None}  # one that is there twice is one leaf
+        unique = {id(x): x for x in tree_leaves(tensors) if x is not None}  # a tensor that appears twice is one leaf
         leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in unique.items()}
         yield tree_map(lambda x: None if x is None else leaves[id(x)], tensors)
         pairs = [(x, leaves[key]) for key, x in unique.items()]
         ends = [(gradient_edge(x), leaf.grad) for x, leaf in pairs if leaf.grad is not None]
-        for leaf in leaves.values():  # the method's variables still name it: let go of its memory
+        for leaf in leaves.values():  # variables of the method still hold the leaves: free their memory
             leaf.grad, leaf.data = None, leaf.new_empty(0)
         del tensors, unique, pairs
         if ends:
-            with self.autocast(enabled=False):  # as in every backward pass: what ran in float32 is to stay in it
+            with self.autocast(enabled=False):  # as in every backward pass: what ran in float32 must stay in it
                 tensors_and_gradients: Any = zip(*ends, strict=True)
                 torch.autograd.backward(*tensors_and_gradients)
 
@@ -217,8 +218,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def without_gradients(self) -> Iterator[None]:
         """`torch.no_grad` for the network that is trained.
 
-        What autocast kept of its weights is forgotten: older versions of torch would take these 16-bit copies, which
-        have no gradient, for the next pass.
+        autocast keeps 16-bit copies of the weights, which then have no gradient. Older versions of torch would use them
+        in the next pass, too. So they are deleted at the end.
         """
         try:
             with torch.no_grad():
@@ -229,16 +230,17 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def in_turn(
         self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Any] | None = None
     ) -> Iterator[tuple[int, Any, list[Any]]]:
-        """Decoders or networks that teach each other: one at a time has its graph, and knows what all of them say.
+        """Run decoders or networks that teach each other, one after the other, so that only one graph is in memory.
 
-        All but the first run once more, before and without gradients. With `memory=fast` each runs once.
+        All but the first run once more at the beginning, without gradients, so that each one's output is known to the
+        others. With `memory=fast` each runs only once.
 
         Args:
-            passes: each gives an output; the same every time.
-            keep: what the others are told of an output, without gradients; by default its finest logits.
+            passes: functions without arguments. Each returns an output, and the same one every time.
+            keep: what the others get to know of an output, without gradients. Default: its finest logits.
 
         Yields:
-            The pass's number, its output, and what is kept of all passes.
+            The number of the pass, its output, and the list of what was kept of all passes.
         """
         keep = torch.no_grad()(keep or (lambda output: self.finest(output).detach()))
         if self.settings.memory == "fast":
@@ -259,12 +261,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     # ----------------------------------------------------------------------------------------------- the training
 
     def initialize(self):
-        # before super(): it makes the optimizer
+        # before super(), which makes the optimizer
         self.auxiliary = nn.ModuleDict(self.build_auxiliary()).to(self.device)
         compiled = self._do_i_compile()
-        if compiled:  # compile one static graph per batch size
+        if compiled:  # one static graph for each batch size
             torch._dynamo.config.automatic_dynamic_shapes = False
-            torch._dynamo.config.cache_size_limit = 64  # parts that are compiled on their own count together
+            torch._dynamo.config.cache_size_limit = 64  # all parts that are compiled separately count together
         super().initialize()
         self.decide = Decisions(self.label_manager, self.class_names(), self.device)
         if compiled:
@@ -280,14 +282,14 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     def fixes(self) -> dict[str, str]:
         fix = preprocess_unlabeled_again(self.plans_manager.plans, self.configuration_name)
-        return super().fixes() | {self.unlabeled_folder: f"{fix}, then go on with --c"}
+        return super().fixes() | {self.unlabeled_folder: f"{fix}, then continue with --c"}
 
     def trained_modules(self) -> list[nn.Module]:
         return [self.network, self.auxiliary]
 
     def on_train_start(self):
         super().on_train_start()
-        # until here the network is what is deployed, for a checkpoint may be loaded only to be validated
+        # before this line the network has the deployed weights, because a checkpoint may be loaded only to validate it
         if self._resume_student is not None and self.current_epoch < self.num_epochs:
             self.bare_network.load_state_dict(self._resume_student)
         self._resume_student = None
@@ -299,7 +301,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).decay)
 
     def class_names(self) -> list[str]:
-        """Of the classes or regions, in the order of the heads, background left out."""
+        """The names of the classes or regions in the order of the heads, without the background."""
         labels = {k: v for k, v in self.dataset_json["labels"].items() if k not in ("background", "ignore")}
         return list(labels) if self.label_manager.has_regions else sorted(labels, key=labels.__getitem__)
 
@@ -319,18 +321,18 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     def get_dataloaders(self):
         loaders = super().get_dataloaders()
-        if self._resume_random_state is not None:  # only now: making the loaders has drawn from the generators
+        if self._resume_random_state is not None:  # only now, because making the loaders uses random numbers
             set_random_state(self._resume_random_state)
             self._resume_random_state = None
         return loaders
 
     def unlabeled_dataset(self) -> Any:
-        """The preprocessed unlabelled cases, and the labelled ones whose labels must not be seen."""
+        """The preprocessed unlabelled cases, and the labelled cases whose labels must not be used."""
         sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
         return JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
 
     foreground_share = 0.0
-    """of the unlabelled samples, that are drawn around locations that `unlabeled_dataset` knows of"""
+    """the share of unlabelled samples that are taken around locations that `unlabeled_dataset` knows"""
 
     def make_unlabeled_loader(self, labeled_loader) -> UnlabeledDataLoader | None:
         return UnlabeledDataLoader(
@@ -343,7 +345,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         )
 
     def train_step(self, batch: dict) -> dict:
-        """One step; returns every loss term as a tensor on the device, so that nothing waits for the GPU."""
+        """Do one step. All loss terms are returned as tensors on the device, so that nothing waits for the GPU."""
         self.optimizer.zero_grad(set_to_none=True)
         on_device = Batch.from_loader(batch, self.device)
         self.decide.count_labels(self.finest(on_device.target))
@@ -355,16 +357,16 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return {"loss": sum(terms.values()), **terms}
 
     def move_teacher(self) -> None:
-        """The EMA teacher follows the network by one step."""
+        """Update the EMA teacher after a step."""
         if self.teacher is not None:
             update_teacher(self.teacher, self.network, self.step, cast(TeacherSettings, self.settings).decay)
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A backward pass for each group of terms, or with `memory=fast` one for all; returns the terms, detached."""
+        """One backward pass for each group of terms; with `memory=fast` one for all. Returns the detached terms."""
         terms: dict[str, Tensor] = {}
         total: Any = None
         while True:
-            # autocast ends before each backward pass, as in nnU-Net; it also forgets its 16-bit copies of weights
+            # autocast ends before each backward pass, as in nnU-Net; this also deletes its 16-bit copies of weights
             with self.autocast():
                 group = next(groups, None)
                 loss: Any = None if group is None else sum(group.values())
@@ -382,7 +384,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return terms
 
     def autocast(self, enabled: bool = True):
-        """nnU-Net's mixed precision, on a GPU; on other devices nothing."""
+        """nnU-Net's mixed precision on a GPU; nothing on other devices."""
         return autocast(self.device.type, enabled=enabled) if self.device.type == "cuda" else dummy_context()
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
@@ -407,7 +409,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self._load_deployed_weights()
 
     def _load_deployed_weights(self):
-        """What is validated is what is deployed: after the last epoch `self.network` may become the teacher."""
+        """Validate what is deployed: after the last epoch the teacher's weights may go into `self.network`."""
         if self.teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher":
             self.bare_network.load_state_dict(bare(self.teacher).state_dict())
 
@@ -419,9 +421,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         super().save_checkpoint(filename)
 
     def collect_checkpoint(self) -> dict:
-        """nnU-Net's checkpoint with the top-level keys `teacher` (or None) and `semiseg`.
+        """nnU-Net's checkpoint with two more keys, `teacher` (may be None) and `semiseg`.
 
-        `network_weights` holds what is deployed; where that is the teacher, `semiseg` also holds the student.
+        `network_weights` are the deployed weights. If these are the teacher's, `semiseg` also holds the student's.
         """
         checkpoint = super().collect_checkpoint()
         teacher = None if self.teacher is None else bare(self.teacher).state_dict()
@@ -442,12 +444,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if "semiseg" not in checkpoint:
             trainer = checkpoint.get("trainer_name", "another trainer")
             raise UserError(
-                f"{name}: of {trainer}, which is not semi-supervised: this training cannot go on from it; give it with"
-                " -pretrained_weights instead"
+                f"{name}: was made by {trainer}, which is not semi-supervised: this training cannot continue from it:"
+                " give it with -pretrained_weights instead"
             )
 
     def begin_with(self, checkpoint: dict) -> None:
-        """The network's weights and, of the same method, its auxiliary ones; a teacher begins as their copy."""
+        """Take the network's weights and, if the method is the same, those of the auxiliary modules."""
         super().begin_with(checkpoint)
         if checkpoint["trainer_name"] == type(self).__name__:
             self.auxiliary.load_state_dict(checkpoint["semiseg"]["auxiliary"])
@@ -464,24 +466,24 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         states = [state["random_state"], *state.get("random_state_of_others", [])]
         if len(states) != self.ranks.of and self.goes_on:
             self.print_to_log_file(
-                f"trained in {len(states)} processes so far, and from now on in {self.ranks.of}: other random numbers"
-                " are drawn than without the interruption"
+                f"trained in {len(states)} processes so far, and from now on in {self.ranks.of}: so the random numbers"
+                " differ from those of an uninterrupted training"
             )
         self._resume_random_state = states[self.ranks.number] if self.ranks.number < len(states) else None
 
 
 def no_targets(labeled_batch: dict, unlabeled_batch: dict) -> dict[str, Tensor]:
-    """For a method that needs no more than the batches: `Batch.extra` is empty."""
+    """The default of `target_maker`: `Batch.extra` is empty."""
     return {}
 
 
 def gradient_edge(x: Tensor):
-    """Where a backward pass into x begins, for `torch.autograd.backward`: it goes on without the memory of x."""
+    """The place in the graph where a backward pass into x begins. It does not keep the memory of x."""
     recent = torch.__version__ >= (2, 6)  # pyright: ignore[reportOperatorIssue]: a TorchVersion, not a str
     return get_gradient_edge(x) if recent else x
 
 
 def compile_parts(network: Any) -> None:
-    """Compile, in place, the parts that a method runs on their own, of networks that have such."""
+    """Compile, in place, the parts of a network that a method runs separately, if it has such parts."""
     for part in network.parts() if hasattr(network, "parts") else ():
         part.compile()

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A frozen copy in eval mode that outputs the full resolution only: nothing is learnt from its others."""
+    """A frozen copy in eval mode. It outputs the full resolution only, because nothing is learnt from the others."""
     teacher: Any = deepcopy(student).requires_grad_(False).eval()
     teacher.decoder.deep_supervision = False
     return teacher
@@ -20,8 +20,8 @@ def make_teacher(student: nn.Module) -> nn.Module:
 def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: float) -> None:
     """theta' = a theta' + (1 - a) theta with a = min(1 - 1 / (step + 1), decay), in one fused call.
 
-    The early average over all steps so far (their section 3) keeps the random initialisation from lingering.
-    Buffers are copied. `parameters()`, not `state_dict()`: nnU-Net's modules appear twice in the latter.
+    At first this is the average over all steps so far (section 3 of the paper), so that the random initialisation is
+    soon forgotten. Buffers are copied. It uses `parameters()`, because `state_dict()` lists nnU-Net's modules twice.
     """
     alpha = min(1 - 1 / (step + 1), decay)
     lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]: there is no public name

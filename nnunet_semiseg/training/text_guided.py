@@ -1,4 +1,4 @@
-"""The base of methods that are guided by class prompts, or can be."""
+"""The base of methods that class prompts guide."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ T = TypeVar("T", bound=TextSettings)
 
 
 class TextGuidedTrainer(SemiSupervisedTrainer[T]):
-    """A method is a subclass with `guided_losses`, whose network (`adapt_network`) is a `MultiDecoderUNet`.
+    """A method is a subclass with `guided_losses`. Its `adapt_network` must return a `MultiDecoderUNet`.
 
-    The learnt text features K x d, background included, guide the network at its bottleneck. They are also stored in
-    it, so that prediction needs no text encoder.
+    The learnt text features (K, d), with the background first, guide the network at its bottleneck. They are also
+    stored in the network, so that prediction needs no text encoder.
     """
 
     settings_class: type[TextSettings] = TextSettings
     prompt_learner: nn.Module | None = None
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        """As `losses`, with the text features (K, d) of this step, or None where the method is used without text."""
+        """As `losses`, with the text features (K, d) of this step; None if the method runs without text."""
         raise NotImplementedError
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -57,8 +57,8 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
         if self.prompt_learner is None:
             return super().build_auxiliary()
         if not self.prompt_learner.trained:
-            self.print_to_log_file("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
-        self.prompt_learner.requires_grad_(bool(self.settings.n_ctx))  # of embeddings from a file the offset, too
+            self.print_to_log_file("The text encoder is UNTRAINED: its features of the prompts have no meaning.")
+        self.prompt_learner.requires_grad_(bool(self.settings.n_ctx))  # also the offset of embeddings from a file
         return super().build_auxiliary() | {"prompt_learner": self.prompt_learner}
 
     def refresh_network(self) -> None:
@@ -76,27 +76,27 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
             yield from self.guided_losses(batch, text)
 
     def predict(self, images: Tensor, text: Tensor | None):
-        """The network's output, and the features that are aligned with the text, None without text."""
+        """The network's output, and the features that are aligned with the text (None without text)."""
         if text is None:
             return self.network(images), None
         skips, aligned = self.bare_network.encode(images, text)
         return self.bare_network.decode(skips), aligned
 
     def alignment(self, aligned: Tensor, logits: Tensor, text: Tensor) -> Tensor:
-        """CSA, weighted, of the features (B, d, *s) and the logits (B, heads, *S) with the text (K, d) of this step."""
+        """The weighted CSA of features (B, d, *s) and logits (B, heads, *S) with the text (K, d) of this step."""
         if self.label_manager.has_regions:
             text = text[1:]  # regions have no background head
-        logits = logits[:, : self.label_manager.num_segmentation_heads]  # another task's heads come after these
+        logits = logits[:, : self.label_manager.num_segmentation_heads]  # heads of another task come after these
         loss = category_alignment_loss(aligned, probabilities(logits, self.label_manager), text)
         return self.settings.csa_weight * loss
 
     def cog(self, aligned: Tensor | None, logits: Tensor, text: Tensor | None, share: float) -> dict[str, Tensor]:
-        """The term `cog` (CSA) of one stream's predictions, or none where there is no text or no CSA.
+        """The term `cog` (CSA) of the predictions of one stream. Empty without text or without CSA.
 
         Args:
-            share: the stream's part of the samples, as the term is a mean over both.
+            share: the stream's share of all samples, because the term is a mean over both streams.
         """
         if text is None or not self.settings.csa:
             return {}
-        features: Any = aligned  # there are some, where there is text
+        features: Any = aligned  # not None, as there is text
         return {"cog": share * self.alignment(features, logits, text)}

@@ -1,4 +1,4 @@
-"""Flips and right-angle turns between what a teacher sees and what its student sees."""
+"""Flips and right-angle turns between the view of the teacher and that of the student."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 SAME_SPACING = 0.1
-"""axes whose spacings differ by no more than this share can be turned into each other"""
+"""axes whose spacings differ by at most this share can be turned into each other"""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A flip along some axes, and then quarter turns in one plane. Shapes stay as they are.
+    """Flips along some axes, then quarter turns in one plane. The shape does not change.
 
     Attributes:
-        flips: spatial axes, from 0.
-        plane: the two spatial axes of the turn, of the same size.
-        quarters: how often 90 degrees; 0 for none.
+        flips: spatial axes, counted from 0.
+        plane: the two spatial axes of the turn. They have the same size.
+        quarters: the number of turns by 90 degrees.
     """
 
     flips: tuple[int, ...] = ()
@@ -29,16 +29,16 @@ class Turn:
     quarters: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """An image, logits or a label (B, C, *S), turned."""
+        """Turn an image, logits or a label (B, C, *S)."""
         x = x.flip([axis + 2 for axis in self.flips]) if self.flips else x
         a, b = self.plane
         return x.rot90(self.quarters, (a + 2, b + 2)).contiguous() if self.quarters else x
 
 
 def draw_turn(axes: Sequence[int], planes: Sequence[tuple[int, int]]) -> Turn:
-    """Each axis is flipped in half of the draws; of the planes one is drawn, and in it 0 to 3 quarter turns.
+    """Draw a turn at random: each axis is flipped with probability 1/2; one plane is turned by 0 to 3 quarters.
 
-    The draws are made on the CPU, so that no step waits for the GPU.
+    The random numbers are made on the CPU, so that no step waits for the GPU.
     """
     flips = tuple(axis for axis in axes if torch.rand(()) < 0.5)
     if not planes:
@@ -50,10 +50,10 @@ def draw_turn(axes: Sequence[int], planes: Sequence[tuple[int, int]]) -> Turn:
 def planes_to_turn_in(
     axes: Sequence[int], patch_size: Sequence[int], spacing: Sequence[float]
 ) -> list[tuple[int, int]]:
-    """The pairs of these axes along which a patch has the same number of voxels of (nearly) the same size.
+    """The pairs of axes along which a patch has the same number of voxels and (nearly) the same spacing.
 
     Args:
-        axes: those that may be flipped; where none may, because texts name sides, nothing is turned either.
+        axes: the axes that may be flipped. If none may, because texts name sides, nothing is turned either.
         patch_size, spacing: of the plans, in the same order.
     """
     return [

@@ -16,10 +16,10 @@ S = TypeVar("S", bound=SemiSupervisedSettings)
 
 
 class TwoNetworkTrainer(SemiSupervisedTrainer[S]):
-    """The plans' network twice, with other initial weights.
+    """The plans' network twice, with different initial weights.
 
-    The first network is deployed; the second is trained beside it and saved for resuming. nnU-Net's
-    `-pretrained_weights` are the first's alone: the two have to differ.
+    The first network is deployed. The second one is trained beside it and saved, so that the training can be resumed.
+    nnU-Net's `-pretrained_weights` go into the first one only, because the two have to differ.
     """
 
     @classmethod
@@ -46,5 +46,5 @@ class TwoNetworkTrainer(SemiSupervisedTrainer[S]):
 
     @property
     def networks(self) -> tuple[Any, Any]:
-        """The one that is deployed, and the other."""
+        """The network that is deployed, and the other one."""
         return self.bare_network, self.auxiliary["second"]

@@ -1,4 +1,4 @@
-"""The loaders' processes, when a training ends before its time."""
+"""The processes that load data, when a training ends early."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from nnunet_semiseg.errors import UserError
 
 DEAD = "background workers are no longer alive"
-"""what batchgenerators says of a process that was killed, or could not load a case"""
+"""from the message of batchgenerators about a process that was killed, or could not load a case"""
 
 THREAD = "results_loop"
-"""of batchgenerators: fails where one of its processes does, and the main thread says so, too"""
+"""the thread of batchgenerators that fails when one of its processes does; the main thread reports this, too"""
 
 
 @contextlib.contextmanager
 def quiet_loaders(reasons: Any) -> Iterator[None]:
-    """One line in place of batchgenerators' tracebacks, where a loader's process has ended.
+    """Replace the tracebacks of batchgenerators by one line when a process that loads data has ended.
 
     Args:
-        reasons: a queue with what they could not read; see `ReadableCases`.
+        reasons: a queue with what these processes could not read, see `ReadableCases`.
 
     Raises:
-        UserError: one of them was killed, or failed.
+        UserError: a process was killed, or failed.
     """
     before = threading.excepthook
     threading.excepthook = lambda args: None if THREAD in getattr(args.thread, "name", "") else before(args)
@@ -37,15 +37,15 @@ def quiet_loaders(reasons: Any) -> Iterator[None]:
         if not reasons.empty():
             raise UserError(reasons.get()) from None
         raise UserError(
-            "a process that loads the data has ended: killed, often for want of memory (nnUNet_n_proc_DA sets how many"
-            " there are), or it failed (what it said is above): go on with --c"
+            "a process that loads the data has ended: it was killed, often because memory ran out (nnUNet_n_proc_DA"
+            " sets the number of these processes), or it failed (its message is above): continue with --c"
         ) from None
     finally:
         threading.excepthook = before
 
 
 def stop(loader) -> None:
-    """End the processes and the thread of one of nnU-Net's loaders, if it has any."""
+    """End the processes and the thread of one of nnU-Net's loaders, if there are any."""
     if hasattr(loader, "_finish"):
         with contextlib.redirect_stdout(io.StringIO()):  # as nnU-Net does
             loader._finish()
