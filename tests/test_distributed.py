@@ -272,7 +272,7 @@ def test_one_process_exchanges_nothing():
         (
             {"unlabeled_batch_size": 3},
             2,
-            "setting unlabeled_batch_size=3: cannot be divided evenly by 2 processes: use 1",
+            "setting unlabeled_batch_size=3: cannot be divided evenly by 2 processes",
         ),
     ],
 )
