@@ -540,7 +540,7 @@ def test_refusals(lesions):
     for settings, words in (
         (dict(vlm=None), "setting vlm: AMVLMTrainer needs a pre-trained model: run nnunet_semiseg pretrain_vlm"),
         (dict(vlm="/nowhere"), "vlm.json: no such file: name the folder that nnunet_semiseg pretrain_vlm made"),
-        (dict(texts="cases"), "texts=cases: one text a case cannot tell several classes apart"),
+        (dict(texts="cases"), "texts=cases: one text for a case cannot name several classes"),
         (dict(horizontal_sides=[["left"]]), "horizontal_sides=.*: must be a list of pairs of words"),
     ):
         with pytest.raises(UserError, match=words):
@@ -561,7 +561,7 @@ def test_labels_that_the_pretraining_saw_and_this_training_must_not_know(lesions
         return make_trainer(AMVLMTrainer, dataset, fold=fold, vlm=str(folder), texts="classes", **settings)
 
     made_with(["tr_000", "tr_001"], 0)
-    message = "vlm: its pre-training saw the labels of tr_002 and others, 1 in all, .* --set fold=0, or with"
+    message = "vlm: its pre-training used the labels of tr_002 and others, 1 in all, .* --set fold=0, or with"
     with pytest.raises(UserError, match=message):
         made_with(["tr_000", "tr_002"], 0)
     with pytest.raises(UserError, match="of tr_001 and others.*--set fold=0 num_labeled=1"):

@@ -163,7 +163,7 @@ def test_a_pseudo_label_that_is_gone_is_missed(ready):
     trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=4)
     trainer.initialize()
     trainer.current_epoch = 3
-    with pytest.raises(UserError, match="un_000.pkl: the pseudo-label is gone: train again, without --c"):
+    with pytest.raises(UserError, match="un_000.pkl: the pseudo-label is missing: train again, without --c"):
         trainer.on_train_start()
 
 
@@ -193,7 +193,7 @@ def test_rounds_and_their_learning_rates(ready):
 
 
 def test_too_short_for_its_rounds(ready):
-    with pytest.raises(UserError, match="num_epochs=2: too short for rounds=2; give it at least 3"):
+    with pytest.raises(UserError, match="num_epochs=2: too few for rounds=2: set it to 3 or more"):
         make_trainer(SelfTrainingTrainer, ready(), num_epochs=2, rounds=2)
 
 

@@ -30,25 +30,25 @@ class ADMTSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings, Tu
 class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
     """Zhao et al., "Alternate diverse teaching for semi-supervised medical image segmentation" (ECCV 2024, 2311.17325).
 
-    A student and two EMA teachers, of which one at a time follows it, so that they differ. Of their probabilities
-    p_1, p_2 on the weak view and the entropies H of these, voxel by voxel,
+    There are a student and two EMA teachers. Only one teacher at a time follows the student, so that the two differ.
+    Let p_1 and p_2 be their probabilities on the weak view, and H_1 and H_2 the entropies of these. For each voxel
 
-        p = (exp(-H_1) p_1 + exp(-H_2) p_2) / (exp(-H_1) + exp(-H_2)),
+        p = (exp(-H_1) p_1 + exp(-H_2) p_2) / (exp(-H_1) + exp(-H_2)).
 
-    and the student learns its decision from the strong view, where they agree and where they do not.
+    From the strong view the student learns the decision of p, both where the teachers agree and where they do not.
 
-    Where we depart, or know the paper's abstract and idea alone: the turns are of equal length (theirs are drawn); both
-    teachers' periods see the same kinds of batches and augmentation (theirs differ); where the teachers' decisions
-    differ a voxel counts as much as p is certain, 1 - H / its maximum. L_u is nnU-Net's loss with deep supervision, its
-    weight 1 after 0.4 of the training; with `consistency=paper` it is Dice + CE of the full resolution alone, with a
-    ramp as long as the training. The student's view is flipped and turned.
+    Differences from the paper, of which we know the abstract and the idea only: the turns have equal length (theirs are
+    random). Both teachers see the same kinds of batches and augmentation (theirs differ). Where the teachers' decisions
+    differ, a voxel has the weight 1 - H / max H, with H the entropy of p. L_u is nnU-Net's loss with deep supervision;
+    its weight reaches 1 after 0.4 of the training. With `consistency=paper` it is Dice + CE at full resolution only,
+    and the ramp is as long as the training. The student's view is flipped and turned.
     """
 
     views = ("weak", "strong")
 
     def initialize(self):
         super().initialize()
-        # frozen, and saved with what else is not deployed
+        # frozen; saved with the modules that are not deployed
         other = self.auxiliary["other_teacher"] = make_teacher(self.bare_network)
         if self._do_i_compile():
             other.compile()
@@ -72,14 +72,14 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         yield {"consistency": self.settings.weight(self.progress) * self.taught_loss(next(outputs), decision, weight)}
 
     def taught_loss(self, output, decision: Tensor, weight: Tensor) -> Tensor:
-        """The student's weighted loss, with deep supervision or (paper) of the finest logits."""
+        """The student's weighted loss: with deep supervision, or (paper) at full resolution only."""
         if self.settings.consistency == "paper":
             return weighted_loss(self.finest_loss, self.finest(output), decision, weight)
         return self.pseudo_loss(output, decision, weight)
 
     @torch.no_grad()
     def ask_teachers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Their decision as a target, and how much each voxel counts, (B, 1, *S)."""
+        """The teachers' common decision as a target, and the weight of each voxel, (B, 1, *S)."""
         regions = self.label_manager.has_regions
         logits = [teacher(images) for teacher in (self.teacher, self.auxiliary["other_teacher"])]
         decisions = [hard_pseudo_label(x, self.label_manager) for x in logits]
@@ -91,7 +91,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
 
 
 def combine(ps: list[Tensor], regions: bool) -> Tensor:
-    """The mean of probabilities (B, heads, *S), weighted with exp(-H), of each region its own."""
+    """The mean of probabilities (B, heads, *S) with the weights exp(-H). For regions each region has its own H."""
     weights = [(-entropy(p, regions)).exp() for p in ps]
     total = sum(weight * p for weight, p in zip(weights, ps, strict=True))
     return total / sum(weights)  # pyright: ignore[reportReturnType]: sum's 0 is not left

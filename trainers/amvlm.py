@@ -108,33 +108,36 @@ class AMVLMSettings(TeacherSettings):
 class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     """Alignment-multiplicity aware vision-language model (IEEE TMI 2025, 10.1109/TMI.2025.3573018), second stage.
 
-    The student is the plans' network, the teacher its EMA (0.99), and `TextMaskGenerator`, on the frozen towers of
-    `pretrain_vlm`, says where in an unlabelled image its text is. Three pseudo-labels, all of them probabilities,
-    teach the student's strong view: the teacher's mask, the text mask, and their average (each can be off):
+    The student is the plans' network, and the teacher its EMA (0.99). `TextMaskGenerator`, on the frozen towers of
+    `pretrain_vlm`, finds where an unlabelled image shows what its text says. Three pseudo-labels, all probabilities,
+    teach the student on the strong view: the teacher's mask, the text mask, and the average of the two. Each can be
+    switched off.
 
         L = L_sup + lambda(t) (L_teacher + L_text + L_average)
 
-    with nnU-Net's Dice + CE, on soft labels at full resolution (`soft_label_loss`), and lambda a Gaussian ramp over the
-    training. Teacher and generator see the weak view. The generator learns by a loss and an optimizer of its own, as in
-    the public code: TCL's extended InfoNCE with its priors (`loss_between_images`), Adam.
+    The losses are nnU-Net's Dice + CE, towards soft labels at full resolution (`soft_label_loss`). lambda is a Gaussian
+    ramp over the training. Teacher and generator see the weak view. The generator has a loss and an optimizer of its
+    own, as in the public code: TCL's extended InfoNCE with its priors (`loss_between_images`), and Adam.
 
-    Before every epoch the text masks are measured on labelled training cases (`Quality`). A class whose masks find its
-    labels too badly (`mask_gate`) has the teacher's word instead; where that is so of all classes, nothing is left of
-    the texts: it is a Mean Teacher. Other masks are cut at the threshold that finds the labels best. The paper and the
-    public code trust all masks; both departures are ours.
+    Before every epoch the text masks are measured on labelled training cases (`Quality`). If the masks of a class find
+    its labels too badly (`mask_gate`), the teacher's mask replaces them. If that holds for all classes, no text is
+    used, and the method is a Mean Teacher. The other masks are cut at the threshold that finds the labels best. The
+    paper and the public code use all masks as they are; both changes are ours.
 
-    With one class a case's own text of texts.json is taken, else a prompt a class, with a mask a class; the background
-    is what no mask takes: prod_k (1 - m_k). Of a volume `text_slices` slices along the patch's first axis get text
-    masks, others have the teacher's alone. A case without a text (`missing_texts=skip`) has the teacher's.
+    With one class the text of each case in texts.json is used. Otherwise there is a prompt and a mask for each class.
+    The background is where no mask is: prod_k (1 - m_k). In a volume, `text_slices` slices along the first axis of the
+    patch get text masks; the other slices have the teacher's mask only. So does a case without a text
+    (`missing_texts=skip`).
 
-    Text stays true under augmentation: where texts name sides (`vertical_sides`, `horizontal_sides`, extendable), flips
-    along their axes and rotations above 15 degrees are switched off, in prediction, too; with `sides=swap` a whole
-    batch is flipped, and the words of its texts are exchanged. Vertical words of volumes can mean two axes: along
-    neither is flipped, with `swap`, too. What a text says of the whole image (a count, a place) can still be false of a
-    patch of it: plan a patch as large as the image. At inference there is neither text nor tower.
+    Augmentation must not make a text false. If texts name sides (`vertical_sides`, `horizontal_sides`; more words can
+    be added), flips along their axes and rotations above 15 degrees are switched off, in prediction, too. With
+    `sides=swap` a whole batch is flipped, and the words in its texts are exchanged. In volumes the vertical words can
+    mean two axes; then neither is flipped, even with `swap`. A text about the whole image (a count, a place) can still
+    be false for a patch of it: plan a patch as large as the image. Prediction needs neither text nor towers.
 
-    Faults of the public code that are not repeated: file names in place of texts; a refined mask that is dropped; the
-    texts of a batch averaged; sigmoids of sigmoids; towers and teacher in training mode; images that become black.
+    These faults of the public code are not repeated: it uses file names instead of texts, drops a refined mask,
+    averages the texts of a batch, applies sigmoids to sigmoids, leaves towers and teacher in training mode, and makes
+    images black.
     """
 
     views = ("weak", "strong")
@@ -159,14 +162,14 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         axis = about["settings"].get("slice_axis", 0)
         if n_dims == 3 and axis != 0:
             raise UserError(
-                f"setting vlm={self.settings.vlm}: was pre-trained on slices across axis {axis}, and text masks are of"
-                " slices across the first: pre-train with slice_axis=0"
+                f"setting vlm={self.settings.vlm}: was pre-trained on slices across axis {axis}, but text masks need"
+                " slices across the first axis: pre-train again with slice_axis=0"
             )
         named, axes = named_sides(texts, self.settings.side_pairs), axes_of_sides(plans, n_dims)
         self.side_axes = {side: axes[side] for side in named}
         exchanged = [side == HORIZONTAL or is_flat(plans) for side in (VERTICAL, HORIZONTAL)]
         self.swapped = [side for side in named if self.settings.sides == "swap" and self.case_texts and exchanged[side]]
-        # every text as it is when nothing, one axis or both are flipped
+        # each text in its forms for no flip, a flip along one axis and flips along both
         self.flips = list(product(*((False, True) if side in self.swapped else (False,) for side in SIDES)))
         try:
             self.vlm.tokenize([exchange(text, flip, self.settings.side_pairs) for flip in self.flips for text in texts])
@@ -175,7 +178,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return plans
 
     def refuse_seen_labels(self, about: dict, plans: dict, configuration: str, fold, dataset_json: dict) -> None:
-        """Refuse a pre-training that saw labels which this training must not know, of validation cases above all.
+        """Refuse a pre-training that used labels which this training must not know, such as those of validation cases.
 
         Raises:
             UserError: there is such a label.
@@ -190,23 +193,23 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         if hidden:
             wanted = f"fold={fold}" + ("" if number is None else f" num_labeled={number}")
             raise UserError(
-                f"setting vlm={self.settings.vlm}: its pre-training saw the labels of {hidden[0]} and others,"
-                f" {len(hidden)} in all, which this training must not know: pre-train another with --set {wanted},"
+                f"setting vlm={self.settings.vlm}: its pre-training used the labels of {hidden[0]} and others,"
+                f" {len(hidden)} in all, which this training must not know: pre-train again with --set {wanted},"
                 " or with --set mask_weight=0"
             )
 
     def read_case_texts(self, plans: dict, configuration: str) -> tuple[dict[str, str], dict[str, str]]:
-        """Texts of the unlabelled cases, and of the labelled ones that have any; none where prompts are asked for."""
+        """The texts of the unlabelled cases, and of the labelled cases that have any. Both are empty for prompts."""
         name, one_class = plans["dataset_name"], len(self.prompts) == 2
         if self.settings.texts == "classes" or self.settings.texts == "auto" and not (one_class and has_texts(name)):
             return {}, {}
         if not one_class:
-            raise UserError("setting texts=cases: one text a case cannot tell several classes apart: use texts=classes")
+            raise UserError("setting texts=cases: one text for a case cannot name several classes: use texts=classes")
         cases = list(self.unlabeled_cases)
         manager = PlansManager(plans).get_configuration(configuration)
         folder = join(nnUNet_preprocessed, name, manager.data_identifier)
         labeled_cases = infer_dataset_class(folder).get_identifiers(folder)
-        if self.settings.num_labeled is not None:  # which of the labelled ones are to be unlabelled the fold says later
+        if self.settings.num_labeled is not None:  # some labelled cases become unlabelled; the fold decides later which
             cases += labeled_cases
         texts = read_texts(name, cases, self.settings.missing_texts)
         known = read_texts(name, {*cases, *labeled_cases}, "skip")
@@ -239,14 +242,14 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             self.class_features = nn.functional.normalize(torch.stack(features), dim=1)
 
     def configure_optimizers(self):
-        """Of the network alone: the masks have their own."""
+        """nnU-Net's optimizer for the network only. The masks have their own."""
         optimizer, scheduler = super().configure_optimizers()
         (group,), of_masks = optimizer.param_groups, {id(p) for p in self.auxiliary.parameters()}
         group["params"] = [p for p in group["params"] if id(p) not in of_masks]
         return optimizer, scheduler
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The gradients of the masks are cut to a norm of 1, or they would count where all gradients are clipped."""
+        """Clip the gradients of the masks to a norm of 1 first, so that they do not count in the common clipping."""
         terms = super().backward(groups)
         self.ranks.mean_gradients([*self.auxiliary["text_masks"].parameters()])
         if self.grad_scaler is not None:
@@ -259,7 +262,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return super().train_step(batch)
 
     def step_masks(self, *_) -> None:
-        """The step of the masks' optimizer, just before that of the network's."""
+        """Let the masks' optimizer step, just before the network's does."""
         if self.grad_scaler is None:
             self.mask_optimizer.step()
         else:
@@ -277,7 +280,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     # ------------------------------------------------------------------------------------------------- augmentation
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """nnU-Net's, without what makes a text false. Rotations shrink; the larger initial patch does no harm."""
+        """nnU-Net's ranges, without what makes a text false. The larger initial patch stays; it does no harm."""
         rotation, dummy_2d, patch_size, mirror_axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
@@ -290,7 +293,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return rotation, dummy_2d, patch_size, mirror_axes
 
     def draw_flip(self) -> tuple[bool, bool]:
-        """Along which sides' axes this batch is flipped; the words of its texts change places with it."""
+        """Draw the flips of this batch (vertical, horizontal). The words of its texts are exchanged with them."""
         if not self.swapped:
             return False, False
         drawn = torch.rand(2) < 0.5
@@ -316,7 +319,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         weak = batch.views["weak"]
         with torch.no_grad():
             taught = probabilities(self.teacher(weak), self.label_manager)
-            self.decide(taught.logit())  # its classes are counted
+            self.decide(taught.logit())  # only to count the classes
         to_slices, samples = self.draw_slices(weak)
         masks, has_text, loss = self.text_masks(to_slices(weak), [batch.cases[i] for i in samples], flip)
         yield {"mask": settings.mask_weight * loss}
@@ -338,9 +341,9 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
                     yield {name: weight * soft_label_loss(self.finest_loss, to_slices(logits), label)}
 
     def text_labels(self, masks: Tensor, has_text: Tensor, taught: Tensor) -> Tensor | None:
-        """Probabilities (N, heads, H, W) by the texts; None where no class's masks are good enough to be used.
+        """Probabilities (N, heads, H, W) from the texts. None if no class has masks that are good enough.
 
-        Where there is no text, and of classes whose masks are not used, the teacher's word is all there is.
+        The teacher's probabilities are used for images without a text and for classes whose masks are not used.
 
         Args:
             masks: (N, K, H, W); has_text: (N,); taught: the teacher's probabilities (N, heads, H, W).
@@ -356,7 +359,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught)
 
     def draw_slices(self, images: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
-        """What takes (B, C, *S) to 2d images, and of each the sample it is of; 2d images are taken as they are."""
+        """A function from (B, C, *S) to 2d images, and for each of these the number of its sample."""
         if images.ndim == 4:
             return lambda x: x, list(range(len(images)))
         drawn = torch.randperm(images.shape[2])[: self.settings.text_slices]
@@ -364,7 +367,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return lambda x: x[:, :, drawn].transpose(1, 2).flatten(0, 1), samples
 
     def text_masks(self, images: Tensor, cases: list[str], flip: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks (N, classes, H, W) of 2d images, which of them have a text, (N,), and the generator's own loss."""
+        """Masks (N, classes, H, W) of 2d images; which images have a text, (N,); the generator's own loss."""
         generator = self.auxiliary["text_masks"]
         if not self.case_texts:
             texts = self.class_features[1:]
@@ -383,7 +386,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return masks, has_text, generator.loss_between_images(features[known], all_texts[drawn], own)
 
     def draw_texts(self, rows: list[int]) -> list[int]:
-        """The numbers of a batch's texts, and of others up to `mask_texts`."""
+        """The numbers of the batch's texts, and of random others, up to `mask_texts` in all."""
         own = set(rows)
         others = [i for i in torch.randperm(len(self.texts)).tolist() if i not in own]
         return [*sorted(own), *others[: max(self.settings.mask_texts - len(own), 0)]]
@@ -404,7 +407,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             self.measure_masks()
 
     def measure_masks(self) -> None:
-        """Measure the text masks on labelled training cases, and say which are used and which are not."""
+        """Measure the text masks on labelled training cases, and log which are used."""
         masks, gate = [self.masks_of(example) for example in self.examples], self.settings.mask_gate
         said = []
         for k, name in enumerate(self.class_names()) if masks else ():
@@ -414,7 +417,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             self.method_state["mask_used"][k], self.method_state["mask_threshold"][k] = use, quality.threshold
             what = f"used above {quality.threshold:.2f}, Dice {quality.dice:.2f}" if use else f"below {gate}: not used"
             said.append(f"{name} {quality.area:.2f} ({what})")
-        nothing = "no labelled case has a text, so they are not used; --set mask_gate=0 would trust them"
+        nothing = "no labelled case has a text, so the masks are not used; to use them anyway, --set mask_gate=0"
         if said or gate:
             self.print_to_log_file("text masks, area under the ROC curve:", ", ".join(said) or nothing)
 
@@ -430,13 +433,13 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
 
 
 def with_background(masks: Tensor, label_manager) -> Tensor:
-    """Probabilities of nnU-Net's heads from the classes' masks: the background is what none takes, prod_k (1 - m_k).
+    """Probabilities for nnU-Net's heads from the masks of the classes. The background is prod_k (1 - m_k).
 
     Args:
         masks: (B, K, H, W), in 0 to 1.
 
     Returns:
-        (B, K + 1, H, W) with a sum of 1; for regions, which have no background head, the masks.
+        (B, K + 1, H, W) with a sum of 1. For regions, which have no background head, the masks.
     """
     if label_manager.has_regions:
         return masks

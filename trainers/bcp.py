@@ -43,21 +43,20 @@ class BCPSettings(OptionalTextSettings, TeacherSettings, PseudoLabelSettings, Tu
 class BCPTrainer(TextGuidedTrainer[BCPSettings]):
     """Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation" (CVPR 2023, 2305.00673).
 
-    With M = 0 in a box at a random place, whose sides are 2/3 of the patch's, and 1 around it:
+    M is 0 in a box at a random place, with 2/3 of the patch's sides, and 1 around it.
 
-    - eq. 1 and 2: X_in = x_l M + x_u (1 - M), X_out = x_u' M + x_l (1 - M), x_u' another sample's than x_u;
-    - eq. 4 to 6: the targets are mixed alike, of labels and of the teacher's decisions; L = L_in + L_out, each the
-      loss where the label is true plus alpha = 0.5 times that where it is a pseudo-label;
-    - before that, a phase of pre-training on mixes of two labelled samples; the teacher begins as its end.
+    - eq. 1 and 2: X_in = x_l M + x_u (1 - M), X_out = x_u' M + x_l (1 - M), with x_u' of another sample than x_u;
+    - eq. 4 to 6: the targets are mixed in the same way from labels and the teacher's decisions. L = L_in + L_out. Each
+      is the loss where the label is true, plus alpha = 0.5 times the loss where it is a pseudo-label;
+    - before that there is a pre-training on mixes of two labelled samples. The teacher begins as a copy of its end.
 
-    Where we depart: the pre-training's last weights go on (theirs: the best on the test set), with the same optimizer
-    and learning rate schedule; the teacher sees weak views, the mixes are of strong ones; the unlabelled images of
-    a mix are flipped and turned with their pseudo-labels; X_in and X_out have the same x_l; labels and pseudo-labels
-    have
-    nnU-Net's deep supervision; the largest component is kept where each labelled case has the class in one piece
-    (theirs: always). Of more unlabelled samples than labelled ones, one more is used. With a single sample of each x_u'
-    is x_u, and the pre-training mixes nothing. A training that is resumed with another length keeps the end of its
-    pre-training.
+    Differences from the paper: the last weights of the pre-training are used (theirs: the best on the test set), and
+    optimizer and learning rate schedule continue. The teacher sees weak views, and the mixes are made of strong views.
+    The unlabelled images of a mix are flipped and turned together with their pseudo-labels. X_in and X_out have the
+    same x_l. Labels and pseudo-labels have nnU-Net's deep supervision. Pseudo-labels keep the largest component of a
+    class if it is in one piece in every labelled case (theirs: always). If a batch has more unlabelled than labelled
+    samples, one more is used. With one sample of each, x_u' is x_u, and the pre-training mixes nothing. If a training
+    is resumed with another length, its pre-training keeps its end.
     """
 
     views = ("weak", "strong")
@@ -86,7 +85,7 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
 
     @property
     def first_step(self) -> int:
-        """The first that unlabelled samples take part in; it is on the CPU, so that nothing waits."""
+        """The first step with unlabelled samples. It is on the CPU, so that nothing waits for the GPU."""
         return int(self.method_state["first_step"])
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:

@@ -27,7 +27,7 @@ PERTURBATIONS = {
     "cutout": feature_perturbation.guided_cutout,
 }
 GUIDED = {"object_mask", "context_mask", "cutout"}
-"""those that take the main decoder's foreground"""
+"""perturbations that need the foreground of the main decoder"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +52,25 @@ class CCTSettings(ConsistencySettings, PseudoLabelSettings):
 class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
     """Ouali et al., "Semi-supervised semantic segmentation with cross-consistency training" (CVPR 2020, 2003.09005).
 
-    A shared encoder, a main decoder that learns from the labels, and auxiliary decoders, each of which reads the
-    features of unlabelled samples under a perturbation of its own and has to agree with the main one:
+    One encoder is shared. The main decoder learns from the labels. Each auxiliary decoder reads the features of
+    unlabelled samples under its own perturbation, and learns to agree with the main decoder:
 
-    - eq. 1: L_s, of the main decoder alone: nnU-Net's loss, with deep supervision;
-    - eq. 2: L_u = 1/K sum_k MSE(p_k, p_main), the main decoder's output without gradient;
+    - eq. 1: L_s, of the main decoder only: nnU-Net's loss with deep supervision;
+    - eq. 2: L_u = 1/K sum_k MSE(p_k, p_main); the main decoder's output gets no gradient;
     - eq. 3: L = L_s + w_u(t) L_u.
 
-    Perturbations are those of the paper's section 3.2: noise, drop (of the most active regions), dropout (of whole
-    channels), masks of the object or of its context, and cutout within the object's bounding box (one, of all that is
-    foreground; the paper has a box an object). Each level of the U-Net draws its own noise and threshold. The default
-    three are the ones that volumes' U-Nets are trained with in the field, one decoder each; naming one more often
-    gives it more decoders. Left out is the paper's I-VAT. A U-Net's decoder reads skips as well, so these are
-    perturbed as the bottleneck is; decoders are the plans' instead of the paper's light ones.
+    The perturbations are those of section 3.2: noise, drop (of the most active regions), dropout (of whole channels),
+    masks of the object or of its context, and cutout within the bounding box of the object (here one box for all
+    foreground, in the paper one for each object). Each level of the U-Net has its own random noise and threshold. The
+    three defaults are usual for U-Nets of volumes, with one decoder each. To give a perturbation several decoders, name
+    it several times. The paper's I-VAT is left out. A U-Net's decoder also reads skips, so these are perturbed like the
+    bottleneck. The decoders are those of the plans, not the paper's light ones.
 
-    With `consistency=paper` L_u is eq. 2 with the paper's weight, 30 after a ramp over a tenth of the training. In a
-    training from random weights its auxiliary decoders are then taught by nothing but the main one's soft output. By
-    default we depart: L_u is nnU-Net's loss with deep supervision towards the main decoder's decision, and the
-    auxiliary decoders learn from the labels, too, on perturbed features: in each step one of them, in turn, as the time
-    of a step grows with every pass.
+    With `consistency=paper` L_u is eq. 2 with the paper's weight, 30 after a ramp over a tenth of the training. If the
+    training starts from random weights, its auxiliary decoders then learn only from the soft output of the main one.
+    By default we differ: L_u is nnU-Net's loss with deep supervision towards the main decoder's decision. The auxiliary
+    decoders also learn from the labels, on perturbed features. In each step only one of them does so, in turn, because
+    every pass makes a step longer.
     """
 
     @classmethod
@@ -96,7 +96,7 @@ class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
                 yield {"supervised_other": self.loss(self.perturbed(skips, i, foreground), batch.target)}
         weight = self.settings.weight(self.progress) / len(names)
         with self.shared(next(encoded).skips) as skips:
-            with self.without_gradients():  # a target needs no backward pass through the main decoder
+            with self.without_gradients():  # the target needs no backward pass through the main decoder
                 logits = self.finest(network.decode(skips))
             decision = self.decide(logits)
             main = probabilities(logits, self.label_manager) if paper else decision
@@ -106,17 +106,17 @@ class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
                 yield {"consistency": weight * self.distance(self.perturbed(skips, i, foreground), main)}
 
     def perturbed(self, skips: list[Tensor], i: int, foreground: Tensor):
-        """The output of auxiliary decoder i, which reads its perturbation of the features."""
+        """The output of auxiliary decoder i. It reads its perturbation of the features."""
         name = self.settings.perturbations[i]
         arguments = (foreground,) if name in GUIDED else ()
         return self.bare_network.decode([PERTURBATIONS[name](skip, *arguments) for skip in skips], i + 1)
 
     def distance(self, output, main: Tensor) -> Tensor:
-        """Of an auxiliary decoder's output from the main one's decision, or from its probabilities."""
+        """How far an auxiliary decoder's output is from the main decoder's decision, or (paper) probabilities."""
         if self.settings.consistency == "paper":
             return F.mse_loss(probabilities(self.finest(output), self.label_manager), main)
         return self.pseudo_loss(output, main)
 
     def foreground(self, decision: Tensor) -> Tensor:
-        """(B, 1, *S), bool: where any class or region is."""
+        """(B, 1, *S), bool: where there is any class or region."""
         return (decision > 0).any(1, keepdim=True)

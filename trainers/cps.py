@@ -24,16 +24,16 @@ class CPSSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings]):
     """Chen et al., "Semi-supervised semantic segmentation with cross pseudo supervision" (CVPR 2021, 2106.01226).
 
-    Two networks of the same architecture that differ in their initial weights: L = L_s + lambda L_cps.
+    Two networks have the same architecture and different initial weights. L = L_s + lambda L_cps.
 
-    - eq. 3: L_s, both networks' loss on the labelled samples: nnU-Net's, with deep supervision;
-    - eq. 4: L_cps = CE(p_1, y_2) + CE(p_2, y_1), y the other's decision, at full resolution; one mean over
-      labelled and unlabelled samples (the paper adds a mean of each, twice as much where both are as many).
+    - eq. 3: L_s is the loss of both networks on the labelled samples: nnU-Net's, with deep supervision;
+    - eq. 4: L_cps = CE(p_1, y_2) + CE(p_2, y_1), y_i the decision of network i, at full resolution. It is one mean over
+      labelled and unlabelled samples. (The paper adds two means, which is twice as much if both are equally many.)
 
-    The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step, of networks pre-trained on ImageNet. From
-    random weights that would teach noise: with `consistency=paper` L_cps is eq. 4 with the 0.1 and the Gaussian ramp
-    over the training that are usual for volumes. By default it is nnU-Net's Dice + CE with deep supervision, with a
-    weight of 1 after 0.4 of the training.
+    The paper's lambda is 1.5 (VOC) or 6 (Cityscapes) from the first step on; its networks are pre-trained on ImageNet.
+    With random weights that would teach noise. So with `consistency=paper` L_cps is eq. 4 with what is usual for
+    volumes: the weight 0.1 and a Gaussian ramp over the training. By default L_cps is nnU-Net's Dice + CE with deep
+    supervision, and its weight reaches 1 after 0.4 of the training.
     """
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
@@ -53,7 +53,7 @@ class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings])
                     yield {"cps": share * weight * cps} | self.cog(aligned, logits, text, share)
 
     def decision(self, prediction, counts: bool) -> Tensor:
-        """What one network says to the other."""
+        """The decision of one network, from which the other learns."""
         return self.decide(self.finest(prediction[0]), counts)
 
 

@@ -22,7 +22,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 STEEPNESS = 1500
-"""k of the smooth Heaviside function"""
+"""k in the smooth Heaviside function"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class DTCSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 
 
 class DualTaskUNet(MultiDecoderUNet):
-    """The decoder has twice the heads, a level set for each; alone, `forward(x)` gives the segmentation's."""
+    """The decoder has twice the heads, one level set for each head. `forward(x)` gives the segmentation only."""
 
     def forward(self, x: Tensor):
         return tree_map(lambda t: t[:, : t.shape[1] // 2], super().forward(x))
@@ -45,27 +45,27 @@ class DualTaskUNet(MultiDecoderUNet):
 class DTCTrainer(TextGuidedTrainer[DTCSettings]):
     """Luo et al., "Semi-supervised medical image segmentation through dual-task consistency" (AAAI 2021, 2009.04448).
 
-    One network predicts classes and, by tanh, level sets z: signed distances to the boundary, negative inside and
-    scaled to -1 to 1 (eq. 1), in voxels of the patch.
+    One network predicts the classes and, by tanh, level sets z: signed distances to the boundary, in voxels of the
+    patch, negative inside and scaled to -1 to 1 (eq. 1).
 
-    - eq. 3: z becomes a soft segmentation by the smooth Heaviside function sigmoid(-k z), k = 1500;
+    - eq. 3: the smooth Heaviside function sigmoid(-k z), k = 1500, turns z into a soft segmentation;
     - eq. 4: L_DTC = mean ||sigmoid(-k z) - p||^2, over labelled and unlabelled samples;
-    - eq. 5: L_LSF = mean ||z - T(y)||^2 on the labelled ones;
-    - eq. 6: L = L_seg + 0.3 L_LSF + lambda(t) L_DTC, lambda a Gaussian ramp to 1 over the training.
+    - eq. 5: L_LSF = mean ||z - T(y)||^2, over the labelled samples;
+    - eq. 6: L = L_seg + 0.3 L_LSF + lambda(t) L_DTC, with lambda a Gaussian ramp to 1 over the training.
 
-    The paper has one organ; here each class (background, too) or region has a level set of its own. One that is not in
-    a patch is outside everywhere (1). A patch with ignored voxels has no L_LSF. The distances are computed in the
-    loader's processes, after augmentation (1 to 1.5 s for each head of a patch of 128^3). L_LSF and L_DTC act at full
-    resolution, L_seg is nnU-Net's; with deep supervision the coarser outputs' level sets are not used.
+    The paper has one organ. Here each class (the background, too) or region has its own level set. If a class is not in
+    a patch, every voxel is outside (1). A patch with ignored voxels has no L_LSF. The distances are computed after
+    augmentation, in the loader's processes (1 to 1.5 s for each head of a patch of 128^3). L_LSF and L_DTC use the full
+    resolution, and L_seg is nnU-Net's. With deep supervision the level sets of the coarser outputs are not used.
 
-    With `consistency=paper` L_DTC is eq. 4. At its weight the classes learn next to nothing from it, and with k = 1500
-    the level sets do so within a few thousandths of 0 alone, where the wrong sign is hardly wrong. By default we
-    depart: each task learns the other's decision,
+    With `consistency=paper` L_DTC is eq. 4. With its weight the classes learn next to nothing from it. With k = 1500
+    the level sets learn from it only within a few thousandths of 0, where a wrong sign is hardly wrong. By default we
+    differ: each task learns the decision of the other,
 
         L_DTC = L_seg(p, argmin z) + CE(softmax(-k z), argmax p) / k,
 
-    of regions z < 0, and the sigmoid. L_seg is nnU-Net's, with deep supervision; the other part is about 0 where the
-    sign is right, and elsewhere by how much it is wrong, so that distances are free but for their sign.
+    and for regions z < 0 and the sigmoid. L_seg is nnU-Net's, with deep supervision. The second part is about 0 where
+    the sign is right; elsewhere it grows with the error. So it fixes the signs of the distances and nothing else.
     """
 
     @classmethod
@@ -100,7 +100,7 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         weight = self.settings.weight(self.progress)
         for _, target, share in streams:
             with self.shared(next(predictions)) as (output, aligned):
-                # one sample at a time: with many classes the level sets' tensors are the largest of a step
+                # one sample at a time: with many classes the tensors of the level sets are the largest of a step
                 samples = self.finest(output).split(1)
                 if target is not None:
                     yield {"supervised": self.loss(self.segmentation(output), target)}
@@ -115,32 +115,32 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
                 for sample, decision in zip(samples, decisions[0].split(1), strict=True):
                     yield {"dtc": weight * share / len(samples) * self.dtc_loss(sample, decision)}
                 del decisions, decision
-                samples = sample = None  # views of logits, which would outlive this stream
+                samples = sample = None  # views of logits, which would keep this stream's memory
                 yield self.cog(aligned, self.finest(output), text, share)
 
     def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes' or regions' logits (B, heads, *S), and what tanh makes the level sets of."""
+        """The logits of the classes or regions (B, heads, *S), and the values from which tanh makes the level sets."""
         segmentation, level_sets = logits.chunk(2, 1)
         return segmentation, level_sets
 
     def segmentation(self, output):
-        """The first task's part of an output with or without deep supervision."""
+        """The segmentation's part of an output with or without deep supervision."""
         return tree_map(lambda logits: self.split(logits)[0], output)
 
     def known_shares(self, target) -> Tensor:
-        """(B,), a sum of 1 or 0: weights of the patches whose distances are known, 0 for the others.
+        """Weights (B,) of the patches: equal for those with known distances, 0 for the others. Their sum is 1 or 0.
 
-        An ignored voxel may hold the nearest boundary, so a patch with one is not known.
+        In a patch with an ignored voxel the distances are not known, because the nearest boundary may be in that voxel.
         """
         known = has_label(self.finest(target), self.label_manager).flatten(1).all(1).float()
         return known / known.sum().clamp_min(1)
 
     def level_set_loss(self, logits: Tensor, true: Tensor) -> Tensor:
-        """beta L_LSF of the logits of both tasks (1, 2 heads, *S), with T(y), (heads, *S)."""
+        """beta L_LSF, from the logits of both tasks (1, 2 heads, *S) and T(y), (heads, *S)."""
         return self.settings.level_set_weight * F.mse_loss(self.split(logits)[1][0].float().tanh(), true.float())
 
     def dtc_loss(self, logits: Tensor, decision: Tensor) -> Tensor:
-        """Eq. 4 of the logits of both tasks (B, 2 heads, *S), or what the level sets learn of the classes' decision."""
+        """Eq. 4, from the logits of both tasks (B, 2 heads, *S); or what the level sets learn from the decision."""
         segmentation, level_sets = self.split(logits)
         inside = -STEEPNESS * level_sets.float().tanh()
         if self.settings.consistency == "paper":
@@ -149,19 +149,19 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
 
 
 def add_level_sets(labeled_batch: dict, unlabeled_batch: dict, label_manager) -> dict[str, Tensor]:
-    """The level sets (B, heads, *S) of a batch's labels, float16; see `level_set`."""
+    """The level sets (B, heads, *S) of the labels in a batch, float16; see `level_set`."""
     target = labeled_batch["target"]
     target = (target[0] if isinstance(target, (list, tuple)) else target).numpy()
     heads = range(label_manager.num_segmentation_heads)
     masks = target[:, heads] > 0 if label_manager.has_regions else np.concatenate([target == c for c in heads], 1)
     level_sets = torch.from_numpy(np.stack([[level_set(mask) for mask in sample] for sample in masks]))
-    return {"level_sets": level_sets.half()}  # a copy to the GPU of half the size; nothing asks for more digits
+    return {"level_sets": level_sets.half()}  # half the size on its way to the GPU; more digits are not needed
 
 
 def level_set(mask: np.ndarray) -> np.ndarray:
-    """T(y): the distance to the boundary, over its maximum; negative inside, 0 on the inner boundary.
+    """T(y): the distance to the boundary, divided by its maximum. Negative inside, 0 on the inner boundary.
 
-    Source: eq. 1. Each side has a maximum of its own. Without an inside it is 1, without an outside -1.
+    Source: eq. 1. Inside and outside have their own maximum. If nothing is inside it is 1, if all is inside -1.
 
     Args:
         mask: (*S), bool.
@@ -171,7 +171,7 @@ def level_set(mask: np.ndarray) -> np.ndarray:
     """
     if mask.all() or not mask.any():
         return np.where(mask, np.float32(-1), np.float32(1))
-    distance: Any = distance_transform_edt  # by its annotation it can return several arrays, or none
+    distance: Any = distance_transform_edt  # its annotation says that it may return several arrays, or none
     outside, inside = distance(~mask), distance(mask)
     result = outside / outside.max() - inside / inside.max()
     result[find_boundaries(mask, mode="inner")] = 0

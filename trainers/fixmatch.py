@@ -15,14 +15,16 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 class FixMatchTrainer(SemiSupervisedTrainer[MatchSettings]):
     """Sohn et al., "FixMatch: simplifying semi-supervised learning with consistency and confidence" (NeurIPS 2020).
 
-    arXiv 2001.07685, for voxels. Eq. 4: L_u = mean over all voxels of 1(max q >= 0.95) CE(p(strong), argmax q),
-    q the network's own probabilities on the weak view, without gradient; L = L_s + lambda_u L_u, lambda_u = 1 with no
-    ramp, as the threshold is one. Unlabelled samples are as many as labelled ones, `unlabeled_batch_size` makes them
-    more (paper: 7 times as many). L_s is nnU-Net's loss, the strong view nnU-Net's intensity augmentation, flipped and
-    turned with the pseudo-label. A region's pseudo-label counts where all regions are certain.
+    arXiv 2001.07685, applied to voxels. Eq. 4: L_u is the mean over all voxels of 1(max q >= 0.95) CE(p(strong), argmax
+    q). q are the network's own probabilities on the weak view, without gradient. L = L_s + lambda_u L_u, with lambda_u
+    = 1 and no ramp, because the threshold acts as one. A batch has as many unlabelled as labelled samples; the setting
+    `unlabeled_batch_size` can change that (paper: 7 times as many). L_s is nnU-Net's loss. The strong view has
+    nnU-Net's intensity augmentation; it is flipped and turned together with the pseudo-label. For regions a voxel
+    counts if all regions are certain.
 
-    With `consistency=paper` L_u is the CE of the full resolution. By default it is nnU-Net's Dice + CE with deep
-    supervision, over the certain voxels: a few certain foreground voxels hardly weigh in a mean over all.
+    With `consistency=paper` L_u is the CE at full resolution. By default it is nnU-Net's Dice + CE with deep
+    supervision over the certain voxels, because in a mean over all voxels a few certain foreground voxels have hardly
+    any weight.
     """
 
     views = ("weak", "strong")

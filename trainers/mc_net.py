@@ -19,7 +19,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 UPSAMPLING = ("linear", "nearest")
-"""of the second and the third decoder; the plans' own has transposed convolutions"""
+"""the upsampling of the second and third decoder; the first one has the transposed convolutions of the plans"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +37,21 @@ class MCNetSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettin
 class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
     """Wu et al., "Mutual consistency learning for semi-supervised medical image segmentation" (MC-Net+).
 
-    Medical Image Analysis 2022, arXiv 2109.09960. A shared encoder and three decoders that differ in how they
+    Medical Image Analysis 2022, arXiv 2109.09960. One encoder is shared by three decoders. They differ in how they
     upsample: transposed convolutions, linear and nearest interpolation.
 
-    - sharpening: p* = p^(1/T) / (p^(1/T) + (1 - p)^(1/T)), T = 0.1; for several classes p^(1/T) over its sum over
-      them, which is the softmax of logits / T;
+    - sharpening: p* = p^(1/T) / (p^(1/T) + (1 - p)^(1/T)), T = 0.1. For several classes it is p^(1/T) divided by its
+      sum over the classes, which is the softmax of logits / T;
     - L_mc = sum over decoders i != j of MSE(p_i, p*_j), over labelled and unlabelled samples;
-    - L = lambda sum_i L_seg(i) + beta L_mc, lambda = 0.5, beta a Gaussian ramp to 1 over the training.
+    - L = lambda sum_i L_seg(i) + beta L_mc, with lambda = 0.5 and beta a Gaussian ramp to 1 over the training.
 
-    Where the source is silent, or its code differs: p* gets no gradient, as it stands for a label; L_seg is nnU-Net's
-    (their code: Dice alone). The decoder with transposed convolutions is deployed.
+    Where the paper says nothing, or its code differs: p* gets no gradient, because it takes the place of a label. L_seg
+    is nnU-Net's (their code: Dice only). The decoder with transposed convolutions is deployed.
 
     With `consistency=paper` L_mc is as above, with a ramp as long as the training (their code: 40 % of it). By default
-    we depart: what a decoder learns from another is its decision, p* at T = 0, by nnU-Net's loss with deep
-    supervision; L_mc = lambda sum_i mean over j != i of L_seg(i, decision of j), so that what is learnt of the others
-    weighs as much as the labels when beta is 1.
+    we differ: a decoder learns the decisions of the others (p* at T = 0) by nnU-Net's loss with deep supervision. L_mc
+    = lambda sum_i mean over j != i of L_seg(i, decision of j). So at beta = 1 the other decoders have as much weight as
+    the labels.
     """
 
     @classmethod
@@ -78,16 +78,16 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
                         terms = {"mutual": mutual} | self.cog(aligned, self.finest(output), text, share)
                         del others, mutual
                         yield terms
-                del taught, terms  # else they would outlive this stream
+                del taught, terms  # else they would keep this stream's memory
 
     def taught(self, output, counts: bool) -> Tensor:
-        """What a decoder teaches the others: its decision, or its logits."""
+        """What the others learn from a decoder: its decision, or (paper) its logits."""
         logits = self.finest(output)
         decision = self.decide(logits, counts)
         return logits.detach() if self.settings.consistency == "paper" else decision
 
     def mutual_loss(self, output, others: Sequence[Tensor]) -> Tensor:
-        """A decoder's part of L_mc, of its output and what the others teach, which gets no gradient."""
+        """A decoder's part of L_mc, from its output and what the others teach. The latter gets no gradient."""
         if self.settings.consistency == "paper":
             p, T = probabilities(self.finest(output), self.label_manager), self.settings.sharpening
             sharpened = (probabilities(x.detach().float() / T, self.label_manager) for x in others)

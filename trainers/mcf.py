@@ -31,28 +31,28 @@ class MCFSettings(ConsistencySettings, PseudoLabelSettings):
 class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
     """Wang et al., "MCF: mutual correction framework for semi-supervised medical image segmentation" (CVPR 2023).
 
-    - contrastive difference review: with M = 1 where the networks' decisions on a labelled sample differ,
-      L_review = sum M ||p_i - y||^2 / sum M, of each network;
-    - rectification: the network with the lower supervised loss labels the unlabelled samples, and the other learns from
-      it, the MSE towards p^(1/T) / sum p^(1/T), T = 0.1;
+    - contrastive difference review: M = 1 where the decisions of the networks on a labelled sample differ. For each
+      network L_review = sum M ||p_i - y||^2 / sum M;
+    - rectification: the network with the lower supervised loss labels the unlabelled samples. The other network learns
+      from it, by the MSE towards p^(1/T) / sum p^(1/T), T = 0.1;
     - L = L_sup(1) + L_sup(2) + 0.5 L_review + lambda(t) L_rect.
 
-    That is `consistency=paper`, with a Gaussian ramp to 0.1 over the training. By default we depart: L_review is
-    nnU-Net's loss over the voxels of M, and L_rect nnU-Net's loss towards the better network's decision, both with deep
-    supervision, lambda 1 after 0.4 of the training. Theirs are two architectures; here they differ in their initial
-    weights. They are compared by the losses of the step before (on a GPU of an earlier one, where the copy to the CPU
-    is not there yet: no step waits for it). A voxel with the ignore label is not reviewed.
+    That is `consistency=paper`, with a Gaussian ramp to 0.1 over the training. By default we differ: L_review is
+    nnU-Net's loss over the voxels of M, and L_rect is nnU-Net's loss towards the decision of the better network, both
+    with deep supervision; lambda reaches 1 after 0.4 of the training. The paper has two architectures; here the
+    networks differ in their initial weights. They are compared by the losses of the previous step. On a GPU it may be
+    an earlier step, because no step waits until the losses are copied to the CPU. Ignored voxels are not reviewed.
     """
 
     def initialize(self):
         super().initialize()
         self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool)
-        if self.device.type == "cuda":  # a copy into pinned memory does not make the CPU wait
+        if self.device.type == "cuda":  # the CPU does not wait for a copy into pinned memory
             self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         settings, supervised = self.settings, []
-        better = int(self.method_state["second_is_better"])  # of a step before
+        better = int(self.method_state["second_is_better"])  # from an earlier step
         passes = [partial(network, batch.images) for network in self.networks]
         for i, output, decisions in self.in_turn(passes, self.labeled_decision):
             differ = (decisions[0] != decisions[1]).any(1, keepdim=True)
@@ -62,7 +62,7 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
                 yield {f"supervised_{i + 1}": loss}
                 yield {"review": settings.review_weight * self.review(differ, output, batch.target)}
             del output, loss
-        # on its way to the CPU while the GPU works; the next step reads it
+        # copied to the CPU while the GPU works; the next step reads it
         first, second = self.ranks.mean(torch.stack(supervised))
         self.method_state["second_is_better"].copy_(second < first, non_blocking=True)
         images, networks = batch.views["strong"], self.networks
@@ -85,14 +85,14 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
         return squared.sum() / (mask.sum() * p.shape[1]).clamp_min(1)
 
     def one_hot(self, target: Tensor) -> Tensor:
-        """A target as probabilities (B, heads, *S); where it has the ignore label, anything."""
+        """A target as probabilities (B, heads, *S). The values of ignored voxels have no meaning."""
         heads = self.label_manager.num_segmentation_heads
         if self.label_manager.has_regions:
             return target[:, :heads].float()
         return torch.cat([target == head for head in range(heads)], 1).float()
 
     def rectification(self, output, logits: Tensor, decision: Tensor) -> Tensor:
-        """L_rect of the worse network's output, with the better one's logits and decision."""
+        """L_rect: the output of the worse network, with the logits and the decision of the better one."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision)
         taught = probabilities(logits.float() / self.settings.sharpening, self.label_manager)

@@ -36,13 +36,13 @@ class MeanTeacherSettings(
 class MeanTeacherTrainer(TextGuidedTrainer[MeanTeacherSettings]):
     """Tarvainen and Valpola, "Mean teachers are better role models" (NeurIPS 2017, arXiv 1703.01780).
 
-    L = L_sup + w(t) L_con(student on the strong view, teacher on the weak view), over the unlabelled samples (eq. 1,
-    their section 2); the teacher is the EMA of the student (eq. 2), w a Gaussian ramp.
+    L = L_sup + w(t) L_con(student on the strong view, teacher on the weak view), over the unlabelled samples (eq. 1 in
+    their section 2). The teacher is the EMA of the student (eq. 2), and w is a Gaussian ramp.
 
-    With `consistency=paper` L_con is the MSE of probabilities, at full resolution, and w ends at 0.1, as usual for
-    volumes (Yu et al., UA-MT, MICCAI 2019). By default we depart: L_con is nnU-Net's loss, with deep supervision,
-    towards the teacher's decision, and w ends at 1; the student's view is flipped and turned. The labelled
-    samples take no part in the consistency.
+    With `consistency=paper` L_con is the MSE of probabilities at full resolution, and w ends at 0.1, as is usual for
+    volumes (Yu et al., UA-MT, MICCAI 2019). By default we differ: L_con is nnU-Net's loss with deep supervision towards
+    the teacher's decision, w ends at 1, and the student's view is flipped and turned. Labelled samples have no
+    consistency term.
     """
 
     views = ("weak", "strong")

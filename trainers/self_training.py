@@ -36,25 +36,25 @@ class SelfTrainingSettings(SemiSupervisedSettings):
 
 
 class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
-    """Train on the labelled cases, label the unlabelled ones, train again from scratch on both.
+    """Train on the labelled cases, label the unlabelled ones, then train again from scratch on both.
 
-    What nnU-Net's maintainers advise to do by hand (MIC-DKFZ/nnUNet, issue 2338); pseudo-labelling after Lee,
-    "Pseudo-label" (ICML workshops 2013). The epochs are divided alike among the first training and the `rounds` after
-    it, each with nnU-Net's learning rate schedule and new weights. Whole cases are labelled with nnU-Net's own sliding
-    window. A batch holds as many patches with labels as with pseudo-labels, both with all of nnU-Net's
-    augmentation, foreground sampling and deep supervision (by hand, all cases are alike, so that a few labelled
-    ones would hardly be seen).
+    nnU-Net's maintainers advise to do this by hand (MIC-DKFZ/nnUNet, issue 2338). It is pseudo-labelling after Lee,
+    "Pseudo-label" (ICML workshops 2013). The epochs are divided equally among the first training and the `rounds` that
+    follow. Each of these trainings has new weights and the whole of nnU-Net's learning rate schedule. Whole cases are
+    labelled with nnU-Net's sliding window. A batch has as many patches with labels as with pseudo-labels. Both have
+    nnU-Net's augmentation, foreground sampling and deep supervision. (By hand all cases are treated alike, so that a
+    few labelled cases are rarely seen.)
 
-    `pseudo_labels/round_N` in the training's folder holds the pseudo-labels in the images' geometry, for review, and
-    as they are trained on. Interrupted while it labels, the training goes on with the cases that have none. nnU-Net's
-    `-pretrained_weights` are those of the first training alone.
+    The folder `pseudo_labels/round_N` of the training holds the pseudo-labels, both in the geometry of the images, for
+    you to look at, and in the form for training. If the labelling is interrupted, the training continues with the cases
+    that have no pseudo-label yet. nnU-Net's `-pretrained_weights` are used for the first training only.
     """
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
         if self.settings.num_epochs <= self.settings.rounds:
             raise UserError(
-                f"setting num_epochs={self.settings.num_epochs}: too short for rounds={self.settings.rounds}; give it"
-                f" at least {self.settings.rounds + 1}"
+                f"setting num_epochs={self.settings.num_epochs}: too few for rounds={self.settings.rounds}: set it to"
+                f" {self.settings.rounds + 1} or more"
             )
         return super().prepare(plans, configuration, fold, dataset_json)
 
@@ -67,7 +67,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
 
     @property
     def round(self) -> int:
-        """0 while only labels are trained on."""
+        """The number of the round. It is 0 while the training uses labels only."""
         return sum(self.current_epoch >= start for start in self.starts[1:])
 
     def folder(self, number: int) -> Path:
@@ -81,7 +81,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         super().load_checkpoint(checkpoint)
         if self.method_state["starts"].tolist() != [*self.starts, self.num_epochs]:
             raise UserError(
-                f"{self.output_folder}: its training cannot go on, since num_epochs or rounds changed: set them"
+                f"{self.output_folder}: its training cannot continue, because num_epochs or rounds changed: set them"
                 " back with --set, or train again without --c"
             )
 
@@ -90,7 +90,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         return optimizer, RestartingPolyLR(optimizer, self.initial_lr, [*self.starts, self.num_epochs])
 
     def on_train_start(self):
-        for number in range(self.round + 1, self.settings.rounds + 1):  # of a training before this one
+        for number in range(self.round + 1, self.settings.rounds + 1):  # from an earlier training
             if self.folder(number).exists() and not self.ranks.number:
                 shutil.rmtree(self.folder(number))
         self.ranks.wait()
@@ -105,25 +105,25 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
     def on_epoch_end(self):
         every = self.save_every
         if self.current_epoch + 1 in self.starts:
-            self.save_every = 1  # the checkpoint that goes on with the labelling, if that is interrupted
+            self.save_every = 1  # a checkpoint, so that the labelling can be continued if it is interrupted
         super().on_epoch_end()
         self.save_every = every
 
     def start_again(self) -> None:
-        """New weights, a new optimizer, and loaders with the new labels."""
+        """Make new weights, a new optimizer, and loaders with the new pseudo-labels."""
         fresh = self.build_network_architecture(
             self.plans_manager, self.configuration_manager, self.num_input_channels,
             self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
         )  # fmt: skip
         self.bare_network.load_state_dict(fresh.state_dict())
         self.ranks.copy_first(self.bare_network)
-        self._best_ema = None  # of `checkpoint_best.pth`: the other network's
+        self._best_ema = None  # for `checkpoint_best.pth`: it belongs to the old network
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
-        if self.current_epoch in self.starts:  # the mean over epochs, too, is not to begin with the other network's
+        if self.current_epoch in self.starts:  # the moving average must not begin with values of the old network
             values = self.logger.local_logger.my_fantastic_logging
             values["ema_fg_dice"][-1] = values["mean_fg_dice"][-1]
 
@@ -133,9 +133,9 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         folder, dataset = self.folder(self.round), self.unlabeled_dataset()
         missing = without_label(dataset, folder)
         if not self.round or (missing and self.current_epoch in self.starts):
-            return None  # there are no pseudo-labels yet; once they are made, loaders are, too
+            return None  # there are no pseudo-labels yet; when they are made, the loaders are made again
         if missing:
-            raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is gone: train again, without --c")
+            raise UserError(f"{folder / missing[0]}.pkl: the pseudo-label is missing: train again, without --c")
         batch_size = self.ranks.part(self.settings.unlabeled_batch_size) or self.batch_size
         return pseudo_label_loader(
             labeled_loader, PseudoLabeledDataset(dataset, folder), batch_size, self.label_manager

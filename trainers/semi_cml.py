@@ -42,7 +42,7 @@ from nnunet_semiseg.training.teacher import make_teacher
 
 BRANCHES = ("a", "b")
 recomputed: Any = partial(checkpoint, use_reentrant=False)
-"""calls a function, whose intermediate tensors the backward pass computes again"""
+"""calls a function; the backward pass computes its intermediate tensors again"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,34 +110,37 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
 class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     """Multi-modal contrastive mutual learning and pseudo-label re-learning (Medical Image Analysis 2023).
 
-    One encoder and one decoder a modality, joined at the bottleneck (`MutualLearningUNet`). Two accounts of the method
-    differ in their losses; both are here. With P_a, P_b the probabilities of the two decoders:
+    Each modality has an encoder and a decoder; they are joined at the bottleneck (`MutualLearningUNet`). Two
+    descriptions of the method have different losses; both can be chosen. P_a and P_b are the probabilities of the two
+    decoders.
 
     - supervised: nnU-Net's loss for each decoder, throughout the training (the public code drops it later);
-    - `inter`: 1 - 2 |P_a P_b| / (|P_a| + |P_b|), of a sample's two predictions (`area_similarity`);
-    - `contrast`: `area_similarity_contrast` of unlabelled samples, among all predictions of a batch, with squares in
-      the denominators, so that equal soft predictions have 1. The paper has 3.5 of it beside 10 BCE + 7 Dice, and we
-      0.4 beside CE + Dice. Negatives that overlap as much as the positive pair does are not pushed away: cases share
-      where an organ lies;
-    - `intra`: student and EMA teacher, each decoder with its own, on unlabelled samples: nnU-Net's loss with deep
-      supervision towards the decision, or with `consistency=paper` the MSE;
+    - `inter`: 1 - 2 |P_a P_b| / (|P_a| + |P_b|) of the two predictions of a sample (`area_similarity`);
+    - `contrast`: `area_similarity_contrast` of unlabelled samples among all predictions of a batch. The denominators
+      have squares, so that two equal soft predictions have similarity 1. The paper uses the weight 3.5 beside 10 BCE +
+      7 Dice, and we use 0.4 beside CE + Dice. A negative that overlaps as much as the positive pair is not pushed away,
+      because an organ lies at similar places in different cases;
+    - `intra`: each decoder of the student against the same decoder of the EMA teacher, on unlabelled samples. It is
+      nnU-Net's loss with deep supervision towards the decision, or with `consistency=paper` the MSE;
     - `relearning`, from `relearning_start` on: the loss of both decoders towards the teacher's probabilities (or its
-      decision, `relearning=hard`), where its decision's probability is at least tau(t) (`dynamic_threshold`), weighted
-      with 1 - entropy / its maximum over Monte-Carlo dropout passes, and with 0.3 where the modalities' decisions
-      differ. It is the loss that is weighted: the page that retells the method scales the label, which turns foreground
-      into background. With `consistency=paper` it is of the full resolution alone.
+      decision, `relearning=hard`). A voxel counts if the probability of the decision is at least tau(t)
+      (`dynamic_threshold`). Its weight is 1 - entropy / max entropy over Monte-Carlo dropout passes, times 0.3 where
+      the decisions of the modalities differ. The weight is applied to the loss. (The second description scales the
+      label instead, which would turn foreground into background.) With `consistency=paper` it uses full resolution
+      only.
 
-    A class that neither of two decisions has does not count in inter and contrast. All but the supervised terms have a
-    Gaussian ramp, over 0.4 of the training or, with `consistency=paper`, over all of it. The teacher sees weak views,
-    the student strong ones. `teacher=best_pool`: the mean of the better decoders of the epochs with the best pseudo
-    Dice on nnU-Net's validation patches, which are the fold's own (with fold `all`: training cases), never a test
-    set's.
+    In `inter` and `contrast` a class counts if at least one of the two decisions has it. All terms but the supervised
+    one have a Gaussian ramp, over 0.4 of the training or, with `consistency=paper`, over all of it. The teacher sees
+    weak views, the student strong ones. With `teacher=best_pool` the teacher is the mean of the better decoders of the
+    epochs with the best pseudo Dice. That is measured on nnU-Net's validation patches, which are of the fold (with fold
+    `all`: of training cases), never of a test set.
 
-    Where the sources are silent: dropout acts on the features that decoders read, as nnU-Net's networks have none, so
-    that a pass costs no encoder; the contrast's classes are the foreground's, and its negatives those of one batch; a
-    modality is missing where all of it is empty (0 in the file), and then has no share in the deployed mean, and its
-    decoder no say in what is taught. A single channel has two views of it for modalities, part of the network: contrast
-    curves, or CT windows, within what nnU-Net's normalisation has not clipped.
+    Where the sources say nothing: dropout acts on the features that decoders read, because nnU-Net's networks have
+    none; so a pass does not repeat the encoder. The contrast's classes are the foreground classes, and its negatives
+    are in the same batch. A modality is missing if all of it is empty (0 in the file). Then it has no share in the
+    deployed mean, and its decoder teaches nothing. If there is a single channel, two contrasts of it take the place of
+    the modalities, as a part of the network: contrast curves, or CT windows within the range that nnU-Net's
+    normalisation does not clip.
     """
 
     views = ("weak", "strong")
@@ -177,14 +180,14 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return with_found(plans, has_regions=manager.get_label_manager(dataset_json).has_regions)
 
     def get_training_transforms(self, *args, **kwargs):
-        """nnU-Net's; a channel that a case lacks stays empty under them."""
+        """nnU-Net's transforms, changed so that a channel which a case lacks stays empty."""
         transforms: Any = super().get_training_transforms(*args, **kwargs)
         return keep_empty(transforms, self.plans_manager, self.configuration_manager)
 
     def initialize(self):
         super().initialize()
         if self.settings.teacher == "best_pool":
-            # frozen, and saved with what else is not deployed
+            # frozen; saved with the modules that are not deployed
             pool = [make_teacher(self.bare_network) for _ in range(self.settings.pool_size)]
             self.auxiliary["pool"] = nn.ModuleList(pool)
             self.method_state["pool_dice"] = torch.full((self.settings.pool_size,), -1.0)
@@ -214,14 +217,14 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
                 yield from self.stream_losses(branches, target, share, *taught)
 
     def stream_losses(self, branches: list, target, share: float, own: Any, taught: Any):
-        """The terms of one stream but the contrast.
+        """All terms of one stream except the contrast.
 
         Args:
-            branches: both decoders' outputs.
+            branches: the outputs of both decoders.
             target: None for the unlabelled stream.
-            share: of the samples.
-            own: the teacher's logits for each decoder, None where they are not needed.
-            taught: the re-learning's target and weight, see `relearning_target`; None before it.
+            share: the stream's share of all samples.
+            own: the teacher's logits for each decoder. None if they are not needed.
+            taught: target and weight of the re-learning, see `relearning_target`. None before it begins.
         """
         settings, ramp = self.settings, self.settings.ramp(self.progress)
         if target is not None:
@@ -243,7 +246,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
                 yield {"relearning": settings.relearning_weight * ramp * self.relearning_loss(output, *taught)}
 
     def intra(self, output, teacher: Tensor) -> Tensor:
-        """A decoder's distance from the teacher's logits."""
+        """How far a decoder's output is from the teacher's logits."""
         if self.settings.consistency == "paper":
             return F.mse_loss(self.probabilities(self.finest(output)), self.probabilities(teacher))
         return self.pseudo_loss(output, self.decide(teacher, counts=False))
@@ -258,7 +261,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return self.pseudo_loss(output, target, weight)
 
     def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """The teacher's logits for each decoder, and the re-learning's target and weight; None where not needed."""
+        """The teacher's logits for each decoder; target and weight of the re-learning. None for what is not needed."""
         settings = self.settings
         relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
         pooled = self.predict_with_pool(weak) if relearns and settings.teacher == "best_pool" else None
@@ -273,26 +276,29 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return own if settings.weight(1) else None, target
 
     def inter(self, a: Tensor, b: Tensor) -> Tensor:
-        """1 - the soft Dice between the decoders' predictions, the mean over samples, each over the classes it has."""
+        """1 - the soft Dice between the predictions of the decoders. The mean over samples, each over its classes."""
         similarity, counts = (x.diagonal(len(a)) for x in self.similarity([a, b]))
         return ((1 - similarity) * counts).sum() / counts.sum().clamp_min(1)
 
     def of_branches(self, outputs: list) -> list[Tensor]:
-        """The full-resolution logits of both decoders."""
+        """The logits of both decoders at full resolution."""
         return [self.finest(output) for output in outputs]
 
     def contrast(self, unlabeled_logits: list[Tensor], labeled_logits: list[Tensor]) -> Tensor:
-        """The contrast of unlabelled samples with all; of each stream the logits of both decoders."""
+        """The contrast of unlabelled samples with all samples. The arguments hold the logits of both decoders."""
         logits = [x for branch in zip(unlabeled_logits, labeled_logits, strict=True) for x in branch]
         similarity = self.similarity(logits, squared=True)
         return area_similarity_contrast(*similarity, len(unlabeled_logits[0]), self.settings.contrast_temperature)
 
     def similarity(self, logits: Sequence[Tensor], squared: bool = False) -> tuple[Tensor, Tensor]:
-        """Of all samples of these logits, k times (B, heads, *S), `area_similarity`, and whether it counts: (M, M).
+        """`area_similarity` of all pairs of predictions, (M, M), and which pairs count, (M, M), bool.
 
-        It is the mean over the foreground classes that at least one of the two decisions has; without any it does not
-        count. One class at a time, and computed again by the backward pass: the probabilities of all would be the
-        largest tensors of a step.
+        It is the mean over the foreground classes that at least one of the two decisions has. A pair without such a
+        class does not count. The classes are computed one at a time, and again by the backward pass, because the
+        probabilities of all classes would be the largest tensors of a step.
+
+        Args:
+            logits: k times (B, heads, *S), with k B = M.
         """
         regions = self.label_manager.has_regions
         norms = [None if regions else recomputed(log_normaliser, x) for x in logits]
@@ -307,12 +313,12 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     @torch.no_grad()
     def predict(self, network: nn.Module, images: Tensor, passes: int):
-        """Logits of both decoders, of their mean, and of the mean over dropout passes, None for 0 passes."""
+        """The logits of both decoders, of their mean, and of the mean over dropout passes (None for 0 passes)."""
         return network(images, branches=True, passes=passes, dropout=self.settings.mc_dropout)
 
     @torch.no_grad()
     def relearning_target(self, branches: list[Tensor], mean: Tensor, sampled: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The decision or the probabilities of `mean`, and how much each voxel counts, (B, 1, *S)."""
+        """The decision or the probabilities of `mean`, and the weight of each voxel, (B, 1, *S)."""
         settings = self.settings
         t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
         tau = dynamic_threshold(t, settings.threshold)
@@ -327,7 +333,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     @torch.no_grad()
     def predict_with_pool(self, images: Tensor):
-        """As `predict`: decoders averaged over the pool, the mean of the better ones; None where the pool is empty."""
+        """As `predict`: each decoder's mean over the pool, and the mean of the better ones. None for an empty pool."""
         predictions = [
             (self.predict(network, images, self.settings.mc_passes), int(branch))
             for network, branch, dice in zip(
@@ -344,14 +350,14 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return branches, mean, sampled
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's, and for a pool once more for each decoder alone."""
+        """nnU-Net's validation step; for a pool it is repeated for each decoder."""
         if self.settings.teacher != "best_pool":
             return super().validation_step(batch)
         network, results = self.network, []
         with torch.no_grad(), autocast("cuda") if self.device.type == "cuda" else dummy_context():
             branches, mean, _ = network(batch["data"].to(self.device, non_blocking=True), branches=True, passes=0)
         try:
-            for output in (mean, *branches):  # nnU-Net's own counting, three times, of one forward
+            for output in (mean, *branches):  # nnU-Net's own count, three times on the outputs of one pass
                 self.network = lambda x, output=output: output
                 results.append(super().validation_step(batch))
         finally:
@@ -368,7 +374,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             self.offer_to_pool(max(dice), dice.index(max(dice)))
 
     def offer_to_pool(self, dice: float, branch: int) -> None:
-        """Take this epoch's weights in place of the worst of the pool, if they are better."""
+        """Put the weights of this epoch into the pool in place of the worst ones, if they are better."""
         worst = int(self.method_state["pool_dice"].argmin())
         if dice > self.method_state["pool_dice"][worst]:
             self.auxiliary["pool"][worst].load_state_dict(self.bare_network.state_dict())
@@ -377,7 +383,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
 
 def pseudo_dice(val_outputs: list[dict], name: str) -> float:
-    """nnU-Net's pseudo Dice, the mean over the classes that occur, of one decoder; 0 where none does."""
+    """nnU-Net's pseudo Dice of one decoder: the mean over the classes that occur. 0 if none occurs."""
     tp, fp, fn = (np.sum([o[f"{key}_hard_{name}"] for o in val_outputs], 0) for key in ("tp", "fp", "fn"))
     total = 2 * tp + fp + fn
     return float((2 * tp / np.maximum(total, 1))[total > 0].mean()) if total.any() else 0.0
@@ -387,16 +393,16 @@ def pseudo_dice(val_outputs: list[dict], name: str) -> float:
 
 
 def area_similarity(p: Tensor, squared: bool = False) -> Tensor:
-    """Soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of every pair of predictions, the mean over classes.
+    """Soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of each pair of predictions, the mean over classes.
 
     Args:
         p: (M, classes, *S), float32 probabilities.
-        squared: |P_i^2| + |P_j^2| in the denominator, so that a soft prediction has 1 with itself.
+        squared: |P_i^2| + |P_j^2| in the denominator, so that a soft prediction has similarity 1 with itself.
 
     Returns:
         (M, M), in 0 to 1.
     """
-    with torch.autocast(p.device.type, enabled=False):  # sums over many thousands of voxels
+    with torch.autocast(p.device.type, enabled=False):  # sums over many thousands of voxels need float32
         flat = p.float().flatten(2)
         area = (flat.square() if squared else flat).sum(2)
         overlap = torch.einsum("icv,jcv->ijc", flat, flat)
@@ -405,7 +411,7 @@ def area_similarity(p: Tensor, squared: bool = False) -> Tensor:
 
 @torch.no_grad()
 def classes_in(logits: Tensor, label_manager) -> Tensor:
-    """Which foreground classes or regions the decision of logits (B, heads, *S) has: (B, classes), bool."""
+    """The foreground classes or regions in the decision of logits (B, heads, *S): (B, classes), bool."""
     label = hard_pseudo_label(logits, label_manager)
     heads = range(logits.shape[1])
     if label_manager.has_regions:
@@ -414,7 +420,7 @@ def classes_in(logits: Tensor, label_manager) -> Tensor:
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
-    """log sum exp over the heads, (B, *S), float32 or float64."""
+    """log sum exp over the heads, (B, *S), in float32 or float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
 
 
@@ -422,8 +428,8 @@ def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], s
     """`area_similarity` of one class.
 
     Args:
-        logits: k times (B, *S), of this class alone.
-        norms: `log_normaliser` of all heads for each of them; None for a region, whose probability is a sigmoid.
+        logits: k times (B, *S), of this class only.
+        norms: for each of them the `log_normaliser` of all heads. None for a region, which has a sigmoid.
         squared: see `area_similarity`.
 
     Returns:
@@ -434,15 +440,15 @@ def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], s
 
 
 def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, temperature: float) -> Tensor:
-    """Cross-entropy that picks, among all predictions of a batch but itself, the other modality's of the same sample.
+    """Cross-entropy for finding, among all other predictions of a batch, the other modality of the same sample.
 
-    Mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), j the partner of i. A negative k with
-    s_ik >= s_ij gets no gradient.
+    The mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), with j the partner of i. A negative k
+    with s_ik >= s_ij gets no gradient.
 
     Args:
-        similarity: s, (2 N, 2 N), the N samples' predictions of one modality and then of the other.
-        counts: (2 N, 2 N), bool; pairs that are no negatives, or samples that are no anchors, where False.
-        anchors: the number of samples, the first of each modality, whose predictions are anchors.
+        similarity: s, (2 N, 2 N): the predictions of N samples from one modality, then from the other one.
+        counts: (2 N, 2 N), bool: False for pairs that are not used as negatives, and for samples that are not anchors.
+        anchors: the predictions of this number of samples, the first ones of each modality, are anchors.
         temperature: T.
     """
     m, n = len(similarity), len(similarity) // 2
@@ -459,12 +465,12 @@ def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, t
 
 
 def dynamic_threshold(t: float, tau0: float) -> float:
-    """tau(t) = tau0 + (1 - tau0) min(0.9, t), t = 0 at the start of the re-learning and 1 after the warm-up."""
+    """tau(t) = tau0 + (1 - tau0) min(0.9, t), with t = 0 at the start of the re-learning and 1 after the warm-up."""
     return tau0 + (1 - tau0) * min(0.9, t)
 
 
 def certainty(p: Tensor, label_manager) -> Tensor:
-    """1 - entropy / its maximum, (B, 1, *S), of probabilities (B, heads, *S); of regions the mean over them."""
+    """1 - entropy / max entropy of probabilities (B, heads, *S): (B, 1, *S). For regions it is the mean over them."""
     regions = label_manager.has_regions
     return 1 - entropy(p, regions).mean(1, keepdim=True) / math.log(2 if regions else p.shape[1])
 

@@ -22,9 +22,9 @@ from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 REFRESHES = 3
-"""how often unlabelled cases are searched for foreground, at equal distances from the end of the warm-up on"""
+"""how often unlabelled cases are searched for foreground, at equal distances after the warm-up"""
 CASES_OF_A_REFRESH = 100
-"""at most; of more cases others are drawn each time, so that a search stays short beside the training"""
+"""at most; if there are more cases, each search takes others at random, so that it stays short beside the training"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +51,30 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     no case is left out."""
 
     def weight(self, progress: float) -> float:
-        """Of pseudo-labelled voxels at this share of the training: linear between both ends of the ramp."""
+        """The weight of pseudo-labelled voxels at this progress (0 to 1). It is linear along the ramp."""
         share = min(max(progress - self.warm_up, 0.0) / max(self.ramp, 1e-9), 1.0)
         return self.first_weight + (self.pseudo_weight - self.first_weight) * share
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
-    """One network, its EMA teacher, and boxes pasted between labelled and unlabelled patches.
+    """One network and its EMA teacher. Boxes are pasted between labelled and unlabelled patches.
 
-    What the winners of the field share, put together for nnU-Net; nothing has to be chosen:
+    It combines what the best methods of the field have in common, for nnU-Net. No setting has to be chosen.
 
-    - warm-up: labels only, boxes pasted between labelled samples, over the first tenth (BCP, CVPR 2023);
-    - a teacher, the EMA of the student, labels the weak views; its decay grows with the training's length, and its
-      weights are deployed;
-    - the student sees boxes of strong views, flipped and turned, in labelled patches and the other way round; the box
-      goes through all slices where nnU-Net augments in 2d;
-    - nnU-Net's loss with deep supervision over the voxels of labels, and that over the pseudo-labelled ones, whose
-      weight grows from 0.5 to 1 over a fifth of the training;
-    - pseudo-labels keep the largest component of a class that is in one piece in every labelled case;
-    - a third of the unlabelled patches are drawn around what the teacher takes for foreground in whole cases, as
-      nnU-Net draws labelled ones; it looks at up to 100 cases three times in a training;
-    - cases on which it contradicts itself, mirrored or since the last look, far more than on the others are left out,
-      at most a fifth, and only of ten and more.
+    - Warm-up: in the first tenth only labels are used, and boxes are pasted between labelled samples (BCP, CVPR 2023).
+    - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
+      weights are deployed.
+    - The student sees boxes of strong views, flipped and turned, in labelled patches, and the reverse. The box goes
+      through all slices if nnU-Net augments in 2d.
+    - The loss is nnU-Net's with deep supervision, once over the labelled voxels and once over the pseudo-labelled ones.
+      The weight of the latter grows from 0.5 to 1 over a fifth of the training.
+    - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
+    - A third of the unlabelled patches are taken around the foreground that the teacher finds in whole cases, as
+      nnU-Net does with labelled ones. The teacher looks at up to 100 cases, three times in a training.
+    - Some cases are left out: those in which the teacher's predictions, mirrored or of the last search, disagree far
+      more than in others. They are at most a fifth, and none if there are fewer than ten cases.
 
-    The network is the plans' own. The decisions are in the training's log and in `decisions.txt` in its folder.
+    The network is that of the plans. All choices are in the training's log and in `decisions.txt` in its folder.
     """
 
     views = ("weak", "strong")
@@ -87,7 +87,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     def on_train_start(self):
         with self.ranks.one_first():
-            if self.current_epoch == 0 and self.foreground_folder.exists():  # of a training before this one
+            if self.current_epoch == 0 and self.foreground_folder.exists():  # from an earlier training
                 shutil.rmtree(self.foreground_folder)
         super().on_train_start()
         lines = self.decisions()
@@ -97,7 +97,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             self.print_to_log_file(line)
 
     def decisions(self) -> list[str]:
-        """What was decided, why, and which setting overrules it."""
+        """What was chosen, from which facts, and in brackets the setting that changes it."""
         settings, epochs = self.settings, self.num_epochs
         cases = len(self.unlabeled_cases) + len(self.hidden_cases)
         axes = self.inference_allowed_mirroring_axes
@@ -115,7 +115,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     @property
     def augments_in_2d(self) -> bool:
-        """Whether nnU-Net takes patches of these plans for stacks of slices."""
+        """Whether nnU-Net treats patches of these plans as stacks of slices."""
         patch = self.configuration_manager.patch_size
         return len(patch) == 3 and max(patch) / patch[0] > ANISO_THRESHOLD
 
@@ -145,7 +145,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             self.print_to_log_file(f"looking at {len(cases)} unlabelled cases")
             look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder)
             left_out = leave_out(self.foreground_folder, self.settings.leave_out)
-            self.print_to_log_file(f"left out, as the teacher is least sure of them: {', '.join(left_out) or 'none'}")
+            names = ", ".join(left_out) or "none"
+            self.print_to_log_file(f"left out, because the teacher is not sure of them: {names}")
 
     # ---------------------------------------------------------------------------------------------------- a step
 

@@ -70,33 +70,35 @@ class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
 class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     """Enhancing semi-supervised medical image segmentation via semantic transfer (Pattern Recognition, 2026).
 
-    One network, two streams that share every weight (`FeatureMixingUNet`); labelled sample i is paired with
-    unlabelled sample i. After the last stage of each group of encoder stages,
+    One network has two streams that share all weights (`FeatureMixingUNet`). Labelled sample i and unlabelled sample i
+    are a pair. After the last stage of each group of encoder stages,
 
-    - the feature mixing stream m has, per sample and channel, w = clamp(cos(x^u, x^l), 0, 1),
-      x_m^u = w x^u + (1 - w) x^l, x_m^l = w x^l + (1 - w) x^u: alike channels align, others are perturbed in a
-      structured way; each sample keeps its own label;
+    - the feature mixing stream m has for each sample and channel the weight w = clamp(cos(x^u, x^l), 0, 1), and
+      x_m^u = w x^u + (1 - w) x^l, x_m^l = w x^l + (1 - w) x^u. Similar channels are aligned; the others are perturbed
+      in a structured way. Each sample keeps its own label;
     - the semantic enhancement stream d has channel dropout with p = 0.5.
 
     L_sup = L(p_d^l, y) + L(p_m^l, y); L_unsup = L(p_d^u, argmax p_m^u) + L(p_m^u, argmax p_d^u);
-    L = L_sup + gamma(t) L_unsup. Inference has neither mixing nor dropout.
+    L = L_sup + gamma(t) L_unsup. Prediction has neither mixing nor dropout.
 
-    The paper names a repository, which could not be read. Where the source is silent: w and pseudo-labels are detached;
-    w is taken after a ReLU (see `similarity_weights`), its histogram is logged every epoch; what was mixed or dropped
-    goes to the next stage and to the decoder's skip (`skips=own`: that is the sample's own); each group mixes once,
-    after its last stage, since mixing twice with w = 0 would undo itself; stages before the first mixing are computed
-    once for both streams. A pair is mirrored, rotated and scaled alike: else seven of eight pairs in 3d differ in the
-    mirrored axes, and a cosine compares an organ with its mirror image (`pairs=independent`).
+    The paper names a repository that could not be read. Where the paper says nothing: w and pseudo-labels get no
+    gradient. w is computed after a ReLU (see `similarity_weights`), and its histogram is logged every epoch. Mixed or
+    dropped features go to the next stage and to the decoder's skip (with `skips=own` the skip has the sample's own
+    features). Each group mixes once, after its last stage, because a second mixing with w = 0 would undo the first. The
+    stages before the first mixing are computed once for both streams. The images of a pair are mirrored, rotated and
+    scaled alike. Otherwise seven of eight pairs in 3d would differ in the mirrored axes, and the cosine would compare
+    an organ with its mirror image (`pairs=independent`).
 
-    L is nnU-Net's Dice + CE with deep supervision (`loss=dice`: Dice alone, the paper's), and gamma a Gaussian ramp to
-    1 over 0.4 of the training. With `consistency=paper` the ramp is as long as the training, and pseudo-labels teach at
-    full resolution alone.
+    L is nnU-Net's Dice + CE with deep supervision (with `loss=dice` Dice only, as in the paper). gamma is a Gaussian
+    ramp to 1 over 0.4 of the training. With `consistency=paper` the ramp is as long as the training, and pseudo-labels
+    are used at full resolution only.
 
-    The paper's comparisons: `mixing_groups`; `mixing=scalar` (a fixed weight, or one drawn from Beta(b, b));
-    `mixing=mixup`, after Verma et al. (ICML 2019), at one of the groups' stages drawn anew in each step, with a
-    weight above 1/2, each sample supervised with both labels in proportion (labelled with pseudo-labels under gamma);
-    `mixing=dropblock`; `supervision`, the stream that learns, from the pseudo-labels of the other;
-    `confidence_threshold`, and `confidence=soft`, the probability of a pseudo-label as its voxel's weight.
+    The comparisons in the paper are settings: `mixing_groups`; `mixing=scalar` (a fixed weight, or a random one from
+    Beta(b, b)); `mixing=mixup`, after Verma et al. (ICML 2019), at a random stage among the groups' in each step, with
+    a weight above 1/2, where each sample is supervised with both labels in proportion (labelled samples with
+    pseudo-labels under gamma); `mixing=dropblock`; `supervision`, which stream learns from the pseudo-labels of the
+    other; `confidence_threshold`; and `confidence=soft`, where the probability of a pseudo-label is the weight of its
+    voxel.
     """
 
     @classmethod
@@ -110,7 +112,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         if self.settings.unlabeled_batch_size not in (None, manager.batch_size):
             raise UserError(
                 f"setting unlabeled_batch_size={self.settings.unlabeled_batch_size}: STLU-Net pairs each of the"
-                f" {manager.batch_size} labelled samples of a batch with one unlabelled: set it to null"
+                f" {manager.batch_size} labelled samples of a batch with one unlabelled sample: set it to null"
             )
         known = mixing_points(manager.network_arch_init_kwargs["n_stages"])
         if missing := set(self.settings.mixing_groups) - set(known):
@@ -128,7 +130,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     def get_training_transforms(
         self, patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, *args, **kwargs
     ):
-        """nnU-Net's, without mirroring where a step mirrors pairs."""
+        """nnU-Net's transforms; without mirroring if a training step mirrors the pairs."""
         axes = mirror_axes if self.settings.pairs == "independent" else None
         return super().get_training_transforms(
             patch_size, rotation_for_DA, deep_supervision_scales, axes, *args, **kwargs
@@ -147,7 +149,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         return loss
 
     def draw_mixing(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
-        """The stages to mix after, None for all points, and the weight where the features do not give it."""
+        """The stages to mix after (None: all points) and the weight (None: the features give it)."""
         mixing, beta = self.settings.mixing, self.settings.mixing_beta
         if mixing == "mixup":
             point = self.points[int(torch.randint(len(self.points), ()))]
@@ -159,7 +161,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         return None, None
 
     def mirrored(self, batch: Batch) -> tuple[Tensor, Any, Tensor]:
-        """Labelled images, their target and unlabelled images, where a pair is mirrored alike."""
+        """Labelled images, their target, and unlabelled images. The two images of a pair are mirrored alike."""
         pairs = batch.images, batch.target, batch.views["strong"]
         if self.settings.pairs == "independent":
             return pairs
@@ -177,7 +179,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         for counts, w in zip(self.histogram, weights, strict=False):
             counts += torch.histc(w, HISTOGRAM_BINS, 0, 1)
         learns = [settings.supervision in ("symmetric", name) for name in STREAMS]
-        mixup = settings.mixing == "mixup"  # the mixing stream is supervised with both labels, in proportion
+        mixup = settings.mixing == "mixup"  # then the mixing stream is supervised with both labels, in proportion
         own: list[Any] = [weight if mixup else 1, 1]
         with self.shared(halves) as halves:
             labeled, unlabeled = ([partial(self.bare_network.decode, skips) for skips in half] for half in halves)
@@ -198,7 +200,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
                             yield {"unsupervised_mixing": loss}
 
     def taught(self, output) -> tuple[Tensor, Tensor | None]:
-        """What a stream teaches: its decision, and how much that counts, (B, 1, *S), in 0 to 1; None: 1."""
+        """What a stream teaches: its decision, and the weight of each voxel, (B, 1, *S), in 0 to 1 (None: 1)."""
         logits, settings = self.finest(output), self.settings
         if settings.confidence_threshold is None and settings.confidence == "hard":
             return self.decide(logits), None
@@ -228,5 +230,5 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
 
 
 def draw_beta(concentration: float) -> Tensor:
-    """A draw from Beta(b, b), a scalar on the CPU."""
+    """A random number from Beta(b, b), a scalar on the CPU."""
     return torch.distributions.Beta(concentration, concentration).sample()

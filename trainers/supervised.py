@@ -5,4 +5,4 @@ from nnunet_semiseg.training.plans_trainer import PlansTrainer
 
 
 class SupervisedTrainer(PlansTrainer[TrainingSettings]):
-    """nnU-Net's own trainer, for as long as the settings in the plans say: the baseline at an equal budget."""
+    """nnU-Net's own trainer with the length from the plans' settings: the baseline with the same training time."""

@@ -33,32 +33,33 @@ class TextSemiSegSettings(ConsistencySettings, TextSettings, PseudoLabelSettings
 class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     """Text-driven Multiplanar Visual Interaction for Semi-supervised Medical Image Segmentation.
 
-    MICCAI 2025, arXiv 2507.12382. A shared encoder, two decoders that differ in upsampling, class prompts with
-    learnable context through a frozen text encoder, and
+    MICCAI 2025, arXiv 2507.12382. One encoder is shared by two decoders that upsample differently. A frozen text
+    encoder reads class prompts with a learnable context.
 
         L = L_sup(1) + L_sup(2) + L_cog + L_mix + lambda(t) L_unsup.
 
-    L_sup is nnU-Net's loss with deep supervision; L_cog is CSA, `category_alignment_loss`, over both streams and
-    both decoders, and gives the text no gradient: it learns through TMR alone; L_mix is DCA (from `dca_start` on): the
-    decoder with the lower supervised loss labels the unlabelled samples, `mix` mixes, and the other decoder learns from
-    the mixes (Dice + CE, and L_cog on them; one mean over both mixes, as in the code); L_unsup is the cross pseudo
-    supervision of the decoders. TMR is `MultiplanarTextAttention`. The first decoder (transposed convolutions) is
-    deployed.
+    L_sup is nnU-Net's loss with deep supervision. L_cog is CSA (`category_alignment_loss`) over both streams and both
+    decoders. It gives the text no gradient; the text learns through TMR only. L_mix is DCA, from `dca_start` on: the
+    decoder with the lower supervised loss labels the unlabelled samples, `mix` makes mixes, and the other decoder
+    learns from these (Dice + CE, and L_cog on them; one mean over both mixes, as in the code). L_unsup is the cross
+    pseudo supervision of the decoders. TMR is `MultiplanarTextAttention`. The first decoder (transposed convolutions)
+    is deployed.
 
-    With `consistency=paper` the losses of pseudo-labels use the full resolution alone, and lambda(t) is a Gaussian ramp
-    to 0.1 over the training. By default we depart: they have nnU-Net's deep supervision, and lambda is 1 after 0.4 of
+    With `consistency=paper` the losses of pseudo-labels use full resolution only, and lambda(t) is a Gaussian ramp to
+    0.1 over the training. By default we differ: they have nnU-Net's deep supervision, and lambda reaches 1 after 0.4 of
     the training.
 
-    Where the published code departs from the paper we follow the paper (see the modules' docstrings). We depart from
-    the paper in DCA's masks. There each mix pastes its own image's foreground into the other (`dca=foreground`): both
-    mixes then hold the union of two foregrounds, and what is wrongly called foreground is pasted and learnt as such.
-    Where a patch shows the whole organ this runs away: on left atria the pseudo-labels grew to 1.6 times the true
-    volume (docs/results.md). By default the second mix takes what the first left out, so that every voxel is used
-    once, there is as much foreground as before, and a seam is not always a boundary.
+    Where the published code differs from the paper we follow the paper (see the docstrings of the modules). We differ
+    from the paper in DCA's masks. In the paper each mix pastes its own image's foreground into the other
+    (`dca=foreground`). Then both mixes contain the foreground of both images. What is wrongly called foreground is
+    pasted, too, and learnt as foreground. Where a patch shows the whole organ this error grows: on left atria the
+    pseudo-labels grew to 1.6 times the true volume (docs/results.md). By default the second mix takes what the first
+    one left out. So every voxel is used once, the amount of foreground does not change, and the edge of a pasted part
+    is not always a boundary of the organ.
 
-    Where the paper is silent: the decoders are compared by the losses of the step before (on a GPU of an earlier one,
-    where the copy of the comparison to the CPU is not there yet: no step waits for it, and a seed does not fix it
-    there); foreground of a region dataset is where any region is; one augmented view of a sample serves all terms.
+    Where the paper says nothing: the decoders are compared by the losses of the previous step. On a GPU it may be an
+    earlier step, because no step waits for the copy to the CPU; so a seed does not fix this choice on a GPU. In a data
+    set of regions, foreground is where there is any region. One augmented view of a sample is used for all terms.
     """
 
     @classmethod
@@ -74,12 +75,12 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     def initialize(self):
         super().initialize()
         self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool)
-        if self.device.type == "cuda":  # a copy into pinned memory does not make the CPU wait
+        if self.device.type == "cuda":  # the CPU does not wait for a copy into pinned memory
             self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
 
     def guided_losses(self, batch: Batch, text: Tensor) -> Iterator[dict[str, Tensor]]:
         network, settings = self.bare_network, self.settings
-        better = int(self.method_state["second_is_better"])  # of a step before
+        better = int(self.method_state["second_is_better"])  # from an earlier step
         (x_l, target, share_l), (x_u, _, share_u) = batch.streams("strong")
         encoded = self.each(partial(network.encode, text=text), x_l, x_u)
         supervised = []
@@ -97,7 +98,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
                 with self.shared(output) as output:
                     yield {"unsupervised": weight * self.taught_loss(output, pseudo[1 - i])}
                     yield self.cog(aligned, self.finest(output), text, share_u)
-        # on its way to the CPU while the GPU works; the next step reads it
+        # copied to the CPU while the GPU works; the next step reads it
         first, second = self.ranks.mean(torch.stack(supervised))
         self.method_state["second_is_better"].copy_(second < first, non_blocking=True)
         if settings.dca == "off":
@@ -114,18 +115,18 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
                 yield {"mix": share * self.alignment(aligned, self.finest(output), text)} if settings.csa else {}
 
     def decode_one(self, images: Tensor, text: Tensor, decoder: int):
-        """One decoder's output, and the aligned features."""
+        """The output of one decoder, and the features that are aligned with the text."""
         skips, aligned = self.bare_network.encode(images, text)
         return self.bare_network.decode(skips, decoder), aligned
 
     def taught_loss(self, output, target: Tensor) -> Tensor:
-        """Dice + CE towards a target with pseudo-labels, with deep supervision or (paper) of the finest logits."""
+        """Dice + CE towards a target with pseudo-labels: with deep supervision, or (paper) at full resolution only."""
         if self.settings.consistency == "paper":
             return self.finest_loss(self.finest(output), target)
         return self.pseudo_loss(output, target)
 
     def mixes(self, batch: Batch, pseudo_label: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """DCA's images and targets: labelled foreground in unlabelled images, and the other way round."""
+        """DCA's images and targets: labelled foreground in unlabelled images, and the reverse."""
         x_l, y_l = batch.images, self.finest(batch.target)
         x_u, y_u = batch.views["strong"][: len(x_l)], pseudo_label[: len(x_l)]
         mask_l = self.foreground(y_l)
@@ -137,7 +138,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
         return self.decide(self.finest(output))
 
     def foreground(self, target: Tensor) -> Tensor:
-        """m = [y > 0], (B, 1, *S), of a target as nnU-Net's loss takes it; what is ignored is no foreground."""
+        """m = [y > 0], (B, 1, *S), of a target as nnU-Net's loss takes it. Ignored voxels are not foreground."""
         if self.label_manager.has_regions:
             return target[:, : self.label_manager.num_segmentation_heads].bool().any(1, keepdim=True)
         foreground = target > 0
@@ -149,7 +150,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
 def mix(mask: Tensor, x: Tensor, x_other: Tensor, y: Tensor, y_other: Tensor):
     """DCA's mix: x_mix = m x + (1 - m) x_other, and the same for the targets.
 
-    The published code multiplies label by label, which holds for two classes only.
+    The published code multiplies one label by the other, which is right for two classes only.
 
     Args:
         mask: m, (B, 1, *S), bool.

@@ -36,18 +36,18 @@ class TraCoCoSettings(ConsistencySettings, PseudoLabelSettings):
 class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
     """Liu et al., "Translation consistent semi-supervised segmentation for 3D medical images" (TMI 2024, 2203.14523).
 
-    Co-training of two networks. Of an unlabelled sample each sees another crop; where the crops overlap, both see the
-    same voxels with other surroundings, and have to agree:
+    Two networks are trained together. Each sees a different crop of an unlabelled sample. Where the crops overlap, both
+    see the same voxels with different surroundings, and learn to agree:
 
-    - L_CRC = mean over the voxels of the overlap whose decision y of the other network is confident of the binary
-      cross-entropies of all classes towards y, as what a voxel is not teaches, too;
+    - L_CRC is a mean over the voxels of the overlap where the decision y of the other network is confident. It is the
+      sum of the binary cross-entropies of all classes towards y, so that a network also learns what a voxel is not;
     - L = L_sup(1) + L_sup(2) + lambda(t) (L_CRC(1) + L_CRC(2)).
 
-    That is `consistency=paper`, with a Gaussian ramp to 1 over the training. By default we depart: in place of L_CRC is
-    nnU-Net's Dice + CE with deep supervision over these voxels, lambda 1 after 0.4 of the training. The crops are cut
-    from one patch, along each axis where it is long enough, by whole strides of the network, in either direction. Left
-    out are their CutMix and their other distance between entropies. Theirs are two architectures or two initial
-    weights; here it is the latter.
+    That is `consistency=paper`, with a Gaussian ramp to 1 over the training. By default we differ: nnU-Net's Dice + CE
+    with deep supervision over these voxels replaces L_CRC, and lambda reaches 1 after 0.4 of the training. The crops
+    are taken from one patch. They are shifted along each axis that is long enough, by whole strides of the network, in
+    either direction. The paper's CutMix and its distance between entropies are left out. The paper has two
+    architectures or two initial weights; here it is the latter.
     """
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -71,35 +71,36 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
             del output
 
     def taught(self, output) -> tuple[Tensor, Tensor]:
-        """A network's decision, and where it is confident of it, (B, 1, *S), 0 or 1."""
+        """A network's decision, and where it is confident, (B, 1, *S), 0 or 1."""
         logits = self.finest(output)
         certain = confidence(probabilities(logits, self.label_manager), self.label_manager)
         return self.decide(logits), (certain >= self.settings.match_threshold).float()
 
     def taught_loss(self, output, decision: Tensor, weight: Tensor) -> Tensor:
-        """One network's loss towards the other's decision, over the voxels with weight 1."""
+        """The loss of one network towards the decision of the other, over the voxels with weight 1."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision, weight)
         p = probabilities(self.finest(output), self.label_manager).clamp(1e-6, 1 - 1e-6)
         heads = range(p.shape[1])
         regions = self.label_manager.has_regions
         y = decision[:, heads] if regions else torch.cat([decision == head for head in heads], 1)
-        with torch.autocast(p.device.type, enabled=False):  # it refuses this loss
+        with torch.autocast(p.device.type, enabled=False):  # autocast does not allow this loss
             losses = F.binary_cross_entropy(p, y.float(), reduction="none").mean(1, keepdim=True)
         return (losses * weight).sum() / weight.sum().clamp_min(1)
 
 
 def of_overlap(network, crop: Tensor, overlap: Sequence[tuple[float, float]]):
-    """What a network says of the voxels that both crops have; on every scale the same share of the crop."""
+    """The network's output for the voxels that both crops have. The overlap is cut from each scale in proportion."""
     return tree_map(lambda x: x[(..., *slices_of(overlap, x.shape[2:]))], network(crop))
 
 
 def draw_windows(size: Sequence[int], strides: Sequence[int], share: float):
-    """Two crops of a patch of this size, and what they have in common.
+    """Draw two crops of a patch at random, and compute what they have in common.
 
     Args:
-        strides: of the network along each axis, from the image to the bottleneck; crops are whole multiples.
-        share: of the side, between the crops; less where they would have nothing in common.
+        size: of the patch, in voxels.
+        strides: the network's stride along each axis, from the image to the bottleneck. Crops are multiples of it.
+        share: the shift between the crops, as a part of the side. It is smaller if they would not overlap otherwise.
 
     Returns:
         Two tuples of slices into the patch; and for each crop the common part, as shares (start, stop) of its sides.
@@ -107,7 +108,7 @@ def draw_windows(size: Sequence[int], strides: Sequence[int], share: float):
     windows, overlaps = ([], []), ([], [])
     for n, stride in zip(size, strides, strict=True):
         shift = min(round(share * n / stride), (n // stride - 1) // 2) * stride
-        first = int(torch.randint(2, ()))  # whose crop begins at 0
+        first = int(torch.randint(2, ()))  # the crop that begins at 0
         for i in range(2):
             begins = i == first
             windows[i].append(slice(0, n - shift) if begins else slice(shift, n))
@@ -118,5 +119,5 @@ def draw_windows(size: Sequence[int], strides: Sequence[int], share: float):
 
 
 def slices_of(shares: Sequence[tuple[float, float]], size: Sequence[int]) -> tuple[slice, ...]:
-    """Shares of the sides as slices."""
+    """Turn shares of the sides into slices."""
     return tuple(slice(round(a * n), round(b * n)) for (a, b), n in zip(shares, size, strict=True))

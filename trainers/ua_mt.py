@@ -43,22 +43,22 @@ class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings, P
 class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
     """Yu et al., "Uncertainty-aware self-ensembling model for semi-supervised 3D left atrium segmentation".
 
-    MICCAI 2019, arXiv 1907.07034. Mean Teacher, whose consistency counts only where the teacher is certain:
+    MICCAI 2019, arXiv 1907.07034. A Mean Teacher whose consistency counts only where the teacher is certain:
 
-    - eq. 2: mu = the mean of p over T = 8 passes of the teacher, each with dropout and noise on the image;
+    - eq. 2: mu is the mean of p over T = 8 passes of the teacher, each with dropout and with noise on the image;
       u = -sum mu log mu;
-    - eq. 3: L_c = sum 1(u < H) ||p_student - p_teacher||^2 / sum 1(u < H), over the unlabelled samples, with the
-      threshold H from 3/4 to all of the greatest entropy, by the same Gaussian ramp as the weight of L_c.
+    - eq. 3: L_c = sum 1(u < H) ||p_student - p_teacher||^2 / sum 1(u < H), over the unlabelled samples. The threshold H
+      grows from 3/4 of the largest possible entropy to all of it, with the same Gaussian ramp as the weight of L_c.
 
-    The student sees the strong view, the teacher the weak one, for its target without noise and dropout; in the paper
-    both see the same with other noise, and labelled samples take part in L_c (in their later code they do not). Their
-    V-Net has dropout at the bottleneck and before the head: nnU-Net's networks have none, so it is put on the
-    bottleneck, of whole channels as in their code. For more than two classes the distance is the mean over them; a
-    region is judged by its own entropy.
+    The student sees the strong view, and the teacher the weak one; its target has no noise and no dropout. In the paper
+    both see the same view with different noise, and L_c also covers labelled samples (in their later code it does not).
+    Their V-Net has dropout at the bottleneck and before the head. nnU-Net's networks have none, so we add dropout of
+    whole channels, as in their code, at the bottleneck. For more than two classes the distance is the mean over them.
+    Each region is judged by its own entropy.
 
     With `consistency=paper` L_c is eq. 3, its weight ends at 0.1, and the ramp is as long as the training. By default
-    L_c is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (of regions
-    those of which all are certain), its weight ends at 1, and the student's view is flipped and turned.
+    L_c is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (for regions:
+    where all of them are certain). Its weight ends at 1, and the student's view is flipped and turned.
     """
 
     views = ("weak", "strong")
@@ -95,7 +95,7 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
             yield terms
 
     def distance(self, output, teacher: Tensor, certain: Tensor) -> Tensor:
-        """Of the student's output to the teacher's logits (B, heads, *S), over the certain voxels."""
+        """How far the student's output is from the teacher's logits (B, heads, *S), over the certain voxels."""
         decision = self.decide(teacher)
         if self.settings.consistency == "paper":
             student, teacher = (probabilities(x, self.label_manager) for x in (self.finest(output), teacher))
@@ -116,7 +116,7 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
         return teacher, entropy(mean / passes, regions) < (0.75 + 0.25 * ramp) * greatest
 
     def sample(self, images: Tensor) -> Tensor:
-        """The teacher's probabilities in one pass with dropout and noise."""
+        """The teacher's probabilities from one pass with dropout and noise."""
         std, teacher = self.settings.input_noise, bare(self.teacher)
         noise = (std * torch.randn_like(images)).clamp(-2 * std, 2 * std)
         skips = teacher.encode(images + noise).skips
@@ -127,6 +127,6 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """The mean squared difference of (B, heads, *S), where the mask (B, 1 or heads, *S) is True; 0 where nowhere."""
+    """The mean squared difference of (B, heads, *S) over the mask (B, 1 or heads, *S). 0 if the mask is empty."""
     squared = (a - b).square() * mask
     return squared.sum() / mask.expand_as(squared).sum().clamp_min(1)

@@ -17,7 +17,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 BOX_VOLUME = (0.02, 0.4)
-"""of CutMix, as a share of the patch's"""
+"""the volume of CutMix's box, as a share of the patch's"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,16 @@ class UniMatchSettings(MatchSettings):
 class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
     """Yang et al., "Revisiting weak-to-strong consistency in semi-supervised semantic segmentation" (UniMatch).
 
-    CVPR 2023, arXiv 2208.09910. FixMatch with two strong views of each sample and a stream whose features, of the
-    weak view, are perturbed by channel dropout (eq. 3 to 6):
+    CVPR 2023, arXiv 2208.09910. FixMatch with two strong views of each sample, and with a feature stream: features of
+    the weak view under channel dropout (eq. 3 to 6):
 
-        L = L_x + L_u, L_u = 1/2 L(fp) + 1/4 (L(s1) + L(s2)) (there half of it),
+        L = L_x + L_u, L_u = 1/2 L(fp) + 1/4 (L(s1) + L(s2)) (in the paper half of it).
 
-    L(.) the loss towards the decision on the weak view, where its probability is at least 0.95. Strong views have
-    nnU-Net's intensity augmentation and CutMix, the pseudo-labels are cut alike. The weak view's features give both
-    the pseudo-label, by a pass of the decoder that no backward pass follows, and the feature stream. L is Dice + CE,
-    each voxel weighted by whether it is certain (paper: CE; their medical code: Dice). A box has the patch's aspect,
-    and is the same for all samples of a view; with a single unlabelled sample in a batch nothing is mixed.
+    L(.) is the loss towards the decision on the weak view, where its probability is at least 0.95. Strong views have
+    nnU-Net's intensity augmentation and CutMix; the pseudo-labels are cut in the same way. The features of the weak
+    view give both the feature stream and the pseudo-label (by a pass of the decoder without gradients). L is Dice + CE,
+    where only certain voxels have a weight (paper: CE; their medical code: Dice). A box has the shape of the patch and
+    is the same for all samples of a view. With one unlabelled sample in a batch nothing is mixed.
     """
 
     views = ("weak", "strong_1", "strong_2")
@@ -79,18 +79,18 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
         return self.decide(logits), (certain >= self.settings.match_threshold).float()
 
     def match_loss(self, output, target: Tensor, weight: Tensor) -> Tensor:
-        """The weighted Dice + CE, with deep supervision or (`consistency=paper`) of the finest logits."""
+        """The weighted Dice + CE: with deep supervision, or (`consistency=paper`) at full resolution only."""
         if self.settings.consistency == "paper":
             return self.settings.match_weight * weighted_loss(self.finest_loss, self.finest(output), target, weight)
         return self.settings.match_weight * self.pseudo_loss(output, target, weight)
 
     def draw_box(self, x: Tensor) -> Tensor:
-        """The box of CutMix, in some steps empty."""
+        """Draw the box of CutMix. In some steps it is empty."""
         low, high = BOX_VOLUME
         volume = (torch.rand(()) < self.settings.cutmix) * (low + (high - low) * torch.rand(()))
         return draw_box(x, float(volume) ** (1 / (x.ndim - 2)))
 
 
 def cut_mix(x: Tensor, box: Tensor) -> Tensor:
-    """Another sample's x (B, C, *S) within the box."""
+    """x (B, C, *S), with another sample's x inside the box."""
     return torch.where(box, x.roll(1, 0), x)

@@ -21,9 +21,9 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
-"""of the outputs from the finest to the fourth; coarser ones have the last"""
+"""dropout before each output, from the finest to the fourth; coarser ones have the last value"""
 SLAB = 32
-"""voxels along the first axis, of what is computed at a time"""
+"""number of voxels along the first axis that are computed at a time"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,31 +36,31 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
 
     URPC; MICCAI 2021, arXiv 2012.07042; Medical Image Analysis 2022.
 
-    The outputs p_s of nnU-Net's deep supervision, all brought to full resolution, have to agree on unlabelled
-    samples with their mean p_c. In training, channels of the features are dropped and noise is added before each
-    output, so that the scales differ in more than their size: the less, the finer (0.1 to 0.5, as in their 3d code;
-    that has no noise, and hands the dropped features on to the next level; their 2d code gives each output another
-    perturbation).
+    The outputs p_s of nnU-Net's deep supervision are brought to full resolution. On unlabelled samples they learn to
+    agree with their mean p_c. In training, channels of the features are dropped and noise is added before each output,
+    so that the scales differ in more than their size. The dropout is smaller for finer outputs (0.1 to 0.5, as in their
+    3d code, which has no noise and passes the dropped features on to the next level; their 2d code perturbs each output
+    differently).
 
-    - eq. 3: D_s = sum over classes of p_s log(p_s / p_c), a scale's uncertainty in one forward pass;
+    - eq. 3: D_s = sum over classes of p_s log(p_s / p_c), the uncertainty of a scale in one forward pass;
     - eq. 4: L_unsup = 1/S sum_s [sum_v ||p_s - p_c||^2 w_s / sum_v w_s] + 1/S sum_s mean D_s, w_s = exp(-D_s);
     - L = L_sup + lambda(t) L_unsup, with a Gaussian ramp to lambda = 0.1.
 
-    With `consistency=paper` L_unsup is eq. 4. By default we depart: each scale learns the decision of p_c by nnU-Net's
-    loss, each voxel weighted with w_s (which gets no gradient), and scales count as in deep supervision; lambda ends
+    With `consistency=paper` L_unsup is eq. 4. By default we differ: each scale learns the decision of p_c by nnU-Net's
+    loss, with w_s as the weight of a voxel (it gets no gradient) and with the weights of deep supervision. lambda ends
     at 1 after 0.4 of the training.
 
-    As in their code, the squares are the mean over classes, and the last term is the mean of D_s (paper: its norm);
-    that code has D_s the other way round, p_c log(p_c / p_s). L_sup is nnU-Net's, whose coarser outputs count half
-    each (in the paper all alike); the coarsest, which nnU-Net leaves out, is supervised, too. Without deep
-    supervision there is one output, and L_unsup is 0.
+    As in their code, the squares are a mean over classes, and the last term is the mean of D_s (paper: its norm). That
+    code has D_s the other way round, p_c log(p_c / p_s). L_sup is nnU-Net's, where each coarser output has half the
+    weight (in the paper all are equal). nnU-Net leaves the coarsest output out; here it is supervised, too. Without
+    deep supervision there is one output, and L_unsup is 0.
     """
 
     @classmethod
     def adapt_network(cls, network, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
         heads = list(reversed(network.decoder.seg_layers))  # the finest first
         for i, head in enumerate(heads):
-            # a hook, and the weights keep the names of the plans' network
+            # a hook, so that the weights keep the names of the plans' network
             head.register_forward_pre_hook(partial(perturb, HEAD_DROPOUT[min(i, len(HEAD_DROPOUT) - 1)]))
         return MultiDecoderUNet(network)
 
@@ -88,7 +88,7 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
         """L_unsup of an output with or without deep supervision."""
         scales = output if self.enable_deep_supervision else [output]
         decisions, certainties = [], []
-        for sample in zip(*(x.split(1) for x in scales), strict=True):  # all at once would take more than the network
+        for sample in zip(*(x.split(1) for x in scales), strict=True):  # all at once would need more than the network
             mean, certainty = pyramid_certainty(sample, self.label_manager)
             decisions.append(self.decide(mean))
             certainties.append(certainty)
@@ -103,16 +103,16 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
 
 
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """What a head gets of its features (B, C, *s): in training with channels dropped and with noise."""
+    """In training, drop channels of a head's features (B, C, *s) and add noise."""
     (x,) = inputs
     return (feature_noise(drop_channels(x, p)),) if head.training else inputs
 
 
 @torch.no_grad()
 def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, list[Tensor]]:
-    """Of one sample the log of p_c, or of regions its logits, (1, heads, *S); and w_s on each scale's grid, (1, 1, *s).
+    """For one sample: the log of p_c (for regions its logits), (1, heads, *S); and w_s for each scale, (1, 1, *s).
 
-    Of regions w_s is of the least certain one.
+    For regions w_s is that of the least certain region.
     """
     size, regions = scales[0].shape[2:], label_manager.has_regions
     mean: Any = sum(at_full_size(x, size, label_manager) for x in scales) / len(scales)
@@ -124,20 +124,20 @@ def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, 
 
 
 def at_full_size(logits: Tensor, size: Sequence[int], label_manager) -> Tensor:
-    """The probabilities of one scale's logits (B, heads, *s), brought to full resolution."""
+    """The probabilities of one scale's logits (B, heads, *s), at full resolution."""
     logits = F.interpolate(logits.float(), list(size), mode=LINEAR[len(size)])
     return probabilities(logits, label_manager)
 
 
 def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
-    """Eq. 4; a region is a class and its complement, of a D_s of its own.
+    """Eq. 4. A region and its complement are treated as two classes with their own D_s.
 
-    A slab of one scale of one sample is computed at a time, and again by the backward pass: with many classes the
-    probabilities of all scales at full size would take more than the network.
+    One slab of one scale of one sample is computed at a time, and again by the backward pass: with many classes the
+    probabilities of all scales at full size would need more memory than the network.
 
     Args:
-        scales: S logits (B, heads, *s) from fine to coarse, the first of full resolution.
-        label_manager: nnU-Net's; says whether the heads are classes or regions.
+        scales: S logits (B, heads, *s) from fine to coarse. The first has full resolution.
+        label_manager: nnU-Net's. It says whether the heads are classes or regions.
     """
     size = scales[0].shape[2:]
 
@@ -162,9 +162,9 @@ def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
     """Means over voxels and classes of ||p_s - p_c||^2 w_s, of w_s, and of D_s: (3,).
 
     Args:
-        p: p_s, one scale's probabilities at full resolution, (B, heads, *S).
+        p: p_s, the probabilities of one scale at full resolution, (B, heads, *S).
         mean: p_c, their mean over the scales.
-        regions: each head is a class and its complement; else a softmax over the heads.
+        regions: True: each head is a class and its complement. False: the heads share a softmax.
     """
     divergence = scale_divergence(p, mean, regions)
     weight = (-divergence).exp()
@@ -172,7 +172,7 @@ def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
 
 
 def scale_divergence(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
-    """D_s, eq. 3, of the arguments of `scale_means`: (B, 1, *S), of regions (B, heads, *S)."""
+    """D_s of eq. 3, with the arguments of `scale_means`: (B, 1, *S); for regions (B, heads, *S)."""
 
     def relative(p: Tensor, q: Tensor) -> Tensor:
         return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
