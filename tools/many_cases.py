@@ -104,7 +104,7 @@ def peak() -> str:
 
 def preprocess(work: Path) -> dict[str, str]:
     """Preprocessing where all is done: `restart`, and the memory it takes."""
-    from nnunet_semiseg.data.unlabeled import preprocess_unlabeled
+    from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 
     set_folders(work)
     times: dict[str, str] = {}
