@@ -128,7 +128,7 @@ def test_whatever_is_killed_is_ended_by_the_next_call(raw_only):
     accepted = []  # whether it was, by the change of a name at which it was killed
     while kill_at(len(accepted), accept, 901, folder):
         if any("going" in file.read_text() for file in journals(dataset.raw)):
-            with pytest.raises(UserError, match="was interrupted: end it with nnunet_semiseg accept -d 901"):
+            with pytest.raises(UserError, match="was interrupted: finish it with nnunet_semiseg accept -d 901"):
                 find_unlabeled_cases(dataset.raw, dataset.dataset_json)
         with suppress(UserError):  # there may be nothing to be ended
             accept(901)

@@ -55,7 +55,7 @@ def test_from_the_files_to_the_batch(names, tiny_dataset, monkeypatch, capsys):
     for case, folder in (("tr_000", "imagesTr"), ("un_000", "imagesUn"), ("un_001", "imagesUn")):
         write_image(np.zeros((24, 24, 24), np.float32), dataset.image(case, 0, folder))
     dataset.plan()
-    assert f"un_000: {names['0']} is 0 everywhere: taken for a channel that this case lacks" in capsys.readouterr().out
+    assert f"un_000: {names['0']} is 0 everywhere: this case is taken to lack this channel" in capsys.readouterr().out
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     trainer = make_trainer(SemiCMLTrainer, dataset)
     trainer.on_train_start()

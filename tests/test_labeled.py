@@ -139,7 +139,7 @@ def test_references_that_are_half_or_missing(dataset):
     assert reference_of(dataset).read_bytes() == whole
     shutil.rmtree(dataset.preprocessed / "gt_segmentations")
     for trainer_class in (MeanTeacherTrainer, SupervisedTrainer):
-        refused("gt_segmentations/tr_000.nii.gz: no such file, and validation needs", train, dataset, trainer_class)
+        refused("gt_segmentations/tr_000.nii.gz: no such file, but validation needs", train, dataset, trainer_class)
     preprocess(dataset)
     train(dataset)
     assert not list(dataset.preprocessed.rglob("*.tmp"))
@@ -381,7 +381,7 @@ def test_labelled_cases_that_change_come_or_go(dataset, trainer_class):
     refused("Dataset901_Tiny: labelled case tr_007 is new and not preprocessed: run", train, dataset, trainer_class)
     dataset.image("tr_007", folder="imagesTr").unlink()
     image.unlink()
-    refused("Dataset901_Tiny: labelled case tr_001 was preprocessed and is gone: run", train, dataset, trainer_class)
+    refused("Dataset901_Tiny: labelled case tr_001 was preprocessed but is missing now: run", train, dataset, trainer_class)
 
 
 def test_a_touch_of_raw_files_asks_for_no_more_than_a_look(dataset):
@@ -429,7 +429,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
         dataset.plan(preprocess=new == "tr_007")
         why = {
             "tr_007": "made before labelled case tr_007 changed",
-            "tr_008": "made of 3 labelled cases, and there are 4",
+            "tr_008": "made of 3 labelled cases, but there are 4",
         }
         assert f"dataset_fingerprint.json: was {why[new]}: it is taken anew" in capsys.readouterr().out
     assert shapes() == 4

@@ -132,7 +132,7 @@ def test_cascades_and_missing_configurations(planned, capsys):
         ),
         (
             lambda d: (d.image("un_001").unlink(), d.image("un_001").symlink_to("/nowhere.nii.gz")),
-            r"un_001_0000.nii.gz: a link to a file that is not there: fix it",
+            r"un_001_0000.nii.gz: a link to a file that does not exist: fix it",
         ),
         (
             lambda d: [d.image("un_001", c).rename(d.image("tr_001", c)) for c in range(2)],
@@ -342,7 +342,7 @@ def test_only_what_changed_is_redone(planned):
         manifest(planned)
     planned.image("un_002").unlink()
     shutil.copy(planned.image("un_000"), planned.image("un_009"))
-    with pytest.raises(UserError, match=r"imagesUn: case un_002 was preprocessed and is gone: run nnunet_semiseg"):
+    with pytest.raises(UserError, match=r"imagesUn: case un_002 was preprocessed but is missing now: run nnunet_semiseg"):
         manifest(planned)
     run(planned)
     after = whole_cases(planned)

@@ -1,4 +1,4 @@
-"""Which classes are in one piece in every labelled case."""
+"""Find the classes that are in one piece in every labelled case."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from scipy.ndimage import find_objects, generate_binary_structure
 from scipy.ndimage import label as label_components
 
 LARGEST = 0.99
-"""share of a class's voxels that its largest component has, where it counts as in one piece"""
+"""a class is in one piece if its largest component has at least this share of its voxels"""
 AT_MOST = 20
-"""labelled cases that are looked at"""
+"""number of labelled cases that are read"""
 
 
 def heads_in_one_piece(dataset, label_manager, planar: bool) -> list[int]:
-    """The classes or regions of which each labelled case that has them has one component (99 % of the voxels).
+    """The classes or regions that are in one piece (99 % of the voxels) in each labelled case that has them.
 
-    A class that no case has is not among them. At most 20 cases are read, spread evenly over the sorted names.
+    Classes that no case has are left out. At most 20 cases are read, at equal distances in the sorted list of names.
 
     Args:
         dataset: nnU-Net's, of preprocessed labelled cases.
         label_manager: nnU-Net's.
-        planar: patches are slices, so each slice is looked at.
+        planar: patches are slices, so each slice is looked at separately.
     """
     cases = sorted(dataset.identifiers)[:: max(1, -(-len(dataset.identifiers) // AT_MOST))]
     regions = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
     values = [np.atleast_1d(region) for region in regions]
-    first = 0 if label_manager.has_regions else 1  # there is no head for the background of regions
+    first = 0 if label_manager.has_regions else 1  # regions have no head for the background
     shares = np.array([shares_of(np.asarray(dataset.load_case(c)[1][0]), values, planar) for c in cases])
     seen = ~np.isnan(shares)
     one = seen.any(0) & (np.where(seen, shares, 1) >= LARGEST).all(0)
@@ -36,18 +36,18 @@ def heads_in_one_piece(dataset, label_manager, planar: bool) -> list[int]:
 
 
 def shares_of(segmentation: np.ndarray, values: Iterable[np.ndarray], planar: bool) -> list[float]:
-    """For each class or region the share of its voxels in the largest component; NaN where the case lacks it.
+    """For each class or region, the share of its voxels in the largest component. NaN if the case does not have it.
 
     Args:
         segmentation: (Z, Y, X), whole numbers.
         values: the labels of each class or region.
-        planar: take the largest component of each slice along the first axis, and all their voxels.
+        planar: find the largest component of each slice along the first axis, and add up their voxels.
     """
     return [share_in_one_piece(np.isin(segmentation, labels), planar) for labels in values]
 
 
 def share_in_one_piece(mask: np.ndarray, planar: bool) -> float:
-    """The share of a mask's voxels in its largest component, or in those of its slices; NaN for an empty mask."""
+    """The share of a mask's voxels in its largest component, or in those of its slices. NaN for an empty mask."""
     box = find_objects(mask.astype(np.uint8))
     if not box:
         return float("nan")
@@ -57,6 +57,6 @@ def share_in_one_piece(mask: np.ndarray, planar: bool) -> float:
 
 
 def largest_size(mask: np.ndarray) -> int:
-    """The number of voxels of the largest component; voxels touch by faces, edges and corners."""
+    """The number of voxels in the largest component. Voxels are connected by faces, edges and corners."""
     labels: Any = label_components(mask, generate_binary_structure(mask.ndim, mask.ndim))[0]  # pyright: ignore
     return int(np.bincount(labels.ravel())[1:].max(initial=0))

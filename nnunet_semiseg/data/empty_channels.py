@@ -1,4 +1,4 @@
-"""Channels of an image that hold nothing, since the case lacks them, after nnU-Net's normalisation."""
+"""Image channels that are empty because the case lacks them, after nnU-Net's normalisation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from torch import Tensor
 
 TOLERANCE = 0.01
-"""of a normalised intensity; bfloat16 has three digits"""
+"""tolerance in units of normalised intensity; bfloat16 has about three digits"""
 
 
 def values_of_nothing(plans_manager, configuration_manager) -> list[float]:
-    """What a voxel of 0 becomes in a channel that is 0 everywhere, for each channel.
+    """For each channel, the value that nnU-Net's normalisation gives to the voxels of a channel that is 0 everywhere.
 
-    By nnU-Net's own normalisation: 0, but for CT, where it is by the dataset instead of the image.
+    It is 0; for CT it depends on the dataset's statistics instead of the image's.
     """
     nothing = np.zeros((len(configuration_manager.normalization_schemes), 1, 1, 1), np.float32)
     about = plans_manager.foreground_intensity_properties_per_channel
@@ -25,7 +25,7 @@ def values_of_nothing(plans_manager, configuration_manager) -> list[float]:
 
 
 def empty_channels(x: Tensor, nothing: Tensor) -> Tensor:
-    """(B, C), bool: True where a channel has nothing but its value of nothing, or the 0 of padding.
+    """(B, C), bool: True if a channel has only its value for an empty channel, or the 0 of padding.
 
     Args:
         x: (B, C, *S).
@@ -36,7 +36,7 @@ def empty_channels(x: Tensor, nothing: Tensor) -> Tensor:
 
 
 def keep_empty(transforms: ComposeTransforms, plans_manager, configuration_manager) -> ComposeTransforms:
-    """These transforms, under which a channel that a case lacks stays empty: it becomes 0."""
+    """Change these transforms so that a channel which a case lacks becomes 0 and stays 0."""
     nothing = values_of_nothing(plans_manager, configuration_manager)
     if len(nothing) == 1:
         return transforms
@@ -44,7 +44,7 @@ def keep_empty(transforms: ComposeTransforms, plans_manager, configuration_manag
 
 
 class RememberEmptyChannels(BasicTransform):
-    """To be the first transform: notes which channels of the image (C, *S) are empty."""
+    """Put it first: it notes which channels of the image (C, *S) are empty."""
 
     def __init__(self, nothing: list[float]):
         super().__init__()
@@ -55,7 +55,7 @@ class RememberEmptyChannels(BasicTransform):
 
 
 class EmptyChannels(BasicTransform):
-    """To be the last one: what was empty is 0, whatever noise and brightness have made of it."""
+    """Put it last: it sets empty channels to 0, because noise and brightness have changed them."""
 
     def apply(self, data_dict: dict, **params) -> dict:
         data_dict["image"][data_dict["empty_channels"]] = 0

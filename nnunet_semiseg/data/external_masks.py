@@ -1,4 +1,4 @@
-"""Masks that another model made of a dataset's images: checked, brought to our values, measured on labelled cases."""
+"""Masks that another model made of a dataset's images: check them, convert their values, measure them on labels."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from nnunet_semiseg.parallel import run_jobs
 from nnunet_semiseg.schema import check_name, read_dataset_json
 
 EXTERNAL, RECORD = "external", "masks.json"
-"""a folder of the raw dataset, with a folder for each model; in that one, what was measured"""
+"""a folder of the raw dataset, with a folder for each model; in that one, a file with the measured Dice"""
 LEAST_DICE = 0.5
-"""of a class on the labelled cases; where it is less, nothing is learnt from the masks of this class"""
+"""the least Dice of a class on labelled cases; if it is lower, nothing is learnt from the masks of this class"""
 ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".png", ".tif", ".tiff", ".bmp")
 
 
 def add_masks(
     dataset: int | str, name: str, folder: str | Path, assignments: Sequence[str] = (), num_processes: int = 0
 ) -> dict[str, dict]:
-    """Write `external/NAME/imagesTr|imagesUn` of the raw dataset, a label file for each case, and `masks.json`.
+    """Write a label file for each case into `external/NAME/imagesTr|imagesUn` of the raw dataset, and `masks.json`.
 
-    Masks of before with this name are replaced, when all new ones are known to be good.
+    Older masks of this name are replaced when all new ones are known to be good.
 
     Args:
         name: of the other model.
-        folder: a label file for each case, CASE.nii.gz or the like, also in folders of its own. Not every case
-            needs one.
-        assignments: `VALUE=CLASS`, of the values in these files; other values are background. None: the values are
-            those of dataset.json.
+        folder: has a label file for a case, named CASE.nii.gz or similar. It may have subfolders. Cases may be missing.
+        assignments: `VALUE=CLASS`, for the values in these files; other values become background. If empty, the values
+            are those of dataset.json.
 
     Returns:
-        Each class with its `dice`, a mean over labelled cases that show it (None where none does), and its `weight`.
+        For each class its `dice`, a mean over the labelled cases that show it (None if none does), and its `weight`.
 
     Raises:
-        UserError: wrong names and values; files of no case, or that do not lie upon their image; one line for each.
+        UserError: wrong names or values; files that belong to no case, or whose grid is not that of their image; one
+            line for each.
     """
     check_name("--name", name)
     raw, folder = dataset_folder("nnUNet_raw", dataset), Path(folder)
@@ -90,16 +90,17 @@ def add_masks(
 
 
 def classes_of(dataset_json: dict) -> dict[str, list[int]]:
-    """Each foreground class, or region, with its values."""
+    """Each foreground class or region, with its values."""
     labels = {k: v if isinstance(v, list) else [v] for k, v in dataset_json["labels"].items() if k != "ignore"}
     return {name: values for name, values in labels.items() if set(values) != {0}}
 
 
 def parse_map(assignments: Sequence[str], classes: Mapping[str, Sequence[int]]) -> dict[int, int]:
-    """`["5=liver"]` to value in the files to value in the dataset.
+    """Turn `["5=liver"]` into a dictionary from values in the files to values in the dataset.
 
     Raises:
-        UserError: something else, a value twice, a class that the dataset does not have, a region of several values.
+        UserError: an assignment has another form, a value appears twice, or a class does not exist in the dataset or
+            is a region of several values.
     """
     values: dict[int, int] = {}
     for word in assignments:
@@ -109,25 +110,25 @@ def parse_map(assignments: Sequence[str], classes: Mapping[str, Sequence[int]]) 
         if name not in classes:
             near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"its classes are {', '.join(classes)}"
-            raise UserError(f'--map {word}: the dataset has no class "{name}", and cannot learn it from masks: {hint}')
+            raise UserError(f'--map {word}: the dataset has no class "{name}": {hint}')
         if len(classes[name]) > 1:
-            raise UserError(f"--map {word}: {name} is a region of several values: name a region of one")
+            raise UserError(f"--map {word}: {name} is a region of several values: name a region of one value")
         if int(value) in values:
-            raise UserError(f"--map: the value {int(value)} is named twice: leave one")
+            raise UserError(f"--map: the value {int(value)} is named twice: remove one of them")
         values[int(value)] = classes[name][0]
     return values
 
 
 def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str, Path]:
-    """The mask of each case, and no other file.
+    """The mask of each case.
 
-    Masks of test cases are passed over: nothing is learnt from them.
+    Masks of test cases are ignored, because nothing may be learnt from them.
 
     Raises:
-        UserError: no such folder, no masks, a file of no case, two files of one case.
+        UserError: the folder is missing or has no masks; a file belongs to no case; a case has two files.
     """
     if not folder.is_dir():
-        raise UserError(f"-i {folder}: no such folder: give the one with the other model's masks")
+        raise UserError(f"-i {folder}: no such folder: name the folder with the other model's masks")
     test = {file.name.rpartition("_0000")[0] for file in (raw / "imagesTs").glob("*_0000.*")}
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
@@ -152,10 +153,10 @@ def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str,
 
 
 def weigh(measured: Mapping[str, Mapping[str, float | None]], classes: Sequence[str] | Mapping) -> dict[str, dict]:
-    """Each class's mean Dice over the labelled cases that show it, and its weight: the Dice, or 0 below 0.5.
+    """For each class the mean Dice over the labelled cases that show it, and its weight: the Dice, or 0 below 0.5.
 
     Args:
-        measured: of each labelled case the Dice of each class, None where neither label nor mask shows it.
+        measured: for each labelled case the Dice of each class; None if neither label nor mask shows it.
     """
     result = {}
     for name in classes:
@@ -168,7 +169,7 @@ def weigh(measured: Mapping[str, Mapping[str, float | None]], classes: Sequence[
 
 
 def table(result: Mapping[str, Mapping]) -> str:
-    """What `add_masks` measured, a line for each class."""
+    """The result of `add_masks` as a table, one line for each class."""
     width = max(len("class"), *map(len, result))
     lines = [f"{'class':{width}}  labelled cases   Dice  weight"]
     for name, row in result.items():
@@ -181,7 +182,7 @@ def _add_case(
     case: str, file: Path, image: Path, label: Path | None, target: Path, values: Mapping[int, int],
     known: Sequence[int], classes: Mapping[str, Sequence[int]], ignore: int | None,
 ) -> tuple[str, str | None, dict[str, float | None]]:  # fmt: skip
-    """Check, map, write and measure one mask: the case, what is wrong, and the Dice of each class."""
+    """Check, convert, write and measure one mask. Returns the case, what is wrong, and the Dice of each class."""
     try:
         mask, array = read_mask(file, image)
         mapped = map_values(file, array, values, known)
@@ -199,17 +200,17 @@ def _add_case(
 
 
 def read_mask(file: Path, image: Path) -> tuple[sitk.Image, np.ndarray]:
-    """A mask and its values.
+    """Read a mask and its values.
 
     Raises:
-        UserError: it cannot be read, has colours, or lies elsewhere than its image.
+        UserError: it cannot be read, has colours, or its grid is not that of its image.
     """
     if problem := header_problem(file, file.parent):
         raise UserError(f"{file}: {problem}")
     try:
         mask = sitk.ReadImage(str(file))
     except RuntimeError as error:
-        raise UserError(f"{file}: cannot be read ({one_line_of(error)}): make it again, or take it out") from None
+        raise UserError(f"{file}: cannot be read ({one_line_of(error)}): write it again, or take it out") from None
     if mask.GetNumberOfComponentsPerPixel() > 1:
         raise UserError(f"{file}: has colours: save one value for each class")
     expected = read_header(image)
@@ -219,19 +220,19 @@ def read_mask(file: Path, image: Path) -> tuple[sitk.Image, np.ndarray]:
 
 
 def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: Sequence[int]) -> np.ndarray:
-    """A mask's values as dataset.json has them, (*S) int16.
+    """Convert a mask's values to those of dataset.json, (*S) int16.
 
     Raises:
-        UserError: values that are no whole numbers; without a map, one that dataset.json does not name.
+        UserError: a value is not a whole number; or, without a map, dataset.json does not name it.
     """
     found = np.unique(array)
     if not np.isfinite(found).all() or (found != np.round(found)).any():
-        raise UserError(f"{file}: has values that are no whole numbers: save one value for each class")
+        raise UserError(f"{file}: has values that are not whole numbers: save one value for each class")
     unknown = [int(v) for v in found if v not in known]
     if unknown and not values:
         named = ", ".join(map(str, known))
         raise UserError(
-            f"{file}: has the value {unknown[0]}, but dataset.json names {named}: say what is what with --map"
+            f"{file}: has the value {unknown[0]}, but dataset.json names {named}: assign classes to values with --map"
         )
     if not values:
         return array.astype(np.int16)
@@ -242,6 +243,6 @@ def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: 
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float | None:
-    """2 |a and b| / (|a| + |b|) of bool arrays; None where both are empty."""
+    """2 |a and b| / (|a| + |b|) of bool arrays. None if both are empty."""
     size = np.count_nonzero(a) + np.count_nonzero(b)
     return 2 * np.count_nonzero(a & b) / size if size else None

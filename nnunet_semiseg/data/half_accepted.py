@@ -1,4 +1,4 @@
-"""Cases on their way from unlabelled to labelled: a journal in the raw data set says what is being moved."""
+"""Cases that `accept` is moving from unlabelled to labelled. A journal in the raw data set lists what is moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 
 FOLDER, JOURNAL = ".accepted", "journal.json"
-"""in the raw data set: a numbered folder for each time that cases were accepted, and the file that says what is done"""
+"""in the raw data set: a folder with a number for each call of `accept`; in it, the file that lists what is done"""
 DONE = "done"
 
 
@@ -20,12 +20,12 @@ def journals(dataset: Path) -> list[Path]:
 
 
 def refuse_half_accepted(dataset: Path) -> None:
-    """Raises UserError where `nnunet_semiseg accept` was interrupted: a case may be between two folders."""
+    """Raises UserError if `nnunet_semiseg accept` was interrupted. Then a case may be split between two folders."""
     for journal in journals(dataset):
         fix = "put it back as it was"
         if read_json(journal, fix).get("state") != DONE:
             number = dataset.name.removeprefix("Dataset")[:3]
             raise UserError(
-                f"{journal}: cases were being accepted or taken back, and that was interrupted: end it with"
+                f"{journal}: nnunet_semiseg accept was interrupted: finish it with"
                 f" nnunet_semiseg accept -d {number}"
             )

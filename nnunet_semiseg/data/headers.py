@@ -1,4 +1,4 @@
-"""What an image's header says, asked before a voxel is read: files from others may lie, or reach for other files."""
+"""Check an image's header before its voxels are read. A bad header may claim too much memory or name other files."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ DATA_FILE = {
     ".nhdr": rb"data ?file\s*:\s*(.*)",
     ".nrrd": rb"data ?file\s*:\s*(.*)",
 }
-"""where a header of this kind says that the voxels are in another file"""
+"""for each kind of header, the line that says that the voxels are in another file"""
 
 SMALLEST, LARGEST = 1e-7, 1e5
 """mm: from a tenth of a nanometre to a hundred metres"""
 MOST = 100
-"""times that a spacing may be larger or smaller than the data set's usual one"""
+"""a spacing may differ from the usual one of the data set by at most this factor"""
 
 
 def header_problem(image: Path, root: Path) -> str | None:
-    """What is wrong with an image before it is read, or None.
+    """What is wrong with an image before its voxels are read, or None.
 
     Args:
-        root: the folder that nothing may be read from outside of.
+        root: nothing outside of this folder may be read.
     """
     for name in data_files(image):
         file = os.path.normpath(os.path.join(image.parent.absolute(), name))
         if not Path(file).is_relative_to(os.path.normpath(root.absolute())):
-            return f"its voxels are said to be in {file}, outside of {root}: do not trust it, or bring the file there"
+            return f"its voxels are in {file}, outside of {root}: do not trust it, or move that file into the folder"
     header = read_header(image)
     if header is None:
-        return None  # who reads it says why
+        return None  # the reader will report the reason
     kind = header.GetPixelIDValue()
     if kind in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
-        return "has complex numbers, of which only the real part would be taken: save their magnitude"
+        return "has complex numbers, of which only the real part would be read: save their magnitude"
     claimed, memory = claimed_bytes(header), total_memory()
     if memory and claimed > memory:
         size = " x ".join(map(str, header.GetSize()))
@@ -51,7 +51,7 @@ def header_problem(image: Path, root: Path) -> str | None:
 
 
 def data_files(image: Path) -> Iterator[str]:
-    """The names of other files that a header of MetaImage or NRRD takes its voxels from."""
+    """The names of other files from which a MetaImage or NRRD header takes its voxels."""
     ending = image.suffix.lower()
     if ending not in DATA_FILE or not image.is_file():
         return
@@ -59,7 +59,7 @@ def data_files(image: Path) -> Iterator[str]:
         lines = file.read(1 << 20).split(b"\n")
     in_list = False
     for line in map(bytes.strip, lines):
-        if not line and ending in (".nhdr", ".nrrd"):  # their voxels begin here
+        if not line and ending in (".nhdr", ".nrrd"):  # here the voxels begin
             return
         if not in_list:
             found = re.fullmatch(DATA_FILE[ending], line, re.IGNORECASE)
@@ -74,11 +74,11 @@ def data_files(image: Path) -> Iterator[str]:
         if not line:
             continue
         name = line.decode("utf-8", "surrogateescape")
-        yield name.split()[0] if "%" in name else name  # a pattern for numbered files, and their range
+        yield name.split()[0] if "%" in name else name  # a pattern for numbered files, followed by the range of numbers
 
 
 def read_header(image: Path) -> sitk.ImageFileReader | None:
-    """The header of an image; None where SimpleITK cannot read it."""
+    """The header of an image. None if SimpleITK cannot read it."""
     header = sitk.ImageFileReader()
     header.SetFileName(str(image))
     try:
@@ -89,14 +89,14 @@ def read_header(image: Path) -> sitk.ImageFileReader | None:
 
 
 def claimed_bytes(header: sitk.ImageFileReader) -> int:
-    """What the voxels of an image would take."""
+    """The memory that the voxels of an image need, in bytes."""
     kind = sitk.GetPixelIDValueAsString(header.GetPixelIDValue())
     bits = re.search(r"(\d+)-bit", kind)
     return math.prod(header.GetSize()) * header.GetNumberOfComponents() * (int(bits[1]) // 8 if bits else 1)
 
 
 def total_memory() -> int | None:
-    """Of this machine, in bytes; None where the system does not say."""
+    """The memory of this computer in bytes. None if the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -104,7 +104,7 @@ def total_memory() -> int | None:
 
 
 def count_channels(images: Sequence[str]) -> int | None:
-    """How many channels nnU-Net reads from a case's files; None where a header cannot be read."""
+    """The number of channels that nnU-Net reads from the files of a case. None if a header cannot be read."""
     channels = 0
     for image in images:
         header = read_header(Path(image))
@@ -115,15 +115,15 @@ def count_channels(images: Sequence[str]) -> int | None:
 
 
 def is_spacing(spacing: Iterable[float]) -> bool:
-    """Whether these can be millimetres; what comes after x, y and z is time."""
+    """Whether these can be lengths in mm. Axes after x, y and z are time."""
     return all(SMALLEST <= s <= LARGEST for s in list(spacing)[:3])
 
 
 def spacing_problem(spacing: Sequence[float], usual: Sequence[float]) -> str | None:
-    """Say so where a spacing is of another magnitude than the data set's: resampling would leave no voxel, or too many.
+    """Say so if a spacing is far from that of the data set. Resampling would leave no voxels, or far too many.
 
     Args:
-        spacing, usual: of the same axes; the second is the labelled images' median.
+        spacing, usual: of the same axes; `usual` is the median of the labelled images.
     """
     for value, expected in zip(spacing, usual, strict=False):
         if not expected / MOST <= value <= expected * MOST:
@@ -132,12 +132,12 @@ def spacing_problem(spacing: Sequence[float], usual: Sequence[float]) -> str | N
 
 
 def flat_problem(shape: Sequence[int], plans: dict) -> str | None:
-    """Say so where an image has one slice and those of the plans have many.
+    """Say so if an image has one slice although the plans are for volumes.
 
     Args:
         shape: of the image, as nnU-Net reads it: z, y, x.
     """
     usual = plans.get("original_median_shape_after_transp")
     if usual and 1 in shape and 1 not in usual:
-        return f"has the shape {' x '.join(map(str, shape))}, a single slice, and the data set has volumes"
+        return f"has the shape {' x '.join(map(str, shape))}, a single slice, but the data set has volumes"
     return None

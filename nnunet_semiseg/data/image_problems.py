@@ -1,4 +1,4 @@
-"""What can be wrong with an image or a label: each problem in one line, with the file and the fix."""
+"""What can be wrong with an image or a label. Each problem is one line with the file and the fix."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from nnunet_semiseg.data.headers import header_problem, is_spacing
 
 IMAGES_FOLDER = "imagesUn"
 ROUNDING = 1e-5
-"""by which resampling changes a constant"""
+"""resampling changes a constant image by up to this"""
 LARGEST_RATIO = 20
-"""of the spread of an image's preprocessed values and that of the labelled images'; an image of which nearly all
-voxels are one value, since one voxel has another magnitude, comes to hundreds"""
+"""largest ratio between the spread of an image's preprocessed values and that of labelled images; if one voxel is
+much larger than all others, nearly all values become equal, and the ratio is in the hundreds"""
 
 
 def take_out(file: str) -> str:
-    """The fix where nothing better is known."""
+    """The fix if no better one is known."""
     folder = Path(file).parent.name
     what = "label" if folder.startswith("labels") else "image"
     return f"replace the {what} or take its case out of {folder}"
 
 
 def header_problems(images: list[str], reader: type) -> list[str]:
-    """Headers that cannot be read or trusted, and channels (or a label) whose geometry differs from the first one's."""
+    """Headers that cannot be read or trusted, and channels (or a label) whose geometry differs from the first file's."""
     found = [(image, header_problem(Path(image), Path(image).parent)) for image in images]
     if wrong := [f"{image}: {problem}; {take_out(image)}" for image, problem in found if problem]:
         return wrong
     if not issubclass(reader, SimpleITKIO):
-        return []  # the other readers compare channels themselves
+        return []  # the other readers compare the channels themselves
     headers, problems = {}, []
     for image in images:
         header = sitk.ImageFileReader()
@@ -61,12 +61,12 @@ def header_problems(images: list[str], reader: type) -> list[str]:
 
 
 def geometry_difference(image, expected, origin: float = 0.01) -> str | None:
-    """In which way the grids of two images (or headers) of SimpleITK's differ, or None.
+    """How the grids of two SimpleITK images (or headers) differ, or None.
 
-    nnU-Net's reader is as strict with spacings; origins and directions are often rounded in files.
+    Spacings are compared as strictly as by nnU-Net's reader. Origins and directions are often rounded in files.
 
     Args:
-        origin: by which share of the smallest spacing the origin may be off.
+        origin: the origin may differ by this share of the smallest spacing.
     """
     origin *= min(expected.GetSpacing())
     for kind, atol in {"Size": 0, "Spacing": 1e-8, "Origin": origin, "Direction": 1e-3}.items():
@@ -77,16 +77,16 @@ def geometry_difference(image, expected, origin: float = 0.01) -> str | None:
 
 
 def nifti_damage(image: str | Path) -> str | None:
-    """What ITK hides: it reads zeros where a NIfTI file ends early, and in place of NaN and infinity."""
+    """What ITK does not report: a NIfTI file that ends early, NaN and infinity. It reads zeros instead."""
     if not str(image).lower().endswith((".nii", ".nii.gz")):
         return None
     try:
-        nifti: Any = nibabel.load(image, mmap=False)  # by its annotation, a file of any kind
+        nifti: Any = nibabel.load(image, mmap=False)  # its annotation says that the file may be of any kind
         first, end = nifti.dataobj.offset, nifti.header.single_vox_offset
-        if first < end:  # nibabel would take 0 for a header in a file of its own, and ITK reads the header
-            return f"its voxels are said to begin at byte {first}, within the header of {end} bytes"
+        if first < end:  # ITK would read the header as voxels; nibabel takes 0 as a sign of a separate header file
+            return f"its voxels begin at byte {first}, inside the header of {end} bytes"
         voxels = nifti.dataobj.get_unscaled()
-    except Exception as e:  # of many kinds, by what is damaged
+    except Exception as e:  # the kind depends on the damage
         return f"cannot be read ({one_line_of(e)})"
     if np.iscomplexobj(voxels):
         return "its voxels are complex numbers"
@@ -94,7 +94,7 @@ def nifti_damage(image: str | Path) -> str | None:
 
 
 def intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
-    """Channels (C, *S), as read, that are constant, not finite or too large, or of a wrong number.
+    """Channels (C, *S), as read, that are constant, not finite or too large; or a wrong number of channels.
 
     A channel that the case lacks may be constant; see `missing_channels`.
     """
@@ -104,7 +104,7 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
     for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
         file, fix = _file_of(i, name, images, channels), take_out(images[0])
         with np.errstate(all="ignore"):
-            channel = np.asarray(channel, np.float32)  # what nnU-Net works with
+            channel = np.asarray(channel, np.float32)  # as nnU-Net does
             deviation = channel.std()
         if damage := _not_finite(channel):
             problems.append(f"{file}: {damage}, as 32-bit numbers: {fix}")
@@ -112,18 +112,18 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
             problems.append(f"{file}: constant, every voxel is {channel.flat[0]:g}: {fix}")
         elif not np.isfinite(deviation):
             extremes = f"values from {channel.min():g} to {channel.max():g}"
-            problems.append(f"{file}: {extremes}, whose variance is no 32-bit number: {fix}")
+            problems.append(f"{file}: {extremes}, too large for the variance to be a 32-bit number: {fix}")
     return problems
 
 
 def preprocessed_problems(
     data: np.ndarray, images: list[str], channels: list[str], nothing: Sequence[float]
 ) -> list[str]:
-    """Channels (C, *S), as they come out of preprocessing, that are constant or not finite.
+    """Channels (C, *S), as preprocessing returns them, that are constant or not finite.
 
     Args:
         images: the files that they were made from.
-        nothing: what a channel that the case lacks becomes; see `values_of_nothing`.
+        nothing: the value of a channel that the case lacks; see `values_of_nothing`.
     """
     problems, spreads = [], spread(data)
     for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
@@ -138,9 +138,9 @@ def preprocessed_problems(
 
 
 def spread(data: np.ndarray) -> list[float]:
-    """The mean distance from the mean in each channel (C, *S); 0 where it is rounding alone.
+    """The mean distance from the mean, for each channel (C, *S). 0 if it is only a rounding error.
 
-    The standard deviation would not do, as z-scores make it 1, also where all but one voxel are equal.
+    The standard deviation cannot be used: z-scores make it 1, even if all voxels but one are equal.
     """
     with np.errstate(all="ignore"):
         distances = (float(np.abs(channel - channel.mean()).mean()) for channel in data)
@@ -153,8 +153,8 @@ def spread_problems(
     """Channels whose preprocessed values spread far more or far less than those of the labelled images.
 
     Args:
-        spreads: see `spread`; 0 is a channel that the case lacks.
-        usual: the labelled images'; None: not known.
+        spreads: see `spread`; it is 0 for a channel that the case lacks.
+        usual: the spread in labelled images. None: not known.
     """
     problems = []
     for i, (name, expected) in enumerate(zip(channels, usual or (), strict=False)):
@@ -172,7 +172,7 @@ def label_problems(seg: np.ndarray, label: str, shape: Sequence[int], values: It
     """What is wrong with a label (1, *S), as read.
 
     Args:
-        shape: the image's.
+        shape: of the image.
         values: those that dataset.json names.
     """
     if seg.shape != (1, *shape):
@@ -183,7 +183,7 @@ def label_problems(seg: np.ndarray, label: str, shape: Sequence[int], values: It
     found = np.unique(seg)
     unknown = found[~np.isin(found, list(values))]
     if broken := [v for v in unknown if v != np.round(v)]:
-        return [f"{label}: {broken[0]:g} is no whole number: round the label's values"]
+        return [f"{label}: {broken[0]:g} is not a whole number: round the label's values"]
     if len(unknown):
         named = ", ".join(map(str, sorted(values)))
         return [f"{label}: has the value {unknown[0]:g}, but dataset.json names {named}: correct one of them"]
@@ -200,7 +200,7 @@ def _not_finite(voxels: np.ndarray) -> str | None:
 
 
 def missing_channels(data: np.ndarray, channels: list[str]) -> list[str]:
-    """The names of channels that are 0 everywhere, where others are not: modalities that this case lacks."""
+    """The names of channels that are 0 everywhere while others are not: this case lacks these modalities."""
     constant = [channel.min() == channel.max() for channel in data]
     if all(constant):
         return []
@@ -208,20 +208,20 @@ def missing_channels(data: np.ndarray, channels: list[str]) -> list[str]:
 
 
 def reading_problems(images: list[str], reader: type) -> list[str]:
-    """Which of the images, or all of them together, the reader cannot read."""
+    """Which of the images the reader cannot read, or that it cannot read them together."""
     for files in [[image] for image in images] + [images]:
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
                 reader().read_images(files)
         except Exception as e:
-            detail = printed.getvalue().partition("\n")[0] or one_line_of(e)  # nnU-Net's readers print
+            detail = printed.getvalue().partition("\n")[0] or one_line_of(e)  # nnU-Net's readers print the reason
             return [f"{', '.join(files)}: cannot be read ({detail}): {take_out(files[0])}"]
     return []
 
 
 def one_line_of(error: Exception) -> str:
-    """The last line of an error's text; the name of its class where it has none."""
+    """The last line of an error's text, or the name of its class if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 

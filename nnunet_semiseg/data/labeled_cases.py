@@ -1,4 +1,4 @@
-"""Labelled cases: which files they have, and a look at these before anything is made of them."""
+"""Find the files of labelled cases, and check them before anything is made from them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from nnunet_semiseg.parallel import run_jobs
 
 
 def channel_names(dataset_json: dict) -> list[str]:
-    """The channels' names in their order; old datasets have them under `modality`."""
+    """The names of the channels, in order. Old datasets have them under `modality`."""
     return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
 
 
 def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """What nnU-Net's get_filenames_of_train_images_and_targets finds, without its pool of 12 processes.
+    """The same as nnU-Net's get_filenames_of_train_images_and_targets, without its pool of 12 processes.
 
     Raises:
-        UserError: `nnunet_semiseg accept` was interrupted, and a case may be between two folders.
+        UserError: `nnunet_semiseg accept` was interrupted, so that a case may be split between two folders.
     """
     raw = str(raw_dataset_folder)
     refuse_half_accepted(Path(raw))
@@ -50,7 +50,7 @@ def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[s
 
 
 def labeled_files(raw: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """The files of each labelled case: its images, then its label."""
+    """For each labelled case its files: the images, then the label."""
     if "dataset" in dataset_json:
         labels = {case: os.path.expandvars(e["label"]) for case, e in dataset_json["dataset"].items()}
     else:
@@ -59,13 +59,13 @@ def labeled_files(raw: str | Path, dataset_json: dict) -> dict[str, list[str]]:
 
 
 def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_processes: int) -> dict[str, list]:
-    """Look at all labelled images and labels that are not known from before.
+    """Check all labelled images and labels that were not checked before.
 
     Returns:
-        Case to the stamps of its files.
+        For each case the stamps of its files.
 
     Raises:
-        UserError: a missing label; damaged files, labels that do not fit; one line for each.
+        UserError: a label is missing; files are damaged; labels do not fit. One line for each.
     """
     cases = labeled_files(raw, dataset_json)
     if missing := [files[-1] for files in cases.values() if not os.path.isfile(files[-1])]:
@@ -74,9 +74,9 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
     stamps = known_stamps(preprocessed, cases)
     example = next(iter(cases.values()))[0]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a stack of each reader that fails
+        with contextlib.redirect_stderr(io.StringIO()):  # a traceback of each reader that fails
             reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
-    except RuntimeError:  # it tries all readers on this one image
+    except RuntimeError:  # it has tried all readers on this one image
         raise UserError(f"{example}: cannot be read by any of nnU-Net's readers: {take_out(example)}") from None
     jobs = [(case, cases[case], reader, dataset_json) for case in cases if case not in stamps]
     problems, empty = {}, []
@@ -102,7 +102,7 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
         with contextlib.redirect_stdout(io.StringIO()):
             data, about = reader().read_images(images)
             seg, about_label = reader().read_seg(label)
-    except Exception:  # of many kinds, by what is damaged
+    except Exception:  # the kind depends on the damage
         if problems := reading_problems(images, reader) + reading_problems([label], reader):
             return case, problems, False, stamps
         raise
@@ -116,6 +116,6 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
 
 
 def label_values(dataset_json: dict) -> set[int]:
-    """All values that dataset.json names, the ignored one included."""
+    """All values that dataset.json names, including the ignore label."""
     values = dataset_json["labels"].values()
     return {int(v) for value in values for v in (value if isinstance(value, (list, tuple)) else [value])}

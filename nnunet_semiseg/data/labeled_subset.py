@@ -1,4 +1,4 @@
-"""Fewer labels than there are: the share-of-labels curve, without a copy of any image."""
+"""Train with fewer labels than there are. No image is copied."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.schema import DATASET_SECTION, read_splits
 
 ORDER_KEY = "labeled_order"
-"""in the `semiseg` section of dataset.json: labelled cases in the published order"""
+"""in the `semiseg` section of dataset.json: the labelled cases in the published order"""
 
 
 def take_labeled(
     training: Sequence[str], validation: Sequence[str], num_labeled: int | None, dataset_json: dict
 ) -> tuple[list[str], list[str], list[str]]:
-    """The first labelled cases of a fold, in the published order where dataset.json has one, else by name.
+    """Choose the first labelled cases of a fold, in the published order if dataset.json has one, else by name.
 
     Args:
-        training, validation: nnU-Net's split; the same cases in fold `all`.
-        num_labeled: how many training cases keep their label; None: all.
+        training, validation: nnU-Net's split. In fold `all` both have the same cases.
+        num_labeled: the number of training cases that keep their label. None: all.
 
     Returns:
-        Training and validation cases, and those whose label must not be seen: they are unlabelled.
+        Training cases, validation cases, and the cases that become unlabelled: their labels must not be used.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer labelled cases.
     """
     if num_labeled is None:
         return list(training), list(validation), []
     if num_labeled > len(training):
         raise UserError(
-            f"setting num_labeled={num_labeled}: the fold has {len(training)} labelled training cases;"
+            f"setting num_labeled={num_labeled}: the fold has {len(training)} labelled training cases:"
             f" set it to {len(training)} or less"
         )
     order = {case: i for i, case in enumerate(dataset_json.get(DATASET_SECTION, {}).get(ORDER_KEY, ()))}
@@ -43,10 +43,10 @@ def take_labeled(
 
 
 def cases_of_fold(preprocessed: Path, cases: Sequence[str], fold: int | str) -> list[str]:
-    """The training cases of a fold, as nnU-Net's `do_split` has them.
+    """The training cases of a fold, as in nnU-Net's `do_split`.
 
     Args:
-        preprocessed: the dataset's folder with `splits_final.json`; without it nnU-Net makes five folds.
+        preprocessed: the dataset's folder, with `splits_final.json`. Without that file nnU-Net makes five folds.
         cases: all labelled cases.
         fold: a number, or `all`.
 
@@ -66,7 +66,7 @@ def cases_of_fold(preprocessed: Path, cases: Sequence[str], fold: int | str) -> 
 
 
 class JoinedDataset:
-    """Cases of several of nnU-Net's preprocessed datasets in one, for its loader."""
+    """Cases of several preprocessed datasets as one dataset, for nnU-Net's loader."""
 
     def __init__(self, *datasets):
         self._home = {case: dataset for dataset in datasets for case in dataset.identifiers}

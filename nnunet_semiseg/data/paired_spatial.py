@@ -1,4 +1,4 @@
-"""The same rotation and scaling for a labelled sample of a batch and its unlabelled partner."""
+"""Rotate and scale a labelled sample of a batch and its unlabelled partner in the same way."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 
 class Recorded(SpatialTransform):
-    """A spatial transform that keeps what it drew, for the same transform of another sample.
+    """A spatial transform that keeps its random parameters, so that another sample can be transformed alike.
 
     Args:
         spatial: nnU-Net's.
-        drawn: the draws, in the order of the samples.
+        drawn: the random parameters, in the order of the samples.
     """
 
     def __init__(self, spatial: SpatialTransform, drawn: deque[dict]):
@@ -28,16 +28,16 @@ class Recorded(SpatialTransform):
 
 
 class Replayed(Recorded):
-    """The same transform, which takes the draws in place of its own. Images must have the same shape."""
+    """The same transform with the parameters that were kept. Images must have the same shape."""
 
     def get_parameters(self, **data_dict) -> dict:
         return self.drawn.popleft()
 
 
 def share_spatial(labeled_transforms: ComposeTransforms, unlabeled_transforms: ComposeTransforms) -> None:
-    """Let the second transforms, in place, rotate and scale the i-th sample of a batch as the first did theirs.
+    """Let the second transforms rotate and scale the i-th sample of a batch like the first. They are changed in place.
 
-    A batch of labelled samples must be made before the unlabelled one, of as many, as `TwoStreamLoader` does.
+    The labelled batch must be made first, and the unlabelled one must have as many samples. `TwoStreamLoader` does so.
     """
     drawn: deque[dict] = deque()
     for compose, kind in ((labeled_transforms, Recorded), (unlabeled_transforms, Replayed)):

@@ -1,4 +1,4 @@
-"""Whether preprocessed data are those of the plans as they are now."""
+"""Find out whether preprocessed data belong to the present plans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONFIGURATION_KEYS = (
 
 
 def plans_hash(plans: dict, configuration: str) -> str:
-    """A hash of all that determines preprocessed voxels and of nothing else (patch, network, settings)."""
+    """A hash of everything that changes preprocessed voxels, and of nothing else (not patch, network or settings)."""
     manager = PlansManager(plans)
     resolved = manager.get_configuration(configuration).configuration
     content = {key: plans[key] for key in _PLANS_KEYS} | {key: resolved[key] for key in _CONFIGURATION_KEYS}

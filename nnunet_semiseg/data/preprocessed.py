@@ -1,4 +1,4 @@
-"""Preprocessed labelled cases: a look at what nnU-Net has made, and whether it still holds when a training starts."""
+"""Preprocessed labelled cases: check what nnU-Net made, and whether it is still valid when a training starts."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from nnunet_semiseg.schema import check, read_dataset_json
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """the files of a preprocessed case; nnU-Net writes the last one last"""
-DAMAGED = "damaged, or made anew by another command, since it was preprocessed"
+DAMAGED = "damaged, or written again by another command, since it was preprocessed"
 REFERENCES = "gt_segmentations"
-"""nnU-Net's copies of the labels, which validation and `compare` read"""
+"""nnU-Net's copies of the labels; validation and `compare` read them"""
 
 
 def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
-    """Image (C, *S) and segmentation (1, *S) of a preprocessed case, read whole.
+    """Read the image (C, *S) and the segmentation (1, *S) of a preprocessed case completely.
 
     Raises:
-        UserError: a file that is missing or damaged, without what to do.
+        UserError: a file is missing or damaged. The message does not say how to fix it.
     """
     arrays = []
     for suffix in SUFFIXES:
@@ -57,16 +57,16 @@ def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
                 arrays.append(array[:])
         except FileNotFoundError:
             raise UserError(f"{file}: no such file") from None
-        except Exception as e:  # a damaged file raises nearly anything
+        except Exception as e:  # the kind depends on the damage
             raise UserError(f"{file}: half-written or damaged ({one_line_of(e)})") from None
     return arrays
 
 
 def find_dataset_class(folder: str | Path, fix: str) -> type:
-    """nnU-Net's class of datasets for a folder of preprocessed labelled cases.
+    """nnU-Net's dataset class for a folder of preprocessed labelled cases.
 
     Raises:
-        UserError: no such folder, or an empty one, or one with other files in it.
+        UserError: the folder is missing, empty or has other files in it.
     """
     try:
         return infer_dataset_class(str(folder))
@@ -77,7 +77,7 @@ def find_dataset_class(folder: str | Path, fix: str) -> type:
 
 
 def blame_the_disk(error: Exception, place: Path) -> None:
-    """Raises DiskError where an error is the disk's; blosc2's says no more than that there is one."""
+    """Raises DiskError if the error comes from the disk. blosc2 itself only says that something failed."""
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         raise disk_error(place, str(error.strerror)) from None
     if isinstance(error, RuntimeError) and "NDArray" in str(error):
@@ -86,7 +86,7 @@ def blame_the_disk(error: Exception, place: Path) -> None:
 
 
 def opens(file: Path) -> bool:
-    """Whether an array's file is there and not cut off; its header and its end are read, no voxel is."""
+    """Whether a file of an array exists and is not cut off. Its header and its end are read, but no voxels."""
     try:
         blosc2.open(str(file), mode="r")
         return True
@@ -97,15 +97,14 @@ def opens(file: Path) -> bool:
 def look_at_labeled(
     raw: Path, preprocessed: Path, plans: dict, configuration: str, num_processes: int
 ) -> list[float] | None:
-    """Look at what nnU-Net has made of the labelled cases, correct its copies of the labels, and write the record.
+    """Check nnU-Net's preprocessed labelled cases, correct its copies of the labels, and write the record.
 
     Returns:
-        The usual spread of each channel's values; None where the labelled cases are not preprocessed yet.
+        The usual spread of the values in each channel. None if the labelled cases are not preprocessed yet.
 
     Raises:
-        UserError: see `inspect_labeled`; a case that is not preprocessed, half-written, or made from other files than
-            there are; values with which nothing can be learnt, and the preprocessed files are removed. One line for
-            each.
+        UserError: see `inspect_labeled`; or a case is not preprocessed, half-written, or made from other files; or
+            nothing can be learnt from its values, and then its preprocessed files are removed. One line for each.
     """
     name = PlansManager(plans).get_configuration(configuration).data_identifier
     folder, dataset_json = preprocessed / name, read_dataset_json(raw)
@@ -116,7 +115,7 @@ def look_at_labeled(
     before, digest_now = read_record(preprocessed, name), plans_hash(plans, configuration)
     same_plans = before["plans_hash"] == digest_now
     known = before["cases"] if same_plans else {}
-    # what was recorded for other plans and is not newer is of these other plans
+    # files that are not newer than a record for other plans belong to those other plans
     since = 0 if same_plans or not before["cases"] else record_file(preprocessed, name).stat().st_mtime_ns
     cases, doubtful, problems = {}, set(), []
     for case, (*_, label) in files.items():
@@ -125,7 +124,7 @@ def look_at_labeled(
         if entry and contents(entry["files"]) == contents(stamps[case]):
             if made := made_of(entry, made_files(folder, case, dataset_json)):
                 cases[case] = entry | {"files": stamps[case], "made": made}
-            else:  # made anew by another command, or damaged: the voxels tell
+            else:  # made again by another command, or damaged: compare the voxels
                 doubtful.add(case)
     jobs = [
         (case, files[case], stamps[case], case in doubtful, since, folder, plans, configuration, dataset_json)
@@ -168,7 +167,7 @@ def _look_at(
         entry["made"] = [stamp(file) for file in made_files(folder, case, dataset_json)]
     except UserError as e:
         return case, entry, [f"{e}: {fix}"]
-    # what is older than its files may be made from others; where they were only copied since, the voxels tell
+    # a case that is older than its files may be made from others; the files may also be copies: compare the voxels
     made = (folder / (case + SUFFIXES[-1])).stat().st_mtime_ns
     if doubtful or max(since, *(max(s[2:4]) for s in stamps)) > made:
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
@@ -185,7 +184,7 @@ def _look_at(
 
 
 def _are_close(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and np.allclose(a, b, atol=1e-3)  # libraries of another version round otherwise
+    return a.shape == b.shape and np.allclose(a, b, atol=1e-3)  # other versions of libraries round differently
 
 
 def case_files(folder: Path, case: str) -> list[Path]:
@@ -194,26 +193,26 @@ def case_files(folder: Path, case: str) -> list[Path]:
 
 
 def made_files(folder: Path, case: str, dataset_json: dict) -> list[Path]:
-    """What preprocessing makes of a labelled case: its files, and nnU-Net's copy of the label."""
+    """What preprocessing makes from a labelled case: its files, and nnU-Net's copy of the label."""
     return [*case_files(folder, case), folder.parent / REFERENCES / (case + dataset_json["file_ending"])]
 
 
 def made_of(entry: dict, files: list[Path]) -> list[Stamp] | None:
-    """The stamps of now, where all files are what an entry of a record or a manifest says."""
+    """The present stamps, if all files are those of a record's or manifest's entry, else None."""
     try:
         return all_renewed(entry["made"] or [], files)
-    except OSError:  # one is missing
+    except OSError:  # a file is missing
         return None
 
 
 def remove_case(folder: Path, case: str) -> None:
-    """Remove a preprocessed case, so that no training takes it."""
+    """Remove a preprocessed case, so that no training uses it."""
     for file in case_files(folder, case):
         file.unlink(missing_ok=True)
 
 
 def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
-    """Make nnU-Net's copy of a label what the label is: nnU-Net leaves one that is not older, whatever it holds."""
+    """Make nnU-Net's copy of a label equal to the label. nnU-Net keeps a copy that is not older, even a wrong one."""
     if copy.is_file() and copy.stat().st_size == stamp[1] and digest(copy) == stamp[-1]:
         return
     with written_whole(copy) as temporary:
@@ -223,7 +222,7 @@ def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
 
 
 def preprocess_again(plans: dict, configuration: str) -> str:
-    """The command that makes plans and preprocessed data anew."""
+    """The command that makes plans and preprocessed data again."""
     planner = plans.get("experiment_planner_used", "ExperimentPlanner")
     option = "" if planner == "ExperimentPlanner" else f" -pl {planner}"
     number = number_of(plans["dataset_name"])
@@ -231,13 +230,13 @@ def preprocess_again(plans: dict, configuration: str) -> str:
 
 
 def preprocess_unlabeled_again(plans: dict, configuration: str) -> str:
-    """The command that brings preprocessed unlabelled cases up to date, and looks whether the labelled ones are."""
+    """The command that updates the preprocessed unlabelled cases, and checks the labelled ones."""
     number, name = number_of(plans["dataset_name"]), plans["plans_name"]
     return f"run nnunet_semiseg preprocess_unlabeled -d {number} -c {configuration} -plans_name {name}"
 
 
 def number_of(dataset: int | str) -> int | str:
-    """The number of a dataset, from its name."""
+    """The number in the name of a dataset."""
     match = re.match(r"Dataset(\d{3,})", str(dataset))
     return int(match[1]) if match else dataset
 
@@ -246,21 +245,21 @@ def number_of(dataset: int | str) -> int | str:
 
 
 def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, configuration: str) -> None:
-    """Whether the labelled cases are whole, and made from the files that there are. No label is opened.
+    """Check that the labelled cases are complete and made from the present files. No label is opened.
 
     Args:
-        raw: the raw dataset; None where there is none, as where training runs there need not be any.
+        raw: the raw dataset. None if there is none; a computer that trains does not need it.
 
     Raises:
-        UserError: a half-written file; a missing or half copy of a label; a labelled image or label that changed, is
-            new or gone; a fingerprint of other cases; data for other plans.
+        UserError: a file is half-written; a copy of a label is missing or incomplete; a labelled image or label has
+            changed, is new or is missing; the fingerprint or the data belong to other cases or plans.
     """
     name = PlansManager(plans).get_configuration(configuration).data_identifier
     fix = preprocess_again(plans, configuration)
     folder = preprocessed / name
     record = read_record(preprocessed, name)
     cases = sorted(file.stem for file in folder.glob("*.b2nd") if not file.stem.endswith("_seg"))
-    if not cases:  # of an old version of nnU-Net, which wrote other files
+    if not cases:  # an old version of nnU-Net wrote other files
         return
     if record["cases"] and record["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans than {plans['plans_name']} as they are now: {fix}")
@@ -274,13 +273,13 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     if raw and (files := labeled_files(raw, dataset_json)):
         _check_raw(files, raw, folder, cases, now, fix, look)
     _check_fingerprint(preprocessed, len(cases), fix)
-    if now != record["cases"]:  # so that the next start need not read them again
+    if now != record["cases"]:  # so that the next start does not have to read the files again
         with contextlib.suppress(OSError, UserError):
             write_record(preprocessed, name, now, record["plans_hash"])
 
 
 def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict, fix: str) -> None:
-    """Whether nnU-Net's copy of `dataset.json`, which a training reads, says what the data set's says."""
+    """Check that nnU-Net's copy of `dataset.json`, which a training reads, agrees with that of the data set."""
     copy = read_dataset_json(preprocessed)
     for key in ("labels", "regions_class_order", "channel_names", "file_ending"):
         old, new = (channel_names(d) if key == "channel_names" else d.get(key) for d in (copy, dataset_json))
@@ -291,7 +290,7 @@ def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict,
 def _check_made(
     folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str, look: str
 ) -> None:
-    """Whether preprocessed files and copies of labels are those of the record, which is given their times of now.
+    """Check that preprocessed files and copies of labels are those of the record. It gets their present times.
 
     Args:
         look: the command that compares contents, and copies labels again.
@@ -304,7 +303,7 @@ def _check_made(
             if not file.is_file():
                 raise UserError(f"{file}: no such file: {fix}")
         if not copy.is_file():
-            raise UserError(f"{copy}: no such file, and validation needs this copy of the label: {look}")
+            raise UserError(f"{copy}: no such file, but validation needs this copy of the label: {look}")
         if old_copy is None:
             for file in files[:2]:
                 if not opens(file):
@@ -324,7 +323,7 @@ def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
     check(fingerprint, {"shapes_after_crop": list}, file, fix)
     shapes = fingerprint["shapes_after_crop"]
     if len(shapes) != count:
-        raise UserError(f"{file}: made of {len(shapes)} labelled cases, and {count} are preprocessed: {fix}")
+        raise UserError(f"{file}: made of {len(shapes)} labelled cases, but {count} are preprocessed: {fix}")
 
 
 def _check_raw(
@@ -336,13 +335,13 @@ def _check_raw(
     fix: str,
     look: str,
 ) -> None:
-    """Whether images and labels are those of the record, which is given their times of now.
+    """Check that images and labels are those of the record. It gets their present times.
 
     Args:
-        look: the command that compares contents, which a training must not do with labels: it may be enough.
+        look: the command that compares contents, which may be enough. A training must not read labels to do so.
     """
     for case in sorted(files.keys() ^ set(cases)):
-        what = "is new and not preprocessed" if case in files else "was preprocessed and is gone"
+        what = "is new and not preprocessed" if case in files else "was preprocessed but is missing now"
         raise UserError(f"{raw}: labelled case {case} {what}: {fix}")
     for case, (*images, label) in files.items():
         for file in (*images, label):
@@ -354,7 +353,7 @@ def _check_raw(
             may_be_same = stamps is not None and os.stat(label).st_size == old_label[1]
             record[case]["files"] = [*(stamps or []), label_stamp]
             is_old = stamps is None or label_stamp is None
-        else:  # preprocessed by nnU-Net's own command, and not looked at since
+        else:  # preprocessed by nnU-Net's own command, and never checked since
             made = os.stat(folder / (case + SUFFIXES[-1])).st_mtime_ns
             is_old = may_be_same = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
         if is_old and may_be_same:

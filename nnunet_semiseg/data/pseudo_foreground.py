@@ -1,4 +1,4 @@
-"""What a network takes unlabelled cases for: where to draw patches, and which cases to leave out."""
+"""Foreground that a network finds in unlabelled cases: where to take patches, and which cases to leave out."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from nnunet_semiseg.data.agreement import mean_agreement
 from nnunet_semiseg.files import write_json, written_whole
 
 SCORES, LEFT_OUT = "scores.json", "left_out.json"
-"""in the folder: the agreement of each case that was looked at; the cases that are not drawn"""
+"""files in the folder: the score of each case that was looked at; the cases that are left out"""
 LEAST_CASES = 10
-"""with fewer unlabelled cases none is left out"""
+"""if there are fewer unlabelled cases, none is left out"""
 
 
 class PseudoForegroundDataset:
-    """Preprocessed cases with the class locations of a folder, or with none; what they know of labels is left out.
+    """Preprocessed cases with class locations from a folder, or with none. Their own class locations are not used.
 
-    The folder may change while workers read from it: each file is written whole.
+    The folder may change while workers read it, because each file in it is complete at any time.
     """
 
     def __init__(self, dataset, folder: Path):
         self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
-        self._left_out: tuple[int, set[str]] = (0, set())  # as of this change of the file
+        self._left_out: tuple[int, set[str]] = (0, set())  # with the time of the file it was read from
 
     def load_case(self, identifier: str):
         data, segmentation, previous, properties = self.dataset.load_case(identifier)
@@ -42,7 +42,7 @@ class PseudoForegroundDataset:
 
     @property
     def left_out(self) -> set[str]:
-        """The cases that are not to be drawn now."""
+        """The cases that must not be used now."""
         file = self.folder / LEFT_OUT
         try:
             changed = file.stat().st_mtime_ns
@@ -54,18 +54,18 @@ class PseudoForegroundDataset:
 
 
 def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str], folder: Path) -> None:
-    """Write where a network finds foreground in whole cases, and how much it agrees with itself on each.
+    """Write where a network finds foreground in whole cases, and how stable its prediction of each case is.
 
-    Class locations are as nnU-Net's preprocessing keeps them of labels. The score of a case (`SCORES`) is the mean Dice
-    of the decision with that on the mirrored image (where nnU-Net mirrors) and with that of the last look. Quick rather
-    than exact: neighbouring windows do not overlap.
+    The class locations have the form that nnU-Net's preprocessing gives to those of labels. The score of a case
+    (`SCORES`) is the mean Dice between the decision and two others: that on the mirrored image (if nnU-Net mirrors) and
+    that of the last search. It is made to be fast, not exact: neighbouring windows do not overlap.
 
     Args:
-        trainer: says how images are shown to the network; of several processes (`ranks`) each looks at its part.
+        trainer: says how images are shown to the network. If there are several processes (`ranks`), each takes a part.
         network: without deep supervision.
         dataset: of preprocessed cases.
-        cases: those to look at; their files are replaced.
-        folder: is made.
+        cases: their files are replaced.
+        folder: it is made if necessary.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(
@@ -113,13 +113,13 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
 
 
 def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
-    """The cases whose score lies far below the others', the worst first: 3 robust standard deviations.
+    """The cases whose score is far below that of the others, the worst first: 3 robust standard deviations.
 
     A robust standard deviation is 1.4826 times the median distance to the median.
 
     Args:
-        scores: of cases; NaN is unknown.
-        at_most: share of the cases.
+        scores: of cases; NaN: not known.
+        at_most: the largest share of cases to return.
     """
     known = {case: score for case, score in scores.items() if np.isfinite(score)}
     if len(known) < LEAST_CASES:
@@ -131,7 +131,7 @@ def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
 
 
 def leave_out(folder: Path, at_most: float) -> list[str]:
-    """Keep the loaders from drawing the `outliers` among the scores of the folder; names them."""
+    """Keep the loaders from using the `outliers` among the scores in the folder. Returns their names."""
     cases = outliers(load_json(str(folder / SCORES)), at_most)
     write_json(cases, folder / LEFT_OUT)
     return cases

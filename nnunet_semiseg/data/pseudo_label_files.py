@@ -1,4 +1,4 @@
-"""Pseudo-labels of whole cases, on disk."""
+"""Pseudo-labels of whole cases, as files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nnunet_semiseg.files import written_whole
 
 
 class PseudoLabeledDataset:
-    """Preprocessed cases with the pseudo-labels of a folder; what else the cases know of labels is not looked at."""
+    """Preprocessed cases with the pseudo-labels from a folder. The labels of the cases are not used."""
 
     def __init__(self, dataset, folder: Path):
         self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
@@ -34,35 +34,35 @@ class PseudoLabeledDataset:
 def pseudo_label_loader(
     labeled_loader: nnUNetDataLoader, data: PseudoLabeledDataset, batch_size: int, label_manager
 ) -> nnUNetDataLoader:
-    """A loader with pseudo-labels that is like the one with labels, foreground sampling and augmentation included."""
+    """A loader of cases with pseudo-labels. Foreground sampling and augmentation are those of the labelled loader."""
     loader = nnUNetDataLoader(
         data,  # pyright: ignore[reportArgumentType]: the loader uses no more of a dataset than this one has
         batch_size, *patch_sizes(labeled_loader), label_manager, labeled_loader.oversample_foreground_percent,
         probabilistic_oversampling=labeled_loader.get_do_oversample == labeled_loader._probabilistic_oversampling,
         transforms=labeled_loader.transforms,
     )  # fmt: skip
-    loader.has_ignore = False  # a pseudo-label ignores nothing
+    loader.has_ignore = False  # a pseudo-label has no ignored voxels
     return loader
 
 
 def take_pseudo_label(labeled_batch: dict, unlabeled_batch: dict) -> dict:
-    """The targets that a `nnUNetDataLoader` of pseudo-labelled cases made."""
+    """The targets in the batch of a `nnUNetDataLoader` of pseudo-labelled cases."""
     return {"pseudo": unlabeled_batch["target"]}
 
 
 def without_label(dataset, folder: Path) -> list[str]:
-    """The cases whose whole pseudo-label the folder does not have."""
+    """The cases for which the folder has no complete pseudo-label."""
     return [case for case in dataset.identifiers if not (folder / f"{case}.pkl").is_file()]
 
 
 def label_cases(trainer: Any, dataset, folder: Path) -> None:
-    """Write the decision of a trainer's network on every case that has no label in the folder; see `label_case`.
+    """Write the decision of a trainer's network for every case that has no label in the folder; see `label_case`.
 
-    Of several processes each labels its part of the cases; they wait for each other.
+    If there are several processes, each labels a part of the cases, and they wait for each other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     todo = without_label(dataset, folder)
-    trainer.ranks.wait()  # all have looked: none takes for done what another one has just labelled
+    trainer.ranks.wait()  # so that no process sees what another one has just labelled
     trainer.print_to_log_file(f"labelling {len(todo)} unlabelled cases: {folder}")
     predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=True, allow_tqdm=False)
     predictor.manual_initialization(
@@ -77,10 +77,10 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
 
 
 def label_case(predictor: Any, dataset, case: str, folder: Path) -> None:
-    """Write a network's decision on a case: in the image's geometry, to be looked at, and for the loader.
+    """Write a network's decision for a case, once in the image's geometry for the user, and once for the loader.
 
     Args:
-        predictor: an initialised `nnUNetPredictor`, whose annotations are those of one that is not.
+        predictor: an initialised `nnUNetPredictor`.
     """
     data, outside, _, properties = dataset.load_case(case)
     logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
@@ -90,16 +90,16 @@ def label_case(predictor: Any, dataset, case: str, folder: Path) -> None:
         str(folder / case),
     )  # fmt: skip
     refuse_half_written(folder.glob(f"{case}.nii*"))
-    label = np.where(outside[:][0] < 0, -1, label)  # nnU-Net's mark of what is outside of the nonzero mask
+    label = np.where(outside[:][0] < 0, -1, label)  # nnU-Net marks voxels outside of the nonzero mask with -1
     write_pseudo_label(label, folder, case, predictor.label_manager)
 
 
 def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager) -> None:
-    """The label map (*S) for the loader, and where its classes are; the latter comes last and makes the case done."""
+    """Write the label map (*S) for the loader, then the places of its classes. With the second file it is complete."""
     label = label.astype(np.int16 if max(label_manager.all_labels) > 127 else np.int8)[None]
-    array: Any = np.ascontiguousarray(label)  # blosc2's annotation leaves NumPy's arrays out
+    array: Any = np.ascontiguousarray(label)  # blosc2's annotation does not allow NumPy arrays
     content: Any = blosc2.asarray(array)
-    with written_whole(folder / f"{case}.b2nd") as temporary:  # blosc2 would not say that the disk is full
+    with written_whole(folder / f"{case}.b2nd") as temporary:  # blosc2 does not report a full disk
         temporary.write_bytes(content.to_cframe())
     classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
     locations = DefaultPreprocessor._sample_foreground_locations(label, classes)

@@ -1,4 +1,4 @@
-"""Preprocessed cases as nnU-Net reads them in a training: one that cannot be read is named in one line."""
+"""Preprocessed cases as nnU-Net reads them in a training. One that cannot be read is reported in one line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nnunet_semiseg.parallel import end_with_parent
 
 
 class ReadableCases:
-    """In the place of nnU-Net's dataset class: makes its datasets, and knows what to do where a case is damaged.
+    """It takes the place of nnU-Net's dataset class, makes its datasets, and says how to fix a damaged case.
 
     Args:
         dataset_class: nnU-Net's.
-        fixes: what to do, by folder of preprocessed cases.
-        reasons: a queue, in which a process of batchgenerators leaves the error for the main one, and ends; None
-            where other processes load data, which hand errors on.
+        fixes: for each folder of preprocessed cases, how to fix a damaged case.
+        reasons: a queue. A process of batchgenerators puts its error into it and ends; the main process reports it.
+            None if other processes load the data; these pass errors on themselves.
     """
 
     def __init__(self, dataset_class: Any, fixes: Mapping[str, str], reasons: Any = None):
@@ -29,15 +29,15 @@ class ReadableCases:
     def __call__(self, folder: str, *args, **kwargs) -> _Dataset:
         return _Dataset(self._class(folder, *args, **kwargs), self._fixes.get(folder, ""), self._reasons)
 
-    def __getattr__(self, name: str):  # the class's static methods
+    def __getattr__(self, name: str):  # static methods of the class
         return getattr(self._class, name)
 
 
 class _Dataset:
-    """One of nnU-Net's datasets.
+    """A dataset of nnU-Net's.
 
     Raises:
-        UserError: by `load_case` and by the arrays that it gives, where a file cannot be read.
+        UserError: `load_case`, or an array that it returned, cannot read a file.
     """
 
     def __init__(self, dataset: Any, fix: str, reasons: Any):
@@ -46,14 +46,14 @@ class _Dataset:
 
     def load_case(self, identifier: str) -> tuple:
         if self.reasons is not None:
-            end_with_parent()  # batchgenerators' processes outlive a training that is killed, and keep its memory
+            end_with_parent()  # batchgenerators' processes would outlive a killed training and keep its memory
         with self.naming(Path(self.source_folder, identifier)):
             *arrays, properties = self.dataset.load_case(identifier)
         return *(None if a is None else _Array(a, self, identifier) for a in arrays), properties
 
     @contextmanager
     def naming(self, case: Path) -> Iterator[None]:
-        """A line for what a damaged file raises, which is nearly anything; a loader's process ends without a word."""
+        """Report a damaged file in one line, whatever it raises. A process that loads data ends silently."""
         try:
             yield
         except Exception as e:
@@ -65,7 +65,7 @@ class _Dataset:
 
 
 class _Array:
-    """An array on the disk, of which nnU-Net reads a part at a time."""
+    """An array on the disk. nnU-Net reads a part of it at a time."""
 
     def __init__(self, array: Any, dataset: _Dataset, case: str):
         self.array, self.dataset, self.case = array, dataset, case

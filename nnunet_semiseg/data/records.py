@@ -1,7 +1,7 @@
-"""What is remembered of labelled cases: which files something was made from, beside what was made.
+"""Records of labelled cases: which files something was made from. They lie beside what was made.
 
-`dataset_fingerprint__labeled.json` says it of nnU-Net's fingerprint, `<data_identifier>__labeled.json` of a folder of
-preprocessed cases, together with the stamps of what came out and how far its values spread.
+`dataset_fingerprint__labeled.json` belongs to nnU-Net's fingerprint. `<data_identifier>__labeled.json` belongs to a
+folder of preprocessed cases; it also has the stamps of the preprocessed files and the spread of their values.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _ENDING = "__labeled.json"
 
 
 def record_file(preprocessed: Path, name: str) -> Path:
-    """Where the record of this name is."""
+    """The file of the record with this name."""
     return preprocessed / (name + _ENDING)
 
 
 def read_record(preprocessed: Path, name: str) -> dict:
-    """`plans_hash` and `cases`; of each case `files`, `made` and `spread`.
+    """A dictionary of `plans_hash` and `cases`; each case has `files`, `made` and `spread`.
 
-    These are the stamps of its images and of its label, those of its preprocessed files and of nnU-Net's copy of the
-    label, and a number for each channel. There is no case where there is no record, or a damaged one: what it said is
-    found out anew.
+    `files` are the stamps of its images and its label. `made` are those of its preprocessed files and of nnU-Net's copy
+    of the label. `spread` has a number for each channel. If the record is missing or damaged, there are no cases, and
+    all of this is measured again.
     """
     try:
         record = read_json(record_file(preprocessed, name), "")
@@ -50,7 +50,7 @@ def write_record(preprocessed: Path, name: str, cases: dict[str, dict], plans_ha
 
 
 def known_stamps(preprocessed: Path, cases: dict[str, list[str]]) -> dict[str, list[Stamp]]:
-    """The stamps of those cases whose files are what some record says, which were looked at before."""
+    """The stamps of the cases whose files are those of a record. These cases were checked before."""
     names = [file.name.removesuffix(_ENDING) for file in preprocessed.glob(f"*{_ENDING}")]
     stamps = {}
     for record in (read_record(preprocessed, name)["cases"] for name in names):
@@ -61,21 +61,22 @@ def known_stamps(preprocessed: Path, cases: dict[str, list[str]]) -> dict[str, l
 
 
 def contents(stamps: list[Stamp]) -> list[str]:
-    """The hashes of a case's files."""
+    """The hashes of the files of a case."""
     return [stamp[-1] for stamp in stamps]
 
 
 def usual_spread(record: dict) -> list[float] | None:
-    """The median spread of each channel over the labelled cases that have it, else 0; None where nothing is known.
+    """For each channel the median spread over the labelled cases that have it, else 0. None if nothing is known.
 
-    Of two middle ones it is the larger: mostly what is wrong spreads too little, as one voxel has another magnitude.
+    Of two middle values the larger one is taken: a wrong spread is mostly too small, because one voxel is much larger
+    than the others.
     """
     spreads = [e["spread"] for e in record["cases"].values() if e["spread"]]
     return [median_high([s for s in channel if s] or [0.0]) for channel in zip(*spreads, strict=True)] or None
 
 
 def why_fingerprint_is_old(preprocessed: Path, stamps: dict[str, list[Stamp]]) -> str | None:
-    """In which way nnU-Net's fingerprint is not that of these labelled cases; None where it is, or there is none."""
+    """Why nnU-Net's fingerprint is not that of these labelled cases. None if it is, or if there is no fingerprint."""
     file = preprocessed / f"{FINGERPRINT}.json"
     if not file.is_file():
         return None
@@ -88,8 +89,8 @@ def why_fingerprint_is_old(preprocessed: Path, stamps: dict[str, list[Stamp]]) -
         now = {case: contents(files) for case, files in stamps.items()}
         changed = [case for case in then.keys() | now.keys() if then.get(case) != now.get(case)]
     elif count != len(stamps):
-        return f"was made of {count} labelled cases, and there are {len(stamps)}"
-    else:  # made by nnU-Net's own command: what is newer may be other
+        return f"was made of {count} labelled cases, but there are {len(stamps)}"
+    else:  # made by nnU-Net's own command: newer files may be different
         made = file.stat().st_mtime_ns
         changed = [case for case, files in stamps.items() if max(max(s[2:4]) for s in files) > made]
     return f"was made before labelled case {min(changed)} changed" if changed else None

@@ -1,10 +1,10 @@
-"""What is kept of a file, so that a later command notices that it has changed, without reading it.
+"""Stamps of files, with which a later command sees whether a file has changed, without reading it.
 
-A stamp is `[name, size, mtime, ctime, digest]`, times in nanoseconds. Where size and both times are as they were, the
-file is taken for the same and is not opened. `cp -p`, rsync or unzip can give a file an old mtime, but no old ctime:
-the system sets that one whenever content, name or owner changes. So no change escapes, and no byte is read, as long as
-files stay where they are. Where a time differs (a copy of the data, a `touch`, a hard link), the whole content decides:
-a hash of some blocks would be quicker, but would miss a voxel that changed in between.
+A stamp is `[name, size, mtime, ctime, digest]`, with times in nanoseconds. If size and both times are the same, the
+file is taken to be the same and is not opened. `cp -p`, rsync or unzip can give a file an old mtime, but not an old
+ctime: the system sets the ctime whenever content, name or owner changes. So every change is seen, and nothing is read,
+as long as the files stay where they are. If a time differs (a copied data set, a `touch`, a hard link), the whole
+content is compared. A hash of some blocks would be faster, but could miss a voxel that changed in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STAMP = ("name", "size", "mtime", "ctime", "digest")
 
 
 def digest(file: str | Path) -> str:
-    """A hash of the content."""
+    """A hash of a file's content."""
     content = hashlib.blake2b(digest_size=16)
     with open(file, "rb") as f:
         while block := f.read(1 << 20):
@@ -28,17 +28,17 @@ def digest(file: str | Path) -> str:
 
 
 def stamp(file: str | Path) -> Stamp:
-    """The stamp of a file as it is now; the file is read."""
-    s = os.stat(file)  # before reading: what changes while it is read has another time afterwards
+    """The stamp of a file as it is now. The file is read."""
+    s = os.stat(file)  # before reading: a file that changes meanwhile will have another time
     return [os.path.basename(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns, digest(file)]
 
 
 def renewed(old: Stamp, file: str | Path, may_read: bool = True) -> Stamp | None:
-    """The stamp with the times of now, if the file still is what it was, else None.
+    """The stamp with the present times, if the file has not changed, else None.
 
     Args:
-        may_read: whether the file may be opened. If not, size and time of modification decide, and the ctime, which
-            every copy changes, does not.
+        may_read: whether the file may be opened. If not, only size and mtime are compared. The ctime is not, because
+            every copy changes it.
     """
     s = os.stat(file)
     name, size, mtime, ctime, content = old
@@ -52,7 +52,7 @@ def renewed(old: Stamp, file: str | Path, may_read: bool = True) -> Stamp | None
 
 
 def all_renewed(old: list[Stamp], files: Sequence[str | Path], may_read: bool = True) -> list[Stamp] | None:
-    """`renewed` for several files, in this order; None if one of them changed, or there are more or fewer."""
+    """`renewed` for several files, in this order. None if one has changed, or if there are more or fewer files."""
     if len(old) != len(files):
         return None
     stamps = []

@@ -1,4 +1,4 @@
-"""`texts.json`: a case's text, such as a report or a caption, for the methods that read one."""
+"""`texts.json`: a text for each case, such as a report or a caption, for the methods that use one."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ FIX = 'write {"case id": "text", ...} into it'
 
 
 def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error", "skip"] = "error") -> dict[str, str]:
-    """The texts of these cases, from the raw dataset, or from the preprocessed one where that is all there is.
+    """Read the texts of these cases, from the raw dataset, or from the preprocessed one if there is no raw one.
 
     Args:
-        cases: without file endings and channel numbers; other cases of the dataset may have texts, too.
-        missing: what to do with one of them that has no text, or an empty one: an error, or to leave it out.
+        cases: without file endings and channel numbers. Other cases of the dataset may have texts, too.
+        missing: what to do with a case that has no text or an empty one: an error, or leave it out.
 
     Returns:
-        Case to text, without white space around it.
+        For each case its text, without white space around it.
 
     Raises:
-        UserError: no file; no text for a case; a name that is no case of the raw dataset (names the nearest); a value
-            that is no text.
+        UserError: no file; no text for a case; a name that is not a case of the raw dataset (the message names the
+            nearest case); a value that is not a text.
     """
     file = _texts_file(dataset_name)
     content = read_json(file, FIX)
@@ -42,7 +42,7 @@ def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error"
             hint = f": did you mean {' or '.join(near)}?" if near else ": remove it"
             raise UserError(f'{file}: there is a text for "{name}", but no such case{hint}')
         if not isinstance(text, str):
-            raise UserError(f'{file}: "{name}": {text!r} is no text: {FIX}')
+            raise UserError(f'{file}: "{name}": {text!r} is not a text: {FIX}')
     texts = {case: content[case].strip() for case in sorted(cases) if content.get(case, "").strip()}
     if missing == "error" and (without := sorted(cases - texts.keys())):
         what = "an empty text" if without[0] in content else "no text"
@@ -65,6 +65,6 @@ def _texts_file(dataset_name: str) -> Path:
 
 
 def _raw_cases(raw: Path) -> set[str]:
-    """All cases of a raw dataset; none where this is a preprocessed one."""
+    """All cases of a raw dataset. Empty for a preprocessed dataset."""
     parts = ("imagesTr", "imagesUn", "imagesTs")
     return {file.name.rpartition("_0000")[0] for part in parts for file in (raw / part).glob("*_0000.*")}

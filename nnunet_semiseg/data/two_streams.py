@@ -1,4 +1,4 @@
-"""Labelled and unlabelled patches in one batch, from one loader, with weak and strong views of the latter."""
+"""One loader that puts labelled and unlabelled patches into one batch, with weak and strong views of the latter."""
 
 from __future__ import annotations
 
@@ -34,32 +34,33 @@ SHARED = (
     Rot90Transform,
     TransposeAxesTransform,
 )
-"""what all views of a patch have in common"""
+"""transforms that all views of a patch share"""
 MOST_DRAWS = 10
-"""of a strong view that still equals the weak one"""
+"""a strong view that equals the weak one is made again, at most this often"""
 MASKING = (MaskImageTransform, EmptyChannels)
 KNOWN = {"intensity": ImageOnlyTransform, "segmentation": SegOnlyTransform, "masking": MASKING, "shared": SHARED}
 
 
 class ViewsTransform(BasicTransform):
-    """Views of one unlabelled patch, taken from nnU-Net's own training transforms.
+    """Views of one unlabelled patch, made with nnU-Net's own training transforms.
 
-    All views share the spatial transform and the mirroring, so that their predictions can be compared voxel by
-    voxel. `weak` is just that; `strong` has nnU-Net's intensity transforms on top, drawn anew for each view and
-    applied to a clone, as batchgeneratorsv2 changes tensors in place. Transforms of the segmentation are left
-    out: there is none.
+    All views share the spatial transform and the mirroring, so that their predictions can be compared voxel by voxel. A
+    `weak` view has nothing else. A `strong` view also has nnU-Net's intensity transforms, with new random numbers for
+    each view. They are applied to a clone, because batchgeneratorsv2 changes tensors in place. Transforms of the
+    segmentation are left out, because there is none.
 
-    nnU-Net applies each intensity transform rarely (0.1 to 0.3): a third of its draws change nothing, and a student
-    that sees what its teacher sees learns nothing. In a strong view each is applied with `strong_probability`, as
-    UniMatch does (0.8), and a draw that changed nothing is drawn again.
+    nnU-Net applies each intensity transform rarely (0.1 to 0.3), and in a third of all cases it applies none. A student
+    that sees the same as its teacher learns nothing. So in a strong view each transform is applied with
+    `strong_probability`, as in UniMatch (0.8), and a view that has not changed is made again.
 
     Args:
-        training_transforms: what `nnUNetTrainer.get_training_transforms` returns.
-        views: the names of the views; one that begins with "weak" is weak, any other is strong.
-        strong_probability: of each random intensity transform in a strong view; None: nnU-Net's own, drawn once.
+        training_transforms: the result of `nnUNetTrainer.get_training_transforms`.
+        views: the names of the views. A name that begins with "weak" is a weak view, any other a strong one.
+        strong_probability: of each random intensity transform in a strong view. None: nnU-Net's own probabilities, and
+            a view is never made again.
 
     Raises:
-        UserError: a transform of which it is not known whether views share it.
+        UserError: it is not known whether views share a transform.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class ViewsTransform(BasicTransform):
 
         The views are stacked along the channels, because nnU-Net's loader carries one image.
         """
-        data_dict["segmentation"].clamp_(max=0)  # a labelled case that is used as an unlabelled one has labels there
+        data_dict["segmentation"].clamp_(max=0)  # a labelled case that is used as an unlabelled one still has labels
         masked = any(isinstance(transform, MaskImageTransform) for transform in self.masking.transforms)
         if not masked and all(isinstance(transform, SHARED) for transform in self.spatial.transforms):
-            data_dict.pop("segmentation")  # nothing reads it: spare its interpolation
+            data_dict.pop("segmentation")  # no transform reads it, so it need not be interpolated
         data_dict = self.spatial(**data_dict)
         images = []
         for view in self.views:
@@ -97,7 +98,7 @@ class ViewsTransform(BasicTransform):
         return {"image": torch.cat(images), "segmentation": torch.empty(0)}
 
     def changed(self, sample: dict) -> dict:
-        """The sample with another intensity; an image of a single value stays as it is."""
+        """The sample with changed intensities. An image of a single value cannot change."""
         before, new = sample["image"].clone() if self.draws > 1 else None, sample
         for _ in range(self.draws):
             new = self.intensity(**sample)
@@ -107,24 +108,24 @@ class ViewsTransform(BasicTransform):
 
 
 def with_probability(transform: BasicTransform, probability: float) -> BasicTransform:
-    """A transform that nnU-Net applies at random, with this probability; another one as it is."""
+    """A transform that nnU-Net applies at random gets this probability. Any other transform is returned as it is."""
     return RandomTransform(transform.transform, probability) if isinstance(transform, RandomTransform) else transform
 
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:
-    """The transforms in order, those of nested `ComposeTransforms` in their place."""
+    """The transforms in order. Nested `ComposeTransforms` are replaced by their content."""
     inner = (flat(t) if isinstance(t, ComposeTransforms) else [t] for t in transforms.transforms)
     return list(chain.from_iterable(inner))
 
 
 def kind_of(transform: Any) -> str:
-    """A key of `KNOWN`: intensity, segmentation, masking or shared.
+    """The kind of a transform, a key of `KNOWN`: intensity, segmentation, masking or shared.
 
     Args:
-        transform: a `BasicTransform`, which may have an attribute `shared_by_views`.
+        transform: a `BasicTransform`. It may have the attribute `shared_by_views`.
 
     Raises:
-        UserError: it is none of these, or holds transforms of two kinds.
+        UserError: it is of no known kind, or has transforms of two kinds.
     """
     if hasattr(transform, "shared_by_views"):
         return "shared" if transform.shared_by_views else "intensity"
@@ -135,11 +136,11 @@ def kind_of(transform: Any) -> str:
         if len(kinds) > 1:
             found = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
             raise UserError(
-                f"OneOfTransform: chooses between kinds, {found}, of which views share some and draw others anew: give"
-                " each kind a OneOfTransform of its own"
+                f"OneOfTransform: it chooses between two kinds, {found}; views share one kind and not the other: give"
+                " each kind its own OneOfTransform"
             )
         return next(iter(kinds), "intensity")
-    if isinstance(transform, ComposeTransforms):  # within a RandomTransform: applied as a whole
+    if isinstance(transform, ComposeTransforms):  # inside a RandomTransform, which applies all of it or nothing
         kinds = {kind_of(t) for t in flat(transform)}
         if len(kinds) == 1:
             return kinds.pop()
@@ -148,17 +149,17 @@ def kind_of(transform: Any) -> str:
             return kind
     raise UserError(
         f"{type(transform).__name__}: it is not known whether views of an unlabelled patch share this transform: derive"
-        " it from batchgeneratorsv2's ImageOnlyTransform (each strong view draws its own) or SegOnlyTransform"
-        " (unlabelled patches have none), or set its class attribute shared_by_views = True (one draw for all views)"
+        " it from batchgeneratorsv2's ImageOnlyTransform (each strong view has its own) or SegOnlyTransform (unlabelled"
+        " patches have none), or set its class attribute shared_by_views = True (all views share it)"
     )
 
 
 class UnlabeledDataLoader(nnUNetDataLoader):
-    """nnU-Net's loader for cases with no label: patches are drawn uniformly, or around what they were taken for.
+    """nnU-Net's loader for cases without labels. Patches are taken at random places, or around pseudo-foreground.
 
     Args:
-        foreground_share: of the samples in a batch, rounded as nnU-Net does, that are drawn around a class's locations,
-            where the dataset has some (`PseudoForegroundDataset`); what other datasets know of labels is not used.
+        foreground_share: the share of samples in a batch, rounded as in nnU-Net, that are taken around locations of a
+            class, if the dataset has such locations (`PseudoForegroundDataset`). Labels in other datasets are not used.
     """
 
     def __init__(
@@ -167,11 +168,11 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         super().__init__(
             data, batch_size, patch_size, final_patch_size, label_manager, foreground_share, transforms=transforms
         )
-        self.has_ignore = False  # else nnU-Net would sample annotated voxels, of which there are none
-        self.indices = np.asarray(self.indices)  # else NumPy makes an array of all names for each batch
+        self.has_ignore = False  # else nnU-Net would look for annotated voxels, and there are none
+        self.indices = np.asarray(self.indices)  # else NumPy would convert all names again for each batch
 
     def get_indices(self):
-        """nnU-Net's draw; a case that is left out is replaced by one that is not."""
+        """nnU-Net's random cases. A case that is left out is replaced by another one."""
         drawn, left_out = super().get_indices(), getattr(self._data, "left_out", ())
         others = [case for case in self.indices if case not in left_out] if left_out else []
         return [np.random.choice(others) if others and case in left_out else case for case in drawn]
@@ -191,13 +192,13 @@ def patch_sizes(loader: nnUNetDataLoader) -> tuple[Any, Any]:
 
 
 class TwoStreamLoader(SlimDataLoaderBase):
-    """Adds `views` {name: (B_u, C, *S)}, `extra` and `cases` to every labelled batch; see `Batch`.
+    """Add `views` {name: (B_u, C, *S)}, `extra` and `cases` to every labelled batch; see `Batch`.
 
     Args:
         labeled_loader: nnU-Net's loader.
         unlabeled_loader: its images are the views, stacked along the channels. If None, the three keys are empty.
         views: their names.
-        make_targets: called with both loaders' batches, returns `extra`.
+        make_targets: a function of both batches that returns `extra`.
     """
 
     def __init__(
@@ -212,12 +213,12 @@ class TwoStreamLoader(SlimDataLoaderBase):
         self.views, self.make_targets = views, make_targets
 
     def generate_train_batch(self) -> dict:
-        batch: Any = next(self.labeled_loader)  # by their annotations, loaders return nothing
+        batch: Any = next(self.labeled_loader)  # the annotations say that loaders return nothing
         if self.unlabeled_loader is None:
             return batch | {"views": {}, "extra": {}, "cases": []}
         unlabeled_batch: Any = next(self.unlabeled_loader)
         views = unlabeled_batch["data"].chunk(len(self.views), dim=1)
-        # contiguous, or the copy to the GPU waits and torch.compile sees another layout
+        # contiguous; otherwise the copy to the GPU waits, and torch.compile sees another memory layout
         batch["views"] = {name: view.contiguous() for name, view in zip(self.views, views, strict=True)}
         batch["extra"] = self.make_targets(batch, unlabeled_batch)
         batch["cases"] = unlabeled_batch["keys"]
@@ -225,11 +226,11 @@ class TwoStreamLoader(SlimDataLoaderBase):
 
 
 def add_unlabeled_stream(augmenter, make_unlabeled_loader, views: Sequence[str], make_targets) -> None:
-    """Give the augmenter that nnU-Net built (its labelled loader inside) the two-stream loader.
+    """Put the two-stream loader into the augmenter that nnU-Net made, in place of its labelled loader.
 
     Args:
-        augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter; running workers are stopped.
-        make_unlabeled_loader: called with the labelled loader, returns the unlabelled one, or None.
+        augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter. Running workers are stopped.
+        make_unlabeled_loader: a function of the labelled loader. It returns the unlabelled one, or None.
         views, make_targets: see `TwoStreamLoader`.
     """
     if isinstance(augmenter, SingleThreadedAugmenter):
@@ -243,11 +244,11 @@ def add_unlabeled_stream(augmenter, make_unlabeled_loader, views: Sequence[str],
 
 
 def seed_workers(augmenter, seed: int | None, step: int) -> None:
-    """Seed each worker: forked workers share torch's random stream, and without a seed all would augment alike.
+    """Seed each worker. Forked workers share torch's random numbers; without this all would augment alike.
 
     Args:
-        seed: of the training; None: from the system.
-        step: a resumed training must not be shown the batches of its beginning again.
+        seed: of the training. None: the system gives one.
+        step: added to the seed, so that a resumed training does not see the batches of its beginning again.
     """
     if not isinstance(augmenter, SingleThreadedAugmenter):
         augmenter._finish()

@@ -21,17 +21,17 @@ _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 
 def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """Case ids with their image files: as many as labelled cases have, mostly one a channel.
+    """For each case id its image files: as many as labelled cases have, usually one for each channel.
 
     Raises:
-        UserError: ``imagesUn`` missing or without images; a file with no channel in its name; a missing or
-            surplus channel; an id that a labelled case has. One line for each.
+        UserError: ``imagesUn`` is missing or has no images; a file has no channel in its name; a channel is missing or
+            there is one too many; a labelled case has the same id. One line for each.
     """
     folder, ending = Path(raw_dataset_folder) / IMAGES_FOLDER, dataset_json["file_ending"]
     put = f"put the unlabelled images there, named CASE_0000{ending}"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: make it and {put} (with labelled cases alone: --labeled_only)")
-    with os.scandir(folder) as entries:  # with no further look at a file that is no link
+        raise UserError(f"{folder}: no such folder: make it and {put} (to use labelled cases only: --labeled_only)")
+    with os.scandir(folder) as entries:  # it asks the disk again only for links
         found = {e.name: e for e in entries if not e.name.startswith(".")}
     if folders := sorted(name for name, e in found.items() if name.endswith(ending) and e.is_dir()):
         raise UserError("\n".join(f"{folder / name}: is a folder, not an image: take it out" for name in folders))
@@ -49,7 +49,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     for name in images:
         match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", name)
         if there[name].is_symlink() and not there[name].is_file():
-            problems.append(f"{folder / name}: a link to a file that is not there: fix it or remove it")
+            problems.append(f"{folder / name}: a link to a file that does not exist: fix it or remove it")
         if match:
             cases.setdefault(match[1], {})[int(match[2])] = folder / name
         else:
@@ -61,7 +61,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
                 problems.append(f"{missing}: missing, {case} needs {channels} channels: {_ADD_OR_TAKE_OUT}")
         for c in found:
             if c >= channels:
-                problems.append(f"{found[c]}: channel too many, labelled cases have {channels}: remove the file")
+                problems.append(f"{found[c]}: one channel too many, labelled cases have {channels}: remove the file")
         if case in labeled_cases:
             problems.append(f"{folder / case}_*{ending}: {case} is a labelled case too: remove it from {IMAGES_FOLDER}")
     if problems:
@@ -70,10 +70,10 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
 
 
 def check_headers(cases: dict[str, list[str]], reader: type) -> None:
-    """Look at the headers of all unlabelled images, which is quick where the reader is a SimpleITK one.
+    """Check the headers of all unlabelled images. With a SimpleITK reader this is fast.
 
     Raises:
-        UserError: unreadable images, channels whose geometry differs; one line for each.
+        UserError: an image cannot be read, or the geometry of channels differs; one line for each.
     """
     with ThreadPoolExecutor(READERS) as threads:
         found = threads.map(lambda images: header_problems(images, reader), cases.values())

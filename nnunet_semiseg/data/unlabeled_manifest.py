@@ -33,13 +33,14 @@ def load_manifest(
     """The folder of the preprocessed unlabelled cases and their ids, for the trainer.
 
     Raises:
-        UserError: not preprocessed for these plans and these images; a file missing. Names the command.
+        UserError: the cases are not preprocessed for these plans and images, or a file is missing. The message names
+            the command that fixes it.
     """
     preprocessed = Path(preprocessed_dataset_folder)
     folder, manifest_file = output_of(preprocessed, plans, configuration)
     plans_name = plans["plans_name"]
     fix = preprocess_unlabeled_again(plans | {"dataset_name": dataset}, configuration)
-    # where training runs, there need not be any raw data
+    # a computer that trains need not have the raw data
     raw = Path(os.environ["nnUNet_raw"]) / preprocessed.name if os.environ.get("nnUNet_raw") else None
     images = raw / IMAGES_FOLDER if raw and raw.is_dir() else None
     if not manifest_file.is_file():
@@ -58,14 +59,14 @@ def load_manifest(
     if raw and images and images.is_dir():
         found = find_unlabeled_cases(raw, read_dataset_json(raw))
         for case in sorted(found.keys() ^ entries.keys()):
-            what = "is new and not preprocessed" if case in found else "was preprocessed and is gone"
+            what = "is new and not preprocessed" if case in found else "was preprocessed but is missing now"
             raise UserError(f"{images}: case {case} {what}: {fix}")
         for case, files in found.items():
             entries[case]["images"] = now = all_renewed(entries[case]["images"], files)
             if now is None:
                 raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
-    if entries != manifest["cases"]:  # copies: so that the next start need not read them again
-        with contextlib.suppress(UserError):  # where it cannot be written, it does
+    if entries != manifest["cases"]:  # files were copied: so that the next start does not have to read them again
+        with contextlib.suppress(UserError):  # it is not needed, so it does not matter if it cannot be written
             write_json(manifest | {"cases": entries}, manifest_file)
     return str(folder), list(entries)
 
@@ -98,7 +99,7 @@ def recorded_cases(manifest_file: Path) -> dict[str, dict]:
 
 
 def _unchanged(old: Stamp, file: Path, fix: str) -> Stamp:
-    """The stamp of a preprocessed file, with its times of now. Raises UserError where it is missing or damaged."""
+    """The stamp of a preprocessed file, with its present times. Raises UserError if it is missing or damaged."""
     try:
         if (now := renewed(old, file)) is not None:
             return now

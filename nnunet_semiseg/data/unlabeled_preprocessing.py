@@ -80,20 +80,20 @@ def preprocess_unlabeled(
     verbose: bool = False,
     part: tuple[int, int] | None = None,
 ) -> None:
-    """Preprocess the images in ``imagesUn`` as nnU-Net would; cases that are whole and fresh are left alone.
+    """Preprocess the images in ``imagesUn`` as nnU-Net would. Cases that are complete and up to date are not changed.
 
-    Before that it looks at the labelled cases, where they are preprocessed; see `look_at_labeled`.
+    If the labelled cases are preprocessed, they are checked first; see `look_at_labeled`.
 
     Args:
-        num_processes: one number, or one for each configuration; 0 works in this process.
-        clean: begin anew.
-        part: number and count: of so many calls, on several computers that share the disk, this is the one that does
-            every count-th case. When all parts are done, a call without a part writes the manifest.
+        num_processes: one number, or one for each configuration. With 0 this process does the work.
+        clean: preprocess all cases again.
+        part: (number, count): the work is divided among `count` calls, on several computers that share the disk. This
+            call does every count-th case. When all parts are done, a call without a part writes the manifest.
 
     Raises:
-        BusyError: another call works on these cases, and is not another part.
+        BusyError: another call works on these cases and is not another part.
         UserError: no such dataset or plans; what `find_unlabeled_cases` and `look_at_labeled` refuse; bad images, one
-            line for each, after all good cases are done; a killed worker; a full disk.
+            line for each, after all good cases are done; a process was killed; the disk is full.
     """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans_file = preprocessed / f"{plans_name}.json"
@@ -102,7 +102,7 @@ def preprocess_unlabeled(
     dataset_json = read_dataset_json(raw)
     cases = find_unlabeled_cases(raw, dataset_json)
 
-    if (raw / TEXTS_FILE).is_file():  # where training runs, there need not be any raw data
+    if (raw / TEXTS_FILE).is_file():  # a computer that trains need not have the raw data
         shutil.copy(raw / TEXTS_FILE, preprocessed)
     known = plans["configurations"]
     if not set(configurations) & set(known):
@@ -127,13 +127,13 @@ def preprocess_unlabeled(
 
 @contextlib.contextmanager
 def alone_or_part(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
-    """Keep others from these cases: a call without a part from all of them, a part from its like and from such a call.
+    """Keep other calls from these cases. A call without a part keeps out all; a part keeps out itself and such a call.
 
-    Each takes its own lock first and looks at the others' then, so that of two at the same time none overlooks the
-    other.
+    Each call takes its own lock first and then looks at the others' locks. So of two calls at the same time, at least
+    one sees the other.
 
     Raises:
-        BusyError: another call is at work; parts of another count are, too.
+        BusyError: another call is at work, or parts with another count are.
     """
     whole, does = folder.with_name(f"{folder.name}.lock"), "preprocesses these unlabelled cases"
     number, count = part or (0, 0)
@@ -169,15 +169,15 @@ def _preprocess_configuration(
             entries = dict(zip(cases, bar, strict=True))
     todo = [case for case, entry in entries.items() if entry is None]
     expected = {case + suffix for case in cases for suffix in SUFFIXES}
-    there = list(folder.iterdir()) if folder.is_dir() and not part else []  # a part leaves alone what others make
+    there = list(folder.iterdir()) if folder.is_dir() and not part else []  # a part does not touch other parts' files
     leftovers = [file for file in there if file.name not in expected]
-    labeled_folder = folder.with_name(folder.name.removesuffix(ENDING))  # what a training uses, and locks
+    labeled_folder = folder.with_name(folder.name.removesuffix(ENDING))  # a training uses and locks this folder
     with contextlib.ExitStack() as stack:
         if todo or leftovers:
             stack.enter_context(rewriting(labeled_folder))
-            manifest_file.unlink(missing_ok=True)  # first: it must never vouch for a folder that changes
+            manifest_file.unlink(missing_ok=True)  # first, because a manifest must not list cases that are changing
         if part:
-            stack.close()  # other parts want to begin; without a manifest no training does
+            stack.close()  # so that other parts can begin; without a manifest no training does
         if clean and not part:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,24 +197,24 @@ def _preprocess_configuration(
         for file in () if part else records[1:]:
             file.unlink(missing_ok=True)
     if part:
-        print(f"{configuration}: this part is done; when all are, the same call without -num_parts ends the work")
+        print(f"{configuration}: this part is done; when all are done, the same call without -num_parts ends the work")
 
 
 def _preprocess_cases(
     cases: dict[str, list[str]], staging: Path, num_processes: int, show_progress_bar: bool, about: tuple
 ) -> dict[str, dict]:
-    """The cases' entries in the manifest.
+    """Preprocess cases, and return their entries in the manifest.
 
     Args:
-        staging: a folder for what is not whole yet; it is emptied.
-        about: further arguments of `_preprocess_case`; the first one is the folder.
+        staging: a folder for incomplete files. It is emptied.
+        about: further arguments of `_preprocess_case`. The first one is the folder.
 
     Raises:
         UserError: bad images, one line for each, after all good cases are done.
     """
     jobs = [(case, images, staging / case, *about) for case, images in cases.items()]
     entries, problems, missing = {}, {}, {}
-    shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
+    shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left it
     try:
         with contextlib.closing(run_jobs(_preprocess_case, jobs, num_processes)) as results:
             for case, lines, channels, entry in tqdm(
@@ -226,7 +226,7 @@ def _preprocess_cases(
     if lines := [line for case in sorted(problems) for line in problems[case]]:
         raise UserError("\n".join(lines))
     for case in sorted(case for case, channels in missing.items() if channels):
-        print(f"{case}: {', '.join(missing[case])} is 0 everywhere: taken for a channel that this case lacks")
+        print(f"{case}: {', '.join(missing[case])} is 0 everywhere: this case is taken to lack this channel")
     return entries
 
 
@@ -245,7 +245,7 @@ def _preprocess_case(
 
     Returns:
         The case; what is wrong with its images, one line each; the names of channels it lacks; its entry in the
-        manifest, None where something is wrong.
+        manifest (None if something is wrong).
     """
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
@@ -296,21 +296,21 @@ def _preprocess_case(
             )
         _read_back(staging, case, made)
         _keep_digests(staging, case)
-        # out with an old .pkl before the data changes, in with the new one after
+        # the old .pkl goes before the data change, and the new one comes after
         (folder / (case + SUFFIXES[-1])).unlink(missing_ok=True)
         for suffix in SUFFIXES:
             os.replace(staging / (case + suffix), folder / (case + suffix))
     except DiskError:
         raise
-    except UserError:  # what it says is in problems
+    except UserError:  # its text is in `problems`
         pass
     except Exception as e:
-        if made:  # the images were read: it is the disk's fault, or ours
+        if made:  # the images were read, so the error comes from the disk or from our code
             blame_the_disk(e, folder / case)
             raise
         problems.extend(reading_problems(images, reader))
         if not problems:
-            raise  # not the images' fault
+            raise  # not the fault of the images
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     entry = None if problems else {"images": stamps, "made": [stamp(file) for file in case_files(folder, case)]}
@@ -318,7 +318,7 @@ def _preprocess_case(
 
 
 def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
-    """Raises DiskError where the files do not hold what was made: not everything says that a disk is full."""
+    """Raises DiskError if the files do not hold what was written. Not every library reports a full disk."""
     try:
         written = read_arrays(folder, case)
     except UserError as e:
@@ -328,7 +328,7 @@ def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
 
 
 def _keep_digests(folder: Path, case: str) -> None:
-    """Put hashes of a case's arrays beside what else its `.pkl` says: the manifest comes when all cases are done."""
+    """Add hashes of a case's arrays to its `.pkl`. They are needed in case the manifest is never written."""
     *arrays, properties_file = case_files(folder, case)
     properties = load_pickle(str(properties_file))
     properties[PROPERTIES_KEY]["made"] = [digest(file) for file in arrays]
@@ -336,10 +336,10 @@ def _keep_digests(folder: Path, case: str) -> None:
 
 
 def _entry_of_whole(folder: Path, case: str, images: list[str], hash_now: str, recorded: dict | None) -> dict | None:
-    """The case's entry in the manifest, if it is whole and made of these images for these plans, else None.
+    """The case's entry in the manifest, if it is complete and made from these images for these plans, else None.
 
     Args:
-        recorded: its entry in the manifest of before; without one, its files are read.
+        recorded: its entry in the last manifest. Without one, its files are read.
     """
     try:
         files = case_files(folder, case)
@@ -348,5 +348,5 @@ def _entry_of_whole(folder: Path, case: str, images: list[str], hash_now: str, r
         stamps = all_renewed(about["images"], images)
         whole = about["plans_hash"] == hash_now and made and about["made"] == contents(made)[:-1]
         return {"images": stamps, "made": made} if whole and stamps else None
-    except Exception:  # a damaged pickle raises nearly anything
+    except Exception:  # a damaged pickle may raise anything
         return None

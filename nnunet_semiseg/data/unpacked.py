@@ -1,4 +1,4 @@
-"""A NIfTI file, unpacked once for all who read it: that takes longer than to read it."""
+"""Unpack a NIfTI file once for all who read it, because unpacking takes longer than reading."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import nibabel
 
 
 def unpacked(image: str, folder: Path) -> str:
-    """The path of a file in this folder with the content of a `.nii.gz`; the image itself where it is none.
+    """The path of a file in this folder with the content of a `.nii.gz`. For any other image, its own path.
 
-    Where it is damaged it is given back, too: who reads it says why. Nothing behind the last voxel is unpacked.
+    A damaged file's own path is returned, too, because the reader will say what is wrong. Nothing after the last voxel
+    is unpacked.
     """
     if not image.lower().endswith(".nii.gz"):
         return image
@@ -21,7 +22,7 @@ def unpacked(image: str, folder: Path) -> str:
         voxels: Any = nibabel.load(image).dataobj  # pyright: ignore[reportAttributeAccessIssue]
         with gzip.open(image) as packed:
             content = packed.read(voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize)
-    except Exception:  # of many kinds, by what is damaged
+    except Exception:  # the kind depends on the damage
         return image
     file = folder / Path(image).name[: -len(".gz")]
     file.write_bytes(content)

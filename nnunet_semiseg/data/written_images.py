@@ -1,4 +1,4 @@
-"""Images that were written, read back: SimpleITK does not say that the disk was full."""
+"""Check images after writing them, because SimpleITK does not report a full disk."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nnunet_semiseg.data.image_problems import nifti_damage
 from nnunet_semiseg.files import disk_error
 
 LITTLE = 2**20
-"""bytes: a disk with less room is full"""
+"""bytes: a disk with less free space counts as full"""
 
 
 def refuse_half_written(images: Iterable[Path]) -> None:
-    """Raises DiskError for the first image that was not written whole, and removes it."""
+    """Raises DiskError for the first image that is incomplete, and removes it."""
     for image in images:
         if damage := nifti_damage(image):
             full = shutil.disk_usage(image.parent).free < LITTLE
@@ -31,7 +31,7 @@ def write_image(image: sitk.Image, file: Path) -> None:
     """Write an image, compressed.
 
     Raises:
-        DiskError: the disk is full or read-only; no half file is left.
+        DiskError: the disk is full or read-only. No incomplete file is left.
     """
     try:
         sitk.WriteImage(image, file, useCompression=True)
@@ -46,9 +46,9 @@ def write_image(image: sitk.Image, file: Path) -> None:
 
 @contextmanager
 def check_written(folder: Path) -> Iterator[None]:
-    """Read the images back that are written into a folder in this context; see `refuse_half_written`.
+    """Check the images that are written into a folder in this block; see `refuse_half_written`.
 
-    A half one often raises something else first, when it is read by another.
+    An incomplete image often raises another error first, when something else reads it.
     """
 
     def images() -> Iterator[Path]:
