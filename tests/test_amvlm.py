@@ -514,7 +514,7 @@ def test_what_is_wrong_with_texts_is_one_line(lesions):
     cases = [f"un_{i:03d}" for i in range(4)]
     for content, words in (
         ({"un_00": "a"}, 'there is a text for "un_00", but no such case: did you mean un_00'),
-        ({"un_000": 3}, '"un_000": 3 is no text'),
+        ({"un_000": 3}, '"un_000": 3 is not a text'),
         ({c: "a" for c in cases[:3]}, 'no text for case "un_003": add it, or --set missing_texts=skip'),
         ([1], "no JSON object"),
     ):

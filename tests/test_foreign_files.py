@@ -79,7 +79,7 @@ def test_voxels_from_outside_get_into_no_data_set(ending, text, key, packed, tmp
     with pytest.raises(UserError) as refused:
         convert(source, 801, **OPTIONS)
     first, *_ = str(refused.value).splitlines()
-    assert first.startswith("case a: ") and f"a.{ending}: its voxels are said to be in {tmp_path}/secret.raw" in first
+    assert first.startswith("case a: ") and f"a.{ending}: its voxels are in {tmp_path}/secret.raw" in first
     assert not list(raw.glob("*/a*.nii.gz")) and len(list(raw.glob("imagesTr/[bc]_0000.nii.gz"))) == 2
 
 
@@ -89,7 +89,7 @@ def test_voxels_from_outside_are_not_preprocessed(tiny_dataset):
         sitk.WriteImage(sitk.ReadImage(file), str(file).replace(".nii.gz", ".nrrd"))
         file.unlink()
     dataset.image("un_000").write_text(NRRD + "data file: /etc/passwd\n")
-    with pytest.raises(UserError, match=r"un_000_0000.nrrd: its voxels are said to be in /etc/passwd, outside of"):
+    with pytest.raises(UserError, match=r"un_000_0000.nrrd: its voxels are in /etc/passwd, outside of"):
         dataset.plan()
     assert not list(dataset.preprocessed.glob("*__unlabeled/*"))
 

@@ -213,7 +213,10 @@ DAMAGE = {
     ),
     "NaN": (change_image(np.nan), "imagesTr/tr_000_0000.nii.gz: 1 voxels are NaN or infinite: .*imagesTr"),
     "above 32 bits": (change_image(1e300, np.float64), "tr_000_0000.nii.gz: 1 voxels are NaN or infinite, as 32-bit"),
-    "huge": (change_image(3e38), r"tr_000_0000.nii.gz: values from \S* to 3e\+38, whose variance is no 32-bit number"),
+    "huge": (
+        change_image(3e38),
+        r"tr_000_0000.nii.gz: values from \S* to 3e\+38, too large for the variance to be a 32-bit number",
+    ),
     "constant": (
         lambda d: write_image(np.zeros((24, 24, 24), np.float32), d.image("tr_000", folder="imagesTr")),
         "imagesTr/tr_000_0000.nii.gz: constant, every voxel is 0: replace the image or take its case out of imagesTr",
@@ -224,7 +227,7 @@ DAMAGE = {
     ),
     "broken value": (
         change_label(lambda label: with_voxel(label, 0.9999, np.float32)),
-        "labelsTr/tr_000.nii.gz: 0.9999 is no whole number",
+        "labelsTr/tr_000.nii.gz: 0.9999 is not a whole number",
     ),
     "below 0": (
         change_label(lambda label: with_voxel(label, -1, np.int16)),
@@ -232,11 +235,11 @@ DAMAGE = {
     ),
     "voxels within the header": (
         lambda d: change_header(d.image("tr_000", folder="imagesTr"), 108, "f", 0),
-        "imagesTr/tr_000_0000.nii.gz: its voxels are said to begin at byte 0, within the header of 352 bytes: replace",
+        "imagesTr/tr_000_0000.nii.gz: its voxels begin at byte 0, inside the header of 352 bytes: replace",
     ),
     "label within the header": (
         lambda d: change_header(label_of(d), 108, "f", 0),
-        "labelsTr/tr_000.nii.gz: its voxels are said to begin at byte 0, within",
+        "labelsTr/tr_000.nii.gz: its voxels begin at byte 0, inside",
     ),
     "spacing of none": (
         lambda d: change_header(d.image("tr_000", folder="imagesTr"), 80, "f", 1e-30),
@@ -284,7 +287,7 @@ def test_spacings_of_another_magnitude(dataset, folder, command, monkeypatch):
 def test_an_unlabelled_image_whose_voxels_begin_within_the_header(dataset):
     for first in (0, 348):
         change_header(dataset.image("un_000"), 108, "f", first)
-        refused("imagesUn/un_000_0000.nii.gz: (its voxels are said to begin|cannot be read)", preprocess, dataset)
+        refused("imagesUn/un_000_0000.nii.gz: (its voxels begin|cannot be read)", preprocess, dataset)
 
 
 def test_labels_that_are_all_empty(tiny_dataset):
@@ -319,7 +322,7 @@ def test_problems_by_hand():
     )
     assert intensity_problems(turns * np.float32(1e18), ["f/a"], ["a"]) == []
     (line,) = intensity_problems(turns * np.float32(1e20), ["f/a"], ["a"])
-    assert line.startswith("f/a: values from -1e+20 to 1e+20, whose variance is no 32-bit number")
+    assert line.startswith("f/a: values from -1e+20 to 1e+20, too large for the variance to be a 32-bit number")
     label = np.array([0, 1, 3]).reshape(1, 1, 1, 3)
     assert label_problems(label, "l", (1, 1, 3), {0, 1, 3}) == []
     assert "has the value 3, but dataset.json names 0, 1" in label_problems(label, "l", (1, 1, 3), {0, 1})[0]
@@ -381,7 +384,9 @@ def test_labelled_cases_that_change_come_or_go(dataset, trainer_class):
     refused("Dataset901_Tiny: labelled case tr_007 is new and not preprocessed: run", train, dataset, trainer_class)
     dataset.image("tr_007", folder="imagesTr").unlink()
     image.unlink()
-    refused("Dataset901_Tiny: labelled case tr_001 was preprocessed but is missing now: run", train, dataset, trainer_class)
+    refused(
+        "Dataset901_Tiny: labelled case tr_001 was preprocessed but is missing now: run", train, dataset, trainer_class
+    )
 
 
 def test_a_touch_of_raw_files_asks_for_no_more_than_a_look(dataset):
@@ -439,7 +444,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
     train(dataset)
     content = json.loads(fingerprint.read_text())
     fingerprint.write_text(json.dumps(content | {"shapes_after_crop": content["shapes_after_crop"][1:]}))
-    refused("dataset_fingerprint.json: made of 3 labelled cases, and 4 are preprocessed: run", train, dataset)
+    refused("dataset_fingerprint.json: made of 3 labelled cases, but 4 are preprocessed: run", train, dataset)
     fingerprint.write_text(json.dumps(content | {"shapes_after_crop": None}))
     refused('dataset_fingerprint.json: "shapes_after_crop" is None, but must be a list: run', train, dataset)
     fingerprint.write_text(fingerprint.read_text()[:50])

@@ -342,7 +342,9 @@ def test_only_what_changed_is_redone(planned):
         manifest(planned)
     planned.image("un_002").unlink()
     shutil.copy(planned.image("un_000"), planned.image("un_009"))
-    with pytest.raises(UserError, match=r"imagesUn: case un_002 was preprocessed but is missing now: run nnunet_semiseg"):
+    with pytest.raises(
+        UserError, match=r"imagesUn: case un_002 was preprocessed but is missing now: run nnunet_semiseg"
+    ):
         manifest(planned)
     run(planned)
     after = whole_cases(planned)

@@ -26,6 +26,5 @@ def refuse_half_accepted(dataset: Path) -> None:
         if read_json(journal, fix).get("state") != DONE:
             number = dataset.name.removeprefix("Dataset")[:3]
             raise UserError(
-                f"{journal}: nnunet_semiseg accept was interrupted: finish it with"
-                f" nnunet_semiseg accept -d {number}"
+                f"{journal}: nnunet_semiseg accept was interrupted: finish it with nnunet_semiseg accept -d {number}"
             )

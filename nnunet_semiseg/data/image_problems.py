@@ -32,7 +32,7 @@ def take_out(file: str) -> str:
 
 
 def header_problems(images: list[str], reader: type) -> list[str]:
-    """Headers that cannot be read or trusted, and channels (or a label) whose geometry differs from the first file's."""
+    """Headers that cannot be read or trusted, and channels (or a label) with another geometry than the first file."""
     found = [(image, header_problem(Path(image), Path(image).parent)) for image in images]
     if wrong := [f"{image}: {problem}; {take_out(image)}" for image, problem in found if problem]:
         return wrong
