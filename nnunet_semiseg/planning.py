@@ -219,7 +219,7 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
                     overwrite_plans_name=request.overwrite_plans_name,
                 )
                 if kept:
-                    write_json(update_settings(load_plans(plans_file, "plan again"), kept), plans_file)
+                    write_json({**load_plans(plans_file, "plan again"), PLANS_KEY: kept}, plans_file)
             store_settings(plans_file, changes)
             write_small_split(dataset_id)
         if request.preprocess:

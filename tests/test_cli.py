@@ -243,7 +243,7 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     command = "train 901 2d all -p P -tr STLUNetTrainer -device cpu --as off --set".split()
     assert cli.main([*command, "mixing=off"]) == 0
     assert called[0][-4:] == ["-p", "off", "-device", "cpu"]
-    assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"mixing": "off"}}
+    assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"STLUNetTrainer": {"mixing": "off"}}}
     assert dataset.plans("P") == base
     (line,) = error_lines(capsys, *command, "mixing=off")
     assert line.endswith("off.json: is there already: go on with -p off, or choose another name")

@@ -48,8 +48,9 @@ class Train(Command):
         from nnunet_semiseg.training_command import check_training, continued, words
 
         changes = parse_assignments(args.set)
-        refuse_foreign(find_trainer(args.tr), changes)
-        update_settings({}, changes)
+        trainer = find_trainer(args.tr)
+        refuse_foreign(trainer, changes)
+        update_settings({}, changes, trainer)
         if args.copy:
             check_name("--as", args.copy)
         check_training(args, args.copy)
