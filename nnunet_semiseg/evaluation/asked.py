@@ -65,7 +65,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         type=at_least(1),
         metavar="N",
         default=1,
-        help="number of trainings at a time on each GPU, or on the CPU",
+        help="number of trainings at a time on each GPU or the CPU",
     )
     tolerance: float = option(
         "--tolerance", metavar="MM", default=2.0, help="tolerance of the normalised surface distance, in mm"
