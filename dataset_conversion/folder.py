@@ -217,29 +217,46 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME",
-        help="of the label values 1, 2, ...; of masks a class and of DICOM labels: those wanted; default: as files say",
+        help="names of the label values 1, 2, ...; where each class has a mask or a DICOM label of its own, the names"
+        " of those to take; default: as dataset.json or the files say",
     )  # fmt: skip
     parser.add_argument(
-        "--label-values", nargs="+", metavar="VALUE=NAME",
-        help="205=kidney 420=tumour 0,1=background; for a colour 255/0/0=kidney",
+        "--label-values", nargs="+", metavar="VAL=NAME",
+        help="what other values in the labels mean: 205=kidney 420=tumour 0,1=background, or a colour 255/0/0=kidney",
     )  # fmt: skip
     parser.add_argument(
         "--channels", nargs="+", metavar="NAME",
-        help="in their order, as files, folders or DICOM series are named, CT where it is one; default: as files say",
+        help="names of the channels in their order, as files, folders or DICOM series are named; write CT for CT;"
+        " default: as the files say",
     )  # fmt: skip
-    parser.add_argument("--name", default=ABOUT.name, help="of the dataset; default: %(default)s")
-    parser.add_argument("--split", metavar="FILE", help='JSON: {"train": [case, ...], "val": [...], "test": [...]}')
-    parser.add_argument("--test", type=_share, metavar="SHARE", help="of the labelled cases, drawn for testing: 0.2")
+    parser.add_argument("--name", default=ABOUT.name, help="name of the new dataset; default: %(default)s")
+    parser.add_argument(
+        "--split", metavar="FILE",
+        help='JSON file that says which cases are for what: {"train": [case, ...], "val": [...], "test": [...]}',
+    )  # fmt: skip
+    parser.add_argument(
+        "--test",
+        type=_share,
+        metavar="SHARE",
+        help="share of the labelled cases that is drawn for testing, such as 0.2",
+    )
     parser.add_argument(
         "--group-by", metavar="patient",
-        help="keep scans of a patient together in test set and folds; or a regular expression for names of cases",
+        help="keep all scans of a patient together; or a regular expression: cases with the same match stay together",
     )  # fmt: skip
     parser.add_argument(
         "--spacing", type=_millimetres, nargs=3, metavar="MM",
-        help="x y z, of TIFF volumes, stacks of pictures, and headers that say 0, less, NaN or nothing",
+        help="voxel spacing x y z in mm for files that do not say it: TIFF volumes, stacks of pictures, bad headers",
     )  # fmt: skip
-    parser.add_argument("--nan", type=_nan, metavar="fill", help="NaN and infinity become the least value, or a number")
-    parser.add_argument("--reorient", action="store_true", help="turn sheared axes to the nearest at right angles")
+    parser.add_argument(
+        "--nan",
+        type=_nan,
+        metavar="fill",
+        help="replace NaN and infinity by the image's least value (fill), or by a number",
+    )
+    parser.add_argument(
+        "--reorient", action="store_true", help="turn axes that are not at right angles to the nearest ones that are"
+    )
 
 
 def _millimetres(text: str) -> float:

@@ -174,8 +174,12 @@ def _case(path: Path) -> str:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's options, which are arguments of `find_cases`."""
-    parser.add_argument("--spacing", type=float, nargs="+", metavar="MM", help="x y z; default: the known set's")
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="of the values 1, 2, ...; default: the known set's")
+    parser.add_argument(
+        "--spacing", type=float, nargs="+", metavar="MM", help="voxel spacing x y z in mm; default: that of a known set"
+    )
+    parser.add_argument(
+        "--labels", nargs="+", metavar="NAME", help="names of the label values 1, 2, ...; default: those of a known set"
+    )
 
 
 convert = partial(convert_dataset, find_cases)

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +48,7 @@ from nnunet_semiseg.files import (
     write_json,
 )
 from nnunet_semiseg.parallel import killed_workers
+from nnunet_semiseg.planning_request import PlanningRequest
 from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
 from nnunet_semiseg.text.prompts import read_prompts
@@ -155,80 +156,53 @@ class SemiSegMemory(SemiSegPlans):
         )
 
 
-def plan_and_preprocess(
-    dataset_ids: Iterable[int],
-    configurations: Sequence[str] = DEFAULT_CONFIGURATIONS,
-    planner: str = "ExperimentPlanner",
-    *,
-    num_processes: int | Sequence[int] = 2,
-    num_processes_fingerprint: int = 2,
-    gpu_memory_target: float | None = None,
-    overwrite_target_spacing: Sequence[float] | None = None,
-    overwrite_plans_name: str | None = None,
-    verify_dataset_integrity: bool = False,
-    clean: bool = False,
-    preprocess: bool = True,
-    labeled_only: bool = False,
-    settings: Iterable[str] = (),
-    show_progress_bar: bool = True,
-    verbose: bool = False,
-) -> None:
+def plan_and_preprocess(request: PlanningRequest) -> None:
     """nnU-Net's fingerprint, plans and preprocessing, from labelled cases alone; then the unlabelled cases.
-
-    Args:
-        planner: one of nnU-Net's or one of ours.
-        num_processes: one number, or one for each configuration.
-        verify_dataset_integrity: nnU-Net's check of the labelled cases, and all unlabelled headers.
-        clean: take the fingerprint and preprocess unlabelled cases anew, even where there is nothing new.
-        preprocess: False ends with the plans.
-        labeled_only: no unlabelled case is needed or preprocessed: for the upper bound, with plans like the others'.
-        settings: `KEY=VALUE`, kept in the plans beside those that are already there.
 
     Raises:
         UserError: before any work, whatever can be checked quickly, for all data sets; bad images and labels, one line
             for each; a full disk.
     """
-    planner_class = find_planner(planner)
+    planner_class = find_planner(request.planner)
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
         # it asks torch for that many threads
-        raise UserError(f"nnUNet_n_proc_DA=0: nnU-Net's {planner} needs 1 or more: set it to 1 while you plan")
-    if overwrite_plans_name is not None:
-        check_name("-overwrite_plans_name", overwrite_plans_name)
-    plans_name = overwrite_plans_name or _default_plans_name(planner_class)
-    changes = parse_assignments(settings)
+        raise UserError(f"nnUNet_n_proc_DA=0: nnU-Net's {request.planner} needs 1 or more: set it to 1 while you plan")
+    if request.overwrite_plans_name is not None:
+        check_name("-overwrite_plans_name", request.overwrite_plans_name)
+    plans_name = request.overwrite_plans_name or _default_plans_name(planner_class)
+    changes = parse_assignments(request.settings)
     update_settings({}, changes)
-    num_processes = [num_processes] if isinstance(num_processes, int) else list(num_processes)
-    if len(num_processes) not in (1, len(configurations)):
+    num_processes = request.processes
+    if len(num_processes) not in (1, len(request.configurations)):
         raise UserError(f"-np {' '.join(map(str, num_processes))}: give one number, or one for each of -c")
-    dataset_ids = list(dataset_ids)
-    if unknown := sorted(set(configurations) - {*DEFAULT_CONFIGURATIONS, "3d_cascade_fullres"}):
+    if unknown := sorted(set(request.configurations) - {*DEFAULT_CONFIGURATIONS, "3d_cascade_fullres"}):
         raise UserError(f"-c {unknown[0]}: no such configuration: use {' or '.join(DEFAULT_CONFIGURATIONS)}")
-    if gpu_memory_target is not None and gpu_memory_target < LEAST_GPU:
-        raise UserError(f"-gpu_memory_target {gpu_memory_target:g}: give {LEAST_GPU:g} GB or more")
-    for dataset_id in dataset_ids:
-        _check(dataset_id, verify_dataset_integrity, labeled_only, overwrite_target_spacing)
+    if request.gpu_memory_target is not None and request.gpu_memory_target < LEAST_GPU:
+        raise UserError(f"-gpu_memory_target {request.gpu_memory_target:g}: give {LEAST_GPU:g} GB or more")
+    for dataset_id in request.dataset_ids:
+        _check(dataset_id, request.verify_dataset_integrity, request.labeled_only, request.overwrite_target_spacing)
 
-    for dataset_id in dataset_ids:
+    for dataset_id in request.dataset_ids:
         raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
         plans_file = preprocessed / f"{plans_name}.json"
-        if preprocess:
-            _refuse_while_used(plans_file, configurations)
+        if request.preprocess:
+            _refuse_while_used(plans_file, request.configurations)
 
         make_folder(preprocessed.parent)
         with only_one(preprocessed.with_name(f".{preprocessed.name}.lock"), "plans this data set"):
             print("Fingerprint extraction...")
             with _in_one_line(raw):
-                stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), num_processes_fingerprint)
+                stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), request.num_processes_fingerprint)
             if why := why_fingerprint_is_old(preprocessed, stamps):
                 print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
             with _in_one_line(preprocessed):
                 extract_fingerprint_dataset(
                     dataset_id,
-                    num_processes=num_processes_fingerprint,
-                    check_dataset_integrity=verify_dataset_integrity,
-                    clean=clean or bool(why),
-                    verbose=verbose,
-                    show_progress_bar=show_progress_bar,
+                    num_processes=request.num_processes_fingerprint,
+                    check_dataset_integrity=request.verify_dataset_integrity,
+                    clean=request.clean or bool(why),
+                    verbose=request.verbose,
+                    show_progress_bar=request.show_progress_bar,
                 )
             write_record(
                 preprocessed, FINGERPRINT, {c: {"files": s, "made": None, "spread": None} for c, s in stamps.items()}
@@ -240,29 +214,37 @@ def plan_and_preprocess(
                 plan_experiment_dataset(
                     dataset_id,
                     planner_class,
-                    gpu_memory_target,
-                    overwrite_target_spacing=overwrite_target_spacing,
-                    overwrite_plans_name=overwrite_plans_name,
+                    request.gpu_memory_target,
+                    overwrite_target_spacing=request.overwrite_target_spacing,
+                    overwrite_plans_name=request.overwrite_plans_name,
                 )
                 if kept:
-                    write_json(update_settings(load_plans(plans_file, "plan again"), kept), plans_file)
+                    write_json({**load_plans(plans_file, "plan again"), PLANS_KEY: kept}, plans_file)
             store_settings(plans_file, changes)
             write_small_split(dataset_id)
-        if preprocess:
+        if request.preprocess:
             print("Preprocessing...")
             plans = read_plans(preprocessed, plans_name)
-            for configuration, n in zip(configurations, num_processes * len(configurations), strict=False):
+            for configuration, n in zip(
+                request.configurations, num_processes * len(request.configurations), strict=False
+            ):
                 if configuration in plans["configurations"]:
                     check_depth(plans, configuration)
-                    _preprocess_labeled(dataset_id, plans, configuration, n, verbose, show_progress_bar)
-                    if labeled_only:  # else preprocess_unlabeled does it
+                    _preprocess_labeled(dataset_id, plans, configuration, n, request.verbose, request.show_progress_bar)
+                    if request.labeled_only:  # else preprocess_unlabeled does it
                         with _in_one_line(preprocessed):
                             look_at_labeled(raw, preprocessed, plans, configuration, n)
                 else:
                     print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
-            if not labeled_only:
+            if not request.labeled_only:
                 preprocess_unlabeled(
-                    dataset_id, configurations, plans_name, num_processes, clean, show_progress_bar, verbose
+                    dataset_id,
+                    request.configurations,
+                    plans_name,
+                    num_processes,
+                    request.clean,
+                    request.show_progress_bar,
+                    request.verbose,
                 )
 
 

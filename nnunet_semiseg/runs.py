@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -247,7 +248,8 @@ class TrainedRun:
         if self.run.settings_file.is_file():
             return read_json(self.run.settings_file, "train this run again")
         # of a training before settings were kept for each fold
-        return settings_of(find_class("trainers", self.run.trainer).settings_class, self.plans)
+        trainer: Any = find_class("trainers", self.run.trainer)
+        return settings_of(trainer.settings_class, self.plans, trainer)
 
     @cached_property
     def validated_cases(self) -> set[str] | None:

@@ -16,21 +16,36 @@ from pathlib import Path
 from nnunet_semiseg.errors import UserError
 
 COMMAND = "nnUNetv2_train"
-NAMES = ("dataset_name_or_id", "configuration", "fold")
+NAMES = {
+    "dataset_name_or_id": "number or name of the dataset",
+    "configuration": "nnU-Net's configuration, such as 2d or 3d_fullres",
+    "fold": "number of the fold, or all to train on all cases",
+}
 OPTIONS = {
-    "-tr": "nnUNetTrainer", "-p": "nnUNetPlans", "-pretrained_weights": None, "-num_gpus": None, "-device": None,
-}  # fmt: skip
-FLAGS = ("--npz", "--c", "--val", "--val_best", "--disable_checkpointing")
+    "-tr": ("nnUNetTrainer", "TRAINER", "trainer, see nnunet_semiseg list_trainers; default: %(default)s"),
+    "-p": ("nnUNetPlans", "PLANS", "name of the plans; default: %(default)s"),
+    "-pretrained_weights": (None, "FILE", "checkpoint of nnU-Net whose weights the training starts with"),
+    "-num_gpus": (None, "N", "number of GPUs; default: 1"),
+    "-device": (None, "DEVICE", "what computes: cuda, cpu or mps; default: cuda"),
+}
+"""default, metavar and help of each"""
+FLAGS = {
+    "--npz": "also save the probabilities of the validation cases",
+    "--c": "continue a training that was interrupted",
+    "--val": "only run the validation, after a finished training",
+    "--val_best": "validate with the best checkpoint in place of the last",
+    "--disable_checkpointing": "save no checkpoint",
+}
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:
     """The arguments of `nnUNetv2_train`."""
-    for name in NAMES:
-        parser.add_argument(name)
-    for option, default in OPTIONS.items():
-        parser.add_argument(option, default=default, help=f"as in {COMMAND}")
-    for flag in FLAGS:
-        parser.add_argument(flag, action="store_true", help=f"as in {COMMAND}")
+    for name, text in NAMES.items():
+        parser.add_argument(name, help=text)
+    for name, (default, metavar, text) in OPTIONS.items():
+        parser.add_argument(name, default=default, metavar=metavar, help=text)
+    for flag, text in FLAGS.items():
+        parser.add_argument(flag, action="store_true", help=text)
 
 
 def words(args: Namespace) -> list[str]:
@@ -122,8 +137,8 @@ def add_continue_argument(parser: ArgumentParser) -> None:
     """The one that `nnUNetv2_train` does not have."""
     parser.add_argument(
         "--continue_from", metavar="MODEL",
-        help="begin with the last weights of this model (its folder, its fold's, or a checkpoint), with a schedule of"
-        f" its own, 1/{SHORTER} as many epochs unless --set says otherwise; needs --as",
+        help="start with the weights of this model: its folder, the folder of its fold, or a checkpoint. The training"
+        f" has 1/{SHORTER} as many epochs, if --set num_epochs does not say otherwise. It needs --as",
     )  # fmt: skip
 
 

@@ -68,10 +68,12 @@ class TinyDataset:
     def plan(self, planner="SemiSegPlannerSmall", configurations: Sequence[str] = (), **kwargs) -> dict:
         """`plan_and_preprocess`, in threads, for a process needs seconds to import torch; gives the plans."""
         from nnunet_semiseg import planning
+        from nnunet_semiseg.planning_request import PlanningRequest
 
-        kwargs = {"num_processes": 1, "num_processes_fingerprint": 1, "show_progress_bar": False} | kwargs
+        kwargs = {"num_processes": [1], "num_processes_fingerprint": 1, "show_progress_bar": False} | kwargs
+        asked = {"dataset_ids": [self.id], "configurations": configurations or [self.configuration]}
         with in_threads():
-            planning.plan_and_preprocess([self.id], configurations or [self.configuration], planner, **kwargs)
+            planning.plan_and_preprocess(PlanningRequest(planner=planner, **asked, **kwargs))
         name = kwargs.get("overwrite_plans_name")
         return self.plans(name or planning._default_plans_name(planning.find_planner(planner)))
 

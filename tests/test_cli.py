@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from test_schema import CONFIGURATION, PLANS
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError, report
+from nnunet_semiseg.planning_request import PlanningRequest
 from nnunet_semiseg.settings.plans import GIVEN, store_given, store_settings, with_given
 
 
@@ -41,15 +43,29 @@ def test_help_names_every_command_and_imports_nothing_large():
         encoding="utf-8",
     )
     assert run.returncode == 0, run.stderr
-    assert all(command.__name__ in run.stdout for command in cli.COMMANDS)
+    assert all(f"\n  {command.name} " in run.stdout for command in cli.COMMANDS)
+    assert max(map(len, run.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_has_help(command, capsys):
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_every_command_and_every_option_has_help_and_examples_that_are_understood(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        cli.main([command.__name__, "--help"])
+        cli.main([command.name, "--help"])
     assert stop.value.code == 0
-    assert " ".join(command.__doc__.split()[:4]) in " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert " ".join(command.__doc__.split()[:4]) in " ".join(shown.split())
+    prose = shown.partition("\nexamples:\n")[0]
+    assert max(map(len, prose.splitlines())) <= 80
+    own = ArgumentParser()
+    command.add_arguments(own)
+    assert all(action.help for action in own._actions)
+    parser = cli.make_parser()
+    for example in command.examples:
+        *_, line = example.replace("\\\n", "").partition("nnunet_semiseg ")
+        assert line.startswith(command.name) or "torchrun" in example
+        if command.name not in ("convert", "env") and "torchrun" not in example:
+            assert parser.parse_args(shlex.split(line)).run.__self__ is command
 
 
 @pytest.mark.parametrize(
@@ -141,40 +157,40 @@ def test_every_default_of_plans_is_nnunets():
     defaults = {}
     for command in cli.COMMANDS:
         parser = ArgumentParser()
-        command(parser)
-        name = {"-p", "-plans_name"} & set(parser._option_string_actions)
-        defaults |= {(command.__name__, n): parser.get_default(n.removeprefix("-")) for n in name}
+        command.add_arguments(parser)
+        actions = parser._option_string_actions
+        defaults |= {(command.name, n): actions[n].default for n in {"-p", "-plans_name"} & set(actions)}
     assert set(defaults.values()) == {"nnUNetPlans"} and len(defaults) == 10
-    parser = ArgumentParser()
-    cli.plan_and_preprocess(parser)
-    assert parser.get_default("pl") == "ExperimentPlanner"
+    assert PlanningRequest(dataset_ids=[1]).planner == "ExperimentPlanner"
 
 
 def test_plan_and_preprocess_hands_on_its_flags(monkeypatch):
-    got = {}
-    monkeypatch.setattr(
-        "nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: got.update(kwargs, args=args)
-    )
+    got = []
+    monkeypatch.setattr("nnunet_semiseg.planning.plan_and_preprocess", got.append)
     command = "plan_and_preprocess -d 1 2 -c 2d 3d_fullres -np 3 4 -npfp 5 -pl P -gpu_memory_target 11"
     command += " -overwrite_target_spacing 3 2 1.5 -overwrite_plans_name N --verify_dataset_integrity"
     command += " --clean --no_pp --labeled_only"
     command += " --verbose --no_pbar --set a=1 b=2 --set c=3"
     assert cli.main(command.split()) == 0
-    assert got == {
-        "args": ([1, 2], ["2d", "3d_fullres"], "P"),
-        "num_processes": [3, 4],
-        "num_processes_fingerprint": 5,
-        "gpu_memory_target": 11,
-        "overwrite_target_spacing": [3, 2, 1.5],
-        "overwrite_plans_name": "N",
-        "verify_dataset_integrity": True,
-        "clean": True,
-        "preprocess": False,
-        "labeled_only": True,
-        "settings": ["a=1", "b=2", "c=3"],
-        "show_progress_bar": False,
-        "verbose": True,
-    }
+    assert got == [
+        PlanningRequest(
+            dataset_ids=[1, 2],
+            configurations=["2d", "3d_fullres"],
+            planner="P",
+            num_processes=[3, 4],
+            num_processes_fingerprint=5,
+            gpu_memory_target=11,
+            overwrite_target_spacing=[3, 2, 1.5],
+            overwrite_plans_name="N",
+            verify_dataset_integrity=True,
+            clean=True,
+            preprocess=False,
+            labeled_only=True,
+            settings=["a=1", "b=2", "c=3"],
+            show_progress_bar=False,
+            verbose=True,
+        )
+    ]
 
 
 def pretend_training(monkeypatch, plans_file) -> list[list[str]]:
@@ -227,7 +243,7 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     command = "train 901 2d all -p P -tr STLUNetTrainer -device cpu --as off --set".split()
     assert cli.main([*command, "mixing=off"]) == 0
     assert called[0][-4:] == ["-p", "off", "-device", "cpu"]
-    assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"mixing": "off"}}
+    assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"STLUNetTrainer": {"mixing": "off"}}}
     assert dataset.plans("P") == base
     (line,) = error_lines(capsys, *command, "mixing=off")
     assert line.endswith("off.json: is there already: go on with -p off, or choose another name")

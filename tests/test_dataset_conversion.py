@@ -10,10 +10,9 @@ import numpy as np
 import pandas
 import pytest
 import SimpleITK as sitk
-from conftest import TinyDataset, in_threads
+from conftest import TinyDataset
 from training import make_trainer
 
-from nnunet_semiseg import planning
 from nnunet_semiseg.dataset_conversion import hecktor
 from nnunet_semiseg.dataset_conversion.pancreas_ct import choose_orientation
 from nnunet_semiseg.dataset_conversion.qata_cov19 import read_mask
@@ -278,11 +277,7 @@ def test_nnunet_accepts_the_dataset_and_a_method_trains_on_it(name, tmp_path, mo
     dataset = TinyDataset(
         801, raw.name, raw, tmp_path / "preprocessed" / raw.name, tmp_path / "results", "2d" if two else "3d_fullres"
     )
-    with in_threads():
-        planning.plan_and_preprocess(
-            [801], [dataset.configuration], "SemiSegPlannerSmall", num_processes=1, num_processes_fingerprint=1,
-            verify_dataset_integrity=True, show_progress_bar=False,
-        )  # fmt: skip
+    dataset.plan(verify_dataset_integrity=True)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     trainer = make_trainer(MeanTeacherTrainer, dataset)
     trainer.on_train_start()

@@ -646,5 +646,5 @@ def test_workers_of_nnunets_that_are_killed(tiny_dataset, monkeypatch):
 def test_nnunet_is_given_at_least_one_process(tiny_dataset, monkeypatch, processes):
     dataset, given = tiny_dataset(labeled=2, unlabeled=1), []
     monkeypatch.setattr("nnunet_semiseg.planning.preprocess_dataset", lambda *args: given.append(args[3]))
-    dataset.plan(num_processes=processes, labeled_only=True)
+    dataset.plan(num_processes=[processes], labeled_only=True)
     assert given == [[processes or 1]]

@@ -20,6 +20,7 @@ from nnunet_semiseg.discovery import iter_classes
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import BusyError, only_one
 from nnunet_semiseg.planning import SemiSegMemory, find_planner, plan_and_preprocess, read_plans
+from nnunet_semiseg.planning_request import PlanningRequest
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.trainers.urpc import URPCTrainer
@@ -249,8 +250,8 @@ def test_plans_with_another_spacing_never_share_data(tiny_dataset, monkeypatch):
 def test_the_default_are_nnunets_own_plans(tiny_dataset):
     dataset = tiny_dataset(labeled=2, unlabeled=2)
     with in_threads():
-        settings = {"num_processes": 1, "num_processes_fingerprint": 1, "settings": ["num_epochs=2"]}
-        plan_and_preprocess([dataset.id], ["3d_fullres"], show_progress_bar=False, **settings)
+        how = {"num_processes": [1], "num_processes_fingerprint": 1, "settings": ["num_epochs=2"]}
+        plan_and_preprocess(PlanningRequest(dataset_ids=[dataset.id], configurations=["3d_fullres"], **how))
     plans = dataset.plans("nnUNetPlans")
     assert plans.pop("semiseg") == {"num_epochs": 2}
     assert (dataset.preprocessed / "nnUNetPlans_3d_fullres__unlabeled.json").is_file()
@@ -266,7 +267,7 @@ def test_nnunets_planner_without_a_thread_is_refused(tiny_dataset, monkeypatch):
     with pytest.raises(
         UserError, match="^nnUNet_n_proc_DA=0: nnU-Net's ExperimentPlanner needs 1 or more: set it to 1"
     ):
-        plan_and_preprocess([dataset.id])
+        plan_and_preprocess(PlanningRequest(dataset_ids=[dataset.id]))
     assert not dataset.preprocessed.exists()
 
 
@@ -411,7 +412,7 @@ def test_what_can_be_checked_quickly_stops_before_any_work(tiny_dataset, change,
     if change:
         change(dataset)
     with pytest.raises(UserError, match=rf"^.*{message}.*$"):
-        plan_and_preprocess([dataset.id], ["3d_fullres"], **kwargs)
+        plan_and_preprocess(PlanningRequest(dataset_ids=[dataset.id], configurations=["3d_fullres"], **kwargs))
     assert not dataset.preprocessed.exists()
 
 

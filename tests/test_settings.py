@@ -13,12 +13,16 @@ from nnunet_semiseg.settings.plans import (
     known_settings,
     parse_assignments,
     read_settings,
+    refuse_foreign,
     store_given,
     store_settings,
     update_settings,
     with_given,
 )
-from nnunet_semiseg.trainers.text_semiseg import TextSemiSegSettings
+from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.trainers.text_semiseg import TextSemiSegSettings, TextSemiSegTrainer
+from nnunet_semiseg.trainers.ua_mt import UAMTTrainer
 
 
 def read(settings_class, **given):
@@ -74,7 +78,8 @@ def test_how_a_list_is_typed_is_shown_and_works(key, wrong, value):
     for i in "01":  # a list of lists names channels, which must differ
         shown = shown.replace("VALUE, VALUE", f"{i}, {int(i) + 2}", 1) if key == "modalities" else shown
     (typed,) = shlex.split(shown.replace("VALUE", value))
-    assert update_settings({}, parse_assignments([typed]))["semiseg"][key]
+    (section,) = update_settings({}, parse_assignments([typed]))["semiseg"].values()
+    assert section[key]
 
 
 def test_a_trainer_passes_over_settings_of_others_and_refuses_those_of_none():
@@ -115,6 +120,38 @@ def test_every_trainers_settings_are_known():
     assert issubclass(TeacherSettings, SemiSupervisedSettings)
 
 
+def test_what_a_trainer_declares_itself_is_kept_for_it_alone():
+    """`mc_passes` is another thing to UAMTTrainer (8) and to SemiCMLTrainer (4)."""
+    changed = {"mc_passes": 3, "num_epochs": 5}
+    plans = update_settings({"semiseg": {"mc_passes": 6, "seed": 1}}, changed, UAMTTrainer)
+    assert plans["semiseg"] == {"mc_passes": 6, "seed": 1, "num_epochs": 5, "UAMTTrainer": {"mc_passes": 3}}
+
+    def passes(trainer):
+        return read_settings(trainer.settings_class, plans, trainer).mc_passes
+
+    class Heir(UAMTTrainer):
+        pass
+
+    assert (passes(UAMTTrainer), passes(Heir), passes(SemiCMLTrainer)) == (3, 3, 6)  # 6: plans of before
+    assert read_settings(SemiCMLTrainer.settings_class, {"semiseg": {"UAMTTrainer": {"mc_passes": 3}}}).mc_passes == 4
+    with pytest.raises(UserError, match="^unknown setting mc_pases"):
+        read_settings(UAMTTrainer.settings_class, {"semiseg": {"UAMTTrainer": {"mc_pases": 3}}}, UAMTTrainer)
+    # of no trainer in particular, as plan_and_preprocess has it
+    for key in ("SemiCMLTrainer.mc_passes", "perturbations", "tmr"):
+        value = {"perturbations": ["noise"], "tmr": "copy"}.get(key, 2)
+        plans = update_settings(plans, {key: value})
+    assert (passes(UAMTTrainer), passes(SemiCMLTrainer)) == (3, 2)
+    assert plans["semiseg"]["CCTTrainer"] == {"perturbations": ["noise"]} and plans["semiseg"]["tmr"] == "copy"
+    for key, message in {
+        "mc_passes": "it means another thing to each trainer that has it: write SemiCMLTrainer.mc_passes=VALUE or UAMT",
+        "CPSTrainer.mc_passes": "CPSTrainer has no such setting: write SemiCMLTrainer.mc_passes=VALUE or",
+    }.items():
+        with pytest.raises(UserError, match=f"^--set {key}: {message}"):
+            update_settings({}, {key: 2})
+    with pytest.raises(UserError, match="^--set SemiCMLTrainer.mc_passes: UAMTTrainer has no such setting"):
+        refuse_foreign(UAMTTrainer, ["mc_passes", "UAMTTrainer.mc_passes", "SemiCMLTrainer.mc_passes"])
+
+
 def write_plans(folder, **settings):
     file = folder / "P.json"
     file.write_text(json.dumps({"plans_name": "P", "configurations": {}, "semiseg": settings}), encoding="utf-8")
@@ -128,11 +165,14 @@ def settings_in(file) -> dict:
 def test_of_two_commands_at_once_neither_loses_a_setting(tmp_path):
     """As many commands as there are weights, each with a setting of its own and one that all have."""
     file = write_plans(tmp_path, num_epochs=9)
-    names = sorted(name for name in known_settings() if name.endswith("_weight"))
+    names = sorted(name for name, have in known_settings().items() if name.endswith("_weight") and len(have) == 1)
     assert len(names) > 8
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(lambda name: store_settings(file, {name: 0.75, "seed": 3}), names))
-    assert settings_in(file) == {"num_epochs": 9, "seed": 3, **dict.fromkeys(names, 0.75)}
+    settings = settings_in(file)
+    own = [settings.pop(key) for key in list(settings) if key.endswith("Trainer")]
+    found = settings | {name: value for section in own for name, value in section.items()}
+    assert found == {"num_epochs": 9, "seed": 3, **dict.fromkeys(names, 0.75)}
     assert [f.name for f in tmp_path.iterdir()] == ["P.json"]
 
 
@@ -161,9 +201,11 @@ def test_given_settings_reach_the_trainer_before_they_reach_the_plans(tmp_path, 
 def test_changed_settings_are_a_trainers_own_and_defaults_count():
     old = {"semiseg": {"num_epochs": 5, "perturbations": ["noise"], "seed": 1}}
     new = {"semiseg": {"num_epochs": 1000, "seed": 1, "tmr": "copy"}}
-    assert changed_settings(TrainingSettings, old, new) == {"num_epochs": (5, 1000)}
-    assert changed_settings(TrainingSettings, {}, new) == {"seed": (None, 1)}  # 1000 epochs are the default
-    assert changed_settings(TextSemiSegSettings, old, new)["tmr"] == ("multiplanar", "copy")
+    assert changed_settings(SupervisedTrainer, old, new) == {"num_epochs": (5, 1000)}
+    assert changed_settings(SupervisedTrainer, {}, new) == {"seed": (None, 1)}  # 1000 epochs are the default
+    assert changed_settings(TextSemiSegTrainer, old, new)["tmr"] == ("multiplanar", "copy")
+    own = {"semiseg": {"UAMTTrainer": {"mc_passes": 3}, "SemiCMLTrainer": {"mc_passes": 2}}}
+    assert changed_settings(UAMTTrainer, {"semiseg": {"mc_passes": 5}}, own) == {"mc_passes": (5, 3)}
 
 
 @pytest.mark.parametrize(

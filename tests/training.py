@@ -84,7 +84,7 @@ def make_trainer(
     trainer_class: type[nnUNetTrainer], dataset, fold="all", plans=PLANS, goes_on=False, **settings
 ) -> nnUNetTrainer:
     """A trainer as `nnUNetv2_train` makes it, on the CPU, with these settings in its plans; `goes_on` is `--c`."""
-    plans = update_settings(dataset.plans(plans), settings_for(**settings))
+    plans = update_settings(dataset.plans(plans), settings_for(**settings), trainer_class)
     plans["continue_training"] = goes_on
     dataset_json = json.loads((dataset.preprocessed / "dataset.json").read_text())
     return trainer_class(plans, dataset.configuration, fold, dataset_json, torch.device("cpu"))

@@ -467,6 +467,7 @@ def make_data(args: argparse.Namespace) -> Path:
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
     from nnunet_semiseg.planning import plan_and_preprocess
+    from nnunet_semiseg.planning_request import PlanningRequest
 
     extract = DatasetFingerprintExtractor.run
 
@@ -488,13 +489,15 @@ def make_data(args: argparse.Namespace) -> Path:
     processes = 1 if args.dry_run else CASES
     with mock.patch.object(DatasetFingerprintExtractor, "run", extract_few):
         plan_and_preprocess(
-            [DATASET_ID],
-            [CONFIGURATION],
-            args.planner,
-            num_processes=processes,
-            num_processes_fingerprint=processes,
-            overwrite_plans_name=PLANS,
-            show_progress_bar=False,
+            PlanningRequest(
+                dataset_ids=[DATASET_ID],
+                configurations=[CONFIGURATION],
+                planner=args.planner,
+                num_processes=[processes],
+                num_processes_fingerprint=processes,
+                overwrite_plans_name=PLANS,
+                show_progress_bar=False,
+            )
         )
     made.write_text(json.dumps(what), encoding="utf-8")  # last: where it is, all is there
     return plans_file

@@ -154,7 +154,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], OTHER_PLANS)
-        settings = read_settings(SemiCMLSettings, plans_manager.plans)
+        settings = read_settings(SemiCMLSettings, plans_manager.plans, SemiCMLTrainer)
         modalities, channels = make_modalities(settings, num_input_channels, plans_manager, configuration_manager)
         kwargs = dict(configuration_manager.network_arch_init_kwargs)
         if settings.width == "half":

@@ -1,40 +1,67 @@
-"""Commands that only show something: trainers, settings."""
+"""Commands that show something: list_trainers, settings, env."""
 
 from __future__ import annotations
 
 import textwrap
 from argparse import ArgumentParser, Namespace
 
+from nnunet_semiseg.commands.command import Command
+
 WIDTH, INDENT = 80, " " * 4
 
 
-def add_settings_arguments(parser: ArgumentParser) -> None:
-    """The argument of `settings`."""
-    parser.add_argument(
-        "trainer", nargs="?", metavar="TRAINER", help="show the settings of this trainer; default: of all trainers"
-    )
+class ListTrainers(Command):
+    """Show all trainers, each with its method."""
+
+    name = "list_trainers"
+    examples = ("nnunet_semiseg list_trainers",)
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.settings.described import trainers
+
+        width = max(map(len, trainers())) + 2
+        for trainer in trainers().values():
+            text = trainer.title + (" [text]" if trainer.text == "optional" else "")
+            print(textwrap.fill(f"{trainer.name:{width}}{text}", WIDTH, subsequent_indent=" " * width))
+        print("\n[text]: with --set text=true, class prompts guide this method, too.")
+        print("nnunet_semiseg settings TRAINER shows what can be set.")
 
 
-def run_settings(args: Namespace) -> None:
-    """Print the settings of one trainer, or of all."""
-    from nnunet_semiseg.settings.described import settings_named
+class Settings(Command):
+    """Show a trainer's settings: default, type, meaning.
 
-    if args.trainer:
-        print("\n".join(in_lines(setting) for setting in settings_named(args.trainer).values()))
-    else:
-        print("\n\n".join(all_settings()))
+    Without TRAINER it shows the settings of all trainers. distill and pretrain_vlm stand for the settings of these
+    commands.
+    """
+
+    name = "settings"
+    examples = ("nnunet_semiseg settings MeanTeacherTrainer", "nnunet_semiseg settings pretrain_vlm")
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("trainer", nargs="?", metavar="TRAINER", help="name of the trainer; default: all trainers")
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.settings.described import settings_named
+
+        if args.trainer:
+            print("\n".join(in_lines(setting) for setting in settings_named(args.trainer).values()))
+        else:
+            print("\n\n".join(all_settings()))
 
 
-def run_list_trainers(args: Namespace) -> None:
-    """Print every trainer with its method."""
-    from nnunet_semiseg.settings.described import trainers
+class Env(Command):
+    """Print the line that lets nnU-Net find the trainers.
 
-    width = max(map(len, trainers())) + 2
-    for trainer in trainers().values():
-        text = trainer.title + (" [text]" if trainer.text == "optional" else "")
-        print(textwrap.fill(f"{trainer.name:{width}}{text}", WIDTH, subsequent_indent=" " * width))
-    print("\n[text]: with --set text=true, class prompts guide this method, too.")
-    print("nnunet_semiseg settings TRAINER shows what can be set.")
+    The installation does this by itself. You need the line only where it cannot.
+    """
+
+    name = "env"
+    examples = ('eval "$(nnunet_semiseg env)"',)
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.discovery import export_line
+
+        print(export_line())
 
 
 def in_lines(setting) -> str:
@@ -67,3 +94,6 @@ def _together(names: tuple[str, ...]) -> str:
     if len(others) < 2:
         return "all trainers" + (f" but {others[0]}" if others else "")
     return ", ".join(names)
+
+
+COMMANDS = (ListTrainers(), Settings(), Env())

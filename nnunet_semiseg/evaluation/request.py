@@ -1,10 +1,10 @@
-"""What a comparison is asked for: runs, test set, GPUs; and what makes no sense, refused before any work."""
+"""What a comparison needs: runs, test set, GPUs. What makes no sense is refused before any work."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,57 +18,12 @@ from nnunet_semiseg.data.preprocessed import check_labeled_data
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.asked import Request
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.planning import NUM_FOLDS
 from nnunet_semiseg.runs import Run, is_fold
 from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is compared.
-
-    Attributes:
-        dataset: number or name.
-        fold: a number, or `all`.
-        trainers: the first is the baseline; by default labels alone, and the recipe.
-        seeds: how many runs of each trainer, with the seeds 0, 1, ...; None: one, with what the plans say.
-        labeled: sizes of the labelled set, None for all labels; without any, the set is what it is.
-        curve: trainers that are trained at every size; the others at the first alone. None: all of them.
-        upper_bound: a dataset with all the labels, for the baseline's trainer.
-        noise: standard deviations of noise on the normalised test images.
-        gpus: the numbers of those that train and predict at the same time; none: the one that `device` means.
-        jobs: how many train and predict at the same time on each of them, or on the CPU.
-        executor: `local`, or `slurm`: trainings and predictions are jobs of its queue.
-        slurm: `KEY=VALUE` for them; see `parameters_of`.
-        tolerance: of the normalised surface distance, in mm.
-        num_processes: for the evaluation.
-    """
-
-    dataset: int | str
-    configuration: str
-    fold: str
-    trainers: Sequence[str] = ("SupervisedTrainer", "SemiSegTrainer")
-    plans: str = "nnUNetPlans"
-    seeds: int | None = None
-    labeled: Sequence[int | None] = ()
-    curve: Sequence[str] | None = None
-    upper_bound: int | str | None = None
-    noise: Sequence[float] = ()
-    device: str = "cuda"
-    gpus: Sequence[int] = ()
-    jobs: int = 1
-    executor: str = "local"
-    slurm: Sequence[str] = ()
-    mirroring: bool = True
-    tolerance: float = 2.0
-    num_processes: int = 2
-
-    @property
-    def main_size(self) -> int | None:
-        """The size of the labelled set that tables and pictures are about; the others are points of the curve."""
-        return self.labeled[0] if self.labeled else None
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def make_variants(run: Run) -> list[Prompts]:
 def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, str]:
     """The features of empty texts with the learnt context; zeros where there is no text encoder to ask."""
     plans = checkpoint["init_args"]["plans"]
-    settings = read_settings(find_class("trainers", run.trainer).settings_class, plans)
+    trainer = find_class("trainers", run.trainer)
+    settings = read_settings(trainer.settings_class, plans, trainer)
     context = checkpoint["semiseg"]["auxiliary"].get("prompt_learner.ctx")
     if context is None:
         return torch.zeros_like(true), "zeros: the model was trained with embeddings, so that nothing embeds a text"

@@ -32,7 +32,7 @@ PURPOSES = {
 def write_page(table: Table, request: Request, facts: Mapping[str, str], raw: Path, dataset_json: dict) -> Path:
     """`review.html` with the first cases of the list and their pictures, and `cases.csv` with all."""
     images, ending = find_unlabeled_cases(raw, dataset_json), dataset_json["file_ending"]
-    output, rows = request.output, table.rows
+    output, rows = request.folder, table.rows
     for name, folder in (("mask", MASKS), ("uncertainty", UNCERTAINTY)):
         rows[name] = [str(output / folder / f"{case}{ending}") for case in rows["case"]]
     rows["image"] = [images[case][0] for case in rows["case"]]

@@ -50,7 +50,7 @@ class Work:
     def record(self, case: str) -> Path:
         """The file of a case's record."""
         folder = CASES if case in self.unlabeled_cases else LABELED
-        return self.request.output / folder / f"{case}.json"
+        return self.request.folder / folder / f"{case}.json"
 
     def files(self, case: str) -> list[str]:
         """A case's images and, where it has one, its label."""
@@ -62,7 +62,7 @@ class Work:
         if not record.is_file() or read_json(record, AGAIN).get("made_of") != self.signature(self.files(case)):
             return False
         return case in self.labeled_cases or all(
-            any((self.request.output / folder).glob(f"{case}.*")) for folder in (MASKS, UNCERTAINTY)
+            any((self.request.folder / folder).glob(f"{case}.*")) for folder in (MASKS, UNCERTAINTY)
         )
 
 
@@ -87,10 +87,10 @@ def review(request: Request) -> Path | None:
     if kind == "folds":
         unseen = set()  # a case that one member has not seen, the others have
     work = Work(request, kind, members, unlabeled_cases, labeled_cases)
-    with disk_errors(request.output):
+    with disk_errors(request.folder):
         for folder in (MASKS, UNCERTAINTY, CASES, LABELED):
-            (request.output / folder).mkdir(parents=True, exist_ok=True)
-        with only_one(request.output / f"part_{request.part}.lock", "works on this part of the review"):
+            (request.folder / folder).mkdir(parents=True, exist_ok=True)
+        with only_one(request.folder / f"part_{request.part}.lock", "works on this part of the review"):
             _predict(work, unseen, dataset_json)
         todo = [case for case in (*unlabeled_cases, *labeled_cases) if not work.is_done(case)]
         if todo:
@@ -140,7 +140,7 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
         prediction = ensemble.predict(images)
         if case in work.unlabeled_cases:
             record = describe(prediction, prediction.mask, ensemble)
-            _write_images(ensemble, prediction, request.output, case, dataset_json["file_ending"])
+            _write_images(ensemble, prediction, request.folder, case, dataset_json["file_ending"])
         else:
             label = ensemble.reader().read_seg(files[-1])[0][0]
             record = describe(prediction, label, ensemble)

@@ -143,7 +143,7 @@ def _settings(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Setting]
 
 def _value(node: ast.expr) -> Any:
     """What an annotation or a default means where the settings are defined: our own source, and nothing else."""
-    return eval(ast.unparse(node), vars(base))
+    return eval(ast.unparse(node), {**vars(base)})
 
 
 def _typed(default: Any) -> str:

@@ -90,9 +90,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         device: torch.device = torch.device("cuda"),
     ):
         # before nnU-Net's own __init__, which makes the output folder: a refused training must leave nothing behind
-        plans = with_given(plans)
+        plans = with_given(plans, type(self))
         try:
-            self.settings = cast(S, read_settings(self.settings_class, plans))
+            self.settings = cast(S, read_settings(self.settings_class, plans, type(self)))
         except UserError as error:  # the values of --set were checked before, so the error is in the plans
             raise UserError(f"{plans_file(plans)}: {error}") from None
         self.goes_on = plans.get("continue_training", False)
@@ -290,7 +290,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         super().on_train_start()
         if not self.local_rank:
             plans = self.plans_manager  # first: if they cannot be stored, the settings of an older model stay
-            store_given(Path(nnUNet_preprocessed, plans.dataset_name, f"{plans.plans_name}.json"))
+            store_given(Path(nnUNet_preprocessed, plans.dataset_name, f"{plans.plans_name}.json"), type(self))
             write_json(asdict(self.settings), Path(self.output_folder, SETTINGS))
 
     def train_step(self, batch: dict) -> dict:
@@ -383,7 +383,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
         content = checkpoints.read(checkpoint, fix)
         self.check_checkpoint(content, name)
-        changed = changed_settings(self.settings_class, content["init_args"].get("plans", plans.plans), plans.plans)
+        changed = changed_settings(type(self), content["init_args"].get("plans", plans.plans), plans.plans)
         if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
             try:
                 checkpoints.refuse_other_settings(changed, name)

@@ -126,7 +126,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         network = PlansTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        settings = read_settings(cls.settings_class, plans_manager.plans)
+        settings = read_settings(cls.settings_class, plans_manager.plans, cls)
         kwargs = configuration_manager.network_arch_init_kwargs
         return cls.adapt_network(network, settings, kwargs, enable_deep_supervision)
 

@@ -47,7 +47,7 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
     @classmethod
     def build_network_architecture(cls, plans_manager, *args, **kwargs) -> nn.Module:
         network: Any = super().build_network_architecture(plans_manager, *args, **kwargs)
-        settings = read_settings(cls.settings_class, plans_manager.plans)
+        settings = read_settings(cls.settings_class, plans_manager.plans, cls)
         if uses_text(settings):
             text_shape = tuple(plans_manager.plans[FOUND_KEY]["text_shape"])
             network.guidance = TextGuidance(network.encoder, text_shape, settings.tmr)

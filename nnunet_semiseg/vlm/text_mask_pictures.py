@@ -72,7 +72,8 @@ def load_text_masks(run: Run) -> TrainedMasks:
     if not weights:
         raise UserError(f"{run.checkpoint}: has no text masks: give a model that was trained with AMVLMTrainer")
     plans, dataset_json = (checkpoint["init_args"][key] for key in ("plans", "dataset_json"))
-    settings = read_settings(find_class("trainers", run.trainer).settings_class, plans)
+    trainer = find_class("trainers", run.trainer)
+    settings = read_settings(trainer.settings_class, plans, trainer)
     generator = TextMaskGenerator(load_vlm(settings.vlm), settings.mask_cosines == "relative")
     generator.load_state_dict(weights)
     data, unlabeled_cases = open_cases(run.dataset, run.plans, run.configuration)

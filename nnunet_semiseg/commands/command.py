@@ -1,0 +1,85 @@
+"""What a command is, and what several commands share."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, ClassVar
+
+from nnunet_semiseg.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_semiseg.runs import Run
+
+
+class Command:
+    """A subcommand of `nnunet_semiseg`. Its docstring is its help, the first line stands in the list of all commands.
+
+    What takes long to import is imported in `run`, so that help is quick.
+
+    Class attributes:
+        name: as it is typed.
+        examples: whole command lines, shown below the options.
+    """
+
+    name: ClassVar[str]
+    examples: ClassVar[tuple[str, ...]]
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add the command's arguments; by default it has none."""
+
+    def run(self, args: Namespace) -> None:
+        """Do it. Raises UserError for what the user can fix."""
+        raise NotImplementedError
+
+
+def add_device(parser: ArgumentParser, default: str = "cuda") -> None:
+    """Add the option that says what computes."""
+    parser.add_argument(
+        "-device", default=default, choices=["cuda", "cpu", "mps"], help="what computes; default: %(default)s"
+    )
+
+
+def add_settings(parser: ArgumentParser, of: str) -> None:
+    """Add `--set`.
+
+    Args:
+        of: whose settings these are, as `nnunet_semiseg settings` takes it.
+    """
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help=f"settings, such as num_epochs=100; nnunet_semiseg settings {of} lists them",
+    )  # fmt: skip
+
+
+def say_next(words: str) -> None:
+    """Print the command that comes next."""
+    print(f"next: nnunet_semiseg {words}")
+
+
+def check_plans(dataset: int | str, plans: str) -> None:
+    """Raises UserError where the dataset has no such plans, with the names of those it has."""
+    from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.planning import read_plans
+
+    read_plans(dataset_folder("nnUNet_preprocessed", dataset), plans)
+
+
+def trained_run(args: Namespace) -> Run:
+    """The run of `ModelOptions` and `trainer`.
+
+    Raises:
+        UserError: the trainer does not exist, or its only models are those of other plans.
+    """
+    from nnunet_semiseg.discovery import find_trainer
+    from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.runs import Run
+
+    find_trainer(args.trainer)
+    results = dataset_folder("nnUNet_results", args.dataset)
+    run = Run(results.name, args.configuration, args.fold, args.trainer, args.plans)
+    before, after = f"{args.trainer}__", f"__{args.configuration}"
+    others = [f.name.removeprefix(before).removesuffix(after) for f in sorted(results.glob(f"{before}*{after}"))]
+    if others and not run.model_folder.is_dir():
+        names = f"there {'are models' if len(others) > 1 else 'is one'} with {', '.join(others)}"
+        raise UserError(f"{run.model_folder}: no such model; {names}: choose with -p")
+    return run

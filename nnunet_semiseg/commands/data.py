@@ -1,0 +1,202 @@
+"""Commands that make data for a training: convert, plan, preprocess, masks of other models."""
+
+from __future__ import annotations
+
+import difflib
+from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import dataclass
+
+from nnunet_semiseg.commands.command import Command, say_next
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.options import PLANS, add_options, at_least, cores, dataset_id, from_args, option, positive
+from nnunet_semiseg.planning_request import PlanningRequest, PreprocessingRequest
+
+
+class Convert(Command):
+    """Make a raw dataset of your own or of public images.
+
+    NAME is `folder` for your own images, or one of the data sets of --list. Each NAME can have options of its own:
+    nnunet_semiseg convert NAME -h shows all.
+    """
+
+    name = "convert"
+    examples = (
+        "nnunet_semiseg convert --list",
+        'nnunet_semiseg convert folder -i MYDATA -d 501 --labels "left atrium"',
+        "nnunet_semiseg convert la2018 -i DOWNLOAD.zip -d 502 --labeled 8",
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.usage = "nnunet_semiseg convert NAME -i DOWNLOAD -d ID [options]"
+        parser.add_argument("--list", action="store_true", help="show the data sets that have a converter")
+        add_conversion_arguments(parser, required=False)  # for the help: what stands behind NAME is parsed in `run`
+        parser.add_argument("name", nargs="?", metavar="NAME", help="the data set, or folder for your own images")
+        parser.add_argument("rest", nargs=REMAINDER, help=SUPPRESS)
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg import discovery
+
+        names = discovery.module_names("dataset_conversion")
+        if args.list or not args.name:
+            for name in names:
+                print(f"{name:12} {discovery.load_module('dataset_conversion', name).ABOUT.title}")
+            return
+        if args.name not in names:
+            near = difflib.get_close_matches(args.name, names, n=3, cutoff=0.5) or names
+            raise UserError(f"convert {args.name}: no such data set: did you mean {' or '.join(near)}?")
+        module = discovery.load_module("dataset_conversion", args.name)
+        own = ArgumentParser(f"nnunet_semiseg convert {args.name}", description=module.ABOUT.title, allow_abbrev=False)
+        add_conversion_arguments(own)
+        getattr(module, "add_arguments", lambda parser: None)(own)
+        given = vars(own.parse_args(args.rest))
+        module.convert(given.pop("i"), given.pop("d"), **given)
+
+
+def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> None:
+    """The arguments of every converter.
+
+    Args:
+        required: False where they are only shown.
+    """
+    parser.add_argument("-i", required=required, metavar="DOWNLOAD", help="folder or archive (zip, tar) of the images")
+    parser.add_argument("-d", type=dataset_id, required=required, metavar="ID", help="number of the new dataset")
+    parser.add_argument(
+        "--labeled", type=_labeled, metavar="N",
+        help="cases that keep their labels: a number, a fraction or all; default: what is published",
+    )  # fmt: skip
+    parser.add_argument(
+        "--protocol", choices=["published", "all"], default="published",
+        help="keep to the published lists of cases, or train on all cases; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--crop", choices=["none", "published"], default="none",
+        help="published: crop all cases around their label, as the publication does; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "-np", type=at_least(0), default=cores(8), dest="num_processes", metavar="N",
+        help="number of processes; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this number and name")
+    parser.add_argument(
+        "--max-size", type=positive, metavar="GB",
+        help="the largest size that an archive may unpack to; default: 100 times its own size",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
+    parser.add_argument("--no_pbar", action="store_false", dest="show_progress_bar", help="show no progress bar")
+
+
+def _labeled(text: str) -> int | float | str:
+    """Raises ArgumentTypeError for what is none of these."""
+    if text == "all":
+        return text
+    try:
+        number = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        number = 0
+    if not (number >= 1 if isinstance(number, int) else 0 < number <= 1):
+        raise ArgumentTypeError(f"{text}: give a number of cases, a fraction between 0 and 1, or all")
+    return number
+
+
+class PlanAndPreprocess(Command):
+    """Make plans, preprocess labelled and unlabelled cases."""
+
+    name = "plan_and_preprocess"
+    examples = (
+        "nnunet_semiseg plan_and_preprocess -d 501 -c 3d_fullres -np 8",
+        "nnunet_semiseg plan_and_preprocess -d 501 -c 3d_fullres -pl SemiSegPlanner",
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, PlanningRequest)
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg import planning
+
+        request = from_args(PlanningRequest, args)
+        planning.plan_and_preprocess(request)
+        if request.preprocess:
+            c = request.configurations
+            trainer = "SupervisedTrainer" if request.labeled_only else "SemiSegTrainer"
+            plans = request.overwrite_plans_name or planning.plans_name_of(request.planner)
+            configuration = "3d_fullres" if "3d_fullres" in c else c[0]
+            say_next(f"train {request.dataset_ids[0]} {configuration} 0 -tr {trainer} -p {plans}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlabeledRequest(PreprocessingRequest):
+    """What `preprocess_unlabeled` is asked for."""
+
+    plans: str = option("-plans_name", metavar="NAME", default=PLANS, help="name of the plans")
+    num_parts: int = option(
+        "-num_parts", type=at_least(1), metavar="N", default=1,
+        help="divide the cases among N commands, on computers that share a disk. When all have ended, run the command"
+        " once more without parts; default: %(default)s",
+    )  # fmt: skip
+    part_id: int | None = option(
+        "-part_id", type=at_least(0), metavar="I", default=None, help="which of these parts this is: 0 to N - 1"
+    )
+
+
+class PreprocessUnlabeled(Command):
+    """Preprocess imagesUn for plans that are already there.
+
+    The plans may be nnU-Net's own.
+    """
+
+    name = "preprocess_unlabeled"
+    examples = ("nnunet_semiseg preprocess_unlabeled -d 501 -c 3d_fullres",)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, UnlabeledRequest)
+
+    def run(self, args: Namespace) -> None:
+        request = from_args(UnlabeledRequest, args)
+        if (request.part_id is None) != (request.num_parts == 1) or (request.part_id or 0) >= request.num_parts:
+            raise UserError("-num_parts N and -part_id I: give both, with I from 0 to N - 1, or none of them")
+        part = None if request.part_id is None else (request.part_id, request.num_parts)
+        from nnunet_semiseg import planning
+        from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
+        from nnunet_semiseg.files import dataset_folder
+
+        for number in request.dataset_ids:
+            dataset_folder("nnUNet_raw", number)
+            planning.read_plans(dataset_folder("nnUNet_preprocessed", number), request.plans, "-plans_name")
+        how = request.processes, request.clean, request.show_progress_bar, request.verbose, part
+        for number in request.dataset_ids:
+            preprocess_unlabeled(number, request.configurations, request.plans, *how)
+
+
+class AddMasks(Command):
+    """Add masks of another model, and measure them.
+
+    It measures the Dice of each class on the labelled cases.
+    """
+
+    name = "add_masks"
+    examples = ("nnunet_semiseg add_masks -d 501 --name voxtell -i MASKS --map 1=liver 2=spleen",)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("-d", type=dataset_id, required=True, metavar="ID", help="number of the dataset")
+        parser.add_argument("--name", required=True, metavar="NAME", help="name of the other model, such as voxtell")
+        parser.add_argument(
+            "-i", required=True, metavar="FOLDER", help="folder of its masks, a file for each case: CASE.nii.gz"
+        )
+        parser.add_argument(
+            "--map", nargs="+", action="extend", default=[], metavar="VALUE=CLASS",
+            help="which class a value in the masks is, such as 5=liver; all other values are background; default: as"
+            " dataset.json says",
+        )  # fmt: skip
+        parser.add_argument(
+            "-np", type=at_least(0), default=cores(4), metavar="N", help="number of processes; default: %(default)s"
+        )
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.data import external_masks
+
+        result = external_masks.add_masks(args.d, args.name, args.i, args.map, args.np)
+        print(external_masks.table(result))
+        print(f"Dice below {external_masks.LEAST_DICE} gives the weight 0.")
+
+
+COMMANDS = (Convert(), PlanAndPreprocess(), PreprocessUnlabeled(), AddMasks())

@@ -1,0 +1,98 @@
+"""Commands for machines without this package: distill, share, export."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+
+from nnunet_semiseg.commands.command import Command, add_device, add_settings, trained_run
+from nnunet_semiseg.options import ExecutorOptions, ModelOptions, add_options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOptions(ModelOptions):
+    """A trained model."""
+
+    trainer: str = option("-tr", metavar="TRAINER", help="trainer of the model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions(ModelOptions):
+    """A trained model, the recipe's if not said otherwise."""
+
+    trainer: str = option("-tr", metavar="TRAINER", default="SemiSegTrainer", help="trainer of the model")
+
+
+class Distill(Command):
+    """Train nnU-Net's own network to predict like a model.
+
+    The result is a stock model: machines without this package can use it.
+    """
+
+    name = "distill"
+    examples = ("nnunet_semiseg distill -d 501 -c 3d_fullres -tr TextSemiSegTrainer",)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, TrainedOptions)
+        add_device(parser)
+        add_settings(parser, "distill")
+        add_options(parser, ExecutorOptions)
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.deployment import distillation
+        from nnunet_semiseg.evaluation.cluster import first_in_queue
+
+        trained = trained_run(args)
+        first_in_queue(args, trained.model_folder.parent / "distillation_logs")
+        stock = distillation.distill(trained, args.set, args.device if args.executor == "local" else "cpu")
+        print(f"{stock}\nnnUNetv2_predict {_options(args, stock.name)} -i IMAGES -o PREDICTIONS")
+
+
+class Share(Command):
+    """Write a model as a stock model of nnU-Net.
+
+    Its network must be nnU-Net's own. Machines without this package can use the result.
+    """
+
+    name = "share"
+    examples = ("nnunet_semiseg share -d 501 -c 3d_fullres -tr SemiSegTrainer",)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, SharedOptions)
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.deployment import sharing
+
+        stock = sharing.share(trained_run(args))
+        model = _options(args, stock.name)
+        print(
+            f"{stock}\nnnUNetv2_predict {model} -i IMAGES -o PREDICTIONS\nnnUNetv2_export_model_to_zip {model} -o FILE"
+        )
+
+
+class Export(Command):
+    """Write the network of a model as an ONNX file.
+
+    The file is compared with the model. It works with models of nnU-Net's own trainers, too.
+    """
+
+    name = "export"
+    examples = ("nnunet_semiseg export -d 501 -c 3d_fullres -tr CPSTrainer --onnx cps.onnx",)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, TrainedOptions)
+        parser.add_argument("--onnx", required=True, metavar="FILE", help="the file to write")
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.deployment.onnx_export import export_onnx
+
+        difference = export_onnx(trained_run(args), args.onnx)
+        print(f"{args.onnx}: differs from torch by at most {difference:.1e} of the largest logit")
+
+
+def _options(args: Namespace, model: str) -> str:
+    """The options of nnU-Net's commands for a model's folder TRAINER__PLANS__CONFIGURATION."""
+    return f"-d {args.dataset} -c {args.configuration} -f {args.fold} -p {model.split('__')[1]}"
+
+
+COMMANDS = (Distill(), Share(), Export())

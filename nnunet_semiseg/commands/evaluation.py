@@ -1,0 +1,142 @@
+"""Commands that look at trained models: compare, text_effect, review, accept."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+
+from nnunet_semiseg.commands.command import Command, check_plans, say_next, trained_run
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.evaluation.asked import Request
+from nnunet_semiseg.options import ModelOptions, PredictionOptions, add_options, from_args
+from nnunet_semiseg.review.options import ReviewOptions
+
+
+class Compare(Command):
+    """Compare trainers: train, predict, write a report."""
+
+    name = "compare"
+    examples = (
+        "nnunet_semiseg compare -d 501 -c 3d_fullres --run \\\n      --trainers SupervisedTrainer MeanTeacherTrainer",
+        "nnunet_semiseg compare -d 501 -c 3d_fullres --run --seeds 3 --labeled 4 8 16 \\\n"
+        "      --trainers SupervisedTrainer MeanTeacherTrainer",
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, Request)
+        parser.add_argument(
+            "--run", action="store_true", dest="train", help="train what is not yet trained, or go on with it"
+        )
+        parser.add_argument(
+            "-o", metavar="FOLDER",
+            help="folder of the report; default: comparison/CONFIGURATION__fold_FOLD in the dataset's results",
+        )  # fmt: skip
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.evaluation.compare import compare
+
+        check_plans(args.dataset, args.plans)
+        request = from_args(Request, args)
+        print(compare(request, args.o, args.train))
+        where = f"-d {request.dataset} -c {request.configuration} -f {request.fold} -p {request.plans}"
+        print(f"next: nnUNetv2_predict {where} -tr {request.trainers[-1]} -i IMAGES -o PREDICTIONS")
+
+
+class TextEffect(Command):
+    """Measure how much predictions depend on the text.
+
+    It predicts the test set with the true, shuffled, random and empty prompts.
+    """
+
+    name = "text_effect"
+    examples = ("nnunet_semiseg text_effect -d 501 -c 3d_fullres -tr TextSemiSegTrainer",)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, ModelOptions)
+        add_options(parser, PredictionOptions)
+        parser.add_argument(
+            "-tr", dest="trainer", default="TextSemiSegTrainer", metavar="TRAINER",
+            help="trainer of the model; default: %(default)s",
+        )  # fmt: skip
+        parser.add_argument(
+            "-o", metavar="FOLDER", help="folder of the report; default: text_effect/MODEL in the dataset's results"
+        )
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.evaluation import text_effect
+
+        check_plans(args.dataset, args.plans)
+        trained_run(args)
+        print(text_effect.text_effect(from_args(Request, args, trainers=[args.trainer]), args.o))
+
+
+class Review(Command):
+    """Find unlabelled cases that need a look or a label.
+
+    It predicts all of them, estimates how good each prediction is, and writes a page with pictures.
+    """
+
+    name = "review"
+    examples = (
+        "nnunet_semiseg review -d 501 -c 3d_fullres",
+        "nnunet_semiseg review -d 501 -c 3d_fullres --for labelling -n 10",
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add_options(parser, ReviewOptions)
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.evaluation.cluster import first_in_queue
+        from nnunet_semiseg.review.request import make_request
+        from nnunet_semiseg.review.review import review
+
+        request = make_request(from_args(ReviewOptions, args))
+        first_in_queue(args, request.folder / "logs", request.parts)
+        if request.executor != "local":
+            request = replace(request, part=0, parts=1)
+        page = review(request)
+        if page is None:
+            print(f"{request.folder}: other parts are at work: the last one writes the page")
+            return
+        print(page)
+        print(f"next: correct masks, put them into a folder, then nnunet_semiseg accept -d {request.dataset} -i FOLDER")
+
+
+class Accept(Command):
+    """Turn unlabelled cases into labelled ones.
+
+    Only these cases are preprocessed again.
+    """
+
+    name = "accept"
+    examples = (
+        "nnunet_semiseg accept -d 501 -i CORRECTED",
+        "nnunet_semiseg accept -d 501 --undo",
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
+        parser.add_argument("-i", metavar="FOLDER", help="folder of labels, named like their cases: CASE.nii.gz")
+        parser.add_argument(
+            "--all-of", metavar="REVIEW", help="folder of a review: take all its other masks, too, as they are"
+        )
+        parser.add_argument("--undo", action="store_true", help="take back what was accepted last")
+        parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.review.accept import accept, undo
+
+        if args.undo:
+            if args.i or args.all_of:
+                raise UserError("--undo: takes back what was accepted last: leave out -i and --all-of")
+            print(f"unlabelled again: {', '.join(undo(args.d))}")
+            return
+        labels = accept(args.d, args.i, args.all_of, not args.no_pbar)
+        for label in labels:
+            print(f"{label.case}: {label.origin}")
+        if labels:
+            print(f"{len(labels)} cases are labelled now; to take that back: nnunet_semiseg accept -d {args.d} --undo")
+            say_next("train DATASET CONFIGURATION FOLD -tr TRAINER --continue_from MODEL --as NAME")
+
+
+COMMANDS = (Compare(), TextEffect(), Review(), Accept())

@@ -1,0 +1,80 @@
+"""What a comparison is asked for. It imports nothing large: the help of `compare` is made of it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunet_semiseg.options import ExecutorOptions, ModelOptions, PredictionOptions, at_least, cores, option
+
+
+def size(text: str) -> int | None:
+    """A size of the labelled set, None for `all`. Raises ArgumentTypeError for what is neither."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: give whole numbers, or all") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(ExecutorOptions, PredictionOptions, ModelOptions):
+    """What is compared.
+
+    Attributes:
+        trainers: the first is the baseline; by default labels alone, and the recipe.
+        seeds: how many runs of each trainer, with the seeds 0, 1, ...; None: one, with what the plans say.
+        labeled: sizes of the labelled set, None for all labels; without any, the set is what it is.
+        curve: trainers that are trained at every size; the others at the first alone. None: all of them.
+        upper_bound: a dataset with all the labels, for the baseline's trainer.
+        noise: standard deviations of noise on the normalised test images.
+        gpus: the numbers of those that train and predict at the same time; none: the one that `device` means.
+        jobs: how many train and predict at the same time on each of them, or on the CPU.
+        tolerance: of the normalised surface distance, in mm.
+        num_processes: for the evaluation.
+    """
+
+    trainers: Sequence[str] = option(
+        "--trainers", metavar="TRAINER", default=("SupervisedTrainer", "SemiSegTrainer"),
+        help="trainers to compare, the first one is the baseline; default: SupervisedTrainer SemiSegTrainer",
+    )  # fmt: skip
+    seeds: int | None = option(
+        "--seeds", metavar="N", default=None, help="number of runs of each trainer; default: one run without a seed"
+    )
+    labeled: Sequence[int | None] = option(
+        "--labeled", type=size, metavar="N", default=(),
+        help="sizes of the labelled set, for a learning curve: numbers, or all; default: the set as it is",
+    )  # fmt: skip
+    curve: Sequence[str] | None = option(
+        "--curve", metavar="TRAINER", default=None,
+        help="trainers that are trained at every size of --labeled, the others only at the first; default: all",
+    )  # fmt: skip
+    upper_bound: int | str | None = option(
+        "--upper-bound", metavar="ID", default=None,
+        help="dataset that has all labels: the first trainer is also trained on it",
+    )  # fmt: skip
+    noise: Sequence[float] = option(
+        "--noise", metavar="SIGMA", default=(),
+        help="also predict test images with noise of these standard deviations, after the normalisation",
+    )  # fmt: skip
+    gpus: Sequence[int] = option("--gpus", metavar="N", default=(), help="numbers of the GPUs to use")
+    jobs: int = option(
+        "--jobs",
+        type=at_least(1),
+        metavar="N",
+        default=1,
+        help="number of trainings at a time on each GPU or the CPU",
+    )
+    tolerance: float = option(
+        "--tolerance", metavar="MM", default=2.0, help="tolerance of the normalised surface distance, in mm"
+    )
+    num_processes: int = option(
+        "-np", type=at_least(0), metavar="N", default=cores(8), help="number of processes for the evaluation"
+    )
+
+    @property
+    def main_size(self) -> int | None:
+        """The size of the labelled set that tables and pictures are about; the others are points of the curve."""
+        return self.labeled[0] if self.labeled else None

@@ -1,0 +1,85 @@
+"""What `plan_and_preprocess` and `preprocess_unlabeled` are asked for. It imports nothing large: help is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunet_semiseg.options import PLANS, at_least, cores, dataset_id, option, positive
+
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+"""nnU-Net's"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingRequest:
+    """What is preprocessed, and how.
+
+    Attributes:
+        dataset_ids: numbers of data sets.
+        num_processes: one number, or one for each configuration; none: see `processes`.
+        clean: take the fingerprint and preprocess unlabelled cases anew, even where there is nothing new.
+    """
+
+    dataset_ids: Sequence[int] = option("-d", type=dataset_id, metavar="ID", help="numbers of the datasets")
+    configurations: Sequence[str] = option(
+        "-c", metavar="CONFIG", default=CONFIGURATIONS,
+        help=f"nnU-Net's configurations; default: {' '.join(CONFIGURATIONS)}",
+    )  # fmt: skip
+    num_processes: Sequence[int] = option(
+        "-np", type=at_least(0), metavar="N", default=(),
+        help="number of processes, or one number for each of -c; default: nnU-Net's, but not more than cores",
+    )  # fmt: skip
+    clean: bool = option("--clean", default=False, help="do again what is already done")
+    show_progress_bar: bool = option("--no_pbar", default=True, help="show no progress bar")
+    verbose: bool = option("--verbose", default=False, help="print what nnU-Net does for each case")
+
+    @property
+    def processes(self) -> list[int]:
+        """One number, or one for each configuration."""
+        return list(self.num_processes) or [cores(PROCESSES.get(c, 4)) for c in self.configurations]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanningRequest(PreprocessingRequest):
+    """What is planned.
+
+    Attributes:
+        planner: one of nnU-Net's or one of ours.
+        overwrite_target_spacing: z y x, in mm.
+        verify_dataset_integrity: nnU-Net's check of the labelled cases, and all unlabelled headers.
+        preprocess: False ends with the plans.
+        labeled_only: no unlabelled case is needed or preprocessed: for the upper bound, with plans like the others'.
+        settings: `KEY=VALUE`, kept in the plans beside those that are already there.
+    """
+
+    planner: str = option(
+        "-pl", metavar="PLANNER", default="ExperimentPlanner",
+        help=f"what makes the plans; default: %(default)s, nnU-Net's own, which makes {PLANS}",
+    )  # fmt: skip
+    gpu_memory_target: float | None = option(
+        "-gpu_memory_target", type=positive, metavar="GB", default=None,
+        help="GPU memory that the planner plans for; default: the planner's own",
+    )  # fmt: skip
+    overwrite_target_spacing: Sequence[float] | None = option(
+        "-overwrite_target_spacing", type=positive, nargs=3, metavar="MM", default=None,
+        help="voxel spacing of 3d_fullres in the order z y x, as in nnU-Net; default: the planner's own",
+    )  # fmt: skip
+    overwrite_plans_name: str | None = option(
+        "-overwrite_plans_name", metavar="NAME", default=None, help="name of the plans; default: the planner's own"
+    )
+    num_processes_fingerprint: int = option(
+        "-npfp", type=at_least(1), metavar="N", default=cores(8), help="number of processes for the fingerprint"
+    )
+    verify_dataset_integrity: bool = option(
+        "--verify_dataset_integrity", default=False, help="check all images first: recommended once for a dataset"
+    )
+    preprocess: bool = option("--no_pp", default=True, help="stop after the plans, without preprocessing")
+    labeled_only: bool = option(
+        "--labeled_only", default=False, help="need and preprocess no imagesUn: for a dataset with all labels"
+    )
+    settings: Sequence[str] = option(
+        "--set", action="extend", metavar="KEY=VALUE", default=(),
+        help="settings of the trainers, kept in the plans, such as num_epochs=100; nnunet_semiseg settings lists them",
+    )  # fmt: skip
