@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import SUPPRESS, Action, ArgumentParser, _SubParsersAction
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.settings.described import OF_COMMANDS, Setting, Trainer, settings_of_command, trainers
@@ -106,9 +107,13 @@ def together(names: tuple[str, ...]) -> str:
 
 def commands_page() -> str:
     """Every command with its options and examples."""
-    parser = cli.make_parser()
+    with mock.patch("os.cpu_count", return_value=8):
+        parser = cli.make_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, _SubParsersAction))
-    parts = ["`nnunet_semiseg COMMAND -h` shows the same in the terminal."]
+    parts = [
+        "`nnunet_semiseg COMMAND -h` shows the same in the terminal. Numbers of processes are those on a machine with"
+        " 8 cores or more."
+    ]
     for group, members in cli.GROUPS.items():
         parts.append(f"## {group.capitalize()}")
         for command in members:
@@ -121,7 +126,7 @@ def command_parts(parser: ArgumentParser, examples: Iterable[str]) -> list[str]:
     paragraphs = [" ".join(text.split()) for text in (parser.description or "").split("\n\n")]
     shown = [action for action in parser._actions if action.help != SUPPRESS and action.dest != "help"]
     rows = [(f"`{option(action)}`", meaning(action, parser)) for action in shown]
-    code = "\n".join(f"    {line.strip()}" for example in examples for line in example.splitlines())
+    code = "\n".join(f"    {line}" for example in examples for line in example.splitlines())
     return [*paragraphs, *([table(("option", "meaning"), rows)] if rows else []), *([code] if code else [])]
 
 
