@@ -141,6 +141,17 @@ def test_the_chinese_readme_has_the_same_commands_links_tables_and_numbers():
     assert parts(CHINESE) == parts(README)
 
 
+# --------------------------------------------------------------------------------------------------- the reference
+
+
+def test_the_reference_is_as_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import make_reference
+
+    made = {name: make() for name, make in make_reference.PAGES.items()}
+    assert {name: PAGES[f"docs/reference/{name}"] for name in made} == made, "run make reference"
+
+
 # ------------------------------------------------------------------------------------------------------ the method
 
 
