@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo lint
+.PHONY: test demo lint reference tutorial
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
@@ -15,6 +15,12 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+reference: .venv/installed
+	$(BIN)/python tools/make_reference.py
+
+tutorial: .venv/installed
+	$(BIN)/python tools/make_tutorial.py
 
 .venv/installed: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[dev]'

@@ -47,8 +47,8 @@ THEIRS = [command for command in COMMANDS if command.startswith("nnUNetv2_")]
 
 
 def test_how_commands_are_found():
-    page = "Text.\n\n    nnunet_semiseg a \\\n        --b   # why\n\n- x\n\n      nnUNetv2_c d\n\n```\nnnunet_semiseg e\n```\n"
-    page += "\n    torchrun --n=2 -m nnunet_semiseg.cli f\n\nnnunet_semiseg is text.\n"
+    page = "Text.\n\n    nnunet_semiseg a \\\n        --b   # why\n\n- x\n\n      nnUNetv2_c d\n\n"
+    page += "```\nnnunet_semiseg e\n```\n\n    torchrun --n=2 -m nnunet_semiseg.cli f\n\nnnunet_semiseg is text.\n"
     assert commands_of(page) == ["nnunet_semiseg a --b", "nnUNetv2_c d", "nnunet_semiseg f", "nnunet_semiseg e"]
     assert len(OURS) > 40 and len(THEIRS) > 5
 
@@ -88,10 +88,8 @@ def test_settings_in_pages_exist():
     known = {*known_settings(), *DistillationSettings.__dataclass_fields__, *PretrainingSettings.__dataclass_fields__}
     pages = [page for name, page in PAGES.items() if name not in ("docs/results.md", "CHANGELOG.md")]
     lists = [re.findall(r"--set ((?:'?\w+=\S+ ?)+)", page) for page in pages]
-    named = {name for found in lists for words in found for name in re.findall(r"(\w+)=", words)} - {
-        "KEY",
-        "entropy_weight",
-    }
+    named = {name for found in lists for words in found for name in re.findall(r"(\w+)=", words)}
+    named -= {"KEY", "NAME", "entropy_weight"}
     assert len(named) > 15 and named - known == set()
 
 
@@ -121,7 +119,7 @@ def test_links_lead_somewhere(name):
 
 def test_every_page_is_linked_from_the_readme():
     pages = {name for name in PAGES if name.startswith("docs/")} | {"docs/tutorial.ipynb", "CHANGELOG.md"}
-    indirect = {"docs/stlu_net.md"}  # from the methods
+    indirect = {"docs/stlu_net.md", "docs/release.md"}  # from the methods, from CONTRIBUTING
     assert [name for name in sorted(pages - indirect) if f"({name})" not in README] == []
 
 
@@ -141,6 +139,17 @@ def test_the_chinese_readme_has_the_same_commands_links_tables_and_numbers():
         return commands_of(page), sorted(links), rows, re.findall(r"^#+", page, re.MULTILINE), numbers
 
     assert parts(CHINESE) == parts(README)
+
+
+# --------------------------------------------------------------------------------------------------- the reference
+
+
+def test_the_reference_is_as_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import make_reference
+
+    made = {name: make() for name, make in make_reference.PAGES.items()}
+    assert {name: PAGES[f"docs/reference/{name}"] for name in made} == made, "run make reference"
 
 
 # ------------------------------------------------------------------------------------------------------ the method

@@ -1,0 +1,40 @@
+"""Runs docs/tutorial.ipynb in a new folder, and writes it back with what it printed and drew.
+
+Run `python tools/make_tutorial.py`, or `make tutorial`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
+SHOWN_AS = "/data"
+"""what the page shows in place of the folder, whose name is another one each time"""
+
+
+def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
+    """The notebook after it ran in this folder. A cell that fails raises CellExecutionError."""
+    content = nbformat.read(notebook, as_version=4)
+    # the commands of this environment, which need not be activated
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    client = NotebookClient(content, timeout=3600, record_timing=False, resources={"metadata": {"path": str(folder)}})
+    return client.execute(env={**os.environ, "PATH": path})
+
+
+def main() -> None:
+    """Run it and write it back."""
+    with tempfile.TemporaryDirectory() as folder:
+        content = execute(NOTEBOOK, Path(folder))
+        text = nbformat.writes(content).replace(json.dumps(folder)[1:-1], SHOWN_AS)
+    NOTEBOOK.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
