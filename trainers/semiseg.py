@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, look_at_cases
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.settings.base import PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
@@ -23,6 +25,8 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 REFRESHES = 3
 """how often unlabelled cases are searched for foreground, at equal distances from the end of the warm-up on"""
+LIKELY = 2 / 3
+"""the share of random patches with foreground from which on unlabelled patches are drawn at random"""
 CASES_OF_A_REFRESH = 100
 """at most; of more cases others are drawn each time, so that a search stays short beside the training"""
 
@@ -33,27 +37,23 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
 
     deploy: Literal["student", "teacher"] = "teacher"
     """Which network validates and predicts: the student or its EMA teacher."""
+    turns: bool = False
+    """Flip the student's view and turn it by right angles, where nnU-Net mirrors. The pseudo-label is turned alike."""
+    strong_probability: float | None = None
+    """The probability of each of nnU-Net's intensity transforms in a strong view. With null it is nnU-Net's own."""
     warm_up: Share = 0.1
     """The share of the training that uses labels only."""
-    ramp: Share = 0.2
-    """The share of the training, after the warm-up, over which the weight of pseudo-labels grows."""
-    first_weight: Weight = 0.5
-    """The weight of voxels with pseudo-labels at the end of the warm-up."""
-    pseudo_weight: Weight = 1.0
-    """The weight of voxels with pseudo-labels at the end of the ramp."""
+    pseudo_weight: Weight = 0.5
+    """The weight of voxels with pseudo-labels."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
-    unlabeled_foreground: Share = 1 / 3
+    unlabeled_foreground: Share | None = None
     """The share of unlabelled patches that are drawn where the teacher finds foreground. With 0 all are drawn at
-    random."""
+    random. Null means one third where less than two thirds of random patches of labelled cases have foreground, and
+    0 otherwise."""
     leave_out: Share = 0.2
     """The greatest share of unlabelled cases that are left out because the teacher contradicts itself on them. With 0
     no case is left out."""
-
-    def weight(self, progress: float) -> float:
-        """Of pseudo-labelled voxels at this share of the training: linear between both ends of the ramp."""
-        share = min(max(progress - self.warm_up, 0.0) / max(self.ramp, 1e-9), 1.0)
-        return self.first_weight + (self.pseudo_weight - self.first_weight) * share
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
@@ -64,13 +64,13 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - warm-up: labels only, boxes pasted between labelled samples, over the first tenth (BCP, CVPR 2023);
     - a teacher, the EMA of the student, labels the weak views; its decay grows with the training's length, and its
       weights are deployed;
-    - the student sees boxes of strong views, flipped and turned, in labelled patches and the other way round; the box
-      goes through all slices where nnU-Net augments in 2d;
-    - nnU-Net's loss with deep supervision over the voxels of labels, and that over the pseudo-labelled ones, whose
-      weight grows from 0.5 to 1 over a fifth of the training;
+    - the student sees boxes of strong views in labelled patches and the other way round; the box goes through all
+      slices where nnU-Net augments in 2d;
+    - nnU-Net's loss with deep supervision over the voxels of labels, and half of that over the pseudo-labelled ones;
     - pseudo-labels keep the largest component of a class that is in one piece in every labelled case;
-    - a third of the unlabelled patches are drawn around what the teacher takes for foreground in whole cases, as
-      nnU-Net draws labelled ones; it looks at up to 100 cases three times in a training;
+    - three times in a training the teacher looks at up to 100 whole cases. Where random patches of labelled cases
+      often have no foreground, a third of the unlabelled patches are drawn around what it found, as nnU-Net draws
+      labelled ones;
     - cases on which it contradicts itself, mirrored or since the last look, far more than on the others are left out,
       at most a fifth, and only of ten and more.
 
@@ -104,15 +104,18 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         cases = len(self.unlabeled_cases) + len(self.hidden_cases)
         axes = self.inference_allowed_mirroring_axes
         shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
-        search = f"searched {REFRESHES} times, up to {CASES_OF_A_REFRESH} of {cases} cases (unlabeled_foreground)"
+        drawn = "all drawn at random" if not self.foreground_share else f"{self.foreground_share:.0%} around foreground"
+        why = f"{self.chance_of_foreground:.0%} of random patches of labelled cases have some"
+        searched = f"{REFRESHES} times in {min(cases, CASES_OF_A_REFRESH)} of {cases} cases"
+        searched = searched if self.foreground_share or settings.leave_out else "never"
         return [
             f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
             f"largest component kept of: {one_piece} (largest_component={settings.largest_component})",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
-            f"{settings.unlabeled_foreground:.0%} of unlabelled patches around the teacher's foreground, {search}",
-            f"at most {settings.leave_out:.0%} of unlabelled cases are left out (leave_out)",
+            f"unlabelled patches: {drawn}, as {why} (unlabeled_foreground)",
+            f"at most {settings.leave_out:.0%} of unlabelled cases left out; the teacher looks {searched} (leave_out)",
         ]
 
     @property
@@ -127,9 +130,18 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     def foreground_folder(self) -> Path:
         return Path(self.output_folder, "pseudo_foreground")
 
+    @cached_property
+    def chance_of_foreground(self) -> float:
+        """That a random patch of a labelled case has foreground."""
+        labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
+        return chance_of_foreground(labeled_cases, self.configuration_manager.patch_size)
+
     @property
     def foreground_share(self) -> float:
-        return self.settings.unlabeled_foreground
+        """Of the unlabelled patches, that are drawn where the teacher finds foreground."""
+        if self.settings.unlabeled_foreground is not None:
+            return self.settings.unlabeled_foreground
+        return 0.0 if self.chance_of_foreground >= LIKELY else 1 / 3
 
     def unlabeled_dataset(self) -> PseudoForegroundDataset:
         return PseudoForegroundDataset(super().unlabeled_dataset(), self.foreground_folder)
@@ -165,7 +177,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
-        weight = self.settings.weight(self.progress)
+        weight = self.settings.pseudo_weight
         for is_labeled, pseudo_label in ((~box, label), (box, other_label)):
             with self.shared(next(outputs)) as output:
                 yield {"supervised": self.loss_where(is_labeled, output, target)}
