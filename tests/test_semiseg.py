@@ -12,6 +12,7 @@ from batchgenerators.utilities.file_and_folder_operations import write_pickle
 from training import CLASSES, bare_trainer, batch_of, in_last_epoch, make_trainer, terms_of
 
 from nnunet_semiseg.data.agreement import mean_agreement
+from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, outliers
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
 from nnunet_semiseg.losses.copy_paste import draw_box
@@ -26,7 +27,7 @@ def of_probability(p: float) -> torch.Tensor:
 
 
 def recipe(progress: float, **settings) -> SemiSegTrainer:
-    trainer = bare_trainer(SemiSegTrainer, progress=progress, turns=False, **settings)
+    trainer = bare_trainer(SemiSegTrainer, progress=progress, **settings)
     trainer.configuration_manager = SimpleNamespace(patch_size=(9, 9, 9), spacing=(1, 1, 1))
     return trainer
 
@@ -40,15 +41,12 @@ def test_both_mixes_by_hand():
     """Labelled voxels are right with 0.75, unlabelled ones say class 1 with 0.6, as the teacher does; two mixes."""
     terms = terms_of(recipe(1.0), a_batch())
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-        {"supervised": -2 * math.log(0.75), "pseudo": -2 * math.log(0.6)}, rel=1e-4
+        {"supervised": -2 * math.log(0.75), "pseudo": -2 * 0.5 * math.log(0.6)}, rel=1e-4
     )
 
 
-@pytest.mark.parametrize("progress, weight", [(0.1, 0.5), (0.2, 0.75), (0.3, 1), (0.9, 1)])
-def test_the_weight_of_pseudo_labels_grows_behind_the_warm_up(progress, weight):
-    assert terms_of(recipe(progress), a_batch())["pseudo"].item() == pytest.approx(
-        -2 * weight * math.log(0.6), rel=1e-4
-    )
+def test_pseudo_labels_have_half_the_weight_of_labels():
+    assert terms_of(recipe(0.1), a_batch())["pseudo"].item() == pytest.approx(-math.log(0.6), rel=1e-4)
 
 
 def test_the_warm_up_mixes_labelled_samples_alone():
@@ -111,6 +109,31 @@ def test_patches_are_drawn_around_what_was_found_and_never_around_a_hidden_label
     assert len(corners(loader_of(tmp_path, 0.0))) > 30
     write_pickle({1: []}, str(tmp_path / "hidden.pkl"))
     assert len(corners(loader_of(tmp_path, 1 / 3))) > 30
+
+
+class Labelled:
+    """Cases of 1 x 8 x 8 voxels; of one the corner is foreground, the other has none."""
+
+    identifiers = ["corner", "empty"]
+
+    def load_case(self, identifier):
+        places = np.array([[0, 0, 0, 0]]) if identifier == "corner" else []
+        locations = {1: places, (-1, 0, 1): np.array([[0, 0, y, 4] for y in range(8)])}
+        return np.zeros((1, 1, 8, 8), np.float32), None, None, {"class_locations": locations}
+
+
+def test_the_chance_that_a_random_patch_has_foreground():
+    """Of the two positions along each axis, one of four patches has the corner."""
+    assert chance_of_foreground(Labelled(), (7, 7)) == pytest.approx(0.25 / 2, abs=0.03)
+    assert chance_of_foreground(Labelled(), (1, 9, 9)) == 0.5
+    assert chance_of_foreground(Labelled(), (8, 8)) == 0.5
+
+
+@pytest.mark.parametrize("chance, given, share", [(0.5, None, 1 / 3), (0.7, None, 0), (0.7, 0.2, 0.2), (0.5, 0.0, 0)])
+def test_patches_are_drawn_at_random_where_these_have_foreground_anyway(chance, given, share):
+    trainer = recipe(1.0, unlabeled_foreground=given)
+    trainer.chance_of_foreground = chance
+    assert trainer.foreground_share == share
 
 
 def test_the_agreement_of_two_decisions():
@@ -180,6 +203,6 @@ def test_a_step_of_the_last_epoch_teaches_and_moves_the_teacher(tiny_dataset):
 
 def test_default_settings():
     s = SemiSegSettings()
-    assert (s.warm_up, s.ramp, s.first_weight, s.pseudo_weight, s.box) == (0.1, 0.2, 0.5, 1.0, 2 / 3)
-    assert s.leave_out == 0.2
-    assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (1 / 3, "teacher", "auto", True)
+    assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (0.1, 0.5, 2 / 3, 0.2)
+    assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (None, "teacher", "auto", False)
+    assert s.strong_probability is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, look_at_cases
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.settings.base import PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
@@ -22,7 +24,9 @@ from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 REFRESHES = 3
-"""how often unlabelled cases are searched for foreground, at equal distances after the warm-up"""
+"""how often the teacher looks at unlabelled cases, at equal distances after the warm-up"""
+LIKELY = 2 / 3
+"""if at least this share of random patches has foreground, all unlabelled patches are drawn at random"""
 CASES_OF_A_REFRESH = 100
 """at most; if there are more cases, each search takes others at random, so that it stays short beside the training"""
 
@@ -33,27 +37,23 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
 
     deploy: Literal["student", "teacher"] = "teacher"
     """Which network validates and predicts: the student or its EMA teacher."""
+    turns: bool = False
+    """Flip the student's view and turn it by right angles, where nnU-Net mirrors. The pseudo-label is turned alike."""
+    strong_probability: float | None = None
+    """The probability of each of nnU-Net's intensity transforms in a strong view. With null it is nnU-Net's own."""
     warm_up: Share = 0.1
     """The share of the training that uses labels only."""
-    ramp: Share = 0.2
-    """The share of the training, after the warm-up, over which the weight of pseudo-labels grows."""
-    first_weight: Weight = 0.5
-    """The weight of voxels with pseudo-labels at the end of the warm-up."""
-    pseudo_weight: Weight = 1.0
-    """The weight of voxels with pseudo-labels at the end of the ramp."""
+    pseudo_weight: Weight = 0.5
+    """The weight of voxels with pseudo-labels."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
-    unlabeled_foreground: Share = 1 / 3
+    unlabeled_foreground: Share | None = None
     """The share of unlabelled patches that are drawn where the teacher finds foreground. With 0 all are drawn at
-    random."""
+    random. Null means one third where less than two thirds of random patches of labelled cases have foreground, and
+    0 otherwise."""
     leave_out: Share = 0.2
     """The greatest share of unlabelled cases that are left out because the teacher contradicts itself on them. With 0
     no case is left out."""
-
-    def weight(self, progress: float) -> float:
-        """The weight of pseudo-labelled voxels at this progress (0 to 1). It is linear along the ramp."""
-        share = min(max(progress - self.warm_up, 0.0) / max(self.ramp, 1e-9), 1.0)
-        return self.first_weight + (self.pseudo_weight - self.first_weight) * share
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
@@ -64,13 +64,14 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - Warm-up: in the first tenth only labels are used, and boxes are pasted between labelled samples (BCP, CVPR 2023).
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
-    - The student sees boxes of strong views, flipped and turned, in labelled patches, and the reverse. The box goes
-      through all slices if nnU-Net augments in 2d.
-    - The loss is nnU-Net's with deep supervision, once over the labelled voxels and once over the pseudo-labelled ones.
-      The weight of the latter grows from 0.5 to 1 over a fifth of the training.
+    - The student sees boxes of strong views in labelled patches, and the reverse. The box goes through all slices if
+      nnU-Net augments in 2d.
+    - The loss is nnU-Net's with deep supervision, once over the labelled voxels and with half the weight over the
+      pseudo-labelled ones.
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
-    - A third of the unlabelled patches are taken around the foreground that the teacher finds in whole cases, as
-      nnU-Net does with labelled ones. The teacher looks at up to 100 cases, three times in a training.
+    - The teacher looks at up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
+      cases often have no foreground, a third of the unlabelled patches are taken around what it finds, as nnU-Net does
+      with labelled ones.
     - Some cases are left out: those in which the teacher's predictions, mirrored or of the last search, disagree far
       more than in others. They are at most a fifth, and none if there are fewer than ten cases.
 
@@ -102,15 +103,18 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         cases = len(self.unlabeled_cases) + len(self.hidden_cases)
         axes = self.inference_allowed_mirroring_axes
         shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
-        search = f"searched {REFRESHES} times, up to {CASES_OF_A_REFRESH} of {cases} cases (unlabeled_foreground)"
+        drawn = "all drawn at random" if not self.foreground_share else f"{self.foreground_share:.0%} around foreground"
+        why = f"{self.chance_of_foreground:.0%} of random patches of labelled cases have some"
+        searched = f"{REFRESHES} times in {min(cases, CASES_OF_A_REFRESH)} of {cases} cases"
+        searched = searched if self.foreground_share or settings.leave_out else "never"
         return [
             f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
             f"largest component kept of: {self.decide.one_piece} (largest_component={settings.largest_component})",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
-            f"{settings.unlabeled_foreground:.0%} of unlabelled patches around the teacher's foreground, {search}",
-            f"at most {settings.leave_out:.0%} of unlabelled cases are left out (leave_out)",
+            f"unlabelled patches: {drawn}, as {why} (unlabeled_foreground)",
+            f"at most {settings.leave_out:.0%} of unlabelled cases left out; the teacher looks {searched} (leave_out)",
         ]
 
     @property
@@ -125,9 +129,18 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     def foreground_folder(self) -> Path:
         return Path(self.output_folder, "pseudo_foreground")
 
+    @cached_property
+    def chance_of_foreground(self) -> float:
+        """That a random patch of a labelled case has foreground."""
+        labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
+        return chance_of_foreground(labeled_cases, self.configuration_manager.patch_size)
+
     @property
     def foreground_share(self) -> float:
-        return self.settings.unlabeled_foreground
+        """Of the unlabelled patches, that are drawn where the teacher finds foreground."""
+        if self.settings.unlabeled_foreground is not None:
+            return self.settings.unlabeled_foreground
+        return 0.0 if self.chance_of_foreground >= LIKELY else 1 / 3
 
     def unlabeled_dataset(self) -> PseudoForegroundDataset:
         return PseudoForegroundDataset(super().unlabeled_dataset(), self.foreground_folder)
@@ -164,7 +177,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
-        weight = self.settings.weight(self.progress)
+        weight = self.settings.pseudo_weight
         for is_labeled, pseudo_label in ((~box, label), (box, other_label)):
             with self.shared(next(outputs)) as output:
                 yield {"supervised": self.loss_where(is_labeled, output, target)}

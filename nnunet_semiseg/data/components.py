@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,20 @@ def heads_in_one_piece(dataset, label_manager, planar: bool) -> list[int]:
         label_manager: nnU-Net's.
         planar: patches are slices, so each slice is looked at separately.
     """
-    cases = sorted(dataset.identifiers)[:: max(1, -(-len(dataset.identifiers) // AT_MOST))]
     regions = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
     values = [np.atleast_1d(region) for region in regions]
     first = 0 if label_manager.has_regions else 1  # regions have no head for the background
-    shares = np.array([shares_of(np.asarray(dataset.load_case(c)[1][0]), values, planar) for c in cases])
+    shares = np.array([
+        shares_of(np.asarray(dataset.load_case(c)[1][0]), values, planar) for c in spread_over(dataset.identifiers)
+    ])
     seen = ~np.isnan(shares)
     one = seen.any(0) & (np.where(seen, shares, 1) >= LARGEST).all(0)
     return [first + int(i) for i in np.flatnonzero(one)]
+
+
+def spread_over(cases: Collection[str]) -> list[str]:
+    """At most 20 of the cases, spread evenly over their sorted names."""
+    return sorted(cases)[:: max(1, -(-len(cases) // AT_MOST))]
 
 
 def shares_of(segmentation: np.ndarray, values: Iterable[np.ndarray], planar: bool) -> list[float]:
