@@ -207,7 +207,7 @@ def test_each_label_says_where_it_comes_from(raw_only, tmp_path):
         write_image(cubes(), review / "masks" / f"{case}.nii.gz")
         write_json({"mask": digest_of(cubes())}, review / "cases" / f"{case}.json")
     (line,) = refused(folder).splitlines()
-    assert line.startswith(f"{folder}/un_000.nii.gz: nothing is changed, it is what was predicted: correct it, or")
+    assert line.startswith(f"{folder}/un_000.nii.gz: is the unchanged prediction: correct it, or")
     assert f"--all-of {review}" in line
 
     changed = cubes().astype(np.float32)  # as napari saves it

@@ -463,7 +463,7 @@ def test_of_a_job_that_was_killed_the_last_line_is_no_reason(tmp_path):
     (log := tmp_path / "j.txt").write_text("Epoch 3\n")
     line = say_what_failed(-9, log)
     assert line == (
-        "was killed by SIGKILL, by someone or for lack of memory: run the command again, which goes on"
+        "was killed by SIGKILL, by someone or because memory ran out: run the same command again to continue"
         f" (all it printed: {log})"
     )
 

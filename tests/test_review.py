@@ -66,7 +66,7 @@ def test_a_case_is_held_against_labelled_ones():
     assert signs.reasons(one, usual, ["CT"]) == []
     other = seen([[[1, 0, 1], [1, 1, 1]], [[0, 0, 0], [0, 1, 0]]], np.full((1, 2, 2, 3), 9.0))
     assert signs.reasons(other, usual, ["CT"]) == [
-        "b is missing, and all labelled cases have it",
+        "b is missing, but all labelled cases have it",
         "a: 6 ml, labelled ones have 2 to 3",
         "CT: intensities unlike the labelled ones",
     ]
@@ -199,7 +199,7 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
         (["-tr", "SupervisedTrainer"], "checkpoint_final.pth: no such file: train SupervisedTrainer first"),
         (["-c", "nope"], "no configuration nope"),
         (["--ensemble", "folds"], "--ensemble folds: there are not two members"),
-        (["--ensemble", "single", "--estimate", "agreement"], "--estimate agreement: there is one member"),
+        (["--ensemble", "single", "--estimate", "agreement"], "--estimate agreement: needs two members"),
     ],
 )
 def test_what_makes_no_sense_is_refused(more, message, trained, capsys):

@@ -1,9 +1,9 @@
-"""The jobs of a comparison by submitit: in a cluster's queue, or on this computer.
+"""Run the jobs of a comparison with submitit: in the queue of a cluster, or on this computer.
 
-A job in a queue goes on when the comparison ends. One that is preempted, or at the end of its hours, is put into the
-queue again and goes on from its checkpoint. A comparison that is started again waits for what is there already. On
-this computer the jobs end with the comparison. The processes are those of `jobs.py`: a job starts one, and ends it
-when it has to go.
+A job in a queue continues when the comparison ends. If it is interrupted, or its hours are over, it is put into the
+queue again and continues from its checkpoint. A comparison that is started again waits for the jobs that are in the
+queue. On this computer the jobs end with the comparison. The work itself is that of `jobs.py`: a job starts a process,
+and ends it when the job must stop.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from nnunet_semiseg.files import make_folder, read_json, write_json
 EXECUTORS = ("local", "slurm")
 HOURS = 24.0
 TIMES = 100
-"""how often a job may come to the end of its hours"""
+"""how many times the hours of a job may run out"""
 EVER = 60 * 24 * 365
-"""minutes: on this computer nobody ends a job"""
+"""minutes: on this computer a job has no time limit"""
 
 
 def parameters_of(assignments: Sequence[str], device: str) -> dict[str, Any]:
-    """`KEY=VALUE` to submitit's parameters: `hours`, `gpus` of a node, and any other option of sbatch, `partition=gpu`.
+    """Turn `KEY=VALUE` into submitit's parameters: `hours`, `gpus` of a node, any option of sbatch (`partition=gpu`).
 
     Raises:
-        UserError: no `KEY=VALUE`; hours or GPUs that are no numbers.
+        UserError: not of the form `KEY=VALUE`; hours or GPUs are not numbers.
     """
     given = {"hours": str(HOURS), "gpus": "1" if device == "cuda" else "0"}
     for assignment in assignments:
@@ -63,16 +63,16 @@ def slurm_executor(logs: Path, parameters: dict[str, Any]):
     try:
         executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=TIMES)
     except RuntimeError:
-        raise UserError("--executor slurm: no srun here: run this on a computer that knows the queue") from None
+        raise UserError("--executor slurm: no srun here: run this on a computer that can use the queue") from None
     executor.update_parameters(**parameters)
     return executor
 
 
 class Here:
-    """Begins jobs by submitit's executor for this computer, with what a queue has, too; see `do_all`.
+    """Start jobs on this computer by submitit, in the same way as in a queue; see `do_all`.
 
     Args:
-        logs: the folder for what jobs print.
+        logs: the folder for the output of jobs.
     """
 
     def __init__(self, logs: Path):
@@ -82,14 +82,14 @@ class Here:
         self.executor.update_parameters(timeout_min=EVER)
 
     def __call__(self, job: Job, device: str, logs: Path) -> InQueue:
-        every = ",".join(map(str, range(torch.cuda.device_count())))  # submitit would hide them all
+        every = ",".join(map(str, range(torch.cuda.device_count())))  # submitit would hide all GPUs
         device = device or os.environ.get("CUDA_VISIBLE_DEVICES", every)
         work = Work(command_of(job, logs), logs / f"{job.name}.txt", device, asked_by=os.getpid())
         return InQueue(self.executor.submit(work))
 
 
 def starter(logs: Path):
-    """What begins jobs on this computer: submitit where it is installed, else `start_process`."""
+    """The function that starts jobs on this computer: by submitit if it is installed, else `start_process`."""
     try:
         return Here(logs)
     except ImportError:
@@ -97,7 +97,7 @@ def starter(logs: Path):
 
 
 class InQueue:
-    """A job of submitit's, which says in one line what went wrong."""
+    """A job of submitit's. It reports in one line what went wrong."""
 
     def __init__(self, job):
         self.job = job
@@ -106,7 +106,7 @@ class InQueue:
         """Wait for its end."""
         try:
             return self.job.result()
-        except Exception as error:  # what submitit says of a job that was cancelled or has come to its end too often
+        except Exception as error:  # from submitit: the job was cancelled, or its time ran out too often
             return f"job {self.job.job_id} ended without a result ({' '.join(str(error).split())[:200]})"
 
     def cancel(self) -> None:
@@ -115,10 +115,10 @@ class InQueue:
 
 
 def do_all_in_queue(jobs: list[Job], executor, logs: Path) -> None:
-    """Put each job into the queue, if it is not there yet, and wait for all.
+    """Put each job into the queue, unless it is there already, and wait for all.
 
     Raises:
-        UserError: jobs that failed, one line each, when all the others are done.
+        UserError: jobs failed, one line each, after all others are done.
     """
     submitted = [(job, known_job(job, executor, logs) or submit(job, executor, logs)) for job in jobs]
     problems = []
@@ -131,7 +131,7 @@ def do_all_in_queue(jobs: list[Job], executor, logs: Path) -> None:
 
 
 def submit(job: Job, executor, logs: Path):
-    """Put a job into the queue, and keep its number."""
+    """Put a job into the queue, and store its number."""
     in_queue = executor.submit(Work(command_of(job, logs), logs / f"{job.name}.txt"))
     write_json({"id": in_queue.job_id}, logs / f"{job.name}.job")
     print(f"{job.title}: job {in_queue.job_id}", flush=True)
@@ -139,7 +139,7 @@ def submit(job: Job, executor, logs: Path):
 
 
 def known_job(job: Job, executor, logs: Path):
-    """The job as a comparison before this one left it in the queue; None where it is not, or has ended."""
+    """The job that an earlier comparison left in the queue. None if it is not there, or has ended."""
     file = logs / f"{job.name}.job"
     if not file.is_file():
         return None
@@ -155,15 +155,15 @@ def known_job(job: Job, executor, logs: Path):
 
 
 def first_in_queue(args: Namespace, logs: Path, parts: int = 1) -> None:
-    """Where SLURM is asked for, let its jobs do this command, and wait: who calls this goes on and finds all done.
+    """If SLURM is asked for, let its jobs run this command, and wait. After that the caller finds all work done.
 
     Args:
-        args: what is given, and `words`, all of it as it was written.
-        logs: the folder for what the jobs print.
-        parts: jobs that share the work by `--num_parts`.
+        args: the arguments, and `words`, the command line as it was written.
+        logs: the folder for the output of jobs.
+        parts: the number of jobs that share the work by `--num_parts`.
 
     Raises:
-        UserError: jobs that failed, one line each; see `slurm_executor`.
+        UserError: jobs failed, one line each; see `slurm_executor`.
     """
     if args.executor == "local":
         return
@@ -173,6 +173,6 @@ def first_in_queue(args: Namespace, logs: Path, parts: int = 1) -> None:
     for part in range(parts):
         share = ["--num_parts", str(parts), "--part_id", str(part)] if parts > 1 else []
         name = f"{args.words[0]}{f' {part + 1} of {parts}' if parts > 1 else ''}"
-        job = {"command": [*args.words, "--executor", "local", *share]}  # the last one of an option counts
+        job = {"command": [*args.words, "--executor", "local", *share]}  # if an option appears twice, the last counts
         jobs.append(Job(name.replace(" ", "_"), name, job))
     do_all_in_queue(jobs, executor, logs)

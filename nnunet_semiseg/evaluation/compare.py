@@ -1,4 +1,4 @@
-"""`nnunet_semiseg compare`: train what is missing, predict, evaluate, report."""
+"""`nnunet_semiseg compare`: train what is missing, predict, evaluate, and write a report."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     """Compare trainers on one dataset.
 
     Args:
-        output: where predictions, logs and the report go; by default below the dataset's results.
+        output: the folder for predictions, logs and the report. Default: a folder in the dataset's results.
         run: train what is not trained.
 
     Returns:
         The report, a page of HTML.
 
     Raises:
-        UserError: wrong use; a run that is not trained, without `run`; a training or prediction that failed.
+        UserError: wrong use; a run is not trained, and `run` is not set; a training or prediction failed.
     """
     check_numbers(request)
     runs, upper_bound = make_runs(request)
@@ -57,7 +57,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     devices = find_devices(request) if request.executor == "local" else []
     parameters = parameters_of(request.slurm, request.device)
     everything = [*runs, *upper_bound]
-    # a test set needs no validation: it may have been interrupted, or be of another checkpoint
+    # a test set needs no validation, which may have been interrupted or belong to another checkpoint
     missing = [r for r in everything if not (r.is_validated if test_set.is_validation else r.is_trained)]
     if missing and not run:
         names = "; ".join(r.title for r in missing)
@@ -91,7 +91,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
 
 
 def noise_levels(request: Request, run: Run, upper_bound: Sequence[Run]) -> tuple[float, ...]:
-    """Of a run's predictions; only those that the report shows."""
+    """The noise levels of a run's predictions that the report shows."""
     noisy = run in upper_bound or run.num_labeled == request.main_size
     return (0.0, *request.noise) if noisy else (0.0,)
 

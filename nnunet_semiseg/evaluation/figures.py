@@ -13,14 +13,14 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the baseline's comes first
+# Okabe and Ito's colours, which colour-blind people can tell apart; the first is for the baseline
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 REFERENCE_COLOR = "#FFFFFF"
-_TEXT = "#010203"  # stands for the page's text colour
+_TEXT = "#010203"  # takes the place of the page's text colour
 _STYLE = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name may have dollars in it
-    "svg.hashsalt": "nnunet_semiseg",  # the same figure is the same file
+    "text.parse_math": False,  # a name may contain dollar signs
+    "svg.hashsalt": "nnunet_semiseg",  # so that the same figure gives the same file
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -43,15 +43,15 @@ class Chart:
 
 
 def color_of(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method; from the ninth on they repeat."""
+    """A colour for each method. From the ninth method on they repeat."""
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """An `<svg>` element that scales, with text in `currentColor`: right in light, dark and print.
+    """An `<svg>` element of variable size. Its text has the colour of the page (`currentColor`).
 
     Args:
-        name: goes in front of every id, as a page has several figures.
+        name: is put in front of every id, because a page has several figures.
     """
     file = io.StringIO()
     with rc_context(_STYLE):
@@ -137,7 +137,7 @@ def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: s
         for (left, right), (run, log) in zip(axes, logs.items(), strict=True):
             terms = {"training": log["train_losses"], "validation": log["val_losses"]}
             terms |= {key.removeprefix(prefix): value for key, value in log.items() if key.startswith(prefix)}
-            marker = "." if len(log["train_losses"]) == 1 else ""  # a line of one point is not seen
+            marker = "." if len(log["train_losses"]) == 1 else ""  # a line of one point cannot be seen
             for i, (term, values) in enumerate(terms.items()):
                 style = "-" if term in ("training", "validation") else "--"
                 left.plot(values, marker + style, color=COLORS[i % len(COLORS)], label=term, linewidth=1.2)
@@ -165,14 +165,14 @@ def overlay(
     aspect: float,
     colors: Mapping[str, str] | None = None,
 ) -> str:
-    """Contours on a slice, as a data URI: the reference's in white, each method's in its colour.
+    """Contours on a slice, as a data URI: white for the reference, and a colour for each method.
 
     Args:
         image: (H, W) intensities.
         reference, predictions: (H, W) label maps.
-        labels: the values of each class, or of each region a tuple.
-        aspect: height of a pixel over its width.
-        colors: of the predictions; None: `color_of`.
+        labels: the value of each class; for a region a tuple of values.
+        aspect: height of a pixel divided by its width.
+        colors: of the predictions. None: `color_of`.
     """
     colors = colors or color_of(list(predictions))
     low, high = np.percentile(image, (1, 99))

@@ -1,4 +1,4 @@
-"""What is done in processes of their own: trainings and predictions; see `worker.py`."""
+"""Work that runs in processes of its own: trainings and predictions; see `worker.py`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from nnunet_semiseg.runs import RECORD, Run
 
 PREDICT_AGAIN = "remove its folder to predict again"
 LOGS, LOCK = "logs", "evaluation.lock"
-"""in the folder of a report: what jobs print; who works there now"""
+"""in the folder of a report: the output of jobs; the lock of the process that works there"""
 
 
 @contextmanager
 def alone(output: Path) -> Iterator[None]:
-    """Make the folder of a report, and keep a second process out of it.
+    """Make the folder of a report, and keep other processes out of it.
 
     Raises:
         BusyError: another process works there.
-        DiskError: its disk is full or read-only.
+        DiskError: the disk is full or read-only.
     """
     with disk_errors(output):
         make_folder(output / LOGS)
@@ -39,7 +39,7 @@ def alone(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for a process of its own: the arguments of a function of `worker.py`, or a `command` of this package's."""
+    """Work for a process: the arguments of a function in `worker.py`, or a `command` of this package."""
 
     name: str
     title: str
@@ -47,13 +47,13 @@ class Job:
 
 
 def training_job(run: Run, device: str) -> Job:
-    """The training of a run by `nnUNetv2_train`, with the settings of its plans."""
+    """The training of a run by `nnUNetv2_train`, with the settings in its plans."""
     content = {"job": "train", "words": run.train_command(device), "folder": str(run.folder)}
     return Job(f"train_{run.dataset}_{run.name}", f"training {run.title} ({run.dataset})", content)
 
 
 def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, output: Path) -> Job:
-    """The prediction of the test images; the noise is a standard deviation, of normalised intensities."""
+    """The prediction of the test images. The noise is a standard deviation in units of normalised intensity."""
     folder = predictions_folder(run, noise, output)
     images = list(test_set.images.values())
     signed = [run.checkpoint, *(Path(file) for files in images for file in files)]
@@ -74,13 +74,13 @@ def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, 
 
 
 def predictions_folder(run: Run, noise: float, output: Path) -> Path:
-    """Where the predictions of a run under this noise are; without noise the name does not speak of it."""
+    """The folder for the predictions of a run with this noise. Without noise the name does not mention it."""
     suffix = f"__noise{noise:g}" if noise else ""
     return output / "predictions" / f"{run.dataset}__{run.name}__fold_{run.fold}{suffix}"
 
 
 def is_predicted(job: Job, test_set: TestSet) -> bool:
-    """Whether the predictions are there, whole, of this checkpoint, these images and these settings."""
+    """Whether the predictions are complete and belong to this checkpoint, these images and these settings."""
     folder = Path(job.content["output"])
     if not all((folder / f"{case}{test_set.file_ending}").is_file() for case in test_set.images):
         return False
@@ -89,13 +89,13 @@ def is_predicted(job: Job, test_set: TestSet) -> bool:
 
 
 def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[..., Any] | None = None) -> None:
-    """Each job in its own process, as many at a time as there are devices; what they print goes to `logs`.
+    """Run each job in its own process, as many at a time as there are devices. Their output goes to `logs`.
 
     Args:
-        start: begins a job on a device and gives something with `result()` and `cancel()`; default: a `Process`.
+        start: starts a job on a device and returns an object with `result()` and `cancel()`. Default: a `Process`.
 
     Raises:
-        UserError: jobs that failed, one line each, when all the others are done.
+        UserError: jobs failed, one line each, after all others are done.
     """
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for device in devices:
@@ -116,7 +116,7 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[...,
     futures = {pool.submit(do, job): job for job in jobs}
     try:
         problems = [f"{futures[f].title}: {line}" for f in as_completed(futures) if (line := f.result())]
-    finally:  # interrupted
+    finally:  # also if it is interrupted
         pool.shutdown(wait=False, cancel_futures=True)
         for work in list(running):
             work.cancel()
@@ -125,12 +125,12 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[...,
 
 
 def start_process(job: Job, device: str, logs: Path) -> Process:
-    """Begin a job as a child of this process."""
+    """Start a job as a child of this process."""
     return Process(command_of(job, logs), logs / f"{job.name}.txt", device)
 
 
 def command_of(job: Job, logs: Path) -> list[str]:
-    """The words that start a job's process; what it is to do is written into `logs`."""
+    """The command that starts a job's process. The job's content is written into `logs`."""
     if "command" in job.content:
         return [sys.executable, "-m", "nnunet_semiseg.cli", *job.content["command"]]
     file = logs / f"{job.name}.json"

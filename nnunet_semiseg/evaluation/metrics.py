@@ -1,4 +1,4 @@
-"""Metrics of segmentations as nnU-Net writes them; all from MONAI."""
+"""Metrics of segmentations in the form that nnU-Net writes them. All are from MONAI."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ METRICS = {
     "asd_voxels": "ASD, voxels",
     "nsd": "NSD",
 }
-"""every metric's key and heading"""
+"""each metric's key and heading"""
 HIGHER_IS_BETTER = {"dice", "jaccard", "nsd"}
 
 
@@ -45,36 +45,36 @@ def segmentation_metrics(
     """The metrics of every class or region, as MONAI defines them.
 
     - `dice`, `jaccard`: overlap of the voxels, 0 to 1;
-    - `hd95`: 95 % Hausdorff distance, the larger of the two directed ones, each the 95th percentile over the voxels
-      on a surface of their distance to the other surface (the papers' MedPy takes one percentile over both);
-    - `asd`: average surface distance, of the prediction's surface voxels to the reference's surface, as the papers
-      of the field have it (MedPy's `asd`);
+    - `hd95`: 95 % Hausdorff distance, the larger of the two directed ones. Each is the 95th percentile of the distances
+      from the voxels of one surface to the other surface (MedPy, used in papers, takes one percentile over both);
+    - `asd`: average surface distance, from the surface voxels of the prediction to the surface of the reference, as in
+      the papers of the field (MedPy's `asd`);
     - `nsd`: normalised surface distance (surface Dice), the share of both surfaces within `tolerance` of the other.
 
-    Distances are in mm and, with `_voxels`, in voxels of the image. Where nothing is segmented:
+    Distances are in mm or, with `_voxels`, in voxels of the image. If nothing is segmented:
 
-    - prediction and reference both empty: overlaps and `nsd` are 1, distances 0, as in the BraTS challenges. nnU-Net's
-      own evaluation has nan there: means of different methods are then over different cases, and one that sees
-      something where nothing is would not even be compared with one that does not;
-    - one of them empty: overlaps and `nsd` are 0, a distance is the image's diagonal, which no distance exceeds. With
-      nan or infinity a method that finds nothing would leave the mean, or be all of it.
+    - prediction and reference are both empty: overlaps and `nsd` are 1, distances 0, as in the BraTS challenges.
+      nnU-Net's own evaluation has nan there. Then the means of two methods are over different cases, and a method that
+      segments something where there is nothing is not compared at all;
+    - one of them is empty: overlaps and `nsd` are 0, and a distance is the image's diagonal, which no distance exceeds.
+      With nan the case would not count in the mean; with infinity nothing else would.
 
     Args:
         prediction, reference: label maps (*S).
-        labels: as in dataset.json, name to label or, for regions, to several. `background` is passed over, and
-            voxels that the reference marks with `ignore` count in neither map.
+        labels: as in dataset.json: a name with its label or, for regions, several labels. `background` is left out.
+            Voxels that have the label `ignore` in the reference count in neither map.
         spacing: of a voxel, in mm, along each axis.
         tolerance: of `nsd`, in mm.
 
     Returns:
-        {name: {metric: value}}, the keys of `METRICS`.
+        {name: {metric: value}}, with the keys of `METRICS`.
 
     Raises:
-        ValueError: prediction and reference differ in shape.
+        ValueError: prediction and reference have different shapes.
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} differ in shape")
-    if reference.ndim == 3 and len(reference) == 1:  # a 2d image, as nnU-Net reads it: no surface along axis 0
+    if reference.ndim == 3 and len(reference) == 1:  # a 2d image, as nnU-Net reads it: it has no surface along axis 0
         prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
     spacing = [float(s) for s in spacing]
     counted = reference != labels["ignore"] if "ignore" in labels else True
@@ -96,7 +96,7 @@ def _of_masks(p: torch.Tensor, r: torch.Tensor, spacing: list[float], tolerance:
         worst = {"hd95_mm": mm, "asd_mm": mm, "hd95_voxels": voxels, "asd_voxels": voxels}
         return {metric: worst.get(metric, 0.0) for metric in METRICS}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 passes itself a deprecated argument
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 calls itself with a deprecated argument
         values = {
             "dice": compute_dice(p, r),
             "jaccard": compute_iou(p, r),
@@ -115,7 +115,7 @@ def evaluate_case(
     """`segmentation_metrics` of two files.
 
     Raises:
-        UserError: the prediction is missing, or does not lie where the reference does: shape, spacing, origin, axes.
+        UserError: the prediction is missing, or its grid is not that of the reference (shape, spacing, origin, axes).
     """
     if not prediction_file.is_file():
         raise UserError(f"{prediction_file}: missing: predict this case, or take its reference out")
@@ -138,12 +138,12 @@ def _read(file: Path, reader: type[BaseReaderWriter], fix: str) -> tuple[np.ndar
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's readers print what is wrong
             return reader().read_seg(str(file))
-    except Exception as e:  # of many kinds
+    except Exception as e:  # the kind depends on the damage
         raise UserError(f"{file}: cannot be read ({one_line_of(e)}): {fix}") from None
 
 
 def _same_place(a: dict, b: dict) -> bool:
-    """By what nnU-Net's readers keep: origin within half a voxel, axes within about half a degree."""
+    """Compare what nnU-Net's readers keep: the origin within half a voxel, the axes within about half a degree."""
     if "sitk_stuff" in a and "sitk_stuff" in b:
         a, b = a["sitk_stuff"], b["sitk_stuff"]
         return np.allclose(a["origin"], b["origin"], rtol=0, atol=min(b["spacing"]) / 2) and np.allclose(
@@ -170,14 +170,14 @@ def evaluate_folder(
     """`segmentation_metrics` of every case that has a reference.
 
     Args:
-        cases: those to evaluate; None: all that have a reference.
-        num_processes: 0 works in this process.
+        cases: the cases to evaluate. None: all that have a reference.
+        num_processes: with 0 this process does the work.
 
     Returns:
         A row {"case", "label", metric: value, ...} for every case and label, sorted by case.
 
     Raises:
-        UserError: no references; a reference whose prediction is missing or has another shape or spacing.
+        UserError: there are no references; a prediction is missing or has another shape or spacing.
     """
     references = sorted(Path(references_folder).glob(f"*{file_ending}"))
     if not references:

@@ -47,8 +47,8 @@ class Report:
     """What a page shows.
 
     Attributes:
-        facts: what was compared and how, name to value.
-        warnings: what makes the comparison unfair, in bold at the top.
+        facts: what was compared and how, by name.
+        warnings: what makes the comparison unfair; shown in bold at the top.
         findings: the results in sentences.
     """
 
@@ -86,7 +86,7 @@ def write(report: Report, output: Path) -> Path:
         for name, chart in section.charts.items():
             write_csv(chart.data, output / "figures" / f"{name}.csv")
             markdown.append(f"[The numbers of {name}](figures/{name}.csv)")
-    text = html_escape("\n\n".join(markdown), quote=False)  # names of cases and classes must not become tags
+    text = html_escape("\n\n".join(markdown), quote=False)  # names of cases and classes must not become HTML tags
     for name, content in (("report.md", text + "\n"), ("report.html", html)):
         with written_whole(output / name) as temporary:
             temporary.write_text(content, encoding="utf-8")

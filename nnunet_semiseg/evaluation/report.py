@@ -21,19 +21,19 @@ from nnunet_semiseg.training.loss_term_logger import PREFIX
 
 DIGITS = {metric: 3 if metric in HIGHER_IS_BETTER else 2 for metric in METRICS}
 COMPARED = ("dice", "hd95_mm")
-"""the metrics that are tested: few, as each further one is a further chance of a chance finding"""
+"""the metrics that are tested; they are few, because each further test may find a difference by chance"""
 
 METRIC_NOTE = (
-    "Means over the classes of a case, then over cases. Where a class is in neither prediction nor reference overlaps"
-    " are 1 and distances 0; where it is in one of them only, overlaps are 0 and distances are the image's diagonal."
+    "Means over the classes of a case, then over cases. If a class is in neither prediction nor reference, overlaps"
+    " are 1 and distances 0; if it is in only one of them, overlaps are 0 and distances are the image's diagonal."
     " HD95: 95 % Hausdorff distance; ASD: average distance of the prediction's surface to the reference's; NSD: share"
-    " of both surfaces within the tolerance. All from MONAI."
+    " of both surfaces within the tolerance. All are computed by MONAI."
 )
 TEST_NOTE = (
-    "The cases are the pairs, each the mean over a method's runs: Wilcoxon's signed-rank test, two-sided, corrected"
-    " with Holm's method for the number of methods; bootstrap intervals (95 %, 9,999 resamples of the cases); d_z is"
-    " the mean difference over its standard deviation (0.2 small, 0.5 medium, 0.8 large). They speak of other cases"
-    " for these trained models; what training once more would give, the spread over runs tells."
+    "The pairs are the cases; each value is a mean over a method's runs. Wilcoxon's signed-rank test, two-sided,"
+    " corrected with Holm's method for the number of methods; bootstrap intervals (95 %, 9,999 resamples of the cases);"
+    " d_z is the mean difference divided by its standard deviation (0.2 small, 0.5 medium, 0.8 large). They are about"
+    " other cases for these trained models; the spread over runs shows what another training would give."
 )
 
 
@@ -42,10 +42,10 @@ class Results:
     """All that the report shows.
 
     Attributes:
-        runs: the compared ones; the upper bound's are apart.
-        scores: a row for each `run` (its index in `everything`), `noise`, `case` and `label`, with the metrics.
-        warnings: what is not the same for all and ought to be.
-        predictions: each run's folder, without noise.
+        runs: the compared runs, without those of the upper bound.
+        scores: one row for each `run` (its index in `everything`), `noise`, `case` and `label`, with the metrics.
+        warnings: conditions that differ although they should be the same.
+        predictions: the folder of each run's predictions, without noise.
     """
 
     request: Request
@@ -62,7 +62,7 @@ class Results:
 
 
 def write_report(results: Results, output: Path) -> Path:
-    """The report of `compare`; `cases.csv`, `runs.csv` and `differences.csv` hold every number of it."""
+    """The report of `compare`. `cases.csv`, `runs.csv` and `differences.csv` hold every number in it."""
     scores = tidy(results)
     write_csv(scores, output / "cases.csv")
     clean = scores[scores["noise"] == 0]
@@ -103,7 +103,7 @@ def write_report(results: Results, output: Path) -> Path:
         + ("with" if request.mirroring or results.test_set.is_validation else "without")
         + " mirroring",
         "classes": ", ".join(main["label"].unique()),
-        **({"labelled cases": f"{size_name(size)} in what follows, but for the curve"} if request.labeled else {}),
+        **({"labelled cases": f"{size_name(size)} in all parts except the curve"} if request.labeled else {}),
         "made with": " ".join(["nnunet_semiseg", *sys.argv[1:]]),
     }
     title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
@@ -116,12 +116,12 @@ def write_report(results: Results, output: Path) -> Path:
 
 
 def size_name(num_labeled: int | None) -> str:
-    """How many labelled cases, as the tables have it; None stands for all."""
+    """The number of labelled cases, as in the tables. None is `all`."""
     return "all" if num_labeled is None else str(num_labeled)
 
 
 def tidy(results: Results) -> pd.DataFrame:
-    """`Results.scores` with columns `method`, `run` (its title), `labeled`, `is_upper_bound` in place of the index."""
+    """`Results.scores` with the columns `method`, `run` (its title), `labeled` and `is_upper_bound`."""
     bound = len(results.runs)
     about = pd.DataFrame(
         {
@@ -137,18 +137,18 @@ def tidy(results: Results) -> pd.DataFrame:
 
 
 def per_case(scores: pd.DataFrame) -> pd.DataFrame:
-    """The means over the labels of every case."""
+    """For every case the means over its labels."""
     keys = ["method", "run", "labeled", "is_upper_bound", "noise", "case"]
     return scores.groupby(keys, sort=False)[list(METRICS)].mean().reset_index()
 
 
 def number(metric: str, value: float) -> str:
-    """A value with the digits of its metric; a dash for NaN."""
+    """A value with the number of digits of its metric. NaN is a dash."""
     return "–" if np.isnan(value) else f"{value:.{DIGITS[metric]}f}"
 
 
 def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
-    """Means; with those that are tested the spread over runs, and apart from it that over cases."""
+    """Means. For the tested metrics also the spread over runs and, separately, the spread over cases."""
     rows: dict[str, list[str]] = {}
     for metric in sorted(METRICS, key=lambda metric: metric not in COMPARED):
         for method, s in spreads(of_case, metric).iterrows():
@@ -164,7 +164,7 @@ def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
 
 
 def difference_section(baseline: str, differences: pd.DataFrame, metric: str) -> Section:
-    """A metric's paired differences from the baseline, one row a method, with their tests."""
+    """The paired differences of a metric from the baseline, one row for each method, with their tests."""
     rows = [
         [
             method,
@@ -219,7 +219,7 @@ def why_they_disagree(d: pd.Series) -> str:
 
 
 def interval(metric: str, d: pd.Series) -> str:
-    """The bounds of the 95 % interval with their signs, where there is one."""
+    """The bounds of the 95 % interval with their signs, if there is an interval."""
     if np.isnan(d["low"]):
         return "no interval"
     return " to ".join(f"{d[key]:+.{DIGITS[metric]}f}" for key in ("low", "high"))
@@ -234,7 +234,7 @@ def class_section(main: pd.DataFrame) -> Section:
 
 
 def run_table(results: Results) -> pd.DataFrame:
-    """A row for each run: its means and what it took."""
+    """One row for each run: its means, its time and its memory."""
     rows = []
     for i, run in enumerate(results.everything):
         trained = TrainedRun(run)
@@ -263,7 +263,7 @@ def runs_section(runs: pd.DataFrame) -> Section:
 
 
 def cost_section(runs: pd.DataFrame) -> Section:
-    """Time, memory and parameters of every run; a dash for what was not measured."""
+    """Time, memory and parameters of every run. A dash means that it was not measured."""
 
     def missing_or(form: Callable[[float], str], value: float) -> str:
         return "–" if np.isnan(value) else form(value)
@@ -281,8 +281,8 @@ def cost_section(runs: pd.DataFrame) -> Section:
     ]
     headers = ["run", "iterations", "hours", "peak memory, MiB", "parameters, 10⁶", "prediction, s a case"]
     note = (
-        "Hours are those of the epochs. Memory is what the training process held at most, on the GPU or, without one,"
-        " in RAM; – where the training was not started by this command. Parameters are those of the deployed network."
+        "Hours are those of the epochs. Memory is the most that the training process held on the GPU or, without one,"
+        " in RAM; – if this command did not start the training. Parameters are those of the deployed network."
     )
     return Section("What every run took", [note], headers, rows)
 
@@ -312,7 +312,7 @@ def curve_section(
 
 
 def share_section(of_case: pd.DataFrame) -> Section:
-    """Dice against the number of labelled cases; all labels are a line, of the upper bound or of the size `all`."""
+    """Dice against the number of labelled cases. The Dice with all labels is a horizontal line."""
     is_bound = of_case["is_upper_bound"]
     points = curve_points(of_case[~is_bound], "labeled")
     all_labels = curve_points(of_case[is_bound], "labeled") if is_bound.any() else points[points["x"] == "all"]
@@ -321,8 +321,8 @@ def share_section(of_case: pd.DataFrame) -> Section:
         name = all_labels["method"].iloc[0]
         line_at = name if is_bound.any() else f"{name}, all labels", all_labels["mean"].iloc[0]
     note = (
-        "The plans, and with them the intensity statistics, are those of all labelled cases of the dataset, at every"
-        " size. Cases without their label are unlabelled ones. Bars: spread over runs."
+        "The plans, and so the intensity statistics, are those of all labelled cases of the dataset, at every size."
+        " Cases without their label are used as unlabelled ones. Bars: spread over runs."
     )
     return curve_section("Share of labels", note, points, "labelled cases", line_at)
 
@@ -330,14 +330,14 @@ def share_section(of_case: pd.DataFrame) -> Section:
 def noise_section(of_case: pd.DataFrame) -> Section:
     """Dice against the noise on the test images."""
     note = (
-        "Gaussian noise, the same for all methods, on the test images as nnU-Net has normalised and resampled them; its"
-        " standard deviation is in units of the normalised image. Bars: spread over runs."
+        "Gaussian noise, the same for all methods, is added to the test images after nnU-Net's normalisation and"
+        " resampling; its standard deviation is in units of the normalised image. Bars: spread over runs."
     )
     return curve_section("Noise", note, curve_points(of_case, "noise"), "standard deviation of the noise")
 
 
 def overlay_sections(results: Results, compared: pd.DataFrame, size: int | None) -> list[Section]:
-    """The best, the median and the worst case, by mean Dice of all methods; the first run of each method."""
+    """The best, the median and the worst case by the mean Dice of all methods. Each method shows its first run."""
     ranked = compared.groupby("case")["dice"].mean().dropna().sort_values(ascending=False)
     if ranked.empty:
         return []
@@ -357,13 +357,13 @@ def overlay_sections(results: Results, compared: pd.DataFrame, size: int | None)
 
 
 def overlays(results: Results, case: str, folders: Mapping[str, Path]) -> dict[str, str]:
-    """The slice with the most of the reference, and the one where methods are most wrong, cut to what is there."""
+    """The slice with the largest reference and the one with the most errors, cut to the interesting part."""
     test, reader = results.test_set, results.test_set.reader()
     volume, properties = reader.read_images(test.images[case][:1])
     reference = reader.read_seg(str(test.references / f"{case}{test.file_ending}"))[0][0]
     predictions = {m: reader.read_seg(str(folder / f"{case}{test.file_ending}"))[0][0] for m, folder in folders.items()}
     labels = [value for name, value in test.labels.items() if name not in ("background", "ignore")]
-    # along the axis of the thickest slices: the plane that radiologists look at
+    # along the axis with the thickest slices: the plane that radiologists look at
     axis = int(np.argmax(properties["spacing"])) if len(volume[0]) > 1 else 0
     volume, reference = np.moveaxis(volume[0], axis, 0), np.moveaxis(reference, axis, 0)
     predictions = {method: np.moveaxis(p, axis, 0) for method, p in predictions.items()}

@@ -47,7 +47,7 @@ class TestSet:
 
 
 def check_numbers(request: Request) -> None:
-    """Raises UserError for numbers that make no sense, before hours of work."""
+    """Raises UserError for numbers out of range, before hours of work."""
     for sigma in request.noise:
         if not (math.isfinite(sigma) and sigma > 0):
             raise UserError(f"--noise {sigma:g}: give numbers above 0; without noise is always among them")
@@ -59,7 +59,7 @@ def check_numbers(request: Request) -> None:
 
 
 def check_sizes(request: Request, run: Run) -> None:
-    """Raises UserError where the labelled set has fewer cases than `--labeled` asks for, or where all is not all."""
+    """Raises UserError if the labelled set is smaller than `--labeled` asks, or if `all` would not be all."""
     if not request.labeled:
         return
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
@@ -78,7 +78,7 @@ def check_sizes(request: Request, run: Run) -> None:
 
 
 def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
-    """nnU-Net's folds; before the first training those that it will draw."""
+    """nnU-Net's folds. Before the first training, those that it will make."""
     file, cases = preprocessed / "splits_final.json", sorted(cases)
     if file.is_file() or len(cases) < NUM_FOLDS:
         return read_splits(file, "plan first with nnunet_semiseg plan_and_preprocess")
@@ -86,7 +86,7 @@ def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
 
 
 def fold_of(request: Request, preprocessed: Path, cases: Iterable[str]) -> dict:
-    """The asked fold of `find_splits`. Raises UserError where there is none of this number."""
+    """The fold of the request, from `find_splits`. Raises UserError if there is no such fold."""
     splits = find_splits(preprocessed, cases)
     if int(request.fold) >= len(splits):
         file = preprocessed / "splits_final.json"
@@ -98,7 +98,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     """The compared runs and those of the upper bound.
 
     Raises:
-        UserError: a trainer that does not exist or is named twice, no such dataset, seeds or sizes that make no sense.
+        UserError: a trainer does not exist or is named twice; no such dataset; seeds or sizes are out of range.
     """
     for trainer in request.trainers:
         find_trainer(trainer)
@@ -131,11 +131,11 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
 
 
 def find_test_set(request: Request, run: Run) -> TestSet:
-    """The test set, if there is one with references, else the fold's validation cases.
+    """The test set if it has references, else the validation cases of the fold.
 
     Raises:
-        UserError: neither; a reference without an image; noise without a test set; what `check_labeled_data` refuses:
-            a label may have been corrected since.
+        UserError: there is neither; a reference has no image; noise is asked for, but there is no test set; or what
+            `check_labeled_data` refuses, because a label may have been corrected.
     """
     raw = dataset_folder("nnUNet_raw", request.dataset)
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
@@ -176,10 +176,10 @@ def find_test_set(request: Request, run: Run) -> TestSet:
 
 
 def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
-    """Raises UserError where the upper bound is trained on a test case."""
+    """Raises UserError if the upper bound is trained on a test case."""
     raw = dataset_folder("nnUNet_raw", upper_bound.dataset)
     held_out: Iterable[str] = ()
-    if test_set.is_validation:  # its own fold may hold them out, too
+    if test_set.is_validation:  # its own fold may leave these cases out, too
         preprocessed = dataset_folder("nnUNet_preprocessed", upper_bound.dataset)
         splits = find_splits(preprocessed, labeled_images(raw, read_dataset_json(raw)))
         held_out = splits[int(upper_bound.fold)]["val"] if int(upper_bound.fold) < len(splits) else ()
@@ -190,10 +190,10 @@ def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
 
 
 def find_devices(request: Request) -> list[str]:
-    """The value of CUDA_VISIBLE_DEVICES for each of the processes at a time; '' leaves it as it is.
+    """The value of CUDA_VISIBLE_DEVICES for each process that runs at the same time. '' leaves it as it is.
 
     Raises:
-        UserError: a GPU that is not there.
+        UserError: a GPU does not exist.
     """
     if request.gpus and request.device != "cuda":
         raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: only with -device cuda")
@@ -202,7 +202,7 @@ def find_devices(request: Request) -> list[str]:
     for gpu in request.gpus:
         if not 0 <= gpu < count:
             raise UserError(f"--gpus {gpu}: no such GPU: there are {count}, numbered from 0")
-    # numbers are those that this process sees: of the GPUs that it was given
+    # the numbers are those that this process sees, among the GPUs that it may use
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(count)]
     return ([names[gpu].strip() for gpu in request.gpus] or [""]) * request.jobs

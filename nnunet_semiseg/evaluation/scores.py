@@ -1,4 +1,4 @@
-"""The metrics of a test set, remembered on disk."""
+"""Evaluate a test set, and store the metrics on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnunet_semiseg.files import read_json, write_json
 
 
 def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> list[dict]:
-    """`evaluate_folder`, remembered until a file or the tolerance changes."""
+    """`evaluate_folder`. The result is stored and used until a file or the tolerance changes."""
     ending = test_set.file_ending
     files = [place / f"{case}{ending}" for place in (folder, test_set.references) for case in test_set.images]
     key = {
@@ -30,6 +30,6 @@ def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> 
 
 
 def signature(file: Path) -> list:
-    """What tells a file from a later one of its name, without reading it."""
+    """Name, size and time of a file: they differ from those of a later file with this name, without reading it."""
     about = file.stat()
     return [file.name, about.st_size, about.st_mtime_ns]

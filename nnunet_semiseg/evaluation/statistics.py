@@ -1,4 +1,4 @@
-"""What differs between methods, over the cases of a test set: effect sizes, intervals, paired tests."""
+"""Differences between methods over the cases of a test set: effect sizes, intervals, paired tests."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ CONFIDENCE = 0.95
 SIGNIFICANT = 0.05
 """a p-value below this is called small"""
 FEW = 10
-"""cases: with fewer, what a paired test and a bootstrap say is weak (see `caution`)"""
+"""with fewer cases than this, a paired test and a bootstrap say little (see `caution`)"""
 
 
 def spreads(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Means with the two spreads that must not be mixed: what another training gives, and what another case gives.
+    """Means, with two spreads that must be kept apart: over trainings, and over cases.
 
     Args:
-        scores: a row for each method, run (a training) and case, with a column `metric`.
+        scores: one row for each method, run (a training) and case, with a column `metric`.
 
     Returns:
-        Index method; columns `mean` (over cases, then over runs), `over_runs` (standard deviation of the runs' means;
-        nan for one run), `over_cases` (standard deviation over the cases of their means over the runs), `runs`,
+        Index method; columns `mean` (over cases, then over runs), `over_runs` (standard deviation of the means of the
+        runs; nan for one run), `over_cases` (standard deviation over the cases of their means over the runs), `runs`,
         `cases`.
     """
     of_runs = scores.groupby(["method", "run"], sort=False)[metric].mean().groupby("method", sort=False)
@@ -36,20 +36,20 @@ def spreads(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Paired comparison of every other method with the baseline, the cases being the pairs.
+    """Compare every other method with the baseline. The pairs are the cases.
 
-    A case's value is its mean over a method's runs. The p-value is Wilcoxon's signed-rank test's, two-sided, then
+    A case's value is its mean over a method's runs. The p-value is that of Wilcoxon's signed-rank test, two-sided, then
     corrected for the number of comparisons with Holm's method. It says whether these trained models differ on other
-    cases of the kind; what another training would give is in the spread over runs.
+    cases of the same kind. What another training would give, the spread over runs shows.
 
     Args:
-        scores: a row for each method, run and case, with a column `metric`.
+        scores: one row for each method, run and case, with a column `metric`.
 
     Returns:
-        Index method; columns `difference` (mean, method minus baseline), `low`, `high` (95 % bootstrap interval of it,
+        Index method; columns `difference` (mean, method minus baseline), `low`, `high` (its 95 % bootstrap interval,
         percentiles of 9,999 resamples of the cases; nan for one case), `effect` (the standardised mean difference of
-        the pairs, Cohen's d_z: infinite where all differences are the same, nan where they are 0), `better` (share of
-        cases in which the value is larger), `p` (nan where no case differs) and `p_holm`.
+        the pairs, Cohen's d_z: infinite if all differences are equal, nan if they are 0), `better` (share of cases with
+        a larger value), `p` (nan if no case differs) and `p_holm`.
     """
     values = scores.groupby(["case", "method"])[metric].mean().unstack()
     rows = {}
@@ -62,22 +62,22 @@ def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.Dat
 
 
 def caution(n_cases: int) -> list[str]:
-    """What one must know of the statistics of few cases: a line, or none.
+    """A warning about the statistics of few cases, in a list; empty if there are enough cases.
 
-    Wilcoxon's exact two-sided p is at least 2 / 2^n. Percentile bootstrap intervals that are meant to hold 95 % held
-    81 % with 4 normal differences, 84 % with 5 and 90 % with 10, in 4,000 simulations each.
+    Wilcoxon's exact two-sided p is at least 2 / 2^n. Percentile bootstrap intervals that should contain the true value
+    in 95 % of the cases did so in 81 % for 4 normal differences, 84 % for 5 and 90 % for 10, in 4,000 simulations each.
     """
     if n_cases >= FEW:
         return []
     least = min(1.0, 2 / 2**n_cases)
     return [
         f"Only {n_cases} cases: p cannot be below {least:.2g}, whatever the difference, and the intervals are too"
-        " narrow (with 4 cases they hold about 80 % instead of 95 %)."
+        " narrow (with 4 cases they contain the true value in about 80 % instead of 95 %)."
     ]
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's correction, the step-down form of Bonferroni's (Scand. J. Statist. 6, 1979); nan is no comparison."""
+    """Holm's correction, the step-down form of Bonferroni's (Scand. J. Statist. 6, 1979). nan does not count."""
     corrected, counted = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
     order = counted[np.argsort(p[counted])]
     factors = np.arange(len(order), 0, -1)

@@ -1,4 +1,4 @@
-"""`nnunet_semiseg text_effect`: what a trained model's predictions owe to its text."""
+"""`nnunet_semiseg text_effect`: how much the predictions of a trained model depend on its text."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from nnunet_semiseg.text.prompt_learner import PromptLearner
 from nnunet_semiseg.text.prompts import class_names
 
 FEATURES = "guidance.features"
-"""of the network's state: the text features (K, d) that the model predicts with"""
+"""the network's text features (K, d), in its state"""
 LITTLE = 1e-3
-"""of the foreground's voxels: where fewer change, text changes nothing to speak of"""
+"""share of the foreground's voxels: if fewer change, the text has practically no effect"""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Text features in place of the true ones, (K, d), and what they are."""
+    """Text features (K, d) to predict with, and their meaning."""
 
     name: str
     features: Tensor
@@ -45,17 +45,17 @@ class Prompts:
 
 
 def text_effect(request: Request, output: str | Path | None = None) -> Path:
-    """Predict the test set with true, class-shuffled, noise and empty prompts, and report what changes.
+    """Predict the test set with the true text and with shuffled, noise and empty prompts. Report what changes.
 
     Args:
         request: with one trainer.
-        output: by default below the dataset's results.
+        output: default: a folder in the dataset's results.
 
     Returns:
         The report, a page of HTML.
 
     Raises:
-        UserError: the model is not trained, or not guided by text; no test set; a prediction that failed.
+        UserError: the model is not trained, or no text guides it; there is no test set; a prediction failed.
     """
     (run,), _ = make_runs(request)
     test_set = find_test_set(request, run)
@@ -104,24 +104,24 @@ def make_variants(run: Run) -> list[Prompts]:
     noise = F.normalize(torch.randn(true.shape, generator=torch.Generator().manual_seed(0)), dim=1)
     return [
         Prompts("true", true, "those of the training"),
-        Prompts("shuffled", true.roll(1, 0), "every class has the text of another one"),
-        Prompts("noise", noise, "a random direction for every class"),
+        Prompts("shuffled", true.roll(1, 0), "each class has the text of another one"),
+        Prompts("noise", noise, "a random direction for each class"),
         Prompts("empty", *empty_features(run, checkpoint, true)),
     ]
 
 
 def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, str]:
-    """The features of empty texts with the learnt context; zeros where there is no text encoder to ask."""
+    """The features of empty texts with the learnt context. Zeros if there is no text encoder."""
     plans = checkpoint["init_args"]["plans"]
     trainer = find_class("trainers", run.trainer)
     settings = read_settings(trainer.settings_class, plans, trainer)
     context = checkpoint["semiseg"]["auxiliary"].get("prompt_learner.ctx")
     if context is None:
-        return torch.zeros_like(true), "zeros: the model was trained with embeddings, so that nothing embeds a text"
+        return torch.zeros_like(true), "zeros, because the model was trained with embeddings and has no text encoder"
     try:
         tower = load_text_tower(settings.text_model, settings.text_pretrained, settings.text_cache_dir)
     except UserError:
-        return torch.zeros_like(true), "zeros, as the text encoder's weights cannot be had here"
+        return torch.zeros_like(true), "zeros, because the text encoder's weights cannot be loaded here"
     empty = {name: ("",) for name in class_names(checkpoint["init_args"]["dataset_json"], str(run.checkpoint))}
     learner = PromptLearner(tower, empty, settings.n_ctx)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, st
 def make_report(
     request: Request, run: Run, test_set: TestSet, variants: list[Prompts], folders: dict[str, Path], output: Path
 ) -> Report:
-    """Dice with each kind of prompts, and the voxels it changes; `voxels.csv` and `cases.csv` hold the numbers."""
+    """Dice with each kind of prompts, and the voxels that change. The numbers are in `voxels.csv` and `cases.csv`."""
     tables = []
     for name, folder in folders.items():
         rows = evaluate(folder, test_set, request, output / "scores" / f"{name}.json")
@@ -140,7 +140,7 @@ def make_report(
     scores = pd.concat(tables, ignore_index=True)
     of_case = scores.groupby(["method", "run", "case"], sort=False)[list(METRICS)].mean().reset_index()
     changed = {name: changed_voxels(folders["true"], folder, test_set) for name, folder in folders.items()}
-    # of either prediction: where one sees nothing, the other's foreground is what changes
+    # the foreground of either prediction: where one finds nothing, the foreground of the other is what changes
     foreground = {name: foreground_voxels(folder, test_set) for name, folder in folders.items()}
     shares = {n: float(v.sum() / max(foreground["true"], foreground[n], 1)) for n, v in changed.items()}
     differences = differences_from("true", of_case, "dice")
@@ -172,7 +172,7 @@ def make_report(
 
 
 def verdict(shares: dict[str, float], differences: pd.DataFrame) -> str:
-    """In plain words, from the shares of the foreground's voxels that change, and the change in Dice."""
+    """The result in words, from the shares of the foreground's voxels that change and from the change in Dice."""
     most = max(shares, key=shares.get)
     if shares[most] == 0:
         return "Text changes nothing: with any prompts every voxel is predicted as with the true ones."

@@ -1,4 +1,4 @@
-"""A command in a process of its own. What is imported here is little: a queue's job begins with it."""
+"""A command in a process of its own. It imports little, because every job in a queue starts with it."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ import subprocess
 from pathlib import Path
 
 SECONDS = 0.5
-"""between two looks at whether somebody still waits for the result"""
+"""seconds between two checks whether somebody still waits for the result"""
 
 
 class Process:
-    """A command at work.
+    """A command that is running.
 
     Args:
-        log: the file for what it prints, at whose end that is written.
+        log: its output is added to the end of this file.
         device: CUDA_VISIBLE_DEVICES; '' leaves it as it is.
     """
 
     def __init__(self, command: list[str], log: Path, device: str = ""):
         self.log = log
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) | {"PYTHONUNBUFFERED": "1"}
-        with open(log, "ab") as printed:  # it ends when its stdin does, and so with this process
+        with open(log, "ab") as printed:  # the command ends when its stdin is closed, and so with this process
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=printed, stderr=printed, start_new_session=True
             )
 
     def result(self, timeout: float | None = None) -> str | None:
-        """Wait for its end; what went wrong, or None.
+        """Wait for its end. Returns what went wrong, or None.
 
         Raises:
-            TimeoutExpired: it goes on.
+            TimeoutExpired: it is still running.
         """
         return say_what_failed(self.process.wait(timeout), self.log)
 
     def cancel(self) -> None:
-        """End it, with all that it started."""
+        """End it, with all processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class Work:
-    """What lies in a queue: a command, and the file for what it prints. It returns what went wrong, or None.
+    """What is put into a queue: a command and the file for its output. It returns what went wrong, or None.
 
     Args:
         device: see `Process`.
-        asked_by: the process of this computer that waits for the result: when it has ended, the command does, too.
+        asked_by: a process of this computer that waits for the result. When that process ends, so does the command.
             None: nobody needs to wait.
     """
 
@@ -67,29 +67,29 @@ class Work:
             process.cancel()
 
     def checkpoint(self):
-        """Asked for by submitit: the same again."""
+        """submitit calls this; the same work is put into the queue again."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is a process of this number on this computer."""
+    """Whether a process with this number exists on this computer."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
+    except PermissionError:  # it belongs to another user
         pass
     return True
 
 
 def say_what_failed(status: int, log: Path) -> str | None:
-    """The last line that a process printed, if it failed; of one that was killed it is no reason."""
+    """The last line that a failed process printed. If it was killed, that is said instead."""
     if status == 0:
         return None
     if status < 0:
-        why = f"was killed by {signal.Signals(-status).name}, by someone or for lack of memory"
-        return f"{why}: run the command again, which goes on (all it printed: {log})"
+        why = f"was killed by {signal.Signals(-status).name}, by someone or because memory ran out"
+        return f"{why}: run the same command again to continue (all output: {log})"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'failed'} (exit status {status}; all it printed: {log})"
+    return f"{lines[-1] if lines else 'failed'} (exit status {status}; all output: {log})"

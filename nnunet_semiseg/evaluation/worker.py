@@ -1,6 +1,6 @@
-"""What a comparison does in processes of their own: `python -m nnunet_semiseg.evaluation.worker JOB.json`.
+"""Work of a comparison in its own process: `python -m nnunet_semiseg.evaluation.worker JOB.json`.
 
-A training is nnU-Net's own command, a prediction nnU-Net's own predictor; this only measures what they take.
+A training is nnU-Net's own command, and a prediction uses nnU-Net's own predictor. This module only measures them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 
 
 def train(words: list[str], folder: str) -> None:
-    """`nnUNetv2_train`, then the peak of memory into the run's folder, over all interruptions."""
+    """Run `nnUNetv2_train`, then write the peak of memory, over all interruptions, into the run's folder."""
     if not {"--c", "--val"} & set(words) and any(Path(folder).glob("checkpoint_*.pth")):
-        words = [*words, "--c"]  # this very job was begun before: a cluster took it from its computer
+        words = [*words, "--c"]  # this job has started before; a cluster has interrupted it
     sys.argv = ["nnUNetv2_train", *words]
     trainer, plans = (words[words.index(option) + 1] for option in ("-tr", "-p"))
     with using_data(*words[:2], trainer, plans):
@@ -52,23 +52,23 @@ def predict(
     settings: dict,
     features: str | None = None,
 ) -> None:
-    """nnU-Net's predictor on the last checkpoint.
+    """Run nnU-Net's predictor with the last checkpoint.
 
     Args:
-        images: the channels' files of every case.
+        images: for each case the files of its channels.
         noise: standard deviation of the Gaussian noise on the normalised images.
-        features: a safetensors file of weights to take in place of the model's.
-        settings: goes into the record, which says whether predictions are still those asked for.
+        features: a safetensors file with weights that replace those of the model.
+        settings: stored in the record, which says whether the predictions are still the ones that are asked for.
     """
     folder = Path(output)
-    (folder / RECORD).unlink(missing_ok=True)  # first: what is left of an interrupted removal is not whole
+    (folder / RECORD).unlink(missing_ok=True)  # first: after an interrupted removal the folder is incomplete
     shutil.rmtree(folder, ignore_errors=True)
     with disk_errors(folder):
         folder.mkdir(parents=True)
     predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
     predictor.noise = noise
     checkpoint = Path(model, f"fold_{fold}", "checkpoint_final.pth")
-    checkpoints.read(checkpoint, "remove it and train on", mmap=True)  # nnU-Net would run code that is in it
+    checkpoints.read(checkpoint, "remove it and train on", mmap=True)  # nnU-Net itself would run code in the file
     predictor.initialize_from_trained_model_folder(model, (fold,), "checkpoint_final.pth")
     if features:
         for parameters in predictor.list_of_parameters:
@@ -85,7 +85,7 @@ def predict(
 
 
 class NoisyPredictor(nnUNetPredictor):
-    """nnU-Net's predictor; the n-th image gets the n-th noise, the same for every model with the same preprocessing."""
+    """nnU-Net's predictor. The n-th image gets the n-th noise, the same for all models with the same preprocessing."""
 
     noise = 0.0
     count = 0
@@ -101,14 +101,14 @@ class NoisyPredictor(nnUNetPredictor):
 def _peak_memory() -> tuple[float, str]:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20, "GPU"
-    # of this process; loader workers have their own
+    # of this process only; the loaders' processes have their own
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "RAM"
 
 
 def end_with_parent() -> None:
-    """Nobody writes to our stdin: it ends when the comparison does, and so must we, with our workers.
+    """End this process when the comparison ends. Nobody writes to stdin, so it is closed only then.
 
-    Else a comparison that was killed and started again would train beside what is left of the first.
+    Otherwise a comparison that was killed and started again would train beside the processes of the first one.
     """
 
     def watch():

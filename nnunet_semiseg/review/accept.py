@@ -1,4 +1,4 @@
-"""`nnunet_semiseg accept`: unlabelled cases become labelled ones, as a whole or not at all; and back."""
+"""`nnunet_semiseg accept`: turn unlabelled cases into labelled ones, completely or not at all; and undo it."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ REVIEWS = "review"
 def accept(
     dataset: int | str, given: str | Path | None = None, all_of: str | Path | None = None, show_progress: bool = True
 ) -> list[NewLabel]:
-    """Move unlabelled cases with these labels to the labelled ones, and preprocess them.
+    """Move unlabelled cases, with these labels, to the labelled ones, and preprocess them.
 
-    What was interrupted before is ended first; with neither folder that is all.
+    If an earlier call was interrupted, it is finished first. Without any folder, that is all that is done.
 
     Args:
-        given: a folder of labels, CASE.nii.gz or as the data set's files end.
-        all_of: the folder of a review: its masks are taken, too, corrected or not.
+        given: a folder of labels, named CASE.nii.gz, or with the file ending of the data set.
+        all_of: the folder of a review. Its masks are accepted, too, whether corrected or not.
 
     Returns:
-        What was taken in.
+        The accepted labels.
 
     Raises:
-        UserError: whatever is wrong with a label, one line each, before anything is changed; a full disk.
+        UserError: something is wrong with a label, one line each, before anything is changed; the disk is full.
     """
     with _alone(dataset) as (roots, ended):
         if given is None and all_of is None:
@@ -73,22 +73,22 @@ def accept(
         try:
             stage_change(staging, labels, {label.case: cases[label.case] for label in labels}, reader, show_progress)
         except BaseException:
-            journal.recover(roots)  # nothing of it is left
+            journal.recover(roots)  # removes all of it
             raise
         journal.finish(staging.commit({label.case: label.origin for label in labels}), roots)
         return labels
 
 
 def undo(dataset: int | str) -> list[str]:
-    """Take back what was accepted last; gives the cases, which are unlabelled again.
+    """Undo the last call of `accept`. Returns the cases, which are unlabelled again.
 
     Raises:
-        UserError: nothing was accepted; a label or dataset.json was changed since.
+        UserError: nothing was accepted; or a label or dataset.json was changed since.
     """
     with _alone(dataset) as (roots, _):
         there = journals(roots["raw"])
         if not there:
-            raise UserError(f"{roots['raw'] / FOLDER}: nothing was accepted: there is nothing to take back")
+            raise UserError(f"{roots['raw'] / FOLDER}: nothing was accepted, so there is nothing to undo")
         cases = sorted(journal.read_journal(there[-1])["cases"])
         journal.undo(there[-1], roots)
         return cases
@@ -96,11 +96,11 @@ def undo(dataset: int | str) -> list[str]:
 
 @contextmanager
 def _alone(dataset: int | str) -> Iterator[tuple[Roots, bool]]:
-    """The data set's folders, with no other process at this work and nothing half done; whether something was."""
+    """The data set's folders, locked and with nothing unfinished; and whether something had to be finished."""
     roots = {root: dataset_folder(f"nnUNet_{root}", dataset) for root in ("raw", "preprocessed")}
     raw = roots["raw"]
     with disk_errors(raw), only_one(raw / ".accept.lock", "accepts cases of this data set"), ExitStack() as stack:
-        for folder in filter(Path.is_dir, roots["preprocessed"].glob("*")):  # a training may use what changes
+        for folder in filter(Path.is_dir, roots["preprocessed"].glob("*")):  # a training may use what will change
             stack.enter_context(rewriting(folder))
         yield roots, journal.recover(roots)
 
@@ -114,19 +114,19 @@ def _misplaced(label: NewLabel, cases: Mapping[str, list[str]], raw: Path, datas
         return []
     if label.case in labeled_images(raw, dataset_json):
         return [f"{label.file}: {label.case} is a labelled case already: change its label in {raw / 'labelsTr'}"]
-    return [f"{label.file}: {label.case} is no case of {raw / IMAGES_FOLDER}: rename the file to that of its case"]
+    return [f"{label.file}: {label.case} is not a case of {raw / IMAGES_FOLDER}: give the file the name of its case"]
 
 
 def _refuse_two_disks(raw: Path) -> None:
     target = raw / "imagesTr"
     if (raw / IMAGES_FOLDER).stat().st_dev != target.stat().st_dev:
-        raise UserError(f"{raw / IMAGES_FOLDER}: is on another disk than {target}: bring both folders to one disk")
+        raise UserError(f"{raw / IMAGES_FOLDER}: is on another disk than {target}: move both folders to one disk")
 
 
 def stage_change(
     staging: Staging, labels: Sequence[NewLabel], cases: Mapping[str, list[str]], reader: type, show_progress: bool
 ) -> None:
-    """Prepare all that accepting these labels changes: raw data, splits, descriptions, preprocessed data."""
+    """Prepare everything that changes with these labels: raw data, splits, descriptions, preprocessed data."""
     raw, preprocessed = staging.roots["raw"], staging.roots["preprocessed"]
     dataset_json = read_dataset_json(raw)
     ending, files = dataset_json["file_ending"], {}
@@ -161,17 +161,17 @@ def stage_change(
 
 
 def extended(folds: list[dict], cases: Sequence[str]) -> list[dict]:
-    """The folds with new cases for training in each; who validates stays."""
+    """The folds with the new cases as training cases in each. The validation cases stay the same."""
     return [fold | {"train": sorted({*fold["train"], *cases} - {*fold["val"]})} for fold in folds]
 
 
 def _described(dataset_json: dict, labels: Sequence[NewLabel], files: Mapping[str, list[str]]) -> dict:
-    """The description with the new number of labelled cases, and where the new labels come from."""
+    """The description with the new number of labelled cases, and with the origin of the new labels."""
     ending = dataset_json["file_ending"]
     section = dataset_json.get(DATASET_SECTION, {})
     accepted = section.get(ACCEPTED, {}) | {label.case: label.about for label in labels}
     new = {"numTraining": dataset_json["numTraining"] + len(labels), DATASET_SECTION: section | {ACCEPTED: accepted}}
-    if "dataset" in dataset_json:  # it lists the files of every case
+    if "dataset" in dataset_json:  # a list of the files of every case
         listed = {
             case: {
                 "images": [f"imagesTr/{os.path.basename(f)}" for f in images],

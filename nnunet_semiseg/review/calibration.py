@@ -1,4 +1,4 @@
-"""From agreement to Dice: what labelled cases that the model has not seen teach about its estimates."""
+"""Turn agreement into Dice, with labelled cases that the model has not seen."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 FEWEST = 4
-"""cases: with fewer, a line through them says nothing"""
+"""number of cases: a line through fewer cases says nothing"""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Dice = offset + slope * estimate, within 0 and 1; the slope is 0 or more."""
+    """Dice = offset + slope * estimate, limited to 0 to 1. The slope is 0 or more."""
 
     offset: float
     slope: float
 
     @classmethod
     def fit(cls, estimates: Sequence[float], dices: Sequence[float]) -> Line:
-        """By least squares; a level one where the estimates are all alike, or say the opposite of the truth."""
+        """Fit by least squares. If all estimates are equal, or the slope would be negative, the line is level."""
         x, y = np.asarray(estimates, float), np.asarray(dices, float)
         spread = ((x - x.mean()) ** 2).sum()
         slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread)) if spread > 1e-12 else 0.0
@@ -32,12 +32,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Lines of the classes, and how far they are off.
+    """A line for each class, and the error of the lines.
 
     Attributes:
         lines: by class.
-        cases: how many labelled cases they are made of.
-        error: the mean absolute error of the Dice of a class, each case told by a line through the others.
+        cases: the number of labelled cases that they were fitted to.
+        error: the mean absolute error of the Dice of a class. For each case it is that of a line through the others.
     """
 
     lines: dict[str, Line]
@@ -51,17 +51,17 @@ class Calibration:
 def calibrate(
     estimates: Sequence[dict[str, float]], dices: Sequence[dict[str, float]]
 ) -> tuple[Calibration | None, str]:
-    """A calibration, judged by leaving one case out, or None; and a sentence that says so.
+    """A calibration, tested by leaving out one case at a time, or None; and a sentence about it.
 
     Args:
-        estimates, dices: of each labelled case that the model has not seen, by class.
+        estimates, dices: by class, of each labelled case that the model has not seen.
     """
     n = len(estimates)
     if n < FEWEST:
         kept = "one labelled case was" if n == 1 else f"{n or 'no'} labelled cases were"
         return None, (
-            f"Not calibrated: {kept} kept from all members, and {FEWEST} are needed. Estimates rank cases; they are no"
-            " Dice."
+            f"Not calibrated: {kept} kept from all members, and {FEWEST} are needed. Estimates rank cases; they are not"
+            " Dice values."
         )
     errors = []
     for name in estimates[0]:
@@ -72,7 +72,7 @@ def calibrate(
     lines = {name: Line.fit([e[name] for e in estimates], [d[name] for d in dices]) for name in estimates[0]}
     error = float(np.mean(errors))
     sentence = (
-        f"Calibrated on {n} labelled cases that no member was trained on: told from the others, a class's Dice was off"
-        f" by {error:.3f} on average."
+        f"Calibrated on {n} labelled cases that no member was trained on: predicted from the other cases, the Dice of a"
+        f" class had an error of {error:.3f} on average."
     )
     return Calibration(lines, n, error), sentence

@@ -1,4 +1,4 @@
-"""How good a prediction is, told without its label: from what several members of an ensemble say."""
+"""Estimate how good a prediction is without its label, from several members of an ensemble."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Labels = Mapping[str, int | Sequence[int]]
 
 ESTIMATES = {
     "agreement": "mean Dice of all pairs of members",
-    "expected": "Dice that the probabilities lead one to expect",
+    "expected": "Dice that is expected from the probabilities",
     "certainty": "mean probability of the class where it was predicted",
 }
-"""each estimate's key, and what it is; the first one where there are several members is what cases are ranked by"""
+"""each estimate's key and meaning; if there are several members, cases are ranked by the first one"""
 
 
 def classes_of(labels: Labels) -> dict[str, int | Sequence[int]]:
-    """The classes or regions of dataset.json, without background and what is ignored."""
+    """The classes or regions of dataset.json, without the background and the ignore label."""
     return {name: value for name, value in labels.items() if name not in ("background", "ignore")}
 
 
 def agreement(masks: Sequence[np.ndarray], labels: Labels) -> dict[str, float]:
-    """The mean Dice over all pairs of masks, of every class, 0 to 1; 1 where all agree that a class is not there.
+    """For each class the mean Dice over all pairs of masks, 0 to 1. It is 1 if all agree that the class is missing.
 
-    Zenk et al. (Medical Image Analysis 101, 2025) compared ways to find failed segmentations on several data sets: the
+    Zenk et al. (Medical Image Analysis 101, 2025) compared ways to find failed segmentations on several data sets. The
     pairwise Dice of an ensemble was the best of them.
 
     Args:
@@ -38,9 +38,9 @@ def agreement(masks: Sequence[np.ndarray], labels: Labels) -> dict[str, float]:
 
 
 def expected_dice(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], labels: Labels) -> dict[str, float]:
-    """2 sum(p m) / (sum(p) + sum(m)) of every class: the Dice of the mask m with probabilities p taken for the truth.
+    """For each class 2 sum(p m) / (sum(p) + sum(m)): the Dice of mask m if the probabilities p were the truth.
 
-    Where a class was not predicted it is 1 minus the largest probability of it.
+    If a class was not predicted, it is 1 minus the largest probability of the class.
     """
     found = {}
     for name, label in classes_of(labels).items():
@@ -50,7 +50,7 @@ def expected_dice(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], lab
 
 
 def certainty(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], labels: Labels) -> dict[str, float]:
-    """The mean probability of every class where it was predicted, else 1 minus the largest one."""
+    """For each class the mean probability where it was predicted. If it was not, 1 minus the largest probability."""
     found = {}
     for name, label in classes_of(labels).items():
         m, p = np.isin(mask, label), probabilities[name]
@@ -59,10 +59,10 @@ def certainty(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], labels:
 
 
 def uncertainty_map(probabilities: np.ndarray, regions: bool) -> np.ndarray:
-    """The entropy in per cent of the largest one there can be, (*S), uint8.
+    """The entropy in per cent of the largest possible entropy, (*S), uint8.
 
     Args:
-        probabilities: (K, *S), of classes with the background, or of regions, of which the most uncertain one counts.
+        probabilities: (K, *S), of classes with the background; or of regions, where the most uncertain one counts.
     """
     p = np.clip(probabilities, 1e-7, 1)
     if regions:

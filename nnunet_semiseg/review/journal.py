@@ -1,8 +1,8 @@
-"""Many files that change as one: a journal says what is to be done before the first file is touched.
+"""Change many files as one. A journal lists all steps before the first file is changed.
 
-A journal holds steps, each of which can be done again or taken back without harm. A process that is killed leaves the
-journal; the next one goes on in the same direction. Places are written `raw/...` and `preprocessed/...`, so that the
-folders of nnU-Net can be moved.
+Each step of a journal can be repeated, or undone, without harm. A process that is killed leaves the journal; the next
+process continues in the same direction. Paths are written as `raw/...` and `preprocessed/...`, so that nnU-Net's
+folders can be moved.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from nnunet_semiseg.schema import check
 GOING, UNDOING = "going", "undoing"
 SHAPE = {"state": str, "steps": list[list[str]], "cases": dict[str, str]}
 BEFORE, AFTER = "before", "after"
-"""below a journal's folder: the content of files that are written, before and after"""
+"""folders beside a journal: the content of written files before and after the change"""
 
 Roots = Mapping[str, Path]
-"""`raw` and `preprocessed` to the data set's folders"""
+"""the data set's folders by the names `raw` and `preprocessed`"""
 
 
 def resolve(place: str, roots: Roots) -> Path:
@@ -36,11 +36,11 @@ def resolve(place: str, roots: Roots) -> Path:
 
 @dataclass
 class Staging:
-    """What is made before the change: nothing of it counts until `commit`.
+    """Everything that is made before the change. It has no effect until `commit`.
 
     Attributes:
-        number: four digits; the folder of this change, in both roots.
-        steps: `move SOURCE TARGET` and `write FILE`, in the order in which they are to be done.
+        number: four digits; the name of this change's folder in both roots.
+        steps: `move SOURCE TARGET` and `write FILE`, in the order in which they are done.
     """
 
     roots: Roots
@@ -49,7 +49,7 @@ class Staging:
 
     @classmethod
     def begin(cls, roots: Roots) -> Staging:
-        """An empty one, with the next number."""
+        """Start an empty change with the next number."""
         last = max((int(file.parent.name) for file in journals(roots["raw"])), default=0)
         staging = cls(roots, f"{last + 1:04d}")
         for root in ("raw", "preprocessed"):
@@ -59,26 +59,26 @@ class Staging:
         return staging
 
     def folder(self, root: str) -> Path:
-        """Where new files are put; in `raw` it gets its name with `commit`."""
+        """The folder for new files. In `raw` it gets its final name by `commit`."""
         return self.roots[root] / FOLDER / (f"{self.number}.tmp" if root == "raw" else self.number)
 
     def move(self, source: str, target: str) -> None:
-        """A file that is to be moved, within one root."""
+        """Plan to move a file, within one root."""
         self.steps.append(["move", source, target])
 
     def take_in(self, root: str, name: str, target: str) -> Path:
-        """The place for a new file below `folder(root)`, which is to be moved to `target`."""
+        """The place for a new file below `folder(root)`, which will be moved to `target`."""
         file = self.folder(root) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         self.move(f"{root}/{FOLDER}/{self.number}/{name}", target)
         return file
 
     def put_away(self, root: str, name: str, source: str) -> None:
-        """A file that is to be moved out of the way, to `name` below this change's folder."""
+        """Plan to move a file away, to `name` below this change's folder."""
         self.move(source, f"{root}/{FOLDER}/{self.number}/{name}")
 
     def new_content(self, place: str) -> Path:
-        """Where the content is to be put that the file at `place` will have."""
+        """The place for the new content of the file at `place`."""
         before, after = (self.folder("raw") / kind / place for kind in (BEFORE, AFTER))
         for file in (before, after):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,11 +88,11 @@ class Staging:
         return after
 
     def write(self, place: str, content: dict | list) -> None:
-        """A JSON file that is to have this content."""
+        """Plan to write this content into a JSON file."""
         write_json(content, self.new_content(place))
 
     def commit(self, cases: Mapping[str, str]) -> Path:
-        """Make it count; gives the journal. From here on the change will be done, by this process or the next."""
+        """Make the change valid, and return its journal. From now on this process or the next one will carry it out."""
         journal = {"state": GOING, "steps": self.steps, "cases": dict(cases)}
         write_json(journal, self.folder("raw") / JOURNAL)
         final = self.roots["raw"] / FOLDER / self.number
@@ -101,10 +101,10 @@ class Staging:
 
 
 def finish(journal: Path, roots: Roots) -> str:
-    """Go on with a change to its end, forwards or backwards as its state says; gives that state.
+    """Continue a change to its end, forwards or backwards as its state says. Returns that state.
 
     Raises:
-        UserError: a file is neither where it was nor where it is to be.
+        UserError: a file is neither at its old place nor at its new one.
     """
     content = read_journal(journal)
     state, steps = content["state"], content["steps"]
@@ -120,10 +120,10 @@ def finish(journal: Path, roots: Roots) -> str:
 
 
 def recover(roots: Roots, say: Callable[[str], None] = print) -> bool:
-    """Finish what another process has begun and not ended, and remove what was only being prepared.
+    """Finish what another process has left unfinished, and remove what was only prepared.
 
     Returns:
-        Whether there was any such thing to be finished.
+        Whether there was something to finish.
     """
     numbers = {journal.parent.name for journal in journals(roots["raw"])}
     for root in roots.values():
@@ -138,12 +138,12 @@ def recover(roots: Roots, say: Callable[[str], None] = print) -> bool:
             found = True
             finish(journal, roots)
             what = "taken back" if state == UNDOING else "accepted"
-            say(f"an interrupted command was ended: {', '.join(sorted(content['cases']))}: {what}")
+            say(f"an interrupted command was finished: {', '.join(sorted(content['cases']))}: {what}")
     return found
 
 
 def undo(journal: Path, roots: Roots, say: Callable[[str], None] = print) -> None:
-    """Take a change back.
+    """Undo a change.
 
     Raises:
         UserError: a file of the raw data set was changed since.
@@ -152,11 +152,11 @@ def undo(journal: Path, roots: Roots, say: Callable[[str], None] = print) -> Non
     stale = [step for step in content["steps"] if not _is_as_done(step, journal.parent, roots)]
     if raw := [step[-1] for step in stale if step[-1].startswith("raw/")]:
         file = resolve(raw[0], roots)
-        raise UserError(f"{file}: was changed since it was accepted: put it back as it was, and take it back then")
+        raise UserError(f"{file}: was changed since it was accepted: restore the old file, then undo again")
     kept = [step for step in content["steps"] if not (stale and step[-1].startswith("preprocessed/"))]
     if stale:
         say(
-            f"{resolve(stale[0][-1], roots)}: was changed since: only raw data is taken back: run nnunet_semiseg"
+            f"{resolve(stale[0][-1], roots)}: was changed since: only raw data is restored: run nnunet_semiseg"
             " plan_and_preprocess again"
         )
     write_json(content | {"state": UNDOING, "steps": kept}, journal)
@@ -164,8 +164,8 @@ def undo(journal: Path, roots: Roots, say: Callable[[str], None] = print) -> Non
 
 
 def read_journal(journal: Path) -> dict:
-    """The checked content of a journal. Raises UserError where it is damaged."""
-    fix = f"put it back as it was, or move the files by hand and remove {journal.parent}"
+    """Read and check a journal. Raises UserError if it is damaged."""
+    fix = f"restore the old file, or move the files by hand and remove {journal.parent}"
     content = read_json(journal, fix)
     check(content, SHAPE, journal, fix)
     return content
@@ -185,7 +185,7 @@ def _back(step: list[str], folder: Path, roots: Roots) -> None:
     if kind == "move":
         source, target = (resolve(place, roots) for place in places)
         if FOLDER in source.parts and not os.path.lexists(target):
-            return  # it was new, and is gone already
+            return  # a new file, which is removed already
         _move(target, source)
     elif (folder / BEFORE / places[0]).is_file():
         _copy(folder / BEFORE / places[0], places[0], folder.name, roots)
@@ -202,11 +202,11 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, place: str, number: str, roots: Roots) -> None:
-    """Give a file this content, by way of a half file that lies where nobody looks if we are killed."""
+    """Give a file this content. An incomplete file lies where nobody reads it, in case the process is killed."""
     half, target = resolve(f"{place.partition('/')[0]}/{FOLDER}/{number}/half", roots), resolve(place, roots)
     for file in (half, target):
         file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(source, half)  # with its time, by which a training knows a label
+    shutil.copy2(source, half)  # with its time, by which a training recognises a label
     os.replace(half, target)
 
 
@@ -219,19 +219,19 @@ def _is_as_done(step: list[str], folder: Path, roots: Roots) -> bool:
 
 
 def _says_the_same(now: bytes, then: bytes) -> bool:
-    """Whether a file is as it was written; in a record of cases, a training renews the files' times."""
+    """Whether a file is as it was written. In a record of cases only the times may differ; a training updates them."""
     if now == then:
         return True
     try:
         contents = [json.loads(content) for content in (now, then)]
         a, b = ((content["plans_hash"], content["cases"].keys()) for content in contents)
         return a == b
-    except (ValueError, KeyError, TypeError, AttributeError):  # not two records
+    except (ValueError, KeyError, TypeError, AttributeError):  # these are not two records
         return False
 
 
 def _remove(journal: Path, roots: Roots) -> None:
-    """The folders of a change that was taken back; the journal's goes as a whole, with a name that nobody reads."""
+    """Remove the folders of an undone change. The journal's folder first gets a name that nobody reads."""
     number = journal.parent.name
     shutil.rmtree(roots["preprocessed"] / FOLDER / number, ignore_errors=True)
     gone = journal.parent.with_name(f"{number}.tmp")

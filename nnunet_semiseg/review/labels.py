@@ -1,4 +1,4 @@
-"""The labels that are handed in: which cases they are of, whether they fit, and where they come from."""
+"""Labels that the user gives to `accept`: their cases, whether they fit, and where they come from."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from nnunet_semiseg.files import read_json
 from nnunet_semiseg.raw_datasets.repair import grid_difference
 
 MASKS, UNCERTAINTY, CASES = "masks", "uncertainty", "cases"
-"""folders of a review: predictions, maps of uncertainty, and a record for each case"""
+"""folders of a review: predictions, uncertainty maps, and a record for each case"""
 
 
 @dataclass(frozen=True)
 class NewLabel:
-    """A label that is to be taken in.
+    """A label to accept.
 
     Attributes:
-        origin: `human`: nothing was predicted; `corrected`: differs from what was; `prediction`: does not.
+        origin: `human`: nothing was predicted; `corrected`: differs from the prediction; `prediction`: equals it.
         review: the name of the review that predicted the case.
     """
 
@@ -41,16 +41,16 @@ class NewLabel:
 
     @property
     def about(self) -> dict:
-        """What dataset.json keeps of it."""
+        """What dataset.json stores about it."""
         return {"from": self.origin} | ({"review": self.review} if self.review else {})
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a review has predicted of a case.
+    """A review's prediction of a case.
 
     Attributes:
-        digest: of the mask's voxels, see `digest_of`.
+        digest: a hash of the mask's voxels, see `digest_of`.
     """
 
     review: Path
@@ -59,13 +59,13 @@ class Predicted:
 
 
 def digest_of(mask: np.ndarray) -> str:
-    """A hash of a label map's shape and values, whatever the type of its numbers."""
+    """A hash of a label map's shape and values. It does not depend on the type of the numbers."""
     values = np.ascontiguousarray(mask, dtype=np.int32)
     return hashlib.blake2b(repr(values.shape).encode() + values.tobytes(), digest_size=16).hexdigest()
 
 
 def predictions_of(reviews: Iterable[Path], file_ending: str) -> dict[str, list[Predicted]]:
-    """What these reviews have predicted, by case."""
+    """The predictions of these reviews, by case."""
     found: dict[str, list[Predicted]] = {}
     for review in reviews:
         for record in sorted((review / CASES).glob("*.json")):
@@ -83,17 +83,18 @@ def choose(
     dataset_json: dict,
     reader: Any,
 ) -> tuple[list[NewLabel], list[str]]:
-    """The labels of a folder and, with `all_of`, the other masks of a review.
+    """The labels in a folder and, with `all_of`, the other masks of a review.
 
     Args:
-        known: what all reviews have predicted; those of `all_of` among them.
-        unlabeled: the cases; of `all_of` others are passed over, as they may have been accepted before.
+        known: the predictions of all reviews, including those of `all_of`.
+        unlabeled: the unlabelled cases. Masks of other cases in `all_of` are ignored; they may have been accepted
+            before.
 
     Returns:
-        Labels, and a line for each that differs in nothing from a prediction, unless `all_of` asks for it.
+        The labels; and one line for each label that equals a prediction, unless it is from `all_of`.
 
     Raises:
-        UserError: no such folder, or no label in it.
+        UserError: the folder is missing, or has no label.
     """
     ending, labels, problems = dataset_json["file_ending"], {}, []
     if all_of is not None:
@@ -108,13 +109,13 @@ def choose(
     if given is not None:
         files = sorted(f for f in given.glob(f"*{ending}") if not f.name.startswith(".")) if given.is_dir() else []
         if not files:
-            raise UserError(f"{given}: no label CASE{ending} in it: name the folder with -i")
+            raise UserError(f"{given}: has no label CASE{ending}: name the right folder with -i")
         for file in files:
             case = file.name[: -len(ending)]
             label = _label(case, file, known.get(case, []), reader)
             if label.origin == "prediction" and all_of is None:
-                fix = f"correct it, or take predictions as they are with --all-of {label_review(known[case])}"
-                problems.append(f"{file}: nothing is changed, it is what was predicted: {fix}")
+                fix = f"correct it, or accept predictions as they are with --all-of {label_review(known[case])}"
+                problems.append(f"{file}: is the unchanged prediction: {fix}")
             labels[case] = label
     return [labels[case] for case in sorted(labels)], problems
 
@@ -129,14 +130,14 @@ def _label(case: str, file: Path, predicted: list[Predicted], reader: Any) -> Ne
         return NewLabel(case, file, "human")
     try:
         digest = digest_of(reader().read_seg(str(file))[0][0])
-    except Exception:  # of many kinds; `problems_of` says which
+    except Exception:  # `problems_of` says what is wrong
         digest = ""
     same = [p for p in predicted if p.digest == digest]
     return NewLabel(case, file, "prediction" if same else "corrected", (same or predicted)[-1].review.name)
 
 
 def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: Any) -> list[str]:
-    """What is wrong with a label of these images, one line each: unreadable, another grid, an unknown value."""
+    """What is wrong with a label for these images, one line each: unreadable, another grid, an unknown value."""
     file = str(label.file)
     if damage := nifti_damage(file):
         return [f"{file}: {damage}: save it again"]
@@ -144,18 +145,18 @@ def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: 
         return [f"{file}: {difference} in {images[0]}: draw the label on that image, or resample it to that grid"]
     try:
         seg, shape = reader().read_seg(file)[0], reader().read_images(images)[0].shape[1:]
-    except Exception as e:  # of many kinds
+    except Exception as e:  # the kind depends on the damage
         return [f"{file}: cannot be read ({one_line_of(e)}): save it again"]
     problems = label_problems(seg, file, shape, label_values(dataset_json))
     largest = max(label_values(dataset_json))
     if problems and "ignore" not in dataset_json["labels"] and np.isin(seg, range(largest + 2)).all():
         ignore = f'"ignore": {largest + 1}'
-        problems[0] += f"; if these are voxels that nobody looked at, add {ignore} to its labels and plan again"
+        problems[0] += f"; if nobody looked at these voxels, add {ignore} to its labels and plan again"
     return problems
 
 
 def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, sitk.Image | None]:
-    """What differs from the image's grid, what is rounded in it, and the image; nothing of pictures."""
+    """The difference from the image's grid, the rounding in the label's grid, and the image. None for pictures."""
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None, None, None
     try:
@@ -163,12 +164,12 @@ def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, 
     except RuntimeError as e:
         return f"cannot be compared ({one_line_of(e)}) with the grid", None, None
     if label.GetDimension() != expected.GetDimension():
-        return None, None, None  # channels in one file: the shape is compared with what is read
+        return None, None, None  # channels in one file; the shape is compared when it is read
     return *grid_difference(label, expected), expected
 
 
 def write_label(label: NewLabel, image: str, target: Path, reader: Any) -> None:
-    """Copy a label as it is; one whose header is rounded, or whose numbers are no integers, gets the image's header."""
+    """Copy a label. If its header is rounded, or its numbers are not integers, it gets the image's header."""
     _, rounded, expected = _grid(label.file, image, reader)
     if expected is not None:
         mask = sitk.ReadImage(label.file)

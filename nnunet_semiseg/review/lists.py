@@ -1,4 +1,4 @@
-"""Which cases come first: for correction those that are likely wrong, for labelling those that teach the most."""
+"""The order of cases: for correction the likely wrong ones first, for labelling those that teach the most."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 
 def for_correction(dices: Mapping[str, float], reasons: Mapping[str, Sequence[str]]) -> list[str]:
-    """From the least estimated Dice on; where two are alike, the one with more reasons comes first."""
+    """Order by the estimated Dice, the lowest first. Of two equal ones the case with more reasons comes first."""
     return sorted(dices, key=lambda case: (dices[case], -len(reasons[case]), case))
 
 
 def for_labelling(
     dices: Mapping[str, float], features: Mapping[str, Sequence[float]], labeled_features: Sequence[Sequence[float]]
 ) -> list[str]:
-    """One after the other the case with the largest product of uncertainty and distance to all that is chosen.
+    """Choose again and again the case with the largest product of uncertainty and distance to everything chosen.
 
-    The distance is that to the nearest of the labelled cases and of those before it in the list, between features that
-    were standardised over all; the uncertainty is 1 minus the estimated Dice. So neither many of a kind come first nor
+    The uncertainty is 1 minus the estimated Dice. The distance is that to the nearest labelled case or earlier case of
+    the list, between features that are standardised over all cases. So the first cases are neither many of one kind nor
     outliers on which all members agree.
 
     Args:
-        features: of each case, all of one length.
+        features: of each case; all have the same length.
         labeled_features: those of labelled cases.
     """
     cases = sorted(dices)
@@ -44,5 +44,5 @@ def for_labelling(
 
 
 def at_random(cases: Sequence[str], seed: int = 0) -> list[str]:
-    """All cases in an order that depends on nothing but their names and the seed."""
+    """All cases in a random order, which depends only on their names and the seed."""
     return [str(case) for case in np.random.default_rng(seed).permutation(sorted(cases))]

@@ -1,4 +1,4 @@
-"""An ensemble of what is trained, and what its members say of a case."""
+"""An ensemble of trained networks, and its prediction of a case."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ half of what the two below do"""
 
 @dataclass(frozen=True)
 class Member:
-    """One of those that are asked.
+    """One member of an ensemble.
 
     Attributes:
-        checkpoint: the file that its weights are from.
-        part: `deployed`, `student` or `teacher`: which weights of it.
-        flips: the axes of the image that are mirrored for it.
+        checkpoint: the file with its weights.
+        part: `deployed`, `student` or `teacher`: which of the weights in the file.
+        flips: the image's axes that are mirrored for this member.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an ensemble says of a case, on the image's own grid.
+    """An ensemble's prediction of a case, on the grid of the image.
 
     Attributes:
         mask: of the mean of all members, (*S).
-        members: each one's mask.
+        members: the mask of each.
         probabilities: (K, *S), of the mean.
-        features: the deepest features of the first member's encoder, a mean over the image; none of other networks.
-        image, properties: as nnU-Net's reader gives them.
+        features: the deepest features of the first member's encoder, averaged over the image. Empty for other networks.
+        image, properties: as nnU-Net's reader returns them.
     """
 
     mask: np.ndarray
@@ -71,7 +71,7 @@ class Prediction:
 
 
 def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member]]:
-    """The members of an ensemble of this kind, or of the first kind that has several.
+    """The members of an ensemble of this kind, or of the first kind with several members.
 
     Args:
         run: trained.
@@ -109,7 +109,7 @@ def _members(run: Run, kind: str) -> Iterator[Member]:
             yield Member("teacher", run.checkpoint, "teacher")
     elif kind == "snapshots":
         yield Member("last", run.checkpoint)
-        if (best := run.folder / BEST).is_file() and _epoch(best) != _epoch(run.checkpoint):  # else they are the same
+        if (best := run.folder / BEST).is_file() and _epoch(best) != _epoch(run.checkpoint):  # else they are equal
             yield Member("best", best)
     elif kind == "mirroring":
         axes = run.load_checkpoint().get("inference_allowed_mirroring_axes") or ()
@@ -127,7 +127,7 @@ def _epoch(checkpoint: Path) -> int:
 
 
 def weights_of(member: Member) -> dict[str, Tensor]:
-    """Raises UserError where the checkpoint is damaged."""
+    """Read a member's weights. Raises UserError if the checkpoint is damaged."""
     content = checkpoints.read(member.checkpoint, "train this model again", mmap=True)
     if member.part == "teacher":
         return content["teacher"]
@@ -136,12 +136,12 @@ def weights_of(member: Member) -> dict[str, Tensor]:
 
 
 class Ensemble:
-    """Members that predict one after the other with one network of nnU-Net's.
+    """Members that predict one after the other, all with one network of nnU-Net's.
 
     Args:
-        run: the model that their networks are built like.
+        run: a model with the same network as all members.
         device: cuda, cpu or mps.
-        mirroring: average each member over mirrored images, as nnU-Net does; members that are mirrored do not.
+        mirroring: average each member over mirrored images, as nnU-Net does. Not for members that are mirrored.
     """
 
     def __init__(self, run: Run, kind: str, members: Sequence[Member], device: str, mirroring: bool):
@@ -157,18 +157,18 @@ class Ensemble:
 
     @property
     def labels(self) -> dict:
-        """As in the model's dataset.json."""
+        """The labels in the model's dataset.json."""
         return self.dataset_json["labels"]
 
     def of_classes(self, probabilities: np.ndarray) -> Mapping[str, np.ndarray]:
-        """The probability (*S) of every class or region by its name."""
+        """The probability (*S) of each class or region, by name."""
         names = list(classes_of(self.labels))
         if self.label_manager.has_regions:
             return dict(zip(names, probabilities, strict=True))
         return {name: probabilities[self.labels[name]] for name in names}
 
     def predict(self, images: list[str]) -> Prediction:
-        """What the members say of the case in these files; nothing is written."""
+        """The members' prediction of the case in these files. Nothing is written."""
         preprocessor = self.configuration.preprocessor_class(verbose=False)
         with contextlib.redirect_stdout(io.StringIO()):
             image, properties = self.reader().read_images(images)
@@ -200,7 +200,7 @@ class Ensemble:
 
     @contextlib.contextmanager
     def _watched(self, features: list[Tensor]) -> Iterator[None]:
-        """Take the deepest features of every patch while the network is run here."""
+        """Collect the deepest features of every patch that the network sees in this block."""
         encoder = getattr(self.predictor.network, "encoder", None)
         if encoder is None:
             yield

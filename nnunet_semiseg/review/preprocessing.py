@@ -1,4 +1,4 @@
-"""Newly labelled cases, preprocessed alone: in every folder of preprocessed labelled cases that the data set has."""
+"""Preprocess only the newly labelled cases, for every folder of preprocessed labelled cases in the data set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nnunet_semiseg.schema import check, load_plans
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """One folder of preprocessed labelled cases, with plans that it is made with.
+    """A folder of preprocessed labelled cases, with the plans it is made with.
 
     Attributes:
         name: nnU-Net's data identifier.
@@ -38,10 +38,10 @@ class Preprocessed:
 
 
 def find_preprocessed(preprocessed: Path) -> Iterator[Preprocessed]:
-    """Each folder once, with those of the plans that it was made for.
+    """Each folder once, with the plans that it was made for.
 
     Raises:
-        UserError: damaged plans; the plans of a folder changed since it was made.
+        UserError: plans are damaged, or have changed since the folder was made.
     """
     found: dict[str, list[Preprocessed]] = {}
     for file in sorted(preprocessed.glob("*.json")):
@@ -66,21 +66,21 @@ def find_preprocessed(preprocessed: Path) -> Iterator[Preprocessed]:
 def stage(
     staging: Staging, about: Preprocessed, cases: Mapping[str, list[str]], dataset_json: dict, verbose: bool = False
 ) -> list[dict]:
-    """Preprocess the cases and note all that is to change beside the folder: its record and the unlabelled manifest.
+    """Preprocess the cases, and plan the changes beside the folder: its record and the manifest of unlabelled cases.
 
     Args:
-        cases: the files of each, its images and then its label.
-        dataset_json: with which the other cases were preprocessed.
+        cases: the files of each case: its images, then its label.
+        dataset_json: the one with which the other cases were preprocessed.
 
     Returns:
-        The properties of each case, as nnU-Net keeps them.
+        The properties of each case, as nnU-Net stores them.
 
     Raises:
-        UserError: values with which nothing can be learnt; a full disk.
+        UserError: nothing can be learnt from the values of a case; the disk is full.
     """
     preprocessed = staging.roots["preprocessed"]
     record, properties = read_record(preprocessed, about.name), []
-    has_record = bool(record["cases"])  # nnU-Net's own command writes none
+    has_record = bool(record["cases"])  # nnU-Net's own command writes no record
     for case, files in cases.items():
         for suffix in SUFFIXES:
             name = f"{about.name}/{case}{suffix}"
@@ -97,7 +97,7 @@ def stage(
 def _preprocess(
     folder: Path, case: str, files: list[str], about: Preprocessed, dataset_json: dict, verbose: bool
 ) -> tuple[dict, dict]:
-    """nnU-Net's files of a case, written into a folder; the record's entry and nnU-Net's properties of the case."""
+    """Write nnU-Net's files of a case into a folder. Returns the record's entry and nnU-Net's properties."""
     manager = PlansManager(about.plans)
     configuration = manager.get_configuration(about.configuration)
     stamps = [stamp(file) for file in files]
@@ -109,13 +109,13 @@ def _preprocess(
     nothing = values_of_nothing(manager, configuration)
     if problems := preprocessed_problems(data, files[:-1], channel_names(dataset_json), nothing):
         raise UserError("\n".join(problems))
-    made = [*map(stamp, case_files(folder, case)), stamps[-1]]  # nnU-Net's copy of the label is what the label is
+    made = [*map(stamp, case_files(folder, case)), stamps[-1]]  # nnU-Net's copy of the label equals the label
     entry = {"files": stamps, "made": made, "spread": spread(data)}
     return entry, load_pickle(str(folder / f"{case}{SUFFIXES[-1]}"))
 
 
 def _take_from_unlabeled(staging: Staging, name: str, cases: Mapping[str, list[str]]) -> None:
-    """Take the cases out of the preprocessed unlabelled ones, where they are there; the manifest goes first."""
+    """Remove the cases from the preprocessed unlabelled ones, if they are there. The manifest is removed first."""
     preprocessed = staging.roots["preprocessed"]
     manifest_file = preprocessed / f"{name}.json"
     if manifest_file.is_file():
@@ -130,10 +130,10 @@ def _take_from_unlabeled(staging: Staging, name: str, cases: Mapping[str, list[s
 
 
 def stage_fingerprint(staging: Staging, plans: dict, properties: list[dict]) -> None:
-    """Add the sizes of new cases to nnU-Net's fingerprint, whose length a training compares with the cases' number.
+    """Add the sizes of new cases to nnU-Net's fingerprint: a training compares their number with that of the cases.
 
-    Its intensities stay, as plans and preprocessed cases do: they are taken anew with the next planning, which sees
-    from its own record that the fingerprint is one of other cases.
+    The intensities stay as they are, like the plans and the preprocessed cases. The next planning measures them again,
+    because its own record says that the fingerprint belongs to other cases.
     """
     file = staging.roots["preprocessed"] / f"{FINGERPRINT}.json"
     if not (file.is_file() and properties):

@@ -1,4 +1,4 @@
-"""What a review is asked for, and what makes no sense, refused before any work."""
+"""What the user asks of a review. Wrong use is refused before any work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnunet_semiseg.schema import check_configuration
 
 FINAL = "checkpoint_final.pth"
 RECIPE = "SemiSegTrainer"
-"""whose model is taken where several are trained"""
+"""the trainer whose model is reviewed if several models are trained"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def make_request(options: ReviewOptions) -> Request:
     """The request of a command line.
 
     Raises:
-        UserError: no such data set, plans, configuration, trainer, model or device; numbers that make no sense.
+        UserError: no such data set, plans, configuration, trainer, model or device; or a number is out of range.
     """
     if options.length < 1:
         raise UserError(f"-n {options.length}: give a number of cases, 1 or more")
@@ -55,7 +55,7 @@ def make_request(options: ReviewOptions) -> Request:
     run = Run(results.name, options.configuration, options.fold, trainer, options.plans)
     if not run.is_trained:
         raise UserError(
-            f"{run.checkpoint}: no such file: train {trainer} first, to its end, or choose with -tr, -p and -f"
+            f"{run.checkpoint}: no such file: train {trainer} to its end first, or choose a model with -tr, -p and -f"
         )
     if options.executor == "local":
         check_device(options.device)
@@ -64,7 +64,7 @@ def make_request(options: ReviewOptions) -> Request:
 
 
 def _only_trainer(results: Path, plans: str, configuration: str, fold: str) -> str:
-    """The trainer of the one model that is trained, or of the recipe's; raises UserError where that is none."""
+    """The trainer of the only trained model, or the recommended one. Raises UserError if this is not clear."""
     ending = f"__{plans}__{configuration}"
     models = sorted(results.glob(f"*{ending}/fold_{fold}/{FINAL}"))
     trainers = [model.parents[1].name.removesuffix(ending) for model in models]

@@ -1,4 +1,4 @@
-"""`nnunet_semiseg review`: predict the unlabelled cases one by one, and make a page of what was seen."""
+"""`nnunet_semiseg review`: predict the unlabelled cases one by one, and make a page about them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from nnunet_semiseg.review.table import Reviewed, tabulate
 from nnunet_semiseg.schema import read_dataset_json
 
 LABELED = "labelled"
-"""the folder with a record of each labelled case that was looked at, too"""
+"""the folder with the records of the labelled cases"""
 AT_MOST = 40
-"""labelled cases that are looked at: what is usual is known from these"""
+"""number of labelled cases that are looked at, to find out what is usual"""
 AGAIN = "remove it and run nnunet_semiseg review again"
 
 
@@ -41,7 +41,7 @@ class Work:
     labeled_cases: dict[str, list[str]]
 
     def signature(self, files: Sequence[str]) -> list:
-        """What a record was made of, by names, sizes and times."""
+        """What a record was made from: names, sizes and times of files."""
         stats = [(Path(file).name, Path(file).stat()) for file in files]
         models = [(m.name, m.checkpoint.stat()) for m in self.members]
         about = [[name, s.st_size, s.st_mtime_ns] for name, s in (*models, *stats)]
@@ -53,11 +53,11 @@ class Work:
         return self.request.folder / folder / f"{case}.json"
 
     def files(self, case: str) -> list[str]:
-        """A case's images and, where it has one, its label."""
+        """A case's images, and its label if it has one."""
         return self.unlabeled_cases.get(case) or self.labeled_cases[case]
 
     def is_done(self, case: str) -> bool:
-        """Whether the case has a record that was made of what there is now, and the files that it speaks of."""
+        """Whether the case has a record made from the present files, and all files of that record exist."""
         record = self.record(case)
         if not record.is_file() or read_json(record, AGAIN).get("made_of") != self.signature(self.files(case)):
             return False
@@ -67,13 +67,13 @@ class Work:
 
 
 def review(request: Request) -> Path | None:
-    """Predict what is not predicted yet, then write the page.
+    """Predict the cases that are not predicted yet, then write the page.
 
     Returns:
-        The page; None where cases of other parts are not done.
+        The page. None if other parts have not finished.
 
     Raises:
-        UserError: no such ensemble, no unlabelled cases, a damaged checkpoint, a full disk.
+        UserError: no such ensemble; no unlabelled cases; a damaged checkpoint; a full disk.
     """
     raw, preprocessed = (dataset_folder(f"nnUNet_{p}", request.run.dataset) for p in ("raw", "preprocessed"))
     dataset_json = read_dataset_json(raw)
@@ -83,9 +83,9 @@ def review(request: Request) -> Path | None:
     labeled_cases = dict(sorted(every.items(), key=lambda item: item[0] not in unseen)[:AT_MOST])
     kind, members = find_members(request.run, request.ensemble, request.mirroring)
     if request.estimate == "agreement" and len(members) == 1:
-        raise UserError("--estimate agreement: there is one member, and it needs two: choose them with --ensemble")
+        raise UserError("--estimate agreement: needs two members, but there is one: choose others with --ensemble")
     if kind == "folds":
-        unseen = set()  # a case that one member has not seen, the others have
+        unseen = set()  # each case was seen by all members but one
     work = Work(request, kind, members, unlabeled_cases, labeled_cases)
     with disk_errors(request.folder):
         for folder in (MASKS, UNCERTAINTY, CASES, LABELED):
@@ -114,12 +114,12 @@ def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
 
 
 def _unseen(request: Request, preprocessed: Path, cases: list[str]) -> set[str]:
-    """Labelled cases that the model was not trained on: those that its fold keeps for validation."""
+    """Labelled cases that the model was not trained on: the validation cases of its fold."""
     if request.run.fold == "all":
         return set()
     try:
         splits = find_splits(preprocessed, cases)
-    except UserError:  # none was ever made
+    except UserError:  # no splits were ever made
         return set()
     fold = int(request.run.fold)
     return set(splits[fold]["val"]) & set(cases) if fold < len(splits) else set()
@@ -152,16 +152,16 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
 
 
 def _counted(label: np.ndarray, prediction: Prediction, ensemble: Ensemble) -> np.ndarray:
-    """The label, with the prediction where it says that nobody has looked."""
+    """The label. Where it says that nobody has looked, the prediction."""
     ignored = label == ensemble.labels.get("ignore", -1)
     return np.where(ignored, prediction.mask, label)
 
 
 def describe(prediction: Prediction, mask: np.ndarray, ensemble: Ensemble) -> dict:
-    """What is kept of a case.
+    """What is stored about a case.
 
     Args:
-        mask: of which volumes and islands are taken: the label where there is one.
+        mask: its volumes and islands are measured. It is the label if there is one.
     """
     labels, probabilities = ensemble.labels, ensemble.of_classes(prediction.probabilities)
     found = {
@@ -181,7 +181,7 @@ def describe(prediction: Prediction, mask: np.ndarray, ensemble: Ensemble) -> di
 
 
 def _write_images(ensemble: Ensemble, prediction: Prediction, output: Path, case: str, ending: str) -> None:
-    """The mask and the map of uncertainty, on the image's grid, whole or not at all: the case's record comes after."""
+    """Write the mask and the uncertainty map on the image's grid. The case's record is written after them."""
     uncertainty = estimates.uncertainty_map(prediction.probabilities, ensemble.label_manager.has_regions)
     for folder, voxels in ((MASKS, prediction.mask), (UNCERTAINTY, uncertainty)):
         file = output / folder / f"{case}{ending}"

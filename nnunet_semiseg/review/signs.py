@@ -1,4 +1,4 @@
-"""What can be seen of a case without its label: volumes, islands, intensities; how it differs from labelled ones."""
+"""Signs of a case that need no label: volumes, islands, intensities; and how they differ from labelled cases."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from nnunet_semiseg.review.estimates import Labels, classes_of
 
 QUANTILES = (0.05, 0.5, 0.95)
 FAR = 1.5
-"""a volume that is so many times the largest of the labelled ones, or as many times smaller than the smallest"""
+"""a volume is unusual if it is this factor above the largest, or below the smallest, of the labelled ones"""
 
 
 @dataclass(frozen=True)
 class Signs:
-    """What is seen of one case.
+    """The signs of one case.
 
     Attributes:
-        volumes: of each class, in ml; of pictures in cm2.
-        islands: of each class, the number of parts that do not touch.
-        intensities: of each channel the quantiles `QUANTILES`, of the voxels that are not 0.
+        volumes: of each class, in ml; for pictures in cm2.
+        islands: for each class the number of parts that do not touch.
+        intensities: for each channel the quantiles `QUANTILES` of the voxels that are not 0.
     """
 
     volumes: dict[str, float]
@@ -32,10 +32,10 @@ class Signs:
 
 
 def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[float]) -> Signs:
-    """The signs of a case.
+    """Measure the signs of a case.
 
     Args:
-        mask: a label map (*S), predicted or drawn.
+        mask: a label map (*S), predicted or made by hand.
         image: (C, *S), as read.
         spacing: of a voxel, in mm, along each axis.
     """
@@ -53,7 +53,7 @@ def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[f
 
 @dataclass(frozen=True)
 class Usual:
-    """The signs of labelled cases: the least and the largest of each."""
+    """The signs of labelled cases: the smallest and the largest value of each."""
 
     volumes: dict[str, tuple[float, float]]
     islands: dict[str, int]
@@ -63,7 +63,7 @@ class Usual:
 
     @classmethod
     def of(cls, cases: Sequence[Signs], unit: str) -> Usual:
-        """Of at least one case."""
+        """From at least one case."""
         names = cases[0].volumes
         there = {name: [c.volumes[name] for c in cases if c.volumes[name]] for name in names}
         quantiles = np.array([c.intensities for c in cases])
@@ -76,13 +76,13 @@ class Usual:
         )
 
     def missing(self, signs: Signs) -> list[str]:
-        """Classes that all labelled cases have and this one has not."""
+        """Classes that all labelled cases have but this one does not."""
         return [name for name, volume in signs.volumes.items() if name in self.always and not volume]
 
 
 def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
-    """In which ways a case is unlike the labelled ones, a short sentence each."""
-    found = [f"{name} is missing, and all labelled cases have it" for name in usual.missing(signs)]
+    """How a case differs from the labelled ones, a short sentence for each difference."""
+    found = [f"{name} is missing, but all labelled cases have it" for name in usual.missing(signs)]
     for name, volume in signs.volumes.items():
         low, high = usual.volumes.get(name, (volume, volume))
         if volume and not low / FAR <= volume <= high * FAR:
@@ -100,11 +100,11 @@ def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
 
 
 def least_agreed(estimates: Mapping[str, Mapping[str, float]], share: float = 0.25) -> dict[str, list[str]]:
-    """Of each case the classes on which members agree less than on that of other cases.
+    """For each case the classes on which members agree less than in most other cases.
 
     Args:
-        estimates: case to class to estimate.
-        share: of the cases that are named, for each class.
+        estimates: the estimate by case and class.
+        share: for each class, this share of the cases is named.
     """
     found: dict[str, list[str]] = {case: [] for case in estimates}
     for name in next(iter(estimates.values()), {}):

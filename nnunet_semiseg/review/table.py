@@ -1,4 +1,4 @@
-"""The table of a review: a row a case, in the order of the list that was asked for."""
+"""The table of a review: one row for each case, in the order of the list."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nnunet_semiseg.review.calibration import Calibration, calibrate
 
 @dataclass(frozen=True)
 class Reviewed:
-    """What is known of a case.
+    """What is known about a case.
 
     Attributes:
-        estimates: name to class to value, see `estimates.ESTIMATES`.
+        estimates: values by the estimate's name and by class, see `estimates.ESTIMATES`.
         features: of the encoder.
         dice: by class, of a labelled case that no member has seen.
     """
@@ -29,7 +29,7 @@ class Reviewed:
     is_volume: bool
     dice: dict[str, float] | None = None
     ranked_by: dict[str, float] = field(default_factory=dict)
-    """the estimate that counts, by class"""
+    """the estimate by which cases are ranked, by class"""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Table:
     """What the page and `cases.csv` show.
 
     Attributes:
-        rows: columns `rank`, `case`, `dice` (estimated), `dice CLASS`, `reasons`, and every estimate's mean.
+        rows: columns `rank`, `case`, `dice` (estimated), `dice CLASS`, `reasons`, and the mean of every estimate.
         sentence: whether the estimates are calibrated, and how well.
-        purpose: what the list is for.
+        purpose: of the list.
     """
 
     rows: pd.DataFrame
@@ -53,9 +53,10 @@ class Table:
 def tabulate(
     reviewed: Sequence[Reviewed], labeled_cases: Sequence[Reviewed], purpose: str, channels: Sequence[str]
 ) -> Table:
-    """The table of these cases.
+    """Make the table of these cases.
 
-    A class that is missing, and that all labelled cases have, counts as a Dice of 0: members may agree on nothing.
+    A missing class that all labelled cases have counts as a Dice of 0, because members may also agree on a wrong
+    result.
 
     Args:
         labeled_cases: at least one labelled case.
@@ -98,7 +99,7 @@ def _dices(case: Reviewed, usual: signs.Usual, calibration: Calibration | None) 
 
 
 def _features(case: Reviewed) -> list[float]:
-    """Those of the encoder, else volumes and intensities."""
+    """The features of the encoder. If there are none, volumes and intensities."""
     if case.features:
         return case.features
     return [*np.log1p(list(case.signs.volumes.values())), *np.ravel(case.signs.intensities)]
