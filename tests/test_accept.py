@@ -176,7 +176,7 @@ def test_wrong_labels_are_refused_in_one_line_each(raw_only, tmp_path):
     assert f"{wrong}/un_000.nii.gz: spacing (1, 1, 2) differs from (1, 1, 1.5) in {dataset.raw}/imagesUn" in second
     assert f"{wrong}/un_001.nii.gz: has the value 3, but dataset.json names 0, 1, 2" in third
     assert '"ignore": 3' in third
-    assert f"{wrong}/un_007.nii.gz: un_007 is no case of {dataset.raw}/imagesUn" in fourth
+    assert f"{wrong}/un_007.nii.gz: un_007 is not a case of {dataset.raw}/imagesUn" in fourth
     (tmp_path / "empty").mkdir()
     assert "no label CASE.nii.gz in it" in refused(tmp_path / "empty")
     assert "no label CASE.nii.gz in it" in refused(tmp_path / "nowhere")

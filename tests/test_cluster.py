@@ -74,7 +74,7 @@ def test_jobs_are_done_in_the_queue_and_failures_are_told(slurm, tmp_path, monke
     executor = slurm_executor(tmp_path, parameters_of(["partition=fast", "hours=2", "gpus=3"], "cuda"))
     with pytest.raises(UserError) as error:
         do_all_in_queue([good, bad], executor, tmp_path)
-    assert str(error.value).startswith("title of another: no such thing (exit status 1; all it printed: ")
+    assert str(error.value).startswith("title of another: no such thing (exit status 1; all output: ")
     assert done.exists() and not list(tmp_path.glob("*.job"))
     script = (slurm / "last.sh").read_text()
     assert all(f"#SBATCH --{x}\n" in script for x in ("partition=fast", "time=120", "gpus-per-node=3")), script
@@ -117,7 +117,7 @@ own.write_text(os.environ["CUDA_VISIBLE_DEVICES"])
 while not other.exists(): time.sleep(0.05)
 sys.exit(failure)"""
     todo = [job_that(monkeypatch, f"NUMBER = {number}{code}", f"job{number}") for number in range(2)]
-    with pytest.raises(UserError, match=r"title of job1: oh dear \(exit status 1; all it printed: .*job1.txt\)$"):
+    with pytest.raises(UserError, match=r"title of job1: oh dear \(exit status 1; all output: .*job1.txt\)$"):
         do_all(todo, ["3", "5"], tmp_path, starter(tmp_path))
     assert {(tmp_path / name).read_text() for name in "01"} == {"3", "5"}
 

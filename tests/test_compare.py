@@ -456,7 +456,7 @@ def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
         jobs.do_all(todo, ["", ""], tmp_path)
     lines = sorted(str(error.value).splitlines())
     assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 1" in lines[0]
-    assert "KeyError: 'nonsense' (exit status 1; all it printed: " in lines[1] and "j1.txt" in lines[1]
+    assert "KeyError: 'nonsense' (exit status 1; all output: " in lines[1] and "j1.txt" in lines[1]
 
 
 def test_of_a_job_that_was_killed_the_last_line_is_no_reason(tmp_path):
@@ -464,7 +464,7 @@ def test_of_a_job_that_was_killed_the_last_line_is_no_reason(tmp_path):
     line = say_what_failed(-9, log)
     assert line == (
         "was killed by SIGKILL, by someone or because memory ran out: run the same command again to continue"
-        f" (all it printed: {log})"
+        f" (all output: {log})"
     )
 
 
