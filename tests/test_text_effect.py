@@ -60,7 +60,7 @@ def test_the_prompts(model, monkeypatch):
 
     monkeypatch.setattr(text_effect, "load_text_tower", no_weights)
     *_, empty = text_effect.make_variants(run)
-    assert not empty.features.any() and "cannot be had here" in empty.meaning
+    assert not empty.features.any() and "cannot be loaded here" in empty.meaning
 
 
 def test_wrong_use(model, tmp_path):
