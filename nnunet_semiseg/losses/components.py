@@ -1,4 +1,4 @@
-"""The largest connected component of a class in a pseudo-label."""
+"""Keep only the largest connected component of a class in a pseudo-label."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 
 def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) -> Tensor:
-    """A label without the smaller components of some classes or regions; voxels touch by faces, edges and corners.
+    """Remove the smaller components of some classes or regions. Voxels are connected by faces, edges and corners.
 
-    On a CPU it is MONAI's (one sample after the other), which would copy from a GPU and let it wait; there it is
-    `largest_component`.
+    On a CPU it uses MONAI's transform, one sample after the other. On a GPU that would copy to the CPU and wait, so
+    `largest_component` is used there.
 
     Args:
         label: classes (B, 1, *S), or regions (B, heads or more, *S).
-        heads: the classes or regions that have one component.
-        regions: whether the label has a channel for each.
+        heads: the classes or regions that have a single component.
+        regions: whether the label is one of regions, with one channel for each.
     """
     if not len(heads):
         return label
@@ -28,7 +28,7 @@ def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) 
         from monai.transforms.post.array import KeepLargestConnectedComponent  # takes seconds to import
 
         keep: Any = KeepLargestConnectedComponent(list(heads), is_onehot=regions)
-        return torch.stack([keep(sample.clone()).as_tensor() for sample in label]).to(label)  # MONAI works in place
+        return torch.stack([keep(sample.clone()).as_tensor() for sample in label]).to(label)  # MONAI changes its input
     label = label.clone()
     for head in heads:
         own = label[:, head] if regions else label[:, 0]
@@ -40,19 +40,19 @@ def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) 
 def largest_component(mask: Tensor) -> Tensor:
     """The largest component of each sample's mask, (B, *S), bool, with a fixed number of operations.
 
-    Every voxel points to a voxel of its component, at first itself. In a round it looks at its neighbours (a maximum
-    over 3 voxels along each axis), the voxel that it points to takes over the greatest that they point to, and
-    pointers are shortened. As in Zhang, Azad and Hu, "FastSV: a distributed-memory connected component algorithm with
-    fast convergence" (SIAM PP 2020), the number of rounds grows with the logarithm of the number of voxels. It is
-    fixed here, so that nothing waits for the GPU.
+    Every voxel points to a voxel of its component, at first to itself. In each round a voxel looks at its neighbours (a
+    maximum over 3 voxels along each axis); the voxel that it points to takes over the largest pointer found there; then
+    pointers are shortened. The method is from Zhang, Azad and Hu, "FastSV: a distributed-memory connected component
+    algorithm with fast convergence" (SIAM PP 2020). The number of rounds grows with the logarithm of the number of
+    voxels. Here it is fixed, so that nothing waits for the GPU.
     """
     batch, shape = len(mask), mask.shape
     n = mask.numel()
-    exact = torch.float32 if n < 2**24 else torch.float64  # the pooling takes no whole numbers
+    exact = torch.float32 if n < 2**24 else torch.float64  # the pooling does not take integers
     pool = F.max_pool2d if mask.ndim == 3 else F.max_pool3d
     inside = mask.flatten()
     points_to = torch.arange(1, n + 1, device=mask.device) * inside  # 0: background
-    table = F.pad(points_to, (1, 0))  # where voxel i points to, at i; 0 to itself
+    table = F.pad(points_to, (1, 0))  # at i the pointer of voxel i; 0 points to itself
     for _ in range(ceil(log2(n / batch + 1))):
         near = pool(table[1:].view(batch, 1, *shape[1:]).to(exact), 3, stride=1, padding=1).flatten().long() * inside
         table = table.scatter_reduce(0, table[1:], near, "amax")

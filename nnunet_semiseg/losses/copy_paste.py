@@ -1,4 +1,4 @@
-"""Copy-paste of boxes between samples."""
+"""Copy boxes from one sample and paste them into another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nnunet_semiseg.losses.segmentation import on_grid
 
 
 def draw_box(x: Tensor, share: float, whole_first_axis: bool = False) -> Tensor:
-    """(1, 1, *s), bool, True in a box at a random place with this share of each side of x (B, C, *s).
+    """Draw a box at random: (1, 1, *s), bool, True inside. Its sides are this share of those of x (B, C, *s).
 
     Args:
         whole_first_axis: the box goes through all slices along the first axis.
@@ -22,11 +22,11 @@ def draw_box(x: Tensor, share: float, whole_first_axis: bool = False) -> Tensor:
 
 
 def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:
-    """x within the box (1, 1, *S), the other around it; on a coarser grid the box is, too. Shape: (B, C, *s)."""
+    """x inside the box (1, 1, *S), the other image around it, (B, C, *s). For a coarser grid the box is resampled."""
     return torch.where(on_grid(box, x), x, into)
 
 
 def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The first n samples, and for each of them another: the one before it, of the first the one behind the last."""
+    """The first n samples, and for each another one: the one before it; for the first one, the one after the last."""
     x = x[: n + 1]
     return x[:n], x.roll(1, 0)[:n]

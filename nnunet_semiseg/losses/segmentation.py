@@ -1,4 +1,4 @@
-"""Pseudo-labels in the form that nnU-Net's losses take targets."""
+"""Pseudo-labels and probabilities from logits, and nnU-Net's loss with a weight for each voxel or with soft labels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 @torch.no_grad()
 def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
-    """The detached decision of a network, as a target for nnU-Net's loss.
+    """The decision of a network as a target for nnU-Net's loss. It has no gradient.
 
     Args:
         logits: (B, heads, *S).
-        label_manager: nnU-Net's; says whether the heads are classes (softmax) or regions (sigmoid).
+        label_manager: nnU-Net's. It says whether the heads are classes (softmax) or regions (sigmoid).
 
     Returns:
-        Classes: (B, 1, *S), int16, as nnU-Net's labels. Regions: (B, heads, *S), bool, with a last channel of False
-        where the dataset has an ignore label (nothing in a pseudo-label is ignored).
+        Classes: (B, 1, *S), int16, like nnU-Net's labels. Regions: (B, heads, *S), bool. If the dataset has an ignore
+        label, there is one more channel, which is False (a pseudo-label has no ignored voxels).
     """
     if not label_manager.has_regions:
         return logits.argmax(1, keepdim=True).short()
@@ -30,12 +30,12 @@ def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
 
 
 def probabilities(logits: Tensor, label_manager) -> Tensor:
-    """(B, heads, *S) logits to float32 probabilities: softmax over classes, or sigmoid per region."""
+    """Turn logits (B, heads, *S) into float32 probabilities: softmax over classes, or a sigmoid for each region."""
     return logits.float().sigmoid() if label_manager.has_regions else logits.float().softmax(1)
 
 
 def entropy(p: Tensor, regions: bool) -> Tensor:
-    """-sum p log p over classes, (B, 1, *S), or of each region and its complement, (B, heads, *S)."""
+    """The entropy -sum p log p over classes, (B, 1, *S); for each region and its complement, (B, heads, *S)."""
     if regions:
         return torch.special.entr(p) + torch.special.entr(1 - p)
     return torch.special.entr(p).sum(1, keepdim=True)
@@ -51,14 +51,14 @@ def has_label(target: Tensor, label_manager) -> Tensor:
 
 
 def confidence(p: Tensor, label_manager) -> Tensor:
-    """The probability of the decision, (B, 1, *S), from probabilities (B, heads, *S); of regions the least one."""
+    """The probability of the decision, (B, 1, *S), from probabilities (B, heads, *S). For regions the smallest one."""
     if label_manager.has_regions:
         return torch.maximum(p, 1 - p).amin(1, keepdim=True)
     return p.amax(1, keepdim=True)
 
 
 def on_grid(target: Tensor, x: Tensor) -> Tensor:
-    """A target (B, C, *S) on the grid of x (B, K, *s), by nearest neighbours, as nnU-Net brings labels there."""
+    """Resample a target (B, C, *S) to the grid of x (B, K, *s), by nearest neighbours, as nnU-Net does with labels."""
     if target.shape[2:] == x.shape[2:]:
         return target
     return F.interpolate(target.float(), x.shape[2:], mode="nearest-exact").to(target.dtype)
@@ -67,8 +67,9 @@ def on_grid(target: Tensor, x: Tensor) -> Tensor:
 def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """nnU-Net's Dice + CE with a weight for each voxel.
 
-    Dice: each of its three sums over voxels is weighted. CE: weighted, then the mean over *all* voxels, so that a
-    smaller weight is a smaller loss. Targets are not touched. A sample in which nothing counts has no loss.
+    Dice: the weights are in each of its three sums over voxels. CE: each voxel is multiplied by its weight, then the
+    mean is taken over *all* voxels, so that smaller weights give a smaller loss. Targets are not changed. A sample
+    whose weights are all 0 has no loss.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
@@ -85,12 +86,12 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
 
 
 def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:
-    """The mean over voxels of the cross-entropy, or over regions of the binary one, each voxel times its weight.
+    """The mean cross-entropy over voxels (for regions the binary one, over voxels and regions), with weights.
 
     Args:
         logits: (B, heads, *S).
         target: as `hard_pseudo_label` returns it.
-        weight: (B, 1, *S); None: 1.
+        weight: (B, 1, *S). None: all weights are 1.
     """
     if regions:
         return F.binary_cross_entropy_with_logits(logits, target[:, : logits.shape[1]].to(logits.dtype), weight)
@@ -99,16 +100,16 @@ def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor 
 
 
 def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """nnU-Net's Dice + CE towards probabilities instead of labels; the least where the two are equal.
+    """nnU-Net's Dice + CE towards probabilities instead of labels. It is smallest if both are equal.
 
-    nnU-Net's Dice is not: a network that is taught 0.4 everywhere does best with 1 everywhere. So its overlap, the sum
-    of p t, is replaced by that of min(p, t), as in Wang et al., "Dice semimetric losses" (MICCAI 2023), which MONAI
-    has. Towards hard labels this is nnU-Net's loss.
+    nnU-Net's own Dice does not have this property: if the target is 0.4 everywhere, predicting 1 everywhere is best. So
+    its overlap, the sum of p t, is replaced by the sum of min(p, t), as in Wang et al., "Dice semimetric losses"
+    (MICCAI 2023), which MONAI implements. Towards hard labels this is nnU-Net's loss.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
-        logits, target: (B, heads, *S); the target gets no gradient.
-        weight: (B, 1, *S), at least 0, see `weighted_loss`; None: every voxel counts alike.
+        logits, target: (B, heads, *S). The target gets no gradient.
+        weight: (B, 1, *S), at least 0, see `weighted_loss`. None: all voxels have the same weight.
     """
     from monai.losses.dice import DiceLoss  # takes seconds, and few methods need it
 
@@ -126,10 +127,10 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None 
 
 
 def share_without_weight(loss, weight: Tensor) -> Tensor:
-    """Of the samples, or with `batch_dice` of the batch: there nnU-Net's Dice is at its best by its smoothing alone."""
+    """The share of samples (with `batch_dice`: 1 or 0) whose weights are all 0. Their Dice is 1 by smoothing only."""
     counts = weight.flatten(1).any(1)
     if loss.dc.batch_dice:
         counts = counts.any()
-        if loss.dc.ddp:  # the batch of all processes
+        if loss.dc.ddp:  # the batch is that of all processes
             counts = AllGatherGrad.apply(counts.float()).any()
     return (~counts).float().mean()

@@ -1,4 +1,4 @@
-"""Two streams through one U-Net: mixed features and dropped channels (STLU-Net)."""
+"""A U-Net with two streams: one mixes features, one drops channels (STLU-Net)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 
 BLOCK_SIZE = 7
-"""of dropblock, as in its paper; smaller where a feature map is"""
+"""block size of dropblock, as in its paper; it is smaller if a feature map is"""
 
 
 def similarity_weights(a: Tensor, b: Tensor) -> Tensor:
-    """w = clamp(cos(relu(a), relu(b)), 0, 1) per sample and channel, with space flattened.
+    """w = clamp(cos(relu(a), relu(b)), 0, 1) for each sample and channel, over all places.
 
-    Source: STLU-Net, whose cosines we take after a ReLU: after an instance norm and a LeakyReLU they are often
-    negative, and a weight of 0 exchanges the channel whole. A channel that is nowhere positive has w = 0.
+    Source: STLU-Net. We apply a ReLU before the cosine. After an instance norm and a LeakyReLU the cosines are often
+    negative, and a weight of 0 exchanges the whole channel. A channel without positive values has w = 0.
 
     Args:
         a, b: features (B, C, *s).
 
     Returns:
-        (B, C, 1, ..., 1), float32, detached.
+        (B, C, 1, ..., 1), float32, without gradient.
     """
     with torch.no_grad():
         flat = (x.float().relu().flatten(2) for x in (a, b))
@@ -34,7 +34,7 @@ def similarity_weights(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mix(a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(w a + (1 - w) b, w b + (1 - w) a): each keeps w of its own."""
+    """(w a + (1 - w) b, w b + (1 - w) a): each result keeps the share w of its own features."""
     weight = weight.to(a.dtype)
     return torch.lerp(b, a, weight), torch.lerp(a, b, weight)
 
@@ -48,25 +48,25 @@ def drop_blocks(x: Tensor, p: float) -> Tensor:
 
 
 def mixing_points(n_stages: int) -> dict[str, int]:
-    """The last stage of each group: S, the first half of the stages before the bottleneck, I, the others, and B.
+    """The last stage of each group: S is the first half of the stages before the bottleneck, I the other half, then B.
 
-    Five stages, as in the paper's V-Net: S are the first two, I the next two. With two stages there is no I.
+    With five stages, as in the paper's V-Net, S has two stages and I has two. With two stages there is no I.
     """
     shallow = n_stages // 2
     return {"S": shallow - 1, **({"I": n_stages - 2} if n_stages > 2 else {}), "B": n_stages - 1}
 
 
 class FeatureMixingUNet(nn.Module):
-    """nnU-Net's network, whose encoder can run as two streams that share every weight.
+    """nnU-Net's network. Its encoder can run as two streams that share all weights.
 
     `forward(x)` is the plain network. Its state_dict is that of the plans' network.
 
     Args:
         network: a PlainConvUNet or ResidualEncoderUNet.
-        mixing: `similarity` (w from the features), `weight` (w is given), `dropblock` or `off`.
+        mixing: `similarity` (the features give w), `weight` (w is given), `dropblock` or `off`.
         dropout: p of the other stream's channel dropout, and of dropblock.
-        own_skips: what was mixed feeds the next stage, and the decoder's skip is what it was before; at the bottleneck,
-            behind which there is no stage, it is mixed.
+        own_skips: mixed features go to the next stage, and the decoder's skip has the features before mixing. The
+            bottleneck, which has no next stage, gives mixed features to the decoder.
     """
 
     encoder: Any
@@ -78,7 +78,7 @@ class FeatureMixingUNet(nn.Module):
         self.mixing, self.dropout, self.own_skips = mixing, dropout, own_skips
 
     def forward(self, x: Tensor):
-        """The plain network: (B, C, *S) to its output."""
+        """The plain network's output for (B, C, *S)."""
         return self.decode(self.encode(x))
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -86,7 +86,7 @@ class FeatureMixingUNet(nn.Module):
         return self.encoder(x)
 
     def decode(self, skips: list[Tensor]):
-        """The output for the skips of either stream, or of the plain network."""
+        """The output for the skips of one of the streams, or of the plain network."""
         return self.decoder(skips)
 
     def paired(
@@ -97,20 +97,20 @@ class FeatureMixingUNet(nn.Module):
         mixed_at: Sequence[int] | None = None,
         samples: int | None = None,
     ):
-        """What both streams give to the decoder, for labelled samples and their partners.
+        """The skips of both streams, for labelled samples and their partners.
 
         Args:
-            x: (2 B, C, *S), the labelled samples and then their partners.
-            points: the stages after which features are mixed and channels dropped, ascending.
-            weight: w, where the features do not give it.
-            mixed_at: those of the points after which features are mixed; None: all.
-            samples: that a stage takes at once before the streams part. The feature maps within such a stage are then
-                not kept, and computed again by the backward pass. None: all are kept.
+            x: (2 B, C, *S): the labelled samples, then their partners.
+            points: the stages after which features are mixed and channels dropped, in ascending order.
+            weight: w, if the features do not give it.
+            mixed_at: the points at which features are mixed. None: all.
+            samples: before the streams separate, a stage takes this number of samples at once. The feature maps inside
+                such a stage are not kept; the backward pass computes them again. None: all are kept.
 
         Returns:
-            The skips of the mixing stream and of the dropout stream, each from fine to coarse, for the labelled half;
-            the same for the other half; and with `similarity` a list of the weights (B, C, 1, ..., 1) at each point,
-            else []. What both streams share is the same tensor.
+            For the labelled half: the skips of the mixing stream and of the dropout stream, each from fine to coarse.
+            The same for the other half. With `similarity` a list of the weights (B, C, 1, ..., 1) at each point, else
+            []. Skips that both streams share are the same tensor.
         """
 
         def in_parts(module: nn.Module, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class FeatureMixingUNet(nn.Module):
             streams = [in_parts(stage, streams[0])] if len(streams) == 1 else [stage(x) for x in streams]
             own = streams[0] if self.own_skips and i < len(self.encoder.stages) - 1 else None
             if i in points:
-                mixed, dropped = streams[0], streams[-1]  # the same tensor at the first point: computed once
+                mixed, dropped = streams[0], streams[-1]  # at the first point these are the same tensor
                 if self.mixing == "dropblock":
                     mixed = drop_blocks(mixed, self.dropout)
                 elif self.mixing != "off" and (mixed_at is None or i in mixed_at):
@@ -133,10 +133,10 @@ class FeatureMixingUNet(nn.Module):
                     if self.mixing == "similarity":
                         weight = similarity_weights(labeled_features, unlabeled_features)
                         weights.append(weight)
-                    w: Any = weight  # is given, or has just been computed
+                    w: Any = weight  # not None: it is given, or was just computed
                     mixed = torch.cat(mix(labeled_features, unlabeled_features, w))
                 dropped = drop_channels(dropped, self.dropout) if self.dropout else dropped
-                streams = [mixed] if mixed is dropped else [mixed, dropped]  # nothing mixed, nothing dropped
+                streams = [mixed] if mixed is dropped else [mixed, dropped]  # one stream until something differs
             parts = [x.chunk(2) for x in (streams[0] if own is None else own, streams[-1])]
             for half in range(2):
                 halves[half][0].append(parts[0][half])
@@ -144,6 +144,6 @@ class FeatureMixingUNet(nn.Module):
         return *halves, weights
 
     def parts(self) -> list[nn.Module]:
-        """What `paired` runs."""
+        """The modules that `paired` runs."""
         stem = getattr(self.encoder, "stem", None)
         return [*self.encoder.stages, self.decoder, *([] if stem is None else [stem])]

@@ -10,20 +10,20 @@ from nnunet_semiseg.losses.segmentation import on_grid
 
 
 def drop_channels(x: Tensor, p: float) -> Tensor:
-    """Whole channels of (B, C, *s) set to 0 with probability p, the others divided by 1 - p."""
+    """Set whole channels of (B, C, *s) to 0 with probability p, and divide the others by 1 - p."""
     return (F.dropout2d if x.ndim == 4 else F.dropout3d)(x, p)
 
 
 def feature_noise(x: Tensor, bound: float = 0.3) -> Tensor:
-    """x + x N with N uniform in -bound to bound, one N for all samples (CCT's F-Noise)."""
+    """x + x N, with N uniform in -bound to bound and the same for all samples (CCT's F-Noise)."""
     noise = torch.empty_like(x[:1]).uniform_(-bound, bound)
     return x + x * noise
 
 
 def feature_drop(x: Tensor, low: float = 0.6, high: float = 0.9) -> Tensor:
-    """x where its attention is below a threshold drawn from low to high, else 0 (CCT's F-Drop).
+    """x where its attention is below a random threshold between low and high, else 0 (CCT's F-Drop).
 
-    The attention is the mean over channels, of each sample scaled to 0 to 1, so that the most active places go.
+    The attention is the mean over channels, scaled to 0 to 1 for each sample. So the most active places are dropped.
     """
     attention = x.detach().mean(1, keepdim=True)
     axes = tuple(range(1, x.ndim))
@@ -34,22 +34,22 @@ def feature_drop(x: Tensor, low: float = 0.6, high: float = 0.9) -> Tensor:
 
 
 def mask_object(x: Tensor, foreground: Tensor) -> Tensor:
-    """x without what is foreground (CCT's Obj-Msk).
+    """x without the foreground (CCT's Obj-Msk).
 
     Args:
         x: (B, C, *s).
-        foreground: (B, 1, *S), bool, on the image's grid.
+        foreground: (B, 1, *S), bool, on the grid of the image.
     """
     return x * ~on_grid(foreground, x)
 
 
 def mask_context(x: Tensor, foreground: Tensor) -> Tensor:
-    """x where it is foreground, else 0 (CCT's Con-Msk)."""
+    """x in the foreground, else 0 (CCT's Con-Msk)."""
     return x * on_grid(foreground, x)
 
 
 def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
-    """x without a box, drawn within the bounding box of the foreground, of this share of its sides (CCT's G-Cutout)."""
+    """x without a random box inside the foreground's bounding box, with this share of its sides (CCT's G-Cutout)."""
     foreground = on_grid(foreground, x)
     box = torch.ones_like(foreground)
     for axis in range(2, x.ndim):
@@ -57,7 +57,7 @@ def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
         line = foreground.any(others[0], keepdim=True)
         for other in others[1:]:
             line = line.any(other, keepdim=True)
-        # the voxels' centres: of corners, an object's first one would never lie in the box
+        # the centres of voxels; with corners the first voxel of an object would never be inside the box
         places = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.ndim - 1 - axis)) + 0.5
         first = torch.where(line, places, x.shape[axis]).amin(axis, keepdim=True) - 0.5
         length = torch.where(line, places, -1).amax(axis, keepdim=True) + 0.5 - first

@@ -12,11 +12,11 @@ from nnunet_semiseg.errors import UserError
 
 
 class ChannelGroups(nn.Module):
-    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S); an empty channel becomes 0.
+    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S). An empty channel becomes 0.
 
     Args:
-        groups: the channels of each.
-        nothing: of each channel, see `values_of_nothing`.
+        groups: the channels of each modality.
+        nothing: for each channel its value if it is empty, see `values_of_nothing`.
     """
 
     nothing: Tensor
@@ -48,11 +48,11 @@ class TwoContrasts(nn.Module):
 
 
 class Window:
-    """A CT window on an image that nnU-Net has normalised: level -+ width / 2 becomes -1 and 1, clipped.
+    """A CT window for an image that nnU-Net has normalised: level -+ width / 2 becomes -1 and 1; the rest is clipped.
 
     Args:
-        level, width: HU.
-        mean, std: of nnU-Net's `CTNormalization`, HU.
+        level, width: in HU.
+        mean, std: of nnU-Net's `CTNormalization`, in HU.
     """
 
     def __init__(self, level: float, width: float, mean: float, std: float):
@@ -63,7 +63,7 @@ class Window:
 
 
 class ContrastCurve:
-    """2 sigmoid(x)^gamma - 1 of z-scores: a gamma below 1 spreads what is dark, one above 1 what is bright."""
+    """2 sigmoid(x)^gamma - 1 of z-scores. A gamma below 1 gives contrast to dark values, one above 1 to bright ones."""
 
     def __init__(self, gamma: float):
         self.gamma = gamma
@@ -73,7 +73,7 @@ class ContrastCurve:
 
 
 def halves(n_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The channels 0 to n - 1 in two groups; of an odd number the second has one more."""
+    """The channels 0 to n - 1 in two groups. If n is odd, the second group has one more."""
     middle = n_channels // 2
     return tuple(range(middle)), tuple(range(middle, n_channels))
 
@@ -84,13 +84,13 @@ def is_ct(configuration_manager) -> bool:
 
 
 def kept_range(plans_manager) -> tuple[float, float]:
-    """The intensities, HU, that nnU-Net's CT normalisation does not clip."""
+    """The intensities, in HU, that nnU-Net's CT normalisation does not clip."""
     about = plans_manager.foreground_intensity_properties_per_channel["0"]
     return about["percentile_00_5"], about["percentile_99_5"]
 
 
 def two_thirds(low: float, high: float) -> list[tuple[float, float]]:
-    """Level and width of the lower and of the upper two thirds of a range."""
+    """Level and width of the lower two thirds and of the upper two thirds of a range."""
     third = (high - low) / 3
     return [(low + third, 2 * third), (high - third, 2 * third)]
 
@@ -107,13 +107,13 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
         if groups or settings.modality_dropout:
             raise UserError("settings modalities, modality_dropout: not for a dataset with a single channel")
         if settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
-            raise UserError("setting modality_views=ct_windows: the images are not CT; use contrast")
+            raise UserError("setting modality_views=ct_windows: the images are not CT: set it to contrast")
         if settings.ct_windows and is_ct(configuration_manager):
             check_windows(settings.ct_windows, *kept_range(plans_manager))
     elif settings.modality_views != "auto":
         raise UserError(
-            f"setting modality_views={settings.modality_views}: the dataset has {n_channels} channels, which"
-            " are the modalities: set it to auto"
+            f"setting modality_views={settings.modality_views}: the dataset has {n_channels} channels, which are used"
+            " as modalities: set it to auto"
         )
     elif groups:
         listed = [channel for group in groups for channel in group]
@@ -125,17 +125,17 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
 
 
 def check_windows(windows, low: float, high: float) -> None:
-    """Refuse windows that show all of what there is, and so the same, or nothing of it."""
+    """Refuse two windows that both show everything, and so the same; and a window that shows nothing."""
     bounds = [(level - width / 2, level + width / 2) for level, width in windows]
     if all(a <= low and high <= b for a, b in bounds) or any(b <= low or high <= a for a, b in bounds):
         raise UserError(
             f"setting ct_windows={[list(window) for window in windows]}: nnU-Net keeps {low:g} to {high:g} HU of these"
-            " images, of which both windows show all, or one nothing: choose narrower ones, or null"
+            " images: both windows show all of it, or one shows nothing: choose narrower ones, or null"
         )
 
 
 def make_modalities(settings, n_channels: int, plans_manager, configuration_manager) -> tuple[nn.Module, list[int]]:
-    """What takes an image (B, C, *S) to its two modalities, by `SemiCMLTrainer`'s settings, and each one's channels."""
+    """A module that turns an image (B, C, *S) into its two modalities, and the number of channels of each."""
     if n_channels == 1:
         return make_two_contrasts(settings, plans_manager, configuration_manager), [1, 1]
     groups = settings.modalities or halves(n_channels)
@@ -154,9 +154,9 @@ def make_two_contrasts(settings, plans_manager, configuration_manager) -> TwoCon
 
 
 def draw_present(groups, images: Tensor, p: float) -> Tensor:
-    """(B, C, 1, ..., 1) of 0 and 1: with probability p a sample is without one group of channels, either alike.
+    """Draw which channels are shown, (B, C, 1, ..., 1) of 0 and 1: with probability p a sample loses one of its groups.
 
-    A sample that has one group only, the other being 0, keeps it.
+    Both groups are lost equally often. A sample whose other group is 0 everywhere keeps its only group.
     """
     drawn = torch.rand(len(images), device=images.device)
     keep = images.new_ones(images.shape[:2])

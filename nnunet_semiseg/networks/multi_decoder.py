@@ -1,4 +1,4 @@
-"""nnU-Net's network with more decoders on the same encoder, perturbed features, and text at the bottleneck."""
+"""nnU-Net's network with more decoders on the same encoder, and with text at the bottleneck."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class InterpolationUpsampling(nn.Sequential):
-    """Interpolation and a 1x1 convolution, in place of a transposed convolution.
+    """Interpolation and a 1x1 convolution, instead of a transposed convolution.
 
-    The two commute (interpolation weights sum to one), so the convolution runs first, on the smaller grid.
+    The order of the two does not matter, because interpolation weights have the sum 1. So the convolution runs first,
+    on the smaller grid.
 
     Args:
         conv_op: torch's convolution of the plans, such as `nn.Conv3d`.
@@ -39,17 +40,17 @@ def extra_decoder(
     upsampling: Literal["transposed", "linear", "nearest"] = "transposed",
     finest_only: bool = False,
 ) -> UNetDecoder:
-    """One more decoder for a PlainConvUNet or ResidualEncoderUNet, with weights of its own.
+    """One more decoder for a PlainConvUNet or ResidualEncoderUNet, with its own weights.
 
     Args:
-        network: holds the `encoder` whose skips all decoders read, and the first `decoder`.
+        network: has the `encoder` whose skips all decoders read, and the first `decoder`.
         n_conv_per_stage: as in the plans (`n_conv_per_stage_decoder`).
-        deep_supervision: whether it gives several outputs; the heads are there in any case, as in nnU-Net.
-        finest_only: there is no head but the finest.
+        deep_supervision: whether it returns several outputs. It has all heads in any case, as in nnU-Net.
+        finest_only: it has only the finest head.
 
     Returns:
-        A decoder with `.encoder` None: registered again, the encoder's weights would be counted, saved and
-        initialised a second time.
+        A decoder whose `.encoder` is None. If it were set, the encoder's weights would be counted, saved and
+        initialised twice.
     """
     encoder = network.encoder
     decoder = UNetDecoder(encoder, network.decoder.num_classes, n_conv_per_stage, deep_supervision)
@@ -72,12 +73,12 @@ def extra_decoder(
 
 
 class Encoded(NamedTuple):
-    """What decoders read.
+    """The input of decoders.
 
     Attributes:
-        skips: the encoder's features from fine to coarse, (B, C_i, *s_i); the last one is guided by the text.
-        aligned: F_v (B, d, *s), the projected bottleneck before the text was added to it (so that aligning it shapes
-            the encoder, instead of finding the text that was just put in); None where no text was given.
+        skips: the encoder's features from fine to coarse, (B, C_i, *s_i). The text guides the last one.
+        aligned: F_v (B, d, *s), a projection of the bottleneck before the text is added, so that the alignment trains
+            the encoder and does not just find the text again. None without text.
     """
 
     skips: list[Tensor]
@@ -85,18 +86,18 @@ class Encoded(NamedTuple):
 
 
 class MultiDecoderUNet(nn.Module):
-    """nnU-Net's network, with further decoders and text, each where it is wanted, and its halves to be run apart.
+    """nnU-Net's network. It can have more decoders and text, and its two halves can run separately.
 
     `forward(x)` is the main decoder's output, as nnU-Net's validation, prediction and deep supervision expect.
 
     Args:
         network: the plans' network, a PlainConvUNet or ResidualEncoderUNet.
-        others: further decoders (`extra_decoder`). nnU-Net switches the deep supervision of the first alone.
-        recompute: do not keep the feature maps of the encoder's first stage, the largest, while decoders run one after
-            the other: the backward pass computes them again, for about 4 % more time.
+        others: more decoders (`extra_decoder`). nnU-Net switches the deep supervision of the first decoder only.
+        recompute: do not keep the feature maps of the encoder's first stage, the largest ones, while decoders run one
+            after the other. The backward pass computes them again, which takes about 4 % more time.
 
     Attributes:
-        guidance: text guidance, applied once, before all decoders; None: no text.
+        guidance: text guidance, applied once, before all decoders. None: no text.
     """
 
     encoder: Any
@@ -112,23 +113,23 @@ class MultiDecoderUNet(nn.Module):
         self.guidance = None
 
     def forward(self, x: Tensor):
-        """Logits (B, heads, *S) of images (B, C, *S), or with deep supervision a list of logits from fine to coarse."""
+        """Logits (B, heads, *S) of images (B, C, *S); with deep supervision a list of logits from fine to coarse."""
         return self.decode(self.encode(x).skips)
 
     def encode(self, x: Tensor, text: Tensor | None = None) -> Encoded:
-        """What the decoders read of images, the text in its last level.
+        """The input of the decoders, with the text in its last level.
 
         Args:
             x: (B, C, *S).
-            text: (K, d) text features with their graph, in training; None: the stored ones.
+            text: (K, d) text features with their graph, in training. None: the stored ones.
         """
         *skips, bottleneck = self.features(x) if self.recompute and torch.is_grad_enabled() else self.encoder(x)
         guided = bottleneck if self.guidance is None else self.guidance(bottleneck, text)
-        guidance: Any = self.guidance  # there is one, where there is text
+        guidance: Any = self.guidance  # not None, as there is text
         return Encoded([*skips, guided], None if text is None else guidance.align(bottleneck))
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """What `self.encoder(x)` gives, without the feature maps of its first stage."""
+        """The result of `self.encoder(x)`, without keeping the feature maps of its first stage."""
         encoder, features = self.encoder, []
         if (stem := getattr(encoder, "stem", None)) is not None:
             x = checkpoint(stem, x, use_reentrant=False)
@@ -138,11 +139,11 @@ class MultiDecoderUNet(nn.Module):
         return features
 
     def decode(self, skips: list[Tensor], decoder: int = 0):
-        """The output of one decoder, 0 is the main one; in the form of `forward`."""
+        """The output of one decoder (0 is the main one), in the form of `forward`."""
         return (self.decoder if decoder == 0 else self.other_decoders[decoder - 1])(skips)
 
     def parts(self) -> list[nn.Module]:
-        """What `encode` and `decode` run."""
+        """The modules that `encode` and `decode` run."""
         stem = getattr(self.encoder, "stem", None)
         stages = [*([] if stem is None else [stem]), *self.encoder.stages] if self.recompute else []
         parts = [*stages, self.encoder, self.decoder, *self.other_decoders]

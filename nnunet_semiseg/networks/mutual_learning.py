@@ -1,4 +1,4 @@
-"""An encoder and a decoder for each of two modalities, with attention between them at the bottleneck (Semi-CML)."""
+"""Two modalities, each with an encoder and a decoder, with attention between them at the bottleneck (Semi-CML)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 HEAD_WIDTH = 32
-"""channels of an attention head, where there are so many"""
+"""channels of an attention head, if there are so many"""
 
 
 class CrossModalFusion(nn.Module):
-    """Each modality's bottleneck voxels query the other's; then a convolution makes one of both.
+    """The bottleneck voxels of each modality attend to those of the other. A convolution then joins both.
 
     F_i' = F_i + Attention(query LN(F_i), key and value LN(F_j)); fused = ReLU(norm(conv_1([F_a', F_b']))).
 
     Args:
-        norm: after the convolution, for C channels.
+        norm: the normalisation after the convolution, for C channels.
 
     Shape: two (B, C, *s) -> (B, C, *s)
     """
@@ -44,7 +44,7 @@ class CrossModalFusion(nn.Module):
 
 
 class Decoders(nn.ModuleList):
-    """Decoders whose deep supervision nnU-Net switches as if they were one."""
+    """Decoders as one module, so that nnU-Net can switch their deep supervision together."""
 
     @property
     def deep_supervision(self) -> bool:
@@ -59,13 +59,13 @@ class Decoders(nn.ModuleList):
 
 
 class MutualLearningUNet(nn.Module):
-    """`forward(x)` is the mean of both decoders' probabilities, as logits.
+    """Two networks in one. `forward(x)` is the mean of both decoders' probabilities, as logits.
 
     Args:
-        networks: nnU-Net's, one a modality, of the same shape but for the input channels.
-        modalities: makes two images of one.
-        regions: sigmoid heads instead of softmax.
-        fused: both decoders read one bottleneck, of both modalities; else each its own, so that the networks are apart.
+        networks: nnU-Net's, one for each modality. They may differ in the number of input channels only.
+        modalities: turns an image into two.
+        regions: the heads have sigmoids instead of a softmax.
+        fused: both decoders read one common bottleneck. If False, each has its own, and the networks are separate.
     """
 
     encoder: Any
@@ -77,7 +77,7 @@ class MutualLearningUNet(nn.Module):
         self.encoder = nn.ModuleList(network.encoder for network in networks)
         self.decoder = Decoders(network.decoder for network in networks)
         for decoder in self.decoder:
-            decoder.encoder = None  # registered again, its weights would be counted and saved twice
+            decoder.encoder = None  # else its weights would be counted and saved twice
         encoder, self.fusion = self.encoder[0], None
         if fused:
             channels = encoder.output_channels[-1]
@@ -85,19 +85,20 @@ class MutualLearningUNet(nn.Module):
             self.fusion = CrossModalFusion(channels, encoder.conv_op, norm)
 
     def forward(self, x: Tensor, branches: bool = False, passes: int | None = None, dropout: float = 0.0):
-        """The mean of both decoders, or what else is asked for.
+        """The mean of both decoders, or more detailed outputs.
 
         Args:
             x: (B, C, *S).
-            branches: the outputs of both decoders in place of their mean.
-            passes: with branches, of Monte-Carlo dropout on the features that the decoders read; the encoders run once.
-            dropout: its p.
+            branches: return the outputs of both decoders instead of their mean.
+            passes: the number of Monte-Carlo dropout passes (needs branches). Dropout acts on the features that
+                decoders read; the encoders run once.
+            dropout: p of that dropout.
 
         Returns:
-            Without branches logits (B, heads, *S), or with deep supervision a list from fine to coarse; with them a
-            list of two such. With passes: that list, in which a decoder whose modality a sample lacks says what the
-            mean does; the logits of the mean, as without branches; and those of the mean over passes and decoders
-            (B, heads, *S), None for 0 passes.
+            Without branches: logits (B, heads, *S); with deep supervision a list from fine to coarse. With branches: a
+            list of two of these. With passes: that list, where a decoder whose modality a sample lacks has the mean's
+            output; the logits of the mean; and those of the mean over passes and decoders (B, heads, *S), None for 0
+            passes.
         """
         images = self.modalities(x)
         features = [encoder(image) for encoder, image in zip(self.encoder, images, strict=True)]
@@ -130,29 +131,29 @@ class MutualLearningUNet(nn.Module):
 
 
 def presence(images: Sequence[Tensor]) -> Tensor:
-    """Weights of the modalities for a mean, (2, B): a modality that is 0 everywhere has none, unless both are."""
+    """Weights of the modalities for a mean, (2, B). A modality that is 0 everywhere has weight 0, unless both are 0."""
     present = torch.stack([(image != 0).flatten(1).any(1) for image in images]).float()
     present = torch.where(present.sum(0) > 0, present, 1.0)
     return present / present.sum(0)
 
 
 def where_present(weight: Tensor, logits: Tensor, others: Tensor) -> Tensor:
-    """The logits (B, heads, *S) of samples whose weight (B,) is above 0, of the rest the others, in the same type."""
+    """The logits (B, heads, *S) of samples with a weight (B,) above 0; for the other samples `others`, same type."""
     return torch.where(weight.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, others.to(logits.dtype))
 
 
 def average_logits(logits: Sequence[Tensor], regions: bool, weights: Tensor | None = None) -> Tensor:
-    """The logits whose probabilities are the weighted mean of those of `logits`, in float32.
+    """The logits whose probabilities are the weighted mean of the given ones, in float32.
 
     Args:
         logits: k times (B, heads, *S).
-        regions: probabilities by sigmoid, else by softmax.
-        weights: (k, B), a sum of 1 for each sample; None: equal.
+        regions: probabilities by sigmoid instead of softmax.
+        weights: (k, B), with the sum 1 for each sample. None: equal weights.
     """
     stacked = torch.stack([x.float() for x in logits])
     if weights is None:
         weights = stacked.new_full(stacked.shape[:2], 1 / len(stacked))
-    log_weights = weights.log().view(*weights.shape, *[1] * (stacked.ndim - 2))  # of an absent one: -inf
+    log_weights = weights.log().view(*weights.shape, *[1] * (stacked.ndim - 2))  # -inf for a missing modality
 
     def log_mean(log_p: Tensor) -> Tensor:
         return (log_p + log_weights).logsumexp(0)

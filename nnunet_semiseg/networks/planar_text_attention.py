@@ -1,4 +1,4 @@
-"""TMR, the text-enhanced multiplanar representation of Text-SemiSeg, and the copying it is compared with."""
+"""TMR, the text-enhanced multiplanar representation of Text-SemiSeg, and plain copying of the text for comparison."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 
 class TextCrossAttention(nn.Module):
-    """One pre-norm transformer block: pixels attend to each other, then to the text, then an MLP.
+    """One transformer block with normalisation first: pixels attend to each other, then to the text; then an MLP.
 
-    Queries are the pixels, keys and values the K text tokens, so the softmax runs over K keys.
+    Queries are the pixels; keys and values are the K text tokens. So the softmax is over K keys.
 
     Shape: tokens (B, N, d), text (K, d) -> (B, N, d)
     """
@@ -32,13 +32,13 @@ class TextCrossAttention(nn.Module):
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
         x = self.norm_self(tokens)
         tokens = tokens + self.self_attention(x, x, x, need_weights=False)[0]
-        text = self.norm_text(text).expand(tokens.shape[0], -1, -1)  # len() would fix the batch in an ONNX file
+        text = self.norm_text(text).expand(tokens.shape[0], -1, -1)  # len() would fix the batch size in an ONNX file
         tokens = tokens + self.cross_attention(self.norm_cross(tokens), text, text, need_weights=False)[0]
         return tokens + self.mlp(tokens)
 
 
 class PlaneBranch(nn.Module):
-    """A plane's pixels to width d with a learned position grid, through the block, and back to C channels.
+    """Project the pixels of a plane to width d, add a learned position grid, run the block, and project back.
 
     Shape: plane (B, C, h, w), text (K, d) -> (B, C, h, w)
     """
@@ -60,14 +60,13 @@ class PlaneBranch(nn.Module):
 
 
 class MultiplanarTextAttention(nn.Module):
-    """TMR: text-enhanced planes, repeated along their axes, weighted, summed and added to the features once.
+    """TMR: text-enhanced planes are repeated along their axes, weighted, summed and added to the features once.
 
-    Source: Text-SemiSeg (MICCAI 2025, arXiv 2507.12382), section "text-enhanced multiplanar representation".
-    The published code departs from it (one token covers a whole plane, so the softmax runs over a single key and
-    the text never changes the output; the residual is added twice); we follow the paper. Each plane has its own
-    block, as the axes of a medical volume differ in meaning and spacing. In 2d the image itself is the plane.
-    Attention is blind to the order of its keys, but the decoders' heads are not: a learned embedding per class
-    (ours) tells which text is whose.
+    Source: Text-SemiSeg (MICCAI 2025, arXiv 2507.12382), section "text-enhanced multiplanar representation". We follow
+    the paper. The published code differs: one token covers a whole plane, so that the softmax has a single key and the
+    text never changes the output; and the residual is added twice. Each plane has its own block, because the axes of a
+    medical volume differ in meaning and spacing. In 2d the image itself is the plane. Attention does not know the order
+    of its keys, but the decoders' heads have an order. So we add a learned embedding for each class.
 
     Shape: features (B, C, *S) with 2 or 3 spatial axes, text (K, d) -> (B, C, *S)
     """
@@ -76,7 +75,7 @@ class MultiplanarTextAttention(nn.Module):
         super().__init__()
         width = text_shape[1]
         self.axes = (None,) if ndim == 2 else (2, 3, 4)
-        self.class_embedding = nn.Parameter(torch.randn(text_shape) / math.sqrt(width))  # the text's own scale
+        self.class_embedding = nn.Parameter(torch.randn(text_shape) / math.sqrt(width))  # of the same size as the text
         self.branches = nn.ModuleList(PlaneBranch(channels, width) for _ in self.axes)
         self.weights = nn.Parameter(torch.full((len(self.axes),), 1 / len(self.axes)))
 
@@ -85,13 +84,13 @@ class MultiplanarTextAttention(nn.Module):
         for axis, branch, weight in zip(self.axes, self.branches, self.weights, strict=True):
             if axis is None:
                 enhanced = enhanced + weight * branch(features, text)
-            else:  # the plane broadcasts, that is repeats, along the axis it was averaged over
+            else:  # broadcasting repeats the plane along the axis over which it was averaged
                 enhanced = enhanced + weight * branch(features.mean(axis), text).unsqueeze(axis)
         return enhanced
 
 
 class TextCopy(nn.Module):
-    """The strategy that TMR is compared with: the same projected text added to every voxel.
+    """For comparison with TMR: the same projected text is added to every voxel.
 
     Shape: features (B, C, *S), text (K, d) -> (B, C, *S)
     """

@@ -1,4 +1,4 @@
-"""What a segmentation network needs to be guided by class prompts, to be put beside its encoder."""
+"""The parts that a segmentation network needs to be guided by class prompts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nnunet_semiseg.networks.planar_text_attention import MultiplanarTextAttenti
 
 
 class TextGuidance(nn.Module):
-    """Text in the forward pass (TMR or copying) and the projection that CSA aligns with the text.
+    """Text in the forward pass (TMR or copying), and the projection that CSA aligns with the text.
 
-    `features` (K, d) is a buffer, so a trained model predicts without a text encoder.
+    `features` (K, d) is a buffer, so that a trained model predicts without a text encoder.
 
     Args:
-        encoder: the plans' encoder; its last feature map, C channels, is the bottleneck.
-        text_shape: (K, d), one text feature a class, background included.
+        encoder: the plans' encoder. Its last feature map, with C channels, is the bottleneck.
+        text_shape: (K, d): a text feature for each class, including the background.
         tmr: multiplanar, copy or off.
     """
 
@@ -34,7 +34,7 @@ class TextGuidance(nn.Module):
             self.interaction = TextCopy(channels, text_shape) if tmr == "copy" else None
 
     def forward(self, bottleneck: Tensor, text: Tensor | None = None) -> Tensor:
-        """The bottleneck (B, C, *s) enhanced by the text (K, d), by default the stored features."""
+        """The bottleneck (B, C, *s), enhanced by the text (K, d). Default: the stored features."""
         if self.interaction is None:
             return bottleneck
         return self.interaction(bottleneck, self.features if text is None else text)
