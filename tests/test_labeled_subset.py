@@ -14,7 +14,7 @@ def test_the_first_cases_in_the_published_order_keep_their_label():
     assert take_labeled(training, ["v"], 2, {}) == (["a", "b"], ["v"], ["c", "d"])
     # fold all validates on what it trains on, and never on a case whose label must not be seen
     assert take_labeled(training, training, 1, published) == (["c"], ["c"], ["d", "a", "b"])
-    with pytest.raises(UserError, match="num_labeled=5: the fold has 4 labelled training cases; set it to 4 or less"):
+    with pytest.raises(UserError, match="num_labeled=5: the fold has 4 labelled training cases: set it to 4 or less"):
         take_labeled(training, [], 5, {})
 
 

@@ -369,7 +369,7 @@ def test_windows_of_a_range_differ_within_it():
     check_windows([(20, 80), (60, 80)], -20, 100)
     check_windows([(40, 1000), (60, 80)], -20, 100)
     for windows in ([(50, 350), (0, 2000)], [(20, 80), (400, 100)]):
-        with pytest.raises(UserError, match="nnU-Net keeps -20 to 100 HU .*, of which both windows show all, or one"):
+        with pytest.raises(UserError, match="nnU-Net keeps -20 to 100 HU .*: both windows show all of it, or one"):
             check_windows(windows, -20, 100)
 
 
@@ -446,7 +446,7 @@ def test_single_channels_have_two_views(ready):
     middle = (low + high) / 2
     first, _ = started(dataset, ct_windows=[[middle, 1], [middle, 10]]).network.modalities.contrasts
     assert isinstance(first, Window) and first.centre == pytest.approx((middle - about["mean"]) / about["std"])
-    with pytest.raises(UserError, match="ct_windows=.*of which both windows show all"):
+    with pytest.raises(UserError, match="ct_windows=.*both windows show all of it"):
         make_trainer(SemiCMLTrainer, dataset, ct_windows=[[middle, 5000], [middle, 6000]])
     assert isinstance(started(dataset, modality_views="contrast").network.modalities.contrasts[0], ContrastCurve)
 

@@ -313,7 +313,7 @@ def test_a_cache_folder_filled_elsewhere_needs_no_internet(tmp_path, monkeypatch
     whole = write_weights(folder)
     tower = load_text_tower("hf-hub:me/tiny", "openai", str(tmp_path))
     same_as_open_clip(whole, tower, open_clip.get_tokenizer(f"local-dir:{folder}"))
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_text_tower("hf-hub:me/tiny", "openai", str(tmp_path / "other"))
 
 
@@ -344,8 +344,8 @@ def test_bad_sources_are_refused(tmp_path, clip_folder):
         (str(tmp_path), "openai", "no open_clip_config.json"),
         ("ViT-B-32", "opnai", "text_pretrained=opnai: neither a file nor a tag.*openai"),
         ("ViT-B-32", None, "its tags are openai"),
-        (clip_folder, "openai", "weights cannot be had"),  # a folder without weights
-        (clip_folder, str(tmp_path / "broken.pt"), "broken.pt: no readable checkpoint"),
+        (clip_folder, "openai", "weights cannot be loaded"),  # a folder without weights
+        (clip_folder, str(tmp_path / "broken.pt"), "broken.pt: not a readable checkpoint"),
     ]:
         with pytest.raises(UserError, match=message) as error:
             load_text_tower(model, pretrained)
@@ -448,7 +448,7 @@ def test_embeddings_come_back_and_others_are_refused(tmp_path):
     (tmp_path / "broken").write_bytes(b"x")
     for file, prompts, message in [
         (tmp_path / "missing", PROMPTS, "missing: no such file"),
-        (tmp_path / "broken", PROMPTS, "broken: no readable file"),
+        (tmp_path / "broken", PROMPTS, "broken: not a readable file"),
         (
             path,
             {"background": ("background",), "liver": ("liver",)},

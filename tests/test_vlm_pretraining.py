@@ -221,17 +221,19 @@ def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset
     saved = load_file(resumed / "vlm.safetensors")["heads.text_cls.0.weight"]
     assert torch.equal(vlm.heads["text_cls"][0].weight, saved)
     killed = tmp_path / "killed"
-    with pytest.raises(UserError, match="killed: holds a pre-training of before accumulation, crop changed: remove it"):
+    with pytest.raises(
+        UserError, match="killed: holds a pre-training from before accumulation, crop changed: remove it"
+    ):
         run(dataset, towers, killed, "accumulation=1", "crop=1")
     assert run(dataset, towers, killed, "accumulation=2", "num_workers=1") == killed  # no result depends on that
     texts = json.loads((dataset.raw / "texts.json").read_text())
     (dataset.raw / "texts.json").write_text(json.dumps(texts | {"un_000": "another text"}))
-    with pytest.raises(UserError, match="killed: holds a pre-training of before texts changed"):
+    with pytest.raises(UserError, match="killed: holds a pre-training from before texts changed"):
         run(dataset, towers, killed, "accumulation=2")
     (dataset.raw / "texts.json").write_text(json.dumps(texts))
     state = killed / "training_state.safetensors"
     state.write_bytes(state.read_bytes()[:500])
-    with pytest.raises(UserError, match="training_state.safetensors: cannot be read .*: remove .* to begin anew"):
+    with pytest.raises(UserError, match="training_state.safetensors: cannot be read .*: remove .* to begin again"):
         run(dataset, towers, killed, "accumulation=2")
 
 
@@ -251,7 +253,7 @@ def test_a_pretraining_without_a_finite_loss_ends_and_keeps_the_epoch_before(dat
         return means | ({"icl": float("nan"), "loss": float("nan")} if self.epoch == 1 else {})
 
     monkeypatch.setattr(pretraining.Pretraining, "train_epoch", breaks)
-    with pytest.raises(UserError, match="out: epoch 2: the loss is nan .of icl.: .* what 1 epochs gave is kept"):
+    with pytest.raises(UserError, match="out: epoch 2: the loss is nan .of icl.: .* the model after 1 epochs is kept"):
         run(dataset, towers, out)
     assert read_state(out)["epoch"] == 1 and not (out / "vlm.safetensors").exists()
 
@@ -483,7 +485,7 @@ def test_wrong_use_is_one_line_before_anything_is_written(dataset, towers, tmp_p
         (["--model", f"{towers}:none", "--set", "dim=5"], "setting dim=5: must be even"),
         (["--model", f"{towers}:none", "--set", "seed=5000000000"], "seed=5000000000: must be"),
         (["--model", f"{towers}:none", "--set", *(f"{n}_weight=0" for n in ("itc", "css", "local", "icl"))], "above 0"),
-        (["--model", "timm:resnet1"], "--model timm:resnet1: no model of timm's; did you mean resnet1"),
+        (["--model", "timm:resnet1"], "--model timm:resnet1: not a model of timm's: did you mean resnet1"),
         (["--model", f"{towers}:none", "--set", "text_model=bert"], "text_model=bert: must be wordllama, or"),
         (["--model", f"{towers}:none", "--set", "fold=7"], "splits_final.json: has no fold 7"),
         (["--model", f"{towers}:none", "--set", "num_labeled=9"], "the fold has 4 labelled training cases"),
@@ -503,7 +505,7 @@ def test_an_image_network_of_timms_with_words_and_labels(dataset, tmp_path):
     folds = json.loads((dataset.preprocessed / "splits_final.json").read_text())
     assert set(about["mask_cases"]) <= set(folds[0]["train"])
     assert not any(key.startswith("text.") for key in weights)  # they come with the package
-    seen = f"It saw the labels of {len(about['mask_cases'])} cases: it is for trainings of fold 0 with num_labeled=2."
+    seen = f"It used the labels of {len(about['mask_cases'])} cases: it is for trainings of fold 0 with num_labeled=2."
     assert pretraining.what_it_saw(output) == seen
     vlm = load_vlm(output.rename(tmp_path / "moved"))
     ids = vlm.tokenize(["two lesions", "lesions two", "a dark spot"])

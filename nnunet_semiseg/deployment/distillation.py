@@ -1,4 +1,4 @@
-"""`nnunet_semiseg distill`: a trained model of any trainer, taught to the plans' stock network."""
+"""`nnunet_semiseg distill`: train the plans' stock network to predict like a trained model of any trainer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"
 ORIGIN = "distillation.json"
-"""in a fold: of what checkpoint it is, and with what settings"""
+"""a file in a fold: the checkpoint and the settings of the distillation"""
 STOCK_KEYS = (
     "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
     "inference_allowed_mirroring_axes",
@@ -56,18 +56,18 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
     """Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (arXiv 1503.02531).
 
     L = nnU-Net's loss on the labelled patches + w `soft_target_loss` on both streams, at full resolution. The model
-    that teaches sees the weak view of an unlabelled patch, the stock network the strong one. It is not in `trainers/`,
-    as it cannot be trained by name: it needs a model.
+    that teaches sees the weak view of an unlabelled patch; the stock network sees the strong view. This trainer is not
+    in `trainers/`, because it cannot be trained by name: it needs a model.
     """
 
     views = ("weak", "strong")
     model: nn.Module
-    """what is distilled: images to logits; to be set before the training"""
+    """the model that teaches: images to logits. Set it before the training."""
     mirroring_axes: Sequence[int] | None
-    """those that the model may be mirrored along when it predicts; the same"""
+    """the model may be mirrored along these axes when it predicts; so may the new one"""
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """nnU-Net's, without what the model was not taught: it may tell left from right."""
+        """nnU-Net's ranges, without flips that the model was trained without: it may tell left from right."""
         rotation, dummy_2d, patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         allowed = tuple(axis for axis in axes if axis in (self.mirroring_axes or ()))
         if allowed != axes:
@@ -76,7 +76,7 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
         return rotation, dummy_2d, patch_size, allowed
 
     def get_training_transforms(self, *args, **kwargs):
-        """nnU-Net's; what a case lacks must not become noise that the model takes for an image."""
+        """nnU-Net's transforms. A channel that a case lacks must not become noise, which looks like an image."""
         transforms = super().get_training_transforms(*args, **kwargs)
         return keep_empty(transforms, self.plans_manager, self.configuration_manager)
 
@@ -96,11 +96,11 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float, regions: bool) -> Tensor:
-    """T^2 KL(teacher || student) of the probabilities at temperature T, the mean over voxels (and over regions).
+    """T^2 KL(teacher || student) of the probabilities at temperature T: the mean over voxels (and over regions).
 
     Args:
-        student, teacher: logits (B, heads, *S); the teacher's get no gradient.
-        regions: sigmoid heads, each with its own KL; else a softmax over the heads.
+        student, teacher: logits (B, heads, *S). The teacher's get no gradient.
+        regions: each head has a sigmoid and its own KL. If False, the heads share a softmax.
     """
     student, teacher = student.float() / temperature, teacher.detach().float() / temperature
     if regions:
@@ -113,25 +113,25 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float, regio
 
 
 def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Path:
-    """Train the plans' stock network on what a model says, and make a stock model of it, as of `nnUNetTrainer`.
+    """Train the plans' stock network on the output of a model, and save it as a model of `nnUNetTrainer`.
 
-    Interrupted, it goes on; finished, it is left alone. The plans get the name PLANS_from_TRAINER.
+    An interrupted distillation is continued; a finished one is not repeated. The plans get the name PLANS_from_TRAINER.
 
     Args:
         run: trained.
-        settings: `KEY=VALUE`, of the distillation (`DistillationSettings`); what is not given is as in the plans.
+        settings: `KEY=VALUE`, of the distillation (`DistillationSettings`). All others are those of the plans.
 
     Returns:
-        The stock model's folder.
+        The folder of the stock model.
 
     Raises:
-        UserError: the model is not trained, or its checkpoint is damaged; a setting that the distillation has not; no
-            unlabelled data; no such device; another distillation, in whose place this one would be.
+        UserError: the model is not trained, or its checkpoint is damaged; a setting does not belong to the
+            distillation; there is no unlabelled data or no such device; another distillation is in the same place.
         BusyError: another process distils this model.
     """
     check_device(device)
     predictor = load_predictor(run)
-    # to the end: the trainer's own lock is open between training, validation, and what is made of them
+    # until the end: the trainer's own lock is free between training, validation and the last steps
     with only_one(run.model_folder.with_name(f".{run.model_folder.name}__fold_{run.fold}.lock"), "distils this model"):
         return _distill(run, predictor, settings, device)
 
@@ -145,22 +145,22 @@ def _distill(run: Run, predictor: nnUNetPredictor, settings: Iterable[str], devi
     training = Run(run.dataset, run.configuration, run.fold, DistillationTrainer.__name__, plans["plans_name"])
     if (stock / run.folder.name / "checkpoint_final.pth").is_file():
         check_same(origin, stock / run.folder.name / ORIGIN, "finished")
-        discard(training)  # it was published
-        print(f"{stock / run.folder.name}: is there already; remove it to distil again")
+        discard(training)  # it has been published
+        print(f"{stock / run.folder.name}: exists already; remove it to distil again")
         return stock
     begun = training.is_begun
     if begun:
         check_same(origin, training.folder / ORIGIN, "begun")
 
-    if device == "cuda":  # as nnU-Net's training command does
+    if device == "cuda":  # as in nnU-Net's training command
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
     dataset_json = read_dataset_json(run.model_folder)
     fold = run.fold if run.fold == "all" else int(run.fold)
-    # the trainer asks for them, too, but a refusal should name the plans that there are
+    # the trainer checks this, too, but here the message can name the plans that exist
     load_manifest(dataset_folder("nnUNet_preprocessed", run.dataset), plans | {"plans_name": run.plans},
                   run.configuration, run.dataset)  # fmt: skip
-    # nnU-Net's own key, as its command sets it
+    # nnU-Net's own key, which its command sets in the same way
     trainer = DistillationTrainer(
         plans | {"continue_training": begun}, run.configuration, fold, dataset_json, torch.device(device)
     )
@@ -177,20 +177,20 @@ def _distill(run: Run, predictor: nnUNetPredictor, settings: Iterable[str], devi
 
 
 def check_same(origin: dict, file: Path, state: str) -> None:
-    """Refuse to take a distillation of another model, or with other settings, for this one."""
+    """Refuse to continue or reuse a distillation of another model, or with other settings."""
     before = read_json(file, f"remove {file.parent} to distil again")
     old, new = before["settings"], origin["settings"]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changed += ["the trained model"] if before["checkpoint"] != origin["checkpoint"] else []
     if changed:
         raise UserError(
-            f"{file.parent}: a distillation that was {state}, but {', '.join(changed)} changed since: remove that"
-            " folder to begin anew"
+            f"{file.parent}: holds a distillation that was {state}, but {', '.join(changed)} changed since: remove that"
+            " folder to begin again"
         )
 
 
 def discard(training: Run) -> None:
-    """Remove a fold that was published, and what is around it with the last one."""
+    """Remove a fold that was published. With the last fold, remove the folders around it, too."""
     shutil.rmtree(training.folder, ignore_errors=True)
     if not any(training.model_folder.glob("fold_*")):
         shutil.rmtree(training.model_folder, ignore_errors=True)
@@ -200,22 +200,22 @@ def with_settings(plans: dict, changes: dict) -> dict:
     """The plans with these settings of the distillation.
 
     Raises:
-        UserError: a setting that is not its own, such as one of the trained model's; a wrong value.
+        UserError: a setting does not belong to the distillation (but to the trained model), or has a wrong value.
     """
     settings_from(DistillationSettings, changes)
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
 
 
 def publish(trained: Path, stock: Path, plans_name: str) -> None:
-    """A stock model from a trained fold; its checkpoint comes last, for it says that all is there.
+    """Make a stock model from a trained fold. Its checkpoint is written last, as a sign that all is complete.
 
     Args:
-        trained: a fold of ours, with a network that is the plans' own.
-        stock: the model's folder.
-        plans_name: of its plans.
+        trained: a fold of ours, with the plans' own network.
+        stock: the folder of the stock model.
+        plans_name: the name of its plans.
 
     Raises:
-        DiskError: the disk is full or read-only; the same command goes on.
+        DiskError: the disk is full or read-only. Run the same command again to continue.
     """
     fold = stock / trained.name
     with disk_errors(stock):
@@ -233,5 +233,5 @@ def publish(trained: Path, stock: Path, plans_name: str) -> None:
 
 
 def without_settings(plans: dict) -> dict:
-    """The plans as nnU-Net's own trainers have them: without this package's settings and findings."""
+    """The plans as nnU-Net's own trainers have them, without this package's settings and findings."""
     return {key: value for key, value in plans.items() if key not in (PLANS_KEY, FOUND_KEY)}

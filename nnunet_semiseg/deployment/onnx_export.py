@@ -1,4 +1,4 @@
-"""`nnunet_semiseg export`: the network of a trained model as an ONNX file."""
+"""`nnunet_semiseg export`: write the network of a trained model to an ONNX file."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from nnunet_semiseg.files import written_whole
 from nnunet_semiseg.runs import Run
 
 TOLERANCE = 1e-3
-"""of the logits, relative to their largest value: ONNX sums in another order"""
+"""the largest allowed difference of logits, relative to their largest value: ONNX adds numbers in another order"""
 
 
 def export_onnx(run: Run, file: str | Path) -> float:
-    """Write the network of a trained model, images (batch, C, *patch) to logits (batch, heads, *patch).
+    """Write the network of a trained model: images (batch, C, *patch) to logits (batch, heads, *patch).
 
-    The batch is dynamic, the patch is the plans'. What is around the network in nnU-Net (resampling, normalisation, the
-    sliding window, mirroring) is not in it; what one needs to do the same is in the file's metadata, as JSON.
+    The batch may have any size; the patch is that of the plans. The file has only the network. It does not have what
+    nnU-Net does around it (resampling, normalisation, sliding window, mirroring); what is needed for these is in the
+    file's metadata, as JSON.
 
     Args:
-        run: trained; of our trainers or of nnU-Net's.
-        file: is replaced.
+        run: trained, with one of our trainers or of nnU-Net's.
+        file: replaced if it exists.
 
     Returns:
-        The largest difference from torch's logits, on noise, relative to the largest logit.
+        The largest difference from torch's logits, for random input, relative to the largest logit.
 
     Raises:
         UserError: not trained, or the checkpoint is damaged; onnx is not installed; the file is a folder, or its folder
@@ -43,7 +44,7 @@ def export_onnx(run: Run, file: str | Path) -> float:
         raise UserError(f"{error.name}: not installed: pip install onnx onnxruntime onnxscript") from None
     file = Path(file)
     if not file.parent.is_dir():
-        raise UserError(f"{file}: there is no folder {file.parent}: make it, or choose another with --onnx FILE")
+        raise UserError(f"{file}: there is no folder {file.parent}: make it, or choose another file with --onnx FILE")
     if file.is_dir():
         raise UserError(f"{file}: is a folder: give the name of a file with --onnx FILE")
     predictor = load_predictor(run)
@@ -72,7 +73,7 @@ def export_onnx(run: Run, file: str | Path) -> float:
 
 
 def metadata(predictor: nnUNetPredictor) -> dict:
-    """What stands around the network when nnU-Net predicts."""
+    """What nnU-Net uses around the network when it predicts."""
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     return {
         "patch_size": list(configuration.patch_size),

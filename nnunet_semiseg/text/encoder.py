@@ -1,4 +1,4 @@
-"""The frozen text half of an open_clip model, fed with token embeddings instead of token ids."""
+"""The frozen text half of an open_clip model. Its input are token embeddings instead of token ids."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nnunet_semiseg.text.tokenizer import Tokenizer
 
 
 class TextTower(nn.Module):
-    """A frozen text transformer whose token embeddings the caller may change before they go in (CoOp).
+    """A frozen text transformer. The caller may change the token embeddings that go into it (CoOp).
 
-    Weights never require a gradient and the tower is always in eval mode; gradients flow through it to the
-    embeddings. Everything between the embeddings and the features is open_clip's own ``forward``.
+    Weights never need a gradient, and the tower is always in eval mode. Gradients pass through it to the embeddings.
+    Everything between the embeddings and the features is open_clip's own ``forward``.
 
     Args:
         text: the ``.text`` of an open_clip model: ``TextTransformer`` (CLIP, CoCa, SigLIP) or
@@ -39,7 +39,7 @@ class TextTower(nn.Module):
 
     @property
     def width(self) -> int:
-        """Length of a token embedding."""
+        """The length of a token embedding."""
         return self._embedding.embedding_dim
 
     def train(self, mode: bool = True) -> TextTower:
@@ -50,19 +50,19 @@ class TextTower(nn.Module):
         return self._embedding(ids.to(self._embedding.weight.device))
 
     def forward(self, embeddings: Tensor, ids: Tensor) -> Tensor:
-        """Text features of token embeddings.
+        """Text features from token embeddings.
 
         Args:
-            embeddings: (N, L, width), from :meth:`embed_tokens`, some of them replaced.
-            ids: (N, L), from `tokenize`: they say where padding is and where to pool.
+            embeddings: (N, L, width), from :meth:`embed_tokens`; some of them may be replaced.
+            ids: (N, L), from `tokenize`. They say where padding is and at which place to pool.
 
         Returns:
             (N, d), not normalised; equal to open_clip's ``encode_text`` if no embedding was replaced.
         """
         length, mask = ids.shape[1], {}
-        if length < self.tokenize.context_length and not self._is_hf:  # open_clip would not cut its mask itself
+        if length < self.tokenize.context_length and not self._is_hf:  # open_clip does not shorten its mask itself
             mask = {"attn_mask": self.text.attn_mask[:length, :length]}
-        # What a forward hook returns takes the place of the module's output
+        # the result of a forward hook replaces the output of the module
         hook = self._embedding.register_forward_hook(lambda *_: embeddings)
         try:
             return torch.func.functional_call(self.text, mask, (ids,))
@@ -75,14 +75,14 @@ class TextTower(nn.Module):
 
 
 def is_hf(text: nn.Module) -> bool:
-    """Whether this text half is a Hugging Face transformer (BiomedCLIP's), and not open_clip's own."""
+    """Whether this text half is a Hugging Face transformer (as in BiomedCLIP) and not open_clip's own."""
     return not hasattr(text, "token_embedding")
 
 
 def ignores_padding(text: nn.Module) -> bool:
-    """Nothing looks at the padding of a causal tower that pools at the end token, and Hugging Face towers mask it.
+    """Whether padding has no effect. It has none in a causal tower that pools at the end token, and in Hugging Face's.
 
-    CoCa appends a class token behind it, and SigLIP looks at all and pools at the last place.
+    CoCa appends a class token after the padding. SigLIP uses all tokens and pools at the last place.
     """
     if is_hf(text):
         return True
@@ -90,10 +90,10 @@ def ignores_padding(text: nn.Module) -> bool:
 
 
 def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = None) -> TextTower | WordTower:
-    """The text half of an open_clip model (`load_clip`), whose image half is not kept; or WordLlama's embeddings.
+    """Load the text half of an open_clip model (`load_clip`) without its image half, or WordLlama's embeddings.
 
     Raises:
-        UserError: what `load_clip` and `load_word_tower` raise; a file of weights for WordLlama, which has its own.
+        UserError: what `load_clip` and `load_word_tower` raise; or weights are given for WordLlama, which has its own.
     """
     if model == WORDLLAMA:
         if pretrained and Path(pretrained).is_file():

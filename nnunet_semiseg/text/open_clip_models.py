@@ -1,4 +1,4 @@
-"""open_clip's models: by name and tag, from the hub, from a folder, from a file, or untrained."""
+"""Load open_clip's models: by name and tag, from the hub, from a folder, from a file, or untrained."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nnunet_semiseg.errors import UserError
 
 HF_CONFIG = "config.json"
 UNTRAINED = "none"
-"""as `pretrained`: random weights, the same ones every time"""
+"""as `pretrained`: random weights, always the same"""
 
 TEXT_OPTIONS = {
     "model": "--set text_model=",
     "pretrained": "--set text_pretrained=",
     "cache_dir": "--set text_cache_dir=",
-    "else": ", or run `nnunet_semiseg embed_prompts -d ID -o FILE.safetensors` elsewhere and bring its file"
+    "else": ", or run `nnunet_semiseg embed_prompts -d ID -o FILE.safetensors` on another computer and copy its file"
     " (--set text_embeddings=FILE.safetensors)",
 }
 
@@ -36,24 +36,24 @@ def load_clip(
     options: Mapping[str, str] = TEXT_OPTIONS,
     pretrained_image: bool = False,
 ) -> tuple[nn.Module, Callable]:
-    """A model of open_clip's, `.visual` and `.text`, and its tokenizer.
+    """Load a model of open_clip's, with `.visual` and `.text`, and its tokenizer.
 
     Args:
         model: a name of open_clip's (``ViT-B-32``), ``hf-hub:OWNER/NAME``, or a folder (``local-dir:PATH`` or
-            the path alone) with an ``open_clip_config.json``, and its weights beside it.
+            only the path) with an ``open_clip_config.json`` and the weights.
         pretrained: a tag of open_clip's (``openai``), the path of a checkpoint, or ``"none"`` for random
-            weights drawn from a fixed seed. ``hf-hub:`` models and folders bring their own weights and pass
-            over a tag. A checkpoint does not tell the activation it was trained with: one trained with
-            QuickGELU needs a model that has it (``ViT-B-32-quickgelu``). Of a tag it is known, and of
-            OpenAI's own ``.pt`` files, which are TorchScript archives.
-        cache_dir: where to look for downloaded weights, and to keep them; default: the hub's own cache.
-        options: how messages call model, pretrained and cache_dir, and what else may help.
-        pretrained_image: whether an image half of timm's has timm's weights, where the rest is random.
+            weights from a fixed seed. ``hf-hub:`` models and folders have their own weights and ignore a tag. A
+            checkpoint does not say which activation it was trained with: if it was trained with QuickGELU, name
+            a model that has it (``ViT-B-32-quickgelu``). For tags, and for OpenAI's own ``.pt`` files (TorchScript
+            archives), the activation is known.
+        cache_dir: the folder for downloaded weights. Default: the hub's own cache.
+        options: how messages name the options for model, pretrained and cache_dir, and what else may help.
+        pretrained_image: an image half of timm's has timm's weights, even if the rest is random.
 
     Raises:
-        UserError: unknown model or tag, a checkpoint of another model, weights that cannot be had.
+        UserError: unknown model or tag; a checkpoint of another model; weights cannot be loaded.
     """
-    import open_clip  # a prediction never gets here, and does without
+    import open_clip  # a prediction never comes here and does not need it
 
     model = _model_name(model, options)
     is_hub, is_folder = model.startswith("hf-hub:"), model.startswith("local-dir:")
@@ -67,15 +67,15 @@ def load_clip(
     else:
         weights = {"pretrained": tag, "require_pretrained": True}
     local = Path(model.removeprefix("local-dir:"))
-    has_text_config = is_folder and (local / HF_CONFIG).is_file()  # as `save_text_config` leaves it
+    has_text_config = is_folder and (local / HF_CONFIG).is_file()  # written by `save_text_config`
     if has_text_config:
-        own = {"hf_model_name": str(local), "hf_model_pretrained": False}  # its weights are the whole model's
+        own = {"hf_model_name": str(local), "hf_model_pretrained": False}  # its weights are in those of the model
         weights["text_cfg"] = open_clip.get_model_config(model)["text_cfg"] | own
     try:
         needs_hub = tag or is_hub or pretrained_image or (_has_hf_text(model) and not has_text_config)
         with _quiet(), _hub_or_cache(needs_hub), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # an untrained tower must be the same again when a training is resumed
-            # force_custom_text: the text half as one module, also where it is part of the model itself
+            torch.manual_seed(0)  # an untrained tower must be the same when a training is resumed
+            # force_custom_text: the text half is a module of its own, even if it is a part of the model itself
             clip = open_clip.create_model(
                 model, force_custom_text=True, force_quick_gelu=quick_gelu, cache_dir=cache_dir, **weights
             )
@@ -90,7 +90,7 @@ def load_clip(
 
 
 def model_config(model: str, clip: nn.Module) -> dict:
-    """What `open_clip_config.json` says of a model that `load_clip` made: a folder with it builds the model again."""
+    """The content of `open_clip_config.json` for a model from `load_clip`. With it a folder gives the model again."""
     import open_clip
     from open_clip.transformer import QuickGELU
 
@@ -101,7 +101,7 @@ def model_config(model: str, clip: nn.Module) -> dict:
 
 
 def save_text_config(clip: nn.Module, tokenizer: Callable, folder: Path) -> None:
-    """What a Hugging Face text tower needs beside `open_clip_config.json`, to be built again without the hub."""
+    """Save what a Hugging Face text tower needs, beside `open_clip_config.json`, to be built without the hub."""
     clip.text.transformer.config.save_pretrained(folder)
     tokenizer.tokenizer.save_pretrained(folder)
 
@@ -119,10 +119,10 @@ def _model_name(model: str, options: Mapping[str, str]) -> str:
         return f"local-dir:{folder}"
     if folder.is_dir():
         about = _named(options, "model")
-        raise UserError(f"{about}{model}: the folder has no open_clip_config.json; name one that has")
+        raise UserError(f"{about}{model}: the folder has no open_clip_config.json: name a folder that has one")
     near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists the names"
-    raise UserError(f"{_named(options, 'model')}{model}: neither a model of open_clip's nor a folder; {hint}")
+    raise UserError(f"{_named(options, 'model')}{model}: neither a model of open_clip's nor a folder: {hint}")
 
 
 def _tag(model: str, tag: str | None, options: Mapping[str, str]) -> str:
@@ -131,7 +131,7 @@ def _tag(model: str, tag: str | None, options: Mapping[str, str]) -> str:
     if tag and open_clip.is_pretrained_cfg(model, tag):
         return tag
     tags = ", ".join([*open_clip.list_pretrained_tags_by_model(model), UNTRAINED])
-    raise UserError(f"{_named(options, 'pretrained')}{tag}: neither a file nor a tag of {model}; its tags are {tags}")
+    raise UserError(f"{_named(options, 'pretrained')}{tag}: neither a file nor a tag of {model}: its tags are {tags}")
 
 
 def _has_hf_text(model: str) -> bool:
@@ -149,7 +149,7 @@ def _is_torchscript(file: str) -> bool:
 
 
 def _archived(file: str, wanted: Iterable[str]) -> dict[str, Tensor]:
-    """The weights in a TorchScript archive; open_clip would have torch.load trust its pickles."""
+    """The weights in a TorchScript archive. open_clip itself would let torch.load run code in it."""
     from open_clip.model import convert_to_custom_text_state_dict
 
     state = convert_to_custom_text_state_dict(torch.jit.load(file, map_location="cpu").state_dict())
@@ -158,7 +158,7 @@ def _archived(file: str, wanted: Iterable[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet():
-    """open_clip's log (random weights, retries, failures): what the user must know is in the error."""
+    """Hide open_clip's log (random weights, retries, failures). The error says what the user must know."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -171,14 +171,14 @@ def _quiet():
 
 @contextmanager
 def _hub_or_cache(needs_hub: object):
-    """Turn to the cache at once when the hub does not answer: huggingface_hub retries each file for 23 s."""
+    """Use the cache at once if the hub does not answer. huggingface_hub itself would retry each file for 23 s."""
     from huggingface_hub import constants, get_session
 
     before = constants.HF_HUB_OFFLINE
     if needs_hub and not before:
         try:
             constants.HF_HUB_OFFLINE = get_session().head(constants.ENDPOINT, timeout=5).status_code >= 500
-        except Exception:  # requests, httpx and the system each have their own
+        except Exception:  # requests, httpx and the system have different errors
             constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -202,15 +202,15 @@ def _why(
     reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
     if file:
         return (
-            f"{weights}{file}: no readable checkpoint of {model}; "
+            f"{weights}{file}: not a readable checkpoint of {model}: "
             f"name the model it belongs to with {options['model']}MODEL [{reason}]"
         )
     local = f"{options['pretrained']}FILE"
-    if model.startswith("hf-hub:"):  # its configuration is on the hub as well
+    if model.startswith("hf-hub:"):  # its configuration is on the hub, too
         local = f"{options['model']}FOLDER"
-    elif quick_gelu and f"{model}-quickgelu" in open_clip.list_models():  # a bare file does not tell
+    elif quick_gelu and f"{model}-quickgelu" in open_clip.list_models():  # the file itself does not say which
         local += f" {options['model']}{model}-quickgelu"
     return (
-        f"{about}, {weights}{pretrained}: the weights cannot be had; use a local checkpoint ({local}), "
-        f"or a cache folder filled elsewhere ({options['cache_dir']}DIR){options.get('else', '')} [{reason}]"
+        f"{about}, {weights}{pretrained}: the weights cannot be loaded: use a local checkpoint ({local}), "
+        f"or a cache folder from another computer ({options['cache_dir']}DIR){options.get('else', '')} [{reason}]"
     )

@@ -1,4 +1,4 @@
-"""Learnable class embeddings F_t (K, d), from prompts through a frozen text tower or from a file."""
+"""Learnable class embeddings F_t (K, d), from prompts and a frozen text tower, or from a file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from nnunet_semiseg.text.static_words import WordTower
 
 
 class PromptLearner(nn.Module):
-    """Class-specific learnable context tokens before each prompt, as in CoOp (Zhou et al., IJCV 2022).
+    """Learnable context tokens before the prompts of each class, as in CoOp (Zhou et al., IJCV 2022).
 
-    ``forward() -> (K, d)``, float32 also under autocast, rows of length 1. The prompts of a class share its
-    context tokens; their normalised features are averaged, and normalised again.
+    ``forward() -> (K, d)``, float32 even under autocast, with rows of length 1. All prompts of a class share its
+    context tokens. Their normalised features are averaged and normalised again.
 
-    The context tokens are all that the module has as parameters and as state: a checkpoint carries no copy
-    of the tower, whose weights have their own source. Moving the module moves the tower too.
+    The context tokens are the only parameters and the only state of this module. A checkpoint holds no copy of the
+    tower, because the tower's weights can be loaded again. If this module is moved to a device, the tower moves, too.
 
     Args:
-        tower: the frozen text tower. `WordTower` averages context and words, so that the context is an offset there.
-        prompts: per class its prompts, in the order of the K classes.
-        n_ctx: number of context tokens of a class; 0 for the plain prompts.
-        source: how messages call the file that the prompts are from.
+        tower: the frozen text tower. A `WordTower` averages context and words, so that the context is an offset there.
+        prompts: for each class its prompts, in the order of the K classes.
+        n_ctx: the number of context tokens of a class; 0 for the plain prompts.
+        source: how messages name the file with the prompts.
 
     Raises:
-        UserError: a prompt and its context tokens are longer than the tower's context.
+        UserError: a prompt with its context tokens is longer than the tower allows.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PromptLearner(nn.Module):
         source: str = "dataset.json",
     ):
         super().__init__()
-        self._tower = (tower,)  # in a tuple, or nn.Module would register it
+        self._tower = (tower,)  # in a tuple, because nn.Module would register it otherwise
         self.trained = tower.trained
         owner = [k for k, texts in enumerate(prompts.values()) for _ in texts]
         try:
@@ -80,13 +80,13 @@ class PromptLearner(nn.Module):
 
 
 class EmbeddingLearner(nn.Module):
-    """Class embeddings made beforehand, with a learnable offset.
+    """Class embeddings from a file, with a learnable offset.
 
-    ``forward() -> (K, d) = normalize(E + offset)``; the offset begins at zero.
+    ``forward() -> (K, d) = normalize(E + offset)``. The offset is zero at first.
 
     Args:
-        embeddings: E, (K, d); its rows are normalised first, so that a step of the offset means the same for
-            every source.
+        embeddings: E, (K, d). Its rows are normalised first, so that a step of the offset has the same effect for all
+            files.
         trained: False if the tower that made them had random weights.
     """
 
@@ -104,17 +104,17 @@ class EmbeddingLearner(nn.Module):
 def build_prompt_learner(
     settings, dataset_json: dict, source: str = "dataset.json"
 ) -> PromptLearner | EmbeddingLearner:
-    """The learner that the settings ask for.
+    """Make the learner that the settings ask for.
 
     Args:
         settings: has ``text_model``, ``text_pretrained``, ``text_cache_dir`` (see
-            :func:`~nnunet_semiseg.text.encoder.load_text_tower`), ``n_ctx``, and ``text_embeddings``, a file
+            :func:`~nnunet_semiseg.text.encoder.load_text_tower`), ``n_ctx``, and ``text_embeddings``: a file
             of :func:`embed_prompts` that replaces all of them, or None.
         dataset_json: the content of ``dataset.json``.
-        source: how messages call that file.
+        source: how messages name that file.
 
     Raises:
-        UserError: bad prompts, or weights or embeddings that cannot be had.
+        UserError: wrong prompts; weights or embeddings cannot be loaded.
     """
     prompts = read_prompts(dataset_json, source)
     if settings.text_embeddings:
@@ -125,10 +125,10 @@ def build_prompt_learner(
 
 
 def refuse_same_words(tower: TextTower | WordTower, prompts: dict[str, tuple[str, ...]], source: str) -> None:
-    """Refuse two classes with the same words in another order, where the encoder does not know of order.
+    """Refuse two classes with the same words in another order, if the encoder does not see the order.
 
     Raises:
-        UserError: there are two (names them).
+        UserError: there are two such classes. The message names them.
     """
     if tower.knows_order:
         return
@@ -151,16 +151,16 @@ def embed_prompts(
     output: str | Path,
     source: str = "dataset.json",
 ) -> bool:
-    """Write the features F_t of the plain prompts, for a machine that cannot get the encoder's weights.
+    """Write the features F_t of the plain prompts, for a computer that cannot load the encoder's weights.
 
     Args:
-        source: how messages call the file that the prompts are from.
+        source: how messages name the file with the prompts.
 
     Returns:
-        whether the tower's weights are trained ones.
+        Whether the tower's weights are trained.
 
     Raises:
-        UserError: bad prompts, weights that cannot be had, or an output that cannot be written.
+        UserError: wrong prompts; weights cannot be loaded; the output cannot be written.
     """
     prompts = read_prompts(dataset_json, source)
     _check_folder(output)  # before the download
@@ -179,9 +179,9 @@ def save_embeddings(
     model: str,
     trained: bool = True,
 ) -> None:
-    """Write (K, d) embeddings to a safetensors file; metadata, as JSON: classes, prompts, model, trained.
+    """Write (K, d) embeddings to a safetensors file. Its metadata, as JSON, are classes, prompts, model and trained.
 
-    The file appears whole or not at all.
+    The file is complete, or does not appear at all.
 
     Raises:
         UserError: the folder does not exist, or cannot be written to.
@@ -197,14 +197,14 @@ def save_embeddings(
         os.replace(unfinished, path)
     except Exception as e:
         Path(unfinished).unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e}); choose another file with -o FILE") from None
+        raise UserError(f"{path}: cannot be written ({e}): choose another file with -o FILE") from None
 
 
 def load_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> Tensor:
-    """The (K, d) float32 embeddings of a file of :func:`save_embeddings`.
+    """Read the (K, d) float32 embeddings from a file of :func:`save_embeddings`.
 
     Raises:
-        UserError: the file is missing, unreadable, or made for other classes or prompts (says which).
+        UserError: the file is missing, unreadable, or made for other classes or prompts.
     """
     return _read_embeddings(path, prompts)[0]
 
@@ -214,31 +214,31 @@ def _read_embeddings(path: str | Path, prompts: dict[str, tuple[str, ...]]) -> t
 
     fix = f"make it with `nnunet_semiseg embed_prompts -d ID -o {path}`"
     if not Path(path).is_file():
-        raise UserError(f"text_embeddings={path}: no such file; {fix}")
+        raise UserError(f"text_embeddings={path}: no such file: {fix}")
     try:
         with safe_open(path, framework="pt") as file:
             about = {key: json.loads(value) for key, value in file.metadata().items()}
             embeddings, classes = file.get_tensor("embeddings").float(), about["classes"]
             made_for = dict(zip(classes, map(tuple, about["prompts"]), strict=True))
     except Exception as e:
-        raise UserError(f"text_embeddings={path}: no readable file of embeddings ({e}); {fix}") from None
+        raise UserError(f"text_embeddings={path}: not a readable file of embeddings ({e}): {fix}") from None
     if classes != list(prompts):
         raise UserError(
             f"text_embeddings={path}: made for the classes {', '.join(classes)}, but the data set has "
-            f"{', '.join(prompts)}; {fix}"
+            f"{', '.join(prompts)}: {fix}"
         )
     other = [name for name in classes if made_for[name] != tuple(prompts[name])]
     if other:
         raise UserError(
             f"text_embeddings={path}: made with other prompts for {', '.join(other)} "
-            f"({json.dumps(made_for[other[0]])}, now {json.dumps(prompts[other[0]])}); {fix}"
+            f"({json.dumps(made_for[other[0]])}, now {json.dumps(prompts[other[0]])}): {fix}"
         )
     if embeddings.ndim != 2 or len(embeddings) != len(classes) or not embeddings.isfinite().all():
-        raise UserError(f"text_embeddings={path}: must hold one row of finite numbers per class; {fix}")
+        raise UserError(f"text_embeddings={path}: must have one row of finite numbers for each class: {fix}")
     return embeddings, about.get("trained", True)
 
 
 def _check_folder(path: str | Path) -> None:
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise UserError(f"{path}: there is no folder {folder}; make it, or choose another with -o FILE")
+        raise UserError(f"{path}: there is no folder {folder}: make it, or choose another file with -o FILE")

@@ -1,4 +1,4 @@
-"""Which classes a data set has, and the prompts that name them."""
+"""The classes of a data set, and the prompts that describe them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nnunet_semiseg.schema import DATASET_SECTION, read_dataset_json
 
 
 def class_names(dataset_json: dict, source: str = "dataset.json") -> list[str]:
-    """The names of the K classes, background first, then in the order of nnU-Net's segmentation heads.
+    """The names of the K classes: the background first, then the order of nnU-Net's segmentation heads.
 
-    Heads follow the value of their label or, with region-based labels, the order of the regions in
-    ``dataset.json`` (nnunetv2 ``LabelManager``); the ignore label has none. For regions the background, which
-    has no head then, comes first all the same.
+    Heads are in the order of the label values or, for regions, in the order of the regions in ``dataset.json``
+    (nnunetv2 ``LabelManager``). The ignore label has no head. For regions the background has no head either, but its
+    name still comes first.
 
     Args:
-        source: how messages call the file.
+        source: how messages name the file.
 
     Raises:
         UserError: no label has the value 0, or two labels have the same value.
@@ -27,11 +27,11 @@ def class_names(dataset_json: dict, source: str = "dataset.json") -> list[str]:
     labels = {k: _values(v) for k, v in dataset_json["labels"].items() if k != "ignore"}
     background = [name for name, values in labels.items() if set(values) == {0}]
     if len(background) != 1:
-        raise UserError(f'{source}: exactly one label must have the value 0; fix "labels"')
+        raise UserError(f'{source}: exactly one label must have the value 0: fix "labels"')
     foreground = [name for name in labels if name not in background]
     if all(len(values) == 1 for values in labels.values()):
         if len(set(labels.values())) < len(labels):
-            raise UserError(f'{source}: two labels have the same value; fix "labels"')
+            raise UserError(f'{source}: two labels have the same value: fix "labels"')
         foreground.sort(key=labels.get)
     return background + foreground
 
@@ -39,16 +39,16 @@ def class_names(dataset_json: dict, source: str = "dataset.json") -> list[str]:
 def read_prompts(dataset_json: dict, source: str = "dataset.json") -> dict[str, tuple[str, ...]]:
     """The prompts of every class, in the order of :func:`class_names`.
 
-    They stand in the optional key ``"semiseg": {"prompts": {class: text or [text, ...]}}`` of
-    ``dataset.json``. Without it a class's name is its prompt; with it only the background may be left out.
+    They are in the optional key ``"semiseg": {"prompts": {class: text or [text, ...]}}`` of ``dataset.json``. Without
+    it the name of a class is its prompt. With it only the background may be left out.
 
     Args:
         dataset_json: the content of ``dataset.json``.
-        source: how messages call the file.
+        source: how messages name the file.
 
     Raises:
-        UserError: a prompt for a class that does not exist (names the nearest), a foreground class without a
-            prompt, an empty prompt, or a value of the wrong type.
+        UserError: a prompt for a class that does not exist (the message names the nearest class), a foreground class
+            without a prompt, an empty prompt, or a value of the wrong type.
     """
     names = class_names(dataset_json, source)
     given = _given_prompts(dataset_json, source)
@@ -63,10 +63,10 @@ def read_prompts(dataset_json: dict, source: str = "dataset.json") -> dict[str, 
 
 
 def check_prompts_are_current(dataset_name: str, dataset_json: dict) -> None:
-    """Refuse prompts that were changed in the raw dataset after nnU-Net's planning copied its `dataset.json`.
+    """Refuse prompts in the raw dataset that were changed after nnU-Net's planning copied its `dataset.json`.
 
     Raises:
-        UserError: they differ, or those of the raw dataset are wrong. Where there is no raw data, nothing is checked.
+        UserError: the prompts differ, or those of the raw dataset are wrong. Without raw data nothing is checked.
     """
     raw = Path(os.environ.get("nnUNet_raw") or "", dataset_name, "dataset.json")
     if not os.environ.get("nnUNet_raw") or not raw.is_file():
@@ -86,8 +86,8 @@ def _given_prompts(dataset_json: dict, source: str) -> dict | None:
         raise UserError(f'{source}: "{DATASET_SECTION}" must be like {{"prompts": {{"CLASS": "TEXT"}}}}')
     if "prompts" not in section:
         near = difflib.get_close_matches("prompts", section, n=1, cutoff=0.8)
-        if near:  # a slip of the pen must not replace somebody's prompts with the classes' names in silence
-            raise UserError(f'{source}: unknown key "{near[0]}" in "{DATASET_SECTION}"; rename it to "prompts"')
+        if near:  # a wrong letter in the key must not silently replace the prompts by the names of the classes
+            raise UserError(f'{source}: unknown key "{near[0]}" in "{DATASET_SECTION}": rename it to "prompts"')
         return None
     if not isinstance(section["prompts"], dict):
         raise UserError(f'{source}: "prompts" must map each class to a text or to a list of texts')
@@ -98,11 +98,11 @@ def _texts(name: str, given: dict, source: str, optional: bool) -> tuple[str, ..
     if name not in given:
         if optional:
             return (name,)
-        raise UserError(f'{source}: class "{name}" has no prompt; add "{name}": "TEXT" to "prompts"')
+        raise UserError(f'{source}: class "{name}" has no prompt: add "{name}": "TEXT" to "prompts"')
     value = given[name]
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f'{source}: prompt of "{name}": {json.dumps(value)} is no text and no list of texts')
+        raise UserError(f'{source}: prompt of "{name}": {json.dumps(value)} is not a text or a list of texts')
     if not texts or not all(text.strip() for text in texts):
-        raise UserError(f'{source}: the prompt of "{name}" is empty; write a text that names the class')
+        raise UserError(f'{source}: the prompt of "{name}" is empty: write a text that names the class')
     return tuple(text.strip() for text in texts)

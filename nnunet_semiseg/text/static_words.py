@@ -1,7 +1,7 @@
-"""WordLlama: trained embeddings of words that come with a small package, so that no download is needed.
+"""WordLlama: trained embeddings of words. They come with a small package, so that nothing has to be downloaded.
 
-A text is the mean of its tokens' embeddings (256 numbers each). That tells words apart, and which words are alike, but
-not the order of words: "left of the upper one" and "upper of the left one" are the same to it.
+The feature of a text is the mean of its tokens' embeddings (256 numbers each). It shows which words a text has and
+which words are similar, but not their order: "left of the upper one" and "upper of the left one" have the same feature.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from nnunet_semiseg.errors import UserError
 
 WORDLLAMA = "wordllama"
-"""as `text_model`"""
+"""the value of the setting `text_model`"""
 FILES = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
-"""of its wheel: embeddings and vocabulary"""
+"""files of its package: embeddings and vocabulary"""
 SIZE = 32000, 256
 PAD = 0
-"""<unk> in its vocabulary, which no text contains: what has no token of its own is spelled in bytes"""
+"""<unk> in its vocabulary. No text contains it, because words without a token are written as bytes."""
 
 
 class WordTower(nn.Module):
     """A frozen table of token embeddings with the interface of `TextTower`.
 
-    Context tokens are averaged with the tokens of the text, as the encoder pools: all they can do is move a class's
-    feature, the same way wherever they stand. The table is no state: a checkpoint carries the model's name alone.
+    Context tokens are averaged together with the tokens of the text. So they can only shift the feature of a class, and
+    their place does not matter. The table is not part of the state: a checkpoint holds only the name of the model.
 
     Args:
         table: (V, d), the embeddings of the vocabulary.
@@ -47,7 +47,7 @@ class WordTower(nn.Module):
 
     @property
     def width(self) -> int:
-        """Length of a token embedding, and of a text feature."""
+        """The length of a token embedding, and of a text feature."""
         return self.table.shape[1]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
@@ -55,16 +55,16 @@ class WordTower(nn.Module):
         return self.table[ids.to(self.table.device)]
 
     def forward(self, embeddings: Tensor, ids: Tensor) -> Tensor:
-        """The mean (N, d) of embeddings (N, L, d) where ids (N, L) are no padding, not normalised; 0 without a word."""
+        """The mean (N, d) of embeddings (N, L, d) without padding (ids (N, L)), not normalised. 0 without a word."""
         words = self.tokenize.words(ids.to(embeddings.device))[..., None]
         return (embeddings * words).sum(1) / words.sum(1).clamp_min(1)
 
 
 class WordTokenizer:
-    """Token ids of texts, with room for context tokens; a text may have any length."""
+    """Token ids of texts, with places for context tokens. A text may have any length."""
 
     start = 0
-    """position of the first word or context token"""
+    """the place of the first word or context token"""
 
     def __init__(self, tokenizer):
         tokenizer.enable_padding(pad_id=PAD)
@@ -72,24 +72,24 @@ class WordTokenizer:
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str], n_ctx: int = 0) -> Tensor:
-        """(N, L) int64 with `n_ctx` placeholders first, whose embeddings are meant to be replaced, padded by `PAD`."""
+        """(N, L) int64: first `n_ctx` placeholders, whose embeddings will be replaced; padded with `PAD` at the end."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).reshape(len(encoded), -1)
         return torch.cat((ids.new_full((len(ids), n_ctx), PAD + 1), ids), 1)
 
     def words(self, ids: Tensor) -> Tensor:
-        """(N, L) bool: which ids are no padding."""
+        """(N, L) bool: False at padding."""
         return ids != PAD
 
 
 def load_word_tower(trained: bool = True) -> WordTower:
-    """WordLlama's embeddings, from the files of its wheel; its own loader would ask the internet for one of them.
+    """Load WordLlama's embeddings from the files of its package. Its own loader would ask the internet for a file.
 
     Args:
-        trained: False: random embeddings of the same tokens, the same every time.
+        trained: False: random embeddings of the same tokens, always the same.
 
     Raises:
-        UserError: the package is not installed, or without these files.
+        UserError: the package is not installed, or these files are missing.
     """
     from tokenizers import Tokenizer
 
@@ -105,12 +105,12 @@ def load_word_tower(trained: bool = True) -> WordTower:
 
 
 def wordllama_folder() -> Path:
-    """Where the package is.
+    """The folder of the package.
 
     Raises:
         UserError: it is not installed.
     """
-    spec = importlib.util.find_spec(WORDLLAMA)  # imports nothing: the package would change Python's logging
+    spec = importlib.util.find_spec(WORDLLAMA)  # without an import, which would change Python's logging
     if spec is None or spec.origin is None:
         raise UserError(f"text_model={WORDLLAMA}: needs `pip install {WORDLLAMA}`")
     return Path(spec.origin).parent

@@ -1,4 +1,4 @@
-"""open_clip's tokenizers, with what they do not tell: where words are, and when a text is too long."""
+"""open_clip's tokenizers, with two additions: they say where words are, and when a text is too long."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nnunet_semiseg.errors import UserError
 
 
 class Tokenizer:
-    """Token ids of texts, with room for context tokens, and which of them are words.
+    """Token ids of texts with places for context tokens. It also knows which ids are words.
 
     Args:
         tokenizer: from `open_clip.get_tokenizer`.
-        may_cut: whether what follows the longest text changes no feature.
+        may_cut: whether the padding after the longest text may be cut off without changing a feature.
     """
 
     def __init__(self, tokenizer, may_cut: bool):
@@ -23,10 +23,10 @@ class Tokenizer:
         self._tokenizer, self._may_cut = tokenizer, may_cut
         empty, a, b = tokenizer(["", "a", "b"], context_length=self.context_length + 1)
         self.start = int(a[0] == b[0])
-        """position of the first word or context token: 1 after a start token, 0 where there is none"""
+        """the place of the first word or context token: 1 after a start token, else 0"""
         self._word = int(a[self.start])
         self._pad = int(empty[-1])
-        # SigLIP pads with its end token, which therefore cannot be told from padding but takes one place
+        # SigLIP pads with its end token, so that the two look the same, but the end token takes one place
         self._unseen_end = int(empty[self.start] == self._pad)
         self._has_end = int(int((a != self._pad).sum()) > self.start + 1)
 
@@ -35,15 +35,15 @@ class Tokenizer:
 
         Args:
             texts: N texts.
-            n_ctx: number of placeholders after the start token, whose embeddings are meant to be replaced.
+            n_ctx: the number of placeholders after the start token. Their embeddings will be replaced.
 
         Returns:
-            (N, L) int64; L is the longest text's length where that does not change the features, otherwise the
+            (N, L) int64. L is the length of the longest text if that does not change the features, otherwise the
             context length.
 
         Raises:
-            UserError: a text and its context tokens exceed the context length (open_clip would cut it off without a
-                word). The message names it.
+            UserError: a text with its context tokens is longer than the context (open_clip would cut it silently).
+                The message names the text.
         """
         ids = self._tokenizer(list(texts), context_length=self.context_length + 1)
         lengths = self._lengths(ids) + self._unseen_end + n_ctx
@@ -52,15 +52,15 @@ class Tokenizer:
                 text = text if len(text) <= 80 else f"{text[:77]}..."
                 context = f", {n_ctx} of them context tokens" if n_ctx else ""
                 raise UserError(
-                    f'"{text}" is too long: the text encoder takes {self.context_length} tokens{context}; shorten it'
+                    f'"{text}" is too long: the text encoder takes {self.context_length} tokens{context}: shorten it'
                 )
-        # A placeholder is a word: neither padding, which may be masked, nor the end token, where CLIP pools
+        # the placeholder must be a word: not padding, which may be masked, nor the end token, at which CLIP pools
         placeholders = ids.new_full((len(ids), n_ctx), self._word)
         ids = torch.cat([ids[:, : self.start], placeholders, ids[:, self.start :]], dim=1)
         return ids[:, : int(lengths.max()) if self._may_cut else self.context_length]
 
     def words(self, ids: Tensor) -> Tensor:
-        """(N, L) bool: which ids are words, and neither start, end nor padding."""
+        """(N, L) bool: which ids are words, not start, end or padding."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         return (positions >= self.start) & (positions < (self._lengths(ids) - self._has_end)[:, None])
 

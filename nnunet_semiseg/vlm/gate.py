@@ -1,4 +1,4 @@
-"""How far text masks can be trusted: measured on labelled cases, by which they are then used, or not."""
+"""Measure on labelled cases how good text masks are. Only good masks are used."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 CANDIDATES = 50
-"""thresholds that are tried: evenly spaced, and as many quantiles"""
+"""number of thresholds that are tried at equal distances; as many quantiles are tried, too"""
 
 
 MOST = 16
-"""cases that are looked at"""
+"""number of cases that are looked at"""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled image; of a volume the slice that shows most of the labels.
+    """A labelled image. For a volume it is the slice with the most labelled voxels.
 
     Attributes:
         image: (C, H, W), as nnU-Net has normalised it.
@@ -34,7 +34,7 @@ class Example:
 
 
 def examples_of(data, cases: Sequence[str], labels: Sequence, ignore_label: int | None) -> list[Example]:
-    """Up to 16 of the cases, spread over all of them.
+    """Up to 16 of the cases, at equal distances in the list.
 
     Args:
         data: nnU-Net's preprocessed cases.
@@ -53,11 +53,11 @@ def examples_of(data, cases: Sequence[str], labels: Sequence, ignore_label: int 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of the masks of one class.
+    """The quality of the masks of one class.
 
     Attributes:
-        area: under the ROC curve, a mean over cases; 0.5 is chance, nan where no case shows the class.
-        threshold: above which a mask has the highest mean Dice with the labels, and that Dice.
+        area: under the ROC curve, a mean over cases; 0.5 is chance, nan if no case shows the class.
+        threshold: the threshold of the masks with the highest mean Dice; `dice` is that Dice.
     """
 
     area: float
@@ -66,12 +66,12 @@ class Quality:
 
 
 def measure(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> Quality:
-    """How well masks of one class find its labels.
+    """Measure how well the masks of one class find its labels.
 
     Args:
-        masks: of each case (*S), in 0 to 1.
-        labels: of each case (*S), bool. Cases that show nothing of the class, or nothing else, do not count.
-        known: of each case (*S), False where the label is not known.
+        masks: for each case (*S), in 0 to 1.
+        labels: for each case (*S), bool. A case with nothing or nothing but the class does not count.
+        known: for each case (*S), False where the label is not known.
     """
     pairs = [(m[k].ravel(), y[k].ravel()) for m, y, k in zip(masks, labels, known, strict=True)]
     pairs = [(m, y) for m, y in pairs if y.any() and not y.all()]
@@ -87,5 +87,5 @@ def measure(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Se
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """2 |a and b| / (|a| + |b|) of bool arrays; b has a voxel."""
+    """2 |a and b| / (|a| + |b|) of bool arrays. b must not be empty."""
     return float(2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b)))

@@ -1,7 +1,7 @@
 """The losses of AMVLM's pre-training (IEEE TMI 2025, 10.1109/TMI.2025.3573018): pure functions, in float32.
 
-B samples, L tokens each (words or patches), d features. `valid` (B, L) is False at padding. A distribution is a pair of
-means and standard deviations of independent normal variables, (..., d) each.
+There are B samples, each with L tokens (words or patches) of d features. `valid` (B, L) is False at padding. A
+distribution is a pair: the means and the standard deviations of independent normal variables, (..., d) each.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ EPS = 1e-6
 
 
 def info_nce(similarity: Tensor, temperature: float) -> Tensor:
-    """Mean of both directions' cross-entropies, the pairs being the diagonal.
+    """The mean of the cross-entropies in both directions. The right pairs are on the diagonal.
 
     Args:
-        similarity: (B, B), image to text.
+        similarity: (B, B), of images to texts.
     """
     return (one_way(similarity, temperature) + one_way(similarity.T, temperature)) / 2
 
 
 def one_way(similarity: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each row (B, B), the diagonal being right."""
+    """The cross-entropy of each row (B, B). The diagonal is right."""
     return F.cross_entropy(similarity / temperature, torch.arange(len(similarity), device=similarity.device))
 
 
 def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """W2^2 = ||mu_a - mu_b||^2 + ||sigma_a - sigma_b||^2 between all pairs, and its first summand.
+    """W2^2 = ||mu_a - mu_b||^2 + ||sigma_a - sigma_b||^2 between all pairs, and the first of the two terms.
 
-    The public code compares a token with itself only.
+    The public code compares each token with itself only.
 
     Args:
         a, b: distributions (..., M, d) and (..., N, d).
@@ -45,23 +45,23 @@ def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Te
 def constrained_similarity(similarity: Tensor, w2: Tensor, means: Tensor) -> Tensor:
     """s' = 1 - (1 - s) c with c = sigmoid(W2^2 / max(||mu - mu'||^2, eps)).
 
-    Where distributions differ in more than their means, 1 - s counts in full; else by sigmoid(1) = 0.73.
+    If distributions differ only in their means, c is sigmoid(1) = 0.73. If they differ in more, c is closer to 1.
 
     Args:
         similarity: cosines.
-        w2, means: as `wasserstein2` returns them, of the same shape.
+        w2, means: the result of `wasserstein2`, of the same shape.
     """
     return 1 - (1 - similarity) * torch.sigmoid(w2 / means.clamp_min(EPS))
 
 
 def token_weights(attention: Tensor, valid: Tensor) -> Tensor:
-    """Attention from CLS, clipped to the 10th and 90th percentile of the valid tokens, with a sum of 1 in each sample.
+    """Attention from CLS, clipped to the 10th and 90th percentile of the valid tokens. The sum in each sample is 1.
 
     Args:
         attention: (B, L), at least 0.
 
     Returns:
-        (B, L), 0 at padding; detached.
+        (B, L), 0 at padding; without gradient.
     """
     attention = attention.detach().float().masked_fill(~valid, torch.nan)
     low, high = torch.nanquantile(attention, attention.new_tensor([0.1, 0.9]), dim=1, keepdim=True)
@@ -70,7 +70,7 @@ def token_weights(attention: Tensor, valid: Tensor) -> Tensor:
 
 
 def counterparts(tokens: Tensor, others: Tensor, others_valid: Tensor, temperature: float) -> Tensor:
-    """What each token finds in the other modality: sum_i softmax_i(token . other_i / T) other_i, normalised.
+    """The counterpart of each token in the other modality: sum_i softmax_i(token . other_i / T) other_i, normalised.
 
     Args:
         tokens: (B, L, d); others: (B, M, d); both normalised over d.
@@ -92,12 +92,14 @@ def similarity_supervision(
     valid: Tensor,
     temperature: float,
 ) -> Tensor:
-    """L_CSS: cross-entropy that finds, among a sample's counterparts, each token's own in s' / tau, and the reverse.
+    """L_CSS: cross-entropy for finding each token's own counterpart among those of its sample, and the reverse.
+
+    The logits are s' / tau.
 
     Args:
         tokens, found: (B, L, d), tokens and their counterparts, normalised.
         distributions, found_distributions: of both, (B, L, d).
-        weights: (B, L), a sum of 1 in each sample (`token_weights`).
+        weights: (B, L), with the sum 1 in each sample (`token_weights`).
     """
     similarity = tokens @ found.transpose(1, 2)
     logits = constrained_similarity(similarity, *wasserstein2(distributions, found_distributions)) / temperature
@@ -109,10 +111,11 @@ def similarity_supervision(
 
 
 def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature: float) -> Tensor:
-    """L_local of one direction: each token picks its own sample's global feature of the other modality.
+    """L_local of one direction: each token finds the global feature of its own sample in the other modality.
 
-    A token's weight is the inverse variance of its similarity to the *other* samples: one that is like some of them and
-    unlike others says little of its own. Weights have a sum of 1 in each sample, and no gradient.
+    The weight of a token is the inverse variance of its similarity to the *other* samples: a token that is similar to
+    some of them and not to others says little about its own sample. The weights have the sum 1 in each sample, and no
+    gradient.
 
     Args:
         tokens: (B, L, d); globals_: (B, d); both normalised.
@@ -124,7 +127,7 @@ def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature:
         others = similarity.masked_fill(own, 0)
         mean = others.sum(2, keepdim=True) / count
         variance = ((others - mean) ** 2).masked_fill(own, 0).sum(2) / count
-        weights = (1 / (variance + 1e-3)).masked_fill(~valid, 0)  # 1e-3: a spread of 0.03 in a cosine is none
+        weights = (1 / (variance + 1e-3)).masked_fill(~valid, 0)  # a spread of 0.03 (1e-3) in a cosine counts as none
         weights = weights / weights.sum(1, keepdim=True).clamp_min(EPS)
     log_p = (similarity / temperature).log_softmax(2)
     own_log_p = log_p.masked_fill(~own, 0).sum(2)
@@ -132,18 +135,19 @@ def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature:
 
 
 def distribution_contrast(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], temperature: float) -> Tensor:
-    """InfoNCE of images' and texts' CLS distributions (B, d) with the similarity (-W2^2 / 200 + 4) / tau."""
+    """InfoNCE of the CLS distributions (B, d) of images and texts. The similarity is (-W2^2 / 200 + 4) / tau."""
     return info_nce(-wasserstein2(a, b)[0] / 200 + 4, temperature)
 
 
 def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """Each token, drawn from its distribution, against the CLS of its own sample; the negatives are others' tokens.
+    """Contrast each token, a random sample of its distribution, with the CLS of its own sample.
 
-    Mean over tokens of -log(exp(c_b . z_bi / T) / (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))): a
-    sample's other tokens are neither, and padding takes no part. (The public code's "all but self" includes self.)
+    The negatives are the tokens of other samples. It is the mean over tokens of
+    -log(exp(c_b . z_bi / T) / (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))). Other tokens of the same
+    sample and padding do not take part. (In the public code "all but self" includes the token itself.)
 
     Args:
-        cls: (B, d); samples: (B, L, d); both normalised here.
+        cls: (B, d); samples: (B, L, d). Both are normalised here.
     """
     cls, samples = F.normalize(cls.float(), dim=1), F.normalize(samples.float(), dim=2)
     logits = torch.einsum("bd,kld->bkl", cls, samples) / temperature
@@ -155,22 +159,22 @@ def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperatur
 
 
 def sample_token(distribution: tuple[Tensor, Tensor]) -> Tensor:
-    """mu + sigma e, e a standard normal number for every element; gradients reach both."""
+    """mu + sigma e, with e a standard normal number for every element. Gradients reach mu and sigma."""
     mean, std = distribution
     return mean + std * torch.randn_like(mean)
 
 
 def mask_supervision(tokens: Tensor, text: Tensor, areas: Tensor) -> Tensor:
-    """Where the text is, by labels: binary cross-entropy and Dice of sigmoid(10 (cos - 0.25)), the text masks' form.
+    """Learn from labels where the text is: binary cross-entropy and Dice of sigmoid(10 (cos - 0.25)), as in text masks.
 
-    It is ours; the paper's pre-training sees no label.
+    This loss is ours; the paper's pre-training uses no labels.
 
     Args:
         tokens: patches (B, P, d); text: (B, d); both normalised.
-        areas: the labelled share of each patch, (B, P), in 0 to 1; a sample with -1 does not count.
+        areas: the labelled share of each patch, (B, P), in 0 to 1. A sample with -1 does not count.
 
     Returns:
-        A mean over the samples that count; 0 where there is none.
+        A mean over the samples that count. 0 if there is none.
     """
     logits = 10 * (torch.einsum("bpd,bd->bp", tokens, text).float() - 0.25)
     known, areas = areas[:, 0] >= 0, areas.clamp_min(0)

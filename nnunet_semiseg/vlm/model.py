@@ -1,4 +1,4 @@
-"""AMVLM's pre-training model: open_clip's two towers with token outputs, heads, and distributions."""
+"""AMVLM's pre-training model: open_clip's two towers with outputs for each token, heads, and distributions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.static_words import WordTokenizer, WordTower
 from nnunet_semiseg.text.tokenizer import Tokenizer
 
-HEADS = 4  # of the attention in front of the distributions
+HEADS = 4  # of the attention before the distributions
 LOG_STD_RANGE = (-5.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Of one modality.
+    """The features of one modality.
 
     Attributes:
         cls: (B, d), normalised.
@@ -34,10 +34,10 @@ class Encoding:
 
 
 class AMVLM(nn.Module):
-    """Both towers, a two-layer head for each of their outputs, and a distribution transformer a modality.
+    """Both towers, a head of two layers for each of their outputs, and a distribution transformer for each modality.
 
     Args:
-        clip: of open_clip, with `.visual` (its own or timm's) and `.text`, which may be a `WordTower`.
+        clip: of open_clip, with `.visual` (open_clip's or timm's) and `.text`, which may be a `WordTower`.
         tokenizer: from `open_clip.get_tokenizer`; a `WordTower` has its own.
         dim: d, of the joint space.
         hidden: width of the heads.
@@ -45,13 +45,13 @@ class AMVLM(nn.Module):
 
     def __init__(self, clip: nn.Module, tokenizer: Callable, dim: int = 128, hidden: int = 2048):
         super().__init__()
-        self.visual, self.text = clip.visual.eval(), clip.text  # what is tried below is no image to learn from
+        self.visual, self.text = clip.visual.eval(), clip.text  # the test image below must not change batch statistics
         self.words_alone = isinstance(self.text, WordTower)
         self.tokenize: Tokenizer | WordTokenizer
         if isinstance(self.text, WordTower):
             self.tokenize = self.text.tokenize
         else:
-            self.tokenize = Tokenizer(tokenizer, may_cut=False)  # one shape for all batches
+            self.tokenize = Tokenizer(tokenizer, may_cut=False)  # all batches have the same shape
             if is_hf(self.text):
                 self.text.output_tokens = True
         self.depth, self.grid = self._choose_patches()
@@ -68,16 +68,16 @@ class AMVLM(nn.Module):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def _choose_patches(self) -> tuple[int, tuple[int, int]]:
-        """Which of the image tower's last two outputs is taken, 1 or 2 from its end, and its rows and columns.
+        """Choose one of the image tower's last two outputs: 1 or 2 from its end, and its rows and columns.
 
-        A ViT's last one; of a convolutional tower the deepest with patches of at most 16 pixels.
+        For a ViT it is the last one; for a convolutional tower the deepest one with patches of at most 16 pixels.
         """
         sizes = []
         for depth in (1, 2):
             try:
                 with torch.no_grad():
                     output = self.visual.forward_intermediates(torch.zeros(1, 3, *self.image_size), indices=depth)
-            except (AssertionError, AttributeError, NotImplementedError):  # of open_clip or timm: it has no such
+            except (AssertionError, AttributeError, NotImplementedError):  # open_clip or timm has no such output
                 break
             sizes.append(tuple(output["image_intermediates"][0].shape[2:]))
         if not sizes:
@@ -86,18 +86,18 @@ class AMVLM(nn.Module):
         return (2, sizes[1]) if small == [False, True] else (1, sizes[0])
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The tower's pooled (B, C) and patch (B, P, C') features of images as `to_tower` makes them."""
+        """The tower's pooled features (B, C) and patch features (B, P, C') of images from `to_tower`."""
         output = self.visual.forward_intermediates(images, indices=self.depth, normalize_intermediates=True)
         return output["image_features"], output["image_intermediates"][0].flatten(2).transpose(1, 2)
 
     def text_features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The tower's pooled (B, C) and token (B, L, C') features of ids from `tokenize`."""
+        """The tower's pooled features (B, C) and token features (B, L, C') of ids from `tokenize`."""
         if self.words_alone:
             tokens = self.text.embed_tokens(ids)
             return self.text(tokens, ids), tokens
         if is_hf(self.text):
             pooled, tokens = self.text(ids)
-            # open_clip leaves out a CLS token that it pools at
+            # open_clip leaves out the CLS token if it pools there
             return pooled, F.pad(tokens, (0, 0, ids.shape[1] - tokens.shape[1], 0))
         output = self.text.forward_intermediates(ids, indices=1, normalize_intermediates=True, output_fmt="NLC")
         return output["text_features"], output["text_intermediates"][-1]
@@ -119,7 +119,7 @@ class AMVLM(nn.Module):
         """A head's output, normalised: (B, C) to (B, d), or (B, L, C) to (B, L, d).
 
         Args:
-            valid: (B, L), False at padding, whose output is 0 and which takes no part in what heads are centred by.
+            valid: (B, L), False at padding. There the output is 0, and the batch norm of the head ignores it.
         """
         if valid is not None:
             features = repeat_words(features, valid)
@@ -135,7 +135,7 @@ class AMVLM(nn.Module):
 
 
 def repeat_words(features: Tensor, valid: Tensor) -> Tensor:
-    """Each text's own words in place of its padding, in turn, so that all texts weigh the same in a batch norm.
+    """Replace the padding of each text by its own words, in turn: so all texts have the same weight in a batch norm.
 
     Args:
         features: (B, L, C); valid: (B, L).
@@ -147,10 +147,10 @@ def repeat_words(features: Tensor, valid: Tensor) -> Tensor:
 
 
 def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
-    """An MLP from (N, width) to (N, dim), with one hidden layer.
+    """An MLP from (N, width) to (N, dim) with one hidden layer.
 
-    It ends in a batch norm without weights, as the public code's: all outputs together have mean 0 in every dimension.
-    Without it cosines lie close to each other, far from where the text masks look for them.
+    It ends with a batch norm without weights, as in the public code, so that the mean of all outputs is 0 in every
+    dimension. Otherwise all cosines would be similar, and far from the range that the text masks need.
     """
     return nn.Sequential(
         nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim),
@@ -159,9 +159,9 @@ def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
 
 
 class DistributionTransformer(nn.Module):
-    """PDT: shared self-attention, whose value halves feed two MLPs: the mean and the log of the spread.
+    """PDT: shared self-attention. The two halves of its values go to two MLPs: for the mean, and for log sigma.
 
-    The mean is residual: it begins near the token itself.
+    The mean is residual: at first it is close to the token itself.
 
     Shape: tokens (B, L, d), valid (B, L) -> means and standard deviations (B, L, d)
     """
@@ -185,15 +185,15 @@ class DistributionTransformer(nn.Module):
 
 
 def to_tower(images: Tensor, about: dict, size: tuple[int, int]) -> Tensor:
-    """Images as nnU-Net has normalised (and augmented) them, as a tower takes them.
+    """Convert images that nnU-Net has normalised (and augmented) to the input of a tower.
 
-    Each image is z-scored, cut at 3 standard deviations, and mapped to 0 to 1: so none becomes black, whatever its
-    normalisation and augmentation were. A single channel is repeated, of more than three the mean is.
+    Each image is z-scored, clipped at 3 standard deviations and scaled to 0 to 1. So no image becomes black, whatever
+    its normalisation and augmentation were. A single channel is repeated; more than three are averaged.
 
     Args:
         images: (B, C, H, W).
         about: the tower's `preprocess_cfg`: mean and standard deviation of RGB values.
-        size: H, W that it takes.
+        size: H, W of the tower's input.
     """
     images = images.float()
     if images.shape[1] != 3:

@@ -1,4 +1,4 @@
-"""Images with their texts, for the pre-training."""
+"""Pairs of images and texts for the pre-training."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from nnunet_semiseg.vlm.model import AMVLM, to_tower
 
 
 class Pairs(Dataset):
-    """Images as the tower takes them, each with its token ids and where it is labelled; of a volume one slice.
+    """Images as the tower takes them, each with its token ids and its labelled area. Of a volume it is one slice.
 
-    What is labelled comes as the share of each of the tower's patches, (rows, columns), and as -1 where nobody knows.
+    The labelled area is a share for each patch of the tower, (rows, columns); -1 if it is not known.
 
     Args:
         data: nnU-Net's preprocessed cases.
-        masks: the cases whose labels may be seen.
+        masks: the cases whose labels may be used.
         ignore_label: its voxels count as not labelled.
-        crop: the least share of height and width that a random crop keeps, with any slice of a volume; None: the
-            whole image, the middle slice.
+        crop: the smallest share of height and width that a random crop keeps; then any slice of a volume may be taken.
+            None: the whole image, and the middle slice.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Pairs(Dataset):
         axis = self.axis + 1 if volume.shape[1] > 1 else 1  # 2d cases have one slice
         depth = volume.shape[axis]
         i = depth // 2 if self.crop is None else int(torch.randint(depth, ()))
-        part = (slice(None),) * axis + (i,)  # of a compressed volume this reads the slice alone
+        part = (slice(None),) * axis + (i,)  # only this slice of the compressed volume is read
         image = torch.from_numpy(np.ascontiguousarray(volume[part], dtype=np.float32))
         if case in self.masks:
             mask = torch.from_numpy(np.asarray(loaded[1][part]))
@@ -82,7 +82,7 @@ class Pairs(Dataset):
 
 
 def random_crop(image: Tensor, least: float) -> Tensor:
-    """A part of (C, H, W), of one share of both sides between `least` and 1: too little to make a text false."""
+    """Crop (C, H, W) to a random share of both sides, from `least` to 1. So little is lost that texts stay true."""
     share, *places = (least + (1 - least) * torch.rand(1), *torch.rand(2))
     for dim, place in zip((1, 2), places, strict=True):
         kept = max(1, round(float(share) * image.shape[dim]))
@@ -91,7 +91,7 @@ def random_crop(image: Tensor, least: float) -> Tensor:
 
 
 def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[JoinedDataset, list[str]]:
-    """nnU-Net's preprocessed labelled and unlabelled cases, as one dataset, and the names of the unlabelled ones."""
+    """The preprocessed labelled and unlabelled cases as one dataset, and the names of the unlabelled ones."""
     base = dataset_folder("nnUNet_preprocessed", dataset_name)
     file, fix = base / f"{plans_name}.json", "plan first with nnunet_semiseg plan_and_preprocess"
     plans = load_plans(file, fix)

@@ -1,4 +1,4 @@
-"""PAMR: masks that follow the image's edges, with nothing learnt."""
+"""PAMR: fit masks to the edges in an image. Nothing is learnt."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ DILATIONS = (1, 2, 4, 8, 12, 24)
 
 
 def refine(masks: Tensor, images: Tensor, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> Tensor:
-    """Pixel-adaptive mask refinement: every pixel becomes a mean of its neighbours that look like it, again and again.
+    """Pixel-adaptive mask refinement: replace each pixel by a mean of its similar neighbours, several times.
 
-    Araslanov and Roth, "Single-stage semantic segmentation from image labels" (CVPR 2020), section 3.2: the weight of
-    neighbour n is softmax_n of -mean_c |x - x_n| / (0.1 sigma), n over the 8 neighbours at each dilation and sigma the
-    standard deviation over them.
+    Araslanov and Roth, "Single-stage semantic segmentation from image labels" (CVPR 2020), section 3.2. The weight of
+    neighbour n is softmax_n of -mean_c |x - x_n| / (0.1 sigma), with n over the 8 neighbours at each dilation and sigma
+    the standard deviation over them.
 
     Args:
         masks: (B, K, H, W), probabilities.
@@ -36,7 +36,7 @@ def refine(masks: Tensor, images: Tensor, iterations: int = 10, dilations: Seque
 
 
 def neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
-    """(B, C, H, W) to (B, C, 8 D, H, W): the 8 neighbours at each of D dilations; the border is repeated."""
+    """(B, C, H, W) to (B, C, 8 D, H, W): the 8 neighbours at each of D dilations. The border is repeated."""
     found = []
     for d in dilations:
         padded = F.pad(x, (d, d, d, d), mode="replicate")

@@ -1,4 +1,4 @@
-"""`nnunet_semiseg pretrain_vlm`: AMVLM's vision-language pre-training on a dataset's images and texts."""
+"""`nnunet_semiseg pretrain_vlm`: AMVLM's vision-language pre-training on the images and texts of a dataset."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
 LOCK = "training.lock"
 HARMLESS = ("num_workers", "cache_dir")
-"""settings that no result depends on"""
+"""settings that do not change the result"""
 
 
 def pretrain(
@@ -66,20 +66,20 @@ def pretrain(
     plans: str = "nnUNetPlans",
     device: str = "cuda",
 ) -> Path:
-    """Pre-train on the images and texts of a dataset; under torchrun on several GPUs. Interrupted, it goes on.
+    """Pre-train on the images and texts of a dataset; under torchrun on several GPUs. It continues after interruptions.
 
     Args:
         model: `hf-hub:OWNER/NAME`, `NAME:TAG` of open_clip's, a folder, or `timm:NAME`, an image network of timm's with
-            the words of WordLlama; with `:none` at its end untrained.
-        output: default `vlm/CONFIGURATION` below the dataset's results.
+            WordLlama's words. With `:none` at its end the model is untrained.
+        output: default `vlm/CONFIGURATION` in the dataset's results.
         settings: `KEY=VALUE`, of `PretrainingSettings`.
 
     Returns:
-        The folder: `vlm.safetensors` and `vlm.json` (what `AMVLMTrainer` loads), the state of the training,
+        The folder: `vlm.safetensors` and `vlm.json` (which `AMVLMTrainer` loads), the state of the training,
         `progress.png`.
 
     Raises:
-        UserError: wrong settings, texts or model; a folder that holds another pre-training.
+        UserError: wrong settings, texts or model; the folder holds another pre-training.
     """
     chosen = settings_from(PretrainingSettings, parse_assignments(settings))
     name = dataset_folder("nnUNet_preprocessed", dataset).name
@@ -128,7 +128,7 @@ def pretrain(
 def cases_with_masks(
     dataset: str, labeled_cases: list[str], settings: PretrainingSettings
 ) -> tuple[list[str], int | None]:
-    """The labelled cases whose labels the pre-training may see, and the ignore label."""
+    """The labelled cases whose labels the pre-training may use, and the ignore label."""
     if not settings.mask_weight:
         return [], None
     base = dataset_folder("nnUNet_preprocessed", dataset)
@@ -138,22 +138,22 @@ def cases_with_masks(
 
 
 def what_it_saw(output: Path) -> str:
-    """Whose labels a pre-training saw, and so which trainings may use it."""
-    about = read_about(output, f"remove {output} to begin anew")
+    """Say whose labels a pre-training used, and which trainings may use it."""
+    about = read_about(output, f"remove {output} to begin again")
     if not (seen := about.get("mask_cases")):
-        return "It saw no label: a training of any fold may use it."
+        return "It used no label: a training of any fold may use it."
     fold, number = about["settings"].get("fold"), about["settings"].get("num_labeled")
     only = f"fold {'all' if fold is None else fold}" + ("" if number is None else f" with num_labeled={number}")
-    return f"It saw the labels of {len(seen)} cases: it is for trainings of {only}."
+    return f"It used the labels of {len(seen)} cases: it is for trainings of {only}."
 
 
 @contextmanager
 def alone(output: Path, rank: int) -> Iterator[None]:
-    """Make the folder, and keep a second pre-training out of it; torchrun's first process speaks for all.
+    """Make the folder, and keep other pre-trainings out of it. Under torchrun the first process does so for all.
 
     Raises:
         BusyError: another process pre-trains there.
-        DiskError: its disk is full or read-only.
+        DiskError: the disk is full or read-only.
     """
     with disk_errors(output):
         if rank:
@@ -165,26 +165,26 @@ def alone(output: Path, rank: int) -> Iterator[None]:
 
 
 def check_goes_on(about: dict, output: Path) -> None:
-    """Refuse to go on with a pre-training of another model, other texts or other settings that change a result."""
+    """Refuse to continue a pre-training with another model, other texts or other settings that change the result."""
     if not (output / ABOUT).is_file():
         return
-    before = read_about(output, f"remove {output} to begin anew")
+    before = read_about(output, f"remove {output} to begin again")
     flat = [{**a, **a.get("settings", {})} for a in (before, about)]
     keys = (about.keys() | about["settings"].keys()) - {"settings", *HARMLESS}
     if changed := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
-        other = f"holds a pre-training of before {', '.join(changed)} changed"
+        other = f"holds a pre-training from before {', '.join(changed)} changed"
         raise UserError(f"{output}: {other}: remove it, or choose another folder with -o")
 
 
 def set_up(device: str) -> tuple[int, torch.device]:
-    """This process's rank and device; joins the group that torchrun made."""
+    """The rank and device of this process. It joins the group that torchrun made."""
     check_device(device)
     join(device)
     return Ranks().number, torch.device(device)
 
 
 class Pretraining:
-    """The loop, and all that it needs to go on after an interruption."""
+    """The training loop, and everything that is needed to continue it after an interruption."""
 
     def __init__(
         self, model: AMVLM, settings: PretrainingSettings, pairs: Pairs, held_out: Pairs, held_out_texts: list[str],
@@ -205,7 +205,7 @@ class Pretraining:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
         steps = settings.num_epochs * math.ceil(len(self.loader) / settings.accumulation)
         warmup = min(settings.warmup, 1 - 1 / steps)
-        if warmup * steps <= 1:  # OneCycleLR divides by the length of its parts, less one step
+        if warmup * steps <= 1:  # OneCycleLR divides by the length of its parts minus one step
             warmup = 0.0
         self.scheduler = OneCycleLR(
             self.optimizer, settings.learning_rate, steps, pct_start=warmup, cycle_momentum=False
@@ -220,14 +220,14 @@ class Pretraining:
         while self.epoch < self.settings.num_epochs:
             try:
                 means = self.train_epoch(task)
-            except UserError as error:  # what torch hands on of a loader's process begins with its stack
+            except UserError as error:  # an error from a loader's process begins with its traceback
                 raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
             if not math.isfinite(means["loss"]):
                 terms = ", ".join(name for name, value in means.items() if not math.isfinite(value) and name != "loss")
                 raise UserError(
                     f"{self.output}: epoch {self.epoch + 1}: the loss is {means['loss']} (of {terms}): the pre-training"
-                    f" ends here; what {self.epoch} epochs gave is kept: look for images with extreme intensities, or"
-                    " set a smaller learning_rate or weight of a loss term"
+                    f" ends here; the model after {self.epoch} epochs is kept: look for images with extreme"
+                    " intensities, or set a smaller learning_rate or weight of a loss term"
                 )
             self.epoch += 1
             if self.rank == 0:
@@ -243,7 +243,7 @@ class Pretraining:
         self.task.train()
         if self.sampler:
             self.sampler.set_epoch(self.epoch)
-            # each process its own crops and noise
+            # each process has its own crops and noise
             torch.manual_seed(self.settings.seed + 1000 * self.epoch + self.rank)
         totals: dict[str, Tensor] = {}
         accumulation = self.settings.accumulation
@@ -280,7 +280,7 @@ class Pretraining:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """The state; and before it, at the end of the last epoch, the model: what is not finished is none."""
+        """Save the state. After the last epoch the model comes first, because an unfinished one is no model."""
         if self.epoch == self.settings.num_epochs:
             save_whole(self.task.model.state_dict(), self.output / WEIGHTS)
         tensors = {f"task.{k}": v for k, v in self.task.state_dict().items()}
@@ -310,10 +310,10 @@ class Pretraining:
             raise
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"{file}: cannot be read ({what}): remove {self.output} to begin anew") from None
+            raise UserError(f"{file}: cannot be read ({what}): remove {self.output} to begin again") from None
 
     def restore(self, content: dict, tensors: dict[str, Tensor]) -> None:
-        """Go on from a state. Raises errors of many kinds where it is another training's, or none."""
+        """Continue from a state. Raises errors of many kinds if it is damaged or belongs to another training."""
         self.task.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("task.")})
         state: dict[int, dict] = {}
         for key, value in tensors.items():
@@ -324,7 +324,7 @@ class Pretraining:
         self.scheduler.load_state_dict(content["scheduler"])
         self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.history = content["epoch"], content["history"]
-        if self.sampler:  # seeded anew in every epoch
+        if self.sampler:  # it gets a new seed in every epoch
             return
         torch.set_rng_state(tensors["random.cpu"].cpu())
         if "random.cuda" in tensors and self.device.type == "cuda":
@@ -332,14 +332,14 @@ class Pretraining:
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that appears whole or not at all."""
+    """Write a safetensors file that is complete or does not appear at all."""
     content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
     with written_whole(file) as temporary:
         temporary.write_bytes(content)
 
 
 def plot_progress(history: dict[str, list[float]], file: Path) -> None:
-    """Two panels over the epochs: the loss with its terms, and the recalls of retrieval."""
+    """Plot two panels over the epochs: the loss with its terms, and the recall of retrieval."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for ax, title in zip(figure.subplots(1, 2), ("loss", "recall"), strict=True):
         for name, values in history.items():

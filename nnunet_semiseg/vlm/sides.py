@@ -1,4 +1,4 @@
-"""Sides that texts name (left, upper, ...), and what flipping an image makes of them."""
+"""Sides that texts name (left, upper, ...), and how they change when an image is flipped."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from itertools import chain
 VERTICAL, HORIZONTAL = SIDES = (0, 1)
 
 WORD = r"[^\W_]+"
-"""in kidney_left, too"""
+"""a word; it also finds the parts of kidney_left"""
 
 SidePairs = tuple[Sequence[tuple[str, ...]], Sequence[tuple[str, ...]]]
-"""pairs of words that change places when an image is flipped: the vertical ones, and the horizontal ones"""
+"""pairs of words that are exchanged when an image is flipped: the vertical pairs, and the horizontal pairs"""
 
 
 def named_sides(texts: Iterable[str], pairs: SidePairs) -> list[int]:
-    """Which sides texts speak of, of VERTICAL and HORIZONTAL."""
+    """The sides that texts name: VERTICAL, HORIZONTAL or both."""
     words = set(re.findall(WORD, " ".join(texts).lower()))
     return [side for side in SIDES if words & {word.lower() for word in chain(*pairs[side])}]
 
 
 def is_flat(plans: dict) -> bool:
-    """Whether the images are 2d; nnU-Net reads them as volumes of one slice."""
+    """Whether the images are 2d. nnU-Net reads these as volumes of one slice."""
     return plans["original_median_shape_after_transp"][list(plans["transpose_forward"]).index(0)] == 1
 
 
 def axes_of_sides(plans: dict, n_dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of a patch that vertical words, and those that horizontal ones are about.
+    """The axes of a patch that vertical words are about, and those that horizontal words are about.
 
-    nnU-Net reads images as (z, y, x), and then transposes them by the plans. Left and right are along x; upper and
-    lower of a 2d image along y, of a volume along z or (anterior, posterior) y: which one is meant nobody knows.
+    nnU-Net reads images as (z, y, x) and then transposes them as the plans say. Left and right are along x. Upper and
+    lower are along y in a 2d image. In a volume they are along z, or (anterior, posterior) along y; the words do not
+    say which.
     """
     order = list(plans["transpose_forward"])
-    first = len(order) - n_dims  # the first axis of a volume is not in a 2d patch
+    first = len(order) - n_dims  # a 2d patch does not have the first axis of a volume
     sides = ((1,) if is_flat(plans) else (0, 1)), (2,)
     return tuple(tuple(sorted(order.index(a) - first for a in axes if order.index(a) >= first)) for axes in sides)
 
 
 def exchange(text: str, flip: Sequence[bool], pairs: SidePairs) -> str:
-    """The text of a flipped image: the words of each pair change places along a flipped axis."""
+    """The text for a flipped image: along a flipped axis the words of each pair are exchanged."""
     other = {}
     for flipped, words in zip(flip, pairs, strict=True):
         if flipped:

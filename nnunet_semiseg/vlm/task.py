@@ -89,9 +89,9 @@ class PretrainingSettings:
 class PretrainingTask(nn.Module):
     """What one step computes: the model, its momentum copy, and the weighted terms of the loss.
 
-    The momentum copy gives the keys of L_itc; all other terms are of the online model, which every gradient reaches.
-    How the parts of a term are added is the public code's: L_local is the sum of both directions, L_ICL the mean of
-    what is between the distributions and what is within a modality.
+    The momentum copy gives the keys of L_itc. All other terms use the model itself, which gets all gradients. The parts
+    of a term are combined as in the public code: L_local is the sum of both directions, and L_ICL is the mean of the
+    part between the distributions and the part within a modality.
     """
 
     def __init__(self, model: AMVLM, settings: PretrainingSettings):
@@ -102,15 +102,15 @@ class PretrainingTask(nn.Module):
     def train(self, mode: bool = True) -> PretrainingTask:
         super().train(mode)
         self.momentum.eval()
-        self.momentum.heads.train(mode)  # keys are centred by their own batch, as what they are compared with is
+        self.momentum.heads.train(mode)  # keys are centred by their own batch, like the features they are compared with
         return self
 
     def forward(self, images: Tensor, ids: Tensor, areas: Tensor | None = None) -> dict[str, Tensor]:
         """The terms by name.
 
         Args:
-            images, ids: as `Pairs` has them.
-            areas: the labelled share of each patch (B, rows, columns); None, where no label is seen.
+            images, ids: as `Pairs` returns them.
+            areas: the labelled share of each patch (B, rows, columns). None if no label is used.
         """
         s, t = self.settings, self.settings.temperature
         image, text = self.model(images, ids)
@@ -144,7 +144,7 @@ class PretrainingTask(nn.Module):
         return terms
 
     def supervision(self, name: str, own, other, distribution) -> Tensor:
-        """L_CSS of one modality's tokens and what they find in the other."""
+        """L_CSS of the tokens of one modality and their counterparts in the other."""
         t = self.settings.temperature
         found = losses.counterparts(own.tokens, other.tokens, other.valid, t)
         found_of = self.model.distribution(name, other.cls, found, own.valid)[1]
@@ -158,11 +158,11 @@ class PretrainingTask(nn.Module):
         average = get_ema_multi_avg_fn(self.settings.momentum)
         average(list(self.momentum.parameters()), list(self.model.parameters()), None)
         for own, online in zip(self.momentum.visual.buffers(), self.model.visual.buffers(), strict=True):
-            own.copy_(online)  # of batch norms, which it has in eval mode
+            own.copy_(online)  # buffers of batch norms; the copy itself is in eval mode
 
 
 def gather(x: Tensor) -> Tensor:
-    """Of all processes, with gradients."""
+    """The tensors of all processes, with gradients."""
     if not distributed.is_initialized():
         return x
     from torch.distributed.nn.functional import all_gather
@@ -172,11 +172,11 @@ def gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval(image: Tensor, text: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """Share of queries whose partner is among the first k, image to text and text to image.
+    """The share of queries whose partner is among the first k results, image to text and text to image.
 
     Args:
         image, text: CLS (N, d), normalised, of N pairs.
-        texts: a pair with the same text as the query's is as right as its own, and no rival.
+        texts: if another pair has the same text as the query, it counts as right, too.
     """
     similarity = image @ text.T
     number = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(image.device)

@@ -23,20 +23,20 @@ from nnunet_semiseg.vlm.towers import with_words
 
 ABOUT, WEIGHTS, STATE = "vlm.json", "vlm.safetensors", "training_state.safetensors"
 RAW_SHARE = 0.3
-"""of the mask before PAMR, in the final one"""
+"""share of the mask before PAMR in the final mask"""
 AREA = 0.4
 """TCL's prior: the share of an image that its own text is about"""
 PRIORS = 0.1
-"""weight of the area and variation priors"""
+"""weight of the priors for area and variation"""
 LARGEST_SCALE = 100.0
-"""of similarities, as in CLIP"""
+"""largest factor of similarities, as in CLIP"""
 
 
 def load_vlm(folder: str | Path) -> AMVLM:
-    """A pre-trained model from the folder of `pretrain_vlm`, frozen and in eval mode; no internet is needed.
+    """Load a pre-trained model from a folder of `pretrain_vlm`, frozen and in eval mode. It needs no internet.
 
     Raises:
-        UserError: no such folder, not of `pretrain_vlm`, or of one that is not finished.
+        UserError: no such folder; it is not from `pretrain_vlm`; or the pre-training is not finished.
     """
     folder = Path(folder)
     fix = "name the folder that nnunet_semiseg pretrain_vlm made"
@@ -47,7 +47,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
         if done < epochs:
             raise UserError(
                 f"{folder}: the pre-training is not finished, {done} of {epochs} epochs are done: run the same"
-                " nnunet_semiseg pretrain_vlm command again, it goes on"
+                " nnunet_semiseg pretrain_vlm command again to continue"
             )
     try:
         clip, tokenizer = load_clip(str(folder), UNTRAINED)
@@ -64,7 +64,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
 
 
 def read_state(folder: Path) -> dict:
-    """What a pre-training's state says beside its tensors: `epoch`, how many are done, and more.
+    """What a pre-training's state says beside its tensors: `epoch`, the number of finished epochs, and more.
 
     Raises:
         UserError: the file is damaged.
@@ -74,11 +74,11 @@ def read_state(folder: Path) -> dict:
         with safe_open(str(file), "pt") as opened:
             return json.loads(opened.metadata()["state"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}): remove {folder} to begin anew") from None
+        raise UserError(f"{file}: cannot be read ({error}): remove {folder} to begin again") from None
 
 
 def read_about(folder: Path, fix: str) -> dict:
-    """The checked `vlm.json` of a pre-training. Raises UserError where it is missing, damaged or another file."""
+    """Read and check `vlm.json` of a pre-training. Raises UserError if it is missing, damaged or another file."""
     about = read_json(folder / ABOUT, fix)
     check(about, {"settings": dict, "mask_cases?": list[str]}, folder / ABOUT, fix)
     sizes = {"dim": int, "hidden": int, "slice_axis?": int, "num_epochs?": int, "text_model?": str | None}
@@ -89,9 +89,9 @@ def read_about(folder: Path, fix: str) -> dict:
 
 
 class UpBlock(nn.Module):
-    """(B, d, h, w) to twice the size: what is interpolated, and a gated convolution of it on top.
+    """(B, d, h, w) to twice the size: interpolation, plus a gated convolution.
 
-    The convolution begins at 0, so that the first masks are the towers' own, not blurred by random weights.
+    The convolution is 0 at first, so that random weights do not blur the first masks.
     """
 
     def __init__(self, dim: int):
@@ -106,19 +106,19 @@ class UpBlock(nn.Module):
 
 
 class TextMaskGenerator(nn.Module):
-    """Patch features of a frozen AMVLM, lifted to 4 times their grid, and their cosine with texts.
+    """Patch features of a frozen AMVLM, upsampled by 4, and their cosine with texts.
 
-    The mask is 0.3 raw + 0.7 PAMR(raw), with `raw_masks`: probabilities in 0 to 1, with no further sigmoid. The
-    up-blocks and the temperature of their loss are all that is trained and all that a checkpoint carries.
+    The mask is 0.3 raw + 0.7 PAMR(raw), with `raw_masks`: probabilities in 0 to 1, without a further sigmoid. Only the
+    up-blocks and the temperature of their loss are trained and saved in a checkpoint.
 
     Args:
         relative: see `raw_masks`.
-        temperature: of the loss, when it begins.
+        temperature: of the loss, at the beginning.
     """
 
     def __init__(self, vlm: AMVLM, relative: bool = False, temperature: float = 0.07):
         super().__init__()
-        self._vlm = (vlm,)  # in a tuple, or nn.Module would register it
+        self._vlm = (vlm,)  # in a tuple, because nn.Module would register it otherwise
         self.grid, self.relative = vlm.grid, relative
         dim = vlm.heads["text_cls"][-1].num_features
         self.up = nn.Sequential(UpBlock(dim), UpBlock(dim))
@@ -139,38 +139,38 @@ class TextMaskGenerator(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """(N, d), normalised."""
+        """Text features (N, d), normalised."""
         device = next(self.parameters()).device
         batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
         return torch.cat([self.tower.encode_text(self.tower.tokenize(b).to(device)).cls for b in batches])
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, d, 4 h, 4 w), normalised, of images (B, C, H, W) as nnU-Net has normalised them."""
+        """Image features (B, d, 4 h, 4 w), normalised, of images (B, C, H, W) as nnU-Net has normalised them."""
         tower = self.tower
         with torch.no_grad():
             taken = to_tower(images, tower.visual.preprocess_cfg, tower.image_size)
             patches = tower.encode_image(taken).tokens.transpose(1, 2).unflatten(2, self.grid)
-        with torch.autocast(patches.device.type, enabled=False):  # cosines lie close to each other
+        with torch.autocast(patches.device.type, enabled=False):  # the cosines differ too little for 16 bits
             return F.normalize(self.up(patches.float()), dim=1)
 
     def loss_between_images(self, features: Tensor, texts: Tensor, own: Tensor) -> Tensor:
-        """`contrast_between_images`, with TCL's priors: areas, and little variation of the own masks."""
+        """`contrast_between_images`, with TCL's priors: for the areas, and for little variation of the own masks."""
         with torch.autocast(features.device.type, enabled=False):
             raw = raw_masks(torch.einsum("bdhw,nd->bnhw", features, texts), self.relative)
             priors = area_prior(raw, own) + variation(raw[torch.arange(len(own), device=own.device), own])
             return contrast_between_images(raw, features, texts, own, self.scale) + PRIORS * priors
 
     def loss_between_classes(self, features: Tensor, raw: Tensor, texts: Tensor, background: Tensor) -> Tensor:
-        """`contrast_between_classes` and little variation; no area is known, for a class may be missing."""
+        """`contrast_between_classes` and little variation. There is no area prior, because a class may be missing."""
         with torch.autocast(features.device.type, enabled=False):
             return contrast_between_classes(raw, features, texts, background, self.scale) + PRIORS * variation(raw)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each image shows what each of its texts says.
+        """Find where each image shows what each of its texts says.
 
         Args:
             images: (B, C, H, W).
-            texts: (B, K, d), normalised: of each image its own.
+            texts: (B, K, d), normalised: for each image its own texts.
 
         Returns:
             Raw masks (B, K, 4 h, 4 w) with a gradient to the up-blocks; masks (B, K, H, W), detached; the features.
@@ -180,7 +180,7 @@ class TextMaskGenerator(nn.Module):
             raw = raw_masks(torch.einsum("bdhw,bkd->bkhw", features, texts), self.relative)
         with torch.no_grad():
             grey = images.float().mean(1, keepdim=True)
-            # PAMR at the features' size: its dilations are meant for that
+            # PAMR at the size of the features, because its dilations are made for that
             refined = refine(raw, F.interpolate(grey, size=raw.shape[2:], mode="bilinear", antialias=True))
             masks = RAW_SHARE * raw + (1 - RAW_SHARE) * refined
             masks = F.interpolate(masks, size=images.shape[2:], mode="bilinear").clamp(0, 1)
@@ -188,10 +188,10 @@ class TextMaskGenerator(nn.Module):
 
 
 def raw_masks(cosine: Tensor, relative: bool) -> Tensor:
-    """sigmoid(10 (cos - 0.25)), the paper's; or sigmoid(z), the cosine against the mean and spread of its image.
+    """The paper's sigmoid(10 (cos - 0.25)); or sigmoid(z), with z the cosine's z-score within its image.
 
-    The paper's takes cosines around 0.25 for granted. Other towers' are elsewhere, and their masks nearly flat:
-    relative ones span 0 to 1 whatever the towers, and also where the text is about nothing in the image.
+    The paper's formula expects cosines around 0.25. The cosines of other towers are elsewhere, and their masks are
+    nearly flat. Relative masks range from 0 to 1 for all towers, but also if the image shows nothing of the text.
 
     Args:
         cosine: (B, K, h, w), in -1 to 1.
@@ -206,18 +206,18 @@ def raw_masks(cosine: Tensor, relative: bool) -> Tensor:
 
 
 def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, own: Tensor, scale: Tensor | float) -> Tensor:
-    """TCL's extended InfoNCE: image i pooled under the mask of text j, against text j, for all i and j.
+    """TCL's extended InfoNCE: image i, pooled under the mask of text j, against text j, for all i and j.
 
-    Both directions: of all texts each image must find its own, and of all images each text its own. Another image
-    with the same text is no rival there. (Cha et al., "Learning to generate text-grounded mask for open-world semantic
-    segmentation from only image-text pairs", CVPR 2023.)
+    It has both directions: each image must find its own text among all texts, and each text its own image among all
+    images. Another image with the same text is no negative there. (Cha et al., "Learning to generate text-grounded mask
+    for open-world semantic segmentation from only image-text pairs", CVPR 2023.)
 
     Args:
         raw: masks of all texts in all images, (B, N, h, w).
         features: (B, d, h, w), normalised.
         texts: (N, d), normalised and all different.
         own: (B,), the number of each image's text.
-        scale: what similarities are multiplied with, 1 / temperature.
+        scale: the factor of similarities, 1 / temperature.
     """
     similarity = scale * torch.einsum("bnd,nd->bn", collect(raw, features), texts)
     of_own = similarity[:, own].T  # text of image i, image k
@@ -229,7 +229,9 @@ def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, own: T
 def contrast_between_classes(
     raw: Tensor, features: Tensor, texts: Tensor, background: Tensor, scale: Tensor | float
 ) -> Tensor:
-    """InfoNCE, in both directions, of what each class's mask collects and the texts; what no mask takes is background.
+    """InfoNCE in both directions between the features under each class's mask and the texts.
+
+    The background is where no mask is.
 
     Args:
         raw: masks (B, K, h, w); features: (B, d, h, w); texts: (K, d) and background: (d,), normalised.
@@ -254,7 +256,7 @@ def area_prior(raw: Tensor, own: Tensor, prior: float = AREA) -> Tensor:
 
 
 def variation(masks: Tensor) -> Tensor:
-    """Total variation of masks (..., h, w): the mean step between neighbours, down and across."""
+    """Total variation of masks (..., h, w): the mean difference between neighbours, down and across."""
     return masks.diff(dim=-2).abs().mean() + masks.diff(dim=-1).abs().mean()
 
 

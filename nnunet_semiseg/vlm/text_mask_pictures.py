@@ -1,4 +1,4 @@
-"""`nnunet_semiseg text_masks`: what a trained AMVLM takes its texts to mean, to be looked at, and how right it is."""
+"""`nnunet_semiseg text_masks`: pictures of the text masks of a trained AMVLM, and how well they find the labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nnunet_semiseg.vlm.pairs import open_cases
 from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm
 
 PREFIX = "text_masks."
-"""of the generator's weights among a checkpoint's auxiliary ones"""
+"""of the names of the generator's weights in a checkpoint"""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TrainedMasks:
 
     Attributes:
         data: nnU-Net's preprocessed cases, labelled and unlabelled.
-        texts: of each case that has any, the texts of every mask by the mask's name.
-        labels: of every mask the label's value, or its region's.
+        texts: for each case that has any, the texts of every mask by the mask's name.
+        labels: for every mask the value of its label, or the values of its region.
     """
 
     generator: TextMaskGenerator
@@ -48,7 +48,7 @@ class TrainedMasks:
     ignore_label: int | None
 
     def of(self, image: Tensor, texts: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
-        """Masks (K, H, W) before and after PAMR of an image (C, H, W)."""
+        """Masks (K, H, W) of an image (C, H, W), before and after PAMR."""
         features = torch.stack([self.generator.encode_texts(t).mean(0) for t in texts.values()])
         with torch.no_grad():
             raw, masks, _ = self.generator(image[None], F.normalize(features, dim=1)[None])
@@ -62,7 +62,7 @@ def load_text_masks(run: Run) -> TrainedMasks:
         run: trained, with a text mask generator.
 
     Raises:
-        UserError: not trained, or trained without text masks.
+        UserError: the model is not trained, or has no text masks.
     """
     if not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
@@ -85,9 +85,9 @@ def load_text_masks(run: Run) -> TrainedMasks:
 
 
 def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 20) -> list[Path]:
-    """A picture for each of the first unlabelled cases: the image, its text, the mask before and after PAMR.
+    """Write a picture for each of the first unlabelled cases: the image, its text, the mask before and after PAMR.
 
-    Of a volume the middle slice is shown; of several classes each has a row.
+    Of a volume the middle slice is shown. If there are several classes, each has a row.
     """
     output = Path(output)
     if output.is_file():
@@ -106,14 +106,14 @@ def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 2
 
 
 def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[str, float]:
-    """How masks rank the pixels of a label above others: the area under the ROC curve, a mean over cases and classes.
+    """How well masks tell the pixels of a label from others: the area under the ROC curve, mean over cases and classes.
 
-    0.5 is chance. With the text of another case it should be worse: what is left is what the image alone says. Of a
-    volume the slice with most of the labels is taken.
+    0.5 is chance. With the text of another case it should be lower; what remains comes from the image only. Of a volume
+    the slice with the most labelled voxels is used.
 
     Returns:
-        "before PAMR", "after it" and, where each case has its own text, "with the next case's text"; nothing where no
-        labelled case has a text.
+        "before PAMR", "after it" and, if each case has its own text, "with the next case's text". Empty if no labelled
+        case has a text.
     """
     cases = [case for case in trained.labeled_cases if case in trained.texts][:n_cases]
     found = defaultdict(list)
@@ -134,7 +134,7 @@ def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[
 
 
 def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[str, dict[str, list[str]]]:
-    """Of each case the texts of every mask, by the mask's name."""
+    """For each case the texts of every mask, by the mask's name."""
     source = str(run.checkpoint)
     names, prompts = class_names(dataset_json, source), read_prompts(dataset_json, source)
     if settings.texts == "cases" or settings.texts == "auto" and len(names) == 2 and has_texts(run.dataset):
@@ -143,7 +143,7 @@ def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[s
 
 
 def plot_masks(image: Tensor, raw: Tensor, masks: Tensor, texts: list[str]) -> Figure:
-    """A row a mask: the image (H, W), and on it the mask before and after PAMR, (K, H, W) each, in 0 to 1."""
+    """One row for each mask: the image (H, W), then the mask on it before and after PAMR, (K, H, W) each, in 0 to 1."""
     figure = Figure(figsize=(9, 3.4 * len(texts)), layout="constrained")
     axes = figure.subplots(len(texts), 3, squeeze=False)
     for row, before, after, text in zip(axes, raw, masks, texts, strict=True):

@@ -1,4 +1,4 @@
-"""The towers that a pre-training starts from: open_clip's, any image network of timm's, words of WordLlama's."""
+"""The towers for a pre-training: open_clip's, any image network of timm's, and WordLlama's words."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nnunet_semiseg.text.static_words import WORDLLAMA, load_word_tower
 
 TIMM = "timm:"
 NO_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
-"""open_clip builds no model without a text half; this one is thrown away"""
+"""open_clip cannot make a model without a text half; this one is deleted"""
 
 
 def split_model(model: str) -> tuple[str, str | None]:
-    """`NAME:TAG` to name and tag; what has no tag brings its own weights."""
+    """Split `NAME:TAG` into name and tag. A model without a tag has its own weights."""
     if model.endswith(f":{UNTRAINED}"):
         return model.removesuffix(f":{UNTRAINED}"), UNTRAINED
     if model.startswith(("hf-hub:", "local-dir:", TIMM)) or ":" not in model:
@@ -32,15 +32,15 @@ def split_model(model: str) -> tuple[str, str | None]:
 def load_towers(
     model: str, weights: str | None, text_model: str | None, cache_dir: str | None, options: Mapping[str, str]
 ) -> tuple[nn.Module, Callable, dict]:
-    """A model with `.visual` and `.text`, its tokenizer, and what `open_clip_config.json` says of it.
+    """A model with `.visual` and `.text`, its tokenizer, and its content of `open_clip_config.json`.
 
     Args:
         model: of open_clip's (`load_clip`), or `timm:NAME`, an image network of timm's.
         weights: as `pretrained` of `load_clip`; for timm `none`, or None for timm's own.
-        text_model: `wordllama` in place of the model's text half, the only one that goes with `timm:NAME`.
+        text_model: `wordllama` replaces the model's text half. A `timm:NAME` needs it.
 
     Raises:
-        UserError: unknown models, or weights that cannot be had.
+        UserError: unknown models; weights cannot be loaded.
     """
     if text_model not in (None, WORDLLAMA):
         raise UserError(f"setting text_model={text_model}: must be {WORDLLAMA}, or be left out")
@@ -60,7 +60,7 @@ def load_towers(
 
 
 def with_words(clip: nn.Module) -> None:
-    """Put WordLlama's embeddings, frozen, in the place of a model's text half."""
+    """Replace a model's text half by WordLlama's embeddings, frozen."""
     clip.text = load_word_tower()
 
 
@@ -70,7 +70,7 @@ def _write_config(name: str, folder: Path) -> None:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
-        raise UserError(f"--model {TIMM}{name}: no model of timm's; {hint}")
+        raise UserError(f"--model {TIMM}{name}: not a model of timm's: {hint}")
     size = timm.get_pretrained_cfg(name, allow_unregistered=True)
     image_size = size.input_size[-1] if size else 224
     vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": image_size}
