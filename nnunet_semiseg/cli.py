@@ -14,6 +14,7 @@ from nnunet_semiseg import __version__
 from nnunet_semiseg.commands import data, deployment, evaluation, show, text, training
 from nnunet_semiseg.commands.command import Command
 from nnunet_semiseg.errors import UserError, report
+from nnunet_semiseg.quiet import hide_foreign_warnings
 
 GROUPS = {
     "data": data.COMMANDS,
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argcomplete.autocomplete(parser)
     words = _with_folder(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words, Namespace(words=words))
+    hide_foreign_warnings()
     try:
         args.run(args)
     except UserError as error:
