@@ -60,8 +60,10 @@ def from_args(options_class: type[T], args: Namespace, **more) -> T:
 
 def _of_type(hint: Any, default: Any) -> dict[str, Any]:
     """What `add_argument` takes for a field of this type."""
-    if get_origin(hint) in (Union, types.UnionType):  # with None
-        hint = next(h for h in get_args(hint) if h is not type(None))
+    if get_origin(hint) in (Union, types.UnionType):
+        hint, *others = (h for h in get_args(hint) if h is not type(None))
+        if others:  # a number or a name: as it is typed
+            return {}
     if hint is bool:
         return {"action": "store_false" if default else "store_true"}
     if get_origin(hint) is Literal:
