@@ -13,7 +13,9 @@ from inspect import getdoc
 from nnunet_semiseg import __version__
 from nnunet_semiseg.commands import data, deployment, evaluation, show, text, training
 from nnunet_semiseg.commands.command import Command
+from nnunet_semiseg.commands.completion import CompletingParser
 from nnunet_semiseg.errors import UserError, report
+from nnunet_semiseg.quiet import hide_foreign_warnings
 
 GROUPS = {
     "data": data.COMMANDS,
@@ -31,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. What the user can fix comes as `error: ` lines on stderr and exit status 1."""
     parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
-        import argcomplete
+        import argcomplete  # an optional extra
 
         argcomplete.autocomplete(parser)
     words = _with_folder(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words, Namespace(words=words))
+    hide_foreign_warnings()
     try:
         args.run(args)
     except UserError as error:
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> ArgumentParser:
     """The parser of all commands, with their help."""
-    parser = ArgumentParser(
+    parser = CompletingParser(
         "nnunet_semiseg",
         description="Semi-supervised and text-guided training with nnU-Net v2.",
         epilog=_list_of_commands(),

@@ -241,6 +241,8 @@ class Runner:
                 file.write(line)
                 if epoch := re.search(r"Epoch (\d+)\s*$", line):
                     self.console.say(f"    epoch {epoch[1]}")
+                if end := re.search(r"expected end: .*, in (\S+)$", line):
+                    self.console.say(f"    {end[1]} left of this training")
         if process.returncode:
             print("".join(f"    | {line}\n" for line in log.read_text(encoding="utf-8").splitlines()[-15:]))
             raise UserError(f"{command[0]} failed with exit status {process.returncode}; all it printed: {log}")

@@ -24,16 +24,17 @@ PLANS = "nnUNetPlans"
 """nnU-Net's own, and its default"""
 
 
-def option(*flags: str, help: str, default: Any = MISSING, **more) -> Any:
+def option(*flags: str, help: str, default: Any = MISSING, factory: Any = MISSING, **more) -> Any:
     """A field that `add_options` makes an option of.
 
     Args:
         flags: how it is typed, such as `--seeds`.
         help: a text; its default is added, where it has one that says something.
-        default: without one, the option is required.
+        default: without one and without a factory, the option is required.
+        factory: makes the default, where that differs between machines.
         more: of `ArgumentParser.add_argument`, beside what the field's type says: `metavar`, or another `type`.
     """
-    return field(default=default, metadata={"flags": flags, "help": help, **more})
+    return field(default=default, default_factory=factory, metadata={"flags": flags, "help": help, **more})
 
 
 def add_options(parser: ArgumentParser, options_class: type) -> None:
@@ -42,13 +43,14 @@ def add_options(parser: ArgumentParser, options_class: type) -> None:
     for f in fields(options_class):
         if "flags" not in f.metadata:
             continue
-        chosen = {**_of_type(hints[f.name], f.default), **f.metadata}
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        chosen = {**_of_type(hints[f.name], default), **f.metadata}
         flags, text = chosen.pop("flags"), chosen.pop("help")
-        if f.default is MISSING:
+        if default is MISSING:
             chosen["required"] = True
-        elif not isinstance(f.default, bool):
-            chosen["default"] = list(f.default) if isinstance(f.default, tuple) else f.default
-            text += "; default: %(default)s" if f.default not in (None, ()) and "default:" not in text else ""
+        elif not isinstance(default, bool):
+            chosen["default"] = list(default) if isinstance(default, tuple) else default
+            text += "; default: %(default)s" if default not in (None, ()) and "default:" not in text else ""
         parser.add_argument(*flags, dest=f.name, help=text, **chosen)
 
 
@@ -60,8 +62,10 @@ def from_args(options_class: type[T], args: Namespace, **more) -> T:
 
 def _of_type(hint: Any, default: Any) -> dict[str, Any]:
     """What `add_argument` takes for a field of this type."""
-    if get_origin(hint) in (Union, types.UnionType):  # with None
-        hint = next(h for h in get_args(hint) if h is not type(None))
+    if get_origin(hint) in (Union, types.UnionType):
+        hint, *others = (h for h in get_args(hint) if h is not type(None))
+        if others:  # a number or a name: as it is typed
+            return {}
     if hint is bool:
         return {"action": "store_false" if default else "store_true"}
     if get_origin(hint) is Literal:

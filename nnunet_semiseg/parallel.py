@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.quiet import hide_foreign_warnings, hide_reader_warnings
 
 
 def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Generator:
@@ -28,7 +29,7 @@ def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Gener
         yield from (function(*job) for job in jobs)
         return
     executor = ProcessPoolExecutor(
-        min(num_processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=end_with_parent
+        min(num_processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=_begin
     )
     try:
         for future in as_completed([executor.submit(function, *job) for job in jobs]):
@@ -54,6 +55,12 @@ def killed_workers(place: Path | str) -> Iterator[None]:
             f"{place}: a preprocessing worker was killed, probably for want of memory: run the same command again, with"
             " a smaller -np; what is done is kept"
         ) from None
+
+
+def _begin() -> None:
+    hide_foreign_warnings()
+    hide_reader_warnings()
+    end_with_parent()
 
 
 def end_with_parent() -> None:

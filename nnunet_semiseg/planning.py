@@ -302,6 +302,12 @@ def find_planner(name: str) -> type[ExperimentPlanner]:
     return planner
 
 
+def names_of_plans(preprocessed: Path) -> list[str]:
+    """The plans of a dataset, without the copies that a comparison makes of them, one a run."""
+    there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
+    return [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
+
+
 def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
     """The plans of that name, of a dataset's preprocessed data.
 
@@ -315,10 +321,7 @@ def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
     plan_first = f"plan first with {planning_command(preprocessed.name, name)}"
     if file.is_file():
         return load_plans(file, plan_first)
-    there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
-    # not the copies that a comparison makes of plans, one a run
-    there = [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
-    if there:
+    if there := names_of_plans(preprocessed):
         names = f"there {'are' if len(there) > 1 else 'is'} {', '.join(there)}: choose with {option}"
         raise UserError(f"{file}: no such plans; {names}; or {plan_first}")
     raise UserError(f"{file}: no such plans: {plan_first}")

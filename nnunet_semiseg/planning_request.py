@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nnunet_semiseg.options import PLANS, at_least, cores, dataset_id, option, positive
 
@@ -70,7 +71,11 @@ class PlanningRequest(PreprocessingRequest):
         "-overwrite_plans_name", metavar="NAME", default=None, help="name of the plans; default: the planner's own"
     )
     num_processes_fingerprint: int = option(
-        "-npfp", type=at_least(1), metavar="N", default=cores(8), help="number of processes for the fingerprint"
+        "-npfp",
+        type=at_least(1),
+        metavar="N",
+        factory=partial(cores, 8),
+        help="number of processes for the fingerprint",
     )
     verify_dataset_integrity: bool = option(
         "--verify_dataset_integrity", default=False, help="check all images first: recommended once for a dataset"

@@ -17,9 +17,9 @@ from nnunet_semiseg.errors import UserError
 
 COMMAND = "nnUNetv2_train"
 NAMES = {
-    "dataset_name_or_id": "number or name of the dataset",
-    "configuration": "nnU-Net's configuration, such as 2d or 3d_fullres",
-    "fold": "number of the fold, or all to train on all cases",
+    "dataset_name_or_id": ("ID", "number or name of the dataset"),
+    "configuration": ("CONFIG", "nnU-Net's configuration, such as 2d or 3d_fullres"),
+    "fold": ("FOLD", "number of the fold, or all to train on all cases"),
 }
 OPTIONS = {
     "-tr": ("nnUNetTrainer", "TRAINER", "trainer, see nnunet_semiseg list_trainers; default: %(default)s"),
@@ -40,8 +40,8 @@ FLAGS = {
 
 def add_training_arguments(parser: ArgumentParser) -> None:
     """The arguments of `nnUNetv2_train`."""
-    for name, text in NAMES.items():
-        parser.add_argument(name, help=text)
+    for name, (metavar, text) in NAMES.items():
+        parser.add_argument(name, metavar=metavar, help=text)
     for name, (default, metavar, text) in OPTIONS.items():
         parser.add_argument(name, default=default, metavar=metavar, help=text)
     for flag, text in FLAGS.items():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
+from types import SimpleNamespace
 
 import pytest
 from test_schema import CONFIGURATION, PLANS
@@ -309,6 +310,25 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
 def test_env_prints_the_export_line(capsys):
     assert cli.main(["env"]) == 0
     assert capsys.readouterr().out.startswith("export nnUNet_extTrainer=")
+
+
+def test_the_tab_key_completes_commands_trainers_datasets_and_configurations(tiny_dataset, monkeypatch):
+    tiny_dataset(size=6)
+
+    def autocomplete(parser):
+        (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+        of = {action.dest: action for action in commands["compare"]._actions}
+        found.update(commands=commands, **{name: of[name].completer() for name in ("dataset", "configuration")})
+        raise SystemExit(found.update(trainers=of["trainers"].completer()))
+
+    found = {}
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=autocomplete))
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert set(found["commands"]) == {command.name for command in cli.COMMANDS}
+    assert found["dataset"] == ["901"] and found["configuration"] == ["2d", "3d_fullres", "3d_lowres"]
+    assert {"SemiSegTrainer", "UAMTTrainer"} < set(found["trainers"])
 
 
 @pytest.mark.slow

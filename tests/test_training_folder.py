@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
@@ -101,8 +102,12 @@ def test_a_training_without_finite_numbers_ends_and_keeps_the_last_good_checkpoi
 
 
 def test_a_training_keeps_the_settings_that_it_was_started_with(dataset):
-    trainer = make_trainer(MeanTeacherTrainer, dataset, num_epochs=1)
+    trainer = make_trainer(MeanTeacherTrainer, dataset, num_epochs=1, num_labeled=2)
     trainer.on_train_start()
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert "training cases: 2 labelled, 5 unlabelled; validation cases: 2" in log  # of fold all: 3 and 4 before
+    (line,) = re.findall("settings that differ from the defaults: (.*)", log)
+    assert "num_epochs=1, " in line and "num_labeled=2, " in line and "ema_decay" not in line
     store_settings(dataset.preprocessed / f"{PLANS}.json", {"num_epochs": 7, "ema_decay": 0.5})
     assert trainer.num_epochs == 1
     settings = json.loads(Path(trainer.output_folder, "settings.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Commands that show something: list_trainers, settings, env."""
+"""Commands that show something: status, list_trainers, settings, env."""
 
 from __future__ import annotations
 
@@ -49,6 +49,24 @@ class Settings(Command):
             print("\n\n".join(all_settings()))
 
 
+class Status(Command):
+    """Show what there is of a dataset, and the next command.
+
+    It lists cases, plans, trainings and reports, and opens no image.
+    """
+
+    name = "status"
+    examples = ("nnunet_semiseg status -d 501",)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
+
+    def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.status import status
+
+        print("\n".join(status(args.d)))
+
+
 class Env(Command):
     """Print the line that lets nnU-Net find the trainers.
 
@@ -96,4 +114,4 @@ def _together(names: tuple[str, ...]) -> str:
     return ", ".join(names)
 
 
-COMMANDS = (ListTrainers(), Settings(), Env())
+COMMANDS = (Status(), ListTrainers(), Settings(), Env())

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, TestSet
 from nnunet_semiseg.evaluation.scores import signature
@@ -115,7 +117,8 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[...,
     pool = ThreadPoolExecutor(len(devices))
     futures = {pool.submit(do, job): job for job in jobs}
     try:
-        problems = [f"{futures[f].title}: {line}" for f in as_completed(futures) if (line := f.result())]
+        done = tqdm(as_completed(futures), "Runs", len(jobs), disable=None)  # None: only where there is a terminal
+        problems = [f"{futures[f].title}: {line}" for f in done if (line := f.result())]
     finally:  # also if it is interrupted
         pool.shutdown(wait=False, cancel_futures=True)
         for work in list(running):

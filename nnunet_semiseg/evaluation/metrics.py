@@ -19,6 +19,7 @@ from monai.metrics import (
 )
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from tqdm import tqdm
 
 from nnunet_semiseg.data.image_problems import one_line_of
 from nnunet_semiseg.errors import UserError
@@ -186,7 +187,8 @@ def evaluate_folder(
         references = [r for r in references if r.name[: -len(file_ending)] in cases]
     jobs = [(Path(predictions_folder, r.name), r, labels, reader, tolerance) for r in references]
     rows = []
-    for reference, metrics in run_jobs(_evaluate_job, jobs, num_processes):
+    done = run_jobs(_evaluate_job, jobs, num_processes)
+    for reference, metrics in tqdm(done, "Evaluation", len(jobs), delay=10, disable=None, leave=False):
         case = reference.name[: -len(file_ending)]
         rows += [{"case": case, "label": name, **values} for name, values in metrics.items()]
     return sorted(rows, key=lambda row: row["case"])

@@ -5,6 +5,7 @@ they exist once, keep their identity and pickle. An ImportError is passed on, no
 """
 
 from nnunet_semiseg.discovery import find_class
+from nnunet_semiseg.quiet import hide_foreign_warnings
 from nnunet_semiseg.training_command import check_running_command
 
 
@@ -12,5 +13,6 @@ def __getattr__(name: str) -> type:
     trainer = find_class("trainers", name)
     if trainer is None:
         raise AttributeError(f"nnunet_semiseg has no trainer {name}")
+    hide_foreign_warnings()
     check_running_command()
     return trainer

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from os.path import join
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_args
@@ -34,6 +35,7 @@ from nnunet_semiseg.schema import OTHER_PLANS, PLANS, check, check_architecture,
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
 from nnunet_semiseg.training import checkpoint as checkpoints
+from nnunet_semiseg.training import log_lines, tensorboard
 from nnunet_semiseg.training.augmentation import repeatable
 from nnunet_semiseg.training.checks import check_batch_fits, check_depth, check_labeled_cases
 from nnunet_semiseg.training.distributed import Ranks, told
@@ -103,6 +105,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         batch_size = PlansManager(plans).get_configuration(configuration).batch_size
         self.ranks.check_even(f"plans {plans['plans_name']}: {configuration}: batch_size", batch_size)
         self.ranks.check_even("setting unlabeled_batch_size", getattr(self.settings, "unlabeled_batch_size", None))
+        wants_tensorboard = tensorboard.is_wanted()
         with disk_errors(str(nnUNet_results)):
             self.refuse_a_second(plans, configuration, fold)
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -112,8 +115,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             setattr(self, name, getattr(self.settings, name))
         self.logger.local_logger = LossTermLogger()
+        if wants_tensorboard and not self.local_rank:
+            self.logger.loggers.append(tensorboard.TensorBoardLogger(self.output_folder))
         self.labeled_cases: list[str] = []  # training cases whose labels are used; known when the cases are split
         self.hidden_cases: list[str] = []  # labelled cases whose labels must not be used
+        self.validation_cases: list[str] = []
         self.reasons = multiprocessing.SimpleQueue()  # messages of loader processes that could not read a case
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -221,10 +227,15 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def do_split(self):
         with self.ranks.one_first():  # nnU-Net writes the splits if they are missing
             split: Any = super().do_split()  # names of cases; nnU-Net's annotations call them arrays
-        self.labeled_cases, validation, self.hidden_cases = take_labeled(
+        self.labeled_cases, self.validation_cases, self.hidden_cases = take_labeled(
             split[0], split[1], self.settings.num_labeled, self.dataset_json
         )
-        return self.labeled_cases, validation
+        return self.labeled_cases, self.validation_cases
+
+    @property
+    def num_unlabeled(self) -> int:
+        """The number of cases that are trained on without a label."""
+        return 0
 
     def get_dataloaders(self):
         train, val = super().get_dataloaders()
@@ -292,6 +303,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             plans = self.plans_manager  # first: if they cannot be stored, the settings of an older model stay
             store_given(Path(nnUNet_preprocessed, plans.dataset_name, f"{plans.plans_name}.json"), type(self))
             write_json(asdict(self.settings), Path(self.output_folder, SETTINGS))
+        counts = len(self.labeled_cases), self.num_unlabeled, len(self.validation_cases)
+        self.print_to_log_file(log_lines.cases_line(*counts))
+        self.print_to_log_file(log_lines.settings_line(self.settings))
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step. Several processes take the mean of their gradients."""
@@ -328,6 +342,13 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
         self.end_unless_finite()
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if left := self.num_epochs - self.current_epoch:
+            starts, ends = (self.logger.get_value(f"epoch_{name}_timestamps", None) for name in ("start", "end"))
+            durations = [end - start for start, end in zip(starts, ends, strict=True)]
+            self.print_to_log_file(log_lines.expected_end(durations, left, datetime.now()))
 
     def end_unless_finite(self) -> None:
         """End a training that can no longer learn, before its weights replace the last good ones.

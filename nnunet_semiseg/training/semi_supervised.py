@@ -287,6 +287,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def trained_modules(self) -> list[nn.Module]:
         return [self.network, self.auxiliary]
 
+    @property
+    def num_unlabeled(self) -> int:
+        return len(self.unlabeled_cases) + len(self.hidden_cases)
+
     def on_train_start(self):
         super().on_train_start()
         # before this line the network has the deployed weights, because a checkpoint may be loaded only to validate it

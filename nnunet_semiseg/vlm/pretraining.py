@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, save_text_config
 from nnunet_semiseg.text.static_words import WORDLLAMA
 from nnunet_semiseg.training.distributed import Ranks, join
+from nnunet_semiseg.training.log_lines import expected_end
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, open_cases
@@ -217,7 +220,9 @@ class Pretraining:
     def run(self) -> None:
         self.load()
         task = DistributedDataParallel(self.task, find_unused_parameters=True) if self.sampler else self.task
+        durations = []
         while self.epoch < self.settings.num_epochs:
+            start = time.perf_counter()
             try:
                 means = self.train_epoch(task)
             except UserError as error:  # an error from a loader's process begins with its traceback
@@ -234,7 +239,10 @@ class Pretraining:
                 for name, value in (means | self.evaluate()).items():
                     self.history.setdefault(name, []).append(value)
                 last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in self.history.items())
-                print(f"epoch {self.epoch} of {self.settings.num_epochs}: {last}", flush=True)
+                durations.append(time.perf_counter() - start)
+                left = self.settings.num_epochs - self.epoch
+                end = f"; {expected_end(durations, left, datetime.now())}" if left else ""
+                print(f"epoch {self.epoch} of {self.settings.num_epochs}: {last}{end}", flush=True)
                 self.save()
             if self.sampler:
                 distributed.barrier()
@@ -247,7 +255,8 @@ class Pretraining:
             torch.manual_seed(self.settings.seed + 1000 * self.epoch + self.rank)
         totals: dict[str, Tensor] = {}
         accumulation = self.settings.accumulation
-        bar = tqdm(self.loader, desc=f"epoch {self.epoch + 1}", disable=self.rank > 0, leave=False)
+        # None: only where there is a terminal
+        bar = tqdm(self.loader, f"Epoch {self.epoch + 1}", disable=True if self.rank else None, leave=False)
         for i, batch in enumerate(bar, 1):
             given = [x.to(self.device, non_blocking=True) for x in batch]
             with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):

@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.texts import has_texts, read_texts
@@ -95,7 +96,8 @@ def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 2
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     files = []
-    for case in [case for case in trained.unlabeled_cases if case in trained.texts][:n_cases]:
+    cases = [case for case in trained.unlabeled_cases if case in trained.texts][:n_cases]
+    for case in tqdm(cases, "Pictures", delay=10, disable=None):
         image = torch.from_numpy(np.asarray(trained.data.load_case(case)[0][:], dtype=np.float32))
         image, texts = image[:, image.shape[1] // 2], trained.texts[case]
         files.append(output / f"{case}.png")

@@ -1,0 +1,177 @@
+"""What there is of a dataset, from the raw cases to the reports, and the command that comes next."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_semiseg.data.labeled_cases import labeled_images
+from nnunet_semiseg.data.preprocessed import (
+    check_labeled_data,
+    number_of,
+    preprocess_again,
+    preprocess_unlabeled_again,
+)
+from nnunet_semiseg.data.unlabeled_manifest import load_manifest, output_of
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import BusyError, dataset_folder, only_one, read_json
+from nnunet_semiseg.planning import names_of_plans, read_plans
+from nnunet_semiseg.runs import Run
+from nnunet_semiseg.schema import read_dataset_json
+from nnunet_semiseg.training.plans_trainer import LOCK
+
+COMPARISONS, REVIEWS = "comparison/*/report.html", "review/*/review.html"
+OTHER_REPORTS = "text_effect/*/report.html"
+FIRST = "3d_fullres"
+"""the configuration that is proposed where there is a choice"""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """How many cases there are."""
+
+    labeled: int
+    unlabeled: int
+    test: int
+
+    def __str__(self) -> str:
+        return f"cases: {self.labeled} labelled, {self.unlabeled} unlabelled, {self.test} test"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A configuration of some plans.
+
+    Attributes:
+        is_there: whether its labelled cases are preprocessed.
+        problem: what is not up to date, and the command that fixes it; '' where all is.
+        fix: this command.
+    """
+
+    plans: str
+    configuration: str
+    is_there: bool
+    problem: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        state = self.problem or "preprocessed and up to date"
+        return f"{self.plans}, {self.configuration}: {state if self.is_there else 'not preprocessed'}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, done or not.
+
+    Attributes:
+        epoch, epochs: those that began, and those that are planned.
+    """
+
+    run: Run
+    is_running: bool
+    epoch: int
+    epochs: int
+
+    def __str__(self) -> str:
+        state = "running" if self.is_running else "done" if self.run.is_trained else "interrupted"
+        how_far = "" if self.run.is_trained else f", epoch {self.epoch} of {self.epochs}"
+        run = self.run
+        return f"{run.trainer}, {run.base_plans}, {run.configuration}, fold {run.fold}: {state}{how_far}"
+
+
+def status(dataset: int | str) -> list[str]:
+    """The lines of `nnunet_semiseg status`; the last one is the next command.
+
+    Raises:
+        UserError: no such dataset, a variable of nnU-Net's that is not set, a damaged `dataset.json` or plans file.
+    """
+    raw, preprocessed, results = (dataset_folder(f"nnUNet_{p}", dataset) for p in ("raw", "preprocessed", "results"))
+    cases, prepared = count(raw), list(configurations(raw, preprocessed))
+    trained = list(trainings(results))
+    reports = {kind: sorted(results.glob(kind)) for kind in (COMPARISONS, OTHER_REPORTS, REVIEWS)}
+    lines = [raw.name, str(cases), "plans:", *(f"  {p}" for p in prepared or ["none"])]
+    lines += ["trainings:", *(f"  {t}" for t in trained or ["none"])]
+    lines += ["reports:", *(f"  {file}" for files in reports.values() for file in files)]
+    lines += [] if any(reports.values()) else ["  none"]
+    todo = what_is_next(raw, cases, prepared, trained, bool(reports[COMPARISONS]), bool(reports[REVIEWS]))
+    return [*lines, f"next: {todo}"]
+
+
+def count(raw: Path) -> Cases:
+    """The cases of a raw dataset, by the files of their first channel."""
+    dataset_json = read_dataset_json(raw)
+    folders = (raw / name for name in ("imagesUn", "imagesTs"))
+    others = (len(list(folder.glob(f"*_0000{dataset_json['file_ending']}"))) for folder in folders)
+    return Cases(len(labeled_images(raw, dataset_json)), *others)
+
+
+def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
+    """Every configuration of every plans; no image is opened."""
+    for name in names_of_plans(preprocessed):
+        plans = read_plans(preprocessed, name)
+        for configuration in plans["configurations"]:
+            folder = output_of(preprocessed, plans, configuration)[0]
+            if not any(folder.with_name(folder.name.removesuffix("__unlabeled")).glob("*")):
+                yield Prepared(name, configuration, False)
+                continue
+            problem, fix = "", preprocess_again(plans, configuration)
+            try:
+                check_labeled_data(preprocessed, raw, plans, configuration)
+                fix = preprocess_unlabeled_again(plans, configuration)
+                load_manifest(preprocessed, plans, configuration, raw.name)
+            except UserError as error:
+                problem = str(error).partition("\n")[0]
+            yield Prepared(name, configuration, True, problem, fix.removeprefix("run "))
+
+
+def trainings(results: Path) -> Iterator[Training]:
+    """Every fold of every model."""
+    for folder in sorted(results.glob("*__*__*/fold_*")):
+        trainer, plans, configuration = folder.parent.name.split("__", 2)
+        run = Run(results.name, configuration, folder.name.removeprefix("fold_"), trainer, plans)
+        logs = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
+        begun = re.findall(r"Epoch (\d+)\b", logs[-1].read_text(encoding="utf-8", errors="replace")) if logs else []
+        about = folder / "debug.json"
+        epochs = int(read_json(about, "remove it").get("num_epochs", 0)) if about.is_file() else 0
+        yield Training(run, _is_held(folder / LOCK), int(begun[-1]) + 1 if begun else 0, epochs)
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process that is alive holds this lock."""
+    try:
+        if lock.exists():
+            with only_one(lock, "looks at this model"):
+                pass
+    except BusyError:
+        return True
+    return False
+
+
+def what_is_next(
+    raw: Path, cases: Cases, prepared: list[Prepared], trained: list[Training], compared: bool, reviewed: bool
+) -> str:
+    """The command to type, or what to do where there is none."""
+    number = number_of(raw.name)
+    usable = sorted((p for p in prepared if p.is_there and not p.problem), key=lambda p: p.configuration != FIRST)
+    stopped = [t.run for t in trained if not (t.is_running or t.run.is_trained)]
+    done = [t.run for t in trained if t.run.is_trained]
+    if not cases.unlabeled:
+        return f"put the images without labels into {raw / 'imagesUn'}"
+    if not any(p.is_there for p in prepared):
+        return f"nnunet_semiseg plan_and_preprocess -d {number}"
+    if not usable:
+        return next(p.fix for p in prepared if p.problem)
+    if stopped:
+        run = stopped[0]
+        return f"nnunet_semiseg train {number} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans} --c"
+    if not trained:
+        return f"nnunet_semiseg train {number} {usable[0].configuration} 0 -tr SemiSegTrainer -p {usable[0].plans}"
+    if not done:
+        return "wait until the training has ended"
+    run = done[0]
+    model = f"-d {number} -c {run.configuration} -f {run.fold} -p {run.base_plans}"
+    if not compared:
+        return f"nnunet_semiseg compare {model} --run"
+    return f"nnunet_semiseg accept -d {number} -i FOLDER" if reviewed else f"nnunet_semiseg review {model}"

@@ -1,0 +1,31 @@
+"""Lines of the training log: what is trained on, with which settings, and when it will end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime, timedelta
+from statistics import median
+
+
+def cases_line(labeled: int, unlabeled: int, validation: int) -> str:
+    """How many cases take part."""
+    return f"training cases: {labeled} labelled, {unlabeled} unlabelled; validation cases: {validation}"
+
+
+def settings_line(settings) -> str:
+    """The settings that differ from their defaults."""
+    changed = {f.name: v for f in fields(settings) if (v := getattr(settings, f.name)) != f.default}
+    listed = ", ".join(f"{name}={value}" for name, value in changed.items())
+    return f"settings that differ from the defaults: {listed or 'none'}"
+
+
+def expected_end(durations: Sequence[float], left: int, now: datetime) -> str:
+    """When the training will end, if its epochs take as long as the last ten did.
+
+    Args:
+        durations: of the epochs until now, in seconds.
+        left: epochs that are still to come.
+    """
+    time = timedelta(seconds=round(left * median(durations[-10:])))
+    return f"expected end: {now + time:%Y-%m-%d %H:%M}, in {time}"

@@ -1,0 +1,73 @@
+"""What `nnunet_semiseg status` finds at each step, and the command that it names."""
+
+import json
+
+from training import PLANS
+
+from nnunet_semiseg import cli
+from nnunet_semiseg.files import only_one
+from nnunet_semiseg.status import status
+
+
+def begin(dataset, trainer: str):
+    """What a training of eight epochs has written in its third one."""
+    folder = dataset.results / f"{trainer}__{PLANS}__3d_fullres" / "fold_0"
+    folder.mkdir(parents=True)
+    (folder / "training_log_1.txt").write_text("Epoch 0\nEpoch 1\nEpoch 2\nEpoch time: 7 s\n")
+    (folder / "debug.json").write_text(json.dumps({"num_epochs": "8"}))
+    return folder
+
+
+def test_a_raw_dataset(tiny_dataset, capsys):
+    dataset = tiny_dataset(labeled=2, unlabeled=3, size=6)
+    assert cli.main(["status", "-d", "901"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [dataset.name, "cases: 2 labelled, 3 unlabelled, 0 test", "plans:"]
+    assert lines[3:] == ["  none", "trainings:", "  none", "reports:", "  none",
+                         "next: nnunet_semiseg plan_and_preprocess -d 901"]  # fmt: skip
+    for file in (dataset.raw / "imagesUn").iterdir():
+        file.unlink()
+    assert status(901)[-1] == f"next: put the images without labels into {dataset.raw / 'imagesUn'}"
+
+
+def test_from_plans_to_a_review(ready):
+    dataset = ready(labeled=2, unlabeled=2)
+    where, model = f"{PLANS}, 3d_fullres", f"-d 901 -c 3d_fullres -f 0 -p {PLANS}"
+    lines = status(901)
+    assert f"  {where}: preprocessed and up to date" in lines and f"  {PLANS}, 2d: not preprocessed" in lines
+    assert lines[-1] == f"next: nnunet_semiseg train 901 3d_fullres 0 -tr SemiSegTrainer -p {PLANS}"
+
+    stopped = begin(dataset, "MeanTeacherTrainer")
+    lines = status(dataset.name)
+    assert f"  MeanTeacherTrainer, {where}, fold 0: interrupted, epoch 3 of 8" in lines
+    assert lines[-1] == f"next: nnunet_semiseg train 901 3d_fullres 0 -tr MeanTeacherTrainer -p {PLANS} --c"
+    with only_one(stopped / "training.lock", "trains this model"):
+        lines = status(901)
+    assert f"  MeanTeacherTrainer, {where}, fold 0: running, epoch 3 of 8" in lines
+    assert lines[-1] == "next: wait until the training has ended"
+
+    (stopped / "checkpoint_final.pth").touch()
+    lines = status(901)
+    assert f"  MeanTeacherTrainer, {where}, fold 0: done" in lines
+    assert lines[-1] == f"next: nnunet_semiseg compare {model} --run"
+    for place, command in {
+        "comparison/3d_fullres__fold_0/report.html": f"review {model}",
+        "review/M__3d_fullres__fold_0/review.html": "accept -d 901 -i FOLDER",
+    }.items():
+        file = dataset.results / place
+        file.parent.mkdir(parents=True)
+        file.touch()
+        lines = status(901)
+        assert f"  {file}" in lines and lines[-1] == f"next: nnunet_semiseg {command}"
+
+
+def test_what_is_not_up_to_date_is_said_with_the_command_that_helps(ready):
+    dataset = ready(labeled=2, unlabeled=2)
+    dataset.image("un_001").unlink()
+    lines = status(901)
+    (line,) = [line for line in lines if line.startswith(f"  {PLANS}, 3d_fullres: ")]
+    assert "un_001" in line
+    assert lines[-1] == f"next: nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres -plans_name {PLANS}"
+    dataset.image("tr_001", folder="imagesTr").touch()
+    (dataset.raw / "labelsTr" / "tr_001.nii.gz").unlink()
+    assert status(901)[-1].startswith("next: nnunet_semiseg plan_and_preprocess -d 901 -c 3d_fullres -pl SemiSegPl")
