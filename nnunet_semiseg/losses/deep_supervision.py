@@ -80,7 +80,7 @@ def loss_where(loss: nn.Module, output, target, mask: Tensor, label_manager) -> 
 def mixed_loss(
     loss: nn.Module, output, target, pseudo_label: Tensor, is_labeled: Tensor, weight: float | Tensor, label_manager
 ) -> Tensor:
-    """nnU-Net's loss with its deep supervision for an image with true labels in one part and pseudo-labels in the other.
+    """nnU-Net's loss with its deep supervision where an image has partly true labels and partly pseudo-labels.
 
     There is one Dice for the whole patch. With a Dice for each part, a part without foreground would teach nothing,
     and nothing would keep the network from finding too much there.
