@@ -8,7 +8,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from training import CLASSES, nnunet_loss
 
-from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
+from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, mixed_loss, pseudo_loss
 from nnunet_semiseg.losses.segmentation import on_grid
 
 CE = nnunet_loss(False, weight_dice=0)
@@ -67,3 +67,30 @@ def test_what_is_ignored_does_not_count():
     target = torch.tensor([1, 1, 2, 0]).view(1, 1, 2, 2)
     mask = torch.tensor([True, True, True, False]).view(1, 1, 2, 2)
     assert loss_where(CE, certain(0.8, 2), target, mask, manager).item() == pytest.approx(-math.log(0.8))
+
+
+LEFT = torch.tensor([[True, False], [True, False]]).view(1, 1, 2, 2)
+ONES = torch.ones(1, 1, 2, 2)
+
+
+def test_a_mix_has_one_loss_in_which_pseudo_labels_count_by_their_weight():
+    """The network says class 1 with 0.8; so do the labels on the left; the pseudo-labels on the right say class 0."""
+    output, background = certain(0.8, 2), 0 * ONES.short()
+    loss = mixed_loss(CE, output, ONES, background, LEFT, 0.5, CLASSES)
+    assert loss.item() == pytest.approx((-2 * math.log(0.8) - 2 * 0.5 * math.log(0.2)) / 4)
+    weight = torch.tensor([[9.0, 0.5], [9.0, 1.5]]).view(1, 1, 2, 2)  # where there is a label it says nothing
+    loss = mixed_loss(CE, output, ONES, background, LEFT, weight, CLASSES)
+    assert loss.item() == pytest.approx((-2 * math.log(0.8) - 2 * math.log(0.2)) / 4)
+    dice = nnunet_loss(False, weight_ce=0)  # overlap 2 * 0.8, prediction 2 * 0.8 + 0.5 * 2 * 0.8, label 2
+    loss = mixed_loss(dice, output, ONES, background, LEFT, 0.5, CLASSES)
+    assert loss.item() == pytest.approx(-2 * 1.6 / (2.4 + 2), rel=1e-4)
+
+
+def test_a_mix_on_every_grid_and_without_what_is_ignored():
+    output, background = [certain(0.8, 2), certain(0.5, 1)], 0 * ONES.short()
+    loss = mixed_loss(DEEP, output, [ONES, ONES[..., :1, :1]], background, LEFT | True, 0.5, CLASSES)
+    assert loss.item() == pytest.approx(-0.75 * math.log(0.8) - 0.25 * math.log(0.5))
+    manager = LabelManager({"background": 0, "a": 1, "ignore": 2}, None)
+    target = torch.tensor([[1, 2], [2, 2]]).view(1, 1, 2, 2)
+    loss = mixed_loss(CE, output[0], target, background, LEFT, 0.5, manager)
+    assert loss.item() == pytest.approx((-math.log(0.8) - 2 * 0.5 * math.log(0.2)) / 4)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, look_at_cases
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
+from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.settings.base import PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
@@ -66,8 +67,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
       weights are deployed.
     - The student sees boxes of strong views in labelled patches, and the reverse. The box goes through all slices if
       nnU-Net augments in 2d.
-    - The loss is nnU-Net's with deep supervision, once over the labelled voxels and with half the weight over the
-      pseudo-labelled ones.
+    - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
+      count half (BCP has one for each part; in a part without foreground it says nothing).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
     - The teacher looks at up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
       cases often have no foreground, a third of the unlabelled patches are taken around what it finds, as nnU-Net does
@@ -168,20 +169,19 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         box = draw_box(x_l, self.settings.box, whole_first_axis=self.augments_in_2d)
         if self.progress < self.settings.warm_up:
             mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
-            yield {
-                "supervised": self.loss(self.network(paste(box, x_l.roll(1, 0), x_l)), mixed),
-                "pseudo": x_l.new_zeros(()),
-            }
+            yield {"mixed": self.loss(self.network(paste(box, x_l.roll(1, 0), x_l)), mixed)}
             return
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
-        weight = self.settings.pseudo_weight
         for is_labeled, pseudo_label in ((~box, label), (box, other_label)):
-            with self.shared(next(outputs)) as output:
-                yield {"supervised": self.loss_where(is_labeled, output, target)}
-                yield {"pseudo": weight * self.loss_where(~is_labeled, output, pseudo_label)}
+            yield {
+                "mixed": mixed_loss(
+                    self.loss, next(outputs), target, pseudo_label, is_labeled, self.settings.pseudo_weight,
+                    self.label_manager,
+                )
+            }  # fmt: skip
 
     def pseudo_label(self, images: Tensor) -> Tensor:
         """The teacher's decision."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,3 +75,37 @@ def loss_where(loss: nn.Module, output, target, mask: Tensor, label_manager) -> 
     targets = [on_grid(target, x) for x in output] if isinstance(target, Tensor) else target
     weights = loss.weight_factors if isinstance(loss, DeepSupervisionWrapper) else None
     return DeepSupervisionWrapper(of_one, weights)(output, targets)
+
+
+def mixed_loss(
+    loss: nn.Module, output, target, pseudo_label: Tensor, is_labeled: Tensor, weight: float | Tensor, label_manager
+) -> Tensor:
+    """nnU-Net's loss with its deep supervision where an image has partly true labels and partly pseudo-labels.
+
+    There is one Dice for the whole patch. With a Dice for each part, a part without foreground would teach nothing,
+    and nothing would keep the network from finding too much there.
+
+    Args:
+        loss: nnU-Net's, with or without deep supervision.
+        output: logits, with deep supervision a list of them from fine to coarse.
+        target: true labels, in the form that nnU-Net's losses take for this output.
+        pseudo_label: at full resolution, in the form of `hard_pseudo_label`.
+        is_labeled: (1 or B, 1, *S), bool, at full resolution: where the target holds.
+        weight: how much a pseudo-labelled voxel counts, at least 0; a labelled one counts 1 and an ignored one 0.
+            One number, or (B, 1, *S).
+        label_manager: nnU-Net's.
+    """
+
+    def of_one(logits: Tensor, target: Tensor) -> Tensor:
+        true = on_grid(is_labeled, logits)
+        mixed = torch.where(true, target, on_grid(pseudo_label, logits).to(target))
+        known = has_label(mixed, label_manager)
+        of_pseudo = on_grid(weight, logits) if isinstance(weight, Tensor) else weight
+        return weighted_loss(
+            finest_of(loss), logits, mixed.masked_fill(~known, 0), torch.where(true, 1.0, of_pseudo) * known
+        )
+
+    if not isinstance(output, (list, tuple)):
+        return of_one(output, target)
+    weights = loss.weight_factors if isinstance(loss, DeepSupervisionWrapper) else None
+    return DeepSupervisionWrapper(of_one, weights)(output, target)
