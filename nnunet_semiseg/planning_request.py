@@ -70,7 +70,11 @@ class PlanningRequest(PreprocessingRequest):
         "-overwrite_plans_name", metavar="NAME", default=None, help="name of the plans; default: the planner's own"
     )
     num_processes_fingerprint: int = option(
-        "-npfp", type=at_least(1), metavar="N", default=cores(8), help="number of processes for the fingerprint"
+        "-npfp",
+        type=at_least(1),
+        metavar="N",
+        default=cores(8),
+        help="number of processes for the fingerprint; default: one for each core, at most 8",
     )
     verify_dataset_integrity: bool = option(
         "--verify_dataset_integrity", default=False, help="check all images first: recommended once for a dataset"
