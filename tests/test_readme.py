@@ -16,9 +16,8 @@ import torch
 from training import CLASSES, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.dataset_conversion import folder
 from nnunet_semiseg.deployment.distillation import DistillationSettings
-from nnunet_semiseg.discovery import iter_classes
+from nnunet_semiseg.discovery import iter_classes, load_module, module_names
 from nnunet_semiseg.settings.plans import known_settings
 from nnunet_semiseg.vlm.task import PretrainingSettings
 
@@ -79,8 +78,10 @@ def test_commands_of_nnunet_have_these_options(command):
 
 def test_commands_and_options_in_sentences_exist():
     (commands,) = (a.choices for a in cli.make_parser()._actions if isinstance(a, _SubParsersAction))
-    parsers = [*commands.values(), converter := ArgumentParser()]
-    folder.add_arguments(converter)
+    parsers = [*commands.values()]
+    for module in (load_module("dataset_conversion", name) for name in module_names("dataset_conversion")):
+        parsers.append(own := ArgumentParser())
+        getattr(module, "add_arguments", lambda parser: None)(own)
     options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     elsewhere = {"--nproc_per_node", "--logdir"}
     for name in PAGES.keys() - {"docs/results.md", "docs/release.md"}:
