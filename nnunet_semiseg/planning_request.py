@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from nnunet_semiseg.options import PLANS, at_least, cores, dataset_id, option, positive
 
@@ -74,8 +73,8 @@ class PlanningRequest(PreprocessingRequest):
         "-npfp",
         type=at_least(1),
         metavar="N",
-        factory=partial(cores, 8),
-        help="number of processes for the fingerprint",
+        default=cores(8),
+        help="number of processes for the fingerprint; default: one for each core, at most 8",
     )
     verify_dataset_integrity: bool = option(
         "--verify_dataset_integrity", default=False, help="check all images first: recommended once for a dataset"

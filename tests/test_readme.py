@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import types
-from argparse import ArgumentParser
+from argparse import ArgumentParser, _SubParsersAction
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from training import CLASSES, bare_trainer, batch_of, make_trainer, terms_of
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.deployment.distillation import DistillationSettings
-from nnunet_semiseg.discovery import iter_classes
+from nnunet_semiseg.discovery import iter_classes, load_module, module_names
 from nnunet_semiseg.settings.plans import known_settings
 from nnunet_semiseg.vlm.task import PretrainingSettings
 
@@ -74,6 +74,22 @@ def test_commands_of_nnunet_have_these_options(command):
     source = Path(spec.origin).read_text(encoding="utf-8")
     options = [word for word in words if re.match(r"--?[a-z]", word)]
     assert [option for option in options if not re.search(rf"""["']{option}["']""", source)] == []
+
+
+def test_commands_and_options_in_sentences_exist():
+    (commands,) = (a.choices for a in cli.make_parser()._actions if isinstance(a, _SubParsersAction))
+    parsers = [*commands.values()]
+    for module in (load_module("dataset_conversion", name) for name in module_names("dataset_conversion")):
+        parsers.append(own := ArgumentParser())
+        getattr(module, "add_arguments", lambda parser: None)(own)
+    options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    elsewhere = {"--nproc_per_node", "--logdir"}
+    for name in PAGES.keys() - {"docs/results.md", "docs/release.md"}:
+        spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGES[name], flags=re.DOTALL))
+        words = [word for span in spans for word in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", span)]
+        assert set(words) - options - elsewhere == set(), name
+        named = {word for span in spans for word in re.findall(r"^nnunet_semiseg (\w+)", span)} - {"COMMAND"}
+        assert named - set(commands) == set(), name
 
 
 def test_trainers_in_commands_exist():

@@ -8,7 +8,6 @@ from __future__ import annotations
 from argparse import SUPPRESS, Action, ArgumentParser, _SubParsersAction
 from collections.abc import Iterable
 from pathlib import Path
-from unittest import mock
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.settings.described import OF_COMMANDS, Setting, Trainer, settings_of_command, trainers
@@ -107,13 +106,9 @@ def together(names: tuple[str, ...]) -> str:
 
 def commands_page() -> str:
     """Every command with its options and examples."""
-    with mock.patch("os.cpu_count", return_value=8):
-        parser = cli.make_parser()
+    parser = cli.make_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, _SubParsersAction))
-    parts = [
-        "`nnunet_semiseg COMMAND -h` shows the same in the terminal. Numbers of processes are those on a machine with"
-        " 8 cores or more."
-    ]
+    parts = ["`nnunet_semiseg COMMAND -h` shows the same in the terminal."]
     for group, members in cli.GROUPS.items():
         parts.append(f"## {group.capitalize()}")
         for command in members:

@@ -24,7 +24,9 @@ def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
     content = nbformat.read(notebook, as_version=4)
     # the commands of this environment, which need not be activated
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    client = NotebookClient(content, timeout=3600, record_timing=False, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        content, timeout=3600, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}}
+    )
     return client.execute(env={**os.environ, "PATH": path})
 
 

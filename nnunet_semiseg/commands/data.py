@@ -74,7 +74,7 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     )  # fmt: skip
     parser.add_argument(
         "-np", type=at_least(0), default=cores(8), dest="num_processes", metavar="N",
-        help="number of processes; default: %(default)s",
+        help="number of processes; default: one for each core, at most 8",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this number and name")
     parser.add_argument(
@@ -188,8 +188,9 @@ class AddMasks(Command):
             " dataset.json says",
         )  # fmt: skip
         parser.add_argument(
-            "-np", type=at_least(0), default=cores(4), metavar="N", help="number of processes; default: %(default)s"
-        )
+            "-np", type=at_least(0), default=cores(4), metavar="N",
+            help="number of processes; default: one for each core, at most 4",
+        )  # fmt: skip
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.data import external_masks

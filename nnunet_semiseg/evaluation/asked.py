@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from nnunet_semiseg.options import ExecutorOptions, ModelOptions, PredictionOptions, at_least, cores, option
 
@@ -72,7 +71,11 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         "--tolerance", metavar="MM", default=2.0, help="tolerance of the normalised surface distance, in mm"
     )
     num_processes: int = option(
-        "-np", type=at_least(0), metavar="N", factory=partial(cores, 8), help="number of processes for the evaluation"
+        "-np",
+        type=at_least(0),
+        metavar="N",
+        default=cores(8),
+        help="number of processes for the evaluation; default: one for each core, at most 8",
     )
 
     @property
