@@ -169,7 +169,7 @@ def test_a_case_that_is_left_out_is_not_drawn_from_then_on(tmp_path):
 def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     dataset = tiny_dataset(labeled=3, unlabeled=2)
     dataset.plan()
-    trainer = make_trainer(SemiSegTrainer, dataset, warm_up=0.3)
+    trainer = make_trainer(SemiSegTrainer, dataset, warm_up=0.3, unlabeled_foreground=0.5)
     trainer.on_train_start()
     assert not trainer.foreground_folder.exists()
     trainer.current_epoch = 1  # the end of the warm-up: 0.3 of 3 epochs
@@ -198,6 +198,15 @@ def test_a_step_of_the_last_epoch_teaches_and_moves_the_teacher(tiny_dataset):
     terms = trainer.train_step(next(trainer.dataloader_train))
     assert all(torch.isfinite(term) for term in terms.values())
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.teacher.parameters(), strict=True))
+
+
+def test_one_labelled_and_one_unlabelled_case_are_enough(tiny_dataset):
+    dataset = tiny_dataset(labeled=1, unlabeled=1)
+    dataset.plan()
+    trainer = in_last_epoch(SemiSegTrainer, dataset)
+    assert not trainer.looks_at_cases  # one case is too few to leave any out
+    terms = trainer.train_step(next(trainer.dataloader_train))
+    assert all(torch.isfinite(term) for term in terms.values())
 
 
 def test_default_settings():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.foreground_chance import chance_of_foreground
-from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, look_at_cases
+from nnunet_semiseg.data.pseudo_foreground import LEAST_CASES, PseudoForegroundDataset, leave_out, look_at_cases
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.settings.base import PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
@@ -101,13 +101,13 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     def decisions(self) -> list[str]:
         """What was chosen, from which facts, and in brackets the setting that changes it."""
         settings, epochs = self.settings, self.num_epochs
-        cases = len(self.unlabeled_cases) + len(self.hidden_cases)
+        cases = self.number_of_unlabeled_cases
         axes = self.inference_allowed_mirroring_axes
         shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
         drawn = "all drawn at random" if not self.foreground_share else f"{self.foreground_share:.0%} around foreground"
         why = f"{self.chance_of_foreground:.0%} of random patches of labelled cases have some"
         searched = f"{REFRESHES} times in {min(cases, CASES_OF_A_REFRESH)} of {cases} cases"
-        searched = searched if self.foreground_share or settings.leave_out else "never"
+        searched = searched if self.looks_at_cases else "never"
         return [
             f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
@@ -143,6 +143,16 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             return self.settings.unlabeled_foreground
         return 0.0 if self.chance_of_foreground >= LIKELY else 1 / 3
 
+    @property
+    def number_of_unlabeled_cases(self) -> int:
+        return len(self.unlabeled_cases) + len(self.hidden_cases)
+
+    @property
+    def looks_at_cases(self) -> bool:
+        """Whether the teacher ever predicts whole cases: only if that decides what is drawn."""
+        scores = self.settings.leave_out > 0 and self.number_of_unlabeled_cases >= LEAST_CASES
+        return self.foreground_share > 0 or scores
+
     def unlabeled_dataset(self) -> PseudoForegroundDataset:
         return PseudoForegroundDataset(super().unlabeled_dataset(), self.foreground_folder)
 
@@ -150,7 +160,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         super().on_train_epoch_start()
         first = ceil(self.settings.warm_up * self.num_epochs)
         starts = np.linspace(first, self.num_epochs, REFRESHES, endpoint=False).astype(int)
-        if (self.foreground_share or self.settings.leave_out) and self.current_epoch in starts:
+        if self.looks_at_cases and self.current_epoch in starts:
             dataset = super().unlabeled_dataset()
             cases = np.random.default_rng((self.settings.seed or 0, self.current_epoch)).permutation(
                 dataset.identifiers

@@ -72,7 +72,7 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
         tile_step_size=1,
         use_mirroring=False,
         device=trainer.device,
-        perform_everything_on_device=True,
+        perform_everything_on_device=trainer.device.type == "cuda",
         allow_tqdm=False,
     )
     predictor.manual_initialization(
