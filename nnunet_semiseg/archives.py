@@ -1,4 +1,4 @@
-"""Archives from the internet, read without trusting them."""
+"""Read archives from the internet without trusting them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
 RATIO, HARMLESS = 100, 1 << 30
-"""an archive may unpack to so many times its size, or to so many bytes; images and labels stay below"""
+"""an archive may unpack to this many times its size, or to this many bytes; normal images and labels need less"""
 
 
 @contextlib.contextmanager
 def unpacked(archive: Path, parent: Path, purpose: str, max_size: float | None = None) -> Iterator[Path]:
-    """A folder below `parent` with what is in the archive; it is there for the time of the context.
+    """A folder in `parent` with the content of the archive. It exists during the block.
 
-    Its name is that of archive and purpose, so that the next run removes what a killed one has left.
+    Its name is made from archive and purpose, so that the next run removes it if this one is killed.
 
     Args:
-        max_size: in bytes, of all that is in it; None: `RATIO` times the archive's own size.
+        max_size: in bytes, of the whole content. None: `RATIO` times the archive's size.
     """
     folder = parent / f".unpacked_{purpose}_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -41,18 +41,18 @@ def unpacked(archive: Path, parent: Path, purpose: str, max_size: float | None =
 
 
 def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
-    """Unpack a zip or tar; nothing gets out of the folder.
+    """Unpack a zip or tar file. Nothing is written outside of the folder.
 
     Raises:
-        UserError: damaged or encrypted; a member outside the folder, a link or a device; more than the limit, or than
-            there is space for.
+        UserError: the archive is damaged or encrypted; it has a path outside the folder, a link or a device; it is
+            larger than the limit or than the free space.
     """
     try:
         if archive.name.lower().endswith(".zip"):
             with zipfile.ZipFile(archive) as file:
                 for member in file.infolist():
                     _refuse_outside(member.filename, archive)
-                    member.filename = member.filename.replace("\\", "/")  # some programs on Windows write these
+                    member.filename = member.filename.replace("\\", "/")  # some Windows programs write backslashes
                 _refuse_large(sum(member.file_size for member in file.infolist()), archive, folder, max_size)
                 file.extractall(folder, file.infolist())
         else:
@@ -64,23 +64,23 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
                     _refuse_large(size, archive, folder, max_size)
                     if not (member.isfile() or member.isdir()):
                         raise UserError(f"{archive}: {member.name} is a link or a device: do not trust it")
-                # an attribute, as the argument came with Python 3.11.4 (3.10.12); before, what is refused above must do
+                # an attribute: the argument is new in Python 3.11.4 (3.10.12); older versions have the checks above only
                 file.extraction_filter = getattr(tarfile, "data_filter", None)
                 file.extractall(folder)
     except UserError:
         raise
-    except Exception as e:  # a damaged archive raises of many kinds, those of its compression among them
+    except Exception as e:  # a damaged archive has errors of many kinds, some from its compression
         raise UserError(f"{archive}: cannot be unpacked ({one_line_of(e)}): download it again") from None
 
 
 def _refuse_outside(name: str, archive: Path) -> None:
-    path = PureWindowsPath(name)  # takes both kinds of slashes
+    path = PureWindowsPath(name)  # it understands both kinds of slashes
     if path.anchor or ".." in path.parts:
         raise UserError(f"{archive}: {name} would be unpacked outside its folder: do not trust it")
 
 
 def _refuse_large(size: int, archive: Path, folder: Path, max_size: float | None) -> None:
-    """By what the members say of themselves: neither module unpacks more of one."""
+    """Check the sizes that the members claim. The modules never unpack more than that."""
     packed, free = archive.stat().st_size, shutil.disk_usage(folder).free
     limit = max(RATIO * packed, HARMLESS) if max_size is None else max_size
     if size > limit:

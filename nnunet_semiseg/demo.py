@@ -1,7 +1,6 @@
-"""``nnunet_semiseg demo``: with and without unlabelled images, on a synthetic data set, in minutes on a CPU.
+"""``nnunet_semiseg demo``: train with and without unlabelled images on a synthetic data set, in minutes on a CPU.
 
-What it runs are the commands that a user would type, in processes of their own; nothing in the library knows
-that it is a demo.
+It runs the commands that a user would type, in processes of their own. Nothing in the library knows about the demo.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ COLORS = {"liver": "#ff5a4f", "spleen": "#4fd06a", "kidney": "#4fa8ff"}
 
 @dataclass(frozen=True)
 class Organ:
-    """An organ of the synthetic abdomen as it is on average; every case varies it."""
+    """The average shape of an organ in the synthetic abdomen. Every case varies it."""
 
     center: tuple[float, float, float]  # z y x, in mm from the image's centre
     radii: tuple[float, float, float]  # mm
@@ -58,13 +57,13 @@ ORGANS = {
 
 
 def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One synthetic abdomen: deformed superellipsoids among structures that look like them.
+    """Make a synthetic abdomen: deformed superellipsoids among structures that look similar.
 
-    Organs differ less in brightness than patients do, and in the tissue lie bright structures that are no
-    organs: what tells an organ is its size, its shape and its neighbours.
+    Organs differ in brightness less than patients do, and the tissue has bright structures that are not organs. An
+    organ can be recognised by its size, its shape and its neighbours.
 
     Returns:
-        The image, float32, and the labels, uint8, both of `SHAPE`.
+        The image, float32, and the labels, uint8, both of shape `SHAPE`.
     """
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(SHAPE, SPACING, strict=True)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"))
@@ -110,7 +109,7 @@ def _tilt(rng: np.random.Generator, radians: float) -> Rotation:
 
 
 def write_dataset(folder: Path, labeled: int, unlabeled: int, test: int, seed: int = 0) -> None:
-    """A raw data set of nnU-Net's, with `imagesUn`. The labels of unlabelled cases are written nowhere."""
+    """Write a raw data set of nnU-Net's with `imagesUn`. The labels of unlabelled cases are not written anywhere."""
     subsets = {"Tr": labeled, "Un": unlabeled, "Ts": test}
     for subset, count in subsets.items():
         for i in range(count):
@@ -147,16 +146,16 @@ def run_demo(
     num_epochs: int = 10,
     num_iterations_per_epoch: int = 50,
 ) -> None:
-    """Make the data, plan, train both trainers, predict, evaluate, draw.
+    """Make the data, plan, train both trainers, predict, evaluate, and save a picture.
 
     Args:
-        output: a folder that is made, by default `nnunet_semiseg_demo`.
+        output: a new folder. Default: `nnunet_semiseg_demo`.
         device: as nnU-Net's `-device`.
-        cases: labelled, unlabelled, test.
+        cases: the numbers of labelled, unlabelled and test cases.
         num_epochs, num_iterations_per_epoch: of each of the two trainings.
 
     Raises:
-        UserError: the folder is in use; a command failed (its last lines are printed).
+        UserError: the folder exists; a command failed (its last lines are printed).
     """
     output = Path(output or "nnunet_semiseg_demo").absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -168,8 +167,8 @@ def run_demo(
     console.say("making {} labelled, {} unlabelled and {} test cases, of three organs".format(*cases))
     write_dataset(raw, *cases)
 
-    # The trainings are small: one worker is enough, and compiling would take longer than what it saves. Where the
-    # cores are shared, threads that spin while they wait made a step four times as long.
+    # The trainings are small: one worker is enough, and compiling would take longer than the time it saves. On shared
+    # cores, threads that wait actively made a step four times as long.
     settings = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f", "OMP_WAIT_POLICY": "PASSIVE"}
     console.say("to type the commands yourself, set")
     for name, value in (folders | settings).items():
@@ -206,7 +205,7 @@ def run_demo(
 
 
 class Console:
-    """Lines with the time since the beginning."""
+    """Print lines with the time since the start."""
 
     def __init__(self):
         self.start = time.perf_counter()
@@ -217,11 +216,11 @@ class Console:
 
 
 class Runner:
-    """Runs commands; what they print goes to a file, the console shows the epochs."""
+    """Run commands. Their output goes to a file, and the console shows the epochs."""
 
     def __init__(self, console: Console, logs: Path, env: dict[str, str]):
         self.console, self.logs = console, logs
-        scripts = sysconfig.get_path("scripts")  # the environment need not be activated
+        scripts = sysconfig.get_path("scripts")  # the environment does not have to be activated
         self.env = {**env, "PATH": scripts + os.pathsep + env.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
         logs.mkdir()
 
@@ -252,7 +251,7 @@ class Runner:
 
 
 def evaluate(predictions: Path, references: Path, csv_file: Path) -> list[dict]:
-    """Metrics of every trainer, case and organ: returned as rows, and written."""
+    """Compute the metrics of every trainer, case and organ. They are returned as rows, and written to a file."""
     from nnunet_semiseg.evaluation.metrics import evaluate_folder  # MONAI takes seconds to import
 
     rows = [
@@ -268,7 +267,7 @@ def evaluate(predictions: Path, references: Path, csv_file: Path) -> list[dict]:
 
 
 def format_table(rows: list[dict]) -> str:
-    """Means over the cases, per organ and over the organs, of both trainers, and the method's gain."""
+    """A table of means over the cases, for each organ and over the organs: both trainers, and the difference."""
     organs = [name for name in LABELS if LABELS[name]]
     headings = (*TRAINERS, "difference")
 
@@ -290,7 +289,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def save_overlay(raw: Path, predictions: Path, png_file: Path, num_cases: int = 4) -> None:
-    """The first test cases' middle slices: contours of the reference, and of each trainer's prediction."""
+    """Save the middle slices of the first test cases, with contours of the reference and of each prediction."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

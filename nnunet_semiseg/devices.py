@@ -1,4 +1,4 @@
-"""What `-device` may be on this machine."""
+"""Check the option `-device`."""
 
 import torch
 
@@ -8,7 +8,7 @@ DEVICES = ("cuda", "cpu", "mps")
 
 
 def check_device(device: str) -> None:
-    """Raises UserError unless this machine has a device of this kind: cuda, cpu or mps."""
+    """Raises UserError unless this computer has a device of this kind: cuda, cpu or mps."""
     if device not in DEVICES:
         raise UserError(f"-device {device}: no such device: use {' or '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.device_count():

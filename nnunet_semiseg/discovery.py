@@ -1,4 +1,4 @@
-"""Finds what is in ``trainers/``, ``planners/`` and ``dataset_conversion/``: new is a new file, and no list grows."""
+"""Find the classes in ``trainers/``, ``planners/`` and ``dataset_conversion/``. To add one, add a file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from types import ModuleType
 
 from nnunet_semiseg.errors import UserError
 
-# By name, so that looking up a planner need not import torch.
+# It searches by name, so that finding a planner does not import torch.
 BASE_CLASSES = {"trainers": "nnUNetTrainer", "planners": "ExperimentPlanner"}
 
 
 def find_class(package: str, name: str) -> type | None:
     """The class ``name`` from ``nnunet_semiseg.<package>``, or None.
 
-    Reads the sources and imports only the module that defines the class: what another method needs and is
-    not installed does not matter. What this one needs does: its ImportError goes to the caller.
+    It searches the sources and imports only the module that defines the class. So a package that another method needs
+    may be missing. If the module itself needs a missing package, its ImportError goes to the caller.
     """
     definition = re.compile(rf"^class {re.escape(name)}\s*[(:]", re.MULTILINE)
     for module, file in _modules(package):
@@ -33,12 +33,12 @@ def find_class(package: str, name: str) -> type | None:
 
 
 def iter_classes(package: str) -> Iterator[type]:
-    """Every public trainer or planner; a module whose dependency is not installed is passed over."""
+    """Every public trainer or planner. A module whose dependency is not installed is left out."""
     for module, _ in _modules(package):
         try:
             namespace = vars(importlib.import_module(module))
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] == "nnunet_semiseg":  # no dependency: a slip of our own
+            if (error.name or "").partition(".")[0] == "nnunet_semiseg":  # not a dependency: a mistake in our own code
                 raise
             continue
         for name, value in list(namespace.items()):
@@ -48,10 +48,10 @@ def iter_classes(package: str) -> Iterator[type]:
 
 
 def find_trainer(name: str) -> type:
-    """A trainer of this package, of nnU-Net or of the user's.
+    """A trainer of this package, of nnU-Net, or of the user.
 
     Raises:
-        UserError: nnU-Net does not find it; with the names that are near.
+        UserError: nnU-Net does not find it. The message lists similar names.
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -60,8 +60,8 @@ def find_trainer(name: str) -> type:
     try:
         with contextlib.redirect_stdout(None):
             return recursive_find_trainer_class_by_name(name)
-    except (RuntimeError, TypeError) as error:  # the latter of a name that is no class, such as os
-        # not nnU-Net's own: a module of the user's that does not load
+    except (RuntimeError, TypeError) as error:  # TypeError: the name is not that of a class, for example os
+        # not nnU-Net's own: a module of the user's cannot be loaded
         if isinstance(error, RuntimeError) and name not in str(error):
             raise
         ours = sorted(trainer.__name__ for trainer in iter_classes("trainers"))
@@ -70,7 +70,7 @@ def find_trainer(name: str) -> type:
 
 
 def module_names(package: str) -> list[str]:
-    """Names of the modules of ``nnunet_semiseg.<package>``."""
+    """The names of the modules of ``nnunet_semiseg.<package>``."""
     return sorted(module.rpartition(".")[2] for module, _ in _modules(package))
 
 
@@ -80,17 +80,17 @@ def sources(package: str) -> list[Path]:
 
 
 def load_module(package: str, name: str) -> ModuleType:
-    """Import one of `module_names`; what it raises is passed on."""
+    """Import one of `module_names`. Its errors are not caught."""
     return importlib.import_module(f"nnunet_semiseg.{package}.{name}")
 
 
 def ext_folder() -> str:
-    """The folder that nnU-Net has to find in ``nnUNet_extTrainer``."""
+    """The folder that must be in ``nnUNet_extTrainer``, so that nnU-Net finds our trainers."""
     return str(Path(__file__).with_name("nnunet_ext"))
 
 
 def export_line() -> str:
-    """The shell line that adds our folder to the variable, behind what is in it."""
+    """The shell command that adds our folder to the variable, after the folders that are in it."""
     folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f]
     if ext_folder() not in folders:
         folders.append(ext_folder())

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and how they reach him."""
+"""Errors that the user can fix, and how they are shown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class UserError(ValueError):
 
 
 MOST_LINES = 30
-"""of one error: a fault that all of 500 images share is seen in the first"""
+"""at most this number of lines is printed for one error: if 500 images have the same fault, the first lines show it"""
 
 
 def report(error: Exception) -> None:
-    """The lines of an error on stderr; of very many the first, how many follow, and the last, which may sum them up."""
+    """Print the lines of an error to stderr. Of very many: the first ones, how many follow, and the last one."""
     *lines, last = str(error).splitlines() or [""]
     if left := max(0, len(lines) + 1 - MOST_LINES):
         lines = [*lines[: MOST_LINES - 2], f"... and {left + 1} more like these"]
@@ -30,5 +30,5 @@ def _excepthook(kind: type[BaseException], error: BaseException, traceback: Trac
         _previous(kind, error, traceback)
 
 
-# Not all roads lead through our own command: what a trainer refuses ends nnUNetv2_train.
+# nnU-Net's own commands do not pass through ours. This hook shows errors of our trainers in nnUNetv2_train, too.
 _previous, sys.excepthook = sys.excepthook, _excepthook

@@ -1,4 +1,4 @@
-"""nnU-Net's folders; files that are read with a clear error and written whole; locks against a second process."""
+"""nnU-Net's folders; reading files with clear errors and writing them completely; locks against a second process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from nnunet_semiseg.errors import UserError
 
 
 def dataset_folder(variable: str, dataset: int | str) -> Path:
-    """A dataset's folder below ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
+    """The folder of a dataset in ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
 
     Raises:
-        UserError: the variable is not set; no such dataset, or several of that number.
+        UserError: the variable is not set; no such dataset, or several with this number.
     """
     base = base_folder(variable)
     try:
@@ -36,26 +36,26 @@ def dataset_folder(variable: str, dataset: int | str) -> Path:
     except RuntimeError as e:
         what = "several datasets have" if "More than one" in str(e) else "no dataset has"
         raise UserError(f"dataset {dataset}: {what} this number: look into {variable}={base}") from None
-    if not re.fullmatch(r"Dataset\d{3}_[^/\\]+", name):  # nnU-Net reads three digits: it takes 1500 for 150
+    if not re.fullmatch(r"Dataset\d{3}_[^/\\]+", name):  # nnU-Net reads only three digits: 1500 would become 150
         raise UserError(
-            f"dataset {dataset}: {name} is no name like Dataset501_LA, with three digits: rename its folder"
+            f"dataset {dataset}: {name} is not a name like Dataset501_LA, with three digits: rename its folder"
         )
     return base / name
 
 
 def base_folder(variable: str) -> Path:
-    """The folder that ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results`` names."""
+    """The folder in the variable ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``."""
     base = os.environ.get(variable)
     if not base:
         guide = "see nnU-Net's documentation/setting_up_paths.md"
         raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
     if base.startswith(("~", "$", '"', "'")) or base.endswith(('"', "'")):  # nnU-Net would make a folder of this name
-        raise UserError(f"{variable}={base}: no shell has read the ~, $ or quotes: export the plain path")
+        raise UserError(f"{variable}={base}: the shell has not replaced ~, $ or quotes: export the full path")
     return Path(base).absolute()
 
 
 def folder_for(output: str | Path) -> Path:
-    """The folder that `-o` names. Raises UserError where it is empty, or where it, or what is above it, is a file."""
+    """The folder that `-o` names. Raises UserError if it is empty, or if it or a folder above it is a file."""
     if not str(output):
         raise UserError("-o is empty: name a folder")
     output = Path(output).absolute()
@@ -66,21 +66,21 @@ def folder_for(output: str | Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it. Raises DiskError where the system does not, whatever it says."""
+    """Make a folder and those above it. Raises DiskError if the system refuses, for whatever reason."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # in /proc it says that there is no such file
+    except OSError as error:  # in /proc the system says "no such file"
         raise disk_error(error.filename or folder, error.strerror) from None
 
 
 def read_json(file: Path, fix: str, kind: type = dict) -> Any:
-    """The content of a JSON file: an object, or with `kind=list` a list.
+    """Read a JSON file that holds an object or, with `kind=list`, a list.
 
     Raises:
-        UserError: the file is missing, no JSON, not in UTF-8, has a key twice or is of another kind.
+        UserError: the file is missing, not JSON, not in UTF-8, of another kind, or has a key twice.
     """
     try:
-        # as bytes: always UTF-8, whatever the locale (reading DICOM changes it)
+        # as bytes: then it is UTF-8 with every locale (reading DICOM changes the locale)
         content = json.loads(_utf8(file.read_bytes()), object_pairs_hook=_no_key_twice)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file: {fix}") from None
@@ -88,15 +88,15 @@ def read_json(file: Path, fix: str, kind: type = dict) -> Any:
         raise UserError(f"{file}: cannot be read ({e.strerror}): {fix}") from None
     except RecursionError:
         raise UserError(f"{file}: not valid JSON (too many brackets within each other): {fix}") from None
-    except ValueError as e:  # no JSON, or no UTF-8
+    except ValueError as e:  # not JSON, or not UTF-8
         raise UserError(f"{file}: not valid JSON ({e}): {fix}") from None
     if not isinstance(content, kind):
-        raise UserError(f"{file}: is no JSON {'object' if kind is dict else 'list'}: {fix}")
+        raise UserError(f"{file}: is not a JSON {'object' if kind is dict else 'list'}: {fix}")
     return content
 
 
 def _utf8(content: bytes) -> str:
-    """nnU-Net refuses what an editor on Windows may put in front of a text; so that it says why, we do, too."""
+    """Refuse what editors on Windows may put before a text. nnU-Net refuses it, too, but here the error says why."""
     if content.startswith(codecs.BOM_UTF8):
         raise ValueError("it begins with a byte order mark: save it as UTF-8 without BOM")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -105,7 +105,7 @@ def _utf8(content: bytes) -> str:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict:
-    """Of two values Python would take the last one without a word."""
+    """Refuse a key that appears twice. Python would silently take the last value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -115,7 +115,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def write_json(content: dict | list, file: Path) -> None:
-    """Write the whole file or nothing; raises DiskError."""
+    """Write a file completely or not at all. Raises DiskError."""
     text = json.dumps(content, indent=4)
     with written_whole(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -140,32 +140,32 @@ NOT_WRITABLE = {
     )
     if hasattr(errno, name)
 }
-"""what a disk says that is full, read-only or gone"""
+"""error numbers of a disk that is full, read-only or missing"""
 
 
 class DiskError(UserError):
-    """A file that could not be written: the disk is full or read-only, or the folder is not the user's."""
+    """A file could not be written: the disk is full or read-only, or the user may not write there."""
 
 
 @contextmanager
 def disk_errors(place: Path | str) -> Iterator[None]:
-    """Say in one line what could not be written and why, where a disk is full or read-only.
+    """If a disk is full or read-only, say in one line which file could not be written, and why.
 
     Args:
-        place: the file or folder to name where the system names none.
+        place: this file or folder is named if the system does not name one.
 
     Raises:
-        DiskError: in place of the system's error; other errors pass.
+        DiskError: replaces the system's error. Other errors are not changed.
     """
     try:
         yield
-    except shutil.Error as error:  # of copytree: source, target and cause of each file
+    except shutil.Error as error:  # from copytree: source, target and reason for each file
         ((_, target, cause), *_) = error.args[0]
         raise disk_error(target, cause) from None
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        written = error.filename2 or error.filename  # of a copy or a link the second one is new
+        written = error.filename2 or error.filename  # for a copy or a link the second name is the new file
         raise disk_error(written or place, error.strerror) from None
 
 
@@ -177,9 +177,9 @@ def disk_error(place: Path | str, cause: str) -> DiskError:
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Give a name to write to; what was written there takes the file's place, or is gone where writing failed.
+    """Give a temporary name to write to. At the end that file replaces `file`; if writing failed, it is removed.
 
-    The name is new each time, so that two processes do not write into each other's file.
+    The temporary name is new each time, so that two processes do not write into the same file.
 
     Raises:
         DiskError: the disk is full or read-only.
@@ -199,7 +199,7 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def put_back(file: Path) -> Iterator[None]:
-    """Put the file back as it was where something fails that writes it, not whole, in this context."""
+    """If the block fails, restore the file as it was. For code that does not write files completely."""
     before = file.with_name(f"{file.name}.before.tmp")
     if file.is_file():
         with written_whole(before) as temporary:
@@ -219,32 +219,33 @@ def put_back(file: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- locks
 
 LEASE = 60.0
-"""seconds: a process on another computer that gives no sign of life for so long is dead"""
+"""seconds without a sign of life after which a process on another computer counts as dead"""
 
 
 READS, REWRITES = "uses these preprocessed cases", "rewrites these preprocessed cases"
 WAIT = 5.0
-"""seconds, for the moment in which another one begins to read"""
+"""seconds, for the short time in which another process starts to read"""
 
 
 class BusyError(UserError):
-    """Another process is at work on the same files."""
+    """Another process works on the same files."""
 
 
 @contextmanager
 def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
-    """Do what two processes must not do at once; the second one is told who is there.
+    """Do something that two processes must not do at the same time. The error of the second one names the first.
 
-    The lock file holds the computer's name and the process's number, and is gone at the end. A dead process does not
-    block for ever: on this computer it is known at once, on another one after `LEASE` seconds without a sign of life.
+    The lock file has the computer's name and the number of the process. It is removed at the end. A dead process does
+    not block for ever: on this computer it is noticed at once, on another one after `LEASE` seconds without a sign of
+    life.
 
     Args:
-        lock: the lock file; its folder must be there.
-        does: what the process does, with its object, as in "trains this model".
-        wait: seconds to wait for the other one to end.
+        lock: the lock file. Its folder must exist.
+        does: what the process does, with its object, for example "trains this model".
+        wait: how many seconds to wait for the other process.
 
     Raises:
-        BusyError: another process is there.
+        BusyError: another process is at work.
         DiskError: the lock cannot be written.
     """
     lease = _lease(lock)
@@ -259,10 +260,10 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Use preprocessed data that nobody rewrites meanwhile; as many as there are may use it at the same time.
+    """Use preprocessed data while nobody rewrites it. Any number of processes may do so at the same time.
 
-    Each has a lock file of its own beside the folder, made while `rewriting` is kept out. Where no file can be
-    written, nobody can rewrite the data either, and there is no lock.
+    Each has its own lock file beside the folder. It is made while `rewriting` is kept out. If no file can be written,
+    nobody can rewrite the data either, and there is no lock.
 
     Raises:
         BusyError: another process rewrites the data.
@@ -270,7 +271,7 @@ def reading(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             with only_one(_gate(folder), REWRITES, WAIT):
-                for left in _readers(folder):  # by who was killed on this computer
+                for left in _readers(folder):  # from processes that were killed on this computer
                     if _acquired(lease := _lease(left), 0.0):
                         lease.release()
                 name = f".{folder.name}.{uuid.uuid4().hex[:8]}.reading.lock"
@@ -282,15 +283,15 @@ def reading(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def rewriting(folder: Path) -> Iterator[None]:
-    """Change preprocessed data that nobody uses meanwhile; see `reading`.
+    """Change preprocessed data while nobody uses it; see `reading`.
 
     Raises:
-        BusyError: another process uses the data, or rewrites it.
+        BusyError: another process uses or rewrites the data.
         DiskError: the lock cannot be written.
     """
     with only_one(_gate(folder), REWRITES, WAIT):
         for lock in _readers(folder):
-            with only_one(lock, READS):  # one that lives holds it; that of a dead one goes
+            with only_one(lock, READS):  # fails if that process is alive; the lock of a dead one is removed
                 pass
         yield
 
@@ -319,7 +320,7 @@ def _name_of(lease: SoftFileLease) -> str:
 
 
 def _is_elsewhere(lease: SoftFileLease) -> bool:
-    """Whether the one who is there cannot be looked at from here: on another computer, or in another container."""
+    """Whether the owner of the lock cannot be checked from here: on another computer, or in another container."""
     return lease.owner is not None and lease.owner.hostname != gethostname()
 
 
@@ -333,7 +334,7 @@ def _acquired_from_the_dead(lease: SoftFileLease) -> bool:
 
 
 def _sign_of_life(lease: SoftFileLease) -> int | None:
-    """When the lock file was last touched; None where it is gone."""
+    """The time when the lock file was last touched. None if it does not exist any more."""
     with suppress(OSError):
         return os.stat(lease.lock_file).st_mtime_ns
     return None

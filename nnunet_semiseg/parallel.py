@@ -1,4 +1,4 @@
-"""Jobs in processes that are noticed when they die, and that die with their parent."""
+"""Run jobs in processes. If one dies, this is noticed; if their parent dies, they end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nnunet_semiseg.quiet import hide_foreign_warnings, hide_reader_warnings
 
 
 def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Generator:
-    """`function(*job)` of every job, as they are done; close the iterator to cancel those not begun.
+    """Yield `function(*job)` of every job as soon as it is done. Close the iterator to cancel jobs that wait.
 
     Args:
-        num_processes: 0 works in this process.
+        num_processes: with 0 this process does the work.
 
     Raises:
         BrokenProcessPool: the system killed a worker (multiprocessing.Pool would wait for ever).
@@ -43,17 +43,17 @@ def killed_workers(place: Path | str) -> Iterator[None]:
     """Say in one line that the system killed a worker.
 
     Args:
-        place: what was worked on.
+        place: what the workers worked on.
 
     Raises:
-        UserError: in place of BrokenProcessPool.
+        UserError: replaces BrokenProcessPool.
     """
     try:
         yield
     except BrokenProcessPool:
         raise UserError(
-            f"{place}: a preprocessing worker was killed, probably for want of memory: run the same command again, with"
-            " a smaller -np; what is done is kept"
+            f"{place}: a preprocessing worker was killed, probably because memory ran out: run the same command again,"
+            " with a smaller -np; finished cases are kept"
         ) from None
 
 
@@ -64,15 +64,15 @@ def _begin() -> None:
 
 
 def end_with_parent() -> None:
-    """In a process of multiprocessing's: a parent that was killed ends this one.
+    """Called in a process of multiprocessing's: it ends this process when its parent is killed.
 
-    Else it would wait for ever, or write beside the next run. It may be called as often as one likes.
+    Otherwise it would wait for ever, or write while the next run does. It may be called several times.
     """
     if multiprocessing.parent_process() is not None:
         _watch_parent(os.getpid())
 
 
-@lru_cache  # what is forked has the cache of its parent, and another number
+@lru_cache  # a forked process has the cache of its parent, but another number
 def _watch_parent(process: int) -> None:
     def watch():
         multiprocessing.parent_process().join()

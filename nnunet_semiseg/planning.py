@@ -1,4 +1,4 @@
-"""Planning for semi-supervised training: with nnU-Net's planners, or with ours, which differ from them in one rule."""
+"""Planning for semi-supervised training: with nnU-Net's planners, or with ours, which differ in one rule."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ from nnunet_semiseg.text.prompts import read_prompts
 from nnunet_semiseg.training.checks import check_depth
 
 NUM_FOLDS = 5  # of nnU-Net's own split
-LEAST_GPU = 0.5  # GB; nnU-Net's planner finds no network for less
+LEAST_GPU = 0.5  # GB; with less, nnU-Net's planner finds no network
 
 
 class SemiSegPlans:
-    """Mixin for nnU-Net's planners: plans of another name, with preprocessed data of their own."""
+    """Mixin for nnU-Net's planners: the plans have another name and their own preprocessed data."""
 
     default_plans_name: str
 
@@ -67,19 +67,20 @@ class SemiSegPlans:
         super().__init__(dataset_name_or_id, plans_name=plans_name or self.default_plans_name, **kwargs)
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        # nnU-Net's ResEnc planners write into the folders of nnUNetPlans, and where the batch size alone differs, so
-        # could we. But nnU-Net removes a folder and fills it anew each time it preprocesses. With another target
-        # spacing, or with a fingerprint taken anew, the folder would then hold other data than nnUNetPlans were made
-        # for; nothing in nnU-Net notices, and a training that reads from it would break. So each has its own.
+        # nnU-Net's ResEnc planners write into the folders of nnUNetPlans. If only the batch size differs, we could do
+        # so, too. But nnU-Net empties a folder and fills it again each time it preprocesses. With another target
+        # spacing, or with a new fingerprint, the folder would then hold other data than nnUNetPlans were made for.
+        # nnU-Net does not notice that, and a training that reads from the folder would break. So our plans have their
+        # own folders.
         return f"{self.plans_identifier}_{configuration_name}"
 
 
 class CountUnlabeled(SemiSegPlans):
-    """Mixin for nnU-Net's planners: the cap on the batch size counts all images, not only those with labels.
+    """Mixin for nnU-Net's planners: the limit of the batch size counts all images, not only the labelled ones.
 
-    A batch is at most a share of the voxels of the data set, against overfitting: 5 % with nnU-Net's default planner,
-    all with its ResEnc presets. nnU-Net counts the labelled cases. Semi-supervised training sees the others, too: few
-    labels would make a small batch, with few unlabelled images in it.
+    Against overfitting, a batch has at most a share of the voxels of the data set: 5 % with nnU-Net's default planner,
+    all of them with its ResEnc presets. nnU-Net counts the labelled cases. But semi-supervised training uses the
+    others, too. With few labels, nnU-Net's batch would be small and have few unlabelled images.
     """
 
     def __init__(self, *args, **kwargs):
@@ -88,24 +89,24 @@ class CountUnlabeled(SemiSegPlans):
         ending = self.dataset_json["file_ending"]
         cases = get_identifiers_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else ()
         unlabeled_cases = sum(not case.startswith(".") for case in cases)
-        # the planner's copy; the file is copied to the preprocessed data as it is
+        # only the planner's copy is changed; the file itself is copied to the preprocessed data as it is
         self.dataset_json = {**self.dataset_json, "numTraining": self.dataset_json["numTraining"] + unlabeled_cases}
 
 
 class SemiSegMemory(SemiSegPlans):
-    """Mixin for nnU-Net's planners: patch and batch are so small that all streams fit into the memory at once.
+    """Mixin for nnU-Net's planners: patch and batch are so small that all streams fit into memory at once.
 
-    The batch size in the plans is that of the labelled stream. One file of plans serves every trainer, so the
-    numbers are those of the most demanding method, TextSemiSegTrainer, with a teacher on top, where all of a step is
-    one backward pass. Trainers need not do that: with nnU-Net's own patch they stay near its memory.
+    The batch size in the plans is that of the labelled stream. All trainers use the same plans, so the numbers are
+    those of the method that needs most: TextSemiSegTrainer, plus a teacher, with one backward pass for a whole step.
+    Trainers do not have to work like that: with nnU-Net's own patch they need about as much memory as nnU-Net.
     """
 
     num_decoders = 2
-    """decoders on one encoder"""
+    """number of decoders on one encoder"""
     num_streams = 2
-    """the labelled samples and equally many unlabelled ones, through the encoder and all decoders"""
+    """the labelled samples and as many unlabelled ones, through the encoder and all decoders"""
     num_mixed_streams = 2
-    """streams mixed of these, through the encoder and one decoder, kept for the same backward pass"""
+    """mixes of these streams, through the encoder and one decoder, kept for the same backward pass"""
     has_teacher = True
     """an EMA teacher predicts the unlabelled stream, without gradients"""
 
@@ -122,20 +123,20 @@ class SemiSegMemory(SemiSegPlans):
         arch_kwargs: dict,
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """What is alive at the peak, for one sample in each stream, in voxels of convolution outputs.
+        """Estimate the memory at the peak, for one sample in each stream, in voxels of convolution outputs.
 
-        This is nnU-Net's unit: it counts what the convolutions of encoder E and decoder D put out, which
-        backward needs, and compares E + D with a reference. Here it is
+        This is nnU-Net's unit: it counts the outputs of the convolutions of encoder E and decoder D, which the backward
+        pass needs, and compares E + D with a reference. Here it is
 
             num_streams * (E + num_decoders * D) + num_mixed_streams * (E + D) + teacher.
 
-        A pass without gradients frees a feature map once it was used. The teacher holds most in the last
-        normalisation of the last decoder stage: all skips; the output of the stage below, as large as the
-        second skip; and five maps as large as the highest skip: the concatenation (two), the output of its
-        first convolution, and what goes into and comes out of the normalisation. Each counts half, because
-        a counted output stands for two maps that backward needs, before and after its normalisation.
+        A pass without gradients frees a feature map when it was used. The teacher needs most memory in the last
+        normalisation of the last decoder stage: for all skips; for the output of the stage below, which is as large as
+        the second skip; and for five maps as large as the first skip: the concatenation (two), the output of its first
+        convolution, and the input and output of the normalisation. Each counts half, because each counted output stands
+        for two maps that the backward pass needs, before and after its normalisation.
         """
-        with torch.device("meta"):  # shapes are all we need
+        with torch.device("meta"):  # only the shapes are needed
             net = get_network_from_plans(
                 arch_class_name,
                 arch_kwargs,
@@ -157,15 +158,15 @@ class SemiSegMemory(SemiSegPlans):
 
 
 def plan_and_preprocess(request: PlanningRequest) -> None:
-    """nnU-Net's fingerprint, plans and preprocessing, from labelled cases alone; then the unlabelled cases.
+    """Run nnU-Net's fingerprint, planning and preprocessing for labelled cases; then preprocess the unlabelled ones.
 
     Raises:
-        UserError: before any work, whatever can be checked quickly, for all data sets; bad images and labels, one line
-            for each; a full disk.
+        UserError: before any work, for all data sets, whatever can be checked quickly; later bad images and labels, one
+            line for each; a full disk.
     """
     planner_class = find_planner(request.planner)
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
-        # it asks torch for that many threads
+        # nnU-Net's planner asks torch for that number of threads
         raise UserError(f"nnUNet_n_proc_DA=0: nnU-Net's {request.planner} needs 1 or more: set it to 1 while you plan")
     if request.overwrite_plans_name is not None:
         check_name("-overwrite_plans_name", request.overwrite_plans_name)
@@ -231,7 +232,7 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
                 if configuration in plans["configurations"]:
                     check_depth(plans, configuration)
                     _preprocess_labeled(dataset_id, plans, configuration, n, request.verbose, request.show_progress_bar)
-                    if request.labeled_only:  # else preprocess_unlabeled does it
+                    if request.labeled_only:  # otherwise preprocess_unlabeled does it
                         with _in_one_line(preprocessed):
                             look_at_labeled(raw, preprocessed, plans, configuration, n)
                 else:
@@ -249,7 +250,7 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
 
 
 def _refuse_while_used(plans_file: Path, configurations: Sequence[str]) -> None:
-    """Raises BusyError where a training uses what will be rewritten: before hours of work."""
+    """Raises BusyError if a training uses data that will be rewritten. It is called before hours of work."""
     if not plans_file.is_file():
         return
     plans = load_plans(plans_file, "delete it")["configurations"]
@@ -262,11 +263,11 @@ def _refuse_while_used(plans_file: Path, configurations: Sequence[str]) -> None:
 def _preprocess_labeled(
     dataset_id: int, plans: dict, configuration: str, num_processes: int, verbose: bool, show_progress_bar: bool
 ) -> None:
-    """nnU-Net's preprocessing of one configuration; where it fails, it leaves no folder with a part of the cases."""
+    """nnU-Net's preprocessing of one configuration. If it fails, no folder with only some of the cases is left."""
     preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
     folder = preprocessed / PlansManager(plans).get_configuration(configuration).data_identifier
     with rewriting(folder):
-        record_file(preprocessed, folder.name).unlink(missing_ok=True)  # first: it must not vouch for what comes
+        record_file(preprocessed, folder.name).unlink(missing_ok=True)  # first: it belongs to the old files
         try:
             with _in_one_line(folder):
                 preprocess_dataset(
@@ -279,19 +280,19 @@ def _preprocess_labeled(
 
 @contextmanager
 def _in_one_line(place: Path) -> Iterator[None]:
-    """What nnU-Net says where the disk is full or a process was killed, in one line."""
+    """Report in one line what nnU-Net says about a full disk or a killed process."""
     try:
         yield
     except Exception as e:
         blame_the_disk(e, place)
         with killed_workers(place):
-            if isinstance(e, RuntimeError) and "background" in str(e):  # nnU-Net's word for workers
+            if isinstance(e, RuntimeError) and "background" in str(e):  # nnU-Net's name for workers
                 raise BrokenProcessPool from None
             raise
 
 
 def find_planner(name: str) -> type[ExperimentPlanner]:
-    """Raises UserError, with the names that are near, where neither we nor nnU-Net have that planner."""
+    """Find a planner. Raises UserError, with similar names, if neither we nor nnU-Net have it."""
     planner = find_class("planners", name) or recursive_find_python_class(
         str(Path(nnunetv2.__path__[0], "experiment_planning")), name, "nnunetv2.experiment_planning"
     )
@@ -303,19 +304,19 @@ def find_planner(name: str) -> type[ExperimentPlanner]:
 
 
 def names_of_plans(preprocessed: Path) -> list[str]:
-    """The plans of a dataset, without the copies that a comparison makes of them, one a run."""
+    """The plans of a dataset, without the copies that a comparison makes for its runs."""
     there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
     return [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
 
 
 def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
-    """The plans of that name, of a dataset's preprocessed data.
+    """Read the plans with this name from a dataset's preprocessed data.
 
     Args:
-        option: of the command, with which plans are chosen.
+        option: the command's option that names plans.
 
     Raises:
-        UserError: there are none, with the names of those that there are; no JSON.
+        UserError: there are none (the message lists those that exist), or the file is not JSON.
     """
     file = preprocessed / f"{name}.json"
     plan_first = f"plan first with {planning_command(preprocessed.name, name)}"
@@ -328,31 +329,31 @@ def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
 
 
 def planning_command(dataset: str, plans_name: str) -> str:
-    """What is to be typed to have plans of this name."""
+    """The command that makes plans with this name."""
     command = f"nnunet_semiseg plan_and_preprocess -d {convert_dataset_name_to_id(dataset)}"
     if plans_name == _default_plans_name(ExperimentPlanner):
         return command
     for ours in iter_classes("planners"):
-        for planner in ours.__mro__:  # nnU-Net's presets are among the bases of ours
+        for planner in ours.__mro__:  # nnU-Net's presets are base classes of ours
             if issubclass(planner, ExperimentPlanner) and _default_plans_name(planner) == plans_name:
                 return f"{command} -pl {planner.__name__}"
     return f"{command} -overwrite_plans_name {plans_name}"
 
 
 def write_settings(plans_file: Path, changes: dict) -> None:
-    """Put settings into a plans file and print what changes, for every trainer that uses it.
+    """Put settings into a plans file, for every trainer that uses it, and print what changes.
 
     Raises:
-        UserError: no such plans; a setting that no trainer has, or of the wrong type.
+        UserError: no such plans; a setting does not exist, or has the wrong type.
     """
     check_plans_name(plans_file)
     store_settings(plans_file, changes)
 
 
 def check_plans_name(plans_file: Path) -> None:
-    """Raises UserError where there are no such plans, or where they are called otherwise within."""
+    """Raises UserError if there are no such plans, or if the name inside the file is another one."""
     plans = read_plans(plans_file.parent, plans_file.stem)
-    if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after the former
+    if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after plans_name
         raise UserError(
             f"{plans_file}: its plans_name is {plans['plans_name']}, so that a training would replace that model: copy"
             " plans with nnunet_semiseg train ... --as NAME"
@@ -360,10 +361,10 @@ def check_plans_name(plans_file: Path) -> None:
 
 
 def copy_plans(plans_file: Path, name: str) -> Path:
-    """Plans of another name for the same preprocessed data, beside the first ones.
+    """Copy plans under another name, for the same preprocessed data.
 
     Raises:
-        UserError: no such plans; there are plans of that name.
+        UserError: no such plans; or plans with the new name exist.
     """
     plans = read_plans(plans_file.parent, plans_file.stem)
     copy = plans_file.with_name(f"{name}.json")
@@ -375,7 +376,7 @@ def copy_plans(plans_file: Path, name: str) -> Path:
 
 
 def write_small_split(dataset_id: int) -> None:
-    """Leave-one-out folds where nnU-Net's five-fold split would fail; with one case only `fold all` works."""
+    """Write leave-one-out folds if nnU-Net's five-fold split would fail. With one case only `fold all` works."""
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     cases = sorted(labeled_images(raw, read_dataset_json(raw)))
     splits_file = preprocessed / "splits_final.json"
@@ -398,7 +399,7 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
     labeled_cases = labeled_images(raw, dataset_json)
     if not labeled_cases:
         raise UserError(f"{raw / 'imagesTr'}: no labelled cases: put at least one there, and its label into labelsTr")
-    if dataset_json["numTraining"] != len(labeled_cases):  # it decides on the batch size
+    if dataset_json["numTraining"] != len(labeled_cases):  # the batch size depends on this number
         count = len(labeled_cases)
         raise UserError(
             f'{raw / "dataset.json"}: "numTraining" is {dataset_json["numTraining"]}, but there are {count} labelled'
@@ -428,7 +429,7 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
 
 
 def _check_target_spacing(target: Sequence[float], image: str, channels: int) -> None:
-    """Refuse a spacing (z, y, x) in which an image would have no voxels, or more than memory holds."""
+    """Refuse a spacing (z, y, x) with which an image would have no voxels, or more than fit into memory."""
     header, memory = read_header(Path(image)), total_memory()
     if header is None or header.GetDimension() != 3:
         return
@@ -443,7 +444,7 @@ def _check_target_spacing(target: Sequence[float], image: str, channels: int) ->
 
 
 def _check_spacings(raw: Path, preprocessed: Path) -> None:
-    """Refuse labelled images whose spacing is of another magnitude than the others'; one line for each."""
+    """Refuse labelled images whose spacing is far from that of the others; one line for each."""
     files = labeled_images(raw, read_dataset_json(raw))
     file = preprocessed / f"{FINGERPRINT}.json"
     spacings = read_json(file, "delete it")["spacings"]  # in the order of the cases
@@ -456,7 +457,7 @@ def _check_spacings(raw: Path, preprocessed: Path) -> None:
 
 
 def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:
-    """nnU-Net's rule, which ends in a bare AssertionError there: the first may have further folds."""
+    """nnU-Net's rule: the first list may have more folds. nnU-Net itself would fail with a bare AssertionError."""
     return len(preprocessed_splits) >= len(raw_splits) and all(
         set(ours[part]) == set(theirs[part])
         for ours, theirs in zip(preprocessed_splits, raw_splits, strict=False)
@@ -465,7 +466,7 @@ def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:
 
 
 def plans_name_of(planner: str) -> str:
-    """What a planner, by its name, calls its plans where no other name is asked for."""
+    """The default name of the plans of this planner."""
     return _default_plans_name(find_planner(planner))
 
 

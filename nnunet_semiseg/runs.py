@@ -1,8 +1,7 @@
-"""One training of a comparison: its plans, its folders, and what is left of it on disk.
+"""One training of a comparison: its plans, its folders, and its results on disk.
 
-A run with a seed or with fewer labels has plans of its own, a copy that differs in nothing but these settings and the
-name. nnU-Net names its output folders after the plans, so that every run has one, which stock commands load with
-`-p PLANS_seed1`.
+A run with a seed or with fewer labels has its own plans: a copy with another name and these settings. nnU-Net names its
+output folders after the plans, so that every run has its own folder. Stock commands load it with `-p PLANS_seed1`.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.plans_trainer import SETTINGS
 
 RESOURCES = "resources.json"
-"""in a run's folder: what training it took, if this package started it"""
+"""in a run's folder: the memory that training needed, if this package started it"""
 
 PLAN_FIRST = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
 
 RECORD = "prediction.json"
-"""written last into a folder of predictions: what they were made with, and how long it took"""
+"""written last into a folder of predictions: how they were made, and how long it took"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training, done or to be done.
+    """A training, finished or not.
 
     Attributes:
         dataset: its full name.
         fold: a number, or `all`.
-        base_plans: the plans without what makes this run special.
-        seed, num_labeled: None is what the base plans say.
+        base_plans: the plans without this run's own settings.
+        seed, num_labeled: None: as in the base plans.
     """
 
     dataset: str
@@ -65,7 +64,7 @@ class Run:
 
     @property
     def repetition(self) -> str:
-        """Which of a trainer's runs; nnU-Net's own trainers do not know the seed that the plans hold."""
+        """Which of a trainer's runs this is. nnU-Net's own trainers do not use the seed in the plans."""
         if self.seed is None:
             return "as in the plans"
         return f"{'seed' if has_settings(self.trainer) else 'run'} {self.seed}"
@@ -90,7 +89,7 @@ class Run:
 
     @property
     def settings_file(self) -> Path:
-        """The settings that the training was started with; written when it begins."""
+        """The settings with which the training was started. The file is written when it begins."""
         return self.folder / SETTINGS
 
     @property
@@ -104,15 +103,15 @@ class Run:
 
     @property
     def is_validated(self) -> bool:
-        """Whether they are there, whole, and of the last checkpoint: nnU-Net writes the summary last."""
+        """Whether these are complete and from the last checkpoint. nnU-Net writes the summary last."""
         summary = self.validation / "summary.json"
         return self.is_trained and summary.is_file() and summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
     def load_checkpoint(self) -> dict:
-        """The last checkpoint; its tensors stay on the disk until they are used.
+        """Load the last checkpoint. Its tensors stay on the disk until they are used.
 
         Raises:
-            UserError: a damaged file, or one that can run code.
+            UserError: the file is damaged, or can run code.
         """
         command = (
             f"nnUNetv2_train {self.dataset} {self.configuration} {self.fold} -tr {self.trainer} -p {self.plans} --c"
@@ -124,20 +123,20 @@ class Run:
         return any(self.folder.glob("checkpoint_*.pth"))
 
     def train_command(self, device: str) -> list[str]:
-        """The words behind `nnUNetv2_train`."""
+        """The words after `nnUNetv2_train`."""
         words = [self.dataset, self.configuration, self.fold, "-tr", self.trainer, "-p", self.plans, "-device", device]
         if self.is_trained:
             return [*words, "--val"]
         return [*words, "--c"] if self.is_begun else words
 
     def check(self) -> None:
-        """Raises UserError where there are no base plans, or where the trainer has no such setting."""
+        """Raises UserError if there are no base plans, or if the trainer does not have such a setting."""
         read_json(self._plans_file(self.base_plans), PLAN_FIRST)
         if self.num_labeled is not None and not has_settings(self.trainer):
             raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
 
     def write_plans(self) -> None:
-        """Write this run's plans, unless they are the base plans, or training with them has begun.
+        """Write this run's plans, unless they are the base plans or training with them has begun.
 
         Raises:
             UserError: as `check`.
@@ -156,18 +155,18 @@ class Run:
 
 
 def is_fold(text: str) -> bool:
-    """Whether it names a fold as nnU-Net names its folder: `all`, or a number, 0 and not 00."""
+    """Whether the text names a fold in nnU-Net's way: `all`, or a number (0, not 00)."""
     return text == "all" or (text.isdecimal() and text == str(int(text)))
 
 
 def has_settings(trainer: str) -> bool:
-    """Whether this trainer knows what the plans hold under `semiseg`; nnU-Net's own do not."""
+    """Whether this trainer uses the section `semiseg` of the plans. nnU-Net's own trainers do not."""
     return hasattr(find_class("trainers", trainer), "settings_class")
 
 
 @contextmanager
 def using_data(dataset: str, configuration: str, trainer: str, plans: str) -> Iterator[None]:
-    """Keep others from rewriting what one of nnU-Net's own trainers trains with; ours see to it themselves.
+    """Keep others from rewriting the data while one of nnU-Net's own trainers uses it. Our trainers do so themselves.
 
     Raises:
         BusyError: another process rewrites the data.
@@ -182,7 +181,7 @@ def using_data(dataset: str, configuration: str, trainer: str, plans: str) -> It
 
 
 class TrainedRun:
-    """What a finished run tells about itself."""
+    """Facts about a finished run."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -190,30 +189,30 @@ class TrainedRun:
     @cached_property
     def _checkpoint(self) -> dict:
         checkpoint = self.run.load_checkpoint()
-        # nnU-Net's networks list a weight under several names; only numbers are kept, for there may be many runs
+        # nnU-Net's networks list a weight under several names; only numbers are kept, because there may be many runs
         sizes = {w.data_ptr(): w.numel() for w in checkpoint["network_weights"].values()}
         return {"logging": checkpoint["logging"], "parameters": sum(sizes.values())}
 
     @property
     def parameters(self) -> int:
-        """Values in the weights of the deployed network, each counted once."""
+        """The number of values in the weights of the deployed network. Each is counted once."""
         return self._checkpoint["parameters"]
 
     @property
     def curves(self) -> dict[str, list[float]]:
-        """nnU-Net's log, one value an epoch; our trainers' loss terms begin with `loss/`."""
+        """nnU-Net's log, with one value for each epoch. Loss terms of our trainers begin with `loss/`."""
         return self._checkpoint["logging"]
 
     @property
     def hours(self) -> float:
-        """In epochs, over all interruptions; what nnU-Net does before and after them is not counted."""
+        """The time of all epochs, over all interruptions. What nnU-Net does before and after them is not counted."""
         log = self._checkpoint["logging"]
         pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
         return sum(end - start for start, end in pairs) / 3600
 
     @cached_property
     def peak_memory(self) -> tuple[float, str] | None:
-        """MiB and of what, `GPU` or `RAM`; None for a training that was not started by `compare`."""
+        """MiB, and `GPU` or `RAM`. None if `compare` did not start the training."""
         file = self.run.folder / RESOURCES
         if not file.is_file():
             return None
@@ -242,12 +241,12 @@ class TrainedRun:
 
     @property
     def settings(self) -> dict:
-        """Those that the training was started with, defaults included; nnU-Net's own trainers have none."""
+        """The settings with which the training was started, with defaults. Empty for nnU-Net's own trainers."""
         if not has_settings(self.run.trainer):
             return {}
         if self.run.settings_file.is_file():
             return read_json(self.run.settings_file, "train this run again")
-        # of a training before settings were kept for each fold
+        # a training from before settings were stored for each fold
         trainer: Any = find_class("trainers", self.run.trainer)
         return settings_of(trainer.settings_class, self.plans, trainer)
 
@@ -260,18 +259,18 @@ class TrainedRun:
 
 
 PLANS_KEYS = ("foreground_intensity_properties_per_channel", "transpose_forward", "image_reader_writer")
-"""of the plans, beside the configuration: what a network sees depends on them"""
+"""keys of the plans, beside the configuration, that change what a network sees"""
 DATASET_KEYS = ("channel_names", "labels", "regions_class_order", "numTraining")
 
 
 def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> list[str]:
-    """What is not the same for all runs and ought to be.
+    """Conditions that differ between runs although they should be the same.
 
-    Compared runs: iterations, plans, the data set's description, bfloat16, the labels used, the split. The upper
-    bound's runs are on other data: iterations, the configuration in the plans, bfloat16.
+    For compared runs these are: iterations, plans, the data set's description, bfloat16, the labels used, the split.
+    The runs of the upper bound use other data; for them: iterations, the configuration in the plans, bfloat16.
 
     Returns:
-        A sentence for each difference from the first run; none if the comparison is fair.
+        A sentence for each difference from the first run. Empty if the comparison is fair.
     """
     first, *others = map(TrainedRun, (*runs, *upper_bound))
     found = []
@@ -306,7 +305,7 @@ def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> 
 
 
 def _unequal_settings(trained: TrainedRun, runs: Sequence[Run]) -> list[str]:
-    """A sentence where a repetition's settings are not those of the first run of its trainer, but for the seed."""
+    """A sentence if a repetition's settings differ from those of its trainer's first run in more than the seed."""
     run = trained.run
     first = next(r for r in runs if (r.trainer, r.num_labeled) == (run.trainer, run.num_labeled))
     a, b = trained.settings, TrainedRun(first).settings

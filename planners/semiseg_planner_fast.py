@@ -4,10 +4,10 @@ from nnunet_semiseg.planning import SemiSegMemory
 
 
 class SemiSegPlannerFast(SemiSegMemory, ExperimentPlanner):
-    """nnU-Net's default planner with a smaller patch, in which a step takes less time.
+    """nnU-Net's default planner with a smaller patch, so that a step takes less time.
 
-    This is a choice of time, not of memory: with nnU-Net's own patch, too, every trainer stays near nnU-Net's memory.
-    The patch here is so small that all streams of a step fit at once, as `memory=fast` keeps them.
+    It is meant to save time, not memory: with nnU-Net's own patch, too, all trainers need about as much memory as
+    nnU-Net. The patch here is so small that all streams of a step fit at once, as with `memory=fast`.
     """
 
     default_plans_name = "nnUNetSemiSegFastPlans"

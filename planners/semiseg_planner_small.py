@@ -4,7 +4,7 @@ from nnunet_semiseg.planning import SemiSegMemory
 
 
 class SemiSegPlannerSmall(SemiSegMemory, ExperimentPlanner):
-    """Width 16 to 128 in place of 32 to 320 or 512: for CPUs and quick looks."""
+    """A network with 16 to 128 features instead of 32 to 320 or 512: for CPUs and quick tests."""
 
     default_plans_name = "nnUNetSemiSegSmallPlans"
 

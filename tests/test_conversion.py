@@ -137,7 +137,7 @@ def test_a_missing_case_is_not_replaced_by_the_next_of_the_list():
         parts = assign(fewer, labeled, "published")
         assert [name for name, part in parts.items() if part == "labeled"] == ["c0", "c2", "c3"]
     assert [n for n, part in assign(fewer, 4, "all").items() if part == "labeled"] == ["c0", "c2", "c3", "c4"]
-    with pytest.raises(ValueError, match="none of the first 1 cases of the list is there: give a larger --labeled"):
+    with pytest.raises(ValueError, match="none of the first 1 cases of the list exists: give a larger --labeled"):
         assign(replace(ten, train=["absent", *ten.train]), 1, "published")
 
 
@@ -316,7 +316,7 @@ def test_a_bad_case_is_named_and_the_rest_goes_on(kind, two_channels, raw, capsy
 def test_no_labelled_case_is_whole(download, raw):
     for i in range(3):
         truncate(download / "labels" / f"c{i}.nii.gz")
-    with pytest.raises(ValueError, match="no labelled case is whole"):
+    with pytest.raises(ValueError, match="no labelled case is complete"):
         convert(download, 801, **OPTIONS)
     assert not (raw / "dataset.json").exists()
 
@@ -329,7 +329,7 @@ def test_no_case_found_shows_the_layout(tmp_path, raw):
 
 def test_a_case_that_is_there_twice(download):
     save(cuboid(0)[0], download / "images" / "c0.nrrd")
-    with pytest.raises(ValueError, match=r"c0.nrrd: case c0 is there twice, also as .*c0.nii.gz"):
+    with pytest.raises(ValueError, match=r"c0.nrrd: case c0 appears twice, also as .*c0.nii.gz"):
         convert(download, 801, **OPTIONS)
 
 
@@ -421,7 +421,7 @@ def test_without_a_labelled_case_no_old_dataset_json_is_left(download, raw):
     assert (raw / "dataset.json").exists()
     for i in range(3):
         truncate(download / "labels" / f"c{i}.nii.gz")
-    with pytest.raises(ValueError, match="no labelled case is whole"):
+    with pytest.raises(ValueError, match="no labelled case is complete"):
         convert(download, 801, **OPTIONS)
     assert not (raw / "dataset.json").exists()
 
@@ -575,13 +575,13 @@ def test_1_and_255_at_once_are_refused(pictures):
     mask = MASK.copy()
     mask[0, 0] = 255
     picture(pictures / "labels" / "a.png", mask)
-    with pytest.raises(ValueError, match="a.png: label values 1 and 255 at once"):
+    with pytest.raises(ValueError, match="a.png: has label values 1 and 255"):
         convert(pictures, 801, **OPTIONS)
 
 
 def test_a_coloured_mask_is_refused(pictures):
     picture(pictures / "labels" / "a.png", np.stack([MASK, MASK, 0 * MASK], -1))
-    with pytest.raises(ValueError, match=r"found are 0/0/0 \(11 voxels\), 1/1/0 \(13\): say what .* 1/1/0=organ$"):
+    with pytest.raises(ValueError, match=r"found are 0/0/0 \(11 voxels\), 1/1/0 \(13\): give them names .* 1/1/0=organ$"):
         convert(pictures, 801, **OPTIONS)
 
 
@@ -683,7 +683,7 @@ def test_dicom_series_in_one_folder_or_in_several(tmp_path, raw):
     "heights, uids, words",
     [
         ([0, 2, 4, 8, 10], ["1.2.3"], "slices are 2 mm apart, but 4 mm at 4 mm: some are missing"),
-        ([0, 2, 2, 4], ["1.2.3"], "slices are there twice, at 2 mm"),
+        ([0, 2, 2, 4], ["1.2.3"], "slices appear twice, at 2 mm"),
         ([0, 3, 6, 9, 10.5, 12], ["1.2.3"], "slices are 3 mm apart, but 1.5 mm at 9 mm"),
         ([0, 2, 4], ["1.2.3", "1.2.4"], "2 DICOM series: leave exactly one there"),
         ([], [], "no DICOM series"),

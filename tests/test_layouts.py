@@ -347,9 +347,9 @@ def test_bids_derivatives_that_are_no_labels_and_what_some_cases_lack():
     assert str(layout) == "BIDS names: 2 cases, 2 with a label, channels T1w"
     assert layout.patients == {"sub-01": "sub-01", "sub-02_ses-1": "sub-02"}
     assert layout.left_out == {
-        "README.nii": "no name as BIDS has them",
+        "README.nii": "its name is not in BIDS style",
         "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz": "a derivative that is no label",
-        f"{anat}FLAIR.nii.gz": "channel FLAIR is not there in every labelled case",
+        f"{anat}FLAIR.nii.gz": "channel FLAIR is missing in some labelled case",
     }
 
 
@@ -389,13 +389,13 @@ def test_channels_are_chosen_and_put_in_order():
 @pytest.mark.parametrize(
     "paths, channels, words",
     [
-        (PATIENTS, ["t1", "pet"], "--channels pet: is no channel's name: the files' are flair, t1, t1ce"),
+        (PATIENTS, ["t1", "pet"], "--channels pet: is not the name of a channel: the files' are flair, t1, t1ce"),
         (tree("P1/{a_t1,b_t1,x,seg}.nii.gz P2/x.nii.gz"), ["t1", "x"], "--channels t1: fits a_t1 and b_t1"),
-        (tree("P1/{a,b,seg}.nii.gz P2/{c,d,seg}.nii.gz"), None, "no channel is there in every labelled case: found a"),
+        (tree("P1/{a,b,seg}.nii.gz P2/{c,d,seg}.nii.gz"), None, "no channel is in every labelled case: found a"),
         (tree("images/{a,b}.png labels/c.png"), None, "/d/labels/c.png: no image of case c: rename it"),
-        (tree("images/a.png images/a.bmp"), None, "/d/images/a.png: case a is there twice, also as /d/images/a.bmp"),
+        (tree("images/a.png images/a.bmp"), None, "/d/images/a.png: case a appears twice, also as /d/images/a.bmp"),
         (tree("images/P1.nii.gz labels/P1/{a,b}/1.png"), None, "slices of one volume in labels/P1/a and labels/P1/b"),
-        (tree("images/P1/{01,02}.png labels/P1.nii.gz"), None, "/d/images/P1: 2 numbered pictures: say the size of"),
+        (tree("images/P1/{01,02}.png labels/P1.nii.gz"), None, "/d/images/P1: 2 numbered pictures: if they are slices"),
     ],
 )  # fmt: skip
 def test_names_that_cannot_be_read_in_one_way(paths, channels, words):
@@ -506,4 +506,4 @@ def test_a_folder_that_is_called_like_a_channel_holds_cases():
     layout = recognise(tree("CT/{1,2}/D.dicom MR/{1,2}/D.dicom CT/1/Ground/{1,2}.png"), ["CT"])
     assert layout.images == {"1": {"": "CT/1/D.dicom"}, "2": {"": "CT/2/D.dicom"}}
     assert layout.labels == {"1": {"": "CT/1/Ground.stack"}}
-    assert layout.left_out == dict.fromkeys(tree("MR/{1,2}/D.dicom"), "in no folder that is called CT")
+    assert layout.left_out == dict.fromkeys(tree("MR/{1,2}/D.dicom"), "in no folder with the name CT")

@@ -83,7 +83,7 @@ def test_values_with_gaps_are_offered_and_mapped(source, raw):
     with pytest.raises(ValueError) as error:
         convert(source, labels=["kidney", "tumour"])
     assert str(error.value) == (
-        f"{source}/labels: label values found are 0 (372 voxels), 205 (36), 420 (12): say what they are with"
+        f"{source}/labels: label values found are 0 (372 voxels), 205 (36), 420 (12): give them names with"
         " --label-values 0=background 205=kidney 420=tumour"
     )
     assert not raw.exists()
@@ -139,7 +139,7 @@ def test_grey_masks_of_127_and_255(tmp_path, raw):
     with pytest.raises(ValueError) as error:
         convert(folder, labels=["a", "b"])
     assert str(error.value) == (
-        f"{folder}/labels/a.png: label values found are 0 (22 voxels), 127 (6), 255 (2): say what they are with"
+        f"{folder}/labels/a.png: label values found are 0 (22 voxels), 127 (6), 255 (2): give them names with"
         " --label-values 0=background 127=a 255=b"
     )
     convert(folder, labels=None, label_values=["0=background", "127=a", "255=b"])
@@ -152,7 +152,7 @@ def test_grey_masks_of_127_and_255(tmp_path, raw):
     with pytest.raises(ValueError) as error:
         convert(folder, labels=["a", "b"], overwrite=True)
     assert str(error.value) == (
-        f"{folder}/labels: label values found are 0 (44 voxels), 127 (12), 255 (4): say what they are with"
+        f"{folder}/labels: label values found are 0 (44 voxels), 127 (12), 255 (4): give them names with"
         f" --label-values 0=background 127=a 255=b; {folder}/labels/c.png was smoothed and has more: save it anew"
     )
 
@@ -168,7 +168,7 @@ def test_masks_in_colour(kind, tmp_path, raw):
         with pytest.raises(ValueError) as error:
             convert(folder, labels=["heart", "lung"])
         assert str(error.value).endswith(
-            "labels/a.png: label values found are 0/0/0 (22 voxels), 0/0/255 (2), 255/0/0 (6): say what they are with"
+            "labels/a.png: label values found are 0/0/0 (22 voxels), 0/0/255 (2), 255/0/0 (6): give them names with"
             " --label-values 0/0/0=background 0/0/255=heart 255/0/0=lung"
         )
     values = ["255/0/0=heart", "0/0/255=lung"]
@@ -184,9 +184,7 @@ def test_images_in_colour_ask_for_channels_at_once(tmp_path):
     with pytest.raises(ValueError, match="images/a.png: in colour: name its channels with --channels red green blue"):
         own.find_cases(folder, labels=["a", "b"])
     write(Image.fromarray(np.stack([FLAT] * 3, -1)), folder / "images" / "b.png")  # grey, in three channels
-    with pytest.raises(
-        ValueError, match="^case a: .*images/a.png: a colour image, where a grey one belongs: .*--channels"
-    ):
+    with pytest.raises(ValueError, match="^case a: .*images/a.png: a colour image instead of a grey one: .*--channels"):
         convert(folder, labels=["a", "b"])
 
 
@@ -326,7 +324,7 @@ def test_layers_of_a_segmentation_are_not_dropped(layers, source):
     label.SetSpacing((1, 1, 1.5))
     sitk.WriteImage(label, str(source / "labels" / "c0.seg.nrrd"))
     with pytest.raises(
-        ValueError, match=f"^case c0: .*c0.seg.nrrd: {layers} values a voxel, where one belongs: save it"
+        ValueError, match=f"^case c0: .*c0.seg.nrrd: has {layers} values in a voxel instead of one: save it"
     ):
         convert(source)
 
@@ -466,12 +464,12 @@ def test_masks_of_a_class_each(tmp_path, raw, capsys):
     (tmp_path / "d" / "s1" / "segmentations" / "liver.nii.gz").unlink()
     convert(tmp_path / "d", labels=["liver", "spleen"], channels=["CT"], overwrite=True)
     assert np.array_equal(voxels(raw / "labelsTr" / "s1.nii.gz"), 2 * ORGAN)
-    assert "case s1: there is no mask of liver, which is taken for empty" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--label-values: here each class has a mask of its own: leave it out"):
+    assert "case s1: there is no mask of liver, so it is taken to be empty" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--label-values: here each class has its own mask: leave it out"):
         convert(tmp_path / "d", labels=None, label_values=["1=liver"], overwrite=True)
     left_out = own.find_cases(tmp_path / "d", labels=["spleen"]).left_out
-    assert left_out == {"s0/segmentations/liver.nii.gz": "a mask of no class that is named with --labels"}
-    with pytest.raises(ValueError, match="--labels kidney: no mask is called so: there are liver, spleen"):
+    assert left_out == {"s0/segmentations/liver.nii.gz": "a mask of a class that is not named with --labels"}
+    with pytest.raises(ValueError, match="--labels kidney: no mask has this name: there are liver, spleen"):
         convert(tmp_path / "d", labels=["kidney"], overwrite=True)
 
 
@@ -653,7 +651,7 @@ def test_ct_and_mr_at_once(tmp_path):
     assert [str(case.images[0].paths[0].relative_to(tmp_path)) for case in found.cases.values()] == [
         "d/CT/1/DICOM", "d/CT/2/DICOM",
     ]  # fmt: skip
-    assert set(found.left_out.values()) == {"in no folder that is called CT"} and "MR/1/Ground/0.png" in found.left_out
+    assert set(found.left_out.values()) == {"in no folder with the name CT"} and "MR/1/Ground/0.png" in found.left_out
 
 
 def test_one_dicom_folder_is_one_case(tmp_path):
@@ -697,7 +695,7 @@ def test_structure_sets(tmp_path, raw, capsys):
     for i in (1, 2):
         dicom(tmp_path / "d" / f"P{i}" / "mr", image(i), "t1", f"1.2.{i}.1")
     save_structure_set(tmp_path / "d" / "P1" / "mr", tmp_path / "d" / "P1" / "rt.dcm")
-    with pytest.raises(ValueError, match="rt.dcm: say which classes are wanted: --labels Heart Couch"):
+    with pytest.raises(ValueError, match="rt.dcm: say which classes you want: --labels Heart Couch"):
         convert(tmp_path / "d", labels=None)
     found = own.find_cases(tmp_path / "d", labels=["heart"])
     assert pickle.loads(pickle.dumps(found.cases)).keys() == {"P1", "P2"}  # workers get them
@@ -742,9 +740,7 @@ def test_dicom_segmentations(tmp_path, raw, capsys):
     save(tmp_path / "d" / "P1" / "b.dcm", masks[..., 1:], segments[1:])
     convert(tmp_path / "d", labels=["spleen", "liver"], overwrite=True)
     assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), np.choose(LABEL, [0, 2, 1]))
-    assert (
-        "case P1: 18 voxels are in several classes: they are of the one that is named last" in capsys.readouterr().out
-    )
+    assert "case P1: 18 voxels are in several classes: they get the one that is named last" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- dry run and patients
@@ -796,9 +792,9 @@ def test_a_patient_in_training_and_test_is_refused(tmp_path):
     nii(image(), folder / "imagesTs" / "P1_2.nii.gz")
     with pytest.raises(ValueError, match="1 patients have scans in the test set and in training, P1 has P1_2 and P1_1"):
         convert(folder, group_by="patient")
-    with pytest.raises(ValueError, match=r"--group-by \(: neither patient nor a regular expression"):
+    with pytest.raises(ValueError, match=r"--group-by \(: not a regular expression"):
         convert(folder, group_by="(")
-    with pytest.raises(ValueError, match="names like case_1 do not tell patients"):
+    with pytest.raises(ValueError, match="names like case_1 do not show patients"):
         convert(scans(tmp_path / "e", ["case_1", "case_2"], ["case_1"]), group_by="patient")
 
 

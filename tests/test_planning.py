@@ -456,7 +456,7 @@ def test_a_network_of_two_stages_has_one_output_of_weight_1(tiny_dataset, monkey
 def test_images_too_small_for_a_u_net_are_refused(tiny_dataset, planner):
     dataset = of_shape(tiny_dataset(labeled=2, unlabeled=2, size=6), (6, 7, 6))
     with pytest.raises(
-        UserError, match="^plans .*: 3d_fullres: the images are too small for a U-Net, .* 6 x 7 x 6|6 x 6"
+        UserError, match="^plans .*: 3d_fullres: the images are too small for a U-Net: .* 6 x 7 x 6|6 x 6"
     ):
         dataset.plan(planner)
     assert not list(dataset.preprocessed.glob("*_3d_fullres"))

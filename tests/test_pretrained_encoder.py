@@ -71,7 +71,7 @@ def test_stages_that_are_not_here_are_named(tmp_path):
     ids=["wider", "plain"],
 )
 def test_another_network_is_refused(here, reason, tmp_path):
-    with pytest.raises(UserError, match=f"an encoder of ResEncL, which does not fit these plans .*{reason}"):
+    with pytest.raises(UserError, match=f"an encoder of ResEncL that does not fit these plans .*{reason}"):
         load_pretrained_encoder(here, write_nnssl(residual(), tmp_path / "a.pth"))
 
 

@@ -237,7 +237,7 @@ def test_names_that_are_no_part_of_a_folders(name):
 @pytest.mark.parametrize("value", ["~/raw", '"/raw"', "'/raw", "$HOME/raw"])
 def test_variables_that_no_shell_has_read(value, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", value)
-    assert f"nnUNet_raw={value}: no shell has read" in refusal(base_folder, "nnUNet_raw")
+    assert f"nnUNet_raw={value}: the shell has not" in refusal(base_folder, "nnUNet_raw")
 
 
 def test_numbers_that_nnunet_cannot_tell_apart(tiny_dataset, tmp_path):

@@ -652,7 +652,11 @@ def test_refusals(ready):
         (double, dict(modalities=[[0], [2]]), "two lists of different channels from 0 to 1"),
         (double, dict(modalities=[[0], [0, 1]]), "two lists of different channels from 0 to 1"),
         (double, dict(modalities=[[0, 1]]), "modalities=.*: must have two entries"),
-        (double, dict(modality_views="contrast"), "modality_views=contrast: the dataset has 2 channels, which are the"),
+        (
+            double,
+            dict(modality_views="contrast"),
+            "modality_views=contrast: the dataset has 2 channels, which are used",
+        ),
         (double, dict(ct_windows=[[40, 400], [40]]), "ct_windows=.*: must have two entries of level and width"),
         (double, dict(contrast_gammas=[0.5, -1]), "gammas must be above 0"),
         (double, dict(threshold=1.5), "threshold=1.5: must be a number from 0 to 1"),

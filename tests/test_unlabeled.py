@@ -124,7 +124,7 @@ def test_cascades_and_missing_configurations(planned, capsys):
         ),
         (
             lambda d: shutil.copy(d.image("un_001", 1), d.image("un_001", 2)),
-            r"un_001_0002.nii.gz: channel too many, labelled cases have 2: remove",
+            r"un_001_0002.nii.gz: one channel too many, labelled cases have 2: remove",
         ),
         (
             lambda d: shutil.copy(d.image("un_001"), d.raw / "imagesUn" / "scan.nii.gz"),

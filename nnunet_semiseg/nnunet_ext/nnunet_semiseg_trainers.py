@@ -1,7 +1,7 @@
-"""The one module that nnU-Net imports from the folders in ``nnUNet_extTrainer``, and forgets afterwards.
+"""The only module that nnU-Net imports from the folders in ``nnUNet_extTrainer``. nnU-Net forgets it afterwards.
 
-It asks for a trainer with ``hasattr``. The trainers come from ``nnunet_semiseg.trainers`` by absolute import:
-they exist once, keep their identity and pickle. An ImportError is passed on, not taken for "not here".
+nnU-Net asks for a trainer with ``hasattr``. The trainers come from ``nnunet_semiseg.trainers`` by absolute import, so
+that each class exists once and can be pickled. An ImportError is passed on; it does not mean "no such trainer".
 """
 
 from nnunet_semiseg.discovery import find_class

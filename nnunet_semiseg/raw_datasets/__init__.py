@@ -1,11 +1,11 @@
-"""From what the user has downloaded to a raw dataset of nnU-Net's, with `imagesUn`.
+"""Turn what the user has downloaded into a raw dataset of nnU-Net's, with `imagesUn`.
 
-A module in `dataset_conversion/` describes one data set and finds its cases (`ABOUT`, `find_cases`); assigning them
-to labelled, unlabelled and test, checking, writing and going on after an interruption is here, the same for all:
-a module's `convert` is `convert_dataset` with its `find_cases`.
+A module in `dataset_conversion/` describes one data set and finds its cases (`ABOUT`, `find_cases`). All the rest is
+here and is the same for all data sets: choosing labelled, unlabelled and test cases, checking and writing them, and
+continuing after an interruption. The `convert` of a module is `convert_dataset` with its `find_cases`.
 
-While a dataset is being made, a folder `.conversion` in it holds what was asked for and a record of every case that
-is whole. It stays where a case failed, so that the same command goes on; `dataset.json` comes last.
+While a dataset is being made, the folder `.conversion` in it holds the options and a record of every complete case. If
+a case failed, the folder stays, so that the same command continues. `dataset.json` is written last.
 """
 
 from nnunet_semiseg.raw_datasets.dataset import assign, convert_dataset

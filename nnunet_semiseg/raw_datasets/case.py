@@ -1,4 +1,4 @@
-"""One case: read, checked and written."""
+"""Read, check and write one case."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 STATE = ".conversion"
 LINKED = (".nrrd", ".mha")
-"""kinds that nnU-Net reads, and whose voxels may be in another file, which a link would not take along"""
+"""kinds of files that nnU-Net reads; their voxels may be in another file, which a link would not include"""
 
 
 def convert_case(
     case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path
 ) -> tuple[str, str | None]:
-    """Check and write one case; a record in `.conversion` says that it is whole.
+    """Check and write one case. When it is complete, a record is written into `.conversion`.
 
     Returns:
         The case's name, and what is wrong with it, in one line.
@@ -38,13 +38,13 @@ def convert_case(
         DiskError: the disk is full or read-only.
     """
     staging = target / STATE / f"case_{case.name}"
-    shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
+    shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left it
     try:
         with disk_errors(target):
             _convert_case(case, subset, about, crop, folder, target, staging)
-    except DiskError:  # so do the other cases
+    except DiskError:  # the other cases will have the same error
         raise
-    except Exception as e:  # readers raise of many kinds
+    except Exception as e:  # readers have errors of many kinds
         return case.name, one_line_of(e)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -54,7 +54,7 @@ def convert_case(
 def _convert_case(
     case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path, staging: Path
 ) -> None:
-    # the label of an unlabelled case is not opened, unless the user has asked for a crop round it
+    # the label of an unlabelled case is not opened, unless the user asks for a crop around it
     notes = _write_case(case, subset, about, crop, folder, staging)
     for file in staging.rglob(f"*{about.file_ending}"):
         os.replace(file, target / file.parent.name / file.name)
@@ -81,12 +81,12 @@ def _write_case(case: Case, subset: str, about: About, crop: Crop | None, root: 
         images[i] = _on_grid(images[i], case.images[i], first, case.images[0], notes)
     label = None
     if case.label is None and subset == "Tr":
-        raise UserError("has no label, which a labelled case needs")
+        raise UserError("has no label, but a labelled case needs one")
     if case.label is not None and (subset != "Un" or crop):
         given, link = load(case.label, notes, about.repair, root)
         label = one_channel(given, _name(case.label))
         label, link = _on_grid((label, link if label is given else None), case.label, first, case.images[0], notes)
-        label.CopyInformation(first)  # they differ by no more than what files round
+        label.CopyInformation(first)  # they differ only by rounding in the files
     slices = crop(label) if crop else None
     folder, ending = staging / f"images{subset}", about.file_ending
     for i, (image, whole) in enumerate(images):
@@ -102,17 +102,17 @@ def _write_case(case: Case, subset: str, about: About, crop: Crop | None, root: 
 
 
 Loaded = tuple[sitk.Image, Path | None]
-"""an image, and its file, where the image is what the file holds"""
+"""an image; and its file, if the file holds exactly this image"""
 
 
 def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | None = None) -> Loaded:
-    """An image of a case; notes say what is not as the file has it.
+    """Read an image of a case. The notes say how it differs from its file.
 
     Args:
-        root: the folder that nothing may be read from outside of; None: the file's own.
+        root: nothing outside of this folder may be read. None: the folder of the file.
 
     Raises:
-        UserError: missing, damaged, or with what `repair` does not put right.
+        UserError: the image is missing or damaged, or `repair` does not allow to fix it.
     """
     for path in paths_of(source):
         if not path.exists():
@@ -129,7 +129,7 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
         link = None if found else source
     else:
         image, link = _run(source, notes), None
-    if image.GetDimension() == 2:  # dots per inch, which nnU-Net does not read and masks do not share
+    if image.GetDimension() == 2:  # dots per inch: nnU-Net does not read them, and masks have other ones
         image.SetSpacing((1, 1))
         image.SetOrigin((0, 0))
     if not is_spacing(image.GetSpacing()):
@@ -157,7 +157,7 @@ def _run(source: Read, notes: list[str]) -> sitk.Image:
 
 
 def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path | Read, notes: list[str]) -> Loaded:
-    """With the expected header where what is in its own is rounded; raises UserError where it is another grid."""
+    """Give an image the expected header if its own is rounded. Raises UserError if the grid is another one."""
     image, link = loaded
     difference, rounded = grid_difference(image, expected)
     if difference:
@@ -171,14 +171,14 @@ def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path
 
 
 def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: str) -> sitk.Image:
-    """The label itself where nothing is to be changed, else a copy with the dataset's values, uint8."""
+    """The label itself if nothing changes, else a copy with the dataset's values, uint8."""
     voxels = sitk.GetArrayViewFromImage(label)
     present, counts = np.unique(voxels, return_counts=True)
     if unknown := [f"{v:g} ({n} voxels)" for v, n in zip(present, counts, strict=True) if v not in values]:
         known = ", ".join(map(str, values))
         raise UserError(f"{name}: label value {some(unknown)}, known are {known}: {hint}")
     if {1, 255} <= set(present.tolist()) and values[1] == values[255]:
-        raise UserError(f"{name}: label values 1 and 255 at once, and 255 is read as 1: leave one")
+        raise UserError(f"{name}: has label values 1 and 255, but 255 is read as 1: remove one of them")
     if np.issubdtype(voxels.dtype, np.integer) and all(values[int(v)] == v for v in present):
         return label
     mapped = np.zeros(voxels.shape, np.uint8)
@@ -190,11 +190,11 @@ def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: st
 
 
 def _write(image: sitk.Image, whole: Path | None, slices, file: Path, ending: str) -> None:
-    """Link the file where it holds the image as nnU-Net reads it, copy it where links do not work, else write."""
+    """Link the file if nnU-Net can read the image from it; copy it if links do not work; otherwise write the image."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if slices is not None or whole is None or not whole.name.endswith(ending):
         warns = sitk.ProcessObject.GetGlobalWarningDisplay()
-        sitk.ProcessObject.SetGlobalWarningDisplay(False)  # of what a header has that another format does not
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)  # about parts of a header that the new format does not have
         try:
             write_image(image if slices is None else image[slices], file)
         finally:
@@ -220,7 +220,7 @@ def _sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file, or a header and its data, or all files in a folder (a DICOM series), by the order of their names."""
+    """A file; or a header and its data; or all files in a folder (a DICOM series), in the order of their names."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     if not path.is_dir():
         files += [path.parent / name for name in data_files(path)]
@@ -228,5 +228,5 @@ def files_of(path: Path) -> list[Path]:
 
 
 def paths_of(source: Path | Read | None) -> tuple[Path, ...]:
-    """The files that an image or a label is read from."""
+    """The files from which an image or a label is read."""
     return () if source is None else source.paths if isinstance(source, Read) else (source,)

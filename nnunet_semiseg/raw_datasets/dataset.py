@@ -1,4 +1,4 @@
-"""Assigning cases to labelled, unlabelled and test, and the dataset as a whole."""
+"""Choose labelled, unlabelled and test cases, and make the whole dataset."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def convert_dataset(
     show_progress_bar: bool = True,
     **options,
 ) -> Path:
-    """Make `DatasetNNN_Name` below `nnUNet_raw`; run again after an interruption, it goes on.
+    """Make `DatasetNNN_Name` in `nnUNet_raw`. After an interruption, run it again, and it continues.
 
     Args:
-        find_cases: of the data set's module; called with the source's folder and the options.
-        source: a folder, or an archive (zip, tar), which is unpacked for the time of the conversion.
-        labeled: cases that keep their label: a number, a fraction of the training cases, "all", or None for what
-            the data set publishes. The first of the published order are taken.
-        protocol: "published" keeps to the published lists; "all" trains on every case and has no test set.
-        crop: "published" crops round the ground truth, of unlabelled and test cases too; "none" does not.
-        num_processes: 0 works in this process; a script that asks for more needs `if __name__ == "__main__":`.
-        overwrite: begin anew where there is such a dataset.
-        dry_run: say what would be done, write nothing.
-        max_size: in GB, what an archive may unpack to; None: `archives.RATIO` times its size.
+        find_cases: a function of the data set's module. It is called with the source's folder and the options.
+        source: a folder; or an archive (zip, tar), which is unpacked while the conversion runs.
+        labeled: how many cases keep their label: a number, a fraction of the training cases, "all", or None for the
+            published number. The first cases of the published order are taken.
+        protocol: "published" uses the published lists; "all" trains on every case and has no test set.
+        crop: "published" crops around the ground truth, even of unlabelled and test cases; "none" does not.
+        num_processes: with 0 this process does the work. A script that uses more needs `if __name__ == "__main__":`.
+        overwrite: replace a dataset that exists.
+        dry_run: print what would be done, and write nothing.
+        max_size: in GB, the largest size of an unpacked archive. None: `archives.RATIO` times its size.
 
     Returns:
         The dataset's folder.
 
     Raises:
         BusyError: another process converts to this number.
-        UserError: nothing to convert, or it cannot be written; one line for each case that is bad, after all others
+        UserError: there is nothing to convert, or it cannot be written; one line for each bad case, after all others
             are done.
     """
     source = Path(source).absolute()
@@ -102,7 +102,7 @@ def convert_dataset(
         begun = beginning(target, request, overwrite)
         found.check([name for name, part in parts.items() if part != "unlabeled"])
         if dry_run:
-            print("nothing is made: type the same without --dry-run")
+            print("nothing was written: run the same command without --dry-run")
         else:
             if target.exists() and begun is None:
                 shutil.rmtree(target)
@@ -114,33 +114,33 @@ def convert_dataset(
 
 
 def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str:
-    """What to type when the dataset is there."""
+    """The command for the next step."""
     configuration = "2d" if about.dimension == 2 else "3d_fullres"
     only = "" if "unlabeled" in parts.values() else " --labeled_only"
     return f"nnunet_semiseg plan_and_preprocess -d {dataset_id} -c {configuration}{only}"
 
 
 def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
-    """Case name to part: labeled, validation, unlabeled or test.
+    """Give each case a part: labeled, validation, unlabeled or test.
 
-    The labelled ones are the first of the published list. One that is not there is not replaced by the next: the
-    labelled set would be another than everybody's.
+    The labelled cases are the first of the published list. If one of them is missing, the next one does not replace it,
+    because then the labelled set would differ from that of other people.
 
     Raises:
-        UserError: more labelled cases asked for than there are, none at all, or a case in two lists.
+        UserError: there are fewer labelled cases than asked for, or none; or a case is in two lists.
     """
     present = source.cases.keys()
     lists = {"train": source.train, "val": source.val, "test": source.test}
     lists = {part: list(dict.fromkeys(names)) for part, names in lists.items()}
     for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
         if both := sorted(set(names) & set(others)):
-            raise UserError(f"case {some(both)} is in the {one} and in the {other} list: take it out of one")
+            raise UserError(f"case {some(both)} is in the {one} and in the {other} list: remove it from one of them")
     if protocol == "all":
         listed = [name for name in dict.fromkeys(itertools.chain(*lists.values())) if name in present]
         lists = {"train": [*listed, *(name for name in present if name not in listed)], "val": [], "test": []}
     train = [name for name in lists["train"] if name in present]
     if not train:
-        raise UserError("none of the listed training cases is there: use --protocol all, or look at -i")
+        raise UserError("none of the listed training cases exists: use --protocol all, or check -i")
     candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
     n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
     keep = set(candidates[:n]) & present
@@ -148,7 +148,7 @@ def assign(source: Source, labeled: int | float | str | None, protocol: str) -> 
         raise UserError(
             "no training case has a label"
             if n == 0
-            else f"none of the first {n} cases of the list is there: give a larger --labeled, or use --protocol all"
+            else f"none of the first {n} cases of the list exists: give a larger --labeled, or use --protocol all"
         )
     parts = {name: "labeled" if name in keep else "unlabeled" for name in train}
     parts |= {name: "validation" for name in lists["val"] if name in present}
@@ -171,7 +171,7 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
 
 
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
-    """Raises UserError where making or replacing the target would touch what it is made of, through links, too."""
+    """Raises UserError if writing the target would change its own source, even through links."""
     here = target.resolve()
     parts = (part for case in found.cases.values() for part in (*case.images, case.label))
     for path in (*sources, *(path for part in parts for path in paths_of(part))):
@@ -183,7 +183,7 @@ def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> N
 
 
 def stamp(case: Case, part: str, source: Path) -> list:
-    """Sizes and times of the files that a case is made of, or of the archive that they come from."""
+    """Sizes and times of the files of a case, or of the archive that they come from."""
     label = () if part == "unlabeled" else (case.label,)
     files = [path for image in (*case.images, *label) for path in paths_of(image)]
     if source.is_file():
@@ -194,7 +194,7 @@ def stamp(case: Case, part: str, source: Path) -> list:
 
 
 def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
-    """What was asked for when this very conversion was begun, where it is not finished; None: begin.
+    """The options of this conversion if it was begun and is not finished. None: begin.
 
     Raises:
         UserError: the number or the folder is in use.
@@ -207,16 +207,16 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
     begun = target / STATE / "request.json"
     if not begun.is_file():
         raise UserError(f"{target}: exists already: replace it with --overwrite, or choose another number with -d")
-    before = read_json(begun, "begin anew with --overwrite")
+    before = read_json(begun, "begin again with --overwrite")
     asked = ("source", "labeled", "protocol", "crop", "options")
     if any(before.get(key) != request[key] for key in asked):
-        raise UserError(f"{target}: was begun with other options: repeat those, or begin anew with --overwrite")
-    # a case that was taken out may have decided on the kind of file that all are written as
+        raise UserError(f"{target}: was begun with other options: repeat those, or begin again with --overwrite")
+    # the format of all files may depend on a case that was removed since
     return before if before.get("form") == request["form"] else None
 
 
 def _take_back(target: Path, begun: Mapping, request: Mapping, ending: str) -> None:
-    """Remove cases that were begun and are gone since, have changed, or now belong to another part."""
+    """Remove unfinished cases that no longer exist, have changed, or now belong to another part."""
     for name, part in begun.get("parts", {}).items():
         if request["parts"].get(name) != part or begun["stamps"][name] != request["stamps"][name]:
             (target / STATE / f"case_{name}.json").unlink(missing_ok=True)
@@ -251,20 +251,20 @@ def _convert(source: Source, folder: Path, target: Path, request: dict, num_proc
                     problems[name] = problem
     except BrokenProcessPool:
         raise UserError(
-            f"{target}: a worker was killed, probably for want of memory: run the same command again, with a smaller "
-            f"-np; what is done is kept"
+            f"{target}: a worker was killed, probably because memory ran out: run the same command again, with a"
+            f" smaller -np; finished cases are kept"
         ) from None
     lines = [f"case {name}: {problems[name]}" for name in sorted(problems)]
     if not {name for name, part in parts.items() if part == "labeled"} - set(problems):
-        raise UserError("\n".join([*lines, f"{target}: no labelled case is whole: fix them and run the command again"]))
+        raise UserError("\n".join([*lines, f"{target}: no labelled case is complete: fix them and run it again"]))
     _finish(source, target, request, [name for name in parts if name not in problems])
     if problems:
-        raise UserError("\n".join([*lines, f"{target}: made without these; fix them and run the command again"]))
+        raise UserError("\n".join([*lines, f"{target}: made without these: fix them and run the command again"]))
     shutil.rmtree(state)
 
 
 def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -> None:
-    """Notes to the console; splits_final.json, texts.json and, last of all, dataset.json."""
+    """Print the notes; write splits_final.json, texts.json and, last of all, dataset.json."""
     about, state = source.about, target / STATE
     records = {name: json.loads((state / f"case_{name}.json").read_bytes()) for name in whole}
     for name, record in records.items():
@@ -273,7 +273,7 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
     labeled_cases, validation = (
         [n for n in whole if request["parts"][n] == part] for part in ("labeled", "validation")
     )
-    for file in ("splits_final.json", "texts.json"):  # of a beginning with other cases
+    for file in ("splits_final.json", "texts.json"):  # from a start with other cases
         (target / file).unlink(missing_ok=True)
     if validation:
         write_json([{"train": labeled_cases, "val": validation}], target / "splits_final.json")
@@ -300,7 +300,7 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
             "licence": about.licence,
             "citation": about.citation,
             "protocol": about.protocol if request["protocol"] == "published" else "every case trains, no test set",
-            ORDER_KEY: [name for name in request["parts"] if name in labeled_cases],  # as published
+            ORDER_KEY: [name for name in request["parts"] if name in labeled_cases],  # in the published order
             "crop": f"round the ground truth ({about.crop.source})" if request["crop"] == "published" else "none",
             "notes": list(about.notes),
             "sources": {file: digest for record in records.values() for file, digest in record["sources"].items()},

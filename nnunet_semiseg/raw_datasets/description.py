@@ -1,4 +1,4 @@
-"""What a module of `dataset_conversion/` says of a data set and of its cases."""
+"""The description of a data set and its cases, which modules of `dataset_conversion/` fill in."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PICTURES = (".png", ".bmp", ".tif")  # of those that nnU-Net reads
 
 @dataclass(frozen=True)
 class Crop:
-    """A published crop: the label's bounding box, grown to at least `size`, and a margin outside of that.
+    """A published crop: the bounding box of the label, enlarged to at least `size`, plus a margin.
 
     Args:
-        size, margin: voxels, x y z; None where an axis is not cropped.
-        source: who publishes it.
+        size, margin: in voxels, x y z. None: the axis is not cropped.
+        source: who published it.
     """
 
     size: tuple[int | None, ...]
@@ -29,10 +29,10 @@ class Crop:
     source: str
 
     def __call__(self, label: sitk.Image) -> tuple[slice, ...]:
-        """Slices, x y z, of an image on the label's grid. Raises UserError where the label is empty."""
+        """Slices, x y z, of an image on the label's grid. Raises UserError if the label is empty."""
         foreground = np.nonzero(sitk.GetArrayViewFromImage(label))[::-1]  # z y x to x y z
         if not len(foreground[0]):
-            raise UserError("the label is empty, so that there is nothing to crop round: --crop none")
+            raise UserError("the label is empty, so that there is nothing to crop around: --crop none")
         slices = []
         for indices, size, margin, extent in zip(foreground, self.size, self.margin, label.GetSize(), strict=True):
             if size is None:
@@ -47,19 +47,19 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What is known of a data set before its files are looked at.
+    """What is known about a data set before its files are looked at.
 
     Args:
-        name: of the dataset, behind its number.
-        layout: what the download looks like; shown where no case is found.
+        name: of the dataset, after its number.
+        layout: what the download looks like; shown if no case is found.
         protocol: the published split, in words.
-        labeled: how many labelled cases by default; None: all that have a label.
+        labeled: the default number of labelled cases. None: all that have a label.
         labels, regions_class_order, file_ending: as in `dataset.json`.
-        dims: of every image; None: 2 for pictures, else 3.
-        label_values: value in the source to value in the dataset; None: the values of `labels`.
-        value_hint: how to put right a label value that is not known.
-        repair: what may be changed of headers and voxels.
-        notes: what a user should know before using it.
+        dims: of every image. None: 2 for pictures, else 3.
+        label_values: from values in the source to values in the dataset. None: the values of `labels`.
+        value_hint: how to fix an unknown label value.
+        repair: what may be changed in headers and voxels.
+        notes: what a user should know before using the data set.
     """
 
     name: str
@@ -98,7 +98,7 @@ class About:
 
 @dataclass(frozen=True)
 class Read:
-    """An image that is not what nnU-Net reads: `function(*paths, **options)` gives it, in a worker.
+    """An image that nnU-Net cannot read as it is. `function(*paths, **options)` returns it, in a worker.
 
     The function returns a SimpleITK image, or a pair of it and a note for the report, which may be empty.
 

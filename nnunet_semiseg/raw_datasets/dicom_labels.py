@@ -1,6 +1,6 @@
-"""Labels as DICOM has them: segmentations (DICOM-SEG) and structure sets of radiotherapy (RTSTRUCT).
+"""Labels in DICOM: segmentations (DICOM-SEG) and structure sets of radiotherapy (RTSTRUCT).
 
-They need `pip install nnunet-semiseg[dicom]`: highdicom, and pydicom, which comes with it.
+They need `pip install nnunet-semiseg[dicom]`: highdicom and pydicom.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def classes_in(path: Path) -> list[str]:
 
 
 def read_dicom_labels(*paths: Path, names: Sequence[str], read_image: Callable[..., sitk.Image]):
-    """DICOM segmentations and structure sets on their image's grid, with the values 1, 2, ... of the named classes.
+    """DICOM segmentations and structure sets on the grid of their image. The named classes get the values 1, 2, ...
 
-    A voxel in several classes is of the one that is named last.
+    A voxel in several classes belongs to the one that is named last.
 
     Args:
-        paths: one or more files, and the image.
+        paths: one or more files, and then the image.
 
     Returns:
-        The label, uint8, and a note: what was not named, what is not there, what overlaps.
+        The label, uint8; and a note about classes that are not named or missing, and about overlaps.
     """
     *files, grid = paths
     note = _compare(files, names)
@@ -60,7 +60,7 @@ def read_dicom_labels(*paths: Path, names: Sequence[str], read_image: Callable[.
         label[mask] = value
     result = sitk.GetImageFromArray(label)
     result.CopyInformation(image)
-    overlaps = [f"{overlap} voxels are in several classes: they are of the one that is named last"] if overlap else []
+    overlaps = [f"{overlap} voxels are in several classes: they get the one that is named last"] if overlap else []
     return result, "; ".join([*note, *overlaps])
 
 
@@ -85,7 +85,7 @@ def _segment(data, name: str, image: sitk.Image, note: list[str]) -> np.ndarray:
 
 
 def _outlined(data, name: str, image: sitk.Image, file: Path, grid: Path) -> np.ndarray:
-    """The pixels within the outlines of each slice, z y x; an outline within one is a hole."""
+    """The pixels inside the outlines of each slice, z y x. An outline inside another one is a hole."""
     numbers = {int(item.ROINumber): str(item.ROIName) for item in data.StructureSetROISequence}
     mask = np.zeros(image.GetSize()[::-1], bool)
     for roi in data.ROIContourSequence:
@@ -108,7 +108,7 @@ def _compare(files: Sequence[Path], names: Sequence[str]) -> list[str]:
     unused = [other for other in there if not any(_same(name, other) for name in names)]
     where = " and ".join(file.name for file in files)
     if len(missing) == len(names):
-        raise UserError(f"{files[0]}: none of --labels {' '.join(names)} is there: {where} has {some(there, 20)}")
+        raise UserError(f"{files[0]}: has none of --labels {' '.join(names)}: {where} has {some(there, 20)}")
     notes = [f"{where} has no {some(missing)}"] if missing else []
     return notes + ([f"{some(unused)} of {where} is not named with --labels and left out"] if unused else [])
 
@@ -118,7 +118,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _on_lattice(segment: sitk.Image, image: sitk.Image) -> bool:
-    """Whether voxels lie on voxels, though one may reach further than the other, or have its axes in another order."""
+    """Whether the voxels of both grids coincide. The sizes and the order of the axes may differ."""
     ends = np.diag(segment.GetSize()) - np.eye(3, dtype=int)  # the last voxel along each axis
     places = [segment.TransformIndexToPhysicalPoint(end.tolist()) for end in (np.zeros(3, int), *ends)]
     first, *last = (np.array(image.TransformPhysicalPointToContinuousIndex(place)) for place in places)

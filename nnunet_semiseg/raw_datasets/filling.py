@@ -1,4 +1,4 @@
-"""A layout, and how files are put into it: among those of other cases, in groups, or in a folder of their case."""
+"""A layout, and how files are put into it: from one folder for all cases, in groups, or from a folder for each."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from nnunet_semiseg.raw_datasets.pairs import find_suffixes, pair
 
 @dataclass
 class Layout:
-    """What the names say.
+    """What the names of files say.
 
     Args:
-        kind: how the source is kept, in words.
-        images: case to channel to path; a file that holds all channels is that of channel "". A channel that the case
-            lacks is not there.
-        labels: case to class to path; a file that holds all classes is that of class "".
-        channels: in their order; none where there is one, and nothing says what it is.
-        parts: case to val, test or unlabeled; all others are for training.
-        patients: case to patient, where folders say it.
-        left_out: path to reason.
-        joined: what labels are called that were taken for one and the same; none where their names do not differ.
+        kind: how the source is organised, in words.
+        images: by case and channel the path. A file with all channels has the channel "". A missing channel is left
+            out.
+        labels: by case and class the path. A file with all classes has the class "".
+        channels: in their order. Empty if there is one channel and nothing says what it is.
+        parts: val, test or unlabeled, by case; all others are for training.
+        patients: by case, if folders say so.
+        left_out: the reason by path.
+        joined: different names of labels that were taken for the same. Empty if the names do not differ.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Layout:
 
 
 def is_label(name: Name) -> bool:
-    """By the folder, or else by the file's own name."""
+    """Whether a file is a label, by its folder, or else by its own name."""
     if name.ending in (DICOM_SEG, RTSTRUCT):
         return True
     if name.folder_kind:
@@ -73,11 +73,11 @@ def by_kind(names: Iterable[Name]) -> tuple[list[Name], list[Name]]:
 
 
 def put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
-    """One file; raises UserError where the case has one of this channel, or of this class, already."""
+    """Add one file. Raises UserError if the case already has one for this channel or class."""
     files = (layout.images if kind == IMAGE else layout.labels)[case]
     if rest in files:
         other, fix = replace(name, path=files[rest]), "take one away"
-        what = "is there twice, also as" if kind == IMAGE else "has two labels, this one and"
+        what = "appears twice, also as" if kind == IMAGE else "has two labels, this one and"
         fix = fix if kind == IMAGE else f"{fix}, or join them"
         raise UserError(f"{name}: case {case} {what} {other}: {fix}")
     files[rest] = name.path
@@ -88,7 +88,7 @@ def put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
 def fill_flat(
     layout: Layout, names: Sequence[Name], channels: Sequence[str] | None, suffixes: Sequence[str] | None = None
 ) -> None:
-    """Files that lie among those of other cases, see `pairs`; None: their suffixes are to be found."""
+    """Add files from one folder for all cases, see `pairs`. If `suffixes` is None, they are found from the names."""
     images, labels = by_kind(names)
     if suffixes is None:
         suffixes = find_suffixes(images, labels, channels)
@@ -100,10 +100,10 @@ def fill_flat(
 def fill_groups(
     layout: Layout, groups: Mapping[str, Sequence[Name]], channels: Sequence[str] | None, patients: bool = True
 ) -> None:
-    """Files of several cases in a folder each, whose name comes before those that would be another case's, too.
+    """Add files of several cases from folders. A name that is not unique gets the name of its folder in front.
 
     Args:
-        patients: the folder is that of a patient.
+        patients: each folder belongs to one patient.
     """
     found = {}
     suffixes = find_suffixes(*by_kind(name for names in groups.values() for name in names), channels)
@@ -121,17 +121,17 @@ def fill_groups(
 
 
 def fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -> None:
-    """Files in a folder of their own: channels and classes, or slices of a volume."""
+    """Add files from the folder of one case: channels and classes, or slices of a volume."""
     images, labels = by_kind(names)
     series = [name for name in images if name.ending == SERIES]
     if _are_slices(images) and stacked:
         images = [_folder_of(images)]
     elif _are_slices(images) and len({re.sub(r"\d+", "", name.stem) for name in images}) == 1:
         raise UserError(
-            f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures: say the size of their voxels with"
-            f" --spacing X Y Z (mm), and they are slices of a volume"
+            f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures: if they are slices of a volume, give"
+            f" the size of their voxels with --spacing X Y Z (mm)"
         )
-    elif len(series) > 1:  # which is which, their headers say
+    elif len(series) > 1:  # their headers say which is which
         folder = os.path.commonpath([name.path.removesuffix(SERIES) for name in series])
         images = [name for name in images if name.ending != SERIES] + [replace(series[0], path=folder + SERIES)]
     if _are_slices(labels) and not any(name.ending in PICTURES for name in images):
@@ -142,7 +142,7 @@ def fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -
     cores = [label_core(name.stem) for name in labels]
     for name, own in zip(labels, cores, strict=True):
         rest = without_case(name.stem if own is None or cores.count(own) > 1 else own, case)
-        if name.ending in (DICOM_SEG, RTSTRUCT):  # their classes are named within
+        if name.ending in (DICOM_SEG, RTSTRUCT):  # the names of their classes are inside
             rest = name.path if len(labels) > 1 else ""
         put(layout, LABEL, case, "" if name.ending in (SERIES, STACK) else rest, name)
 
@@ -152,7 +152,7 @@ def _are_slices(names: Sequence[Name]) -> bool:
 
 
 def _folder_of(slices: Sequence[Name]) -> Name:
-    """What stands for the slices of a volume."""
+    """The path that represents the slices of a volume."""
     folders = sorted({os.path.dirname(name.path) for name in slices})
     if len(folders) > 1:
         raise UserError(f"{slices[0]}: slices of one volume in {' and '.join(folders)}: put them into one folder")
@@ -160,7 +160,7 @@ def _folder_of(slices: Sequence[Name]) -> Name:
 
 
 def _folders_within(name: Name, case: str) -> list[str]:
-    """Folders between that of the case and the file, less those that are named for a kind."""
+    """Folders between that of the case and the file, except those with the name of a kind."""
     folders = list(name.folders)
     start = next((i for i in reversed(range(len(folders))) if folders[i] == case), len(folders) - 1)
     return [folder for folder in folders[start + 1 :] if not kind_of(folder)]

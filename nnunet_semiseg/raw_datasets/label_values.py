@@ -1,4 +1,4 @@
-"""What the values of labels mean, where they are not 0, 1, 2, ...: `--label-values 205=kidney 420=tumour`."""
+"""The meaning of label values that are not 0, 1, 2, ...: `--label-values 205=kidney 420=tumour`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BACKGROUND = "background"
 
 @dataclass(frozen=True)
 class LabelValues:
-    """What the user says of values.
+    """What the user says about values.
 
     Args:
-        names: class to value in the dataset, `background` among them.
-        grey: value in the files to value in the dataset.
+        names: for each class its value in the dataset, including `background`.
+        grey: from values in the files to values in the dataset.
         colours: the same for colours, 0 to 255 each.
     """
 
@@ -36,10 +36,10 @@ def parse(words: Sequence[str], labels: Sequence[str] | None = None) -> LabelVal
     """Read `205=kidney`, `0,1=background` and, for colours, `255/0/0=kidney`.
 
     Args:
-        labels: classes in the order of their values 1, 2, ...; None: as they are named first.
+        labels: the classes in the order of their values 1, 2, ... None: in the order in which `words` name them.
 
     Raises:
-        UserError: something else, a value that is named twice, a name that `labels` does not have.
+        UserError: another form; a value that is named twice; a name that is not in `labels`.
     """
     pairs: list[tuple[Value, str]] = []
     for word in words:
@@ -50,14 +50,14 @@ def parse(words: Sequence[str], labels: Sequence[str] | None = None) -> LabelVal
         pairs += [(value, name) for value in parts if value is not None]
     twice = [value for value, n in Counter(value for value, _ in pairs).items() if n > 1]
     if twice:
-        raise UserError(f"--label-values: {as_text(twice[0])} is named twice: leave one")
+        raise UserError(f"--label-values: {as_text(twice[0])} is named twice: remove one")
     order = list(labels or dict.fromkeys(name for _, name in pairs if name != BACKGROUND))
     if unknown := [name for _, name in pairs if name not in (BACKGROUND, *order)]:
         raise UserError(f"--label-values: {unknown[0]} is not among --labels {' '.join(order)}: give it there, too")
     names = {BACKGROUND: 0, **{name: i for i, name in enumerate(order, 1)}}
     grey = {value: names[name] for value, name in pairs if isinstance(value, int)}
     colours = {value: names[name] for value, name in pairs if isinstance(value, tuple)}
-    if colours and not any(grey.values()):  # grey masks beside those in colour have 0, 1, 2, ...
+    if colours and not any(grey.values()):  # grey masks beside coloured ones have 0, 1, 2, ...
         grey = {value: value for value in names.values()}
     return LabelValues(names, grey, {(0, 0, 0): 0, **colours} if colours else {})
 
@@ -79,7 +79,7 @@ def as_text(value: Value | float) -> str:
 
 
 def count(label: sitk.Image) -> Counter:
-    """Voxels by value, or pixels by colour (red, green, blue)."""
+    """Count voxels by value, or pixels by colour (red, green, blue)."""
     voxels = sitk.GetArrayViewFromImage(label)
     if label.GetNumberOfComponentsPerPixel() >= 3:
         values, counts = np.unique(voxels[..., :3].reshape(-1, 3), axis=0, return_counts=True)
@@ -95,7 +95,7 @@ def _order(value: Value | float) -> tuple:
 
 
 def found_text(counts: Mapping) -> str:
-    """`0 (900 voxels), 205 (80), 420 (20)`: ten at most, the most frequent ones, by value."""
+    """`0 (900 voxels), 205 (80), 420 (20)`: the ten most frequent values at most, in order."""
     most = dict(Counter(counts).most_common(10))
     parts = [f"{as_text(value)} ({n})" for value, n in sorted(most.items(), key=lambda pair: _order(pair[0]))]
     more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
@@ -103,7 +103,7 @@ def found_text(counts: Mapping) -> str:
 
 
 def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
-    """The option to copy: names as given, where there are as many as values beside the background's."""
+    """The option to copy into the command. It uses the given names if their number fits the values."""
     values = sorted(counts, key=_order)
     zero = next((value for value in values if value in (0, (0, 0, 0))), None)
     others = [value for value in values if value != zero]
@@ -113,10 +113,10 @@ def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
     words = ([f"{as_text(zero)}={BACKGROUND}"] if zero is not None else []) + [
         _quoted(f"{as_text(value)}={name}") for value, name in zip(others, names, strict=True)
     ]
-    return f"say what they are with --label-values {' '.join(words)}"
+    return f"give them names with --label-values {' '.join(words)}"
 
 
 def _quoted(word: str) -> str:
-    """So that a shell takes it for one word, and the command does not take -1 for an option: it has no spaces."""
+    """Quote a word for the shell. Since it has no spaces, the command does not take -1 for an option."""
     word = f" {word}" if word.startswith("-") else word
     return word if re.fullmatch(r"[\w./=-]+", word) else f"'{word}'"

@@ -1,8 +1,8 @@
-"""Which files are images, channels and labels of which case: told from their names alone, nothing is opened.
+"""Find images, channels and labels of each case from the names of files. Nothing is opened.
 
-These ways to keep a data set are known, and tried in this order: names as BIDS has them; one case alone; a folder a
-channel; folders for images and folders for labels; labels apart from images, under their names; a folder a case. What
-is kept in none of these is taken as one folder for all.
+These layouts are known and tried in this order: names in BIDS style; a single case; a folder for each channel; folders
+for images and folders for labels; labels in other folders than images, with their names; a folder for each case. If
+none fits, the source is taken as one folder for all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nnunet_semiseg.raw_datasets.names import (
 from nnunet_semiseg.raw_datasets.pairs import choose_channels
 
 MANY_CHANNELS = 8
-"""images beside one label: more are no channels of a case"""
+"""number of images beside one label: if there are more, they are not channels of one case"""
 
 
 def recognise(
@@ -45,17 +45,17 @@ def recognise(
     source: str = "",
     classes: Sequence[str] | None = None,
 ) -> Layout:
-    """The cases that relative paths tell of.
+    """Find the cases from relative paths.
 
     Args:
-        paths: of files that can be read, with slashes; see `listing` for what stands for DICOM.
-        channels: wanted, by name and in this order; None: those that all labelled cases have.
-        stacked: pictures in a folder of their case are the slices of a volume.
+        paths: of files that can be read, with slashes; see `listing` for the names of DICOM folders.
+        channels: the wanted channels, by name and in this order. None: those that all labelled cases have.
+        stacked: pictures in the folder of a case are the slices of a volume.
         source: the folder, for messages.
-        classes: wanted; where masks are called so, each is one of its class.
+        classes: the wanted classes. If masks have these names, each is the mask of its class.
 
     Raises:
-        UserError: names that make no sense, or more than one: two cases of one name, a label of no case.
+        UserError: names have no meaning or two: two cases with one name, a label without an image.
     """
     paths = sorted(paths, key=natural)
     root = common_root(paths)
@@ -95,7 +95,7 @@ def _unused(paths: Sequence[str], layout: Layout) -> list[str]:
 def _check_labels(layout: Layout, source: str, classes: Sequence[str] | None) -> None:
     alone = {case: files for case, files in layout.labels.items() if case not in layout.images}
     lines = [
-        f"{os.path.join(source, next(iter(files.values())))}: no image of case {case}: rename it, or take it away"
+        f"{os.path.join(source, next(iter(files.values())))}: no image of case {case}: rename it, or remove it"
         for case, files in list(alone.items())[:5]
     ]
     if lines:
@@ -110,7 +110,7 @@ def _check_labels(layout: Layout, source: str, classes: Sequence[str] | None) ->
     different = sorted(set(names), key=natural)
     are_classes = len(wanted) > 1 and {name.casefold() for name in names} <= wanted
     if len(names) == len(layout.labels) and not (are_classes or 1 < len(different) <= len(names) / 2):
-        for case, files in layout.labels.items():  # one label a case, whatever it is called
+        for case, files in layout.labels.items():  # one label for each case, whatever its name
             layout.labels[case] = {"": next(iter(files.values()))}
         layout.joined = tuple(different) if len(different) > 1 else ()
 
@@ -124,14 +124,14 @@ def _bids(names: Sequence[Name]) -> Layout | None:
     if len(files) * 2 < len(names) or not files:
         return None
     layout = Layout("BIDS names")
-    layout.left_out = {name.path: "no name as BIDS has them" for name in names if name not in files}
+    layout.left_out = {name.path: "its name is not in BIDS style" for name in names if name not in files}
     for name in files:
         words = name.stem.split("_")
         case = "_".join(word for word in words if word.startswith(("sub-", "ses-")))
         rest = "_".join(word for word in words if not word.startswith(("sub-", "ses-")))
         kind = LABEL if is_label(name) else IMAGE
         if kind == IMAGE and "derivatives" in name.folders:
-            layout.left_out[name.path] = "a derivative that is no label"
+            layout.left_out[name.path] = "a derivative that is not a label"
             continue
         put(layout, kind, case, (label_core(rest) or "").split("label-")[-1] if kind == LABEL else rest, name)
         layout.patients[case] = words[0]
@@ -238,7 +238,7 @@ def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, sta
 
 
 def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
-    """Whether files in folders are cases of their own: several labels in a folder, each named as an image is."""
+    """Whether files in folders are cases of their own: a folder has several labels, each with the name of an image."""
     images, labels = by_kind(names)
     if not images or (stacked and all(name.ending in PICTURES for name in images)):
         return False
@@ -285,7 +285,7 @@ def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, sta
     folders &= groups.keys()
     cases = _name_folders(folders | {key for key in groups if key})
     layout = Layout(f"{len(folders)} folders of cases")
-    layout.left_out = {name.path: f"in no folder that is called {' or '.join(channels or ())}" for name in others}
+    layout.left_out = {name.path: f"in no folder with the name {' or '.join(channels or ())}" for name in others}
     if _several_pairs(groups):
         layout.kind = f"{len(folders)} folders of several cases each"
         fill_groups(layout, {cases[key]: files for key, files in groups.items()}, channels)
@@ -305,7 +305,7 @@ def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, sta
 
 
 def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The last folder of each, with those above where it is a session's or would be another case's, too."""
+    """The last folder of each. Folders above are added if it is a session, or if two cases would have the same name."""
     keys = set(keys)
     names = {}
     for key in keys:
@@ -319,7 +319,7 @@ def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
 
 
 def _several_pairs(groups: Mapping[tuple[str, ...], Sequence[Name]]) -> bool:
-    """Whether a folder holds several images, each with a label that is named like it alone."""
+    """Whether a folder has several images, each with a label whose name fits only this image."""
     pairs = []
     for files in groups.values():
         stems = [name.stem for name in files if not is_label(name) and name.ending != SERIES]

@@ -1,4 +1,4 @@
-"""The files of a source by name, as `layouts` reads them: DICOM slices, whose names say little, are summed up."""
+"""List the files of a source by name for `layouts`. Slices of a DICOM series become one name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _KINDS = {b"1.2.840.10008.5.1.4.1.1.66.4": DICOM_SEG, b"1.2.840.10008.5.1.4.1.1.
 
 
 def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """What can be read below a folder, at any depth, and what is left out, with the reason.
+    """The files that can be read below a folder, at any depth; and the files that are left out, with the reason.
 
-    Names are relative, with slashes. The slices of DICOM images in a folder are one name, that of the folder with
-    `.dicom` behind it; a segmentation and a structure set end with `.dicom-seg` and `.dicom-rtstruct`. Links to folders
-    are followed.
+    Names are relative, with slashes. The DICOM slices in a folder have one name: that of the folder plus `.dicom`. A
+    segmentation ends with `.dicom-seg`, a structure set with `.dicom-rtstruct`. Links to folders are followed.
     """
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
@@ -32,7 +31,7 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
         prefix = "" if inside == "." else f"{inside}/"
         real = {name: os.path.realpath(here / name) for name in folders}
         folders[:] = sorted(name for name in folders if not name.startswith(JUNK) and real[name] not in seen)
-        seen |= {real[name] for name in folders}  # a link may lead back to where it lies
+        seen |= {real[name] for name in folders}  # a link may lead back to a folder above it
         for file in sorted(files):
             name = prefix + file
             if file.startswith(JUNK) or file.lower() in SYSTEM:
@@ -46,18 +45,18 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
             else:
                 left_out[name] = "no image" if file.lower().endswith(BESIDE) else UNKNOWN
     for name, file in found.items():
-        for data in data_files(file):  # the voxels of a .mhd
+        for data in data_files(file):  # the file with the voxels of a .mhd
             left_out.pop(os.path.normpath(os.path.join(os.path.dirname(name), data)).replace(os.sep, "/"), None)
     return found, left_out
 
 
 def real_path(name: str, folder: Path, found: dict[str, Path]) -> Path:
-    """The file or folder that a name of `layouts` stands for: of DICOM and of stacks that may be one further up."""
+    """The file or folder for a name of `layouts`. For DICOM and stacks it may be one level further up."""
     return found.get(name) or folder / name.removesuffix(SERIES).removesuffix(STACK)
 
 
 def dicom_kind(file: Path) -> str | None:
-    """`.dicom`, `.dicom-seg` or `.dicom-rtstruct`; None where the file is no DICOM."""
+    """`.dicom`, `.dicom-seg` or `.dicom-rtstruct`. None if the file is not DICOM."""
     ending = file.suffix.lower()
     by_name = ending in DICOM_FILES
     if not by_name and ending and not ending[1:].isdecimal():

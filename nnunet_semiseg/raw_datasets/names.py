@@ -1,4 +1,4 @@
-"""What the name of a file or a folder says: its kind, its part of the data set, the case it belongs to."""
+"""Find out from the name of a file or folder its kind, its part of the data set, and its case."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from functools import cache, cached_property
 VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
 PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
 SERIES, DICOM_SEG, RTSTRUCT = ".dicom", ".dicom-seg", ".dicom-rtstruct"
-"""endings that a folder of DICOM files, a DICOM segmentation and an RT structure set get, see `listing`"""
+"""endings for a folder of DICOM files, a DICOM segmentation and an RT structure set, see `listing`"""
 STACK = ".stack"
-"""the ending that a folder of pictures gets, which are the slices of one volume"""
+"""the ending for a folder of pictures that are the slices of one volume"""
 ENDINGS = (*VOLUMES, *PICTURES, SERIES, DICOM_SEG, RTSTRUCT, STACK)
 BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".xlsx", ".raw", ".zraw", ".gz", ".cfg", ".bval", ".bvec", ".pdf")
-"""of files that are no images, and no surprise among them"""
+"""endings of files that are not images and often lie beside them"""
 
 IMAGE, LABEL = "image", "label"
 IMAGE_WORDS = frozenset("image images img imgs imaging volume volumes scan scans".split())
@@ -48,12 +48,12 @@ _SESSION = re.compile(r"(?i)(?:scan|study|series|t|v)?[-_ ]?[\d._-]+")
 
 @dataclass(frozen=True)
 class Name:
-    """A path relative to the source, with slashes, taken apart.
+    """The parts of a path, which is relative to the source and has slashes.
 
     Args:
-        skip: so many folders at its beginning say nothing.
-        source: where it lies, for messages.
-        by_folder: folders that are named for images or for labels say which of the two it is.
+        skip: this number of folders at its beginning say nothing.
+        source: the folder of the source, for messages.
+        by_folder: folders with a name for images or labels decide which of the two a file is.
     """
 
     path: str
@@ -66,7 +66,7 @@ class Name:
 
     @cached_property
     def ending(self) -> str:
-        """The known ending, in small letters; the empty string if it is none of `ENDINGS`."""
+        """The known ending, in small letters. Empty if it is not in `ENDINGS`."""
         return next((e for e in ENDINGS if self.path.lower().endswith(e)), "")
 
     @cached_property
@@ -75,14 +75,14 @@ class Name:
 
     @cached_property
     def stem(self) -> str:
-        """The file's name without its ending, nor a `.nii` before it: ITK would write `a.nii.nii.gz` as `a.nii.gz`."""
+        """The file's name without its ending, nor `.nii` before it: ITK would write `a.nii.nii.gz` as `a.nii.gz`."""
         name = self.path.rpartition("/")[2]
         stem = name[: len(name) - len(self.ending)].removesuffix(".nii")
         return unicodedata.normalize("NFC", stem)  # a Mac writes ö as two characters
 
     @cached_property
     def folder_kind(self) -> tuple[int, str] | None:
-        """The deepest folder that is named for images or for labels: its index, and which of the two."""
+        """The deepest folder with a name for images or labels: its index, and which of the two."""
         for i in reversed(range(len(self.folders) if self.by_folder else 0)):
             if kind := kind_of(self.folders[i]):
                 return i, kind
@@ -90,7 +90,7 @@ class Name:
 
     @cached_property
     def above(self) -> tuple[str, ...]:
-        """The folders above that one; all where none is named so."""
+        """The folders above that one. All folders if there is none."""
         return self.folders[: self.folder_kind[0]] if self.folder_kind else self.folders
 
     @cached_property
@@ -100,18 +100,18 @@ class Name:
 
     @cached_property
     def part(self) -> str | None:
-        """train, val, test or unlabeled, as the deepest folder says that says any."""
+        """train, val, test or unlabeled, from the deepest folder that says one of them."""
         return next((part for folder in reversed(self.folders) if (part := part_of(folder))), None)
 
 
 def words_of(name: str) -> list[str]:
-    """`TrainingImg` and `training-img` are training, img; numbers are words of their own."""
+    """The words of a name: `TrainingImg` and `training-img` give training, img. Numbers are words of their own."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
 
 
 @cache
 def kind_of(folder: str) -> str | None:
-    """Whether a folder is named for images or for labels; one that is numbered is a case's, or a data set's."""
+    """Whether a folder's name stands for images or labels. One with a number is that of a case or a data set."""
     if match := _SHORT.fullmatch(folder):
         return LABEL if match[1].lower().startswith(("label", "mask")) else IMAGE
     words = set(words_of(folder))
@@ -122,7 +122,7 @@ def kind_of(folder: str) -> str | None:
 
 @cache
 def part_of(folder: str) -> str | None:
-    """The part of a data set that a folder is named for. Two letters count behind `images` and the like alone."""
+    """The part of a data set that a folder's name stands for. Two letters count only after words like `images`."""
     if match := _SHORT.fullmatch(folder):
         return PARTS[match[2].lower()]
     return next((PARTS[word] for word in words_of(folder) if len(word) > 2 and word in PARTS), None)
@@ -130,7 +130,7 @@ def part_of(folder: str) -> str | None:
 
 @cache
 def label_core(stem: str) -> str | None:
-    """`c1` of c1_seg, c1-label or mask_c1; the empty string where there is no more; None: not named like a label."""
+    """`c1` for c1_seg, c1-label or mask_c1. Empty if nothing else is left. None if it is not the name of a label."""
     if stem.lower() in LABEL_WORDS:
         return ""
     if match := _SUFFIX.fullmatch(stem):
@@ -141,13 +141,13 @@ def label_core(stem: str) -> str | None:
 
 
 def core(stem: str) -> str:
-    """What an image and its label have in common: `0001` of img0001 and label0001."""
+    """The common part of the names of an image and its label: `0001` for img0001 and label0001."""
     match = _PREFIX.fullmatch(stem)
     return match[1] if match else stem
 
 
 def without_case(stem: str, case: str) -> str:
-    """What is left of a file's stem when the name of its case is taken away: `t1ce` of P1_t1ce."""
+    """A file's stem without the name of its case: `t1ce` for P1_t1ce."""
     if stem.casefold().startswith(case.casefold()):
         rest = stem[len(case) :]
         if not rest or not rest[0].isalnum():
@@ -156,22 +156,22 @@ def without_case(stem: str, case: str) -> str:
 
 
 def is_visit(folder: str) -> bool:
-    """Whether a folder is named by a date, or with a word like visit, baseline or week, and so holds one of several."""
+    """Whether a folder's name is a date, or has a word like visit, baseline or week, so that there are several."""
     return _VISIT.fullmatch(folder) is not None
 
 
 def is_session(folder: str, above: str) -> bool:
-    """Whether a folder is that of a visit, so that the one above it is the patient: `P1/2`, but not `CT/2`."""
+    """Whether a folder is that of a visit, and the one above it that of the patient: `P1/2`, but not `CT/2`."""
     return is_visit(folder) or (_SESSION.fullmatch(folder) is not None and any(c.isdecimal() for c in above))
 
 
 def plain(text: str) -> str:
-    """Letters and digits alone, small ones, to compare what people write in many ways: `T1 post` and `t1_post`."""
+    """Only letters and digits, in small letters, to compare different spellings: `T1 post` and `t1_post`."""
     return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def natural(name: str) -> list:
-    """A key to sort by: `slice10` after `slice9`."""
+    """A key for sorting: `slice10` comes after `slice9`."""
     return [
         (1, int(part), "") if part.isdecimal() else (0, 0, part.casefold()) for part in re.findall(r"\d+|\D+", name)
     ]
@@ -184,7 +184,7 @@ def some(names: Iterable[str], at_most: int = 5) -> str:
 
 
 def common_root(paths: Sequence[str]) -> int:
-    """How many folders all lie in, often one that an archive was made of; one that says what lies in it is none."""
+    """The number of first folders that all paths share (often from an archive), without folders that name a kind."""
     names = [Name(path) for path in paths]
     folders = [name.folders for name in names]
     n = 0

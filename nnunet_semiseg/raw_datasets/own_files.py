@@ -1,4 +1,4 @@
-"""How each file of the user's own folders is read, and what all of them together are."""
+"""Choose how to read each file in the user's own folders, and describe the data set."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from nnunet_semiseg.raw_datasets.volumes import (
 
 READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
 FEW, MANY = 3, 50
-"""labels that are looked at before anything is made; those that are counted where none of them fits"""
+"""number of labels that are read before anything is made; number that is counted if none of them fits"""
 
 
 def refuse(path: Path, why: str) -> NoReturn:
-    """In place of a reader: the case fails alone, and the others go on."""
+    """Used in place of a reader: this case fails, and the others continue."""
     raise UserError(f"{path}: {why}")
 
 
 @dataclass
 class Files:
-    """What to read the files of a layout with.
+    """How to read the files of a layout.
 
     Args:
-        place: a name of the layout to its file or folder.
-        values: what the user says of label values; None: they are 0, 1, 2, ...
+        place: from a name of the layout to its file or folder.
+        values: what the user says about label values. None: they are 0, 1, 2, ...
         chosen: the user has named the channels.
     """
 
@@ -79,10 +79,10 @@ class Files:
         given: Mapping[str, int | tuple[int, ...]] | None,
         folder: Path,
     ) -> About:
-        """Everything of the dataset that the files decide on.
+        """Describe the dataset as far as it depends on the files.
 
         Raises:
-            UserError: labels or channels that must be named first; the message says what was found.
+            UserError: labels or channels need names. The message says what was found.
         """
         self.sizes = _sizes(self.place(name) for files in layout.images.values() for name in files.values())
         self._leave_out_4d(layout)
@@ -107,7 +107,7 @@ class Files:
         )  # fmt: skip
 
     def _notes(self, layout: Layout, labels: Sequence[str] | None, ending: str) -> Iterable[str]:
-        """What is written in another format, and what names leave open."""
+        """What is written in another format, and what the names do not say."""
         images = [name for files in layout.images.values() for name in files.values()]
         plain = [name for files in layout.labels.values() if set(files) == {""} for name in files.values()]
         plain = [
@@ -131,7 +131,7 @@ class Files:
         return Case(case, images, self._label(label, files) if label else None)
 
     def _refuse_colours(self, layout: Layout) -> None:
-        """In one line, where the first pictures all are in colour; one alone is refused by name, later."""
+        """Report in one line that the first pictures are all in colour. A single one fails later with its message."""
         first = [self.place(next(iter(files.values()))) for files in list(layout.images.values())[:FEW]]
         for path in first:
             if mode_of(path) not in ("RGB", "RGBA"):
@@ -142,7 +142,7 @@ class Files:
         raise UserError(f"{first[0]}: in colour: name its channels with --channels red green blue, or save it in grey")
 
     def _leave_out_4d(self, layout: Layout) -> None:
-        """What has four dimensions where most has three: the film that unlabelled frames were taken from, an fMRI."""
+        """Leave out images with four dimensions if most have three: a film whose frames are the cases, or an fMRI."""
         four = {path for path, size in self.sizes.items() if len(size) == 4 and size[3] > 1}
         if len(four) * 2 > len(self.sizes):
             return
@@ -179,7 +179,7 @@ class Files:
                 yield Read(refuse, (path,), {"why": f"its case has no channel {channel}: rename or add the file"})
 
     def _of_one_file(self, name: str) -> Iterable[Path | Read]:
-        """One channel, or all of them in one file or DICOM folder."""
+        """One channel, or all channels in one file or DICOM folder."""
         path, n = self.place(name), len(self.channels)
         size = self.sizes.get(path, ())
         if len(size) == 4:
@@ -215,7 +215,7 @@ class Files:
         return Read(read_mask if mode == "LA" else read_gray, (path,))
 
     def _check_channels(self, layout: Layout) -> None:
-        """Before anything is made: what all cases have in a way that needs names."""
+        """Check before anything is made: channels that need names."""
         if len(self.channels) > 1:
             return
         path = next(iter(next(iter(layout.images.values())).values()))
@@ -278,24 +278,24 @@ class Files:
         return partial(read_any_mask, colours=self.values.colours if self.values else {}, labels=tuple(self.names))
 
     def _picture_reader(self, path: Path) -> Callable[[Path], sitk.Image] | None:
-        """None where SimpleITK reads the picture as it is."""
+        """None if SimpleITK reads the picture as it is."""
         return self._read_picture if mode_of(path) in ("P", "1", "LA", "PA", "RGB", "RGBA") else None
 
     def _classes(self, layout: Layout, labels, given, folder: Path) -> dict[str, int | tuple[int, ...]]:
-        """Class to value; sets `classes` where each has a mask of its own."""
+        """The value of each class. Sets `classes` if each class has its own mask."""
         several = {name for files in layout.labels.values() if set(files) != {""} for name in files}
         several -= {name for name in several if Name(name).ending in (DICOM_SEG, RTSTRUCT)}
         if several and self.values:
-            raise UserError("--label-values: here each class has a mask of its own: leave it out, and use --labels")
+            raise UserError("--label-values: here each class has its own mask: leave it out, and use --labels")
         if several:
             lacking = [name for name in labels or () if name.casefold() not in {n.casefold() for n in several}]
             if lacking:
-                raise UserError(f"--labels {lacking[0]}: no mask is called so: there are {some(sorted(several), 20)}")
+                raise UserError(f"--labels {lacking[0]}: no mask has this name: there are {some(sorted(several), 20)}")
             self.classes = tuple(labels or sorted(several))
             chosen = {name.casefold() for name in self.classes}
             for files in layout.labels.values():
                 others = (path for name, path in files.items() if name.casefold() not in chosen)
-                layout.left_out |= dict.fromkeys(others, "a mask of no class that is named with --labels")
+                layout.left_out |= dict.fromkeys(others, "a mask of a class that is not named with --labels")
         if not layout.labels:
             raise UserError(
                 f"{folder}: no file is a label: name label files CASE_seg, or put them into a folder labels"
@@ -311,7 +311,7 @@ class Files:
         file = next(path for files in layout.labels.values() for path in files.values())
         if Name(file).ending in (DICOM_SEG, RTSTRUCT):
             words = _words(classes_in(self.place(file)))
-            raise UserError(f"{self.place(file)}: say which classes are wanted: --labels {words}")
+            raise UserError(f"{self.place(file)}: say which classes you want: --labels {words}")
         plain = self._plain_labels(layout, layout.labels)[:FEW]
         found = self._count(plain)
         if not found and plain:
@@ -332,10 +332,10 @@ class Files:
         return {0: 0, 1: 1, 255: 1} if len(names) == 2 and not self.classes else None
 
     def check_values(self, layout: Layout, about: About, cases: Sequence[str]) -> None:
-        """Raises UserError where the first labels all have values that are not known; one that has fails alone.
+        """Raises UserError if the first labels all have unknown values. A single one fails later.
 
         Args:
-            cases: whose labels are used; others are not opened.
+            cases: their labels are used; others are not opened.
         """
         plain = self._plain_labels(layout, cases)
         known = set(about.label_map) | (set(self.values.colours) if self.values else set())
@@ -353,13 +353,13 @@ class Files:
         raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
 
     def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:
-        """Labels whose values are what is in one file."""
+        """Labels that need no other file for their values."""
         labels = [layout.labels[case] for case in cases if case in layout.labels]
         names = (files[""] for files in labels if set(files) == {""})
         return [self.place(name) for name in names if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)]
 
     def _count(self, paths: Iterable[Path]) -> Counter:
-        """Voxels by value over files; what cannot be read is passed over, as its case says so later."""
+        """Count voxels by value over files. A file that cannot be read is skipped; its case reports it later."""
         total: Counter = Counter()
         for path in paths:
             with contextlib.suppress(Exception):  # readers raise of many kinds
@@ -379,18 +379,18 @@ class Files:
 
 
 def _words(names: Iterable[str]) -> str:
-    """As they are typed."""
+    """As the user types them."""
     return " ".join(f"'{name}'" if " " in name else name for name in names)
 
 
 def _if_classes(layout: Layout) -> str:
-    """What to type if labels of different names are of different classes."""
+    """What to type if labels with different names belong to different classes."""
     named = [name for name in layout.joined if name and not any(c.isdecimal() for c in name)]
     return f"; if each is a class of its own, --labels {_words(named)}" if len(named) > 1 else ""
 
 
 def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], labels: Sequence[str] = ()) -> sitk.Image:
-    """A picture of labels: by colour, where it is one in colour (a palette counts as one where colours are named)."""
+    """A picture of labels. It is read by colour if it has colours (a palette counts if the user names colours)."""
     mode = mode_of(path)
     if mode in ("RGB", "RGBA") or (mode == "P" and colours):
         return read_colour_mask(path, colours, labels)
@@ -398,7 +398,7 @@ def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], label
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """Of images, by their headers; what cannot be read fails alone, later. A folder is a volume."""
+    """The sizes of images from their headers. An unreadable file fails later, with its case. A folder is a volume."""
     sizes = {}
     for path in paths:
         if path.is_dir():
@@ -414,7 +414,7 @@ def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
 
 
 def _file_ending(paths: Sequence[Path], dims: int) -> str:
-    """The images' own, where all have the same and nnU-Net reads it; else one that keeps every voxel."""
+    """The common ending of the images if nnU-Net reads it; otherwise one that keeps every voxel."""
     pictures = all(path.name.lower().endswith(PICTURES) for path in paths)
     own = [e for e in READABLE if all(path.name.endswith(e) and not path.is_dir() for path in paths)]
     if dims == 2:

@@ -1,4 +1,4 @@
-"""Files that lie among those of other cases: which belong together, and which channels a data set has."""
+"""Files of all cases in one folder: which belong together, and which channels the data set has."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Placed = list[tuple[str, str, Name]]
 
 
 def pair(images: Sequence[Name], labels: Sequence[Name], suffixes: Sequence[str]) -> tuple[Placed, Placed]:
-    """Images and labels with their cases: by suffixes of channels, see `find_suffixes`, and by what names share."""
+    """Images and labels with their cases: from the suffixes of channels, see `find_suffixes`, and from common names."""
     placed_images: Placed = []
     for name in images:
         match = re.fullmatch(rf"(.+?)[_-]({'|'.join(map(re.escape, suffixes))})", name.stem, re.IGNORECASE)
         case, channel = (match[1], match[2]) if suffixes and match else (name.stem, "")
         if suffixes == ["0000"]:
-            channel = ""  # one file, of as many channels as it has
+            channel = ""  # one file with all of its channels
         placed_images.append((case, _as_written(channel, suffixes), name))
     cases = {case for case, _, _ in placed_images}
     cores = {core(case): case for case in cases}
@@ -34,10 +34,10 @@ def pair(images: Sequence[Name], labels: Sequence[Name], suffixes: Sequence[str]
 
 
 def find_suffixes(images: Sequence[Name], labels: Sequence[Name], channels: Sequence[str] | None) -> list[str]:
-    """What stands for channels at the end of names.
+    """The suffixes of names that stand for channels.
 
-    That is numbers (`_0000`), the wanted channels' names after `_` or `-`, or, where no channels are named, what images
-    have behind the names of labels.
+    They are numbers (`_0000`); or the names of the wanted channels after `_` or `-`; or, if no channels are named, what
+    the names of images have in addition to those of labels.
     """
     stems = [name.stem for name in images]
     if stems and all(stem.endswith("_0000") for stem in stems):
@@ -67,26 +67,26 @@ def _as_written(channel: str, suffixes: Sequence[str]) -> str:
 def choose_channels(
     images: dict[str, dict[str, str]], labels: Mapping[str, object], wanted: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Channels in their order; `images` then has these alone. And what is left out, with the reason.
+    """The channels in their order, and what is left out, with the reason. `images` is reduced to these channels.
 
     Args:
         wanted: names, or None for the channels that every labelled case has.
 
     Raises:
-        UserError: names that no file has; no channel that all labelled cases have.
+        UserError: no file has one of the names; or there is no channel that all labelled cases have.
     """
     found = Counter(channel for files in images.values() for channel in files)
     if not images or found.keys() <= {""}:
         return tuple(wanted or ()), {}
     if all(len(files) == 1 for files in images.values()) and len(wanted or ("",)) == 1:
-        if len(found) > 1 or wanted:  # one image a case, whatever it is called
+        if len(found) > 1 or wanted:  # if there is one image for each case, its name does not matter
             for case, files in images.items():
                 images[case] = {(wanted or ("",))[0]: next(iter(files.values()))}
             return tuple(wanted or ()), {}
     keys = _match(list(found), wanted) if wanted else _shared(images, labels, found)
     left_out = {}
     for case, files in images.items():
-        why = "is not named with --channels" if wanted else "is not there in every labelled case"
+        why = "is not named with --channels" if wanted else "is missing in some labelled case"
         left_out |= {
             path: f"channel {name} {why}" for name, path in files.items() if name and name not in keys.values()
         }
@@ -100,14 +100,12 @@ def _shared(images: Mapping, labels: Mapping, found: Mapping[str, int]) -> dict[
     shared = set.intersection(*labelled) - {""}
     if not shared:
         names = [f"{name} ({n} cases)" for name, n in found.items() if name]
-        raise UserError(
-            f"no channel is there in every labelled case: found {some(names, 10)}: name some with --channels"
-        )
+        raise UserError(f"no channel is in every labelled case: found {some(names, 10)}: name some with --channels")
     return {name: name for name in sorted(shared, key=natural)}
 
 
 def _match(found: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
-    """Wanted channel to the name that files have: the same in any case, the last word of it, or its number."""
+    """For each wanted channel the name in the files: the same word, the last word of it, or its number."""
     keys = {}
     for i, channel in enumerate(wanted):
         same = [name for name in found if name.casefold() == channel.casefold()]
@@ -115,7 +113,7 @@ def _match(found: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
         same = same or [name for name in found if name == f"{i:04d}"]
         if len(same) != 1:
             known = some([name for name in found if name], 10)
-            what = f"fits {' and '.join(same)}" if same else "is no channel's name"
+            what = f"fits {' and '.join(same)}" if same else "is not the name of a channel"
             raise UserError(f"--channels {channel}: {what}: the files' are {known}")
         keys[channel] = same[0]
     return keys

@@ -1,4 +1,4 @@
-"""Which cases are of one patient, and splits that keep them together."""
+"""Find the cases of the same patient, and make splits that keep them together."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _LAST_NUMBER = re.compile(
 
 
 def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str) -> dict[str, str]:
-    """Case to patient.
+    """The patient of each case.
 
     Args:
-        known: what folders say.
-        group_by: `patient`, for what folders or names say (`BraTS-GLI-00005-001` is a scan of BraTS-GLI-00005), or a
-            regular expression whose first group, or whole match, is the patient in the name of a case.
+        known: patients that folders name.
+        group_by: `patient`: folders or names say it (`BraTS-GLI-00005-001` is a scan of BraTS-GLI-00005). Or a regular
+            expression: its first group, or the whole match, is the patient in the name of a case.
 
     Raises:
-        UserError: the expression is none, or fits no name; names do not tell patients.
+        UserError: the expression is wrong, or fits no name; names do not show patients.
     """
     cases = list(cases)
     if group_by == "patient":
@@ -34,14 +34,14 @@ def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str)
         patients = {case: match[1] if match else case for case, match in matches.items()}
         if not any(matches.values()) or len(set(patients.values())) == 1:
             raise UserError(
-                f"--group-by patient: names like {cases[0]} do not tell patients: give a regular expression whose group"
+                f"--group-by patient: names like {cases[0]} do not show patients: give a regular expression whose group"
                 r" is the patient, for example --group-by '(.+)_\d+'"
             )
         return patients
     try:
         expression = re.compile(group_by)
     except re.error as e:
-        raise UserError(f"--group-by {group_by}: neither patient nor a regular expression ({e})") from None
+        raise UserError(f"--group-by {group_by}: not a regular expression ({e}): give one, or patient") from None
     found = {case: expression.search(case) for case in cases}
     if lost := [case for case, match in found.items() if match is None]:
         raise UserError(f"--group-by {group_by}: does not fit {some(lost)}: correct it")
@@ -49,7 +49,7 @@ def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str)
 
 
 def refuse_shared(patients: Mapping[str, str], test: Iterable[str], others: Iterable[str]) -> None:
-    """Raises UserError where a patient has cases in the test set and elsewhere."""
+    """Raises UserError if a patient has cases both in the test set and elsewhere."""
     of_test = {patients[case]: case for case in test}
     shared = {patients[case]: case for case in others if patients[case] in of_test}
     if shared:
@@ -61,7 +61,7 @@ def refuse_shared(patients: Mapping[str, str], test: Iterable[str], others: Iter
 
 
 def folds_by_patient(cases: Sequence[str], patients: Mapping[str, str], num_folds: int = 5) -> list[dict]:
-    """As `splits_final.json` has them: all cases of a patient in one fold. None, where there is only one patient."""
+    """Folds as in `splits_final.json`, with all cases of a patient in one fold. Empty if there is only one patient."""
     cases = sorted(cases)
     groups = [patients[case] for case in cases]
     folds = min(num_folds, len(set(groups)))

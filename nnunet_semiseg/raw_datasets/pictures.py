@@ -1,4 +1,4 @@
-"""Pictures: what Pillow reads better than ITK, and masks whose classes are colours."""
+"""Pictures that Pillow reads better than ITK, and masks with colours for classes."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ Colour = tuple[int, int, int]
 
 
 def mode_of(path: Path) -> str | None:
-    """Pillow's name for what the pixels of a picture are; None for anything else. Reads the header only."""
+    """Pillow's name for the kind of pixels in a picture. None for anything else. It reads the header only."""
     if not path.name.lower().endswith(PICTURES):
         return None
     try:
         with Image.open(path) as picture:
             return picture.mode
     except (OSError, Image.DecompressionBombError):
-        return None  # what reads it later says why
+        return None  # its reader will report the reason
 
 
 def read_jpeg(path: Path, channels: int) -> sitk.Image:
-    """With Pillow, which does not take a truncated file for a whole one."""
+    """Read with Pillow, which reports a truncated file."""
     with Image.open(path) as picture:
         image = sitk.GetImageFromArray(np.asarray(picture), isVector=picture.mode != "L")
     return one_channel(image, str(path)) if channels == 1 else image
 
 
 def read_mask(path: Path) -> sitk.Image:
-    """A picture of labels whose values are no grey: the indices of a palette, or one bit; transparency is left out."""
+    """A label picture that is not grey: its values are indices of a palette, or one bit. Transparency is ignored."""
     with Image.open(path) as picture:
         labels = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
     return sitk.GetImageFromArray(labels.astype(np.uint8))
 
 
 def read_colours(path: Path) -> sitk.Image:
-    """A mask in colour, RGB; colours of a palette as they look, transparency is left out."""
+    """A mask in colour, RGB. A palette is replaced by its colours, and transparency is ignored."""
     with Image.open(path) as picture:
         return sitk.GetImageFromArray(np.asarray(picture.convert("RGB")), isVector=True)
 
 
 def read_colour_mask(path: Path, colours: Mapping[Colour, int], labels: Sequence[str] = ()) -> sitk.Image:
-    """The values of the colours, uint8.
+    """Turn colours into values, uint8.
 
     Raises:
-        UserError: a colour that is none of these; the message counts all and offers the option.
+        UserError: there is another colour. The message counts all and shows the option to use.
     """
     picture = read_colours(path)
     rgb = sitk.GetArrayViewFromImage(picture)
-    if not colours and (rgb == rgb[..., :1]).all():  # a grey mask, kept in three channels
+    if not colours and (rgb == rgb[..., :1]).all():  # a grey mask in three channels
         return sitk.GetImageFromArray(np.ascontiguousarray(rgb[..., 0]))
     found = count(picture)
     if unknown := found.keys() - colours.keys():

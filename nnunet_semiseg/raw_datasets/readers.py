@@ -1,4 +1,4 @@
-"""Readers of images that nnU-Net does not read as they are."""
+"""Readers of images that nnU-Net cannot read as they are."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from nnunet_semiseg.raw_datasets.sources import find_files
 
 
 def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
-    """A DICOM series below a folder, be its files in one folder or in several.
+    """Read a DICOM series below a folder. Its files may be in one folder or in several.
 
     Args:
-        channel: what the series' description or its folder is called, where there are several.
+        channel: the series' description or its folder, if there are several series.
 
     Raises:
-        UserError: no series, or several that fit; slices that are missing, or there twice.
+        UserError: no series fits, or several do; slices are missing or appear twice.
     """
     return sitk.ReadImage(series_files(folder, channel))
 
 
 def read_dicom_channel(folder: Path, channel: str, channels: Sequence[str]) -> tuple[sitk.Image, str]:
-    """The same of a case with a series for each of several channels, and a note with the first: what is left out.
+    """The same for a case that has a series for each of several channels. With the first, a note of what is left out.
 
     Raises:
-        UserError: also where a series that is alone is of another channel.
+        UserError: also if the only series belongs to another channel.
     """
     series = find_series(folder)
     image = sitk.ReadImage(_choose(series, folder, channel, len(channels) > 1))
@@ -51,7 +51,7 @@ def _choose(series: Mapping[str, list[str]], folder: Path, channel: str | None, 
     """The files of the series that fits.
 
     Args:
-        several: cases have several series: one that is alone must be called like its channel, too.
+        several: cases have several series, so that even a single series must have the name of its channel.
     """
     by_name = channel is not None and (several or len(series) > 1)
     fitting = _fitting(series, folder, channel) if by_name and channel is not None else list(series)
@@ -67,7 +67,7 @@ def _choose(series: Mapping[str, list[str]], folder: Path, channel: str | None, 
 
 
 def _fitting(series: Mapping[str, list[str]], folder: Path, channel: str) -> list[str]:
-    """The series whose description, or folder, is called so, or else has the words in it."""
+    """The series whose description or folder is this channel; if there is none, those that have its words."""
     words = {
         uid: [plain(describe(files[0])), *(plain(p) for p in _below(files[0], folder))] for uid, files in series.items()
     }
@@ -91,13 +91,13 @@ def find_series(folder: Path) -> dict[str, list[str]]:
 
 
 def _dicom_folders(folder: Path) -> dict[Path, Path]:
-    """Folders with DICOM images, at any depth, and the first of each."""
+    """Folders with DICOM images, at any depth, with the first image of each."""
     files = (file for file in find_files(folder, "*") if file.is_file() and dicom_kind(file) == SERIES)
     return {file.parent: file for file in reversed(list(files))}
 
 
 def find_modalities(folder: Path) -> set[str]:
-    """`CT`, `MR`, ...: of the first DICOM file in each folder; what cannot be read says so later."""
+    """`CT`, `MR`, ... of the first DICOM file in each folder. Unreadable files are reported later."""
     found = set()
     for file in _dicom_folders(folder).values():
         with contextlib.suppress(RuntimeError):
@@ -106,7 +106,7 @@ def find_modalities(folder: Path) -> set[str]:
 
 
 def describe(file: str) -> str:
-    """The description of the series that a DICOM file is of."""
+    """The description of a DICOM file's series."""
     return _tag(file, "0008|103e")
 
 
@@ -122,18 +122,18 @@ def _below(file: str, folder: Path) -> tuple[str, ...]:
 
 
 def read_grid(path: Path, channel: str | None = None) -> sitk.Image:
-    """An image for its grid: a file, or a DICOM series."""
+    """Read an image for its grid: a file, or a DICOM series."""
     return sitk.ReadImage(series_files(path, channel)) if path.is_dir() else sitk.ReadImage(path)
 
 
 def read_dicom_picture(path: Path) -> sitk.Image:
-    """A DICOM file of its own: an X-ray is a picture, an image of several frames a volume."""
+    """A single DICOM file: an X-ray is a picture; an image of several frames is a volume."""
     image = sitk.ReadImage(path)
     return image[:, :, 0] if image.GetDimension() == 3 and image.GetSize()[2] == 1 else image
 
 
 def _in_order(files: Sequence[str], folder: Path) -> list[str]:
-    """Slices by their position. ITK reads what is missing or there twice as a volume with another spacing."""
+    """Sort slices by position. If slices are missing or appear twice, ITK would read a volume with another spacing."""
     heights, origins = {}, {}
     for file in files:
         header = sitk.ImageFileReader()
@@ -148,7 +148,7 @@ def _in_order(files: Sequence[str], folder: Path) -> list[str]:
     gaps = np.diff([heights[file] for file in ordered])
     usual = float(np.median(gaps))
     if gaps.min() < 1e-3:
-        raise UserError(f"{folder}: slices are there twice, at {heights[ordered[gaps.argmin()]]:g} mm: remove copies")
+        raise UserError(f"{folder}: slices appear twice, at {heights[ordered[gaps.argmin()]]:g} mm: remove copies")
     odd = np.abs(gaps - usual).argmax()
     if abs(gaps[odd] - usual) > max(0.1 * usual, 0.11):  # positions are often rounded to 0.1 mm
         raise UserError(
@@ -161,19 +161,19 @@ def _in_order(files: Sequence[str], folder: Path) -> list[str]:
 
 
 def read_gray(path: Path) -> sitk.Image:
-    """A 2d image of which all colour channels are alike, as one channel."""
+    """A 2d image with equal colour channels, as one channel."""
     return one_channel(sitk.ReadImage(path), str(path))
 
 
 def one_channel(image: sitk.Image, name: str) -> sitk.Image:
-    """The image itself, or the first of its colour channels, if all are alike. Raises UserError if they are not."""
+    """The image, or the first of its colour channels if all are equal. Raises UserError if they are not."""
     number = image.GetNumberOfComponentsPerPixel()
     if number == 1:
         return image
     voxels = sitk.GetArrayViewFromImage(image)
-    if image.GetDimension() > 2:  # a segmentation of 3D Slicer's has a layer for each of several that overlap
-        raise UserError(f"{name}: {number} values a voxel, where one belongs: save it as one volume, without layers")
+    if image.GetDimension() > 2:  # 3D Slicer saves overlapping segments in several layers
+        raise UserError(f"{name}: has {number} values in a voxel instead of one: save it as one volume, without layers")
     colours = 3 if number >= 3 else 1  # grey and alpha
     if not (voxels[..., :colours] == voxels[..., :1]).all():
-        raise UserError(f"{name}: a colour image, where a grey one belongs: save it so, or name all --channels")
+        raise UserError(f"{name}: a colour image instead of a grey one: save it in grey, or name all --channels")
     return sitk.VectorIndexSelectionCast(image, 0)

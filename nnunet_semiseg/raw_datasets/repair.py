@@ -1,4 +1,4 @@
-"""What is wrong with a header or with voxels, and, if the user asks for it, put right: never without a note."""
+"""Problems of headers and voxels. They are fixed only if the user asks for it, and never without a note."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage
 from nnunet_semiseg.errors import UserError
 
 TOLERANCE = 0.1
-"""of the smallest spacing: how far a corner of a grid may lie off; headers are rounded, and tools round differently"""
+"""share of the smallest spacing by which the corners of two equal grids may differ, because headers are rounded"""
 NRRD = (b"\n\n", (b"spacings",), b"sizes")
 META_IMAGE = (b"ElementDataFile", (b"elementspacing", b"elementsize"), b"dimsize")
 """where a header ends, and its lines with the size of voxels and of the image"""
@@ -26,12 +26,12 @@ FILL = "choose a value for them with --nan fill"
 
 @dataclass(frozen=True)
 class Repair:
-    """What the user allows to be changed.
+    """What the user allows to change.
 
     Args:
-        spacing: x y z in mm, where a header has none (0, less, or NaN).
-        nan: in place of NaN and infinity: a number, or `fill`, an image's least finite value.
-        reorient: axes that are not at right angles are turned to the nearest that are; voxels stay as they are.
+        spacing: x y z in mm, if a header has none (0, less, or NaN).
+        nan: replaces NaN and infinity: a number, or `fill` for the least finite value of an image.
+        reorient: axes that are not at right angles are turned to the nearest ones that are. Voxels do not change.
     """
 
     spacing: tuple[float, ...] | None = None
@@ -40,15 +40,15 @@ class Repair:
 
 
 def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
-    """An image from a file, and notes on what was changed; without a note, it is what the file holds.
+    """Read an image from a file, with notes on what was changed. Without a note the image is exactly that of the file.
 
     Raises:
-        UserError: it cannot be read, or has what `repair` does not allow to change.
+        UserError: it cannot be read, or has a problem that `repair` does not allow to fix.
     """
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     notes: list[str] = []
     wrong = _nifti_spacing(path) if is_nifti else _text_spacing(path)
-    is_refused = bool(wrong) and path.suffix.lower() in (".mha", ".mhd")  # ITK reads no such file
+    is_refused = bool(wrong) and path.suffix.lower() in (".mha", ".mhd")  # ITK does not read such a file
     if wrong is not None and (repair.spacing is None or is_refused):
         what = f"the header's spacing is {_text(wrong)}" if wrong else "the header has no spacing"
         fix = "correct ElementSpacing, a line of text" if is_refused else "give it with --spacing X Y Z (mm)"
@@ -70,7 +70,7 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
         was = f"the header's spacing {_text(wrong)}" if wrong else "the spacing that the header lacks"
         notes.append(f"{was} is now {_text(repair.spacing)} ({path.name})")
     voxels = sitk.GetArrayViewFromImage(image)
-    if damage:  # ITK reads 0 in place of these
+    if damage:  # ITK reads 0 instead of these
         finite = np.isfinite(np.asanyarray(nibabel.load(path).dataobj)).reshape(voxels.T.shape).T  # type: ignore
     elif np.issubdtype(voxels.dtype, np.floating):
         finite = np.isfinite(voxels)
@@ -83,7 +83,7 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
 
 
 def _fill(image: sitk.Image, finite: np.ndarray, path: Path, value: float | str | None) -> tuple[sitk.Image, str]:
-    """The image with a value in place of NaN and infinity."""
+    """Replace NaN and infinity in the image."""
     if value is None:
         raise UserError(f"{path}: has voxels that are NaN or infinite: {FILL}")
     if not finite.any():
@@ -97,20 +97,20 @@ def _fill(image: sitk.Image, finite: np.ndarray, path: Path, value: float | str 
 
 
 def _nifti_spacing(path: Path) -> list[float] | None:
-    """The spacing as the file has it, if it is none. Readers put 1 in place of 0, and ITK also of NaN."""
+    """The spacing in the file, if it is not valid. Readers replace 0 by 1, and ITK also replaces NaN."""
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
             header = nibabel.Nifti1Header.from_fileobj(stream, check=False)
-    except Exception:  # not NIfTI-1: what reads it says so
+    except Exception:  # not NIfTI-1; its reader will report the reason
         return None
     spacing = [float(s) for s in header["pixdim"][1:4]][: int(header["dim"][0])]
     return None if is_spacing(spacing) else spacing
 
 
 def _text_spacing(path: Path) -> list[float] | None:
-    """The same for NRRD and MetaImage, whose headers are text; none at all where there is no such line.
+    """The same for NRRD and MetaImage, whose headers are text. None if there is no such line.
 
-    ITK takes 1 for what is not there, or is NaN. Of pictures, no spacing is used.
+    ITK replaces a missing spacing and NaN by 1. For pictures no spacing is used.
     """
     ending = path.suffix.lower()
     if ending not in DATA_FILE:
@@ -126,28 +126,28 @@ def _text_spacing(path: Path) -> list[float] | None:
     try:
         spacing = [float(value) for value in found]
     except ValueError:
-        return None  # what reads it says so
+        return None  # its reader will report the reason
     of_other_axes = sum(kind not in (b"domain", b"space") for kind in lines.get(b"kinds", ()))  # colours have none
     lengths = sum(np.isfinite(s) and s > 0 for s in spacing)
     return None if lengths >= len(lines[sizes]) - of_other_axes else spacing
 
 
 def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
-    """The image with the nearest axes at right angles; ITK refuses to read others."""
+    """The image with the nearest axes at right angles. ITK refuses to read other ones."""
     nifti = nibabel.load(path)
     affine = np.diag([-1, -1, 1, 1]) @ nifti.affine  # type: ignore  # RAS to LPS
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and spacing.all() and len(nifti.shape) == 3):  # type: ignore
-        raise UserError(f"{path}: the header's axes are no directions of a volume: write it anew")
+        raise UserError(f"{path}: the header's axes are not the directions of a volume: write the file again")
     left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
     direction = left @ right
     corner = np.array(nifti.shape[:3]) - 1  # type: ignore
     shift = np.abs((affine[:3, :3] - direction * spacing) @ corner).max()
     if not allowed:
         raise UserError(
-            f"{path}: its axes are not at right angles (a sheared header): write the nearest that are with --reorient,"
-            f" which leaves voxels as they are and moves the far corner by {shift:.3g} mm; or, in a raw dataset of your"
-            f' own, let nnU-Net read it as it is: "overwrite_image_reader_writer": "NibabelIO" in dataset.json'
+            f"{path}: its axes are not at right angles (a sheared header): with --reorient the nearest right angles are"
+            f" written, voxels stay as they are, and the far corner moves by {shift:.3g} mm; or, in your own raw"
+            f' dataset, let nnU-Net read it as it is: "overwrite_image_reader_writer": "NibabelIO" in dataset.json'
         )
     image = sitk.GetImageFromArray(np.asanyarray(nifti.dataobj).T)  # type: ignore
     image.SetSpacing(spacing.tolist())
@@ -157,9 +157,9 @@ def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
 
 
 def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None, str | None]:
-    """What differs between the grids of two images, and is an error; or else what was rounded, for a note.
+    """The difference between the grids of two images that is an error; or else a rounding, for a note.
 
-    Two grids are the same where all their corners lie within `TOLERANCE` of the smallest spacing.
+    Two grids are equal if all their corners differ by at most `TOLERANCE` of the smallest spacing.
     """
     difference = geometry_difference(image, expected, origin=1e-5)
     if difference is None or image.GetSize() != expected.GetSize():

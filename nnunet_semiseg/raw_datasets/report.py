@@ -1,4 +1,4 @@
-"""What a conversion says: the data set, how many cases each part has, what is missing and what is left out."""
+"""Print what a conversion does: the data set, the number of cases in each part, what is missing or left out."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from nnunet_semiseg.raw_datasets.description import Case, Source
 from nnunet_semiseg.raw_datasets.names import some
 
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
-"""part to nnU-Net's name of it"""
+"""for each part nnU-Net's name of it"""
 FIRST = 3
 
 
 def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, whole: bool) -> None:
-    """Print it all.
+    """Print everything.
 
     Args:
-        whole: with the first cases of each part, file by file, and all that is left out: for a dry run.
+        whole: for a dry run: also the first cases of each part, file by file, and all files that are left out.
     """
     about = source.about
     print(about.title)
@@ -61,7 +61,7 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, wh
 
 
 def describe(case: Case, part: str, ending: str) -> str:
-    """Where each file of a case goes."""
+    """Where each file of a case is written."""
     subset = SUBSETS[part]
     lines = [f"{_short(image)} -> images{subset}/{case.name}_{i:04d}{ending}" for i, image in enumerate(case.images)]
     if case.label is not None and part != "unlabeled":

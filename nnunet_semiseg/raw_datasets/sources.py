@@ -1,4 +1,4 @@
-"""What modules of data sets find their cases with: files, published lists and seeded ones."""
+"""Helpers with which modules of data sets find their cases: files, published lists and random lists."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def published_split(name: str) -> dict:
 
 
 def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Training cases in an order of their own, and a share for testing, for data with no published list.
+    """Training cases in a fixed random order, and a share for testing, for data without a published list.
 
-    The order is that of a hash of each name, so that a case that is missing changes nothing for the others.
+    The order is that of a hash of each name, so that a missing case does not change the order of the others.
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     n = round(test * len(order))
@@ -31,19 +31,19 @@ def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
-    """Files and folders below a folder, at any depth, whose path ends like the pattern, sorted.
+    """Files and folders below a folder, at any depth, whose path ends like the pattern; sorted.
 
     Args:
-        pattern: `*.tif`, or with the names of the folders above: `imagesTr/lung_*.nii.gz`.
+        pattern: `*.tif`, or with the names of folders: `imagesTr/lung_*.nii.gz`.
 
-    Links to folders are followed. What a Mac or an office program leaves beside files is not found: `__MACOSX`, `._x`,
-    `~$x`, and all that is hidden.
+    Links to folders are followed. Files that a Mac or an office program adds are ignored: `__MACOSX`, `._x`, `~$x`, and
+    hidden files.
     """
     found, seen = [], {os.path.realpath(folder)}
     for directory, folders, files in os.walk(folder, followlinks=True):
         real = {name: os.path.realpath(os.path.join(directory, name)) for name in folders}
         folders[:] = [name for name in folders if not name.startswith(JUNK) and real[name] not in seen]
-        seen |= {real[name] for name in folders}  # a link may lead back to where it lies
+        seen |= {real[name] for name in folders}  # a link may lead back to a folder above it
         paths = (Path(directory, name) for name in (*folders, *files) if not name.startswith(JUNK))
         found += [path for path in paths if path.match(pattern)]
     return sorted(found)
@@ -53,11 +53,11 @@ def by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     """Paths by case name, sorted.
 
     Raises:
-        UserError: a case that is there twice; names both paths.
+        UserError: a case appears twice. The message names both paths.
     """
     paths: dict[str, Path] = {}
     for name, path in sorted(found):
         if name in paths:
-            raise UserError(f"{path}: case {name} is there twice, also as {paths[name]}: take one away")
+            raise UserError(f"{path}: case {name} appears twice, also as {paths[name]}: remove one of them")
         paths[name] = path
     return paths

@@ -1,4 +1,4 @@
-"""Volumes that are not one file of one channel: stacks of pictures, a file of all channels, a mask for each class."""
+"""Volumes that are not one file with one channel: stacks of pictures, files of all channels, masks of classes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 
 def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
-    """A TIFF stack with the voxel size of the file CASE.json beside it, as nnU-Net has them (z y x), or with `spacing`.
+    """Read a TIFF stack. The voxel size is in the file CASE.json beside it, as nnU-Net has it (z y x), or in `spacing`.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither.
     """
     volume = sitk.ReadImage(path)
     beside = next((f for s in (path.stem, path.stem[:-5]) if (f := path.with_name(f"{s}.json")).is_file()), None)
@@ -32,7 +32,7 @@ def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
 
 
 def read_channel(path: Path, channel: int, repair: Repair) -> tuple[sitk.Image, str]:
-    """One channel, counted from 0, of a file of four dimensions x y z c."""
+    """One channel, counted from 0, of a file with four dimensions x y z c."""
     image, notes = read(path, repair)
     size = image.GetSize()
     if len(size) != 4 or channel >= size[3]:
@@ -50,7 +50,7 @@ def slices_of(folder: Path) -> list[Path]:
 
 
 def read_stack(folder: Path, spacing: Sequence[float] | None) -> tuple[sitk.Image, str]:
-    """The pictures in a folder as the slices of a volume, in the order of their names; `spacing` is x y z in mm."""
+    """The pictures in a folder as slices of a volume, in the order of their names. `spacing` is x y z in mm."""
     if not spacing:
         raise UserError(f"{folder}: pictures of one volume: give the size of voxels with --spacing X Y Z (mm)")
     volume = _stacked(folder, sitk.ReadImage)
@@ -67,12 +67,12 @@ def read_mask_stack(
 ) -> tuple[sitk.Image, str]:
     """The masks in a folder on the grid of their image.
 
-    The slices are in the order of the image's: of the names of its DICOM files, else of its slices.
+    The slices have the order of the image's slices: that of the names of its DICOM files, else that of its own slices.
 
     Args:
-        image: its file, or the folder of its DICOM files, or of its pictures.
-        channel: the series, where there are several.
-        spacing: of an image in pictures; None where it is none.
+        image: its file, or the folder of its DICOM files or pictures.
+        channel: the series, if there are several.
+        spacing: of an image that consists of pictures, else None.
     """
     mask = _stacked(folder, read_slice)
     grid = read_stack(image, spacing)[0] if spacing else read_grid(image, channel)
@@ -104,17 +104,17 @@ def _stacked(folder: Path, read_slice: Callable[[Path], sitk.Image]) -> sitk.Ima
 
 
 def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], missing: Sequence[str], repair: Repair):
-    """One label of several binary masks; where two overlap, the later one holds, and the note says so.
+    """Join several binary masks to one label. Where two overlap, the later one counts, and the note says so.
 
     Args:
-        values: of each mask in the label.
-        missing: classes that have no mask here.
+        values: the value of each mask in the label.
+        missing: classes without a mask in this case.
 
     Raises:
-        UserError: masks on different grids, or one with more than two values.
+        UserError: masks have different grids, or one has more than two values.
     """
     label = first = None
-    notes = [f"there is no mask of {', '.join(missing)}, which is taken for empty"] if missing else []
+    notes = [f"there is no mask of {', '.join(missing)}, so it is taken to be empty"] if missing else []
     for path, value, name in zip(paths, values, names, strict=True):
         mask, found = read(path, repair)
         notes += found
