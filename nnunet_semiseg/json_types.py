@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 
@@ -46,7 +47,7 @@ def in_words(hint: Any) -> str:
     if origin is Annotated:
         return f"{in_words(args[0])} {args[1]}"
     if origin in (Union, types.UnionType):
-        return " or ".join(in_words(a) for a in args)
+        return " or ".join(in_words(a) for a in args if a is not NoneType) + (", or null" if NoneType in args else "")
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin in (list, tuple):

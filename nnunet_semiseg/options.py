@@ -24,17 +24,16 @@ PLANS = "nnUNetPlans"
 """nnU-Net's own, and its default"""
 
 
-def option(*flags: str, help: str, default: Any = MISSING, factory: Any = MISSING, **more) -> Any:
+def option(*flags: str, help: str, default: Any = MISSING, **more) -> Any:
     """A field that `add_options` makes an option of.
 
     Args:
         flags: how it is typed, such as `--seeds`.
         help: a text; its default is added, where it has one that says something.
-        default: without one and without a factory, the option is required.
-        factory: makes the default, where that differs between machines.
+        default: without one, the option is required.
         more: of `ArgumentParser.add_argument`, beside what the field's type says: `metavar`, or another `type`.
     """
-    return field(default=default, default_factory=factory, metadata={"flags": flags, "help": help, **more})
+    return field(default=default, metadata={"flags": flags, "help": help, **more})
 
 
 def add_options(parser: ArgumentParser, options_class: type) -> None:
@@ -43,7 +42,7 @@ def add_options(parser: ArgumentParser, options_class: type) -> None:
     for f in fields(options_class):
         if "flags" not in f.metadata:
             continue
-        default = f.default if f.default_factory is MISSING else f.default_factory()
+        default = f.default
         chosen = {**_of_type(hints[f.name], default), **f.metadata}
         flags, text = chosen.pop("flags"), chosen.pop("help")
         if default is MISSING:

@@ -17,7 +17,6 @@ class Asked(ModelOptions):
     weight: float | None = option("--weight", default=None, help="weight; default: as it is")
     quick: bool = option("--quick", default=False, help="be quick")
     mirrored: bool = option("--plain", default=True, help="no mirrors")
-    cores: int = option("--cores", factory=lambda: 3, help="cores")
     found: str = "not an option"
 
 
@@ -30,7 +29,7 @@ def parse(words: str, **more) -> Asked:
 def test_what_is_typed_fills_the_dataclass():
     needed = {"dataset": "501", "configuration": "2d"}
     asked = Asked(**needed, sizes=[])  # a list, as argparse makes it
-    assert parse("-d 501 -c 2d") == asked and asked.fold == "0" and asked.plans == "nnUNetPlans" and asked.cores == 3
+    assert parse("-d 501 -c 2d") == asked and asked.fold == "0" and asked.plans == "nnUNetPlans"
     words = "-d 501 -c 2d -f all --kind b --sizes 4 8 --weight 0.5 --quick --plain"
     changed = {"fold": "all", "kind": "b", "sizes": [4, 8], "weight": 0.5, "quick": True, "mirrored": False}
     assert parse(words, found="x") == Asked(**needed, **changed, found="x")
@@ -55,10 +54,5 @@ def test_the_help_says_defaults_that_tell_something():
     parser = ArgumentParser()
     add_options(parser, Asked)
     shown = " ".join(parser.format_help().split())
-    assert (
-        "one of two; default: a" in shown
-        and "sizes --weight" in shown
-        and "cores; default: 3" in shown
-        and "weight; default: as it is" in shown
-    )
+    assert "one of two; default: a" in shown and "sizes --weight" in shown and "weight; default: as it is" in shown
     assert "found" not in shown and "be quick --plain" in shown
