@@ -153,7 +153,7 @@ def test_grey_masks_of_127_and_255(tmp_path, raw):
         convert(folder, labels=["a", "b"], overwrite=True)
     assert str(error.value) == (
         f"{folder}/labels: label values found are 0 (44 voxels), 127 (12), 255 (4): give them names with"
-        f" --label-values 0=background 127=a 255=b; {folder}/labels/c.png was smoothed and has more: save it anew"
+        f" --label-values 0=background 127=a 255=b; {folder}/labels/c.png was smoothed and has more: save it again"
     )
 
 
