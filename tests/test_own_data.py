@@ -372,7 +372,7 @@ def test_sheared_axes_are_turned_on_demand(source, raw, capsys):
     affine = np.diag([1.0, 1, 1.5, 1])
     affine[0, 1] = 0.1
     nii(image(3), source / "images" / "c3.nii.gz", affine)
-    with pytest.raises(ValueError, match=r"images/c3.nii.gz: its axes are not at right angles .*: .* with --reorient"):
+    with pytest.raises(ValueError, match=r"images/c3.nii.gz: its axes are not at right angles .*: with --reorient"):
         convert(source)
     convert(source, reorient=True, overwrite=True)
     written = sitk.ReadImage(str(raw / "imagesUn" / "c3_0000.nii.gz"))
