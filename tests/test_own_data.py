@@ -809,7 +809,7 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
 @pytest.mark.parametrize(
     "words, following",
     [
-        ("plan_and_preprocess -d 801 -c 2d", "nnunet_semiseg train 801 2d 0 -tr MeanTeacherTrainer -p nnUNetPlans"),
+        ("plan_and_preprocess -d 801 -c 2d", "nnunet_semiseg train 801 2d 0 -tr SemiSegTrainer -p nnUNetPlans"),
         (
             "plan_and_preprocess -d 801 --labeled_only -pl SemiSegPlanner",
             "nnunet_semiseg train 801 3d_fullres 0 -tr SupervisedTrainer -p nnUNetSemiSegPlans",
