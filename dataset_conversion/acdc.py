@@ -41,7 +41,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """Two cases a patient, at end-diastole and end-systole: `Info.cfg` says which frames these are."""
+    """Two cases for each patient, at end diastole and end systole: `Info.cfg` says which frames these are."""
     cases = {}
     infos = by_name((path.parent.name, path) for path in find_files(folder, "patient*/Info.cfg"))
     for patient, info in infos.items():
@@ -49,7 +49,7 @@ def find_cases(folder: Path) -> Source:
             name = f"{patient}_{frame}"
             try:
                 image = info.with_name(f"{patient}_frame{_number(info, phase):02d}.nii.gz")
-            except UserError:  # raised again in the worker, as this case's problem
+            except UserError:  # the worker will raise it again, as the problem of this case
                 cases[name] = Case(name, (Read(_number, (info,), {"phase": phase}),), info)
             else:
                 cases[name] = Case(name, (image,), image.with_name(image.name.replace(".nii.gz", "_gt.nii.gz")))

@@ -33,7 +33,7 @@ ABOUT = About(
 
 SEQUENCES = {"FLAIR": "flair", "T1": "t1", "T1CE": "t1ce", "T2": "t2"}
 REGIONS = {
-    # nnU-Net's own conversion of BraTS: 1 edema, 2 necrosis, 3 enhancing, so that the values are consecutive
+    # as in nnU-Net's own conversion of BraTS: 1 edema, 2 necrosis, 3 enhancing, so that the values are consecutive
     "channels": tuple(SEQUENCES),
     "labels": {"background": 0, "whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)},
     "label_values": {0: 0, 2: 1, 1: 2, 4: 3},
@@ -49,7 +49,7 @@ TASKS = {"whole_tumor": {}, "regions": REGIONS}
 
 
 def find_sequences(folder: Path, about: About, odd_labels: Mapping[str, str] | None = None) -> dict[str, Case]:
-    """Cases by the folder they lie in; `odd_labels` names label files that do not follow the rule."""
+    """Cases by the name of their folder. `odd_labels` lists label files with unusual names."""
     found = (p for p in find_files(folder, "*_flair.nii*") if p.name.endswith((".nii", ".nii.gz")))
     cases = {}
     for name, flair in by_name((path.parent.name, path) for path in found).items():
@@ -62,7 +62,7 @@ def find_sequences(folder: Path, about: About, odd_labels: Mapping[str, str] | N
 
 
 def with_own_ending(about: About, cases: Mapping[str, Case]) -> About:
-    """`.nii` where all images are: they are linked then, and not compressed for nothing."""
+    """Use `.nii` if all images have it: then they are linked and need not be compressed."""
     names = [path.name for case in cases.values() for path in case.images]
     return replace(about, file_ending=".nii") if names and all(name.endswith(".nii") for name in names) else about
 
@@ -71,7 +71,7 @@ def find_cases(folder: Path, task: str = "whole_tumor") -> Source:
     """The published split, with the channels and the labels of a task.
 
     Args:
-        task: `whole_tumor`, the semi-supervised protocol (FLAIR alone), or `regions`, nnU-Net's, on four channels.
+        task: `whole_tumor`, the semi-supervised protocol (FLAIR only), or `regions`, nnU-Net's, with four channels.
     """
     about = replace(ABOUT, **TASKS[task])
     cases, split = find_sequences(folder, about), published_split("brats2019")
@@ -79,7 +79,7 @@ def find_cases(folder: Path, task: str = "whole_tumor") -> Source:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command's options, which are arguments of `find_cases`."""
+    """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--task", choices=TASKS, default="whole_tumor",
         help="whole_tumor: only FLAIR and one class, as in the literature; regions: four channels, nnU-Net's regions;"

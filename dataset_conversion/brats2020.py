@@ -22,16 +22,16 @@ ABOUT = replace(
     labeled=0.1,
     **brats2019.REGIONS,
 )
-ODD_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm.nii"}  # so it is in the official download
+ODD_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm.nii"}  # its name in the official download
 
 
 def find_cases(folder: Path) -> Source:
-    """The training cases, a seeded fifth of them for testing; the challenge's validation cases are unlabelled."""
+    """The training cases, a fixed random fifth of them for testing. The challenge's validation cases are unlabelled."""
     cases = brats2019.find_sequences(folder, ABOUT, ODD_LABELS)
     own = [name for name in cases if name.startswith("BraTS20_Training_")]
     others = sorted(cases.keys() - set(own))
     train, test = seeded_split(own, test=0.2)
-    # a number, for the labelled cases should be the same with and without the others
+    # a number, so that the labelled cases are the same with and without the others
     about = replace(brats2019.with_own_ending(ABOUT, cases), labeled=max(1, round(ABOUT.labeled * len(train))))
     cases |= {name: replace(cases[name], label=None) for name in others}
     return Source(about, cases, [*train, *others], test=test)

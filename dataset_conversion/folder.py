@@ -1,4 +1,4 @@
-"""The user's own images and (fewer) labels, in whatever folders they are."""
+"""The user's own images and (fewer) labels, in folders of any form."""
 
 from __future__ import annotations
 
@@ -53,23 +53,24 @@ def find_cases(
     test: float | None = None,
     group_by: str | None = None,
 ) -> Source:
-    """The cases below a folder, as the names of folders and files tell them; one without a label is unlabelled.
+    """Find the cases below a folder by the names of folders and files. A case without a label is unlabelled.
 
     Args:
-        labels: names of the label values 1, 2, ... (with a single one, 255 is 1 as well); of masks a class in files of
-            their own, and of DICOM segmentations, the names of those wanted. None: as `dataset.json` or files say.
-        channels: names of the channels, in their order, as files or DICOM series are named. None: as files say.
+        labels: names of the label values 1, 2, ... (with a single one, 255 is read as 1, too). If each class has its
+            own mask, or for DICOM segmentations, the names of the wanted ones. None: as `dataset.json` or the files
+            say.
+        channels: names of the channels, in their order, as in the names of files or DICOM series. None: as files say.
         name: of the dataset.
-        split: a JSON file `{"train": [case, ...], "val": [...], "test": [...]}`; None: as folders say.
-        spacing: x y z, in mm, of what does not say it itself: TIFF volumes, stacks of pictures, damaged headers.
+        split: a JSON file `{"train": [case, ...], "val": [...], "test": [...]}`. None: as folders say.
+        spacing: x y z, in mm, for files that do not say it: TIFF volumes, stacks of pictures, damaged headers.
         label_values: `205=kidney`, `0,1=background`, `255/0/0=kidney` for a colour.
-        nan: what NaN and infinity become: a number, or `fill`, the image's least value.
-        reorient: turn axes that are not at right angles to the nearest that are.
-        test: share of the labelled cases that becomes the test set, drawn with a seed.
+        nan: replaces NaN and infinity: a number, or `fill` for the image's least value.
+        reorient: turn axes that are not at right angles to the nearest ones that are.
+        test: the share of the labelled cases that becomes the test set, at random with a fixed seed.
         group_by: `patient`, or a regular expression: scans of a patient stay together in test set and folds.
 
     Raises:
-        UserError: options that make no sense, names that do not tell which label belongs to which image.
+        UserError: options are wrong; names do not show which label belongs to which image.
     """
     found, left_out = list_files(folder)
     given = _dataset_json(folder, left_out)
@@ -123,7 +124,7 @@ def find_cases(
 
 @dataclass(frozen=True)
 class Given:
-    """What a `dataset.json` beside the folders says: that of nnU-Net 1 or 2, or of the Decathlon."""
+    """The content of a `dataset.json` beside the folders: nnU-Net 1 or 2, or the Decathlon."""
 
     labels: Mapping[str, int | tuple[int, ...]] | None = None
     channels: tuple[str, ...] | None = None
@@ -141,11 +142,11 @@ def _dataset_json(folder: Path, left_out: dict[str, str]) -> Given:
         names = tuple(str(channels[key]) for key in sorted(channels, key=int))
         labels = {}
         for key, value in content["labels"].items():
-            if str(key).isdecimal() and isinstance(value, str):  # value to name, before nnU-Net 2
+            if str(key).isdecimal() and isinstance(value, str):  # from values to names, as before nnU-Net 2
                 key, value = value, int(key)
             labels[str(key)] = tuple(value) if isinstance(value, list) else int(value)
     except (AttributeError, KeyError, TypeError, ValueError):
-        return Given()  # some other file of this name
+        return Given()  # another file with this name
     del left_out[files[0]]
     order = content.get("regions_class_order")
     if order is None and any(isinstance(value, tuple) for value in labels.values()):
@@ -161,7 +162,7 @@ def _is_label(path: str) -> bool:
 
 def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -> None:
     if labels and set(labels) == {"ignore"}:
-        raise UserError("--labels ignore: there is no class beside what is ignored: name one")
+        raise UserError("--labels ignore: there is no class except the ignored one: name one")
     for option, names in (("--labels", ["background", *(labels or ())]), ("--channels", channels or ())):
         for name in names:
             if not name.strip():
@@ -175,7 +176,7 @@ def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -
 
 
 def _lists(layout: Layout) -> list[list[str]]:
-    """Training cases, those with a label first; validation and test cases, as folders say."""
+    """The training cases, those with a label first; validation and test cases, as folders say."""
     train = [case for case in layout.images if layout.parts.get(case, "unlabeled") == "unlabeled"]
     train = sorted(train, key=lambda case: (case not in layout.labels, case))
     return [train, *([case for case in layout.images if layout.parts.get(case) == part] for part in ("val", "test"))]
@@ -214,7 +215,7 @@ def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command's options, which are arguments of `find_cases`."""
+    """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME",
         help="names of the label values 1, 2, ...; where each class has a mask or a DICOM label of its own, the names"

@@ -1,4 +1,4 @@
-"""The h5 files that SSL4MIS, UA-MT, DTC and their followers pass on."""
+"""The h5 files that SSL4MIS, UA-MT, DTC and later projects publish."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nnunet_semiseg.raw_datasets import (
     published_split,
 )
 
-NOTE = "images are already normalised and cropped round the label by whoever made the h5 files, test cases too"
+NOTE = "whoever made the h5 files has normalised the images and cropped them around the label, test cases too"
 
 ABOUT = About(
     name="H5",
@@ -49,7 +49,7 @@ ABOUT = About(
 
 @dataclass(frozen=True)
 class Known:
-    """A set that such files were made from: how its cases are named, on which grid they are, its published list."""
+    """A data set that such files were made from: the names of its cases, their grid, and its published list."""
 
     pattern: str
     about: About
@@ -65,11 +65,11 @@ KNOWN = (
 
 
 def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Sequence[str] | None = None) -> Source:
-    """The cases of .h5 files, one file each; their names tell the set, and that its voxel size, labels and split.
+    """The cases of .h5 files, one in each file. Their names show the data set, and so voxel size, labels and split.
 
     Args:
-        spacing: x y z, in mm, or one number; None: that of the known set.
-        labels: names of the label values 1, 2, ...; None: those of the known set.
+        spacing: x y z, in mm, or one number. None: that of the known set.
+        labels: names of the label values 1, 2, ... None: those of the known set.
     """
     files = by_name((_case(path), path) for path in find_files(folder, "*.h5"))
     if not files:
@@ -92,10 +92,10 @@ def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Seq
 
 
 def find_known(files: Mapping[str, Path]) -> Known | None:
-    """The set that all case names are of.
+    """The data set to which all case names belong.
 
     Raises:
-        UserError: most are of a known set, but not all.
+        UserError: most of them, but not all, belong to a known set.
     """
     for known in KNOWN:
         odd = [path for name, path in files.items() if not re.fullmatch(known.pattern, name)]
@@ -110,7 +110,7 @@ def find_known(files: Mapping[str, Path]) -> Known | None:
 
 
 def describe(known: Known | None, labels: Sequence[str] | None) -> About:
-    """What is known of the set; `labels` names its values anew. With neither, there are no labels."""
+    """What is known about the set. `labels` replaces the names of its values. With neither, there are no labels."""
     about = ABOUT
     if known:
         changes = {"name": f"{known.about.name}H5", "file_ending": ".nii.gz", "label_values": None, "crop": None}
@@ -122,7 +122,7 @@ def describe(known: Known | None, labels: Sequence[str] | None) -> About:
 
 
 def find_lists(folder: Path, names: Collection[str], known: Known | None) -> tuple[str, dict[str, list[str]]]:
-    """Where the lists are from, in words, and the cases of each: those beside the files or else the published ones."""
+    """The origin of the lists, in words, and the cases of each: lists beside the files, else the published ones."""
     lists = {part: read_list(folder, f"{part}.list") for part in ("train", "val", "test")}
     if any(lists.values()):
         listed = {*lists["val"], *lists["test"]}
@@ -130,7 +130,7 @@ def find_lists(folder: Path, names: Collection[str], known: Known | None) -> tup
         return "the lists beside the files", lists
     if known:
         published = published_split(known.split)
-        # of the pancreas some pass on image0001_norm.h5, as the list calls it, and some 0001.h5
+        # for the pancreas, some files are named image0001_norm.h5, as in the list, and some 0001.h5
         prefix = "" if any(name.startswith("image") for name in names) else "image"
         lists = {part: [name.removeprefix(prefix) for name in published.get(part, ())] for part in lists}
         return f"no list beside the files, hence {known.about.protocol}", lists
@@ -138,10 +138,10 @@ def find_lists(folder: Path, names: Collection[str], known: Known | None) -> tup
 
 
 def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
-    """The array `key` of a file, `image` or `label`, which is stored x y z; its spacing is in mm.
+    """The array `key` of a file, `image` or `label`. It is stored x y z, and its spacing is in mm.
 
     Raises:
-        UserError: no such array; it lies in another file, or claims more than the memory.
+        UserError: there is no such array; it is in another file, or claims more than the memory.
     """
     with h5py.File(path) as file:
         if key not in file:
@@ -160,7 +160,7 @@ def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
 
 
 def read_list(folder: Path, name: str) -> list[str]:
-    """Case names of a list file; what it says of their paths is left out. Empty, where there is no such file."""
+    """The case names in a list file, without their paths. Empty if there is no such file."""
     files = sorted(find_files(folder, name), key=lambda path: len(path.parts))
     lines = files[0].read_text(encoding="utf-8").split() if files else ()
     return [_case(Path(line)) for line in lines]
@@ -173,7 +173,7 @@ def _case(path: Path) -> str:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command's options, which are arguments of `find_cases`."""
+    """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--spacing", type=float, nargs="+", metavar="MM", help="voxel spacing x y z in mm; default: that of a known set"
     )

@@ -33,7 +33,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """Cases of two channels, CT and the PET on its grid; a seeded fifth is for testing."""
+    """Cases with two channels: CT, and the PET on the grid of the CT. A fixed random fifth is for testing."""
     names = ((p.name.removesuffix("__CT.nii.gz"), p) for p in find_files(folder, "*__CT.nii.gz"))
     scans = by_name((name, p) for name, p in names if p.parent.name in ("imagesTr", name))  # those with a label
     cases = {}
@@ -46,7 +46,7 @@ def find_cases(folder: Path) -> Source:
 
 
 def resample_to(moving: Path, fixed: Path) -> sitk.Image:
-    """The first image on the second one's grid, linearly; 0 where it does not reach."""
+    """Resample the first image to the grid of the second one, linearly. Outside of it the result is 0."""
     return sitk.Resample(sitk.ReadImage(moving), sitk.ReadImage(fixed))
 
 

@@ -35,7 +35,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """One case a folder with `lgemri.nrrd`; training and test cases are those of the published split."""
+    """One case for each folder with `lgemri.nrrd`. Training and test cases are those of the published split."""
     images = by_name((path.parent.name, path) for path in find_files(folder, "lgemri.nrrd"))
     cases = {name: Case(name, (path,), path.with_name("laendo.nrrd")) for name, path in images.items()}
     split = published_split("la2018")

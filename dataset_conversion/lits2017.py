@@ -30,11 +30,11 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """One case for each `volume-N.nii`; a seeded fifth is for testing."""
+    """One case for each `volume-N.nii`. A fixed random fifth is for testing."""
     found = ((re.fullmatch(r"volume-(\d+)\.nii", p.name), p) for p in find_files(folder, "volume-*.nii"))
     volumes = by_name((f"liver_{int(match[1]):03d}", p) for match, p in found if match)  # no `volume-1 (copy).nii`
     labels = by_name((p.name.replace("segmentation", "volume"), p) for p in find_files(folder, "segmentation-*.nii"))
-    # the masks need not lie beside their volumes; where one is missing, its place says what was looked for
+    # a mask need not lie beside its volume; if it is missing, the path says what was looked for
     cases = {
         name: Case(name, (p,), labels.get(p.name, p.with_name(p.name.replace("volume", "segmentation"))))
         for name, p in volumes.items()

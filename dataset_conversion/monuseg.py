@@ -34,7 +34,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """The images that have an annotation, with their texts, if there are any; the folder says what is for testing."""
+    """The images with an annotation, and their texts if there are any. The folder says what is for testing."""
     cases, train, test, texts = {}, [], [], read_texts(folder)
     found = find_files(folder, "*.tif")
     places = ("Tissue Images", "MoNuSegTestData")
@@ -52,17 +52,17 @@ def find_cases(folder: Path) -> Source:
 
 
 def rasterise(outlines: Path, image: Path) -> sitk.Image:
-    """The union of the annotated polygons on the image's grid, 0 and 1."""
+    """The union of the annotated polygons on the image's grid, as 0 and 1."""
     header = sitk.ReadImage(image)
     mask = np.zeros(header.GetSize()[::-1], np.uint8)
     try:
         regions = ElementTree.parse(outlines).iter("Region")
         for region in regions:
             points = np.array([(float(v.get("Y")), float(v.get("X"))) for v in region.iter("Vertex")]).reshape(-1, 2)
-            if len(points):  # ImageScope leaves empty regions
+            if len(points):  # ImageScope may leave empty regions
                 mask[polygon(*points.T, mask.shape)] = 1
     except (ElementTree.ParseError, TypeError, ValueError) as e:
-        raise UserError(f"{outlines}: no annotation of Aperio ImageScope's ({e}): download it again") from None
+        raise UserError(f"{outlines}: not an annotation of Aperio ImageScope ({e}): download it again") from None
     label = sitk.GetImageFromArray(mask)
     label.CopyInformation(header)
     return label

@@ -1,4 +1,4 @@
-"""COVID-19 infection in slices of chest CT, with a text for each: MosMedData+ as LViT passes it on."""
+"""COVID-19 infection in slices of chest CT, with a text for each: MosMedData+ in the version of LViT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ABOUT = replace(
     "et al., Automatic lung segmentation in routine imaging is primarily a data diversity problem, European Radiology "
     "Experimental 4 (2020); texts: Li et al., LViT, IEEE Transactions on Medical Imaging 43 (2024)",
     protocol="training, validation and test slices by folder, as LViT passes them on; 25 % labelled",
-    channels=("CT slice",),  # 8-bit windows, not Hounsfield units: nnU-Net's CT normalisation is not for them
+    channels=("CT slice",),  # 8-bit windows, not Hounsfield units, so nnU-Net's CT normalisation does not fit
     prompts={"background": "a slice of the chest without infection", "infection": "a COVID-19 infection of the lung"},
     notes=("the split is by slice: slices of one study are in training and test, which flatters every method",),
 )

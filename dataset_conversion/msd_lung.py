@@ -24,7 +24,7 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """The labelled volumes, of which a seeded 15 of 63 are for testing."""
+    """The labelled volumes. 15 of 63, chosen at random once, are for testing."""
     files = find_files(folder, "imagesTr/lung_*.nii.gz")
     images = by_name((path.name.removesuffix(".nii.gz"), path) for path in files)
     cases = {n: Case(n, (path,), path.parent.with_name("labelsTr") / path.name) for n, path in images.items()}

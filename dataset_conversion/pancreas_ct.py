@@ -43,11 +43,11 @@ ABOUT = About(
         source="CoraNet's: 96 voxels at least, round that a margin of 25, here of the original grid",
     ),
 )
-CLEAR_STEP = 20  # HU; the step is near 0 in a wrong place; chosen on phantoms, for there is no real scan here
+CLEAR_STEP = 20  # HU; in a wrong place the step is near 0; chosen on phantoms, because no real scan was available
 
 
 def find_cases(folder: Path) -> Source:
-    """DICOM series, each with its label on its own grid (`read_label`); the published split."""
+    """DICOM series, each with its label on its own grid (`read_label`), in the published split."""
     scans = by_name((p.name, p) for p in find_files(folder, "PANCREAS_*") if re.fullmatch(r"PANCREAS_\d{4}", p.name))
     labels = by_name((p.name, p) for p in find_files(folder, "label*.nii.gz"))
     cases = {}
@@ -63,12 +63,12 @@ def find_cases(folder: Path) -> Source:
 
 
 def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
-    """The label on the scan's grid, flipped along y where it lies on the pancreas only then.
+    """The label on the grid of the scan. It is flipped along y if it lies on the pancreas only then.
 
-    The files disagree on it, and the labels' headers cannot be trusted: `choose_orientation` measures it.
+    The files differ in this, and the headers of the labels cannot be trusted. `choose_orientation` measures it.
 
     Raises:
-        UserError: another shape than the scan's, or neither orientation will do.
+        UserError: the label has another shape than the scan, or fits in neither orientation.
     """
     image, label = read_dicom_series(scan), sitk.ReadImage(path)
     if image.GetSize() != label.GetSize():
@@ -85,19 +85,19 @@ def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
 
 
 def choose_orientation(units: np.ndarray, label: np.ndarray) -> tuple[np.ndarray | None, str]:
-    """The label as it is or flipped along y, whichever lies on the pancreas, and what was measured, in words.
+    """Choose the label as it is or flipped along y, whichever lies on the pancreas. Returns also what was measured.
 
-    An orientation is possible where the label covers soft tissue in the body (`_is_soft_tissue`). Of two possible ones
-    that is taken which has the greater step at the label's border (`_border_step`): round the pancreas lies fat, while
-    tissue goes on, however noisy or homogeneous it is, across the border of a label in the wrong place. Where the step
-    is not `CLEAR_STEP` HU greater than without one, or than the other orientation's, the note begins with a warning.
+    An orientation is possible if the label covers soft tissue in the body (`_is_soft_tissue`). If both are possible,
+    the one with the larger step at the label's border is taken (`_border_step`): there is fat around the pancreas,
+    while at the border of a label in a wrong place the tissue goes on. If the step is less than `CLEAR_STEP` HU above
+    0, or above that of the other orientation, the note begins with a warning.
 
     Args:
         units: Hounsfield units, z y x.
         label: on the same grid, not empty.
 
     Returns:
-        None instead of a label where neither orientation is possible.
+        The label (None if neither orientation is possible), and the note.
     """
     ways = {"as it is": label, "flipped along y": label[:, ::-1]}
     steps, measured = {}, []
@@ -113,20 +113,20 @@ def choose_orientation(units: np.ndarray, label: np.ndarray) -> tuple[np.ndarray
     rival = max([0.0, *(step for other, step in steps.items() if other != way)])
     note = f"label {way} ({', '.join(measured)})"
     if steps[way] - rival < CLEAR_STEP:
-        note = f"WARNING: undecided whether the label is to be flipped, look at it: {note}"
+        note = f"WARNING: it is not clear whether the label must be flipped, look at it: {note}"
     return ways[way], note
 
 
 def _is_soft_tissue(units: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether a label's mean is that of soft tissue, it covers hardly any air, and its centroid is in the body."""
+    """Whether a label's mean is that of soft tissue, it has hardly any air, and its centre is in the body."""
     covered = units[mask]
     z, y, x = (int(round(indices.mean())) for indices in np.nonzero(mask))
-    body = ndimage.binary_fill_holes(units[z] > -300)  # with the air in it
+    body = ndimage.binary_fill_holes(units[z] > -300)  # including the air in it
     return bool(-50 <= covered.mean() <= 300 and (covered < -300).mean() < 0.05 and body[y, x])
 
 
 def _border_step(units: np.ndarray, mask: np.ndarray) -> float:
-    """Mean HU in the two voxels inside a label's border less that in the two outside, air and bone clipped."""
+    """Mean HU in the two voxels inside a label's border minus that in the two outside. Air and bone are clipped."""
     box = tuple(slice(max(int(i.min()) - 2, 0), int(i.max()) + 3) for i in np.nonzero(mask))
     units, mask = units[box].clip(-200, 200), mask[box]
     inside = mask & ~ndimage.binary_erosion(mask, iterations=2)

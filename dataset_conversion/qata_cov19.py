@@ -41,7 +41,7 @@ IMAGES, MASKS = ("Images", "img"), ("Ground-truths", "labelcol")
 
 
 def find_images(folder: Path, about: About) -> Source:
-    """Cases by the folder that they lie in, with the texts of all tables below the folder."""
+    """Cases by their folder, with the texts of all tables below the folder."""
     images, masks, parts = [], [], {}
     for path in find_files(folder, "*.png"):
         kind, part = path.parent.name, PARTS.get(path.parent.parent.name)
@@ -61,16 +61,16 @@ def find_images(folder: Path, about: About) -> Source:
 
 
 def _one_channel(path: Path) -> Path | Read:
-    """The file itself where it has one channel, so that it is linked; only its header is looked at."""
+    """The file itself if it has one channel, so that it can be linked. Only its header is read."""
     try:
         with Image.open(path) as image:
             return path if image.mode in ("L", "I;16") else Read(read_gray, (path,))
     except OSError:
-        return path  # damaged: reading it in a worker says so, of this case
+        return path  # damaged: the worker will report it as the problem of this case
 
 
 def read_mask(path: Path) -> sitk.Image | tuple[sitk.Image, str]:
-    """A mask of 0 and 255, or of 0 and 1; what a lossy copy has made of 0 and 255 is put right."""
+    """A mask of 0 and 255, or of 0 and 1. Values between 0 and 255, from lossy compression, are rounded to these."""
     mask = read_gray(path)
     voxels = sitk.GetArrayViewFromImage(mask)
     if voxels.max() < 128 or np.isin(voxels, (0, 255)).all():

@@ -64,7 +64,7 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
                     _refuse_large(size, archive, folder, max_size)
                     if not (member.isfile() or member.isdir()):
                         raise UserError(f"{archive}: {member.name} is a link or a device: do not trust it")
-                # an attribute: the argument is new in Python 3.11.4 (3.10.12); older versions have the checks above only
+                # an attribute: the argument is new in Python 3.11.4 (3.10.12); older ones have the checks above only
                 file.extraction_filter = getattr(tarfile, "data_filter", None)
                 file.extractall(folder)
     except UserError:

@@ -1,4 +1,4 @@
-"""Types of values in JSON files: whether a value has one, and how it is called in plain words."""
+"""Types of values in JSON files: check whether a value has a type, and name the type in plain words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Bounds:
-    """The least and the greatest value of a number, both included, as in `Annotated[int, Bounds(1)]`."""
+    """The smallest and the largest value of a number, both allowed, as in `Annotated[int, Bounds(1)]`."""
 
     least: float
     most: float | None = None
@@ -24,7 +24,7 @@ class Bounds:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of this type; a number is finite, and true and false are none."""
+    """Whether a value from JSON has this type. A number must be finite; true and false are not numbers."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return matches(value, args[0]) and args[1].include(value)

@@ -195,7 +195,7 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
             with _in_one_line(raw):
                 stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), request.num_processes_fingerprint)
             if why := why_fingerprint_is_old(preprocessed, stamps):
-                print(f"{preprocessed / FINGERPRINT}.json: {why}: it is taken anew")
+                print(f"{preprocessed / FINGERPRINT}.json: {why}: it is made again")
             with _in_one_line(preprocessed):
                 extract_fingerprint_dataset(
                     dataset_id,

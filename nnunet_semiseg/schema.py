@@ -1,6 +1,6 @@
-"""What JSON files must hold: shapes, written as types, and nnU-Net's rules for `dataset.json` and for plans.
+"""The content that JSON files must have: shapes, written as types, and nnU-Net's rules for `dataset.json` and plans.
 
-nnU-Net takes what it finds, and fails hours later where it is wrong. So each file is read here, in one place.
+nnU-Net itself does not check its files, and fails hours later if they are wrong. So each file is checked here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nnunet_semiseg.files import read_json
 from nnunet_semiseg.json_types import in_words, matches
 
 Shape = Mapping[str, Any]
-"""key to type; a key that ends with `?` may be left out"""
+"""from keys to types; a key that ends with `?` may be missing"""
 
 DATASET_FIX = "write it as nnU-Net's documentation/dataset_format.md says"
 READER_KEY = "overwrite_image_reader_writer"
 DATASET_SECTION = "semiseg"
-"""of `dataset.json`: what this package adds to it, as `prompts` and `labeled_order`"""
+"""of `dataset.json`: what this package adds to it, for example `prompts` and `labeled_order`"""
 
 DATASET: Shape = {
     "labels": dict[str, int | list[int]],
@@ -52,7 +52,7 @@ USED: Shape = {
     "transpose_forward": list[int],
     "transpose_backward": list[int],
 }
-"""of plans that are trained with"""
+"""the shape of plans with which a training runs"""
 CONFIGURATION: Shape = {
     "data_identifier": str,
     "preprocessor_name": str,
@@ -78,21 +78,21 @@ PER_STAGE = {
 ARCHITECTURE_KWARGS: Shape = {"n_stages?": int, **{f"{key}?": hint for key, hint in PER_STAGE.items()}}
 NETWORKS = r"(dynamic_network_architectures|nnunetv2|nnunet_semiseg)(\.\w+)*\.[A-Z]\w*"
 PARTS = r"torch\.nn(\.modules(\.\w+)?)?\.[A-Z]\w*"
-"""classes that may be imported for a network, and for its convolutions and the like"""
+"""classes that may be imported for a network, and for its convolutions and similar parts"""
 OTHER_PLANS = "take other plans"
 TRUST = "nnUNet_semiseg_trust"
-"""a variable; 1: checkpoints and plans that can run code are used"""
+"""an environment variable; if it is 1, checkpoints and plans that can run code are used"""
 FOLD: Shape = {"train": list[str], "val": list[str]}
 
 
 def check(content: dict, shape: Shape, file: str | Path, fix: str, within: str = "") -> None:
-    """Refuse content that lacks a key, or has a value of another type.
+    """Refuse content without a key, or with a value of another type.
 
     Args:
-        within: where in the file the content stands, for the message.
+        within: the place of the content in the file, for the message.
 
     Raises:
-        UserError: names the key and the type that its value must have.
+        UserError: names the key, and the type that its value must have.
     """
     for key, hint in shape.items():
         name = key.removesuffix("?")
@@ -104,7 +104,7 @@ def check(content: dict, shape: Shape, file: str | Path, fix: str, within: str =
 
 
 def _wrong(name: str, value: Any, hint: Any) -> str:
-    """Which value has another type: of an object, the one within it."""
+    """Which value has another type. In an object it is the value inside it."""
     if get_origin(hint) is dict and isinstance(value, dict):
         inner = get_args(hint)[1]
         key = next(key for key, v in value.items() if not matches(v, inner))
@@ -114,10 +114,10 @@ def _wrong(name: str, value: Any, hint: Any) -> str:
 
 
 def read_dataset_json(dataset: Path) -> dict:
-    """The checked `dataset.json` of a dataset's folder.
+    """Read and check the `dataset.json` in a dataset's folder.
 
     Raises:
-        UserError: missing, no JSON, or not what nnU-Net takes: see `check_dataset_json`.
+        UserError: it is missing, not JSON, or not what nnU-Net accepts: see `check_dataset_json`.
     """
     file = dataset / "dataset.json"
     content = read_json(file, DATASET_FIX)
@@ -129,19 +129,19 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
     """Refuse what nnU-Net cannot train on, or would train on wrongly.
 
     Raises:
-        UserError: a key that is missing or of another type; a label below 0, a gap between labels, a background that is
-            not 0, no class; regions without their order; an ignore label that is not the last one; channels that are
-            not numbered from 0 on; a reader that nnU-Net does not have.
+        UserError: a key is missing or has another type; a label is below 0, or there is a gap between labels; the
+            background is not 0; there is no class; regions have no order; the ignore label is not the last one;
+            channels are not numbered from 0; nnU-Net does not have the reader.
     """
     check(content, DATASET, file, DATASET_FIX)
     channels = content.get("channel_names") or content.get("modality")
     if not channels:
         raise UserError(f'{file}: "channel_names" names no channel: {DATASET_FIX}')
-    if list(channels) != [str(i) for i in range(len(channels))]:  # nnU-Net takes them as they come
+    if list(channels) != [str(i) for i in range(len(channels))]:  # nnU-Net uses them in the order of the file
         found, right = (", ".join(map(repr, keys)) for keys in (channels, map(str, range(len(channels)))))
         raise UserError(f'{file}: "channel_names" has the keys {found}, but must have {right}, in this order')
-    if len(content.get("modality", channels)) != len(channels):  # nnU-Net counts these, and reads the others
-        raise UserError(f'{file}: "modality" and "channel_names" have not as many channels: remove "modality"')
+    if len(content.get("modality", channels)) != len(channels):  # nnU-Net counts `modality`, but reads the other one
+        raise UserError(f'{file}: "modality" and "channel_names" have different lengths: remove "modality"')
     if not content["file_ending"].startswith("."):
         raise UserError(f'{file}: "file_ending" is "{content["file_ending"]}", and begins with no dot: {DATASET_FIX}')
     if content["numTraining"] < 0:
@@ -149,11 +149,11 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
     readers = [reader.__name__ for reader in LIST_OF_IO_CLASSES]
     if content.get(READER_KEY, "None") not in (*readers, "None"):
         raise UserError(f'{file}: "{READER_KEY}" is "{content[READER_KEY]}": use {" or ".join(readers)}')
-    if isinstance(content.get(DATASET_SECTION), dict):  # another type is refused with the prompts
+    if isinstance(content.get(DATASET_SECTION), dict):  # another type is refused when the prompts are read
         check(content[DATASET_SECTION], {"labeled_order?": list[str]}, file, DATASET_FIX, f'"{DATASET_SECTION}" ')
     for case, entry in content.get("dataset", {}).items():
         check(entry, {"images": list[str], "label": str}, file, DATASET_FIX, f'"dataset" {case} ')
-        if case in ("", ".", "..") or "/" in case or "\\" in case:  # its files would lie in another folder
+        if case in ("", ".", "..") or "/" in case or "\\" in case:  # its files would be in another folder
             raise UserError(f'{file}: "dataset" has a case called "{case}": give it a name without / and \\')
     _check_labels(content, file)
 
@@ -162,7 +162,7 @@ def _check_labels(content: dict, file: str | Path) -> None:
     labels = {name: value if isinstance(value, list) else [value] for name, value in content["labels"].items()}
     classes = [name for name in labels if name not in ("background", "ignore")]
     for name, values in labels.items():
-        if not name.strip() or not name.isprintable():  # it stands in tables, figures and texts
+        if not name.strip() or not name.isprintable():  # it is shown in tables, figures and texts
             raise UserError(f'{file}: "labels" has a class called {name!r}: give it a name of letters')
         if not values or min(values) < 0:
             what = f"is {values[0]}" if len(values) == 1 else f"is {values}"
@@ -202,13 +202,13 @@ def _check_order(order: list[int] | None, region: str, classes: list[str], known
 
 
 def load_plans(file: Path, fix: str) -> dict:
-    """The checked plans of a file.
+    """Read and check a plans file.
 
     Args:
-        fix: what to do where there is no such file, or where it is damaged.
+        fix: what to do if the file is missing or damaged, for the message.
 
     Raises:
-        UserError: missing, no JSON, a key that is missing or of another type.
+        UserError: it is missing or not JSON; a key is missing or has another type.
     """
     plans = read_json(file, fix)
     check(plans, PLANS, file, fix)
@@ -216,10 +216,10 @@ def load_plans(file: Path, fix: str) -> dict:
 
 
 def read_splits(file: Path, fix: str) -> list[dict]:
-    """The checked folds of a `splits_final.json`.
+    """Read and check the folds in a `splits_final.json`.
 
     Raises:
-        UserError: missing, no JSON, no list of folds.
+        UserError: it is missing, not JSON, or not a list of folds.
     """
     folds = read_json(file, fix, list)
     for i, fold in enumerate(folds):
@@ -233,10 +233,10 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
     """Refuse a configuration that the plans do not have, or that is damaged.
 
     Args:
-        file: the plans', for the message.
+        file: the plans file, for the message.
 
     Raises:
-        UserError: names those that the plans have, or what is wrong with this one.
+        UserError: lists the configurations of the plans, or says what is wrong with this one.
     """
     known = plans["configurations"]
     if configuration not in known:
@@ -245,7 +245,7 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
     within = f"configuration {configuration} "
     try:
         resolved = PlansManager(plans).get_configuration(configuration).configuration
-    except Exception as e:  # plans of older versions, what they inherit from: of many kinds
+    except Exception as e:  # errors of many kinds: old plans, or what the configuration inherits from
         raise UserError(f"{file}: {within}cannot be read ({type(e).__name__}: {e}): {fix}") from None
     check(resolved, CONFIGURATION, file, fix, within)
     if min(resolved["spacing"], default=0) <= 0:
@@ -262,14 +262,14 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
 
 
 def check_architecture(configuration: dict, file: str | Path, fix: str, within: str = "") -> None:
-    """Refuse a network that cannot be built, and one of unknown code, before anything is imported.
+    """Refuse a network that cannot be built, and unknown code, before anything is imported.
 
     Args:
-        configuration: of plans, with all that it inherits.
+        configuration: of plans, with everything that it inherits.
 
     Raises:
-        UserError: a class that is not of nnU-Net's or this package, unless the user trusts it; numbers of stages that
-            disagree; a patch that the strides do not divide.
+        UserError: a class is neither nnU-Net's nor of this package, and the user does not trust it; numbers of stages
+            differ; the strides do not divide the patch.
     """
     check(configuration, {"architecture": dict}, file, fix, within)
     about, within = configuration["architecture"], f"{within}architecture "
@@ -308,7 +308,7 @@ def is_trusted() -> bool:
 
 
 def check_name(option: str, name: str) -> None:
-    """Refuse a name of plans that cannot be a part of a folder's name.
+    """Refuse a name of plans that cannot be part of a folder's name.
 
     Raises:
         UserError: names the option that gave it.
@@ -316,5 +316,5 @@ def check_name(option: str, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise UserError(f"{option} {shown}: letters, digits, - _ and . only, at most 100 of them")
-    if name in ("dataset", "dataset_fingerprint", "splits_final"):  # nnU-Net's own files, beside the plans
+    if name in ("dataset", "dataset_fingerprint", "splits_final"):  # nnU-Net's own files beside the plans
         raise UserError(f"{option} {name}: nnU-Net has a file {name}.json of its own there: choose another name")

@@ -1,7 +1,7 @@
-"""What `nnUNetv2_train` is asked for, checked before anything is made.
+"""Check the arguments of `nnUNetv2_train` before anything is made.
 
-Our own command calls `check_training`. nnU-Net's does not, but it asks for the trainer's class first, and that is the
-place where we look at its arguments.
+Our own command calls `check_training`. nnU-Net's command does not. But it asks for the trainer's class first, and at
+that moment we check its arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = {
     "-num_gpus": (None, "N", "number of GPUs; default: 1"),
     "-device": (None, "DEVICE", "what computes: cuda, cpu or mps; default: cuda"),
 }
-"""default, metavar and help of each"""
+"""default, metavar and help text of each option"""
 FLAGS = {
     "--npz": "also save the probabilities of the validation cases",
     "--c": "continue a training that was interrupted",
@@ -57,7 +57,7 @@ def words(args: Namespace) -> list[str]:
 
 
 def check_running_command() -> None:
-    """`check_training` where this process is `nnUNetv2_train`; the predictor and others ask for trainers, too."""
+    """Call `check_training` if this process is `nnUNetv2_train`. The predictor and others ask for trainers, too."""
     if Path(sys.argv[0]).stem != COMMAND:
         return
     from nnunet_semiseg.files import dataset_folder
@@ -71,14 +71,14 @@ def check_running_command() -> None:
 
 
 def check_training(args: Namespace, plans_name: str | None = None) -> None:
-    """Refuse what would end in nnU-Net's stack of calls, or leave a training behind that cannot be.
+    """Refuse arguments that would end in a traceback of nnU-Net's, or leave a useless training behind.
 
     Args:
-        plans_name: under which the model is or will be, if not that of `args.p`.
+        plans_name: the plans in the model's name, if not `args.p`.
 
     Raises:
-        UserError: a fold, a device or a number of GPUs that makes no sense; no such data set, plans or configuration,
-            or damaged ones; weights that are missing, damaged or can run code; `--val` before a training has ended.
+        UserError: a fold, a device or a number of GPUs is wrong; the data set, plans or configuration does not exist or
+            is damaged; weights are missing, damaged or can run code; `--val` before a training is finished.
     """
     import torch
 
@@ -108,7 +108,7 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
     if int(gpus) > 1 and device == "cuda" and int(gpus) > (there := torch.cuda.device_count()):
         raise UserError(f"-num_gpus {gpus}: this machine has {there}: give {there} or less")
     if args.c and args.val:
-        raise UserError("--c and --val: give one of them: --c goes on with a training, --val validates a finished one")
+        raise UserError("--c and --val: give one of them: --c continues a training, --val validates a finished one")
     if args.val_best and args.disable_checkpointing:
         raise UserError("--val_best and --disable_checkpointing: give one of them: the best is a checkpoint")
     if args.pretrained_weights:
@@ -123,18 +123,18 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
         checkpoints.read(args.pretrained_weights, fix, mmap=True, keys=("network_weights",))
     if getattr(args, "continue_from", None):
         _check_continuation(args, plans, plans_name)
-    fold = args.fold if args.fold == "all" else str(int(args.fold))  # nnU-Net takes 00 for 0
+    fold = args.fold if args.fold == "all" else str(int(args.fold))  # nnU-Net reads 00 as 0
     run = Run(preprocessed.name, args.configuration, fold, args.tr, plans_name or args.p)
     if args.val and not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: --val needs a finished training: train without --val first")
 
 
 SHORTER = 4
-"""a training that continues from a model has a quarter of its epochs, if not told otherwise"""
+"""a training that continues from a model has a quarter of its epochs by default"""
 
 
 def add_continue_argument(parser: ArgumentParser) -> None:
-    """The one that `nnUNetv2_train` does not have."""
+    """Add the option that `nnUNetv2_train` does not have."""
     parser.add_argument(
         "--continue_from", metavar="MODEL",
         help="start with the weights of this model: its folder, the folder of its fold, or a checkpoint. The training"
@@ -143,7 +143,7 @@ def add_continue_argument(parser: ArgumentParser) -> None:
 
 
 def checkpoint_of(model: str, fold: str) -> Path:
-    """The last checkpoint of a model: of its folder, of its fold's folder, or the file itself."""
+    """The last checkpoint of a model. `model` is its folder, the folder of a fold, or the file itself."""
     path = Path(model).absolute()
     final = "checkpoint_final.pth"
     folders = [path / f"fold_{fold}", path] if (path / f"fold_{fold}").is_dir() else [path, path / "fold_all"]
@@ -168,7 +168,7 @@ def continued(args: Namespace, changes: dict) -> Iterator[None]:
 
 
 def fewer_epochs(model: Path) -> int:
-    """How many epochs a training has that continues from this checkpoint."""
+    """The number of epochs of a training that continues from this checkpoint."""
     from nnunet_semiseg.settings.base import TrainingSettings
     from nnunet_semiseg.settings.plans import settings_of
     from nnunet_semiseg.training import checkpoint as checkpoints
@@ -202,11 +202,11 @@ def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) ->
 
 
 def _architecture(made_with: dict) -> dict | None:
-    """Of a model's network, by what its trainer was made with; None where that does not say."""
+    """The architecture of a model's network, from the arguments of its trainer. None if they do not say it."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     try:
         manager = PlansManager(made_with["plans"])
         return manager.get_configuration(made_with["configuration"]).configuration["architecture"]
-    except (KeyError, TypeError, ValueError, AssertionError):  # another version's
+    except (KeyError, TypeError, ValueError, AssertionError):  # from another version
         return None

@@ -436,7 +436,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
             "tr_007": "made before labelled case tr_007 changed",
             "tr_008": "made of 3 labelled cases, but there are 4",
         }
-        assert f"dataset_fingerprint.json: was {why[new]}: it is taken anew" in capsys.readouterr().out
+        assert f"dataset_fingerprint.json: was {why[new]}: it is made again" in capsys.readouterr().out
     assert shapes() == 4
     capsys.readouterr()
     dataset.plan()
@@ -450,7 +450,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
     fingerprint.write_text(fingerprint.read_text()[:50])
     refused(rf"dataset_fingerprint.json: not valid JSON .*: {PLAN_AGAIN}", train, dataset)
     dataset.plan(preprocess=False)
-    assert "dataset_fingerprint.json: is damaged: it is taken anew" in capsys.readouterr().out and shapes() == 4
+    assert "dataset_fingerprint.json: is damaged: it is made again" in capsys.readouterr().out and shapes() == 4
 
 
 def test_labelled_data_of_other_plans(dataset):

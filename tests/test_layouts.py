@@ -348,7 +348,7 @@ def test_bids_derivatives_that_are_no_labels_and_what_some_cases_lack():
     assert layout.patients == {"sub-01": "sub-01", "sub-02_ses-1": "sub-02"}
     assert layout.left_out == {
         "README.nii": "its name is not in BIDS style",
-        "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz": "a derivative that is no label",
+        "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz": "a derivative that is not a label",
         f"{anat}FLAIR.nii.gz": "channel FLAIR is missing in some labelled case",
     }
 

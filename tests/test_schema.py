@@ -101,7 +101,7 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"channel_names": {}}, '"channel_names" names no channel'),
         ({"channel_names": {"1": "T2", "0": "T1"}}, "\"channel_names\" has the keys '1', '0', but must have '0', '1'"),
         ({"channel_names": {"1": "MRI"}}, "has the keys '1', but must have '0', in this order"),
-        ({"modality": {"0": "CT", "1": "PET"}}, 'have not as many channels: remove "modality"'),
+        ({"modality": {"0": "CT", "1": "PET"}}, 'have different lengths: remove "modality"'),
         ({"channel_names": {"0": 5}}, '"channel_names": "0" is 5, but must be a text'),
         ({"file_ending": 5}, '"file_ending" is 5'),
         ({"file_ending": "png"}, "begins with no dot"),

@@ -1,17 +1,18 @@
-"""Does every trainer work on a GPU, and what does it cost there, as ratios to SupervisedTrainer? One table.
+"""Check that every trainer works on a GPU, and measure its cost as ratios to SupervisedTrainer, in one table.
 
     python tools/gpu_check.py --out gpu.json [--budget 540] [--work DIR] [--memory fast] [--trainers NAME ...]
 
-It makes its own data, nnU-Net plans of full size for it, and small untrained text and vision towers; `--work` keeps
-these between calls. The package has to be installed. `--dry-run` is the same on a CPU, with tiny plans.
+It makes its own data, nnU-Net plans of full size, and small untrained text and vision towers. `--work` keeps these for
+the next call. The package must be installed. `--dry-run` does the same on a CPU, with tiny plans.
 
-A trainer takes a few steps at the beginning of its training and a few at the end, as methods switch terms on later;
-then the timed steps, at the end, with nnU-Net's mixed precision and gradient scaler. Losses are all of these steps'.
-Graph breaks are all that torch.compile found; recompiles are graphs that it made in the timed steps. Memory is that
-of CUDA's allocator in the timed steps. A step's time is without its loading; loading / step says what share of it the
-loader's workers need for a batch: above 100% the GPU waits. Trainers whose loaders are alike share one measurement.
+Each trainer takes a few steps at the beginning of its training and a few at the end, because methods switch terms on
+later. The timed steps follow, at the end, with nnU-Net's mixed precision and gradient scaler. The losses are those of
+all these steps. Graph breaks are all that torch.compile found; recompiles are the graphs that it made in the timed
+steps. Memory is that of CUDA's allocator in the timed steps. The time of a step does not include loading. "loading /
+step" is the share of a step that the loader's workers need for a batch: above 100% the GPU waits. Trainers with equal
+loaders share one measurement.
 
-A worker process does the measuring; where it dies or hangs, another one goes on with the next trainer.
+A worker process does the measuring. If it dies or hangs, another one continues with the next trainer.
 """
 
 from __future__ import annotations

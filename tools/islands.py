@@ -1,10 +1,10 @@
-"""What predictions have outside their largest component, and what they score without it.
+"""Measure what predictions have outside of their largest component, and their scores without it.
 
     python tools/islands.py REFERENCES PREDICTIONS [PREDICTIONS ...] --label "left atrium=1"
 
-For each folder of predictions: mean Dice and HD95 as they are and after nnU-Net's post-processing of one label, and the
-cases in which that takes more than 300 voxels, with their HD95 before and after. It explains a score; which
-post-processing to use is for nnU-Net's cross-validation to say, not for a test set.
+For each folder of predictions it prints the mean Dice and HD95, as they are and after nnU-Net's post-processing of one
+label. It also lists the cases in which post-processing removes more than 300 voxels, with HD95 before and after. This
+explains a score. Which post-processing to use must be decided by nnU-Net's cross-validation, not on a test set.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What 10 to 100,000 unlabelled cases cost: a start, the first batch, a step, memory, preprocessing begun again.
+"""Measure the cost of 10 to 100,000 unlabelled cases: a start, the first batch, a step, memory, a second preprocessing.
 
     python tools/many_cases.py [--counts 10 1000 10000 100000] [--work FOLDER]
 
-All cases are links to the preprocessed files of one tiny case, so that neither disk nor voxels are measured but what
-grows with the number of cases. Each number has a process of its own, on the CPU, with no process that loads. Times are
-of the wall and, in brackets, of the processor, which other work on the machine lengthens less; memory is the peak.
+All cases are links to the preprocessed files of one tiny case. So only what grows with the number of cases is measured,
+not the disk or the voxels. Each number of cases has its own process, on the CPU, without loader processes. Times are
+wall times; the time of the processor, which depends less on other work on the computer, is in brackets. Memory is the
+peak.
 """
 
 from __future__ import annotations

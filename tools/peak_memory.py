@@ -2,9 +2,9 @@
 
     python tools/peak_memory.py -d 501 --trainers SupervisedTrainer TextSemiSegTrainer
 
-Fake tensors have shapes and no values. Counted is what is alive at once: weights, gradients, the optimiser's state,
-feature maps, losses and the batch, under autocast to a 16-bit type as on a GPU. What cuDNN, the allocator and the
-driver take beside it is not. The data set has to be preprocessed.
+Fake tensors have shapes but no values. Everything that exists at the same time is counted: weights, gradients, the
+optimizer's state, feature maps, losses and the batch, under autocast to a 16-bit type as on a GPU. The additional
+memory of cuDNN, the allocator and the driver is not counted. The data set must be preprocessed.
 """
 
 from __future__ import annotations

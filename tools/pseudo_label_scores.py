@@ -1,11 +1,11 @@
-"""How good the pseudo-labels of a TextSemiSegTrainer were over time, where the true labels are known after all.
+"""Measure the pseudo-labels of a TextSemiSegTrainer over the training, for data whose true labels are known.
 
     python tools/pseudo_label_scores.py MODEL CHECKPOINT [CHECKPOINT ...] --images DIR --labels DIR --every 5
 
-MODEL is a trained model's folder (with plans.json and dataset.json), the checkpoints are copies that were kept of its
-`checkpoint_latest.pth` while it trained. For each of them, and for each decoder: Dice and the predicted volume as a
-multiple of the true one, means over every n-th case of `--images`, without mirroring. A look at a training from
-outside: nothing of it goes back into the training.
+MODEL is the folder of a trained model (with plans.json and dataset.json). The checkpoints are copies of its
+`checkpoint_latest.pth` from different times. For each of them and each decoder it prints the Dice, and the predicted
+volume divided by the true one: means over every n-th case of `--images`, without mirroring. The training itself does
+not use these numbers.
 """
 
 from __future__ import annotations

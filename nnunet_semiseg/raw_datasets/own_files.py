@@ -349,7 +349,7 @@ class Files:
         smoothed = [path for path, counted in by_path.items() if len(counted) > max(10, 3 * usual)]
         found = sum((counted for path, counted in by_path.items() if path not in smoothed), Counter())
         where = plain[0].parent if len(plain) > 1 else plain[0]
-        more = f"; {some(map(str, smoothed))} was smoothed and has more: save it anew" if smoothed else ""
+        more = f"; {some(map(str, smoothed))} was smoothed and has more: save it again" if smoothed else ""
         raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
 
     def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:

@@ -1,11 +1,12 @@
-"""Settings in the plans, under ``semiseg``: read, checked, changed.
+"""Settings in the plans, under ``semiseg``: read, check and change them.
 
     "semiseg": {"num_epochs": 100, "UAMTTrainer": {"mc_passes": 4}}
 
-What `settings.base` declares means the same to every trainer: it stands there once, for all that use the plans. What
-a trainer's own file declares stands below the trainer's name, for another trainer may mean something else by it. Plans
-in which that stands for all, as it did before, are read as they were: the trainer's own value goes first. A trainer
-passes over the settings of other trainers and refuses those that no trainer has.
+A setting that `settings.base` declares has the same meaning for all trainers. It is stored once, for all trainers that
+use the plans. A setting that a trainer's own file declares is stored under the trainer's name, because it may mean
+something else for another trainer. Older plans have all settings in the first place; they are still read, and a value
+under the trainer's name comes first. A trainer ignores the settings of other trainers, and refuses those that no
+trainer has.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ from nnunet_semiseg.settings.base import TrainingSettings, types_of
 
 PLANS_KEY = "semiseg"
 FOUND_KEY = "semiseg_found"
-"""of the plans in a trained model: what a trainer found in its data and the predictor needs to build the network"""
+"""a key of the plans in a trained model: facts about the data that the predictor needs to build the network"""
 
 GIVEN, ACCEPT_CHANGES = "nnUNet_semiseg_set", "nnUNet_semiseg_accept_changes"
-"""variables of the environment: settings of one command, as JSON, and whether `--c` may go on with other settings"""
+"""environment variables: the settings of one command, as JSON; whether `--c` may continue with other settings"""
 
 S = TypeVar("S", bound=TrainingSettings)
 
 
 def with_found(plans: dict, **found) -> dict:
-    """A copy of the plans that also holds these findings."""
+    """A copy of the plans that also holds these facts about the data."""
     return {**plans, FOUND_KEY: {**plans.get(FOUND_KEY, {}), **found}}
 
 
 def read_settings(settings_class: type[S], plans: dict, trainer: type | None = None) -> S:
-    """The settings of one trainer from ``plans['semiseg']``.
+    """Read the settings of one trainer from ``plans['semiseg']``.
 
     Args:
-        trainer: whose own values count, and those of the trainers that it inherits from; None: values for all.
+        trainer: values under its name, and under those of its base classes, are used. None: only values for all.
 
     Raises:
-        UserError: a key that no trainer knows (names the nearest), a value of the wrong type or out of range.
+        UserError: no trainer has such a setting (the message names the nearest one); a value has the wrong type or is
+            out of range.
     """
     own = types_of(settings_class)
     foreign = {k for k, v in plans.get(PLANS_KEY, {}).items() if k not in own and not isinstance(v, dict)}
@@ -57,7 +59,7 @@ def read_settings(settings_class: type[S], plans: dict, trainer: type | None = N
 
 
 def _given(settings_class: type, plans: dict, trainer: type | None) -> dict[str, Any]:
-    """What the plans say for all trainers and has a meaning for this one, and what they say for it alone."""
+    """The values for all trainers that this one has, and the values under its own name."""
     section = plans.get(PLANS_KEY, {})
     given = {k: v for k, v in section.items() if k in types_of(settings_class)}
     for cls in reversed(trainer.__mro__ if trainer else ()):
@@ -66,10 +68,10 @@ def _given(settings_class: type, plans: dict, trainer: type | None) -> dict[str,
 
 
 def settings_from(settings_class: type[S], given: dict[str, Any]) -> S:
-    """Settings from a dictionary of nothing else.
+    """Make settings from a dictionary that has nothing else.
 
     Raises:
-        UserError: an unknown key (names the nearest), a value of the wrong type or out of range.
+        UserError: an unknown key (the message names the nearest one); a value has the wrong type or is out of range.
     """
     own = _hints(settings_class)
     _refuse_unknown(given, own)
@@ -77,7 +79,7 @@ def settings_from(settings_class: type[S], given: dict[str, Any]) -> S:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """``["num_epochs=10", "tmr=copy"]`` to ``{"num_epochs": 10, "tmr": "copy"}``; values are JSON or else text."""
+    """Turn ``["num_epochs=10", "tmr=copy"]`` into ``{"num_epochs": 10, "tmr": "copy"}``. Values are JSON, else text."""
     settings = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -93,14 +95,14 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def update_settings(plans: dict, changes: dict[str, Any], trainer: type | None = None) -> dict:
-    """A copy of the plans with these settings in it, each where it belongs, and checked against those that have it.
+    """A copy of the plans with these settings, each in its place. Each is checked against all trainers that have it.
 
     Args:
-        changes: a name, or `TRAINER.NAME`, to its value.
-        trainer: whose settings these are; None: of all trainers that have them.
+        changes: values by name, or by `TRAINER.NAME`.
+        trainer: the settings are for this trainer. None: for all trainers that have them.
 
     Raises:
-        UserError: a name that no trainer has, or that without `trainer` means several things; a wrong value.
+        UserError: no trainer has such a setting; without `trainer` it has several meanings; a value is wrong.
     """
     section = dict(plans.get(PLANS_KEY, {}))
     for key, value in changes.items():
@@ -112,7 +114,7 @@ def update_settings(plans: dict, changes: dict[str, Any], trainer: type | None =
 
 
 def _place(key: str, trainer: type | None) -> tuple[str, str, list[type]]:
-    """Below which trainer's name a setting stands, or '' for all; its name; the classes that have it."""
+    """The trainer under whose name a setting is stored ('' for all), its name, and the classes that have it."""
     known = known_settings()
     if trainer is not None and hasattr(trainer, "settings_class"):
         for name in types_of(trainer.settings_class):
@@ -140,9 +142,9 @@ def _is_shared(settings_class: type, name: str) -> bool:
 
 @contextmanager
 def given_settings(changes: dict[str, Any], accept_changes: bool = False) -> Iterator[None]:
-    """Hand settings to the trainer that nnU-Net's command makes; it puts them into the plans when it has begun.
+    """Hand settings to the trainer that nnU-Net's command makes. It puts them into the plans when training has begun.
 
-    So nothing is written where it refuses to train. Environment variables reach nnU-Net's processes, too.
+    So nothing is written if the trainer refuses to train. Environment variables also reach nnU-Net's own processes.
     """
     new = {GIVEN: json.dumps(changes)} | ({ACCEPT_CHANGES: "1"} if accept_changes else {})
     before = {name: os.environ.get(name) for name in new}
@@ -156,23 +158,23 @@ def given_settings(changes: dict[str, Any], accept_changes: bool = False) -> Ite
 
 
 def with_given(plans: dict, trainer: type | None = None) -> dict:
-    """The plans with the settings of `given_settings`, if there are any."""
+    """The plans, with the settings from `given_settings` if there are any."""
     changes = json.loads(os.environ.get(GIVEN, "{}"))
     return update_settings(plans, changes, trainer) if changes else plans
 
 
 def store_given(plans_file: Path, trainer: type | None = None) -> None:
-    """Put the settings of `given_settings` into the plans file, if there are any."""
+    """Put the settings from `given_settings` into the plans file, if there are any."""
     if changes := json.loads(os.environ.get(GIVEN, "{}")):
         store_settings(plans_file, changes, trainer)
 
 
 @contextmanager
 def locked(plans_file: Path) -> Iterator[None]:
-    """Keep other processes from changing the plans file; it waits for its turn.
+    """Keep other processes from changing the plans file. If one does so now, wait.
 
     Raises:
-        BusyError: another process holds it for more than a minute.
+        BusyError: another process has held the file for more than a minute.
     """
     lock = plans_file.with_name(f".{plans_file.name}.lock")
     with only_one(lock, "changes these plans", wait=60):
@@ -180,13 +182,13 @@ def locked(plans_file: Path) -> Iterator[None]:
 
 
 def store_settings(plans_file: Path, changes: dict[str, Any], trainer: type | None = None) -> None:
-    """Put settings into a plans file, beside what other processes put there, and print what changes.
+    """Put settings into a plans file and print what changes. What other processes wrote there stays.
 
     Args:
-        changes, trainer: of `update_settings`.
+        changes, trainer: see `update_settings`.
 
     Raises:
-        UserError: no such plans; what `update_settings` refuses; nothing is written.
+        UserError: no such plans; or what `update_settings` refuses. Then nothing is written.
     """
     if not changes:
         return
@@ -202,22 +204,22 @@ def store_settings(plans_file: Path, changes: dict[str, Any], trainer: type | No
 
 
 def settings_of(settings_class: type, plans: dict, trainer: type | None = None) -> dict[str, Any]:
-    """A trainer's settings as they stand in the plans, unchecked, with the defaults of the others, as in JSON."""
+    """A trainer's settings from the plans, not checked, with defaults for all others, as in JSON."""
     given = _given(settings_class, plans, trainer)
     return json.loads(json.dumps({f.name: given.get(f.name, f.default) for f in fields(settings_class)}))
 
 
 def changed_settings(trainer: Any, before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """The settings of a trainer that differ between two plans: name to their values, as in JSON."""
+    """The settings of a trainer that differ between two plans: by name both values, as in JSON."""
     old, new = (settings_of(trainer.settings_class, plans, trainer) for plans in (before, now))
     return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
 
 def refuse_foreign(trainer: type, changes: Iterable[str]) -> None:
-    """Refuse settings of other trainers: for this one they would do nothing.
+    """Refuse settings of other trainers, because they would have no effect here.
 
     Raises:
-        UserError: another trainer has the setting, this one does not.
+        UserError: another trainer has the setting, but this one does not.
     """
     settings_class, known = getattr(trainer, "settings_class", None), known_settings()
     own = _hints(settings_class) if settings_class else {}
@@ -231,8 +233,8 @@ def refuse_foreign(trainer: type, changes: Iterable[str]) -> None:
 
 
 def known_settings() -> dict[str, dict[str, type[TrainingSettings]]]:
-    """Every setting's name, with the installed trainers that have it and their settings classes."""
-    from nnunet_semiseg.discovery import iter_classes  # discovery imports trainers, which import this module
+    """For every setting's name the installed trainers that have it, with their settings classes."""
+    from nnunet_semiseg.discovery import iter_classes  # here: discovery imports trainers, which import this module
 
     known: dict[str, dict[str, type[TrainingSettings]]] = {}
     for trainer in iter_classes("trainers"):
@@ -255,7 +257,7 @@ def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """What JSON has no type for: tuples, and whole numbers where any number will do."""
+    """Convert what JSON has no type for: tuples, and whole numbers where any number is allowed."""
     if isinstance(value, list):
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
     return float(value) if hint is float and type(value) is int else value

@@ -400,7 +400,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         plans = self.plans_manager
         command = f"nnUNetv2_train {plans.dataset_name} {self.configuration_name} {self.fold}"
         command += f" -tr {type(self).__name__} -p {plans.plans_name} --c"
-        fix = f"remove it and run {command}, which goes on from another checkpoint or begins anew"
+        fix = f"remove it and run {command}, which continues from another checkpoint or begins again"
         name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
         content = checkpoints.read(checkpoint, fix)
         self.check_checkpoint(content, name)
