@@ -33,10 +33,8 @@ from nnunet_semiseg.training.turns import NO_TURN
 from nnunet_semiseg.vlm.gate import STEPS, Example, evidence, examples_of, measure, with_evidence
 from nnunet_semiseg.vlm.sides import (
     HORIZONTAL,
-    HORIZONTAL_WORDS,
     SIDES,
     VERTICAL,
-    VERTICAL_WORDS,
     SidePairs,
     axes_of_sides,
     exchange,
@@ -88,9 +86,14 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     sides: Literal["keep", "swap"] = "keep"
     """What happens where a text names a side. `keep` leaves out the flips that make the text false. `swap` flips, and
     swaps the words."""
-    vertical_sides: tuple[tuple[str, ...], ...] = VERTICAL_WORDS
+    vertical_sides: tuple[tuple[str, ...], ...] = (
+        ("upper", "lower"), ("uppermost", "lowermost"), ("top", "bottom"), ("topmost", "bottommost"),
+        ("above", "below"), ("superior", "inferior"), ("anterior", "posterior"),
+    )  # fmt: skip
     """The pairs of words that a flip from top to bottom exchanges."""
-    horizontal_sides: tuple[tuple[str, ...], ...] = HORIZONTAL_WORDS
+    horizontal_sides: tuple[tuple[str, ...], ...] = (
+        ("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward"),
+    )  # fmt: skip
     """The pairs of words that a flip from left to right exchanges."""
 
     @property

@@ -8,11 +8,8 @@ from itertools import chain
 
 VERTICAL, HORIZONTAL = SIDES = (0, 1)
 
-VERTICAL_WORDS = (
-    ("upper", "lower"), ("uppermost", "lowermost"), ("top", "bottom"), ("topmost", "bottommost"),
-    ("above", "below"), ("superior", "inferior"), ("anterior", "posterior"),
-)  # fmt: skip
 HORIZONTAL_WORDS = ("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward")
+"""of the pre-training; `AMVLMTrainer` has settings for them"""
 
 WORD = r"[^\W_]+"
 """a word; it also finds the parts of kidney_left"""
