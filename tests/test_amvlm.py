@@ -16,7 +16,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.segmentation import soft_label_loss
 from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer, with_background
 from nnunet_semiseg.training.batch import Batch
-from nnunet_semiseg.vlm.gate import Quality, examples_of, measure
+from nnunet_semiseg.vlm.gate import Quality, evidence, examples_of, measure, with_evidence
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.pamr import neighbours, refine
 from nnunet_semiseg.vlm.sides import axes_of_sides, exchange, is_flat, named_sides
@@ -245,7 +245,8 @@ def with_gate(area, trainer, monkeypatch):
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *words: said.append(" ".join(words)))
     monkeypatch.setattr("nnunet_semiseg.trainers.amvlm.measure", lambda *_: Quality(area, 0.4, 0.7))
     trainer.measure_masks()
-    return {name: value.tolist() for name, value in trainer.method_state.items()}, "".join(said)
+    state = {name: trainer.method_state[name].tolist() for name in ("mask_used", "mask_threshold")}
+    return state, "".join(said)
 
 
 def test_masks_below_the_gate_are_not_used_and_the_log_says_so(ready, monkeypatch):
@@ -269,7 +270,7 @@ def test_without_texts_of_labelled_cases_nothing_can_be_measured(lesions, monkey
 
 def test_labels_by_the_texts_by_hand():
     """Two classes of which one is used: above its threshold it is there, and of the other the teacher's word counts."""
-    trainer = bare_trainer(AMVLMTrainer, label_manager=CLASSES)
+    trainer = bare_trainer(AMVLMTrainer, label_manager=CLASSES, mask_labels="hard")
     trainer.method_state = {"mask_used": torch.tensor([1.0, 0.0]), "mask_threshold": torch.tensor([0.3, 0.5])}
     masks = torch.tensor([[0.4, 0.9], [0.2, 0.9]]).view(2, 2, 1, 1)  # two images of a pixel
     taught = torch.tensor([[0.7, 0.1, 0.2]]).expand(2, -1).view(2, 3, 1, 1)
@@ -281,15 +282,43 @@ def test_labels_by_the_texts_by_hand():
     assert trainer.text_labels(masks, torch.tensor([True, True]), taught) is None
 
 
+def test_what_a_mask_is_worth_by_hand():
+    """Of pixels at 0.25 a quarter is labelled, of those at 0.75 all but a quarter, of all one half: its logit is 0."""
+    masks, labels = np.repeat([0.25, 0.75], 4), np.array([1, 0, 0, 0, 1, 1, 1, 0], bool)
+    known = np.ones(8, bool)
+    table = evidence([masks], [labels], [known])
+    assert table.shape == (65,) and table[16] == pytest.approx(-math.log(3)) == -table[48] and abs(table[32]) < 1e-6
+    assert not evidence([masks], [labels & False], [known]).any() and not evidence([masks * 0], [labels], [known]).any()
+    # odds of 1 and 3 to 1 become 3 and 9 to 1; halfway between two values is halfway between what they say
+    table = torch.linspace(0, 2 * math.log(3), 65)
+    p = with_evidence(torch.tensor([0.5, 0.75, 0.5]), torch.tensor([0.5, 0.5, 0.5 + 1 / 128]), table)
+    torch.testing.assert_close(p, torch.tensor([0.75, 0.9, 1 / (1 + 3 ** -(1 + 1 / 64))]))
+
+
+def test_evidence_moves_the_teachers_probabilities():
+    trainer = bare_trainer(AMVLMTrainer)
+    tables = torch.stack([torch.linspace(-math.log(4), math.log(4), 65), torch.ones(65)])
+    trainer.method_state = {
+        "mask_used": torch.tensor([1.0, 0.0]),
+        "mask_evidence": tables,
+        "mask_threshold": torch.ones(2),
+    }
+    taught = torch.tensor([[0.3, 0.5, 0.2]]).view(1, 3, 1, 1)
+    found = trainer.text_labels(torch.tensor([1.0, 1.0]).view(1, 2, 1, 1), torch.tensor([True]), taught)
+    # the first class has 4 to 1 now, the second, which is not used, keeps 0.2; background (1 - 0.8) (1 - 0.2)
+    torch.testing.assert_close(found.flatten(), torch.tensor([0.16, 0.8, 0.2]) / 1.16)
+
+
 def test_with_towers_that_know_nothing_it_is_a_mean_teacher(ready):
     """The towers are random: masks find labels by chance, the gate closes, and the teacher's terms are all there is."""
     dataset = ready(dims=2, size=32, labeled=4)
-    trainer = started(dataset)
+    trainer = started(dataset, mask_labels="hard")
     for example in trainer.examples:  # whatever a random tower is drawn to, these labels have nothing to do with it
         example.labels[:] = np.random.default_rng(0).random(example.labels.shape) < 0.3
     trainer.measure_masks()
     assert trainer.method_state["mask_used"].tolist() == [0, 0]
-    alone = make_trainer(AMVLMTrainer, dataset, text_supervision=False, average_supervision=False, mask_weight=0)
+    off = dict(text_supervision=False, average_supervision=False, mask_weight=0)
+    alone = make_trainer(AMVLMTrainer, dataset, mask_labels="hard", **off)
     alone.initialize()
     alone.network.load_state_dict(trainer.network.state_dict())
     alone.teacher.load_state_dict(trainer.teacher.state_dict())
@@ -566,7 +595,10 @@ def test_labels_that_the_pretraining_saw_and_this_training_must_not_know(lesions
         made_with(["tr_000", "tr_002"], 0)
     with pytest.raises(UserError, match="of tr_001 and others.*--set fold=0 num_labeled=1"):
         made_with(["tr_001"], 0, num_labeled=1)
-    made_with(["tr_000", "tr_002"], "all")
+    masks = made_with(["tr_000", "tr_002"], "all")
+    masks.initialize()
+    masks.on_train_start()  # they are measured on labels that the towers did not learn by heart
+    assert [example.case for example in masks.examples] == ["tr_001", "tr_003"]
 
 
 def test_the_three_supervisions_by_hand():
@@ -613,6 +645,27 @@ def test_the_three_supervisions_by_hand():
     assert cases == ["b", "a"] and torch.equal(images, weak) and flip == KEPT
 
 
+@pytest.mark.parametrize("used, of_first", [(1.0, -math.log(0.3)), (0.0, -math.log(0.7))])
+def test_a_teacher_that_hears_the_text_by_hand(used, of_first):
+    """It gives a 0.4. A mask of 1 makes that 4 times the odds, which is above one half; the second image has no text.
+
+    So of the first image the label is a, to which the student gives 0.3, and of the second it is background. Masks
+    below the gate change nothing.
+    """
+    p = torch.tensor([0.3, 0.9]).view(2, 1, 1, 1)
+    logits_of = lambda p: torch.log(torch.cat((1 - p, p), 1))  # noqa: E731
+    trainer = bare_trainer(AMVLMTrainer, network=logits_of, teacher=lambda x: logits_of(0.4 + 0 * x))
+    table = torch.linspace(0, math.log(4), 65)[None]
+    trainer.method_state = {
+        "mask_used": torch.tensor([used]), "mask_threshold": torch.ones(1), "mask_evidence": table
+    }  # fmt: skip
+    trainer.swapped = []
+    trainer.text_masks = lambda *_: (torch.ones(2, 1, 1, 1), torch.tensor([True, False]), torch.tensor(0.0))
+    batch = batch_of(p, torch.ones(2, 1, 1, 1), cases=["a", "b"], weak=p, strong=p)
+    assert terms_of(trainer, batch).keys() == {"supervised", "mask", "teacher"}
+    assert terms_of(trainer, batch)["teacher"].item() == pytest.approx((of_first - math.log(0.1)) / 2, rel=1e-4)
+
+
 def test_sides_of_class_prompts_count(ready):
     trainer = started(ready(dims=2, size=32, labels={"background": 0, "kidney_left": 1, "kidney_right": 2}))
     assert augmentation(trainer) == (pytest.approx(0.2618, abs=1e-3), (0,), (0,))
@@ -621,18 +674,21 @@ def test_sides_of_class_prompts_count(ready):
 @pytest.mark.parametrize("part", ["teacher", "text", "average"])
 def test_each_supervision_alone(part, lesions):
     off = {f"{name}_supervision": name == part for name in ("teacher", "text", "average")}
-    trainer = started(lesions("a lesion"), **off)
+    trainer = started(lesions("a lesion"), mask_labels="hard", **off)
     out = trainer.train_step(next(trainer.dataloader_train))
     assert set(out) == {"loss", "supervised", part, "mask"} and torch.isfinite(out["loss"])
 
 
 def test_slices_of_a_volume(lesions):
     trainer = started(lesions(dims=3, size=24, labels={"background": 0, "kidney": 1, "tumour": 2}), text_slices=3)
-    to_slices, samples = trainer.draw_slices(torch.zeros(2, 1, 8, 16, 16))
+    to_slices, put_back, samples = trainer.draw_slices(torch.zeros(2, 1, 8, 16, 16))
     x = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(2, 1, 8, 16, 16)
     sliced = to_slices(x)
     assert sliced.shape == (6, 1, 16, 16) and samples == [0, 0, 0, 1, 1, 1]
     assert torch.equal(sliced[:3], sliced[3:]) and len(sliced[:3, 0, 0, 0].unique()) == 3
+    assert torch.equal(put_back(x, sliced), x)
+    more = put_back(x, sliced + torch.tensor([10.0, 10, 10, 20, 20, 20]).view(6, 1, 1, 1)) - x
+    assert more[:, 0, :, 0, 0].sum(1).tolist() == [30, 60]  # three slices of each sample, and no other
 
 
 def test_the_settings_of_the_tests_have_a_pretrained_model():

@@ -26,7 +26,7 @@ from nnunet_semiseg.training.distributed import Ranks, part
 # Without what joins the samples of a batch: mixes of one with another, contrasts, means over what a batch holds of a
 # kind. They see half as many samples in half a batch.
 ALONE = {
-    "AMVLMTrainer": dict(mask_gate=0.0),
+    "AMVLMTrainer": dict(mask_gate=0.0, turns=False),
     "BCPTrainer": dict(box=0.0, pretraining=0.0),
     "CCTTrainer": dict(perturbations=["noise", "dropout"], consistency_weight=0.1),
     "FixMatchTrainer": dict(match_threshold=0.4),

@@ -7,7 +7,8 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_semiseg import cli
-from nnunet_semiseg.data.external_masks import add_masks, dice, map_values, parse_map, table, weigh
+from nnunet_semiseg.data.external_masks import add_masks, dice, map_values, parse_map, table
+from nnunet_semiseg.data.prepared_masks import weigh
 from nnunet_semiseg.errors import UserError
 
 CLASSES = {"kidney": [1], "tumour": [2], "organ": [1, 2]}

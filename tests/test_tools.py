@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 import torch
 from training import PLANS, make_trainer
 
@@ -449,3 +451,42 @@ def test_each_round_of_the_loop_is_a_model_of_its_own(tool):
     plans = [review_check.round_of(run, i).plans for i in range(3)]
     assert plans == ["default_2000_seed0", "default_2000_seed0_round1", "default_2000_seed0_round2"]
     assert review_check.round_of(run, 2).dataset == "Dataset706_acdc_small_6"
+
+
+# ------------------------------------------------------------------------------------- simulated_masks.py and words.py
+
+
+def test_simulated_masks_by_hand(tool):
+    """A square of 3 x 3: eroded to its middle, which is shifted by 2; or dilated by a pixel at each side."""
+    simulated, _ = tool("simulated_masks")
+    label = np.zeros((9, 9), np.uint8)
+    label[3:6, 3:6] = 2
+    rng = np.random.default_rng(0)
+    mask = simulated.worse(label, simulated.Kind((-1,), (2, 2), 0), rng)
+    ((y, x),) = np.argwhere(mask == 2)
+    assert mask.sum() == 2 and y in (2, 6) and x in (2, 6)
+    mask = simulated.worse(label, simulated.Kind((1,), (0, 0), 0), rng)
+    assert (mask == 2).sum() == 9 + 4 * 3 and mask[2, 4] == mask[4, 6] == 2 and mask[2, 2] == 0
+    assert simulated.on_grid_of(label, (3, 3)).tolist() == [[0, 0, 0], [0, 2, 0], [0, 0, 0]]
+
+
+def test_a_swapped_mask_is_that_of_the_next_case(tool, tmp_path):
+    simulated, _ = tool("simulated_masks")
+    files = {}
+    for value, case in enumerate("abc", 1):
+        image = sitk.GetImageFromArray(np.full((2, 3, 4), value, np.uint8))
+        image.SetSpacing((1, 2, value))
+        sitk.WriteImage(image, str(tmp_path / f"{case}.nii.gz"))
+        files[case] = tmp_path / f"{case}.nii.gz"
+    simulated.simulate(files, tmp_path / "out", simulated.Kind((0,), (0, 0), 1.0))
+    masks = {case: sitk.ReadImage(str(tmp_path / "out" / f"{case}.nii.gz")) for case in files}
+    assert {case: sitk.GetArrayFromImage(mask).max() for case, mask in masks.items()} == {"a": 2, "b": 3, "c": 1}
+    assert masks["a"].GetSpacing() == (1, 2, 1)
+
+
+def test_shuffled_texts_are_those_of_others(tool):
+    yardstick, _ = tool("yardstick")
+    texts = {str(i): f"text {i}" for i in range(20)}
+    shuffled = yardstick.shuffle(texts)
+    assert sorted(shuffled.values()) == sorted(texts.values()) and shuffled == yardstick.shuffle(texts)
+    assert not any(shuffled[case] == texts[case] for case in texts)

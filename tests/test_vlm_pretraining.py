@@ -516,6 +516,14 @@ def test_an_image_network_of_timms_with_words_and_labels(dataset, tmp_path):
     assert image.tokens.shape == (1, vlm.grid[0] * vlm.grid[1], 16)
 
 
+def test_some_labels_are_left_to_the_training(dataset):
+    def seen(share):
+        cases = [f"tr_{i}" for i in range(8)]
+        return pretraining.cases_with_masks(dataset.name, cases, PretrainingSettings(mask_held_out=share))[0]
+
+    assert len(seen(0.25)) == 6 and len(seen(0)) == 8 and seen(0.25) == seen(0.25)
+
+
 @pytest.mark.parametrize("name, depth", [("test_vit", 1), ("test_resnet", 2), ("test_convnext", 2)])
 def test_patches_are_of_16_pixels_where_a_network_has_such(name, depth):
     """Of images of 160 pixels; the deepest features of the others are of 32."""

@@ -83,7 +83,7 @@ OPTIONS = {
     "TextSemiSegTrainer": dict(dca="foreground", tmr="copy"),
     "STLUNetTrainer": dict(mixing_beta=0.5, confidence_threshold=0.8),
     "SemiCMLTrainer": dict(modality_dropout=0.5),
-    "AMVLMTrainer": dict(mask_cosines="relative", texts="classes"),
+    "AMVLMTrainer": dict(mask_cosines="relative", texts="classes", mask_labels="hard"),
 }
 
 

@@ -25,6 +25,7 @@ import csv
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,10 @@ SETS = {
     ),
     "la_small": RealSet(6, 4, 8, ("left atrium",), "MRI", "3d_fullres", (24, 40, 48), 2, 2.5),
     "busi_small": RealSet(9, 24, 24, ("tumour",), "ultrasound", "2d", (128, 128), 12, ending=".png"),
+    "busi_shuffled": RealSet(5, 24, 24, ("tumour",), "ultrasound", "2d", (128, 128), 12, ending=".png"),
 }  # fmt: skip
+SHUFFLED = {"busi_shuffled": "busi_small"}
+"""sets in which each case has the text of another, and whose cases they are"""
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,21 @@ def dataset_name(name: str, labels: str) -> str:
     return f"Dataset{SETS[name].number}{digits}_{name}_{labels}"
 
 
-def make_raw(source: Path, raw: Path, about: RealSet, labels: str) -> None:
+def shuffle(texts: dict[str, str]) -> dict[str, str]:
+    """Each case with the text of another one, the same every time."""
+    cases = sorted(texts)
+    random.Random(0).shuffle(cases)
+    return {case: texts[other] for case, other in zip(cases, [*cases[1:], cases[0]], strict=True)}
+
+
+def make_raw(source: Path, raw: Path, about: RealSet, labels: str, shuffled: bool = False) -> None:
     """Copy one set into nnU-Net's layout: the first labelled cases, the other images, and `dev_test`.
 
     Args:
         source: holds `images`, `labels` and `protocol.json`.
         raw: the folder to be made.
         labels: how many training cases keep their label, or `all`.
+        shuffled: see `shuffle`.
     """
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
@@ -185,7 +197,8 @@ def make_raw(source: Path, raw: Path, about: RealSet, labels: str) -> None:
                 shutil.copyfile(source / kind / f"{case}{ending}", raw / f"{kind}{part}" / f"{case}{ending}")
     if (source / "texts.json").exists():
         texts = json.loads((source / "texts.json").read_bytes())
-        (raw / "texts.json").write_text(json.dumps({case: texts[case] for case in training if case in texts}))
+        texts = {case: texts[case] for case in training if case in texts}
+        (raw / "texts.json").write_text(json.dumps(shuffle(texts) if shuffled else texts))
     generate_dataset_json(str(raw), {0: about.channel}, about.label_map, len(labelled), about.ending)
 
 
@@ -223,7 +236,7 @@ def prepare(data: Path, work: Path, name: str, labels: str) -> None:
     if dataset != few:
         prepare(data, work, name, str(about.few))
     print(f"preparing {dataset}", flush=True)
-    make_raw(data / name, work / "raw" / dataset, about, labels)
+    make_raw(data / SHUFFLED.get(name, name), work / "raw" / dataset, about, labels, name in SHUFFLED)
     number, log = dataset[7:10], work / "logs" / f"prepare_{dataset}.txt"
     one = ["-d", number, "-c", about.configuration, "-np", "1"]
     spacing = ["-overwrite_target_spacing", *[str(about.spacing)] * 3] if about.spacing else []

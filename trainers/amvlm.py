@@ -23,13 +23,14 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.losses.segmentation import probabilities, soft_label_loss
-from nnunet_semiseg.settings.base import Count, Share, TeacherSettings, Weight
+from nnunet_semiseg.settings.base import Count, PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import dataset_json_file
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
-from nnunet_semiseg.vlm.gate import Example, examples_of, measure
+from nnunet_semiseg.training.turns import NO_TURN
+from nnunet_semiseg.vlm.gate import STEPS, Example, evidence, examples_of, measure, with_evidence
 from nnunet_semiseg.vlm.sides import (
     HORIZONTAL,
     SIDES,
@@ -40,11 +41,11 @@ from nnunet_semiseg.vlm.sides import (
     is_flat,
     named_sides,
 )
-from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about
+from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, seen_cases
 
 
 @dataclass(frozen=True, kw_only=True)
-class AMVLMSettings(TeacherSettings):
+class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Settings of `AMVLMTrainer`; without `vlm` it does not start."""
 
     vlm: str | None = None
@@ -73,9 +74,10 @@ class AMVLMSettings(TeacherSettings):
     mask_gate: Share = 0.6
     """How well text masks must find the labels (area under the ROC curve on labelled cases, 0.5 is chance). Worse
     masks are not used. With 0 they always are."""
-    mask_labels: Literal["hard", "soft"] = "hard"
-    """How text masks become pseudo-labels. `hard` cuts them at the threshold with the best Dice on labelled cases,
-    `soft` uses their probabilities, as the paper does."""
+    mask_labels: Literal["evidence", "hard", "soft"] = "evidence"
+    """What text masks do. `evidence` changes the probabilities of a Mean Teacher by what masks were worth on labelled
+    cases. The others teach three labels, as the paper does: `soft` with the masks as they are, `hard` with masks cut at
+    the threshold that has the best Dice on labelled cases."""
     mask_cosines: Literal["absolute", "relative"] = "absolute"
     """How the similarity of an image and a text becomes a mask. `absolute` is the paper's sigmoid(10 (cos - 0.25)).
     `relative` compares a pixel with the others of its image, and works with any pre-trained model."""
@@ -105,24 +107,32 @@ class AMVLMSettings(TeacherSettings):
                 raise UserError(f"setting {name}={getattr(self, name)}: must be a list of pairs of words")
 
 
+RAMP = 0.4
+"""of the teacher's weight, as a share of the training, as in `MeanTeacherTrainer`; the paper's three rise to the end"""
+
+
 class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     """Alignment-multiplicity aware vision-language model (IEEE TMI 2025, 10.1109/TMI.2025.3573018), second stage.
 
-    The student is the plans' network, and the teacher its EMA (0.99). `TextMaskGenerator`, on the frozen towers of
-    `pretrain_vlm`, finds where an unlabelled image shows what its text says. Three pseudo-labels, all probabilities,
-    teach the student on the strong view: the teacher's mask, the text mask, and the average of the two. Each can be
-    switched off.
+    The student is the plans' network, and the teacher its EMA. `TextMaskGenerator`, on the frozen towers of
+    `pretrain_vlm`, finds where an unlabelled image shows what its text says. The generator has a loss and an optimizer
+    of its own, as in the public code: TCL's extended InfoNCE with its priors (`loss_between_images`), and Adam. Teacher
+    and generator see the weak view.
+
+    By default it is a Mean Teacher whose teacher hears the text. Before every epoch the text masks are measured on
+    labelled training cases, if possible on those whose labels the pre-training did not see: what does a mask's value
+    say about a pixel (`evidence`)? This changes the odds of the teacher. Its decision teaches the student's strong
+    view, flipped and turned, by nnU-Net's loss with deep supervision. If the masks of a class find its labels too badly
+    (`mask_gate`), they are not used. If that holds for all classes, the method is a Mean Teacher.
+
+    With `mask_labels=soft` it is the paper's method: three pseudo-labels, all probabilities, teach the student: the
+    teacher's mask, the text mask, and the average of the two. Each can be switched off.
 
         L = L_sup + lambda(t) (L_teacher + L_text + L_average)
 
     The losses are nnU-Net's Dice + CE, towards soft labels at full resolution (`soft_label_loss`). lambda is a Gaussian
-    ramp over the training. Teacher and generator see the weak view. The generator has a loss and an optimizer of its
-    own, as in the public code: TCL's extended InfoNCE with its priors (`loss_between_images`), and Adam.
-
-    Before every epoch the text masks are measured on labelled training cases (`Quality`). If the masks of a class find
-    its labels too badly (`mask_gate`), the teacher's mask replaces them. If that holds for all classes, no text is
-    used, and the method is a Mean Teacher. The other masks are cut at the threshold that finds the labels best. The
-    paper and the public code use all masks as they are; both changes are ours.
+    ramp over the training. `hard` cuts the text masks at the threshold that finds the labels best. Neither is the
+    default, because such a mask finds a thing, but not its edges. The gate is ours, too.
 
     With one class the text of each case in texts.json is used. Otherwise there is a prompt and a mask for each class.
     The background is where no mask is: prod_k (1 - m_k). In a volume, `text_slices` slices along the first axis of the
@@ -159,6 +169,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         n_dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
         about = read_about(Path(self.settings.vlm), "pre-train again")
         self.refuse_seen_labels(about, plans, configuration, fold, dataset_json)
+        self.seen_cases = seen_cases(about, plans["dataset_name"])
         axis = about["settings"].get("slice_axis", 0)
         if n_dims == 3 and axis != 0:
             raise UserError(
@@ -183,8 +194,8 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         Raises:
             UserError: there is such a label.
         """
-        name, seen, number = plans["dataset_name"], about.get("mask_cases"), self.settings.num_labeled
-        if not seen or about.get("dataset") != name:
+        name, number = plans["dataset_name"], self.settings.num_labeled
+        if not (seen := seen_cases(about, name)):
             return
         base = Path(str(nnUNet_preprocessed), name)
         folder = str(base / PlansManager(plans).get_configuration(configuration).data_identifier)
@@ -225,7 +236,11 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         self.mask_optimizer = torch.optim.Adam(generator.parameters(), self.settings.mask_learning_rate)
         self.optimizer.register_step_pre_hook(self.step_masks)
         n_classes = 1 if self.case_texts else len(self.prompts) - 1
-        self.method_state = {"mask_used": torch.zeros(n_classes), "mask_threshold": torch.full((n_classes,), 0.5)}
+        self.method_state = {
+            "mask_used": torch.zeros(n_classes),
+            "mask_threshold": torch.full((n_classes,), 0.5),
+            "mask_evidence": torch.zeros(n_classes, STEPS),
+        }
         if self.settings.mask_gate == 0:
             self.method_state["mask_used"].fill_(1)
         pairs = self.settings.side_pairs
@@ -311,22 +326,29 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         settings = self.settings
-        flip = self.draw_flip()
+        hears = settings.mask_labels == "evidence"
+        flip, turn = self.draw_flip(), self.draw_turn() if hears else NO_TURN
         batch = self.flipped(batch, flip)
-        outputs = self.each(self.network, batch.images, batch.views["strong"])
+        outputs = self.each(self.network, batch.images, turn(batch.views["strong"]))
         yield {"supervised": self.loss(next(outputs), batch.target)}
 
         weak = batch.views["weak"]
         with torch.no_grad():
             taught = probabilities(self.teacher(weak), self.label_manager)
-            self.decide(taught.logit())  # only to count the classes
-        to_slices, samples = self.draw_slices(weak)
+        to_slices, put_back, samples = self.draw_slices(weak)
         masks, has_text, loss = self.text_masks(to_slices(weak), [batch.cases[i] for i in samples], flip)
         yield {"mask": settings.mask_weight * loss}
         del loss
 
         taught_2d = to_slices(taught)
         text = self.text_labels(masks, has_text, taught_2d)
+        if hears:
+            heard = taught if text is None else put_back(taught, text)
+            label = turn(self.decide(heard.logit(eps=1e-6)))
+            weight = settings.pseudo_weight * gaussian_ramp(self.progress / RAMP)
+            yield {"teacher": weight * self.pseudo_loss(next(outputs), label)}
+            return
+        self.decide(taught.logit())  # its classes are counted
         weight = settings.pseudo_weight * gaussian_ramp(self.progress)
         with self.shared(self.finest(next(outputs))) as logits:
             if settings.teacher_supervision:
@@ -354,17 +376,30 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         if self.settings.mask_labels == "hard":
             masks = torch.stack([mask > t for mask, t in zip(masks.unbind(1), thresholds, strict=True)], 1).float()
         of_teacher = taught if self.label_manager.has_regions else taught[:, 1:]
+        if self.settings.mask_labels == "evidence":
+            tables = self.method_state["mask_evidence"].to(masks, non_blocking=True)
+            of_classes = zip(of_teacher.unbind(1), masks.unbind(1), tables, strict=True)
+            masks = torch.stack([with_evidence(p, mask, table) for p, mask, table in of_classes], 1)
         pairs = zip(masks.unbind(1), of_teacher.unbind(1), used, strict=True)
         masks = torch.stack([mask if use else teacher for mask, teacher, use in pairs], 1)
         return torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught)
 
-    def draw_slices(self, images: Tensor) -> tuple[Callable[[Tensor], Tensor], list[int]]:
-        """A function from (B, C, *S) to 2d images, and for each of these the number of its sample."""
+    def draw_slices(self, images: Tensor) -> tuple[Callable, Callable, list[int]]:
+        """A function from (B, C, *S) to 2d images, one that puts them back into a copy, and the sample of each image.
+
+        2d images are taken as they are.
+        """
         if images.ndim == 4:
-            return lambda x: x, list(range(len(images)))
+            return lambda x: x, lambda x, slices: slices, list(range(len(images)))
         drawn = torch.randperm(images.shape[2])[: self.settings.text_slices]
+
+        def put_back(x: Tensor, slices: Tensor) -> Tensor:
+            x = x.clone()
+            x[:, :, drawn] = slices.unflatten(0, (len(x), -1)).transpose(1, 2)
+            return x
+
         samples = [i for i in range(len(images)) for _ in drawn]
-        return lambda x: x[:, :, drawn].transpose(1, 2).flatten(0, 1), samples
+        return lambda x: x[:, :, drawn].transpose(1, 2).flatten(0, 1), put_back, samples
 
     def text_masks(self, images: Tensor, cases: list[str], flip: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (N, classes, H, W) of 2d images; which images have a text, (N,); the generator's own loss."""
@@ -398,6 +433,8 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         manager = self.label_manager
         labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
         cases = [c for c in self.labeled_cases if not self.case_texts or c in self.labeled_texts]
+        # what the towers learnt of a label by heart says nothing of other cases
+        cases = [c for c in cases if c not in self.seen_cases] or cases
         data = self.dataset_class(self.preprocessed_dataset_folder, cases)
         self.examples = examples_of(data, cases, labels, manager.ignore_label)
 
@@ -415,9 +452,14 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             quality = measure([mask[k] for mask in masks], labels, known)
             use = gate == 0 or quality.area >= gate
             self.method_state["mask_used"][k], self.method_state["mask_threshold"][k] = use, quality.threshold
+            table = evidence([mask[k] for mask in masks], labels, known)
+            self.method_state["mask_evidence"][k] = torch.from_numpy(table)
             what = f"used above {quality.threshold:.2f}, Dice {quality.dice:.2f}" if use else f"below {gate}: not used"
             said.append(f"{name} {quality.area:.2f} ({what})")
-        nothing = "no labelled case has a text, so the masks are not used; to use them anyway, --set mask_gate=0"
+        nothing = (
+            "no labelled case has a text, so the masks are not used;"
+            " to use them anyway, --set mask_gate=0 mask_labels=soft"
+        )
         if said or gate:
             self.print_to_log_file("text masks, area under the ROC curve:", ", ".join(said) or nothing)
 

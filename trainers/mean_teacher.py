@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.segmentation import probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import (
     ConsistencySettings,
+    ExternalMaskSettings,
     OptionalTextSettings,
     PseudoLabelSettings,
     TeacherSettings,
@@ -26,11 +28,23 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class MeanTeacherSettings(
-    ConsistencySettings, OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings
+    ConsistencySettings,
+    OptionalTextSettings,
+    TeacherSettings,
+    PseudoLabelSettings,
+    ExternalMaskSettings,
+    TurnSettings,
 ):
     """Settings of `MeanTeacherTrainer`."""
 
     paper_ramp: ClassVar[float] = 0.4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.external_masks and self.consistency == "paper":
+            raise UserError(
+                "settings external_masks, consistency=paper: masks teach decisions: use consistency=dice_ce"
+            )
 
 
 class MeanTeacherTrainer(TextGuidedTrainer[MeanTeacherSettings]):
@@ -42,7 +56,7 @@ class MeanTeacherTrainer(TextGuidedTrainer[MeanTeacherSettings]):
     With `consistency=paper` L_con is the MSE of probabilities at full resolution, and w ends at 0.1, as is usual for
     volumes (Yu et al., UA-MT, MICCAI 2019). By default we differ: L_con is nnU-Net's loss with deep supervision towards
     the teacher's decision, w ends at 1, and the student's view is flipped and turned. Labelled samples have no
-    consistency term.
+    consistency term. With `external_masks` the masks of other models change the decision.
     """
 
     views = ("weak", "strong")
@@ -61,12 +75,12 @@ class MeanTeacherTrainer(TextGuidedTrainer[MeanTeacherSettings]):
         del output, aligned, loss
         with torch.no_grad():
             teacher = turn(self.teacher(batch.views["weak"]))
-        decision = self.decide(teacher)
+        decision, counts = self.decide_with_masks(teacher, batch, turn)
         output, aligned = next(outputs)
         if self.settings.consistency == "paper":
             student = probabilities(self.finest(output), self.label_manager)
             loss = F.mse_loss(student, probabilities(teacher, self.label_manager))
         else:
-            loss = self.pseudo_loss(output, decision)
+            loss = self.pseudo_loss(output, decision, counts)
         terms = {"consistency": self.settings.weight(self.progress) * loss}
         yield terms | self.cog(aligned, self.finest(output), text, share_u)

@@ -19,7 +19,14 @@ from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import LEAST_CASES, PseudoForegroundDataset, leave_out, look_at_cases
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
-from nnunet_semiseg.settings.base import PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
+from nnunet_semiseg.settings.base import (
+    ExternalMaskSettings,
+    PseudoLabelSettings,
+    Share,
+    TeacherSettings,
+    TurnSettings,
+    Weight,
+)
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
@@ -33,7 +40,7 @@ CASES_OF_A_REFRESH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemiSegSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
+class SemiSegSettings(TeacherSettings, PseudoLabelSettings, ExternalMaskSettings, TurnSettings):
     """Settings of `SemiSegTrainer`; none has to be set."""
 
     deploy: Literal["student", "teacher"] = "teacher"
@@ -183,16 +190,16 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             return
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
-        label, other_label = pairs(turn(self.pseudo_label(batch.views["weak"][: len(x_l) + 1])), len(x_l))
+        logits = turn(self.teacher(batch.views["weak"][: len(x_l) + 1]))
+        label, counts = self.decide_with_masks(logits, batch, turn)
+        del logits
+        label, other_label = pairs(label, len(x_l))
+        counts, other_counts = (1.0, 1.0) if counts is None else pairs(counts, len(x_l))
         outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
-        for is_labeled, pseudo_label in ((~box, label), (box, other_label)):
+        for is_labeled, pseudo_label, counted in ((~box, label, counts), (box, other_label, other_counts)):
+            weight = self.settings.pseudo_weight * counted
             yield {
                 "mixed": mixed_loss(
-                    self.loss, next(outputs), target, pseudo_label, is_labeled, self.settings.pseudo_weight,
-                    self.label_manager,
+                    self.loss, next(outputs), target, pseudo_label, is_labeled, weight, self.label_manager
                 )
-            }  # fmt: skip
-
-    def pseudo_label(self, images: Tensor) -> Tensor:
-        """The teacher's decision."""
-        return self.decide(self.teacher(images))
+            }

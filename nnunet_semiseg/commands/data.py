@@ -193,11 +193,13 @@ class AddMasks(Command):
         )  # fmt: skip
 
     def run(self, args: Namespace) -> None:
-        from nnunet_semiseg.data import external_masks
+        from nnunet_semiseg.data import external_masks, prepared_masks
 
         result = external_masks.add_masks(args.d, args.name, args.i, args.map, args.np)
         print(external_masks.table(result))
-        print(f"Dice below {external_masks.LEAST_DICE} gives the weight 0.")
+        print(f"Dice below {prepared_masks.LEAST_DICE} gives the weight 0.")
+        print(f"Next: nnunet_semiseg preprocess_unlabeled -d {args.d}")
+        print(f"Then train with --set external_masks={args.name}")
 
 
 COMMANDS = (Convert(), PlanAndPreprocess(), PreprocessUnlabeled(), AddMasks())

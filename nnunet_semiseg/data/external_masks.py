@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from nnunet_semiseg.data.headers import header_problem, read_header
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, geometry_difference, one_line_of
 from nnunet_semiseg.data.labeled_cases import label_values, labeled_files
+from nnunet_semiseg.data.prepared_masks import EXTERNAL, RECORD, weigh
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
@@ -21,10 +22,6 @@ from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, write_js
 from nnunet_semiseg.parallel import run_jobs
 from nnunet_semiseg.schema import check_name, read_dataset_json
 
-EXTERNAL, RECORD = "external", "masks.json"
-"""a folder of the raw dataset, with a folder for each model; in that one, a file with the measured Dice"""
-LEAST_DICE = 0.5
-"""the least Dice of a class on labelled cases; if it is lower, nothing is learnt from the masks of this class"""
 ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".png", ".tif", ".tiff", ".bmp")
 
 
@@ -152,22 +149,6 @@ def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str,
     return found
 
 
-def weigh(measured: Mapping[str, Mapping[str, float | None]], classes: Sequence[str] | Mapping) -> dict[str, dict]:
-    """For each class the mean Dice over the labelled cases that show it, and its weight: the Dice, or 0 below 0.5.
-
-    Args:
-        measured: for each labelled case the Dice of each class; None if neither label nor mask shows it.
-    """
-    result = {}
-    for name in classes:
-        scores = [dice[name] for dice in measured.values()]
-        scores = [score for score in scores if score is not None]
-        mean = float(np.mean(scores)) if scores else None
-        weight = mean if mean is not None and mean >= LEAST_DICE else 0.0
-        result[name] = {"dice": mean, "cases": len(scores), "weight": weight}
-    return result
-
-
 def table(result: Mapping[str, Mapping]) -> str:
     """The result of `add_masks` as a table, one line for each class."""
     width = max(len("class"), *map(len, result))
@@ -220,7 +201,7 @@ def read_mask(file: Path, image: Path) -> tuple[sitk.Image, np.ndarray]:
 
 
 def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: Sequence[int]) -> np.ndarray:
-    """Convert a mask's values to those of dataset.json, (*S) int16.
+    """Convert a mask's values to those of dataset.json, (*S) uint16.
 
     Raises:
         UserError: a value is not a whole number; or, without a map, dataset.json does not name it.
@@ -235,8 +216,8 @@ def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: 
             f"{file}: has the value {unknown[0]}, but dataset.json names {named}: assign classes to values with --map"
         )
     if not values:
-        return array.astype(np.int16)
-    mapped = np.zeros(array.shape, np.int16)
+        return array.astype(np.uint16)
+    mapped = np.zeros(array.shape, np.uint16)
     for value, own in values.items():
         mapped[array == value] = own
     return mapped

@@ -80,13 +80,15 @@ class ViewsTransform(BasicTransform):
             ])
 
     def apply(self, data_dict: dict, **params) -> dict:
-        """image (C, *S), segmentation (1, *S: -1 outside the nonzero mask) -> image (views * C, *S).
+        """image (C, *S), segmentation (1 + K, *S) -> image (views * C, *S), segmentation (K, *S).
 
-        The views are stacked along the channels, because nnU-Net's loader carries one image.
+        The segmentation's first channel is -1 outside the nonzero mask, the others are masks of other models
+        (`MaskedDataset`). The views are stacked along the channels, because nnU-Net's loader carries one image.
         """
-        data_dict["segmentation"].clamp_(max=0)  # a labelled case that is used as an unlabelled one still has labels
+        segmentation = data_dict["segmentation"]
+        segmentation[:1].clamp_(max=0)  # a labelled case that is used as an unlabelled one still has labels
         masked = any(isinstance(transform, MaskImageTransform) for transform in self.masking.transforms)
-        if not masked and all(isinstance(transform, SHARED) for transform in self.spatial.transforms):
+        if not masked and len(segmentation) == 1 and all(isinstance(t, SHARED) for t in self.spatial.transforms):
             data_dict.pop("segmentation")  # no transform reads it, so it need not be interpolated
         data_dict = self.spatial(**data_dict)
         images = []
@@ -95,7 +97,8 @@ class ViewsTransform(BasicTransform):
             if not view.startswith("weak"):
                 sample = self.changed(sample)
             images.append(self.masking(**sample)["image"])
-        return {"image": torch.cat(images), "segmentation": torch.empty(0)}
+        masks = data_dict["segmentation"][1:] if "segmentation" in data_dict else torch.empty(0)
+        return {"image": torch.cat(images), "segmentation": masks}
 
     def changed(self, sample: dict) -> dict:
         """The sample with changed intensities. An image of a single value cannot change."""

@@ -35,6 +35,7 @@ from nnunet_semiseg.data.image_problems import (
 )
 from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.data.plans_hash import plans_hash
+from nnunet_semiseg.data.prepared_masks import prepare_masks
 from nnunet_semiseg.data.preprocessed import (
     SUFFIXES,
     blame_the_disk,
@@ -121,6 +122,8 @@ def preprocess_unlabeled(
                     cases, preprocessed, plans, configuration, dataset_json, usual, n, clean, show_progress_bar,
                     verbose, part,
                 )  # fmt: skip
+                if not part:
+                    prepare_masks(raw, preprocessed, plans, configuration, n)
         else:
             print(f"INFO: configuration {configuration} is not in {plans_file.name}: skipped")
 

@@ -99,6 +99,16 @@ class PseudoLabelSettings(SemiSupervisedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExternalMaskSettings(SemiSupervisedSettings):
+    """Settings of a method that learns from other models' masks, too."""
+
+    external_masks: str | tuple[str, ...] | None = None
+    """The masks of other models that teach, too: the name that `add_masks` gave them, or a list of names."""
+    external_unsure: Share = 0.9
+    """The probability of the teacher's decision below which these masks replace it. Elsewhere they can only agree."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TurnSettings(SemiSupervisedSettings):
     """Settings of a method whose student sees another view than what labels its samples."""
 

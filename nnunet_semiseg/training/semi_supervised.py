@@ -17,22 +17,24 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from nnunet_semiseg.data.components import heads_in_one_piece
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
+from nnunet_semiseg.data.prepared_masks import MaskedDataset, PreparedMasks, take_masks
 from nnunet_semiseg.data.preprocessed import preprocess_unlabeled_again
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream, patch_sizes
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
-from nnunet_semiseg.settings.base import SemiSupervisedSettings, TeacherSettings
+from nnunet_semiseg.settings.base import ExternalMaskSettings, SemiSupervisedSettings, TeacherSettings
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_batch_fits
 from nnunet_semiseg.training.decisions import Decisions
 from nnunet_semiseg.training.loss_term_logger import PREFIX
+from nnunet_semiseg.training.other_models import MaskVotes, find_masks
 from nnunet_semiseg.training.passes import run_sample_by_sample
 from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
 from nnunet_semiseg.training.random_state import get_random_state, set_random_state
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
-from nnunet_semiseg.training.turns import Turn, draw_turn, planes_to_turn_in
+from nnunet_semiseg.training.turns import NO_TURN, Turn, draw_turn, planes_to_turn_in
 
 S = TypeVar("S", bound=SemiSupervisedSettings)
 
@@ -49,6 +51,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     settings_class = SemiSupervisedSettings
     views: tuple[str, ...] = ("strong",)
     decide: Decisions  # from `initialize` on
+    masks: PreparedMasks | None = None
+    """of other models, where the settings ask for them"""
+    votes: MaskVotes  # from `initialize` on, where there are such masks
 
     def __init__(
         self,
@@ -97,6 +102,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             raise UserError(f"{type(self).__name__}: cascades are not supported: train 3d_fullres")
         base = join(nnUNet_preprocessed, plans["dataset_name"])
         self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
+        self.masks = find_masks(self.settings, plans, configuration, fold, dataset_json)
         return super().prepare(plans, configuration, fold, dataset_json)
 
     @classmethod
@@ -132,7 +138,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     def target_maker(self) -> Callable[[dict, dict], dict[str, Tensor]]:
         """A function that makes `Batch.extra` from the batches of both loaders. It runs in the loader's processes."""
-        return no_targets
+        return take_masks if self.masks else no_targets
 
     def refresh_network(self) -> None:
         """Update what the network stores beside its weights. It is called before the network is used or saved."""
@@ -160,6 +166,21 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def loss_where(self, mask: Tensor, output, target) -> Tensor:
         """nnU-Net's loss with deep supervision over the voxels of a mask; see `losses.deep_supervision.loss_where`."""
         return loss_where(self.loss, output, target, mask, self.label_manager)
+
+    def decide_with_masks(self, logits: Tensor, batch: Batch, turn: Turn = NO_TURN) -> tuple[Tensor, Tensor | None]:
+        """The pseudo-label of a teacher's logits, and how much each voxel counts, (B, 1, *S); None: all alike.
+
+        With the setting `external_masks` the masks of other models have a say in both; see `join_masks`.
+
+        Args:
+            turn: that the logits have made, but not yet the batch's masks.
+        """
+        decision = self.decide(logits, counts=self.masks is None)
+        if self.masks is None:
+            return decision, None
+        label, counts = self.votes(decision, logits, turn(batch.extra["masks"][: len(logits)]))
+        self.decide.count(label)
+        return label, counts
 
     def draw_turn(self) -> Turn:
         """Draw flips and a turn for the student's view. None if the setting is off, or if nnU-Net does not mirror."""
@@ -269,6 +290,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             torch._dynamo.config.cache_size_limit = 64  # all parts that are compiled separately count together
         super().initialize()
         self.decide = Decisions(self.label_manager, self.class_names(), self.device)
+        if self.masks:
+            unsure = cast(ExternalMaskSettings, self.settings).external_unsure
+            self.votes = MaskVotes(self.masks, self.class_names(), self.label_manager, unsure, self.device)
         if compiled:
             compile_parts(self.bare_network)
         if isinstance(self.settings, TeacherSettings):
@@ -300,6 +324,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self.decide.heads = self.heads_with_one_component()
         if keep := getattr(self.settings, "largest_component", None):
             self.print_to_log_file(f"largest component kept of: {self.decide.one_piece} (largest_component={keep})")
+        for line in self.masks.lines() if self.masks else ():
+            self.print_to_log_file(line)
         self.refresh_network()
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
             update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).decay)
@@ -333,7 +359,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def unlabeled_dataset(self) -> Any:
         """The preprocessed unlabelled cases, and the labelled cases whose labels must not be used."""
         sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
-        return JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
+        cases = JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
+        return MaskedDataset(cases, self.masks.folders) if self.masks else cases
 
     foreground_share = 0.0
     """the share of unlabelled samples that are taken around locations that `unlabeled_dataset` knows"""

@@ -35,6 +35,9 @@ class Turn:
         return x.rot90(self.quarters, (a + 2, b + 2)).contiguous() if self.quarters else x
 
 
+NO_TURN = Turn()
+
+
 def draw_turn(axes: Sequence[int], planes: Sequence[tuple[int, int]]) -> Turn:
     """Draw a turn at random: each axis is flipped with probability 1/2; one plane is turned by 0 to 3 quarters.
 

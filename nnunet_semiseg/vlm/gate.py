@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from scipy.special import logit
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 CANDIDATES = 50
 """number of thresholds that are tried at equal distances; as many quantiles are tried, too"""
-
-
+STEPS = 65
+"""number of mask values, from 0 to 1, for which the evidence is kept"""
+SUREST = 0.01
+"""no mask value makes a class less probable than this, and none makes it more probable than 1 less this"""
 MOST = 16
 """number of cases that are looked at"""
 
@@ -84,6 +90,38 @@ def measure(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Se
     best = int(scores.argmax())
     area = float(np.mean([roc_auc_score(y, m) for m, y in pairs]))
     return Quality(area, float(thresholds[best]), float(scores[best]))
+
+
+def evidence(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> np.ndarray:
+    """What a value of a mask says of a pixel, (65,) for values from 0 to 1: see `with_evidence`.
+
+    It is the logit of the class's share among pixels of this value (isotonic regression: never less for a higher
+    value), less the logit of its share among all pixels. Of masks that know nothing it is 0.
+
+    Args:
+        masks, labels, known: as in `measure`; all cases count.
+    """
+    values, truth = (np.concatenate([x[k].ravel() for x, k in zip(xs, known, strict=True)]) for xs in (masks, labels))
+    share = float(truth.mean()) if truth.size else 0.0
+    if not 0 < share < 1:
+        return np.zeros(STEPS)
+    fit = IsotonicRegression(y_min=SUREST, y_max=1 - SUREST, out_of_bounds="clip").fit(values, truth)
+    return logit(fit.predict(np.linspace(0, 1, STEPS))) - logit(np.clip(share, SUREST, 1 - SUREST))
+
+
+def with_evidence(p: Tensor, masks: Tensor, table: Tensor) -> Tensor:
+    """Probabilities of a teacher, after masks have been heard: sigmoid(logit(p) + the evidence of the mask's value).
+
+    That is Bayes' rule, where mask and teacher err independently.
+
+    Args:
+        p, masks: (B, H, W), in 0 to 1.
+        table: (65,), of `evidence`; between its values it is interpolated.
+    """
+    place = masks.clamp(0, 1) * (len(table) - 1)
+    low = place.floor().long().clamp(max=len(table) - 2)
+    found = torch.lerp(table[low], table[low + 1], place - low)
+    return (p.float().logit(eps=1e-4) + found).sigmoid()
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,8 @@ from nnunet_semiseg.text.tokenizer import Tokenizer
 
 HEADS = 4  # of the attention before the distributions
 LOG_STD_RANGE = (-5.0, 2.0)
+PLACE = 64
+"""numbers that say where a patch is"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class AMVLM(nn.Module):
             if is_hf(self.text):
                 self.text.output_tokens = True
         self.depth, self.grid = self._choose_patches()
+        self.register_buffer("places", build_sincos2d_pos_embed([*self.grid], PLACE), persistent=False)
         with torch.no_grad():
+            pooled, patches = self.placed_patches(torch.zeros(1, 3, *self.image_size))
+            self.look = nn.Linear(patches.shape[-1], 1)
             image = self.image_features(torch.zeros(1, 3, *self.image_size))
             text = self.text_features(self.tokenize(["a"]))
         heads = {"image_cls": image[0], "image_tokens": image[1], "text_cls": text[0], "text_tokens": text[1]}
@@ -86,9 +92,20 @@ class AMVLM(nn.Module):
         return (2, sizes[1]) if small == [False, True] else (1, sizes[0])
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The tower's pooled features (B, C) and patch features (B, P, C') of images from `to_tower`."""
+        """Features of the whole image (B, C + C') and of its patches (B, P, C'), for images from `to_tower`.
+
+        Those of the whole image are what the tower pools and a mean of the patches, weighted by `look`. A convolutional
+        tower pools by a plain mean, which does not know where something is. But texts say where.
+        """
+        pooled, patches = self.placed_patches(images)
+        seen = (self.look(patches).softmax(1) * patches).sum(1)
+        return torch.cat((pooled, seen), 1), patches
+
+    def placed_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tower pools, and its patches, each with sines and cosines of its place."""
         output = self.visual.forward_intermediates(images, indices=self.depth, normalize_intermediates=True)
-        return output["image_features"], output["image_intermediates"][0].flatten(2).transpose(1, 2)
+        patches = output["image_intermediates"][0].flatten(2).transpose(1, 2)
+        return output["image_features"], torch.cat((patches, self.places.expand(len(patches), -1, -1)), 2)
 
     def text_features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The tower's pooled features (B, C) and token features (B, L, C') of ids from `tokenize`."""

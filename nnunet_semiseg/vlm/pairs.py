@@ -26,6 +26,7 @@ from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.files import dataset_folder
 from nnunet_semiseg.schema import check_configuration, load_plans
 from nnunet_semiseg.vlm.model import AMVLM, to_tower
+from nnunet_semiseg.vlm.sides import HORIZONTAL_WORDS, exchange, is_flat
 
 
 class Pairs(Dataset):
@@ -39,6 +40,7 @@ class Pairs(Dataset):
         ignore_label: its voxels count as not labelled.
         crop: the smallest share of height and width that a random crop keeps; then any slice of a volume may be taken.
             None: the whole image, and the middle slice.
+        mirror: whether half of the images are flipped along their last axis, with left and right exchanged in the text.
     """
 
     def __init__(
@@ -51,9 +53,16 @@ class Pairs(Dataset):
         crop: float | None = None,
         masks: Collection[str] = (),
         ignore_label: int | None = None,
+        mirror: bool = False,
     ):
         self.data, self.cases, self.axis, self.crop = data, list(cases), axis, crop
-        self.ids = model.tokenize([texts[case] for case in self.cases]) if cases else None
+        own = [texts[case] for case in self.cases]
+        # all together, so that they have one shape
+        both = (
+            model.tokenize([*own, *(exchange(t, (False, True), ((), HORIZONTAL_WORDS)) for t in own)]) if cases else ()
+        )
+        self.ids, self.mirrored = both[: len(own)], both[len(own) :]
+        self.mirror = mirror
         self.size, self.about, self.grid = model.image_size, model.visual.preprocess_cfg, model.grid
         self.masks, self.ignore_label = set(masks), ignore_label
 
@@ -74,11 +83,14 @@ class Pairs(Dataset):
             image = torch.cat((image, ((mask > 0) & (mask != self.ignore_label)).float()))
         if self.crop is not None:
             image = random_crop(image, self.crop)
+        ids = self.ids
+        if self.mirror and torch.rand(()) < 0.5:
+            image, ids = image.flip(2), self.mirrored
         area = torch.full(self.grid, -1.0)
         if case in self.masks:
             image, mask = image[:-1], image[-1:]
             area = F.adaptive_avg_pool2d(mask, self.grid)[0]
-        return to_tower(image[None], self.about, self.size)[0], self.ids[index], area
+        return to_tower(image[None], self.about, self.size)[0], ids[index], area
 
 
 def random_crop(image: Tensor, least: float) -> Tensor:
@@ -88,6 +100,11 @@ def random_crop(image: Tensor, least: float) -> Tensor:
         kept = max(1, round(float(share) * image.shape[dim]))
         image = image.narrow(dim, round(float(place) * (image.shape[dim] - kept)), kept)
     return image
+
+
+def may_be_mirrored(plans: dict, slice_axis: int) -> bool:
+    """Whether the last axis of slices is that from left to right."""
+    return list(plans["transpose_forward"]) == [0, 1, 2] and (is_flat(plans) or slice_axis != 2)
 
 
 def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[JoinedDataset, list[str]]:

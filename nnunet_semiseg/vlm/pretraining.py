@@ -38,7 +38,7 @@ from nnunet_semiseg.files import (
     write_json,
     written_whole,
 )
-from nnunet_semiseg.schema import read_dataset_json
+from nnunet_semiseg.schema import load_plans, read_dataset_json
 from nnunet_semiseg.settings.plans import parse_assignments, settings_from
 from nnunet_semiseg.text.encoder import is_hf
 from nnunet_semiseg.text.open_clip_models import UNTRAINED, save_text_config
@@ -47,7 +47,7 @@ from nnunet_semiseg.training.distributed import Ranks, join
 from nnunet_semiseg.training.log_lines import expected_end
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
-from nnunet_semiseg.vlm.pairs import Pairs, open_cases
+from nnunet_semiseg.vlm.pairs import Pairs, may_be_mirrored, open_cases
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
 from nnunet_semiseg.vlm.text_mask_generator import ABOUT, STATE, WEIGHTS, read_about, read_state
 from nnunet_semiseg.vlm.towers import TIMM, load_towers, split_model
@@ -110,10 +110,12 @@ def pretrain(
     if len(training) // int(os.environ.get("WORLD_SIZE", 1)) < chosen.batch_size:
         few = f"{len(training)} pairs are too few for batches of {chosen.batch_size}"
         raise UserError(f"{few}: --set batch_size=NUMBER")
-    parts = [(training, chosen.crop), (held_out, None)]
+    plans_of_it = load_plans(dataset_folder("nnUNet_preprocessed", dataset) / f"{plans}.json", "plan again")
+    mirror = chosen.mirror and may_be_mirrored(plans_of_it, chosen.slice_axis)
+    parts = [(training, chosen.crop, mirror), (held_out, None, False)]
     try:
         train_pairs, held_out_pairs = (
-            Pairs(data, texts, p, vlm, chosen.slice_axis, crop, masks, ignore_label) for p, crop in parts
+            Pairs(data, texts, p, vlm, chosen.slice_axis, crop, masks, ignore_label, flip) for p, crop, flip in parts
         )
     except UserError as error:
         raise UserError(f"texts.json of {name}: {error}") from None
@@ -137,7 +139,9 @@ def cases_with_masks(
     base = dataset_folder("nnUNet_preprocessed", dataset)
     dataset_json = read_dataset_json(base)
     training = cases_of_fold(base, labeled_cases, "all" if settings.fold is None else settings.fold)
-    return take_labeled(training, [], settings.num_labeled, dataset_json)[0], dataset_json["labels"].get("ignore")
+    cases = take_labeled(training, [], settings.num_labeled, dataset_json)[0]
+    kept = np.random.default_rng(settings.seed).permutation(sorted(cases))[round(settings.mask_held_out * len(cases)) :]
+    return kept.tolist(), dataset_json["labels"].get("ignore")
 
 
 def what_it_saw(output: Path) -> str:

@@ -56,6 +56,8 @@ class PretrainingSettings:
     mask_weight: Weight = 1.0
     """The weight of the loss on labelled images that says where in the image its text is. With 0 the pre-training
     reads no label."""
+    mask_held_out: Annotated[float, Bounds(0, 0.9)] = 0.25
+    """The share of the labelled cases whose labels are not read. `AMVLMTrainer` measures its text masks on them."""
     fold: Annotated[int, Bounds(0)] | None = None
     """The fold whose training labels may be used. It must be the fold of the training to come. By default all labels
     are used, for trainings with fold `all`."""
@@ -67,6 +69,8 @@ class PretrainingSettings:
     """The share of the cases on which retrieval is measured."""
     crop: Share = 0.9
     """The smallest share of height and width that the random crop of an image keeps. With 1 there is no crop."""
+    mirror: bool = True
+    """Whether half of the images are flipped from left to right, with these words exchanged in their texts."""
     slice_axis: Annotated[int, Bounds(0, 2)] = 0
     """The axis along which volumes are cut into slices, after the transposition by nnU-Net."""
     missing_texts: Literal["error", "skip"] = "error"

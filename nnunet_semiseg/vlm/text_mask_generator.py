@@ -88,6 +88,11 @@ def read_about(folder: Path, fix: str) -> dict:
     return about
 
 
+def seen_cases(about: dict, dataset: str) -> set[str]:
+    """The labelled cases of a dataset whose labels a pre-training saw, by its `vlm.json`."""
+    return set(about.get("mask_cases", ())) if about.get("dataset") == dataset else set()
+
+
 class UpBlock(nn.Module):
     """(B, d, h, w) to twice the size: interpolation, plus a gated convolution.
 

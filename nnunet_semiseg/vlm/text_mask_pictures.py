@@ -24,7 +24,7 @@ from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.prompts import class_names, read_prompts
 from nnunet_semiseg.vlm.pairs import open_cases
-from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm
+from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, seen_cases
 
 PREFIX = "text_masks."
 """of the names of the generator's weights in a checkpoint"""
@@ -36,6 +36,7 @@ class TrainedMasks:
 
     Attributes:
         data: nnU-Net's preprocessed cases, labelled and unlabelled.
+        labeled_cases: those whose labels the pre-training did not see; if it saw all, all of them.
         texts: for each case that has any, the texts of every mask by the mask's name.
         labels: for every mask the value of its label, or the values of its region.
     """
@@ -79,6 +80,8 @@ def load_text_masks(run: Run) -> TrainedMasks:
     generator.load_state_dict(weights)
     data, unlabeled_cases = open_cases(run.dataset, run.plans, run.configuration)
     labeled_cases = [case for case in data.identifiers if case not in set(unlabeled_cases)]
+    seen = seen_cases(read_about(Path(settings.vlm), "pre-train again"), run.dataset)
+    labeled_cases = [case for case in labeled_cases if case not in seen] or labeled_cases
     texts = texts_of(run, data.identifiers, settings, dataset_json)
     manager = PlansManager(plans).get_label_manager(dataset_json)
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
