@@ -80,7 +80,7 @@ def test_a_line_is_drawn_through_unseen_cases_and_judged_without_each():
     x = [{"a": v} for v in (0.2, 0.4, 0.6, 0.8)]
     calibration, sentence = calibrate(x, [{"a": v["a"] / 2 + 0.3} for v in x])
     assert calibration("a", 1.0) == pytest.approx(0.8) and calibration.error == pytest.approx(0)
-    assert sentence.startswith("Calibrated on 4 labelled cases") and "off by 0.000" in sentence
+    assert sentence.startswith("Calibrated on 4 labelled cases") and "an error of 0.000" in sentence
     calibration, _ = calibrate(x, [{"a": v} for v in (0.0, 1.0, 0.0, 1.0)])
     # through the other three: 0.5 + 0.75 (x - 0.6) - ..., worked out with numpy.polyfit, slopes below 0 made 0
     errors = []
