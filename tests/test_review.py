@@ -130,22 +130,28 @@ def test_what_all_agree_not_to_see_counts_as_wrong():
 
 def test_members_are_the_first_kind_that_there_is(trained):
     _, run, trainer = trained(SupervisedTrainer)
-    trainer.inference_allowed_mirroring_axes = (0, 1, 2)
+    trainer.inference_allowed_mirroring_axes = (0, 1)
     trainer.save_checkpoint(str(run.checkpoint))
-    assert [m.name for m in find_members(run, "auto", mirroring=False)[1]] == ["last"]
-    kind, members = find_members(run, "auto", mirroring=True)
-    assert kind == "mirroring" and [m.flips for m in members][:4] == [(), (0,), (1,), (2,)] and len(members) == 8
+
+    def found(kind, mirroring):
+        kind, members = find_members(run, kind, mirroring)
+        return kind, [(m.name, m.flips) for m in members]
+
+    assert found("auto", mirroring=False) == ("single", [("last", ())])
+    flips = [(), (0,), (1,), (0, 1)]
+    mirrored = ("mirroring", [("last", f) for f in flips])
+    assert found("auto", mirroring=True) == mirrored
     best = run.checkpoint.with_name("checkpoint_best.pth")
     best.write_bytes(run.checkpoint.read_bytes())
-    assert find_members(run, "auto", False)[0] == "single"  # the last epoch was the best: it would agree with itself
+    assert found("auto", False)[0] == "single"  # the last epoch was the best: it would agree with itself
     trainer.current_epoch += 1
     trainer.save_checkpoint(str(best))
-    assert find_members(run, "auto", True)[0] == "mirroring"
-    assert [m.name for m in find_members(run, "auto", False)[1]] == ["last", "best"]
+    assert found("auto", False) == ("snapshots", [("last", ()), ("best", ())]) and found("auto", True) == mirrored
     other = run.model_folder.with_name(run.model_folder.name.replace(PLANS, f"{PLANS}_seed1")) / run.folder.name
     other.mkdir(parents=True)
     (other / run.checkpoint.name).write_bytes(run.checkpoint.read_bytes())
-    assert [m.name for m in find_members(run, "auto", True)[1]] == ["as in the plans", "seed1"]
+    assert found("auto", False) == ("seeds", [("as in the plans", ()), ("seed1", ())])
+    assert found("auto", True) == ("seeds", [(name, f) for f in flips for name in ("as in the plans", "seed1")])
     with pytest.raises(UserError, match="--ensemble folds: there are not two members"):
         find_members(run, "folds", True)
 
@@ -170,7 +176,10 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
     assert str(output / "review.html") in printed
 
     rows = pd.read_csv(output / "cases.csv")
-    assert sorted(rows["case"]) == ["un_000", "un_001"] and (rows["dice"] <= rows["agreement"]).all()
+    assert sorted(rows["case"]) == ["un_000", "un_001"] and (rows["dice"] <= rows["combined"]).all()
+    first = read_json(output / "cases" / "un_000.json", "")["estimates"]
+    assert 0 < first["agreement"]["kidney"] < 1  # of two that differ
+    assert first["combined"] == {c: first["agreement"][c] * first["expected"][c] for c in ("kidney", "tumour")}
     page = (output / "review.html").read_text()
     assert page.count("data:image/png") == 1 and "Not calibrated: no labelled cases were kept" in page
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -490,3 +491,24 @@ def test_shuffled_texts_are_those_of_others(tool):
     shuffled = yardstick.shuffle(texts)
     assert sorted(shuffled.values()) == sorted(texts.values()) and shuffled == yardstick.shuffle(texts)
     assert not any(shuffled[case] == texts[case] for case in texts)
+
+
+# ------------------------------------------------------------------------------------------------- many_cases.py
+
+
+def test_linked_cases_differ_in_what_names_them_alone(tool, tmp_path, monkeypatch):
+    many_cases, _ = tool("many_cases")
+    monkeypatch.setattr(many_cases, "set_folders", lambda work: [work / "raw", work / "preprocessed"])
+    images, folder = tmp_path / "raw" / "imagesUn", tmp_path / "preprocessed" / f"{many_cases.PLANS}_3d__unlabeled"
+    for file in (images / "un0000000_0000.nii.gz", folder / "un0000000.b2nd", folder / "un0000000_seg.b2nd"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    about = {"spacing": 1, "semiseg": {"images": [["un0000000_0000.nii.gz", 21, 3, 4, "digest"]]}}
+    (folder / "un0000000.pkl").write_bytes(pickle.dumps(about))
+    for count in (2, 3):  # the second case is there already
+        many_cases.link_cases(tmp_path, count)
+    assert len(list(images.iterdir())) == 3 and len(list(folder.iterdir())) == 9
+    assert (images / "un0000002_0000.nii.gz").read_text() == "un0000000_0000.nii.gz"
+    assert (folder / "un0000002_seg.b2nd").read_text() == "un0000000_seg.b2nd"
+    about["semiseg"]["images"][0][0] = "un0000002_0000.nii.gz"
+    assert pickle.loads((folder / "un0000002.pkl").read_bytes()) == about

@@ -24,7 +24,7 @@ from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.data.unlabeled_preprocessing import alone_or_part, preprocess_unlabeled
-from nnunet_semiseg.data.unpacked import unpacked
+from nnunet_semiseg.data.unpacked_nifti import unpacked_nifti
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import BusyError, only_one
 
@@ -545,7 +545,7 @@ def test_parts_and_other_calls_keep_out_of_each_others_way(lock, part, busy, tmp
 def test_each_image_is_unpacked_once(planned, tmp_path, monkeypatch):
     image, asked, unpack = planned.image("un_000"), [], gzip.GzipFile.read
     monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n=-1: asked.append(n) or unpack(self, n))
-    file = Path(unpacked(str(image), tmp_path))
+    file = Path(unpacked_nifti(str(image), tmp_path))
     assert asked[-1] == 352 + 4 * 24**3  # no byte more than the header speaks of
     assert file == tmp_path / "un_000_0000.nii" and file.read_bytes() == gzip.decompress(image.read_bytes())
     read, original = [], SimpleITKIO.read_images

@@ -109,7 +109,7 @@ def preprocess(work: Path) -> dict[str, str]:
 
     set_folders(work)
     times: dict[str, str] = {}
-    with timed(times, "first look"):  # at files that no manifest speaks of yet
+    with timed(times, "first look, s"):  # at files that no manifest speaks of yet
         preprocess_unlabeled(999, ["3d_fullres"], PLANS, 0, show_progress_bar=False)
     with timed(times, "restart, s"):
         preprocess_unlabeled(999, ["3d_fullres"], PLANS, 0, show_progress_bar=False)

@@ -82,7 +82,7 @@ def check_estimates(args: argparse.Namespace) -> None:
                 print(f"{name}, {ensemble}: {error}", file=sys.stderr)
                 continue
             truth = true_dice(output / "masks", args.data / name / "labels", about, list(table["case"]), raw)
-            known = [c for c in ("agreement", "expected", "certainty") if c in table]
+            known = [c for c in ("combined", "agreement", "expected", "certainty") if c in table]
             lines += [[ensemble, *row] for row in agreement_with_truth(table, truth, known)]
             n = len(table)
         if len(lines) == 1:

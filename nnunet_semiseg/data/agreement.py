@@ -21,11 +21,12 @@ def pairwise_dice(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[
     inside = [mask[somewhere] for mask in masks]
     found = []
     for labels in classes:
-        members = np.stack([np.isin(mask, labels) for mask in inside]).astype(np.float64)
-        both, sizes = members @ members.T, members.sum(1)
-        pairs = list(itertools.combinations(range(len(masks)), 2))
-        dices = [2 * both[i, j] / (sizes[i] + sizes[j]) if sizes[i] + sizes[j] else 1.0 for i, j in pairs]
-        found.append(np.mean(dices) if sizes.any() else np.nan)
+        members = [np.isin(mask, labels) for mask in inside]
+        dices = []
+        for a, b in itertools.combinations(members, 2):
+            total = np.count_nonzero(a) + np.count_nonzero(b)
+            dices.append(2 * np.count_nonzero(a & b) / total if total else 1.0)
+        found.append(np.mean(dices) if any(member.any() for member in members) else np.nan)
     return np.array(found)
 
 

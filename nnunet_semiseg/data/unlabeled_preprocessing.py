@@ -50,7 +50,7 @@ from nnunet_semiseg.data.stamps import all_renewed, digest, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
 from nnunet_semiseg.data.unlabeled_cases import DELAY, READERS, find_unlabeled_cases
 from nnunet_semiseg.data.unlabeled_manifest import ENDING, output_of, recorded_cases
-from nnunet_semiseg.data.unpacked import unpacked
+from nnunet_semiseg.data.unpacked_nifti import unpacked_nifti
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import (
     DiskError,
@@ -283,7 +283,7 @@ def _preprocess_case(
     printed = io.StringIO()
     try:
         with disk_errors(folder / case):
-            files = [unpacked(image, staging) for image in images]
+            files = [unpacked_nifti(image, staging) for image in images]
         damages = zip(images, map(nifti_damage, files), strict=True)
         problems.extend(f"{image}: {damage}: {take_out(image)}" for image, damage in damages if damage)
         if problems:

@@ -11,6 +11,7 @@ from nnunet_semiseg.data.agreement import pairwise_dice
 Labels = Mapping[str, int | Sequence[int]]
 
 ESTIMATES = {
+    "combined": "agreement times expected",
     "agreement": "mean Dice of all pairs of members",
     "expected": "Dice that is expected from the probabilities",
     "certainty": "mean probability of the class where it was predicted",

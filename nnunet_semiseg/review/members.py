@@ -6,7 +6,8 @@ import contextlib
 import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Member:
     """One member of an ensemble.
 
     Attributes:
+        name: of the model among others.
         checkpoint: the file with its weights.
         part: `deployed`, `student` or `teacher`: which of the weights in the file.
         flips: the image's axes that are mirrored for this member.
@@ -56,7 +58,7 @@ class Prediction:
 
     Attributes:
         mask: of the mean of all members, (*S).
-        members: the mask of each.
+        members: the mask of each, on the network's grid, which is small and needs no resampling.
         probabilities: (K, *S), of the mean.
         features: the deepest features of the first member's encoder, averaged over the image. Empty for other networks.
         image, properties: as nnU-Net's reader returns them.
@@ -76,20 +78,30 @@ def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member
     Args:
         run: trained.
         kind: a key of `TITLES`, or `auto`.
+        mirroring: each model is a member for every way to mirror the image, not for the mean of all ways.
 
     Raises:
         UserError: there is no such ensemble.
     """
     for each in [kind] if kind != "auto" else [k for k in TITLES if k != "mirroring" or mirroring]:
-        members = list(_members(run, each))
-        if len(members) > 1 or (each == "single" and members):
+        models = list(_models(run, each))
+        if len(models) > 1 or each == "single":
+            return each, list(_mirrored(models, run)) if mirroring and each != "single" else models
+        if each == "mirroring" and len(members := list(_mirrored(models, run))) > 1:
             return each, members
     fix = {"folds": "train further folds", "seeds": "train with compare --seeds"}
     how = fix.get(kind, "use --ensemble auto")
     raise UserError(f"{run.model_folder}: --ensemble {kind}: there are not two members: {how}")
 
 
-def _members(run: Run, kind: str) -> Iterator[Member]:
+def _mirrored(models: Sequence[Member], run: Run) -> Iterator[Member]:
+    axes = run.load_checkpoint().get("inference_allowed_mirroring_axes") or ()
+    for n in range(len(axes) + 1):
+        for flips in itertools.combinations(axes, n):
+            yield from (replace(model, flips=flips) for model in models)
+
+
+def _models(run: Run, kind: str) -> Iterator[Member]:
     if kind == "folds" and run.fold != "all":
         for folder in sorted(run.model_folder.glob("fold_[0-9]*")):
             if (folder / run.checkpoint.name).is_file():
@@ -111,14 +123,7 @@ def _members(run: Run, kind: str) -> Iterator[Member]:
         yield Member("last", run.checkpoint)
         if (best := run.folder / BEST).is_file() and _epoch(best) != _epoch(run.checkpoint):  # else they are equal
             yield Member("best", best)
-    elif kind == "mirroring":
-        axes = run.load_checkpoint().get("inference_allowed_mirroring_axes") or ()
-        for n in range(len(axes) + 1):
-            for flips in itertools.combinations(axes, n):
-                yield Member(
-                    f"mirrored along {' '.join(map(str, flips))}" if flips else "as it is", run.checkpoint, flips=flips
-                )
-    elif kind == "single":
+    else:
         yield Member("last", run.checkpoint)
 
 
@@ -126,12 +131,12 @@ def _epoch(checkpoint: Path) -> int:
     return checkpoints.read(checkpoint, "train this model again", mmap=True)["current_epoch"]
 
 
-def weights_of(member: Member) -> dict[str, Tensor]:
+def weights_of(checkpoint: Path, part: str) -> dict[str, Tensor]:
     """Read a member's weights. Raises UserError if the checkpoint is damaged."""
-    content = checkpoints.read(member.checkpoint, "train this model again", mmap=True)
-    if member.part == "teacher":
+    content = checkpoints.read(checkpoint, "train this model again", mmap=True)
+    if part == "teacher":
         return content["teacher"]
-    student = content.get("semiseg", {}).get("student") if member.part == "student" else None
+    student = content.get("semiseg", {}).get("student") if part == "student" else None
     return student or content["network_weights"]
 
 
@@ -141,16 +146,17 @@ class Ensemble:
     Args:
         run: a model with the same network as all members.
         device: cuda, cpu or mps.
-        mirroring: average each member over mirrored images, as nnU-Net does. Not for members that are mirrored.
+        mirroring: average each member over mirrored images, as nnU-Net does.
     """
 
-    def __init__(self, run: Run, kind: str, members: Sequence[Member], device: str, mirroring: bool):
+    def __init__(self, run: Run, members: Sequence[Member], device: str, mirroring: bool):
         with contextlib.redirect_stdout(io.StringIO()):
             self.predictor: Any = load_predictor(run)
         self.predictor.device = torch.device(device)
         self.predictor.perform_everything_on_device = device == "cuda"
-        self.predictor.use_mirroring = mirroring and kind != "mirroring"
-        self.members = [(member, weights_of(member)) for member in members]
+        self.predictor.use_mirroring = mirroring
+        read = cache(weights_of)
+        self.members = [(member, read(member.checkpoint, member.part)) for member in members]
         self.plans_manager, self.configuration = self.predictor.plans_manager, self.predictor.configuration_manager
         self.dataset_json, self.label_manager = self.predictor.dataset_json, self.predictor.label_manager
         self.reader = self.plans_manager.image_reader_writer_class
@@ -180,9 +186,9 @@ class Ensemble:
             for i, (member, weights) in enumerate(self.members):
                 with self._watched(features if i == 0 else []):
                     logits = self._logits(torch.from_numpy(data), member, weights)
-                masks.append(self._on_image(logits, properties))
+                masks.append(np.asarray(self.label_manager.convert_logits_to_segmentation(logits)).astype(np.int16))
                 total = total + logits
-            mask, probabilities = self._on_image(total / len(self.members), properties, True)
+            mask, probabilities = self._on_image(total / len(self.members), properties)
         pooled = torch.stack(features).mean(0).tolist() if features else []
         return Prediction(mask, masks, probabilities, pooled, image, properties)
 
@@ -192,9 +198,10 @@ class Ensemble:
         logits = self.predictor.predict_logits_from_preprocessed_data(data.flip(axes) if axes else data)
         return (logits.flip(axes) if axes else logits).float()
 
-    def _on_image(self, logits: Tensor, properties: dict, with_probabilities: bool = False) -> Any:
+    def _on_image(self, logits: Tensor, properties: dict) -> Any:
+        """Mask and probabilities."""
         return convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits, self.plans_manager, self.configuration, self.label_manager, properties, with_probabilities,
+            logits, self.plans_manager, self.configuration, self.label_manager, properties, True,
             torch.get_num_threads(),
         )  # fmt: skip
 

@@ -25,6 +25,8 @@ from nnunet_semiseg.schema import read_dataset_json
 
 LABELED = "labelled"
 """the folder with the records of the labelled cases"""
+OF_SEVERAL = ("combined", "agreement")
+"""estimates that need several members"""
 AT_MOST = 40
 """number of labelled cases that are looked at, to find out what is usual"""
 AGAIN = "remove it and run nnunet_semiseg review again"
@@ -43,7 +45,7 @@ class Work:
     def signature(self, files: Sequence[str]) -> list:
         """What a record was made from: names, sizes and times of files."""
         stats = [(Path(file).name, Path(file).stat()) for file in files]
-        models = [(m.name, m.checkpoint.stat()) for m in self.members]
+        models = [(f"{m.name} {m.flips}", m.checkpoint.stat()) for m in self.members]
         about = [[name, s.st_size, s.st_mtime_ns] for name, s in (*models, *stats)]
         return [self.kind, self.request.mirroring, *about]
 
@@ -82,8 +84,10 @@ def review(request: Request) -> Path | None:
     unseen = _unseen(request, preprocessed, sorted(every))
     labeled_cases = dict(sorted(every.items(), key=lambda item: item[0] not in unseen)[:AT_MOST])
     kind, members = find_members(request.run, request.ensemble, request.mirroring)
-    if request.estimate == "agreement" and len(members) == 1:
-        raise UserError("--estimate agreement: needs two members, but there is one: choose others with --ensemble")
+    if request.estimate in OF_SEVERAL and len(members) == 1:
+        raise UserError(
+            f"--estimate {request.estimate}: needs two members, but there is one: choose others with --ensemble"
+        )
     if kind == "folds":
         unseen = set()  # each case was seen by all members but one
     work = Work(request, kind, members, unlabeled_cases, labeled_cases)
@@ -103,12 +107,14 @@ def review(request: Request) -> Path | None:
 
 
 def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
-    run = work.request.run
+    run, models = work.request.run, list(dict.fromkeys(m.name for m in work.members))
+    ways = len(work.members) // len(models)
+    mirrored = f", each mirrored in {ways} ways" if ways > 1 else ""
     return {
         "model": f"{run.trainer}, {run.plans}, {run.configuration}, fold {run.fold}, of {run.dataset}",
-        "members": f"{TITLES[work.kind]}: {', '.join(m.name for m in work.members)}",
+        "members": f"{TITLES[work.kind]}: {', '.join(models)}{mirrored}",
         "cases": f"{len(work.unlabeled_cases)} unlabelled; compared with {len(work.labeled_cases)} labelled ones",
-        "ranked by": work.request.estimate or ("agreement" if len(work.members) > 1 else "expected"),
+        "ranked by": work.request.estimate or ("combined" if len(work.members) > 1 else "expected"),
         "kept from all members": ", ".join(unseen) or "no labelled case",
     }
 
@@ -132,7 +138,8 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
     if not todo:
         return
     print(f"{len(todo)} of {len(cases)} cases to predict: {TITLES[work.kind]}", flush=True)
-    ensemble = Ensemble(request.run, work.kind, work.members, request.device, request.mirroring)
+    mirroring = request.mirroring and len(work.members) == 1  # else the members are mirrored
+    ensemble = Ensemble(request.run, work.members, request.device, mirroring)
     for case in tqdm(todo, "Cases", disable=not request.show_progress):
         files = work.files(case)
         made_of = work.signature(files)
@@ -169,7 +176,9 @@ def describe(prediction: Prediction, mask: np.ndarray, ensemble: Ensemble) -> di
         "certainty": estimates.certainty(prediction.mask, probabilities, labels),
     }
     if len(prediction.members) > 1:
-        found = {"agreement": estimates.agreement(prediction.members, labels)} | found
+        agreement = estimates.agreement(prediction.members, labels)
+        combined = {name: agreement[name] * found["expected"][name] for name in agreement}
+        found = {"combined": combined, "agreement": agreement} | found
     seen = signs.see(mask, prediction.image, labels, prediction.properties["spacing"])
     return {
         "mask": digest_of(prediction.mask),

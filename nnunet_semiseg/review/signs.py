@@ -103,7 +103,7 @@ def least_agreed(estimates: Mapping[str, Mapping[str, float]], share: float = 0.
     """For each case the classes on which members agree less than in most other cases.
 
     Args:
-        estimates: the estimate by case and class.
+        estimates: the agreement by case and class. Without classes if there is one member.
         share: for each class, this share of the cases is named.
     """
     found: dict[str, list[str]] = {case: [] for case in estimates}

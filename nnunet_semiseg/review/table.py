@@ -65,7 +65,7 @@ def tabulate(
     calibration, sentence = calibrate([c.ranked_by for c in known], [c.dice or {} for c in known])
     unit = "ml" if any(c.is_volume for c in labeled_cases) else "cm2"
     usual = signs.Usual.of([c.signs for c in labeled_cases], unit)
-    little = signs.least_agreed({c.case: c.ranked_by for c in reviewed})
+    little = signs.least_agreed({c.case: c.estimates.get("agreement", {}) for c in reviewed})
     reasons = {c.case: [*signs.reasons(c.signs, usual, channels), *little[c.case]] for c in reviewed}
     dices = {c.case: _dices(c, usual, calibration) for c in reviewed}
     means = {case: float(np.mean(list(of.values()))) for case, of in dices.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import nibabel
 
 
-def unpacked(image: str, folder: Path) -> str:
+def unpacked_nifti(image: str, folder: Path) -> str:
     """The path of a file in this folder with the content of a `.nii.gz`. For any other image, its own path.
 
     A damaged file's own path is returned, too, because the reader will say what is wrong. Nothing after the last voxel
