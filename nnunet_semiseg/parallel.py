@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.quiet import hide_foreign_warnings, hide_reader_warnings
@@ -68,14 +69,14 @@ def end_with_parent() -> None:
 
     Otherwise it would wait for ever, or write while the next run does. It may be called several times.
     """
-    if multiprocessing.parent_process() is not None:
-        _watch_parent(os.getpid())
+    if (parent := multiprocessing.parent_process()) is not None:
+        _watch(parent, os.getpid())
 
 
 @lru_cache  # a forked process has the cache of its parent, but another number
-def _watch_parent(process: int) -> None:
+def _watch(parent: Any, process: int) -> None:
     def watch():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
