@@ -26,7 +26,7 @@ from nnunet_semiseg.raw_datasets import (
     published_split,
 )
 
-NOTE = "whoever made the h5 files has normalised the images and cropped them around the label, test cases too"
+NOTE = "the images are already normalised and cropped around the label, test cases too, by whoever made the h5 files"
 
 ABOUT = About(
     name="H5",

@@ -224,7 +224,7 @@ def read_splits(file: Path, fix: str) -> list[dict]:
     folds = read_json(file, fix, list)
     for i, fold in enumerate(folds):
         if not isinstance(fold, dict):
-            raise UserError(f"{file}: fold {i} is no JSON object: {fix}")
+            raise UserError(f"{file}: fold {i} is not a JSON object: {fix}")
         check(fold, FOLD, file, fix, f"fold {i} ")
     return folds
 

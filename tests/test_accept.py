@@ -188,7 +188,7 @@ def test_a_refusal_on_the_way_leaves_nothing(raw_only):
     dataset, folder = raw_only
     (dataset.raw / "splits_final.json").write_text("[1]")
     before = snapshot(dataset.raw)
-    assert "splits_final.json: fold 0 is no JSON object" in refused(folder)
+    assert "splits_final.json: fold 0 is not a JSON object" in refused(folder)
     assert snapshot(dataset.raw) == before
 
 

@@ -765,7 +765,7 @@ def test_names_that_make_no_sense(options, words, download):
 @pytest.mark.parametrize(
     "split, words",
     [
-        ([{"train": ["c0"], "val": []}], 'split.json: is no JSON object: write {"train"'),
+        ([{"train": ["c0"], "val": []}], 'split.json: is not a JSON object: write {"train"'),
         ({"val": ["c0"]}, 'split.json: write {"train"'),
         ({"train": ["c0"], "tset": ["c1"]}, 'split.json: write {"train"'),
         ({"train": ["c0", "c1.nii.gz"]}, "split.json: train: there is no case c1.nii.gz: did you mean c1"),

@@ -391,7 +391,7 @@ def test_a_published_split_is_copied_and_never_contradicted(tiny_dataset):
         (lambda d: (d.raw / "dataset.json").write_text("{,"), {}, "dataset.json: not valid JSON"),
         (lambda d: (d.raw / "dataset.json").unlink(), {}, "dataset.json: no such file"),
         (lambda d: (d.raw / "dataset.json").write_bytes(b'{"a": "\xe9"}'), {}, "dataset.json: not valid JSON"),
-        (lambda d: (d.raw / "dataset.json").write_text("[1]"), {}, "dataset.json: is no JSON object"),
+        (lambda d: (d.raw / "dataset.json").write_text("[1]"), {}, "dataset.json: is not a JSON object"),
         (lambda d: (d.raw / "dataset.json").write_text('{"labels": {}}'), {}, 'dataset.json: has no "file_ending"'),
         (
             lambda d: d.update_dataset_json(labels={"background": 0, "a": "one"}),

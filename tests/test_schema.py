@@ -51,8 +51,8 @@ def refusal(function, *args) -> str:
         (b"[" * 100_000, "too many brackets within each other"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', '"c" is there twice'),
         (b"\xff", "'utf-8' codec"),
-        (b"[1]", "is no JSON object"),
-        (b"null", "is no JSON object"),
+        (b"[1]", "is not a JSON object"),
+        (b"null", "is not a JSON object"),
     ],
 )
 def test_json_that_is_none(content, words, tmp_path):
@@ -134,9 +134,9 @@ def test_a_key_that_is_missing(tmp_path):
 @pytest.mark.parametrize(
     "plans, words",
     [
-        ([], "is no JSON object"),
+        ([], "is not a JSON object"),
         ({}, 'has no "plans_name"'),
-        (None, "is no JSON object"),
+        (None, "is not a JSON object"),
         ({"plans_name": "P"}, 'has no "configurations"'),
         ({"configurations": {}}, 'has no "plans_name"'),
         (PLANS | {"semiseg": []}, '"semiseg" is [], but must be an object'),
@@ -222,7 +222,9 @@ def test_a_configuration_that_is_not_there():
     assert refusal(check_configuration, PLANS, "3d", "P.json", "plan") == "P.json: no configuration 3d: use 2d"
 
 
-@pytest.mark.parametrize("folds, words", [({}, "is no JSON list"), ([1], "fold 0 is no"), ([{"train": []}], '"val"')])
+@pytest.mark.parametrize(
+    "folds, words", [({}, "is not a JSON list"), ([1], "fold 0 is no"), ([{"train": []}], '"val"')]
+)
 def test_splits_that_are_none(folds, words, tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(folds))
     assert words in refusal(read_splits, tmp_path / "s.json", "fix it")

@@ -110,8 +110,8 @@ def test_prompts_default_to_names_and_come_in_the_order_of_the_classes():
         ({"prompts": {"liver": "x"}}, '"spleen" has no prompt'),
         ({"prompts": {"liver": "x", "spleen": " "}}, '"spleen" is empty'),
         ({"prompts": {"liver": "x", "spleen": []}}, '"spleen" is empty'),
-        ({"prompts": {"liver": "x", "spleen": 3}}, '"spleen": 3 is no text'),
-        ({"prompts": {"liver": "x", "spleen": ["y", None]}}, "is no text"),
+        ({"prompts": {"liver": "x", "spleen": 3}}, '"spleen": 3 is not a text'),
+        ({"prompts": {"liver": "x", "spleen": ["y", None]}}, "is not a text"),
         ({"prompts": ["x"]}, "must map"),
         ({"prompt": {"liver": "x"}}, 'rename it to "prompts"'),
         ("x", "must be like"),
@@ -192,7 +192,7 @@ def test_too_long_prompts_are_refused_and_named(tower):
     assert tower.tokenize([fits]).shape == (1, CONTEXT)
     assert tower.tokenize(["a " * (CONTEXT - 6)], n_ctx=4).shape == (1, CONTEXT)
     for text, n_ctx in [(fits + "b", 0), (fits, 1), ("b " * 500, 0)]:
-        of_these = f", {n_ctx} of" if n_ctx else ";"
+        of_these = f", {n_ctx} of" if n_ctx else ":"
         with pytest.raises(UserError, match=f'^"{text[:70].strip()}.*too long.*{CONTEXT} tokens{of_these}'):
             tower.tokenize(["liver", text], n_ctx)
     with pytest.raises(UserError, match='^dataset.json: prompt "a a .* is too long: .*--set n_ctx=NUMBER'):
