@@ -94,8 +94,9 @@ def _prepare(mask: Path, image: Path, properties: Path, made: Path, plans: dict,
     spacing = [about["spacing"][axis] for axis in manager.transpose_forward]
     array: Any = blosc2.open(str(image), mode="r")
     of_slices = [spacing[0]] if len(plan.spacing) < len(spacing) else []  # 2d leaves them where they are
-    label = plan.resampling_fn_seg(label, array.shape[1:], spacing, [*of_slices, *plan.spacing])
-    content: Any = blosc2.asarray(np.ascontiguousarray(label.astype(np.int16)))
+    resampled: Any = plan.resampling_fn_seg(label, array.shape[1:], spacing, [*of_slices, *plan.spacing])
+    resampled = np.ascontiguousarray(resampled, np.int16)
+    content: Any = blosc2.asarray(resampled)
     with written_whole(made) as temporary:  # blosc2 would not say that the disk is full
         temporary.write_bytes(content.to_cframe())
 
@@ -154,7 +155,7 @@ def load_masks(
     folders, weights = [target / name for name in names], []
     for name, folder in zip(names, folders, strict=True):
         source = raw / EXTERNAL / name / RECORD if raw and raw.is_dir() else None
-        if source and not source.is_file():
+        if raw and source and not source.is_file():
             there = ", ".join(file.parent.name for file in sorted((raw / EXTERNAL).glob(f"*/{RECORD}"))) or "none"
             raise UserError(f"setting external_masks={name}: {source.parent} holds no masks (there are: {there}): add"
                             f" them with nnunet_semiseg add_masks --name {name}, or name others")  # fmt: skip
