@@ -78,6 +78,11 @@ def test_a_student_that_is_less_sure_says_nothing():
     assert decision.all() and weight.all()
 
 
+def test_where_teachers_agree_a_surer_student_says_nothing():
+    decision, _ = two_teachers(of_probability(0.8), of_probability(0.7)).ask_teachers(of_probability(0.05))
+    assert decision.all()
+
+
 def test_regions_are_decided_together():
     """Region 0 is 0.9 for all; region 1 is 0.8 and 0.3, in a mean of about 0.56, and 0.1 for the student.
 
