@@ -412,7 +412,7 @@ def test_teacher_follows_by_ema(trainer_class, ready):
         (AMVLMTrainer, {}),
         (SelfTrainingTrainer, {}),
         (MCFTrainer, {}),
-        (ADMTTrainer, dict(deploy="student", period=1)),
+        (ADMTTrainer, dict(deploy="student", period=2)),
     ],
     ids=lambda x: name_of(x) or ",".join(map(str, x.values())) or "plain",
 )
@@ -465,7 +465,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 def test_methods_that_remember_more_are_among_those():
     """A new one has to be added there."""
-    tested = {*REPRESENTATIVES, BCPTrainer, AMVLMTrainer, SelfTrainingTrainer, MCFTrainer}
+    tested = {*REPRESENTATIVES, ADMTTrainer, BCPTrainer, AMVLMTrainer, SelfTrainingTrainer, MCFTrainer}
     assert {t for t in TRAINERS if "method_state" in t.initialize.__code__.co_names} <= tested
 
 

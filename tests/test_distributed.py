@@ -26,6 +26,7 @@ from nnunet_semiseg.training.distributed import Ranks, part
 # Without what joins the samples of a batch: mixes of one with another, contrasts, means over what a batch holds of a
 # kind. They see half as many samples in half a batch.
 ALONE = {
+    "ADMTTrainer": dict(cutmix=0.0, match_threshold=0.4),
     "AMVLMTrainer": dict(mask_gate=0.0, turns=False),
     "BCPTrainer": dict(box=0.0, pretraining=0.0),
     "CCTTrainer": dict(perturbations=["noise", "dropout"], consistency_weight=0.1),
@@ -34,6 +35,7 @@ ALONE = {
     "SemiCMLTrainer": dict(contrast_weight=0.0, relearning_start=0.0, threshold=0.2),
     "SemiSegTrainer": dict(box=0.0, warm_up=0.0, turns=False),
     "TextSemiSegTrainer": dict(dca_start=0.0),
+    "TraCoCoTrainer": dict(cutmix=0.0, match_threshold=0.4),
     "UAMTTrainer": dict(mc_passes=0),
     "UniMatchTrainer": dict(match_threshold=0.4, cutmix=0.0),
     "URPCTrainer": dict(consistency_weight=0.1),

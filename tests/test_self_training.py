@@ -5,9 +5,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from training import bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
+from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
-from nnunet_semiseg.data.pseudo_label_files import label_cases
+from nnunet_semiseg.data.pseudo_label_files import label_cases, without_islands
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.training.schedules import RestartingPolyLR
@@ -51,7 +51,7 @@ def test_pseudo_labels_lie_on_disk_and_are_what_is_trained_on(ready, kind):
 
 
 def test_a_pseudo_label_is_the_networks_decision(ready):
-    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2)
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2, largest_component="off")
     trainer.on_train_start()
     trainer.current_epoch = 1
     trainer.network.forward = lambda x: torch.stack((0.5 + 0 * x[:, 0], x[:, 0] > 0, -x[:, 0].abs()), 1).float()
@@ -64,6 +64,34 @@ def test_a_pseudo_label_is_the_networks_decision(ready):
         reviewed = sitk.GetArrayFromImage(sitk.ReadImage(str(trainer.folder(1) / f"{case}.nii.gz")))
         assert np.array_equal(reviewed, label[:][0])  # what is looked at is what is trained on
         assert len(properties["class_locations"][1]) and not len(properties["class_locations"][2])
+
+
+@pytest.mark.parametrize("labels", [CLASSES, REGIONS])
+@pytest.mark.parametrize("planar", [False, True])
+def test_pseudo_labels_have_no_islands(labels, planar):
+    """Slices 1101, 0001 and 0001. In 3d the last column is the largest, with three voxels against two.
+
+    In 2d each slice keeps its own: 1100, 0001 and 0001. Head 0 is the background, or a region that may have islands.
+    """
+    says = torch.tensor([[[1.0, 1, -1, 1]], [[-1.0, -1, -1, 1]], [[-1.0, -1, -1, 1]]])  # (Z, Y, X)
+    logits = torch.stack((0 * says if labels is CLASSES else says, says))
+    kept = without_islands(logits, [1], labels, planar)
+    decision = (kept[1] > kept[0] if labels is CLASSES else kept[1] > 0).int().squeeze(1).tolist()
+    assert decision == [[1, 1, 0, 0] if planar else [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
+    if labels is REGIONS:
+        assert torch.equal(kept[0], says)
+    assert without_islands(logits, [], labels, planar) is logits
+
+
+def test_the_trainers_heads_have_no_islands(ready, monkeypatch):
+    trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2, largest_component="on")
+    trainer.on_train_start()
+    trainer.current_epoch, seen = 1, []
+    monkeypatch.setattr(
+        "nnunet_semiseg.data.pseudo_label_files.label_case", lambda *args: seen.append((args[2], list(args[4])))
+    )
+    label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
+    assert seen == [(f"un_{i:03d}", [1, 2]) for i in range(4)]
 
 
 def test_cases_are_labelled_as_they_are_predicted(ready):

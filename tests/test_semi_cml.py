@@ -14,7 +14,7 @@ from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnu
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
-from nnunet_semiseg.losses.segmentation import soft_label_loss
+from nnunet_semiseg.losses.segmentation import disagree, soft_label_loss
 from nnunet_semiseg.networks.modalities import (
     ContrastCurve,
     Window,
@@ -29,7 +29,6 @@ from nnunet_semiseg.trainers.semi_cml import (
     area_similarity,
     area_similarity_contrast,
     certainty,
-    disagree,
     dynamic_threshold,
     pseudo_dice,
 )

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.segmentation import probabilities
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet, extra_decoder
-from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings, Weight
+from nnunet_semiseg.settings.base import OptionalTextSettings, PseudoLabelSettings, SharpeningSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
@@ -23,15 +22,13 @@ UPSAMPLING = ("linear", "nearest")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MCNetSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings):
+class MCNetSettings(SharpeningSettings, OptionalTextSettings, PseudoLabelSettings):
     """Settings of `MCNetTrainer`; `consistency_weight` is the paper's beta."""
 
     paper_weight: ClassVar[float] = 1.0
 
     supervised_weight: Weight = 0.5
     """The weight of the loss on labelled samples, which is the sum over all decoders (lambda in the paper)."""
-    sharpening: Annotated[float, Bounds(1e-3, 1)] = 0.1
-    """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the harder they are."""
 
 
 class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):

@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.segmentation import has_label, probabilities
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, Weight
+from nnunet_semiseg.settings.base import PseudoLabelSettings, SharpeningSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class MCFSettings(ConsistencySettings, PseudoLabelSettings):
+class MCFSettings(SharpeningSettings, PseudoLabelSettings):
     """Settings of `MCFTrainer`."""
 
     review_weight: Weight = 0.5
     """The weight of the loss on those labelled voxels where the two networks disagree."""
-    sharpening: Annotated[float, Bounds(1e-3, 1)] = 0.1
-    """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the harder they are."""
 
 
 class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
@@ -39,9 +35,14 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
 
     That is `consistency=paper`, with a Gaussian ramp to 0.1 over the training. By default we differ: L_review is
     nnU-Net's loss over the voxels of M, and L_rect is nnU-Net's loss towards the decision of the better network, both
-    with deep supervision; lambda reaches 1 after 0.4 of the training. The paper has two architectures; here the
-    networks differ in their initial weights. They are compared by the losses of the previous step. On a GPU it may be
-    an earlier step, because no step waits until the losses are copied to the CPU. Ignored voxels are not reviewed.
+    with deep supervision; lambda reaches 1 after 0.4 of the training.
+
+    Both differ from the paper in these points. The paper has a V-Net and a ResNet; here the networks differ in their
+    initial weights, because plans have one architecture. The first is deployed (theirs: the mean of both). They are
+    compared by nnU-Net's loss (theirs: its Dice) of the previous step. On a GPU it may be an earlier step, because no
+    step waits until the losses are copied to the CPU. Ignored voxels are not reviewed. For more than two classes the
+    squares are the mean over them. The published code takes the softmax of a softmax in both squares: we follow the
+    paper.
     """
 
     def initialize(self):
@@ -57,10 +58,11 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
         for i, output, decisions in self.in_turn(passes, self.labeled_decision):
             differ = (decisions[0] != decisions[1]).any(1, keepdim=True)
             with self.shared(output) as output:
+                # first what takes more memory: after it there are gradients, too
+                yield {"review": settings.review_weight * self.review(differ, output, batch.target)}
                 loss = self.loss(output, batch.target)
                 supervised.append(loss.detach())
                 yield {f"supervised_{i + 1}": loss}
-                yield {"review": settings.review_weight * self.review(differ, output, batch.target)}
             del output, loss
         # copied to the CPU while the GPU works; the next step reads it
         first, second = self.ranks.mean(torch.stack(supervised))

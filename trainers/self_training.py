@@ -18,14 +18,14 @@ from nnunet_semiseg.data.pseudo_label_files import (
     without_label,
 )
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.settings.base import Count, SemiSupervisedSettings, Weight
+from nnunet_semiseg.settings.base import Count, PseudoLabelSettings, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.schedules import RestartingPolyLR
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfTrainingSettings(SemiSupervisedSettings):
+class SelfTrainingSettings(PseudoLabelSettings):
     """Settings of `SelfTrainingTrainer`."""
 
     rounds: Count = 1
@@ -43,7 +43,8 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
     follow. Each of these trainings has new weights and the whole of nnU-Net's learning rate schedule. Whole cases are
     labelled with nnU-Net's sliding window. A batch has as many patches with labels as with pseudo-labels. Both have
     nnU-Net's augmentation, foreground sampling and deep supervision. (By hand all cases are treated alike, so that a
-    few labelled cases are rarely seen.)
+    few labelled cases are rarely seen.) If a class is in one piece in every labelled case, pseudo-labels keep only its
+    largest component in the whole case, or in a 2d configuration in each slice.
 
     The folder `pseudo_labels/round_N` of the training holds the pseudo-labels, both in the geometry of the images, for
     you to look at, and in the form for training. If the labelling is interrupted, the training continues with the cases

@@ -22,7 +22,14 @@ from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
-from nnunet_semiseg.losses.segmentation import confidence, entropy, hard_pseudo_label, probabilities, weighted_loss
+from nnunet_semiseg.losses.segmentation import (
+    confidence,
+    disagree,
+    entropy,
+    hard_pseudo_label,
+    probabilities,
+    weighted_loss,
+)
 from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
 from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
 from nnunet_semiseg.schema import OTHER_PLANS, check_architecture
@@ -473,9 +480,3 @@ def certainty(p: Tensor, label_manager) -> Tensor:
     """1 - entropy / max entropy of probabilities (B, heads, *S): (B, 1, *S). For regions it is the mean over them."""
     regions = label_manager.has_regions
     return 1 - entropy(p, regions).mean(1, keepdim=True) / math.log(2 if regions else p.shape[1])
-
-
-def disagree(a: Tensor, b: Tensor, label_manager) -> Tensor:
-    """Where the decisions of two logits (B, heads, *S) differ, in any region: (B, 1, *S), bool."""
-    a, b = (hard_pseudo_label(x, label_manager) for x in (a, b))
-    return (a != b).any(1, keepdim=True)

@@ -1,53 +1,71 @@
-"""TraCoCo (TMI 2024): two networks see the same voxels in other surroundings, and agree."""
+"""TraCoCo (TMI 2024): two networks teach each other, and agree with themselves on a crop of what they saw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.json_types import Bounds
-from nnunet_semiseg.losses.segmentation import confidence, probabilities
-from nnunet_semiseg.settings.base import ConsistencySettings, PseudoLabelSettings, Share
+from nnunet_semiseg.losses.copy_paste import cut_mix, draw_mixing_box
+from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
+from nnunet_semiseg.losses.segmentation import confidence, divergence, entropy, probabilities
+from nnunet_semiseg.settings.base import CertainSettings, ConsistencySettings, Share, Weight
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
+NEGATIVE = 0.1
+"""voxels on which a class or region is less probable learn that it is not there, with `consistency=paper`"""
+ENTROPY = 0.1
+"""the weight of the crop's negative entropy, with `consistency=paper`"""
+
 
 @dataclass(frozen=True, kw_only=True)
-class TraCoCoSettings(ConsistencySettings, PseudoLabelSettings):
+class TraCoCoSettings(ConsistencySettings, CertainSettings):
     """Settings of `TraCoCoTrainer`."""
 
     paper_weight: ClassVar[float] = 1.0
+    paper_ramp: ClassVar[float] = 0.14
 
-    shift: Annotated[float, Bounds(0, 0.5)] = 0.25
-    """The distance between the two crops of an unlabelled patch, as a share of its sides."""
     match_threshold: Share = 0.65
     """The least probability of a pseudo-label that counts."""
+    crop: Annotated[float, Bounds(0.1, 1)] = 0.75
+    """The sides of the crop that shows the same voxels with other surroundings, as a share of the patch's."""
+    translation_weight: Weight = 0.3
+    """The weight of a network's agreement with itself on the crop, relative to that with the other network."""
+    cutmix: Share = 1.0
+    """The probability that the second network's samples get a box of another one."""
 
 
 class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
     """Liu et al., "Translation consistent semi-supervised segmentation for 3D medical images" (TMI 2024, 2203.14523).
 
-    Two networks are trained together. Each sees a different crop of an unlabelled sample. Where the crops overlap, both
-    see the same voxels with different surroundings, and learn to agree:
+    Co-training of two networks, L = L_sup(i) + lambda(t) (L_CRC(i) + L_tra(i)) for each, on unlabelled samples:
 
-    - L_CRC is a mean over the voxels of the overlap where the decision y of the other network is confident. It is the
-      sum of the binary cross-entropies of all classes towards y, so that a network also learns what a voxel is not;
-    - L = L_sup(1) + L_sup(2) + lambda(t) (L_CRC(1) + L_CRC(2)).
+    - L_CRC, "confident regional cross-entropy" towards what the other network says, q, with its decision y: the mean of
+      q_y CE(p, y) where q_y is at least 0.65, and that of q_min times -log(1 - p_c), the mean over the classes c but y,
+      where q_min, the least probability, is below 0.1. The second network's samples are mixed first (CutMix);
+    - L_tra: a crop shows the same voxels with other surroundings, and the network is to say the same of them:
+      0.3 KL(p_patch || p_crop) + 0.1 mean sum p_crop log p_crop; the latter keeps it from one class everywhere.
 
-    That is `consistency=paper`, with a Gaussian ramp to 1 over the training. By default we differ: nnU-Net's Dice + CE
-    with deep supervision over these voxels replaces L_CRC, and lambda reaches 1 after 0.4 of the training. The crops
-    are taken from one patch. They are shifted along each axis that is long enough, by whole strides of the network, in
-    either direction. The paper's CutMix and its distance between entropies are left out. The paper has two
-    architectures or two initial weights; here it is the latter.
+    That is `consistency=paper`, of the full resolution, read from paper and public code, lambda a Gaussian ramp to 1
+    over 0.14 of the training. By default we depart: in place of L_CRC is nnU-Net's loss with deep supervision over the
+    confident voxels, and L_tra is 0.3 of that loss towards the probabilities p_patch (`soft_label_loss`), with lambda 1
+    after 0.4 of the training.
+
+    In both: theirs are two crops of a volume that overlap; here it is the patch and a crop of it, so that all that is
+    in the crop can be compared (two crops of a patch would share an eighth of it in 3d). p_patch gets no gradient from
+    L_tra, which spares a graph; labelled samples take no part in it. Networks differ in their initial weights (theirs
+    do, too, or in their architecture), and see the same augmentation (theirs: noise of their own). Their box of CutMix
+    goes through all slices, here it has sides along all axes; with a single unlabelled sample in a batch nothing is
+    mixed. 0.3 is of LA (1 for the pancreas). The published code takes the softmax of L_tra along an axis of space, and
+    for more than two classes the negative part of L_CRC has the wrong sign: not followed. The first network is
+    deployed.
     """
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -59,65 +77,74 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         for i, network in enumerate(self.networks):
             yield {f"supervised_{i + 1}": self.loss(network(batch.images), batch.target)}
-        unlabeled = batch.views["strong"]
-        windows, overlaps = draw_windows(unlabeled.shape[2:], self.strides, self.settings.shift)
-        passes = [
-            partial(of_overlap, network, unlabeled[(..., *window)], overlap)
-            for network, window, overlap in zip(self.networks, windows, overlaps, strict=True)
-        ]
+        images = batch.views["strong"]
+        window = draw_window(images.shape[2:], self.strides, self.settings.crop)
+        box = draw_mixing_box(images, self.settings.cutmix)
         weight = self.settings.weight(self.progress)
-        for i, output, taught in self.in_turn(passes, self.taught):
-            yield {"translation": weight * self.taught_loss(output, *taught[1 - i])}
-            del output
+        with self.without_gradients():
+            says = [self.finest(network(images)) for network in self.networks]
+            taught = [self.taught(logits) for logits in says]
+            wholes = [probabilities(logits[(..., *window)], self.label_manager) for logits in says]
+        del says
+        for network in self.networks:
+            loss = self.translation_loss(network(images[(..., *window)]), wholes.pop(0))
+            yield {"translation": weight * loss}
+            del loss
+        yield {"cross": weight * self.cross_loss(self.networks[0](images), *taught[1])}
+        # pseudo-labels are made before images are mixed, and mixed alike
+        images, *mixed = (cut_mix(x, box) for x in (images, *taught[0]))
+        yield {"cross": weight * self.cross_loss(self.networks[1](images), *mixed)}
 
-    def taught(self, output) -> tuple[Tensor, Tensor]:
-        """A network's decision, and where it is confident, (B, 1, *S), 0 or 1."""
-        logits = self.finest(output)
-        certain = confidence(probabilities(logits, self.label_manager), self.label_manager)
-        return self.decide(logits), (certain >= self.settings.match_threshold).float()
-
-    def taught_loss(self, output, decision: Tensor, weight: Tensor) -> Tensor:
-        """The loss of one network towards the decision of the other, over the voxels with weight 1."""
+    @torch.no_grad()
+    def taught(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A network's decision; and where it is certain, (B, 1, *S), 0 or 1, or with `paper` its probabilities."""
+        q = probabilities(logits, self.label_manager)
         if self.settings.consistency != "paper":
-            return self.pseudo_loss(output, decision, weight)
-        p = probabilities(self.finest(output), self.label_manager).clamp(1e-6, 1 - 1e-6)
-        heads = range(p.shape[1])
-        regions = self.label_manager.has_regions
-        y = decision[:, heads] if regions else torch.cat([decision == head for head in heads], 1)
-        with torch.autocast(p.device.type, enabled=False):  # autocast does not allow this loss
-            losses = F.binary_cross_entropy(p, y.float(), reduction="none").mean(1, keepdim=True)
-        return (losses * weight).sum() / weight.sum().clamp_min(1)
+            q = (confidence(q, self.label_manager) >= self.settings.match_threshold).float()
+        return self.decide(logits), q
+
+    def cross_loss(self, output, decision: Tensor, q: Tensor) -> Tensor:
+        """L_CRC of a network's output towards what the other one says."""
+        if self.settings.consistency != "paper":
+            return self.pseudo_loss(output, decision, q)
+        p = probabilities(self.finest(output), self.label_manager)
+        if not self.label_manager.has_regions:
+            return regional_cross_entropy(p, q, self.settings.match_threshold)
+        pairs = ((torch.stack((1 - x, x), 1) for x in (a, b)) for a, b in zip(p.unbind(1), q.unbind(1), strict=True))
+        return torch.stack([regional_cross_entropy(*pair, self.settings.match_threshold) for pair in pairs]).mean()
+
+    def translation_loss(self, output, whole: Tensor) -> Tensor:
+        """L_tra of a network's output for the crop, with its probabilities of the patch there, (B, heads, *s)."""
+        weight, regions = self.settings.translation_weight, self.label_manager.has_regions
+        if self.settings.consistency != "paper":
+            return weight * soft_pseudo_loss(self.loss, output, whole)
+        p = probabilities(self.finest(output), self.label_manager)
+        return weight * divergence(whole, p, regions).mean() - ENTROPY * entropy(p, regions).mean()
 
 
-def of_overlap(network, crop: Tensor, overlap: Sequence[tuple[float, float]]):
-    """The network's output for the voxels that both crops have. The overlap is cut from each scale in proportion."""
-    return tree_map(lambda x: x[(..., *slices_of(overlap, x.shape[2:]))], network(crop))
-
-
-def draw_windows(size: Sequence[int], strides: Sequence[int], share: float):
-    """Draw two crops of a patch at random, and compute what they have in common.
+def regional_cross_entropy(p: Tensor, q: Tensor, threshold: float) -> Tensor:
+    """L_CRC; 0 where no voxel counts.
 
     Args:
-        size: of the patch, in voxels.
-        strides: the network's stride along each axis, from the image to the bottleneck. Crops are multiples of it.
-        share: the shift between the crops, as a part of the side. It is smaller if they would not overlap otherwise.
-
-    Returns:
-        Two tuples of slices into the patch; and for each crop the common part, as shares (start, stop) of its sides.
+        p, q: probabilities of classes (B, K, *S) of the network that learns, and of the one that teaches.
+        threshold: of the greatest q.
     """
-    windows, overlaps = ([], []), ([], [])
-    for n, stride in zip(size, strides, strict=True):
-        shift = min(round(share * n / stride), (n // stride - 1) // 2) * stride
-        first = int(torch.randint(2, ()))  # the crop that begins at 0
-        for i in range(2):
-            begins = i == first
-            windows[i].append(slice(0, n - shift) if begins else slice(shift, n))
-            length, common = n - shift, n - 2 * shift
-            start = shift if begins else 0
-            overlaps[i].append((start / length, (start + common) / length))
-    return [tuple(window) for window in windows], overlaps
+    certain, decision = q.max(1, keepdim=True)
+    least = q.amin(1, keepdim=True)
+    positive = certain * -p.gather(1, decision).clamp_min(1e-6).log()
+    not_there = -(1 - p).clamp_min(1e-6).log()
+    negative = least * (not_there.sum(1, keepdim=True) - not_there.gather(1, decision)) / (p.shape[1] - 1)
+    parts = (positive, certain >= threshold), (negative, least < NEGATIVE)
+    return sum((x * counts).sum() / counts.sum().clamp_min(1) for x, counts in parts)  # pyright: ignore[reportReturnType]: sum's 0 is not left
 
 
-def slices_of(shares: Sequence[tuple[float, float]], size: Sequence[int]) -> tuple[slice, ...]:
-    """Turn shares of the sides into slices."""
-    return tuple(slice(round(a * n), round(b * n)) for (a, b), n in zip(shares, size, strict=True))
+def draw_window(size: Sequence[int], strides: Sequence[int], share: float) -> tuple[slice, ...]:
+    """A crop at a random place in a patch of this size.
+
+    Args:
+        strides: of the network along each axis, from the image to the bottleneck; the crop's sides are multiples.
+        share: of the patch's sides; at least one stride is left.
+    """
+    sides = [stride * max(1, round(share * n / stride)) for n, stride in zip(size, strides, strict=True)]
+    starts = [int(torch.randint(n - side + 1, ())) for n, side in zip(size, sides, strict=True)]  # on the CPU
+    return tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))

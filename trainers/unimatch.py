@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnunet_semiseg.losses.copy_paste import draw_box
+from nnunet_semiseg.losses.copy_paste import cut_mix, draw_box
 from nnunet_semiseg.losses.segmentation import confidence, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
@@ -89,8 +89,3 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
         low, high = BOX_VOLUME
         volume = (torch.rand(()) < self.settings.cutmix) * (low + (high - low) * torch.rand(()))
         return draw_box(x, float(volume) ** (1 / (x.ndim - 2)))
-
-
-def cut_mix(x: Tensor, box: Tensor) -> Tensor:
-    """x (B, C, *S), with another sample's x inside the box."""
-    return torch.where(box, x.roll(1, 0), x)

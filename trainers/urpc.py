@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nnunet_semiseg.losses.segmentation import on_grid, probabilities, weighted_loss
+from nnunet_semiseg.losses.segmentation import divergence, on_grid, probabilities, weighted_loss
 from nnunet_semiseg.networks.feature_perturbation import drop_channels, feature_noise
 from nnunet_semiseg.networks.multi_decoder import LINEAR, MultiDecoderUNet
 from nnunet_semiseg.settings.base import ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
@@ -118,7 +118,7 @@ def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, 
     mean: Any = sum(at_full_size(x, size, label_manager) for x in scales) / len(scales)
     weights = []
     for x in scales:
-        weight = (-scale_divergence(at_full_size(x, size, label_manager), mean, regions)).exp()
+        weight = (-divergence(at_full_size(x, size, label_manager), mean, regions)).exp()
         weights.append(on_grid(weight.amin(1, keepdim=True), x))
     return mean.logit() if regions else mean.log(), weights
 
@@ -154,8 +154,8 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
         of_scales = (checkpoint(at_full_size, x, size, label_manager, use_reentrant=False) for x in sample)
         mean = sum(p / len(scales) for p in of_scales)
         sums = sums + torch.stack([checkpoint(sums_of_scale, x, mean, use_reentrant=False) for x in sample])
-    distance, weight, divergence = (sums / len(scales[0])).unbind(1)
-    return (distance / weight + divergence).mean()
+    distance, weight, uncertainty = (sums / len(scales[0])).unbind(1)
+    return (distance / weight + uncertainty).mean()
 
 
 def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
@@ -166,17 +166,6 @@ def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
         mean: p_c, their mean over the scales.
         regions: True: each head is a class and its complement. False: the heads share a softmax.
     """
-    divergence = scale_divergence(p, mean, regions)
-    weight = (-divergence).exp()
-    return torch.stack([((p - mean).square() * weight).mean(), weight.mean(), divergence.mean()])
-
-
-def scale_divergence(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
-    """D_s of eq. 3, with the arguments of `scale_means`: (B, 1, *S); for regions (B, heads, *S)."""
-
-    def relative(p: Tensor, q: Tensor) -> Tensor:
-        return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
-
-    if regions:
-        return relative(p, mean) + relative(1 - p, 1 - mean)
-    return relative(p, mean).sum(1, keepdim=True)
+    uncertainty = divergence(p, mean, regions)  # D_s, eq. 3
+    weight = (-uncertainty).exp()
+    return torch.stack([((p - mean).square() * weight).mean(), weight.mean(), uncertainty.mean()])

@@ -73,6 +73,11 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
         help="published: crop all cases around their label, as the publication does; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
+        "--register", choices=["off", "check", "rigid"], default="off",
+        help="channels of a case: check shows by how many mm they are off the first one, rigid moves them onto it; "
+        "default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
         "-np", type=at_least(0), default=cores(8), dest="num_processes", metavar="N",
         help="number of processes; default: one for each core, at most 8",
     )  # fmt: skip

@@ -82,12 +82,21 @@ class Export(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         add_options(parser, TrainedOptions)
         parser.add_argument("--onnx", required=True, metavar="FILE", help="the file to write")
+        parser.add_argument(
+            "--time", action="store_true",
+            help="show how long a patch takes in torch and in ONNX Runtime, with each provider that is installed",
+        )  # fmt: skip
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.deployment.onnx_export import export_onnx
+        from nnunet_semiseg.deployment.runtimes import time_runtimes
 
-        difference = export_onnx(trained_run(args), args.onnx)
+        trained = trained_run(args)
+        difference = export_onnx(trained, args.onnx)
         print(f"{args.onnx}: differs from torch by at most {difference:.1e} of the largest logit")
+        times = time_runtimes(trained, args.onnx) if args.time else {}
+        for runtime, seconds in times.items():
+            print(f"{runtime}: {1000 * seconds:.1f} ms a patch")
 
 
 def _options(args: Namespace, model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunet_semiseg.data.two_streams import patch_sizes
 from nnunet_semiseg.data.written_images import refuse_half_written
 from nnunet_semiseg.files import written_whole
+from nnunet_semiseg.losses.components import keep_largest_components
+from nnunet_semiseg.losses.segmentation import hard_pseudo_label
 
 
 class PseudoLabeledDataset:
@@ -71,19 +74,22 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
     )  # fmt: skip
     trainer.set_deep_supervision_enabled(False)
     for case in todo[trainer.ranks.number :: trainer.ranks.of]:
-        label_case(predictor, dataset, case, folder)
+        label_case(predictor, dataset, case, folder, trainer.decide.heads)
     trainer.ranks.wait()
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 
 
-def label_case(predictor: Any, dataset, case: str, folder: Path) -> None:
+def label_case(predictor: Any, dataset, case: str, folder: Path, heads: Sequence[int]) -> None:
     """Write a network's decision for a case, once in the image's geometry for the user, and once for the loader.
 
     Args:
         predictor: an initialised `nnUNetPredictor`.
+        heads: the classes or regions of which the largest component is kept.
     """
     data, outside, _, properties = dataset.load_case(case)
     logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
+    planar = len(predictor.configuration_manager.patch_size) == 2
+    logits = without_islands(logits, heads, predictor.label_manager, planar)
     label = np.asarray(predictor.label_manager.convert_logits_to_segmentation(logits))
     export_prediction_from_logits(
         logits, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
@@ -92,6 +98,28 @@ def label_case(predictor: Any, dataset, case: str, folder: Path) -> None:
     refuse_half_written(folder.glob(f"{case}.nii*"))
     label = np.where(outside[:][0] < 0, -1, label)  # nnU-Net marks voxels outside of the nonzero mask with -1
     write_pseudo_label(label, folder, case, predictor.label_manager)
+
+
+def without_islands(logits: torch.Tensor, heads: Sequence[int], label_manager, planar: bool) -> torch.Tensor:
+    """Logits of a case, (heads, Z, Y, X), that decide for the largest component alone of some classes or regions.
+
+    Elsewhere a class gives way to the background, which gets the greatest logit there, and a region's logit is negated.
+
+    Args:
+        heads: these classes or regions.
+        planar: each slice along the first axis has a component of its own, as with patches of two dimensions.
+    """
+    if not len(heads):
+        return logits
+    samples = logits.transpose(0, 1) if planar else logits[None]
+    before = hard_pseudo_label(samples, label_manager)
+    gone = before != keep_largest_components(before, heads, label_manager.has_regions)
+    if label_manager.has_regions:
+        samples = torch.where(gone[:, : len(logits)], -samples, samples)
+    else:
+        background = torch.where(gone, samples.amax(1, keepdim=True) + 1, samples[:, :1])
+        samples = torch.cat((background, samples[:, 1:]), 1)
+    return samples.transpose(0, 1) if planar else samples[0]
 
 
 def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager) -> None:

@@ -26,6 +26,21 @@ def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:
     return torch.where(on_grid(box, x), x, into)
 
 
+def draw_mixing_box(x: Tensor, often: float) -> Tensor:
+    """The box of CutMix, as AD-MT and TraCoCo draw it: its sides are sqrt(b) of the patch's, b from Beta(4, 4).
+
+    Args:
+        often: the probability that there is one; else it is empty.
+    """
+    side = torch.distributions.Beta(4.0, 4.0).sample().sqrt()
+    return draw_box(x, float((torch.rand(()) < often) * side))
+
+
+def cut_mix(x: Tensor, box: Tensor) -> Tensor:
+    """Each sample of x (B, C, *S) with the box of the sample before it; the first has that of the last."""
+    return paste(box, x.roll(1, 0), x)
+
+
 def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The first n samples, and for each another one: the one before it; for the first one, the one after the last."""
     x = x[: n + 1]

@@ -41,6 +41,17 @@ def entropy(p: Tensor, regions: bool) -> Tensor:
     return torch.special.entr(p).sum(1, keepdim=True)
 
 
+def divergence(p: Tensor, q: Tensor, regions: bool) -> Tensor:
+    """KL(p || q) of classes, (B, 1, *S), or of each region and its complement, (B, heads, *S)."""
+
+    def relative(p: Tensor, q: Tensor) -> Tensor:
+        return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
+
+    if regions:
+        return relative(p, q) + relative(1 - p, 1 - q)
+    return relative(p, q).sum(1, keepdim=True)
+
+
 def has_label(target: Tensor, label_manager) -> Tensor:
     """(B, 1, *S), bool: False where a target, as nnU-Net's losses take it, has the ignore label."""
     if not label_manager.has_ignore_label:
@@ -55,6 +66,12 @@ def confidence(p: Tensor, label_manager) -> Tensor:
     if label_manager.has_regions:
         return torch.maximum(p, 1 - p).amin(1, keepdim=True)
     return p.amax(1, keepdim=True)
+
+
+def disagree(a: Tensor, b: Tensor, label_manager) -> Tensor:
+    """Where the decisions of two logits (B, heads, *S) differ, in any region: (B, 1, *S), bool."""
+    a, b = (hard_pseudo_label(x, label_manager) for x in (a, b))
+    return (a != b).any(1, keepdim=True)
 
 
 def on_grid(target: Tensor, x: Tensor) -> Tensor:

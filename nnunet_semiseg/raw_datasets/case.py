@@ -19,6 +19,7 @@ from nnunet_semiseg.files import DiskError, disk_errors, write_json
 from nnunet_semiseg.raw_datasets.description import About, Case, Crop, Read
 from nnunet_semiseg.raw_datasets.names import some
 from nnunet_semiseg.raw_datasets.readers import one_channel
+from nnunet_semiseg.raw_datasets.registration import align
 from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 STATE = ".conversion"
@@ -27,9 +28,12 @@ LINKED = (".nrrd", ".mha")
 
 
 def convert_case(
-    case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path
+    case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path, register: str = "off"
 ) -> tuple[str, str | None]:
     """Check and write one case. When it is complete, a record is written into `.conversion`.
+
+    Args:
+        register: one of `registration.REGISTER`.
 
     Returns:
         The case's name, and what is wrong with it, in one line.
@@ -41,7 +45,7 @@ def convert_case(
     shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left it
     try:
         with disk_errors(target):
-            _convert_case(case, subset, about, crop, folder, target, staging)
+            _convert_case(case, subset, about, crop, folder, target, staging, register)
     except DiskError:  # the other cases will have the same error
         raise
     except Exception as e:  # readers have errors of many kinds
@@ -52,10 +56,10 @@ def convert_case(
 
 
 def _convert_case(
-    case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path, staging: Path
+    case: Case, subset: str, about: About, crop: Crop | None, folder: Path, target: Path, staging: Path, register: str
 ) -> None:
     # the label of an unlabelled case is not opened, unless the user asks for a crop around it
-    notes = _write_case(case, subset, about, crop, folder, staging)
+    notes = _write_case(case, subset, about, crop, folder, staging, register)
     for file in staging.rglob(f"*{about.file_ending}"):
         os.replace(file, target / file.parent.name / file.name)
     labels = () if case.label is None or subset == "Un" else (case.label,)
@@ -66,7 +70,9 @@ def _convert_case(
     write_json({"sources": sources, "notes": notes}, target / STATE / f"case_{case.name}.json")
 
 
-def _write_case(case: Case, subset: str, about: About, crop: Crop | None, root: Path, staging: Path) -> list[str]:
+def _write_case(
+    case: Case, subset: str, about: About, crop: Crop | None, root: Path, staging: Path, register: str
+) -> list[str]:
     notes: list[str] = []
     images = [load(image, notes, about.repair, root) for image in case.images]
     channels = sum(image.GetNumberOfComponentsPerPixel() for image, _ in images)
@@ -78,7 +84,12 @@ def _write_case(case: Case, subset: str, about: About, crop: Crop | None, root: 
         if image.GetDimension() != about.dimension:
             where = _name(case.images[i])
             raise UserError(f"{where}: {image.GetDimension()} dimensions, but the dataset has {about.dimension}")
+        names = about.channels[i], about.channels[0]
+        if i and register == "rigid":
+            images[i] = _registered(images[i], case.images[i], first, names, register, notes)
         images[i] = _on_grid(images[i], case.images[i], first, case.images[0], notes)
+        if i and register == "check":
+            images[i] = _registered(images[i], case.images[i], first, names, register, notes)
     label = None
     if case.label is None and subset == "Tr":
         raise UserError("has no label, but a labelled case needs one")
@@ -154,6 +165,19 @@ def _run(source: Read, notes: list[str]) -> sitk.Image:
     if np.issubdtype(voxels.dtype, np.floating) and not np.isfinite(voxels).all():
         raise UserError(f"{_name(source)}: has voxels that are NaN or infinite")
     return loaded
+
+
+def _registered(
+    loaded: Loaded, source: Path | Read, first: sitk.Image, names: tuple[str, str], how: str, notes: list[str]
+) -> Loaded:
+    """A channel where the first one is, as far as it has to be and may be moved; the note says how far off it is."""
+    image, link = loaded
+    try:
+        moved, note = align(image, first, *names, how)
+    except UserError as error:
+        raise UserError(f"{_name(source)}: {error}") from None
+    notes.append(note)
+    return moved, link if moved is image else None
 
 
 def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path | Read, notes: list[str]) -> Loaded:

@@ -35,6 +35,7 @@ def convert_dataset(
     labeled: int | float | str | None = None,
     protocol: str = "published",
     crop: str = "none",
+    register: str = "off",
     num_processes: int = 8,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -51,6 +52,8 @@ def convert_dataset(
             published number. The first cases of the published order are taken.
         protocol: "published" uses the published lists; "all" trains on every case and has no test set.
         crop: "published" crops around the ground truth, even of unlabelled and test cases; "none" does not.
+        register: for several channels. "check" reports by how many mm each is off the first one, "rigid" moves it
+            onto the first one's grid, "off" leaves channels as they are.
         num_processes: with 0 this process does the work. A script that uses more needs `if __name__ == "__main__":`.
         overwrite: replace a dataset that exists.
         dry_run: print what would be done, and write nothing.
@@ -89,12 +92,15 @@ def convert_dataset(
         parts = assign(found, labeled, protocol)
         if crop == "published" and found.about.crop is None:
             raise UserError("--crop published: this data set has no published crop: leave it out")
+        if register != "off" and (len(found.about.channels) == 1 or found.about.dimension == 2):
+            raise UserError(f"--register {register}: is for volumes of several channels: leave it out")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
             raise UserError(f"--name {found.about.name}: letters, digits, - and _ only")
         target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
         given = (Path(option) for option in options.values() if isinstance(option, (str, Path)))
         refuse_own_source(found, [source, *(path for path in given if path.is_file())], target)
         request = {"source": str(source), "parts": parts, "labeled": labeled, "protocol": protocol, "crop": crop}
+        request |= {"register": register}
         request |= {"options": {key: str(value) for key, value in options.items()}}
         form = [found.about.file_ending, found.about.dimension, *map(str, (found.about.labels, found.about.channels))]
         request |= {"form": form, "stamps": {n: stamp(found.cases[n], part, source) for n, part in parts.items()}}
@@ -208,7 +214,7 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
     if not begun.is_file():
         raise UserError(f"{target}: exists already: replace it with --overwrite, or choose another number with -d")
     before = read_json(begun, "begin again with --overwrite")
-    asked = ("source", "labeled", "protocol", "crop", "options")
+    asked = ("source", "labeled", "protocol", "crop", "register", "options")
     if any(before.get(key) != request[key] for key in asked):
         raise UserError(f"{target}: was begun with other options: repeat those, or begin again with --overwrite")
     # the format of all files may depend on a case that was removed since
@@ -237,7 +243,7 @@ def _convert(source: Source, folder: Path, target: Path, request: dict, num_proc
 
     crop = about.crop if request["crop"] == "published" else None
     jobs = [
-        (source.cases[name], SUBSETS[part], about, crop, folder, target)
+        (source.cases[name], SUBSETS[part], about, crop, folder, target, request["register"])
         for name, part in parts.items()
         if not (state / f"case_{name}.json").exists()
     ]

@@ -164,13 +164,14 @@ def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None
     difference = geometry_difference(image, expected, origin=1e-5)
     if difference is None or image.GetSize() != expected.GetSize():
         return difference, None
-    off = np.linalg.norm(_corners(image) - _corners(expected), axis=1).max()
+    off = np.linalg.norm(corners_of(image) - corners_of(expected), axis=1).max()
     if off <= TOLERANCE * min(expected.GetSpacing()):
         return None, f"{difference}: rounded, the image's is taken ({off:.2g} mm)"
     return difference, None
 
 
-def _corners(image: sitk.Image) -> np.ndarray:
+def corners_of(image: sitk.Image) -> np.ndarray:
+    """The centres of the voxels at the corners, in mm, (2 ** dimensions, dimensions)."""
     ends = [(0, n - 1) for n in image.GetSize()]
     corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, len(ends))
     return np.array([image.TransformIndexToPhysicalPoint([int(i) for i in corner]) for corner in corners])

@@ -109,6 +109,14 @@ class ExternalMaskSettings(SemiSupervisedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CertainSettings(PseudoLabelSettings):
+    """Settings of a method that learns from pseudo-labels where these are certain."""
+
+    match_threshold: Share = 0.95
+    """The least probability of a pseudo-label that counts (tau in the paper)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TurnSettings(SemiSupervisedSettings):
     """Settings of a method whose student sees another view than what labels its samples."""
 
@@ -173,7 +181,15 @@ class ConsistencySettings(SemiSupervisedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchSettings(PseudoLabelSettings, TurnSettings):
+class SharpeningSettings(ConsistencySettings):
+    """Settings of a method whose paper sharpens what is taught, by p^(1/T)."""
+
+    sharpening: Annotated[float, Bounds(1e-3, 1)] = 0.1
+    """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the harder they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchSettings(CertainSettings, TurnSettings):
     """Settings of a method that learns from its own pseudo-labels where these are certain."""
 
     consistency: Literal["dice_ce", "paper"] = "dice_ce"
@@ -181,8 +197,6 @@ class MatchSettings(PseudoLabelSettings, TurnSettings):
     `paper` is the loss of the paper."""
     match_weight: Weight = 1.0
     """The weight of the loss on unlabelled samples (lambda_u in the paper)."""
-    match_threshold: Share = 0.95
-    """The least probability of a pseudo-label that counts (tau in the paper)."""
 
 
 @dataclass(frozen=True, kw_only=True)

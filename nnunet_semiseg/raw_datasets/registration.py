@@ -1,0 +1,109 @@
+"""Whether the channels of a case lie upon each other, and a rigid registration where they do not."""
+
+from __future__ import annotations
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_semiseg.data.image_problems import one_line_of
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.repair import corners_of
+
+REGISTER = ("off", "check", "rigid")
+"""leave channels as they are; say how far off they lie; move those that are off"""
+BINS, SHARE, STEPS = 50, 0.2, 200
+"""of Mattes' histogram; of the voxels that a step looks at; of the optimiser, at the most, at each resolution"""
+SMALLEST = 16
+"""voxels along an axis, below which an image is not shrunk"""
+
+
+def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: str) -> tuple[sitk.Image, str]:
+    """A channel on the grid of the first one, moved where it is off, and a note on how far off it is.
+
+    It is off where some corner of the first channel's image has to move by more than a voxel (the smallest spacing),
+    about as far as a registration is right. A channel that is not moved keeps its voxels, if its grid is the same.
+
+    Args:
+        moving, fixed: volumes with one value a voxel.
+        channel, first: their names.
+        how: `check` moves nothing.
+
+    Raises:
+        UserError: it cannot be registered.
+    """
+    if is_constant(moving) or is_constant(fixed):
+        return moving, f"{channel}: not compared with {first}: one of them is empty"
+    transform, mm = find_rigid(moving, fixed)
+    limit = min(fixed.GetSpacing())
+    if how == "check":
+        advice = ": move it with --register rigid" if mm > limit else ""
+        return moving, f"{channel} lies {mm:.1f} mm off {first}{advice}"
+    if mm <= limit and same_grid(moving, fixed):
+        return moving, f"{channel} lies {mm:.1f} mm off {first}, less than a voxel: not moved"
+    outside = float(sitk.GetArrayViewFromImage(moving).min())
+    on_grid = sitk.Resample(moving, fixed, transform, sitk.sitkLinear, outside)
+    return on_grid, f"{channel} was moved onto {first}, by up to {mm:.1f} mm"
+
+
+def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, float]:
+    """The rotation and shift that lay a volume upon another by mutual information, from where headers put them.
+
+    Returns:
+        The transform, from points of the fixed image to points of the moving one; the identity, if that is no worse.
+        How far it moves the corner of the fixed image that it moves most, in mm.
+
+    Raises:
+        UserError: they do not overlap.
+    """
+    fixed, moving = (sitk.Cast(image, sitk.sitkFloat32) for image in (fixed, moving))
+    middle = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
+    identity, transform = sitk.Euler3DTransform(), sitk.Euler3DTransform()
+    transform.SetCenter(middle)
+    factors = [factor for factor in (4, 2) if min(fixed.GetSize()) // factor >= SMALLEST] + [1]
+    method = measure()
+    method.SetMetricSamplingStrategy(method.RANDOM)
+    method.SetMetricSamplingPercentage(SHARE, 1)  # the seed
+    method.SetShrinkFactorsPerLevel(factors)
+    method.SetSmoothingSigmasPerLevel([factor / 2 if factor > 1 else 0 for factor in factors])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, STEPS, gradientMagnitudeTolerance=1e-8)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetInitialTransform(transform, inPlace=True)
+    try:
+        method.Execute(fixed, moving)
+        before, after = (evaluate(fixed, moving, x) for x in (identity, transform))
+    except RuntimeError as error:
+        why = one_line_of(error).rpartition("): ")[2].partition(". ")[0]
+        raise UserError(f"cannot be registered ({why}): take the case out, or align it by hand") from None
+    if before <= after:  # what is measured is to be small
+        return identity, 0.0
+    corners = corners_of(fixed)
+    moved = np.array([transform.TransformPoint(corner.tolist()) for corner in corners])
+    return transform, float(np.linalg.norm(moved - corners, axis=1).max())
+
+
+def measure() -> sitk.ImageRegistrationMethod:
+    """Mutual information of two images, in one thread: converters have a process for each case."""
+    method = sitk.ImageRegistrationMethod()
+    method.SetNumberOfThreads(1)
+    method.SetMetricAsMattesMutualInformation(BINS)
+    method.SetInterpolator(sitk.sitkLinear)
+    return method
+
+
+def evaluate(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> float:
+    """Minus the mutual information over all voxels."""
+    method = measure()
+    method.SetInitialTransform(transform)
+    return method.MetricEvaluate(fixed, moving)
+
+
+def is_constant(image: sitk.Image) -> bool:
+    """Whether all voxels have the same value, as those of a channel that a case lacks."""
+    voxels = sitk.GetArrayViewFromImage(image)
+    return bool(voxels.min() == voxels.max())
+
+
+def same_grid(image: sitk.Image, other: sitk.Image) -> bool:
+    """Whether voxels lie upon voxels, to a thousandth of a millimetre."""
+    return image.GetSize() == other.GetSize() and np.allclose(corners_of(image), corners_of(other), atol=1e-3)
