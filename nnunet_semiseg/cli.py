@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     hide_foreign_warnings()
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; without this, Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks, and has this one ended
             time.sleep(5)

@@ -182,7 +182,7 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     assert set(properties["class_locations"]) == {1, 2}
     lines = (trainer.foreground_folder.parent / "decisions.txt").read_text().splitlines()
     assert lines[0] == "labels only until epoch 1 of 3 (warm_up)"
-    assert lines[1] == "EMA decay 0.9900 for 6 iterations (ema_decay)"
+    assert lines[1] == "EMA decay 0.9000 for 6 iterations (ema_decay)"
     assert lines[2] == "largest component kept of: kidney, tumour (largest_component=auto)"
     assert all(
         f"({name})" in line

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from functools import cache
-from math import log
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds, in_words, matches
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 
-DECAY_BETWEEN = (2_000, 50_000)
-"""iterations of a training: an EMA over 100 of them up to the first, over 1,000 from the second on"""
+EMA_LENGTHS = {200: 10, 2_000: 100, 50_000: 1_000}
+"""iterations of a training, and over how many of them its EMA goes: a twentieth, and less in long trainings"""
 
 
 Share = Annotated[float, Bounds(0, 1)]
@@ -131,19 +132,18 @@ class TeacherSettings(SemiSupervisedSettings):
 
     ema_decay: Share | None = None
     """The decay of the exponential moving average (EMA) that makes the teacher. By default it follows the length of
-    the training: 0.99 up to 2,000 steps, 0.999 from 50,000 steps on."""
+    the training: 0.9 up to 200 steps, 0.99 at 2,000 steps, 0.999 from 50,000 steps on."""
     deploy: Literal["student", "teacher"] = "student"
     """Which network validates and predicts: the student or its EMA teacher."""
 
     @property
     def decay(self) -> float:
-        """Of the EMA; the logarithm of 1 - decay falls linearly with that of the number of iterations."""
+        """Of the EMA. Its length 1 / (1 - decay) is interpolated between `EMA_LENGTHS`, in logarithms."""
         if self.ema_decay is not None:
             return self.ema_decay
         iterations = self.num_epochs * self.num_iterations_per_epoch
-        (first, last), (fast, slow) = DECAY_BETWEEN, (0.01, 0.001)
-        share = log(min(max(iterations, first), last) / first) / log(last / first)
-        return 1 - fast * (slow / fast) ** share
+        length = np.exp(np.interp(np.log(iterations), np.log([*EMA_LENGTHS]), np.log([*EMA_LENGTHS.values()])))
+        return float(1 - 1 / length)
 
 
 @dataclass(frozen=True, kw_only=True)
