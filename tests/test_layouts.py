@@ -262,16 +262,16 @@ LAYOUTS = {
         {"benign-(1)": "BUSI_with_GT/benign/benign-(1)_mask_1.png"},
         {},
     ),
-    "a folder a channel": (
+    "a folder for each channel": (
         "images/t1/{a,b,c}.nii.gz images/t2/a_T2.nii.gz images/t2/{b,c}.nii.gz labels/a_seg.nii.gz labels/b.nii.gz",
-        "a folder a channel: 3 cases, 2 with a label, channels t1 t2",
+        "a folder for each channel: 3 cases, 2 with a label, channels t1 t2",
         {"c": "images/t1/c.nii.gz"},
         {"a": "labels/a_seg.nii.gz"},
         {},
     ),
-    "a folder a channel, twice": (
+    "a folder for each channel, twice": (
         "train/{t1,t2}/a.nii.gz train/{t1,t2}/b.nii.gz train/labels/a.nii.gz test/{t1,t2}/c.nii.gz",
-        "a folder a channel: 3 cases, 1 with a label, channels t1 t2",
+        "a folder for each channel: 3 cases, 1 with a label, channels t1 t2",
         {"b": "train/t1/b.nii.gz"},
         {"a": "train/labels/a.nii.gz"},
         {"c": "test"},

@@ -390,7 +390,7 @@ def test_a_folder_a_patient_with_a_file_a_channel(source, raw, capsys):
         (source / "images" / file.name[:2]).mkdir()
         file.rename(source / "images" / file.name[:2] / "flair.nii.gz")
     convert(source)
-    assert "with a folder a case: 4 cases, 2 with a label, channels flair" in capsys.readouterr().out
+    assert "with a folder for each case: 4 cases, 2 with a label, channels flair" in capsys.readouterr().out
     assert (raw / "imagesUn" / "c2_0000.nii.gz").samefile(source / "images" / "c2" / "flair.nii.gz")
     assert about(raw)["channel_names"] == {"0": "flair"}
 

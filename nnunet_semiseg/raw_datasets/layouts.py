@@ -169,7 +169,7 @@ def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bo
     return layout
 
 
-# --------------------------------------------------------------------------------------------------- a folder a channel
+# ------------------------------------------------------------------------------------------- a folder for each channel
 
 
 def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
@@ -190,7 +190,7 @@ def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
     if not (labels and own and in_several * 2 > len(images) and set(cases) <= stems and len(set(cases)) == len(cases)):
         return None
     twice = Counter(place[-1] for place in places)
-    layout = Layout("a folder a channel")
+    layout = Layout("a folder for each channel")
     for (*_, stem), files in places.items():
         for channel, name in files.items():
             put(layout, IMAGE, f"{name.part or 'train'}_{stem}" if twice[stem] > 1 else stem, channel, name)
@@ -233,7 +233,7 @@ def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, sta
     for case, files in groups.items():
         fill_case(layout, case, files, stacked)
     if any(not is_label(name) for name in nested):
-        layout.kind += ", with a folder a case"
+        layout.kind += ", with a folder for each case"
     return layout
 
 
@@ -264,7 +264,7 @@ def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | No
     return _one_folder(names, channels) if apart * 2 > len(labels) else None
 
 
-# ----------------------------------------------------------------------------------------------------- a folder a case
+# ---------------------------------------------------------------------------------------------- a folder for each case
 
 
 def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
