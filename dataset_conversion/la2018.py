@@ -14,7 +14,8 @@ ABOUT = About(
     licence="for research, after registration with the Cardiac Atlas Project; see the source",
     citation="Xiong et al., A global benchmark of algorithms for segmenting the left atrium from late "
     "gadolinium-enhanced cardiac magnetic resonance imaging, Medical Image Analysis 67 (2021)",
-    layout="one folder for each patient, at any depth: 06SR5RBREL16DQ6M8LWS/lgemri.nrrd, 06SR5RBREL16DQ6M8LWS/laendo.nrrd",
+    layout="one folder for each patient, at any depth: 06SR5RBREL16DQ6M8LWS/lgemri.nrrd, "
+    "06SR5RBREL16DQ6M8LWS/laendo.nrrd",
     protocol="80 training and 20 test volumes, the list of UA-MT, DTC and followers; 4, 8 or 16 labelled",
     channels=("MRI",),
     labels={"background": 0, "left atrium": 1},

@@ -30,7 +30,7 @@ ABOUT = About(
     url="https://www.cancerimagingarchive.net/collection/pancreas-ct/",
     licence="CC BY 3.0",
     citation="Roth et al., Data From Pancreas-CT, The Cancer Imaging Archive (2016), doi 10.7937/K9/TCIA.2016.tNB1kqBU",
-    layout="PANCREAS_0001/.../*.dcm, one DICOM series a patient\nlabel0001.nii.gz, at any depth",
+    layout="PANCREAS_0001/.../*.dcm, one DICOM series for each patient\nlabel0001.nii.gz, at any depth",
     protocol="62 training and 20 test volumes, the list of MC-Net; 6 or 12 labelled. 0025 and 0070 were withdrawn as "
     "duplicates, which leaves 61 and 19",
     channels=("CT",),
@@ -63,9 +63,10 @@ def find_cases(folder: Path) -> Source:
 
 
 def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
-    """The label on the grid of the scan. It is flipped along y if it lies on the pancreas only then.
+    """The label on the grid of the scan. It is flipped along y if only the flipped label lies on the pancreas.
 
-    The files differ in this, and the headers of the labels cannot be trusted. `choose_orientation` measures it.
+    Some files need the flip and some do not, and the headers of the labels do not say it. `choose_orientation` measures
+    it.
 
     Raises:
         UserError: the label has another shape than the scan, or fits in neither orientation.
@@ -118,7 +119,7 @@ def choose_orientation(units: np.ndarray, label: np.ndarray) -> tuple[np.ndarray
 
 
 def _is_soft_tissue(units: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether a label's mean is that of soft tissue, it has hardly any air, and its centre is in the body."""
+    """Whether a label lies on soft tissue: by its mean, with hardly any air in it, and with its centre in the body."""
     covered = units[mask]
     z, y, x = (int(round(indices.mean())) for indices in np.nonzero(mask))
     body = ndimage.binary_fill_holes(units[z] > -300)  # including the air in it

@@ -52,22 +52,32 @@ COLUMNS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trainers", nargs="+", help="by default all; SupervisedTrainer always comes first")
+    parser.add_argument(
+        "--trainers", nargs="+", help="trainers to check; default: all. SupervisedTrainer always comes first"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="by default on a GPU alone")
     parser.add_argument("--channels-last-3d", action="store_true")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="SGD; by default as the trainers do")
     parser.add_argument("--memory", choices=["stock", "fast", "small"], default="stock")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--planner", help="by default nnU-Net's ExperimentPlanner")
-    parser.add_argument("--size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="of the volumes, in voxels of 1 mm")
-    parser.add_argument("--steps", type=int, help="timed steps")
-    parser.add_argument("--warmup", type=int, help="steps before them, at the beginning and at the end")
-    parser.add_argument("--workers", type=int, help="of the loader")
-    parser.add_argument("--budget", type=float, default=540, help="seconds after which no trainer is started")
-    parser.add_argument("--limit", type=float, default=200, help="seconds after which a trainer is given up")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="for data, plans and the log")
+    parser.add_argument("--planner", help="what makes the plans; default: nnU-Net's ExperimentPlanner")
+    parser.add_argument(
+        "--size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="size of the volumes, in voxels of 1 mm"
+    )
+    parser.add_argument("--steps", type=int, help="number of timed steps")
+    parser.add_argument(
+        "--warmup", type=int, help="number of steps that are not timed, at the beginning and at the end of the training"
+    )
+    parser.add_argument("--workers", type=int, help="number of the loader's workers")
+    parser.add_argument(
+        "--budget", type=float, default=540, help="after this many seconds no further trainer is started"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=200, help="after this many seconds a trainer is stopped and counts as failed"
+    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for data, plans and the log")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".json or .csv, written after every trainer")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny plans and few steps")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, with tiny plans and few steps")
     parser.add_argument("--worker-until", type=float, help=argparse.SUPPRESS)  # the time at which the budget ends
     args = parser.parse_args()
     tiny = args.dry_run
@@ -117,7 +127,7 @@ class Watch:
                 raise SystemExit(f"the worker ended ({code}) before its first trainer: the lines above are its last")
 
     def work_on(self, events: Path) -> str:
-        """One worker, until it ends or has to be ended; says how it ended."""
+        """Run one worker until it ends or takes too long. Returns how it ended."""
         folders = {f"nnUNet_{p}": str(self.work / f"nnUNet_{p}") for p in ("raw", "preprocessed", "results")}
         env = {**os.environ, **folders, "nnUNet_n_proc_DA": str(self.args.workers)}
         if self.args.dry_run:
@@ -176,7 +186,7 @@ class Watch:
             )
 
     def take(self, row: dict) -> None:
-        """Count a trainer's row: with its ratios, printed and written."""
+        """Add the ratios to a trainer's row, print it and write it."""
         self.running = None
         self.pending = [name for name in self.pending or [] if name != row["trainer"]]
         self.rows.append(row)
@@ -282,7 +292,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def attempt(trainer_class: type, plans: dict, args: argparse.Namespace, rates: dict) -> tuple[dict, bool]:
-    """A trainer's row, or its error; and whether this process can go on. Its memory is free again."""
+    """Measure one trainer and free its memory. Return its row or its error, and whether this process can go on."""
     import gc
     import traceback
 
@@ -308,7 +318,7 @@ def attempt(trainer_class: type, plans: dict, args: argparse.Namespace, rates: d
 
 
 def measure(trainer_class: type, plans: dict, args: argparse.Namespace, rates: dict, row: dict) -> None:
-    """Fills a trainer's row, so that what was measured before an error is kept."""
+    """Fill a trainer's row step by step, so that an error does not lose what was measured before it."""
     from contextlib import ExitStack
     from functools import partial
     from statistics import median
@@ -379,9 +389,9 @@ def measure(trainer_class: type, plans: dict, args: argparse.Namespace, rates: d
 
 
 def recompiles(counters: dict, before: int) -> int | str:
-    """The graphs beyond those that there were before.
+    """The number of graphs that torch.compile made since `before`.
 
-    Past its limit torch.compile makes no more graphs of a function and runs it uncompiled: that is no graph break.
+    Above its limit, torch.compile makes no more graphs of a function and runs it uncompiled. This is not a graph break.
     """
     number = counters["stats"]["unique_graphs"] - before
     limit = any("recompile limit" in reason.lower() for reason in counters["unimplemented"])
@@ -389,12 +399,12 @@ def recompiles(counters: dict, before: int) -> int | str:
 
 
 def sgd(optimizer_class: type, choice: bool, /, *args, **kwargs):
-    """SGD with or without one kernel for all weights, whatever the trainer says."""
+    """SGD with or without one kernel for all weights (`fused`). The choice of the trainer is ignored."""
     return optimizer_class(*args, **{**kwargs, "fused": choice})
 
 
 def run_steps(trainer, number: int, step: int, clock, channels_last: bool):
-    """Yields seconds and loss terms of so many steps, all at this step of the training, on batches made before."""
+    """Run a number of training steps on batches that are already made, and yield the seconds and loss terms of each."""
     import torch
     from torch.utils._pytree import tree_map_only
 
@@ -416,7 +426,7 @@ def run_steps(trainer, number: int, step: int, clock, channels_last: bool):
 
 
 def to_channels_last(trainer) -> None:
-    """The weights of 3d convolutions; what they put out follows them."""
+    """Store the weights of 3d convolutions as channels last. Their outputs then have this layout, too."""
     import torch
 
     modules = [trainer.network, getattr(trainer, "auxiliary", None), getattr(trainer, "teacher", None)]
@@ -427,7 +437,7 @@ def to_channels_last(trainer) -> None:
 
 
 def loader_kind(trainer) -> tuple:
-    """What makes the loaders of two trainers differ."""
+    """What the speed of a trainer's loader depends on. Trainers with the same value share one measurement."""
     methods = (
         "target_maker",
         "extend_loader",
@@ -440,7 +450,7 @@ def loader_kind(trainer) -> tuple:
 
 
 def loader_rate(loader, seconds: float) -> float:
-    """Batches a second, once those that were made beforehand are used up."""
+    """Batches for each second, measured after the batches that were made in advance are used up."""
     begin = time.perf_counter()
     for _ in range(2 * loader.num_cached + loader.num_processes):
         next(loader)
@@ -462,7 +472,7 @@ def close_loaders(trainer) -> None:
 
 
 def make_data(args: argparse.Namespace) -> Path:
-    """The plans' file, of a data set and towers that are made unless an earlier call has left them."""
+    """Make a data set, its plans and towers, unless an earlier call has left them. Returns the file of the plans."""
     from unittest import mock
 
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -473,7 +483,7 @@ def make_data(args: argparse.Namespace) -> Path:
     extract = DatasetFingerprintExtractor.run
 
     def extract_few(self, *positional, **named):
-        """Without 100 million intensities, which take a minute and which the noise of these images does not need."""
+        """Collect fewer intensities than nnU-Net: 100 million take a minute, and these images are only noise."""
         self.num_foreground_voxels_for_intensitystats = 1_000_000
         return extract(self, *positional, **named)
 
@@ -505,7 +515,7 @@ def make_data(args: argparse.Namespace) -> Path:
 
 
 def write_dataset(folder: Path, size: list[int]) -> None:
-    """Noise with two ellipsoids, one inside the other; labelled and unlabelled cases."""
+    """Write labelled and unlabelled cases: noise with two ellipsoids, one inside the other."""
     import numpy as np
     import SimpleITK as sitk
 
@@ -532,7 +542,7 @@ def write_dataset(folder: Path, size: list[int]) -> None:
 
 
 def write_towers(folder: Path) -> None:
-    """A text tower, and what `pretrain_vlm` leaves; both small, and with random weights."""
+    """Write a text tower and the files that `pretrain_vlm` writes. Both are small and have random weights."""
     from safetensors.torch import save_file
 
     from nnunet_semiseg.text.open_clip_models import load_clip

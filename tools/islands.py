@@ -1,4 +1,4 @@
-"""Measure what predictions have outside of their largest component, and their scores without it.
+"""Measure which part of the predictions is outside the largest component, and the scores without this part.
 
     python tools/islands.py REFERENCES PREDICTIONS [PREDICTIONS ...] --label "left atrium=1"
 
@@ -28,7 +28,9 @@ MANY = 300
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("references", type=Path)
-    parser.add_argument("predictions", type=Path, nargs="+", help="as nnU-Net wrote them, with their plans.json")
+    parser.add_argument(
+        "predictions", type=Path, nargs="+", help="folders of predictions that nnU-Net wrote, with their plans.json"
+    )
     parser.add_argument("--label", default="left atrium=1", metavar="NAME=VALUE")
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Runs docs/tutorial.ipynb in a new folder, and writes it back with what it printed and drew.
+"""Run docs/tutorial.ipynb in a new folder, and save it with its output and pictures.
 
 Run `python tools/make_tutorial.py`, or `make tutorial`.
 """
@@ -20,7 +20,7 @@ SHOWN_AS = "/data"
 
 
 def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook after it ran in this folder. A cell that fails raises CellExecutionError."""
+    """Run the notebook in this folder and return it with its output. A cell that fails raises CellExecutionError."""
     content = nbformat.read(notebook, as_version=4)
     # the commands of this environment, which need not be activated
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
@@ -31,7 +31,7 @@ def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
 
 
 def main() -> None:
-    """Run it and write it back."""
+    """Run the tutorial and save it."""
     with tempfile.TemporaryDirectory() as folder:
         content = execute(NOTEBOOK, Path(folder))
         text = nbformat.writes(content).replace(json.dumps(folder)[1:-1], SHOWN_AS)

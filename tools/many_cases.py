@@ -33,14 +33,14 @@ STEPS = 5
 
 
 def set_folders(work: Path) -> list[Path]:
-    """nnU-Net's three variables; gives the data set's raw and preprocessed folders."""
+    """Set nnU-Net's three variables. Returns the data set's raw and preprocessed folders."""
     os.environ.update({f"nnUNet_{place}": str(work / place) for place in ("raw", "preprocessed", "results")})
     os.environ.update(nnUNet_n_proc_DA="0", nnUNet_compile="false")
     return [work / place / NAME for place in ("raw", "preprocessed")]
 
 
 def make_one_case(work: Path) -> None:
-    """A planned and preprocessed data set of two labelled cases and an unlabelled one."""
+    """Make a planned and preprocessed data set of two labelled cases and one unlabelled case."""
     raw, _ = set_folders(work)
     rng = np.random.default_rng(0)
     names = {"imagesTr": ("a_0000", "b_0000"), "labelsTr": ("a", "b"), "imagesUn": ("un0000000_0000",)}
@@ -71,7 +71,7 @@ def make_one_case(work: Path) -> None:
 
 
 def link_cases(work: Path, count: int) -> None:
-    """As many unlabelled cases, each of them links to the first one's files, but for what names a case."""
+    """Make `count` unlabelled cases. Their files are links to the first case's, except files that contain its name."""
     raw, preprocessed = set_folders(work)
     images, folder = raw / "imagesUn", next(preprocessed.glob(f"{PLANS}*__unlabeled"))
     with open(folder / "un0000000.pkl", "rb") as file:
@@ -91,7 +91,7 @@ def link_cases(work: Path, count: int) -> None:
 
 @contextmanager
 def timed(times: dict[str, str], what: str) -> Iterator[None]:
-    """Keep "SECONDS (SECONDS of the processor)"."""
+    """Measure the time of a block. Store it as "SECONDS (SECONDS of the processor)"."""
     wall, processor = time.perf_counter(), time.process_time()
     with redirect_stdout(sys.stderr):
         yield
@@ -99,12 +99,12 @@ def timed(times: dict[str, str], what: str) -> Iterator[None]:
 
 
 def peak() -> str:
-    """MiB of this process at the most."""
+    """The peak memory of this process, in MiB."""
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f}"
 
 
 def preprocess(work: Path) -> dict[str, str]:
-    """Preprocessing where all is done: `restart`, and the memory it takes."""
+    """Preprocess again, although all is done. Measures `restart` and the memory."""
     from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 
     set_folders(work)
@@ -117,7 +117,7 @@ def preprocess(work: Path) -> dict[str, str]:
 
 
 def train(work: Path) -> dict[str, str]:
-    """A training's start, first batch and step."""
+    """Measure the start of a training, its first batch and a step."""
     import torch
 
     from nnunet_semiseg.discovery import find_trainer

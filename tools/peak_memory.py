@@ -39,7 +39,7 @@ def make(name: str, args, folder: str):
 
 
 def batch_of(trainer) -> dict:
-    """Zeros, in the shapes of the loaders' batches; targets that a method adds are made of them."""
+    """A batch of zeros in the shapes of the loaders' batches. Targets that a method adds are made from them."""
     patch, n = trainer.configuration_manager.patch_size, trainer.batch_size
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
     label = trainer.label_manager
@@ -56,7 +56,7 @@ def batch_of(trainer) -> dict:
 
 
 def fake(module: nn.Module, mode: FakeTensorMode) -> int:
-    """Exchange the module's tensors for fake ones; returns their bytes."""
+    """Replace the module's tensors by fake ones. Returns the bytes of the real ones."""
     towers = [part.tower for part in module.modules() if hasattr(part, "tower")]  # which are no children
     parts = [*module.modules(), *(part for tower in towers for part in tower.modules())]
     for part in parts:
@@ -69,7 +69,7 @@ def fake(module: nn.Module, mode: FakeTensorMode) -> int:
 
 
 class Mixed(TorchDispatchMode):
-    """What takes no fake tensor is computed for real: shapes, random numbers that decide, what a method remembers."""
+    """Compute with real tensors where fake ones cannot be used: shapes, random decisions, what a method remembers."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
@@ -90,7 +90,7 @@ FLOAT32 = {
 
 
 class AsOnCuda(TorchFunctionMode):
-    """With autocast on a CPU: what CUDA's autocast computes in float32 is computed in it."""
+    """Make autocast on a CPU compute in float32 what CUDA's autocast computes in float32."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in FLOAT32:
@@ -103,7 +103,7 @@ def raised(x: torch.Tensor) -> torch.Tensor:
 
 
 def peak(trainer) -> tuple[float, float]:
-    """MiB of the weights, and of all that is alive at the peak of the second step, at the end of the training."""
+    """MiB of the weights, and of all tensors at the peak of the second step, at the end of the training."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     batch = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, batch_of(trainer))
     modules = [trainer.network, getattr(trainer, "auxiliary", None), getattr(trainer, "teacher", None)]

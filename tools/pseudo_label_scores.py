@@ -20,7 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 
 def decode_with(network, decoder):
-    """The network's forward with another decoder than the one that is deployed."""
+    """A forward function of the network that uses another decoder than the deployed one."""
     decoder.deep_supervision = False
 
     def forward(x):

@@ -1,18 +1,18 @@
-"""What `review` is worth: its estimates against the truth, and its lists in a simulated loop; on a CPU, resumable.
+"""Measure what `review` is worth, on a CPU: its estimates against the true Dice, and its lists in a simulated loop.
 
     python tools/review_check.py estimates --data DATA --work WORK --sets acdc_small la_small
     python tools/review_check.py loop --data DATA --work WORK --set acdc_small
 
-Both need models that tools/yardstick.py has trained below the same WORK, and change nothing of them. The labels of
-unlabelled cases are read here, from DATA, and nowhere else.
+Both need models that tools/yardstick.py has trained below the same WORK, and do not change them. This file alone reads
+the labels of unlabelled cases, from DATA. Start an interrupted command again; it continues.
 
-The first reviews all unlabelled cases with each kind of ensemble, and prints for each estimate: Spearman's correlation
-with the true Dice (a mean over the classes), and how many of the ten cases that are truly worst are among the ten with
-the least estimate.
+`estimates` reviews all unlabelled cases with each kind of ensemble. For each estimate it prints Spearman's correlation
+with the true Dice (a mean over the classes), and how many of the ten worst cases are among the ten with the lowest
+estimate.
 
-The second takes a model of few labels, lets each list choose cases, hands in their true labels as corrected ones
-(`accept`), trains anew, and again; after each round it prints the Dice on `dev_test`. A list for labelling, one for
-correction, and random ones begin with the same model.
+`loop` begins with a model of few labels. In each round a list chooses cases, their true labels are accepted as
+corrected ones (`accept`), and a new model is trained. After each round it prints the Dice on `dev_test`. The list for
+labelling, the list for correction and random lists all begin with the same model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORST = 10
 
 
 def true_dice(masks: Path, labels: Path, about: RealSet, cases: Sequence[str], raw: Path) -> dict[str, float]:
-    """Of each case the mean over the classes."""
+    """The true Dice of each case, a mean over the classes."""
     from nnunet_semiseg.evaluation.metrics import evaluate_folder
 
     rows = evaluate_folder(masks, labels, about.label_map, about.ending, reader_of(raw), cases=cases)
@@ -41,7 +41,7 @@ def true_dice(masks: Path, labels: Path, about: RealSet, cases: Sequence[str], r
 
 
 def agreement_with_truth(table: pd.DataFrame, truth: dict[str, float], estimates: Sequence[str]) -> list[list[str]]:
-    """Rows of estimate, Spearman's correlation, and the share of the ten worst that the estimate finds.
+    """Rows: the estimate, Spearman's correlation, and the share of the ten worst cases that the estimate finds.
 
     Args:
         table: columns `case` and the estimates.
@@ -56,7 +56,7 @@ def agreement_with_truth(table: pd.DataFrame, truth: dict[str, float], estimates
 
 
 def review(root: Path, run: Run, ensemble: str, output: Path, *more: str) -> pd.DataFrame:
-    """`cases.csv` of a review of this run's model below `root`."""
+    """Review this run's model below `root`. Returns its `cases.csv`."""
     words = ["review", "-d", run.dataset, "-c", SETS[run.set].configuration, "-f", "all", "-p", run.plans]
     words += ["-tr", run.trainer, "-device", "cpu", "--ensemble", ensemble, "-o", str(output), "--no_pbar", *more]
     set_folders(root)
@@ -69,7 +69,7 @@ def set_folders(root: Path) -> None:
 
 
 def check_estimates(args: argparse.Namespace) -> None:
-    """A table for each set and ensemble."""
+    """Print a table of the estimates for each set and ensemble."""
     for name in args.sets:
         run, about = run_of(args, name), SETS[name]
         raw = args.work / "raw" / run.dataset
@@ -94,7 +94,7 @@ def check_estimates(args: argparse.Namespace) -> None:
 
 
 def check_loop(args: argparse.Namespace) -> None:
-    """Dice after each round, of each list."""
+    """Print the Dice of each list after each round."""
     run = run_of(args, args.set)
     first = score(args.work, args.work / "review" / f"{run.name}__first", run, args)
     lines = [["list", *[f"{int(run.labels) + i * args.add} labels" for i in range(args.rounds + 1)]]]
@@ -112,7 +112,7 @@ def check_loop(args: argparse.Namespace) -> None:
 
 
 def copy_of_model(work: Path, root: Path, run: Run) -> None:
-    """A data set and a model of its own for a list, as accepting cases changes them."""
+    """Copy the data set and the model for one list, because accepting cases changes them."""
     if (root / "copied").exists():
         return
     shutil.rmtree(root, ignore_errors=True)
@@ -124,7 +124,7 @@ def copy_of_model(work: Path, root: Path, run: Run) -> None:
 
 
 def one_round(root: Path, run: Run, name: str, i: int, args: argparse.Namespace) -> float:
-    """Choose, correct, accept and train; each is left alone where it was done. Gives the Dice after it."""
+    """Choose cases, correct and accept them, and train. Steps that are done are not repeated. Returns the Dice."""
     before = round_of(run, i - 1)
     chosen = root / f"chosen_{i}.json"
     if not chosen.exists():
@@ -156,7 +156,7 @@ def one_round(root: Path, run: Run, name: str, i: int, args: argparse.Namespace)
 
 
 class Round(Run):
-    """A training after some rounds: a run with plans of another name."""
+    """The training after a round: the same run, with plans of another name."""
 
     round: int = 0
 
@@ -172,7 +172,7 @@ def round_of(run: Run, i: int) -> Run:
 
 
 def score(root: Path, output: Path, run: Run, args: argparse.Namespace) -> float:
-    """Train, if that was not done, predict `dev_test`, and give the mean Dice."""
+    """Train if this was not done yet, predict `dev_test`, and return the mean Dice."""
     from nnunet_semiseg.evaluation.metrics import evaluate_folder
 
     about, raw = SETS[run.set], root / "raw" / run.dataset
@@ -198,7 +198,7 @@ def score(root: Path, output: Path, run: Run, args: argparse.Namespace) -> float
 
 
 def run_of(args: argparse.Namespace, name: str) -> Run:
-    """The yardstick's run that is reviewed."""
+    """The run of tools/yardstick.py that is reviewed."""
     about = SETS[name]
     return Run(name, about.count(args.labels), args.trainer, args.name, args.seed, args.iterations or about.iterations)
 
@@ -214,10 +214,14 @@ def main() -> None:
     estimates, loop = (commands.add_parser(name) for name in ("estimates", "loop"))
     for each in (estimates, loop):
         each.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
-        each.add_argument("--work", type=Path, required=True, help="where tools/yardstick.py has made everything")
-        each.add_argument("--labels", default="few", help="few, some or a number; default: few")
+        each.add_argument(
+            "--work", type=Path, required=True, help="folder in which tools/yardstick.py has made everything"
+        )
+        each.add_argument(
+            "--labels", default="few", help="number of labelled cases: few, some or a number; default: few"
+        )
         each.add_argument("--trainer", default="SupervisedTrainer", help="default: %(default)s")
-        each.add_argument("--name", default="default", help="of the yardstick's variant")
+        each.add_argument("--name", default="default", help="name of the variant in tools/yardstick.py")
         each.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         each.add_argument("--iterations", type=int, help="default: the set's")
     estimates.add_argument("--sets", nargs="+", choices=SETS, default=["acdc_small", "la_small"])

@@ -1,12 +1,12 @@
-"""A synthetic 2d data set with a sentence for every image, and small untrained towers to learn from it.
+"""Make a synthetic 2d data set with a sentence for every image, and small untrained towers to pre-train on it.
 
     python tools/shapes_and_sentences.py WORK [--pairs 400] [--labeled 40] [--test 100] [--faint] [--shuffled]
 
-writes WORK/raw/Dataset520_Sentences: images of one to three lesions of two shapes in the quadrants, among distractors,
-and texts.json, such as "two lesions: a round one at the upper left, a long one at the lower right"; and WORK/towers, a
-small model of open_clip's with no weights. `--faint` drowns the lesions in noise: a tenth of the labels does not
-suffice then. `--shuffled` writes the same images as Dataset521_Shuffled, each with the sentence of another: the
-control. What is run with them is in docs/results.md.
+It writes WORK/raw/Dataset520_Sentences. An image has one to three lesions of two shapes, in its quadrants, and other
+objects that are not lesions. texts.json has a sentence for each image, such as "two lesions: a round one at the upper
+left, a long one at the lower right". WORK/towers is a small model of open_clip without weights. With `--faint` the
+noise is so strong that a tenth of the labels is not enough. `--shuffled` is the control: it writes the same images as
+Dataset521_Shuffled, each with the sentence of another image. docs/results.md has the commands that use them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def ellipse(center, radii, angle) -> np.ndarray:
 
 
 def make_pair(rng: np.random.Generator, faint: bool = False) -> tuple[np.ndarray, np.ndarray, str]:
-    """An image, its label and its sentence; distractors are smaller than lesions, and at least as bright."""
+    """An image, its label and its sentence. Objects that are not lesions are smaller, and as bright or brighter."""
     noise, contrast = (30, (15, 45)) if faint else (8, (40, 70))
     image = np.full((SIZE, SIZE), 90.0) + noise * rng.standard_normal((SIZE, SIZE))
     label = np.zeros((SIZE, SIZE), np.uint8)

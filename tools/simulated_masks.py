@@ -1,13 +1,13 @@
-"""A simulated other model: true masks of training cases, labelled or not, made worse, and added to a yardstick set.
+"""Simulate the masks of another model: make the true masks of training cases worse, and add them to a yardstick set.
 
     python tools/simulated_masks.py --data DATA --work WORK --set la_small --labels 4 --kind good
     python tools/yardstick.py --data DATA --work WORK --sets la_small --trainers SemiSegTrainer MeanTeacherTrainer
         --name good --set external_masks=good
 
-and the same with `bad`. It knows hidden labels, as no real model does: it shows what masks of a given quality are
-worth, and nothing about any model. `good` shifts each mask by up to 1 voxel along each axis, erodes or dilates it by 1
-or leaves it, and gives 1 case in 20 the mask of another. `bad` erodes by 2, shifts by 8 to 12 voxels, and gives every
-second case the mask of another.
+Do the same with `bad`. The masks are made from hidden labels, which no real model knows. So the result shows what masks
+of a given quality are worth, and nothing about any real model. `good` shifts each mask by up to 1 voxel along each
+axis, erodes or dilates it by 1 voxel or not at all, and gives 1 case in 20 the mask of another case. `bad` erodes by 2
+voxels, shifts by 8 to 12 voxels, and gives every second case the mask of another case.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Kind:
     """How a mask is made worse.
 
     Attributes:
-        grow: the steps of dilation, or below 0 of erosion, of which one is drawn.
-        shift: the least and the most voxels along each axis.
+        grow: the possible numbers of dilation steps; a negative number means erosion. One is drawn for each mask.
+        shift: the smallest and the largest shift along each axis, in voxels.
         swapped: the share of cases that get the mask of the next one.
     """
 
@@ -44,7 +44,10 @@ KINDS = {"good": Kind((-1, 0, 1), (0, 1), 0.05), "bad": Kind((-2,), (8, 12), 0.5
 
 
 def worse(label: np.ndarray, kind: Kind, rng: np.random.Generator) -> np.ndarray:
-    """A label map (*S), each class grown or eroded, then all shifted; where classes meet, the higher value stays."""
+    """Make a label map (*S) worse.
+
+    Each class is dilated or eroded, then all are shifted. Where classes overlap, the higher value stays.
+    """
     steps, result = int(rng.choice(kind.grow)), np.zeros_like(label)
     for value in sorted(set(np.unique(label)) - {0}):
         mask = label == value
@@ -58,7 +61,7 @@ def worse(label: np.ndarray, kind: Kind, rng: np.random.Generator) -> np.ndarray
 
 
 def simulate(labels: dict[str, Path], folder: Path, kind: Kind, seed: int = 0) -> None:
-    """Write a mask for each case, upon its image's grid; a swapped one keeps the numbers of another's voxels alone.
+    """Write a mask for each case, on the grid of its image. A swapped mask has the voxels of another case.
 
     Args:
         labels: the true label file of each case.
@@ -79,7 +82,7 @@ def simulate(labels: dict[str, Path], folder: Path, kind: Kind, seed: int = 0) -
 
 
 def on_grid_of(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A label map, stretched to another shape by nearest neighbours."""
+    """Resize a label map to another shape with nearest neighbours."""
     zoom = [new / old for new, old in zip(shape, label.shape, strict=True)]
     return ndimage.zoom(label, zoom, order=0, grid_mode=True, mode="nearest")
 
@@ -87,9 +90,9 @@ def on_grid_of(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
-    parser.add_argument("--work", type=Path, required=True, help="that of the yardstick")
+    parser.add_argument("--work", type=Path, required=True, help="work folder of tools/yardstick.py")
     parser.add_argument("--set", choices=SETS, default="la_small")
-    parser.add_argument("--labels", default="4", help="how many; default: 4")
+    parser.add_argument("--labels", default="4", help="number of labelled cases; default: 4")
     parser.add_argument("--kind", choices=KINDS, required=True)
     args = parser.parse_args()
     work = args.work.absolute()

@@ -1,13 +1,13 @@
-"""What a training step of each trainer costs, as a ratio to the first trainer's on the same plans.
+"""Measure what a training step of each trainer costs, as a ratio to the first trainer on the same plans.
 
     python tools/step_cost.py -d 501 -c 3d_fullres --trainers SupervisedTrainer \
         MeanTeacherTrainer TextSemiSegTrainer [-device cuda] [-n 10] [--set KEY=VALUE ...]
 
-The trainers take turns, so that a machine whose speed drifts is as unfair to all; medians are printed. A trainer
-is timed at the beginning and, as methods switch terms on later, at the end of its training. Loading is the time
-one process needs to make a batch; forward includes the losses, update the clipping, the optimiser and the EMA. The
-peak is that of the tensors alive in a step, weights and optimiser included: of CUDA's allocator, or on the CPU, in
-a step of its own, of what every operation makes.
+The trainers take turns, so that a change in the machine's speed affects all of them equally. Medians are printed. A
+trainer is timed at the beginning and at the end of its training, because methods switch terms on later. Loading is
+the time that one process needs to make a batch. Forward includes the losses; update includes clipping, the optimiser
+and the EMA. Peak memory is that of all tensors in a step, with weights and optimiser. On a GPU, CUDA's allocator
+measures it. On the CPU, a separate step counts the tensors that every operation makes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nnunet_semiseg.settings.plans import parse_assignments, update_settings
 
 
 def make(trainer_class: type, plans: dict, args, folder: str):
-    """A trainer that is ready for its first step."""
+    """Make a trainer that is ready for its first step."""
     plans = {**plans, "continue_training": False}
     dataset_json = load_json(os.path.join(folder, "dataset.json"))
     fold = int(args.f) if args.f.isdigit() else args.f
@@ -42,16 +42,17 @@ def make(trainer_class: type, plans: dict, args, folder: str):
 
 
 def now(device: str) -> float:
-    """Seconds on a clock, once the GPU has done all that it was told to."""
+    """The time in seconds, after the GPU has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return perf_counter()
 
 
 def timed_step(trainer, device: str) -> dict[str, float]:
-    """Seconds for load, forward, backward and update, and the peak memory in MiB (GPU only).
+    """Run a step. Returns the seconds for load, forward, backward and update, and the peak memory in MiB (GPU only).
 
-    A step has several backward passes; what lies between them is forward, what follows the last one is update.
+    A step has several backward passes. The time between them counts as forward, and the time after the last one as
+    update.
     """
     backward, spent, ends = torch.autograd.backward, [], []
 
@@ -80,7 +81,7 @@ def timed_step(trainer, device: str) -> dict[str, float]:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still alive: now, and at the most."""
+    """Count the bytes of tensors that operations made and that still exist: now, and at the peak."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +103,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def peak_on_cpu(trainer) -> float:
-    """MiB of a step, weights and the optimiser's state included."""
+    """The peak memory of a step in MiB, with the weights and the optimiser's state."""
     batch = next(trainer.dataloader_train)
     modules = [trainer.network, getattr(trainer, "auxiliary", None), getattr(trainer, "teacher", None)]
     kept = [p for module in modules if module is not None for p in (*module.parameters(), *module.buffers())]
@@ -119,8 +120,8 @@ def main() -> None:
     parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("-f", default="all")
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("-n", type=int, default=10, help="counted steps")
-    parser.add_argument("-threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("-n", type=int, default=10, help="number of timed steps")
+    parser.add_argument("-threads", type=int, default=1, help="number of torch's threads on the CPU")
     parser.add_argument("--trainers", nargs="+", required=True)
     parser.add_argument("--set", nargs="+", action="extend", default=[])
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Two synthetic modalities, each showing one organ clearly and the other faintly: what learning from both is worth.
+"""Measure what a second modality is worth, on synthetic images. Each modality shows one organ clearly, one faintly.
 
     python tools/two_modalities.py WORK [--iterations 1000] [--seeds 3]
 
-makes three data sets below WORK from the same patients, with both channels (510), with the first alone (511) and with
-the second alone (512), 4 labelled, 40 unlabelled and 20 test cases each, and runs `nnunet_semiseg compare` on each: on
-both channels SupervisedTrainer (nnU-Net on the labelled cases) and SemiCMLTrainer, on one channel SupervisedTrainer.
-Resumable. The data shows the machinery; it is no benchmark.
+It makes three data sets below WORK from the same patients: with both channels (510), with the first only (511) and with
+the second only (512). Each has 4 labelled, 40 unlabelled and 20 test cases. Then it runs `nnunet_semiseg compare`: with
+SupervisedTrainer and SemiCMLTrainer on both channels, with SupervisedTrainer on one channel. Start an interrupted
+command again; it continues. The data shows that the code works; it is no benchmark.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIGURATION, PLANS = "3d_fullres", "nnUNetSemiSegSmallPlans"
 
 
 def make_modalities(rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """Two images and the labels. Each image has structures of its own that look like organs and are none."""
+    """Two images and the labels. Each image also has structures that look like organs and are not."""
     _, labels = make_case(rng)
     labels[labels > 2] = 0
     images = []

@@ -1,16 +1,17 @@
-"""What words are worth on busi_small: towers with true texts, with shuffled ones, and random ones; how good masks are.
+"""Measure what texts are worth on busi_small, with towers trained on true or on shuffled texts, and random towers.
 
     python tools/words.py pretrain --data DATA --work WORK --towers true
     python tools/words.py measure --data DATA --work WORK --towers true
     python tools/yardstick.py --data DATA --work WORK --sets busi_small --trainers AMVLMTrainer
         --name true --set vlm=WORK/vlm/true
 
-`shuffled` gives each image the text of another: it is pre-trained and trained on the set busi_shuffled. `random` are
-towers that were not trained. WORK must be an absolute path in the third command.
+With `shuffled`, each image has the text of another image: pre-train and train on the set busi_shuffled. `random` towers
+are not trained. WORK must be an absolute path in the third command.
 
-The sentences of this set were made from its masks: what they add is more than a report would. Each pre-training sees
-the labels of three quarters of the labelled cases. `measure` prints the retrieval of held-out pairs, and how well masks
-find labels: the area under the ROC curve and the best Dice of one threshold, with the own text and with another's.
+The sentences of this set were made from its masks, so they say more than a report would. Each pre-training uses the
+labels of three quarters of the labelled cases. `measure` prints the retrieval of held-out pairs, and how well the masks
+match the labels: the area under the ROC curve and the Dice at the best threshold, with the own text and with the text
+of another case.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NO_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "la
 
 
 def pretrain_towers(work: Path, towers: str, labels: str, changes: list[str]) -> Path:
-    """Pre-train, or go on. Returns the folder."""
+    """Pre-train, or continue. Returns the folder."""
     from nnunet_semiseg.vlm.pretraining import pretrain
 
     (name, others), tower = TOWERS[towers], work / "image_tower"
@@ -53,7 +54,7 @@ def pretrain_towers(work: Path, towers: str, labels: str, changes: list[str]) ->
 
 
 def examples(raw: Path, plans: dict, part: str, cases: list[str], ending: str) -> dict[str, tuple]:
-    """The preprocessed image (1, H, W) and the label (H, W), bool, of each case."""
+    """The preprocessed image (1, H, W) and the bool label (H, W) of each case."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager, found = PlansManager(plans), {}
@@ -71,7 +72,7 @@ def examples(raw: Path, plans: dict, part: str, cases: list[str], ending: str) -
 
 @torch.no_grad()
 def quality(generator, shown: dict[str, tuple], texts: dict[str, str]) -> dict:
-    """Of masks with the own text, and with that of the next case whose text is another one; see `gate.measure`."""
+    """How good the masks are with the own text, and with another case's text; see `gate.measure`."""
     from nnunet_semiseg.vlm.gate import measure
 
     cases, masks = list(shown), {"own text": [], "another's text": []}
@@ -115,11 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["pretrain", "measure"])
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
-    parser.add_argument("--work", type=Path, required=True, help="that of the yardstick")
+    parser.add_argument("--work", type=Path, required=True, help="work folder of tools/yardstick.py")
     parser.add_argument("--towers", choices=TOWERS, required=True)
-    parser.add_argument("--labels", default="24", help="how many; default: 24")
+    parser.add_argument("--labels", default="24", help="number of labelled cases; default: 24")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the pre-training"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the pre-training"
     )
     args = parser.parse_args()
     work = args.work.absolute()

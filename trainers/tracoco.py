@@ -97,14 +97,17 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
     @torch.no_grad()
     def taught(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A network's decision; and where it is certain, (B, 1, *S), 0 or 1, or with `paper` its probabilities."""
+        """A network's pseudo-label, and a mask (B, 1, *S) of the voxels where it is certain.
+
+        With `paper`: its probabilities.
+        """
         q = probabilities(logits, self.label_manager)
         if self.settings.consistency != "paper":
             q = (confidence(q, self.label_manager) >= self.settings.match_threshold).float()
         return self.decide(logits), q
 
     def cross_loss(self, output, decision: Tensor, q: Tensor) -> Tensor:
-        """L_CRC of a network's output towards what the other one says."""
+        """L_CRC of a network's output, towards the pseudo-labels of the other network."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision, q)
         p = probabilities(self.finest(output), self.label_manager)
@@ -114,7 +117,10 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
         return torch.stack([regional_cross_entropy(*pair, self.settings.match_threshold) for pair in pairs]).mean()
 
     def translation_loss(self, output, whole: Tensor) -> Tensor:
-        """L_tra of a network's output for the crop, with its probabilities of the patch there, (B, heads, *s)."""
+        """L_tra of a network's output for the crop.
+
+        `whole` has the probabilities of these voxels in the patch, (B, heads, *s).
+        """
         weight, regions = self.settings.translation_weight, self.label_manager.has_regions
         if self.settings.consistency != "paper":
             return weight * soft_pseudo_loss(self.loss, output, whole)
@@ -123,7 +129,7 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
 
 def regional_cross_entropy(p: Tensor, q: Tensor, threshold: float) -> Tensor:
-    """L_CRC; 0 where no voxel counts.
+    """L_CRC. It is 0 if no voxel counts.
 
     Args:
         p, q: probabilities of classes (B, K, *S) of the network that learns, and of the one that teaches.

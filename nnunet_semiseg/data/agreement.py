@@ -1,4 +1,4 @@
-"""How much label maps of the same image agree: what a training leaves cases out by, and a review ranks them by."""
+"""How much several label maps of one image agree. Trainings leave out cases by this, and reviews rank them."""
 
 from __future__ import annotations
 

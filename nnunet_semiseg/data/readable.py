@@ -14,10 +14,10 @@ from nnunet_semiseg.parallel import end_with_parent
 
 
 class ReadableCases:
-    """It takes the place of nnU-Net's dataset class, makes its datasets, and says how to fix a damaged case.
+    """It replaces nnU-Net's dataset class: it makes its datasets, and its errors say how to fix a damaged case.
 
     Args:
-        dataset_class: nnU-Net's.
+        dataset_class: nnU-Net's dataset class.
         fixes: for each folder of preprocessed cases, how to fix a damaged case.
         reasons: a queue. A process of batchgenerators puts its error into it and ends; the main process reports it.
             None if other processes load the data; these pass errors on themselves.

@@ -226,7 +226,7 @@ def interval(metric: str, d: pd.Series) -> str:
 
 
 def class_section(main: pd.DataFrame) -> Section:
-    """Means over runs and cases, for every method and class."""
+    """The section with the means over runs and cases, for every method and class."""
     rows = []
     for (method, label), group in main.groupby(["method", "label"], sort=False):
         rows.append([method, label, *(number(metric, group[metric].mean()) for metric in METRICS)])
@@ -263,7 +263,7 @@ def runs_section(runs: pd.DataFrame) -> Section:
 
 
 def cost_section(runs: pd.DataFrame) -> Section:
-    """Time, memory and parameters of every run. A dash means that it was not measured."""
+    """The section with time, memory and parameters of every run. A dash means "not measured"."""
 
     def missing_or(form: Callable[[float], str], value: float) -> str:
         return "–" if np.isnan(value) else form(value)
@@ -288,7 +288,7 @@ def cost_section(runs: pd.DataFrame) -> Section:
 
 
 def curve_points(of_case: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean Dice and its spreads for each method and each value of `column`."""
+    """Mean Dice, its spread over trainings and its spread over cases, for each method and each value of `column`."""
     points = [
         spreads(group, "dice").assign(x=x)
         for _, of_method in of_case.groupby("method", sort=False)

@@ -79,7 +79,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
 
 
 def with_prompts(job: Job, variant: Prompts, file: Path, folder: Path) -> Job:
-    """The same prediction with other text features, which are written into a file for the job."""
+    """A job for the same prediction with other text features. It writes them to `file`, which the job reads."""
     with written_whole(file) as temporary:
         temporary.write_bytes(save({FEATURES: variant.features.contiguous()}))
     content = {

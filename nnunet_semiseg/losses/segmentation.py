@@ -103,7 +103,7 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
 
 
 def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:
-    """The mean cross-entropy over voxels (for regions the binary one, over voxels and regions), with weights.
+    """The weighted mean cross-entropy over voxels. For regions: the binary one, over voxels and regions.
 
     Args:
         logits: (B, heads, *S).

@@ -124,12 +124,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Source:
-    """The cases of a download, and their published lists: the first of `train` are the labelled ones.
+    """The cases of a download, and their published lists. The first cases of `train` are the labelled ones.
 
     Args:
-        left_out: files of the download that are of no case, with the reason.
-        patients: case to patient, where scans of one patient must not be apart; else empty.
-        check: looks, before anything is made, at the cases whose labels are used, by name; raises UserError.
+        left_out: files of the download that belong to no case, with the reason.
+        patients: case to patient, if the scans of one patient must stay together; otherwise empty.
+        check: a function that checks the cases whose labels are used, before anything is written. It raises UserError.
     """
 
     about: About

@@ -141,7 +141,7 @@ def weights_of(checkpoint: Path, part: str) -> dict[str, Tensor]:
 
 
 class Ensemble:
-    """Members that predict one after the other, all with one network of nnU-Net's.
+    """Members that predict one after the other. They share one network, and each loads its weights into it.
 
     Args:
         run: a model with the same network as all members.

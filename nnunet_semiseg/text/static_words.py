@@ -72,13 +72,13 @@ class WordTokenizer:
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str], n_ctx: int = 0) -> Tensor:
-        """(N, L) int64: first `n_ctx` placeholders, whose embeddings will be replaced; padded with `PAD` at the end."""
+        """Token ids (N, L), int64. The first `n_ctx` are placeholders for context. `PAD` fills the end."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).reshape(len(encoded), -1)
         return torch.cat((ids.new_full((len(ids), n_ctx), PAD + 1), ids), 1)
 
     def words(self, ids: Tensor) -> Tensor:
-        """(N, L) bool: False at padding."""
+        """A mask of the tokens (N, L), bool: False at padding."""
         return ids != PAD
 
 

@@ -229,7 +229,7 @@ def launch(number: int, words: Iterable[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this rank when torchrun is killed. It would train on otherwise. The loaders' processes end with it."""
+    """End this rank when torchrun is killed. Otherwise it would train on. Its loader processes end with it."""
     parent = os.getppid()
 
     def watch():

@@ -351,7 +351,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             self.print_to_log_file(log_lines.expected_end(durations, left, datetime.now()))
 
     def end_unless_finite(self) -> None:
-        """End a training that can no longer learn, before its weights replace the last good ones.
+        """End a training whose loss or weights are not finite, before its weights replace the last good ones.
 
         It is called once for each epoch, because the CPU must wait for the GPU to look at the weights.
 

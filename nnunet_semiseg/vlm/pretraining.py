@@ -345,7 +345,7 @@ class Pretraining:
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that is complete or does not appear at all."""
+    """Write a safetensors file completely, or not at all."""
     content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
     with written_whole(file) as temporary:
         temporary.write_bytes(content)
