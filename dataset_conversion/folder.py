@@ -75,14 +75,16 @@ def find_cases(
     found, left_out = list_files(folder)
     given = _dataset_json(folder, left_out)
     if bad := next((n for n, why in left_out.items() if why == UNKNOWN and _is_label(n)), None):
-        raise UserError(f"{folder / bad}: of no kind that can be read ({', '.join(VOLUMES[:3])}, ...): convert it")
+        raise UserError(
+            f"{folder / bad}: this file type cannot be read: convert it to one of {', '.join(VOLUMES[:3])}, ..."
+        )
     _check_names(labels, channels)
     kinds = Counter(Path(n).suffix or n for n, why in left_out.items() if why == UNKNOWN)
     unread = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
     try:
         layout = recognise(found, channels or given.channels, spacing is not None, str(folder), labels)
     except UserError as error:
-        raise UserError(f"{error} (of no kind that can be read: {unread})" if unread else str(error)) from None
+        raise UserError(f"{error} (files of types that cannot be read: {unread})" if unread else str(error)) from None
     if not layout.images:
         if unread:
             raise UserError(f"{folder}: no image that can be read ({', '.join(VOLUMES[:3])}, ...): there are {unread}")

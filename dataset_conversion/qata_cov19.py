@@ -80,7 +80,7 @@ def read_mask(path: Path) -> sitk.Image | tuple[sitk.Image, str]:
 
 
 def text_notes(cases: Collection[str], texts: Mapping[str, str]) -> list[str]:
-    """What a user should know of images without a text, and of texts without an image."""
+    """Lines that tell the user how many images have no text, and how many texts have no image."""
     bare, alone = ([name for name in a if name not in b] for a, b in ((cases, texts), (texts, cases)))
     notes = []
     if bare:
@@ -91,13 +91,13 @@ def text_notes(cases: Collection[str], texts: Mapping[str, str]) -> list[str]:
 
 
 def read_texts(folder: Path) -> dict[str, str]:
-    """Image to description, of every .xlsx; keys come with or without `mask_` and an ending."""
+    """Read image and description from every .xlsx. Names of images may have `mask_` before them and an ending."""
     texts: dict[str, str] = {}
     for file in find_files(folder, "*.xlsx"):
         table = pandas.read_excel(file, dtype=str)
         table.columns = [str(column).strip() for column in table.columns]
         if missing := {"Image", "Description"} - set(table.columns):
-            raise UserError(f"{file}: no column {' and '.join(sorted(missing))}: is it LViT's table?")
+            raise UserError(f"{file}: no column {' and '.join(sorted(missing))}: give the table of LViT")
         table = table.dropna(subset=["Image", "Description"])
         pairs = zip(table["Image"], table["Description"], strict=True)
         texts |= {_key(image.strip()): text.strip() for image, text in pairs}

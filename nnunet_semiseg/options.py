@@ -1,10 +1,11 @@
-"""Options of commands that are fields of a dataclass: name, type, default and help stand in one place, the field.
+"""Options of commands as fields of a dataclass. The field has everything about an option: name, type, default and help.
 
     @dataclass(frozen=True, kw_only=True)
     class Request:
         seeds: int | None = option("--seeds", metavar="N", help="number of runs of each trainer", default=None)
 
-`add_options(parser, Request)` adds them, and `from_args(Request, args)` makes the request of what was typed.
+`add_options(parser, Request)` adds the options to a parser. `from_args(Request, args)` makes a `Request` from what was
+typed.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ PLANS = "nnUNetPlans"
 
 
 def option(*flags: str, help: str, default: Any = MISSING, **more) -> Any:
-    """A field that `add_options` makes an option of.
+    """A field of a dataclass that becomes an option of the command.
 
     Args:
-        flags: how it is typed, such as `--seeds`.
-        help: a text; its default is added, where it has one that says something.
-        default: without one, the option is required.
-        more: of `ArgumentParser.add_argument`, beside what the field's type says: `metavar`, or another `type`.
+        flags: what the user types, such as `--seeds`.
+        help: the help text. A default that is not empty is added to it.
+        default: the default. Without one, the option is required.
+        more: further arguments of `ArgumentParser.add_argument`, such as `metavar`, or a `type` other than the field's.
     """
     return field(default=default, metadata={"flags": flags, "help": help, **more})
 
 
 def add_options(parser: ArgumentParser, options_class: type) -> None:
-    """Add an option for each field that is one, of its type: a list takes several words, true and false none."""
+    """Add an option for each field that `option` made. A list takes several words; true or false takes none."""
     hints = get_type_hints(options_class)
     for f in fields(options_class):
         if "flags" not in f.metadata:
@@ -54,13 +55,13 @@ def add_options(parser: ArgumentParser, options_class: type) -> None:
 
 
 def from_args(options_class: type[T], args: Namespace, **more) -> T:
-    """The dataclass of what was typed; `more` are fields of no option."""
+    """Make the dataclass from what was typed. `more` are its fields that are not options."""
     given = {f.name: getattr(args, f.name) for f in fields(options_class) if hasattr(args, f.name)}  # pyright: ignore
     return options_class(**{**given, **more})
 
 
 def _of_type(hint: Any, default: Any) -> dict[str, Any]:
-    """What `add_argument` takes for a field of this type."""
+    """The arguments of `add_argument` for a field of this type."""
     if get_origin(hint) in (Union, types.UnionType):
         hint, *others = (h for h in get_args(hint) if h is not type(None))
         if others:  # a number or a name: as it is typed
@@ -78,7 +79,7 @@ def _of_type(hint: Any, default: Any) -> dict[str, Any]:
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """A function that reads a whole number, and raises ArgumentTypeError for a smaller one."""
+    """A function that reads a whole number. It raises ArgumentTypeError for a number below `minimum`."""
 
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
@@ -89,7 +90,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """Raises ArgumentTypeError for what is no finite number above 0."""
+    """Read a number. Raises ArgumentTypeError if it is not finite or not above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -97,14 +98,17 @@ def positive(text: str) -> float:
 
 
 def dataset_id(text: str) -> int:
-    """Raises ArgumentTypeError for a number that nnU-Net cannot tell from others: it reads three digits."""
+    """Read the number of a dataset.
+
+    Raises ArgumentTypeError if it has more than three digits, which nnU-Net cannot read.
+    """
     if text.isdecimal() and 1 <= int(text) <= 999:
         return int(text)
     raise ArgumentTypeError(f"{text}: give a number from 1 to 999")
 
 
 def cores(at_most: int) -> int:
-    """The number of this machine's cores, or this number where that is less."""
+    """The number of cores of this machine, but not more than `at_most`."""
     return min(at_most, os.cpu_count() or 1)
 
 
@@ -113,7 +117,7 @@ def cores(at_most: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model of a data set.
+    """The options that choose a model of a data set.
 
     Attributes:
         dataset: number or name.
@@ -128,23 +132,25 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionOptions:
-    """How a model predicts.
+    """The options that say how a model predicts.
 
     Attributes:
         mirroring: nnU-Net's test-time augmentation.
     """
 
-    device: Literal["cuda", "cpu", "mps"] = option("-device", help="what computes: a GPU or the CPU", default="cuda")
+    device: Literal["cuda", "cpu", "mps"] = option(
+        "-device", help="where to compute: on a GPU or on the CPU", default="cuda"
+    )
     mirroring: bool = option("--disable_tta", help="predict without mirroring: faster, less exact", default=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorOptions:
-    """Where the work is done.
+    """The options that say where the work is done.
 
     Attributes:
-        executor: `local`, or `slurm`: the work is jobs of its queue.
-        slurm: `KEY=VALUE` for them, see docs/cluster.md.
+        executor: `local`, or `slurm`: the work is done by jobs of the SLURM queue.
+        slurm: options of these jobs, as `KEY=VALUE`; see docs/cluster.md.
     """
 
     executor: Literal["local", "slurm"] = option(

@@ -1,4 +1,7 @@
-"""What `plan_and_preprocess` and `preprocess_unlabeled` are asked for. It imports nothing large: help is made of it."""
+"""The options of `plan_and_preprocess` and `preprocess_unlabeled`.
+
+No large package is imported, so that help is quick.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingRequest:
-    """What is preprocessed, and how.
+    """The options of preprocessing.
 
     Attributes:
         dataset_ids: numbers of data sets.
-        num_processes: one number, or one for each configuration; none: see `processes`.
-        clean: take the fingerprint and preprocess unlabelled cases anew, even where there is nothing new.
+        num_processes: one number, or one for each configuration. Empty: see `processes`.
+        clean: compute the fingerprint and preprocess unlabelled cases again, even if nothing has changed.
     """
 
     dataset_ids: Sequence[int] = option("-d", type=dataset_id, metavar="ID", help="numbers of the datasets")
@@ -29,29 +32,30 @@ class PreprocessingRequest:
     )  # fmt: skip
     num_processes: Sequence[int] = option(
         "-np", type=at_least(0), metavar="N", default=(),
-        help="number of processes, or one number for each of -c; default: nnU-Net's, but not more than cores",
+        help="number of processes, or one number for each of -c; default: as in nnU-Net, but at most one for each core",
     )  # fmt: skip
-    clean: bool = option("--clean", default=False, help="do again what is already done")
+    clean: bool = option("--clean", default=False, help="repeat steps that are already done")
     show_progress_bar: bool = option("--no_pbar", default=True, help="show no progress bar")
     verbose: bool = option("--verbose", default=False, help="print what nnU-Net does for each case")
 
     @property
     def processes(self) -> list[int]:
-        """One number, or one for each configuration."""
+        """The number of processes: one number, or one for each configuration."""
         return list(self.num_processes) or [cores(PROCESSES.get(c, 4)) for c in self.configurations]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanningRequest(PreprocessingRequest):
-    """What is planned.
+    """The options of planning.
 
     Attributes:
         planner: one of nnU-Net's or one of ours.
-        overwrite_target_spacing: z y x, in mm.
-        verify_dataset_integrity: nnU-Net's check of the labelled cases, and all unlabelled headers.
-        preprocess: False ends with the plans.
-        labeled_only: no unlabelled case is needed or preprocessed: for the upper bound, with plans like the others'.
-        settings: `KEY=VALUE`, kept in the plans beside those that are already there.
+        overwrite_target_spacing: the spacing z y x, in mm.
+        verify_dataset_integrity: run nnU-Net's check of the labelled cases, and check the headers of all unlabelled
+            ones.
+        preprocess: False: make the plans only.
+        labeled_only: no unlabelled case is needed or preprocessed. This is for the upper bound.
+        settings: `KEY=VALUE`, added to the settings in the plans.
     """
 
     planner: str = option(
@@ -81,7 +85,7 @@ class PlanningRequest(PreprocessingRequest):
     )
     preprocess: bool = option("--no_pp", default=True, help="stop after the plans, without preprocessing")
     labeled_only: bool = option(
-        "--labeled_only", default=False, help="need and preprocess no imagesUn: for a dataset with all labels"
+        "--labeled_only", default=False, help="plan without unlabelled cases (imagesUn): for a dataset with all labels"
     )
     settings: Sequence[str] = option(
         "--set", action="extend", metavar="KEY=VALUE", default=(),

@@ -1,4 +1,4 @@
-"""What there is of a dataset, from the raw cases to the reports, and the command that comes next."""
+"""`nnunet_semiseg status`: what exists of a dataset, from the raw cases to the reports, and the next command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIRST = "3d_fullres"
 
 @dataclass(frozen=True)
 class Cases:
-    """How many cases there are."""
+    """The numbers of cases."""
 
     labeled: int
     unlabeled: int
@@ -42,11 +42,11 @@ class Cases:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A configuration of some plans.
+    """A configuration of a plans file, and whether it is preprocessed.
 
     Attributes:
         is_there: whether its labelled cases are preprocessed.
-        problem: what is not up to date, and the command that fixes it; '' where all is.
+        problem: what is not up to date, and the command that fixes it. Empty if all is up to date.
         fix: this command.
     """
 
@@ -63,10 +63,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Training:
-    """One training, done or not.
+    """One training, finished or not.
 
     Attributes:
-        epoch, epochs: those that began, and those that are planned.
+        epoch, epochs: the number of epochs that began, and of those that are planned.
     """
 
     run: Run
@@ -82,10 +82,10 @@ class Training:
 
 
 def status(dataset: int | str) -> list[str]:
-    """The lines of `nnunet_semiseg status`; the last one is the next command.
+    """The lines that `nnunet_semiseg status` prints. The last one is the next command.
 
     Raises:
-        UserError: no such dataset, a variable of nnU-Net's that is not set, a damaged `dataset.json` or plans file.
+        UserError: the dataset does not exist, a variable of nnU-Net is not set, or a JSON file is damaged.
     """
     raw, preprocessed, results = (dataset_folder(f"nnUNet_{p}", dataset) for p in ("raw", "preprocessed", "results"))
     cases, prepared = count(raw), list(configurations(raw, preprocessed))
@@ -100,7 +100,7 @@ def status(dataset: int | str) -> list[str]:
 
 
 def count(raw: Path) -> Cases:
-    """The cases of a raw dataset, by the files of their first channel."""
+    """Count the cases of a raw dataset, by the files of their first channel."""
     dataset_json = read_dataset_json(raw)
     folders = (raw / name for name in ("imagesUn", "imagesTs"))
     others = (len(list(folder.glob(f"*_0000{dataset_json['file_ending']}"))) for folder in folders)
@@ -108,7 +108,7 @@ def count(raw: Path) -> Cases:
 
 
 def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
-    """Every configuration of every plans; no image is opened."""
+    """Every configuration of every plans file. No image is opened."""
     for name in names_of_plans(preprocessed):
         plans = read_plans(preprocessed, name)
         for configuration in plans["configurations"]:
@@ -139,7 +139,7 @@ def trainings(results: Path) -> Iterator[Training]:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process that is alive holds this lock."""
+    """Whether a running process holds this lock."""
     try:
         if lock.exists():
             with only_one(lock, "looks at this model"):
@@ -152,7 +152,7 @@ def _is_held(lock: Path) -> bool:
 def what_is_next(
     raw: Path, cases: Cases, prepared: list[Prepared], trained: list[Training], compared: bool, reviewed: bool
 ) -> str:
-    """The command to type, or what to do where there is none."""
+    """The next command to type. If there is none, a sentence that says what to do."""
     number = number_of(raw.name)
     usable = sorted((p for p in prepared if p.is_there and not p.problem), key=lambda p: p.configuration != FIRST)
     stopped = [t.run for t in trained if not (t.is_running or t.run.is_trained)]

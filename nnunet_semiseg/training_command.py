@@ -26,7 +26,7 @@ OPTIONS = {
     "-p": ("nnUNetPlans", "PLANS", "name of the plans; default: %(default)s"),
     "-pretrained_weights": (None, "FILE", "checkpoint of nnU-Net whose weights the training starts with"),
     "-num_gpus": (None, "N", "number of GPUs; default: 1"),
-    "-device": (None, "DEVICE", "what computes: cuda, cpu or mps; default: cuda"),
+    "-device": (None, "DEVICE", "where to compute: cuda, cpu or mps; default: cuda"),
 }
 """default, metavar and help text of each option"""
 FLAGS = {

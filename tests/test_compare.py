@@ -362,7 +362,9 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, noise=[0.1, 0.1]), "--noise: 0.1 0.1: name each once", out)
     refused(request(planned, tolerance=-1), "--tolerance -1: give a number of mm above 0", out)
     refused(request(planned, labeled=[0]), "--labeled 0: give numbers from 1 on, or all", out)
-    refused(request(planned, labeled=[1, 9]), "--labeled 9: fold all of .*_Tiny has 3 labelled cases", out, run=True)
+    refused(
+        request(planned, labeled=[1, 9]), "--labeled 9: fold all of .*_Tiny has only 3 labelled cases", out, run=True
+    )
     refused(request(planned, labeled=[1, 3], fold="0"), "--labeled 3: fold 0 of .*_Tiny has 2", out, run=True)
     same = request(planned, labeled=[1, None], upper_bound=planned.id)
     refused(same, "--upper-bound 901: is among the compared runs already", out, run=True)

@@ -745,7 +745,7 @@ def test_what_is_of_no_known_kind(download, raw, capsys):
     convert(download, 801, **OPTIONS)
     assert "left out, of no known kind: 1 files: images/c9.npy" in capsys.readouterr().out
     (download / "labels" / "c3.npz").touch()
-    with pytest.raises(ValueError, match="c3.npz: of no kind that can be read"):
+    with pytest.raises(ValueError, match="c3.npz: this file type cannot be read"):
         convert(download, 801, **OPTIONS, overwrite=True)
 
 

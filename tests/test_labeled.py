@@ -459,7 +459,10 @@ def test_labelled_data_of_other_plans(dataset):
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
     file.write_text(json.dumps(plans))
     refused(
-        f"{PLANS}_3d_fullres: preprocessed for other plans than {PLANS} as they are", train, dataset, SupervisedTrainer
+        f"{PLANS}_3d_fullres: preprocessed for other plans: {PLANS} have changed since",
+        train,
+        dataset,
+        SupervisedTrainer,
     )
     refused("tr_000.nii.gz: this label, its image or the plans changed|.*tr_000.nii.gz: this", preprocess, dataset)
 

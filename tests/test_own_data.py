@@ -446,7 +446,7 @@ def test_a_folder_with_no_label_or_of_other_kinds(tmp_path):
     with pytest.raises(ValueError, match=r"/b: no image that can be read \(.*\): there are 1 .npz$"):
         convert(tmp_path / "b")
     nii(ORGAN, tmp_path / "b" / "labels" / "c1.nii.gz")
-    with pytest.raises(ValueError, match=r"no image of case c1: .* \(of no kind that can be read: 1 .npz\)$"):
+    with pytest.raises(ValueError, match=r"no image of case c1: .* \(files of types that cannot be read: 1 .npz\)$"):
         convert(tmp_path / "b")
 
 

@@ -205,7 +205,10 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
     [
         (["-n", "0"], "-n 0: give a number of cases"),
         (["--num_parts", "2", "--part_id", "2"], "--part_id 2: give a number from 0 to 1"),
-        (["-tr", "SupervisedTrainer"], "checkpoint_final.pth: no such file: train SupervisedTrainer to its end first"),
+        (
+            ["-tr", "SupervisedTrainer"],
+            "checkpoint_final.pth: no such file: finish the training of SupervisedTrainer",
+        ),
         (["-c", "nope"], "no configuration nope"),
         (["--ensemble", "folds"], "--ensemble folds: there are not two members"),
         (["--ensemble", "single", "--estimate", "agreement"], "--estimate agreement: needs two members"),

@@ -536,9 +536,9 @@ def test_refusals(ready):
     dataset = ready()
     for settings, words in (
         (dict(unlabeled_batch_size=5), "unlabeled_batch_size=5: STLU-Net pairs each of the"),
-        (dict(mixing_groups="SX"), "mixing_groups=SX: must be letters of SIB"),
-        (dict(mixing_groups=""), "mixing_groups=: must be letters of SIB"),
-        (dict(mixing_groups="SS"), "mixing_groups=SS: must be letters of SIB"),
+        (dict(mixing_groups="SX"), "mixing_groups=SX: write some of the letters S, I and B"),
+        (dict(mixing_groups=""), "mixing_groups=: write some of the letters S, I and B"),
+        (dict(mixing_groups="SS"), "mixing_groups=SS: write some of the letters S, I and B"),
         (dict(mixing="cutmix"), "mixing=.cutmix.: must be similarity or scalar or mixup"),
         (dict(channel_dropout=1.0), "channel_dropout=1.0: must be a number from 0 to 0.99"),
     ):

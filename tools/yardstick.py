@@ -1,21 +1,22 @@
-"""The yardstick: every method on the same small real data sets, trained and tested alike, on a CPU; resumable.
+"""The yardstick: train and test every method in the same way, on the same small real data sets, on a CPU.
 
     python tools/yardstick.py --data DATA --work WORK --sets la_small --labels few all
     python tools/yardstick.py --data DATA --work WORK --sets la_small --trainers BCPTrainer CPSTrainer --equal-time
     python tools/yardstick.py --data DATA --work WORK --trainers BCPTrainer --name largest --set largest_component=on
     python tools/yardstick.py
 
-The first makes the two lines that a method is held against: labelled only and all labels. The second adds methods, the
-third a variant of one. The last prints the tables of all runs that there are, as the others do when they are done.
+The first command makes the two baselines: labelled only and all labels. The second adds methods, the third a variant of
+one method. The last prints the tables of all runs, as the others do at their end.
 
-DATA holds a folder for each set, with `images/`, `labels/` and `protocol.json`. Everything is made below WORK; the
+DATA has a folder for each set, with `images/`, `labels/` and `protocol.json`. All files are written below WORK; the
 labels of unlabelled cases are never copied there. All runs of a set have the same plans: patch, batch, spacing,
-network. A training is nnU-Net's command on fold `all`, in one thread, to the last checkpoint; one that was interrupted
-goes on, a finished one is left alone, even where the code is another by now: then give a --name. Tested is on
-`dev_test`, with mirroring. The text encoder is untrained (`tower_config`): no number made with it says what text adds.
+network. A training is nnU-Net's command on fold `all`, in one thread. The last checkpoint is tested on `dev_test`, with
+mirroring. An interrupted training continues. A finished one is not repeated, even if the code has changed since: to
+measure new code, give a --name. The text encoder is untrained (`tower_config`), so no number here says what text adds.
 
-A step's time is processor time, so that other work on the machine counts little. At equal time, labelled only is
-trained for as many seconds: its iterations times the step's ratio, to the next half, so that methods share these runs.
+A step's time is processor time, so other work on the machine counts little. With --equal-time, labelled only is trained
+for as many seconds as the method: its iterations are multiplied by the ratio of the step times. This ratio is rounded
+to a multiple of 0.5, so that several methods share a run.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ ITERATIONS_PER_EPOCH = 100
 
 @dataclass(frozen=True)
 class RealSet:
-    """A data set and what it is trained with.
+    """A data set and how it is trained.
 
     Attributes:
-        number: the first digit of its dataset ids; the others are the number of labels.
-        few, some: the numbers of labels that methods are measured with.
-        channel: its name, by which nnU-Net chooses the normalisation.
-        spacing: of `3d_fullres`, in mm; None: the data's own.
-        iterations: of a training, unless --iterations says otherwise.
+        number: the first digit of its dataset ids. The other digits are the number of labels.
+        few, some: the two numbers of labels with which methods are measured.
+        channel: the name of the channel. nnU-Net chooses the normalisation by it.
+        spacing: the spacing of `3d_fullres`, in mm. None: that of the data.
+        iterations: the iterations of a training, unless --iterations gives another number.
     """
 
     number: int
@@ -72,7 +73,7 @@ class RealSet:
     iterations: int = 2000
 
     def count(self, labels: str) -> str:
-        """`few`, `some`, `all` or a number to a number or `all`."""
+        """Convert `few`, `some`, `all` or a number to a number or `all`."""
         return str(getattr(self, labels)) if labels in ("few", "some") else labels
 
     @property
@@ -95,7 +96,7 @@ SHUFFLED = {"busi_shuffled": "busi_small"}
 
 @dataclass(frozen=True)
 class Run:
-    """One training; `labels` is a number or `all`."""
+    """One training. `labels` is a number or `all`."""
 
     set: str
     labels: str
@@ -118,7 +119,7 @@ class Run:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one of labelled only or, with `all`, of all labels: the lines that methods are held against."""
+        """Whether this run is a baseline: labelled only or, with `all`, all labels."""
         return self.trainer == BASELINE and self.variant == "default"
 
     def fits(self, **values) -> bool:
@@ -127,14 +128,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Result(Run):
-    """A run that was done: a row of the CSV.
+    """The result of a run: a row of the CSV.
 
     Attributes:
-        settings: what --set said.
-        step_ms, seconds: processor time of a step, with the loading of its batch, and of the training.
+        settings: the settings given with --set.
+        step_ms: processor time of a step, with the loading of its batch.
+        seconds: processor time of the training.
         dice, hd95_mm: means over the test cases and the classes.
         dice_of_classes: "NAME DICE; NAME DICE".
-        dice_of_cases: means over the classes, of the test cases by name.
+        dice_of_cases: for each test case the mean over the classes, sorted by name.
     """
 
     settings: str
@@ -161,7 +163,7 @@ def dataset_name(name: str, labels: str) -> str:
 
 
 def shuffle(texts: dict[str, str]) -> dict[str, str]:
-    """Each case with the text of another one, the same every time."""
+    """Give each case the text of another case, the same one every time."""
     cases = sorted(texts)
     random.Random(0).shuffle(cases)
     return {case: texts[other] for case, other in zip(cases, [*cases[1:], cases[0]], strict=True)}
@@ -171,9 +173,9 @@ def make_raw(source: Path, raw: Path, about: RealSet, labels: str, shuffled: boo
     """Copy one set into nnU-Net's layout: the first labelled cases, the other images, and `dev_test`.
 
     Args:
-        source: holds `images`, `labels` and `protocol.json`.
-        raw: the folder to be made.
-        labels: how many training cases keep their label, or `all`.
+        source: the folder with `images`, `labels` and `protocol.json`.
+        raw: the folder to make.
+        labels: the number of training cases that keep their label, or `all`.
         shuffled: see `shuffle`.
     """
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
@@ -203,7 +205,7 @@ def make_raw(source: Path, raw: Path, about: RealSet, labels: str, shuffled: boo
 
 
 def fit_plans(plans: dict, about: RealSet) -> dict:
-    """The plans with the set's patch and batch, and a network of as many stages as the patch allows."""
+    """The plans with the patch and batch of the set. The network has as many stages as the patch allows."""
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
     configuration = plans["configurations"][about.configuration]
@@ -224,7 +226,10 @@ def fit_plans(plans: dict, about: RealSet) -> dict:
 
 
 def prepare(data: Path, work: Path, name: str, labels: str) -> None:
-    """Raw data, plans and preprocessed data of one set; the plans are those of the fewest labels for all."""
+    """Make raw data, plans and preprocessed data of one set.
+
+    All numbers of labels use the plans of the smallest one.
+    """
     about, dataset = SETS[name], dataset_name(name, labels)
     few = dataset_name(name, str(about.few))
     preprocessed = work / "preprocessed" / dataset
@@ -258,17 +263,17 @@ def prepare(data: Path, work: Path, name: str, labels: str) -> None:
 
 
 def tower_config() -> dict:
-    """A text transformer of width 128 with 4 layers; the image half is never built on."""
+    """The configuration of a text transformer of width 128 with 4 layers. Its image half is not used."""
     vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 32}
     text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4}
     return {"model_cfg": {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
 
 
 def command(log: Path, *words: str) -> None:
-    """Run Python with these words, what it prints goes to the log; it ends when we do.
+    """Run Python with these arguments. Its output goes to the log. It ends when this process ends.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
@@ -290,10 +295,10 @@ def command(log: Path, *words: str) -> None:
 
 
 def write_plans(work: Path, run: Run, given: dict) -> None:
-    """The run's plans, which differ from the set's in nothing but the settings and the name.
+    """Write the plans of a run. They differ from those of the set only in the settings and the name.
 
     Raises:
-        RuntimeError: there are runs with other settings under this name.
+        RuntimeError: runs with this name have other settings.
     """
     from nnunet_semiseg.settings.plans import update_settings
 
@@ -318,10 +323,10 @@ def write_plans(work: Path, run: Run, given: dict) -> None:
 
 
 def do(args: argparse.Namespace, run: Run, commit: str) -> None:
-    """Train, predict, evaluate and note one run, or what is left of it to be done.
+    """Train, predict, evaluate and record one run. Steps that are done are not repeated.
 
     Raises:
-        RuntimeError: another command is at it, the settings are others than before, or a step failed.
+        RuntimeError: another command works on this run, its settings have changed, or a step failed.
     """
     from nnunet_semiseg.evaluation.metrics import evaluate_folder
 
@@ -368,10 +373,10 @@ def reader_of(raw: Path) -> type:
 
 
 def train() -> None:
-    """nnU-Net's command, in one thread; `sys.argv` has the file of times before its words.
+    """Run nnU-Net's training command in one thread. In `sys.argv`, the file for the times stands before its arguments.
 
-    An epoch's processor time, with the loading of batches, goes into that file. The validation after the training is
-    left out: on fold `all` it would predict the training cases.
+    The processor time of each epoch, with the loading of batches, is written to that file. The validation after the
+    training is skipped: on fold `all` it would predict the training cases.
     """
     from nnunetv2.run.run_training import run_training_entry
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -401,7 +406,7 @@ def train() -> None:
 
 
 def predict() -> None:
-    """nnU-Net's command, in one thread."""
+    """Run nnU-Net's prediction command in one thread."""
     from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 
     from nnunet_semiseg.evaluation.worker import end_with_parent
@@ -412,14 +417,14 @@ def predict() -> None:
 
 
 def timing(times: Path, iterations: int) -> dict:
-    """Seconds of all epochs, each as it was last trained, and milliseconds a step."""
+    """Seconds of the training, and milliseconds for each step. Of a repeated epoch, only the last time counts."""
     lines = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
     seconds = sum({line["epoch"]: line["s"] for line in lines}.values())
     return {"step_ms": round(1000 * seconds / iterations, 1), "seconds": round(seconds)}
 
 
 def scores_of(rows: Sequence[dict]) -> dict:
-    """The CSV's columns of results, from rows {"case", "label", "dice", "hd95_mm"}; cases are sorted by name."""
+    """The result columns of the CSV, from rows {"case", "label", "dice", "hd95_mm"}. Cases are sorted by name."""
     cases, classes = ({row[key]: [] for row in rows} for key in ("case", "label"))
     for row in rows:
         cases[row["case"]].append(row["dice"])
@@ -436,7 +441,7 @@ def scores_of(rows: Sequence[dict]) -> dict:
 
 
 def read_results(file: Path) -> list[Result]:
-    """The runs so far."""
+    """Read the results of all runs so far."""
     if not file.exists():
         return []
     kinds = {"str": str, "int": int, "float": float}
@@ -446,7 +451,7 @@ def read_results(file: Path) -> list[Result]:
 
 
 def append(file: Path, result: Result) -> None:
-    """Add a row, the whole or nothing, whoever else may be writing."""
+    """Add a row completely or not at all, even if other processes write to this file."""
     with FileLock(f"{file}.lock"):
         part = file.with_name(f"{file.name}.part")
         with open(part, "w", encoding="utf-8", newline="") as text:
@@ -460,19 +465,22 @@ def append(file: Path, result: Result) -> None:
 
 
 def equal_time(iterations: int, ratio: float) -> int:
-    """Iterations in which labelled only takes as long as a method whose step takes `ratio` of its step."""
+    """The iterations in which labelled only takes as long as a method whose step is `ratio` times as long."""
     half = max(ITERATIONS_PER_EPOCH, iterations // 2 // ITERATIONS_PER_EPOCH * ITERATIONS_PER_EPOCH)
     return max(iterations, half * round(ratio * iterations / half))
 
 
 def step_ratio(results: Sequence[Result], rows: Sequence[Result]) -> float | None:
-    """Of these rows, all of one method, set and number of labels, to labelled only; None: that was not trained yet."""
+    """The time of a step in these rows, divided by that of labelled only. None: labelled only was not trained yet."""
     baseline = [r.step_ms for r in results if r.is_plain and r.fits(set=rows[0].set, labels=rows[0].labels)]
     return median(r.step_ms for r in rows) / median(baseline) if baseline else None
 
 
 def difference(method: Sequence[Result], baseline: Sequence[Result]) -> str:
-    """Mean difference over the cases, each the mean over its runs, with the 95 % bootstrap interval."""
+    """The mean difference over the cases, with the 95 % bootstrap interval.
+
+    A case counts with the mean over its runs.
+    """
     from nnunet_semiseg.evaluation.statistics import differences_from
 
     rows = [
@@ -486,7 +494,7 @@ def difference(method: Sequence[Result], baseline: Sequence[Result]) -> str:
 
 
 def against(rows: Sequence[Result], baseline: Sequence[Result], all_labels: Sequence[Result]) -> list[str]:
-    """The share won of the gap between two lines, and the difference from the lower one."""
+    """The share of the gap between the two baselines that a method closes, and its difference from the lower one."""
     if not baseline:
         return ["-", "-"]
     won = "-"
@@ -497,7 +505,7 @@ def against(rows: Sequence[Result], baseline: Sequence[Result], all_labels: Sequ
 
 
 def scores(title: str, rows: Sequence[Result]) -> list[str]:
-    """Cells of the table; where the lowest Dice of a class in a run is 0, that class was lost."""
+    """The cells of a row in the table. A lowest Dice of 0 means that a run did not find the class at all."""
     classes = [entry.rsplit(" ", 1) for row in rows for entry in row.dice_of_classes.split("; ")]
     lowest, dice = min(classes, key=lambda entry: float(entry[1]))
     dices = " ".join(f"{r.dice:.3f}" for r in sorted(rows, key=lambda r: r.seed))
@@ -506,7 +514,7 @@ def scores(title: str, rows: Sequence[Result]) -> list[str]:
 
 
 def table(results: Sequence[Result], name: str, labels: str, iterations: int) -> str:
-    """Every method of one set, number of labels and iterations, as Markdown."""
+    """A Markdown table of all methods with one set, number of labels and number of iterations."""
     here = [r for r in results if r.fits(set=name, labels=labels)]
     only = [r for r in here if r.is_plain and r.iterations == iterations]
     every = [r for r in results if r.is_plain and r.fits(set=name, labels=ALL, iterations=iterations)]
@@ -539,7 +547,7 @@ def table(results: Sequence[Result], name: str, labels: str, iterations: int) ->
 
 
 def print_tables(results: Sequence[Result], sets: Sequence[str]) -> None:
-    """One for each set, number of labels and iterations; none for the longer runs of labelled only, made for others."""
+    """Print a table for each set, number of labels and iterations, but none for the runs that --equal-time added."""
     for name, labels, iterations in sorted({(r.set, r.labels, r.iterations) for r in results}):
         methods = any(not r.is_plain for r in results if r.fits(set=name, labels=labels, iterations=iterations))
         if name in sets and labels != ALL and (methods or iterations == SETS[name].iterations):
@@ -550,7 +558,7 @@ def print_tables(results: Sequence[Result], sets: Sequence[str]) -> None:
 
 
 def wanted(args: argparse.Namespace) -> list[Run]:
-    """The runs asked for, a seed of everything before the next seed."""
+    """The runs that were asked for: first all with the first seed, then all with the next seed."""
     runs = []
     for seed, trainer, name, labels in product(args.seeds, args.trainers, args.sets, args.labels):
         count = SETS[name].count(labels)
@@ -561,7 +569,7 @@ def wanted(args: argparse.Namespace) -> list[Run]:
 
 
 def equal_time_runs(results: Sequence[Result], asked: Sequence[Run]) -> list[Run]:
-    """The longer runs of labelled only against which these are held."""
+    """The longer runs of labelled only with which these runs are compared."""
     longer = []
     for run in asked:
         rows = [r for r in results if replace(r.run, seed=run.seed) == run]
@@ -572,7 +580,7 @@ def equal_time_runs(results: Sequence[Result], asked: Sequence[Run]) -> list[Run
 
 
 def do_all(jobs: int, runs: Sequence[Run], one: Callable[[Run], None]) -> int:
-    """All runs, so many at a time; one that fails does not stop the others. Returns how many failed."""
+    """Do all runs, `jobs` at a time. A failed run does not stop the others. Returns the number of failed runs."""
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(one, run): run for run in runs}
@@ -590,17 +598,26 @@ def do_all(jobs: int, runs: Sequence[Run], one: Callable[[Run], None]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder that holds the sets")
-    parser.add_argument("--work", type=Path, help="the folder in which all is made")
-    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "yardstick.csv", help="of all runs")
+    parser.add_argument("--work", type=Path, help="the folder for all files that are made")
+    parser.add_argument(
+        "--csv", type=Path, default=ROOT / "docs" / "yardstick.csv", help="the file with the results of all runs"
+    )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["hippocampus", "acdc_small", "la_small"])
-    parser.add_argument("--labels", nargs="+", default=["few"], help="few, some, all or numbers; default: few")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        default=["few"],
+        help="numbers of labelled cases: few, some, all or a number; default: few",
+    )
     parser.add_argument("--trainers", nargs="+", default=[BASELINE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, help="a multiple of 100; default: the set's")
-    parser.add_argument("--name", default="", help="of a variant: tells runs with other --set or other code apart")
+    parser.add_argument(
+        "--iterations", type=int, help="iterations of a training, a multiple of 100; default: that of the set"
+    )
+    parser.add_argument("--name", default="", help="name of a variant: for runs with other settings or with other code")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--equal-time", action="store_true", help="train labelled only for as long as each method, too")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at the same time; each has one thread")
     args = parser.parse_args()
 
     failed = 0
@@ -614,7 +631,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Make what is asked for. Returns how many runs failed."""
+    """Do the runs that were asked for. Returns the number of failed runs."""
     if args.set and not args.name:
         sys.exit("error: --set: give the variant a --name")
     if args.iterations and args.iterations % ITERATIONS_PER_EPOCH:

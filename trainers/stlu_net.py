@@ -64,7 +64,9 @@ class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
     def __post_init__(self):
         super().__post_init__()
         if not self.mixing_groups or len(set(self.mixing_groups) & set("SIB")) < len(self.mixing_groups):
-            raise UserError(f"setting mixing_groups={self.mixing_groups}: must be letters of SIB, each at most once")
+            raise UserError(
+                f"setting mixing_groups={self.mixing_groups}: write some of the letters S, I and B, each at most once"
+            )
 
 
 class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):

@@ -1,4 +1,4 @@
-"""What a command is, and what several commands share."""
+"""The base class of commands, and functions that several commands share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class Command:
-    """A subcommand of `nnunet_semiseg`. Its docstring is its help, the first line stands in the list of all commands.
+    """A subcommand of `nnunet_semiseg`. Its docstring is its help. The list of all commands shows the first line.
 
-    What takes long to import is imported in `run`, so that help is quick.
+    `run` imports the packages that take long to import, so that help is quick.
 
     Class attributes:
-        name: as it is typed.
+        name: the name that the user types.
         examples: whole command lines, shown below the options.
     """
 
@@ -28,14 +28,14 @@ class Command:
         """Add the command's arguments; by default it has none."""
 
     def run(self, args: Namespace) -> None:
-        """Do it. Raises UserError for what the user can fix."""
+        """Do the work of the command. Raises UserError for errors that the user can fix."""
         raise NotImplementedError
 
 
 def add_device(parser: ArgumentParser, default: str = "cuda") -> None:
-    """Add the option that says what computes."""
+    """Add the option `-device`: a GPU or the CPU."""
     parser.add_argument(
-        "-device", default=default, choices=["cuda", "cpu", "mps"], help="what computes; default: %(default)s"
+        "-device", default=default, choices=["cuda", "cpu", "mps"], help="where to compute; default: %(default)s"
     )
 
 
@@ -43,7 +43,7 @@ def add_settings(parser: ArgumentParser, of: str) -> None:
     """Add `--set`.
 
     Args:
-        of: whose settings these are, as `nnunet_semiseg settings` takes it.
+        of: the trainer or command that has these settings, as in `nnunet_semiseg settings NAME`.
     """
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -57,7 +57,7 @@ def say_next(words: str) -> None:
 
 
 def check_plans(dataset: int | str, plans: str) -> None:
-    """Raises UserError where the dataset has no such plans, with the names of those it has."""
+    """Raises UserError if the dataset has no such plans. The error names those that it has."""
     from nnunet_semiseg.files import dataset_folder
     from nnunet_semiseg.planning import read_plans
 
@@ -65,10 +65,10 @@ def check_plans(dataset: int | str, plans: str) -> None:
 
 
 def trained_run(args: Namespace) -> Run:
-    """The run of `ModelOptions` and `trainer`.
+    """The run that `ModelOptions` and `trainer` name.
 
     Raises:
-        UserError: the trainer does not exist, or its only models are those of other plans.
+        UserError: the trainer does not exist, or it has models of other plans only.
     """
     from nnunet_semiseg.discovery import find_trainer
     from nnunet_semiseg.files import dataset_folder

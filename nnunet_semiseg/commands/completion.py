@@ -1,4 +1,4 @@
-"""What a shell's tab key proposes, where argcomplete is installed."""
+"""The values that the shell's tab key proposes, if argcomplete is installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def trainer_names(**_) -> list[str]:
 
 
 def dataset_numbers(**_) -> list[str]:
-    """The numbers of all raw datasets; none where `nnUNet_raw` is not set."""
+    """The numbers of all raw datasets. There are none if `nnUNet_raw` is not set."""
     folders = Path(os.environ.get("nnUNet_raw") or os.devnull).glob("Dataset*")
     return sorted(str(int(match[1])) for folder in folders if (match := re.match(r"Dataset(\d{3})_", folder.name)))
 
@@ -33,7 +33,7 @@ COMPLETERS = {"TRAINER": trainer_names, "ID": dataset_numbers, "CONFIG": configu
 
 
 class CompletingParser(ArgumentParser):
-    """A parser whose arguments say what can be typed for them."""
+    """A parser whose arguments know the values that can be typed for them."""
 
     def add_argument(self, *args, **kwargs):
         action = super().add_argument(*args, **kwargs)

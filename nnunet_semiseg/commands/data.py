@@ -1,4 +1,4 @@
-"""Commands that make data for a training: convert, plan, preprocess, masks of other models."""
+"""Commands that prepare the data of a training: convert, plan, preprocess, add masks of other models."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class Convert(Command):
 
 
 def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> None:
-    """The arguments of every converter.
+    """Add the arguments that every converter has.
 
     Args:
-        required: False where they are only shown.
+        required: False if they are only shown in the help.
     """
     parser.add_argument("-i", required=required, metavar="DOWNLOAD", help="folder or archive (zip, tar) of the images")
     parser.add_argument("-d", type=dataset_id, required=required, metavar="ID", help="number of the new dataset")
     parser.add_argument(
         "--labeled", type=_labeled, metavar="N",
-        help="cases that keep their labels: a number, a fraction or all; default: what is published",
+        help="cases that keep their labels: a number, a fraction or all; default: the published number",
     )  # fmt: skip
     parser.add_argument(
         "--protocol", choices=["published", "all"], default="published",
@@ -70,7 +70,7 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     )  # fmt: skip
     parser.add_argument(
         "--crop", choices=["none", "published"], default="none",
-        help="published: crop all cases around their label, as the publication does; default: %(default)s",
+        help="published: crop all cases around their label, as the papers do; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--register", choices=["off", "check", "rigid"], default="off",
@@ -91,7 +91,7 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
 
 
 def _labeled(text: str) -> int | float | str:
-    """Raises ArgumentTypeError for what is none of these."""
+    """Read a number, a fraction or `all`. Raises ArgumentTypeError for other text."""
     if text == "all":
         return text
     try:
@@ -130,7 +130,7 @@ class PlanAndPreprocess(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class UnlabeledRequest(PreprocessingRequest):
-    """What `preprocess_unlabeled` is asked for."""
+    """The options of `preprocess_unlabeled`."""
 
     plans: str = option("-plans_name", metavar="NAME", default=PLANS, help="name of the plans")
     num_parts: int = option(

@@ -18,7 +18,7 @@ class TrainedOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions(ModelOptions):
-    """A trained model, the recipe's if not said otherwise."""
+    """A trained model. The default is the model of `SemiSegTrainer`."""
 
     trainer: str = option("-tr", metavar="TRAINER", default="SemiSegTrainer", help="trainer of the model")
 
@@ -100,7 +100,7 @@ class Export(Command):
 
 
 def _options(args: Namespace, model: str) -> str:
-    """The options of nnU-Net's commands for a model's folder TRAINER__PLANS__CONFIGURATION."""
+    """The options with which nnU-Net's commands find a model, from its folder TRAINER__PLANS__CONFIGURATION."""
     return f"-d {args.dataset} -c {args.configuration} -f {args.fold} -p {model.split('__')[1]}"
 
 

@@ -1,4 +1,4 @@
-"""Commands that look at trained models: compare, text_effect, review, accept."""
+"""Commands that evaluate trained models, or correct their predictions: compare, text_effect, review, accept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class Compare(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         add_options(parser, Request)
         parser.add_argument(
-            "--run", action="store_true", dest="train", help="train what is not yet trained, or go on with it"
+            "--run",
+            action="store_true",
+            dest="train",
+            help="first train the models that are missing, and continue interrupted trainings",
         )
         parser.add_argument(
             "-o", metavar="FOLDER",
@@ -118,7 +121,7 @@ class Accept(Command):
         parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
         parser.add_argument("-i", metavar="FOLDER", help="folder of labels, named like their cases: CASE.nii.gz")
         parser.add_argument(
-            "--all-of", metavar="REVIEW", help="folder of a review: take all its other masks, too, as they are"
+            "--all-of", metavar="REVIEW", help="folder of a review: accept all its other masks, too, without correction"
         )
         parser.add_argument("--undo", action="store_true", help="take back what was accepted last")
         parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")

@@ -1,4 +1,4 @@
-"""Commands that show something: status, list_trainers, settings, env."""
+"""Commands that only show something: status, list_trainers, settings, env."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class ListTrainers(Command):
 class Settings(Command):
     """Show a trainer's settings: default, type, meaning.
 
-    Without TRAINER it shows the settings of all trainers. distill and pretrain_vlm stand for the settings of these
-    commands.
+    Without TRAINER it shows the settings of all trainers. To see the settings of the commands distill and pretrain_vlm,
+    give their name.
     """
 
     name = "settings"
@@ -70,7 +70,7 @@ class Status(Command):
 class Env(Command):
     """Print the line that lets nnU-Net find the trainers.
 
-    The installation does this by itself. You need the line only where it cannot.
+    The installation does this by itself. You need the line only if nnU-Net does not find the trainers.
     """
 
     name = "env"
@@ -83,13 +83,13 @@ class Env(Command):
 
 
 def in_lines(setting) -> str:
-    """A setting as `--set` takes it, its type, and its meaning below."""
+    """The lines for a setting: as it is typed after `--set`, with its type, and its meaning below."""
     first = textwrap.fill(f"{setting.name}={setting.default} ({setting.type})", WIDTH, subsequent_indent=INDENT)
     return f"{first}\n{textwrap.fill(setting.meaning, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)}"
 
 
 def all_settings() -> list[str]:
-    """Every setting, those of the same trainers together, below the trainers' names."""
+    """Every setting. Settings that the same trainers have stand together, below the names of these trainers."""
     from nnunet_semiseg.settings.described import Setting, trainers
 
     owners: dict[Setting, list[str]] = {}

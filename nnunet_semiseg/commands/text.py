@@ -25,7 +25,9 @@ class EmbedPrompts(Command):
             "-model", default="ViT-B-32", help="text encoder: a model of open_clip, or wordllama; default: %(default)s"
         )
         parser.add_argument(
-            "-pretrained", default="openai", help="its weights: a tag of open_clip, or a file; default: %(default)s"
+            "-pretrained",
+            default="openai",
+            help="weights of the text encoder: a tag of open_clip, or a file; default: %(default)s",
         )
         parser.add_argument("-cache_dir", help="folder where open_clip keeps its downloads; default: its own")
 
@@ -82,7 +84,7 @@ class PretrainVLM(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class TextModelOptions(ModelOptions):
-    """A model of `AMVLMTrainer`, 2d if not said otherwise."""
+    """A model of `AMVLMTrainer`. The default configuration is 2d."""
 
     configuration: str = option("-c", metavar="CONFIG", default="2d", help="nnU-Net's configuration")
     trainer: str = option("-tr", metavar="TRAINER", default="AMVLMTrainer", help="trainer of the model")
@@ -91,7 +93,7 @@ class TextModelOptions(ModelOptions):
 class TextMasks(Command):
     """Draw where a trained AMVLM finds the texts.
 
-    The measure is the area under the ROC curve on the labelled cases.
+    It also prints the area under the ROC curve on the labelled cases.
     """
 
     name = "text_masks"

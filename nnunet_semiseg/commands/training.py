@@ -28,10 +28,12 @@ class Train(Command):
         add_continue_argument(parser)
         parser.add_argument(
             "--as", dest="copy", metavar="NAME",
-            help="train with a copy of the plans of this name: another model on the same preprocessed data",
+            help="copy the plans under this name and train with them: a separate model on the same preprocessed data",
         )  # fmt: skip
         parser.add_argument(
-            "--accept-changes", action="store_true", help="with --c: go on although settings have changed since"
+            "--accept-changes",
+            action="store_true",
+            help="with --c: continue although settings have changed since the training began",
         )
         add_settings(parser, "TRAINER")
 
@@ -98,7 +100,9 @@ class Demo(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
-            "-o", metavar="FOLDER", help="folder that keeps everything; default: nnunet_semiseg_demo in this folder"
+            "-o",
+            metavar="FOLDER",
+            help="folder for all files of the demo; default: nnunet_semiseg_demo in the current folder",
         )
         add_device(parser, "cpu")
 

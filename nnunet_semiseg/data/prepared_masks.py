@@ -164,9 +164,9 @@ def load_masks(
         content = read_json(folder / RECORD, fix)
         check(content, ABOUT, folder / RECORD, fix)
         if content["plans_hash"] != plans_hash(plans, configuration):
-            raise UserError(f"{folder}: preprocessed for other plans than {plans['plans_name']} as they are now: {fix}")
+            raise UserError(f"{folder}: preprocessed for other plans: {plans['plans_name']} have changed since: {fix}")
         if source and digest(source) != content["made_of"]:
-            raise UserError(f"{folder}: made of other masks than those in {source.parent}: {fix}")
+            raise UserError(f"{folder}: made from masks that differ from those in {source.parent}: {fix}")
         for file in sorted(folder.glob("*.b2nd")):
             if not opens(file):
                 raise UserError(f"{file}: half-written or damaged: remove it, then {fix}")

@@ -262,7 +262,7 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     if not cases:  # an old version of nnU-Net wrote other files
         return
     if record["cases"] and record["plans_hash"] != plans_hash(plans, configuration):
-        raise UserError(f"{folder}: preprocessed for other plans than {plans['plans_name']} as they are now: {fix}")
+        raise UserError(f"{folder}: preprocessed for other plans: {plans['plans_name']} have changed since: {fix}")
     dataset_json = read_dataset_json(raw or preprocessed)
     _check_description(raw, preprocessed, dataset_json, fix)
     now = {case: dict(entry) for case, entry in record["cases"].items()}

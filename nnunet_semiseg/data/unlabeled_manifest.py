@@ -52,7 +52,7 @@ def load_manifest(
     if not _is_whole(manifest):
         raise UserError(f"{manifest_file}: damaged, or written by another version of nnunet_semiseg: {fix}")
     if manifest["plans_hash"] != plans_hash(plans, configuration):
-        raise UserError(f"{folder}: preprocessed for other plans than {plans_name} as they are now: {fix}")
+        raise UserError(f"{folder}: preprocessed for other plans: {plans_name} have changed since: {fix}")
     entries = {case: dict(entry) for case, entry in manifest["cases"].items()}
     for case, entry in entries.items():
         entry["made"] = [_unchanged(*pair, fix) for pair in zip(entry["made"], case_files(folder, case), strict=True)]

@@ -1,4 +1,4 @@
-"""`nnunet_semiseg share`: a trained model whose network is the plans' own, as a model of nnU-Net's own trainer."""
+"""`nnunet_semiseg share`: write a trained model with the network of the plans as a model of nnU-Net's own trainer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from nnunet_semiseg.runs import Run
 
 
 def share(run: Run) -> Path:
-    """Write the model as one of `nnUNetTrainer`, which `nnUNetv2_predict` takes where this package is not installed.
+    """Write the model under the name `nnUNetTrainer`. `nnUNetv2_predict` can use it without this package.
 
-    nnU-Net's page on sharing models with custom trainers advises the same: the weights are put under the name of a
+    nnU-Net's page on sharing models with custom trainers advises the same: store the weights under the name of a
     trainer that everybody has. The plans get the name PLANS_from_TRAINER.
 
     Args:
-        run: trained to its end.
+        run: a finished training.
 
     Returns:
         The stock model's folder.
 
     Raises:
-        UserError: the model is not trained, its checkpoint is damaged, or its network is not the plans' own.
+        UserError: the training is not finished, its checkpoint is damaged, or its network is not that of the plans.
         DiskError: the disk is full or read-only.
     """
     if run.trainer == STOCK_TRAINER:
@@ -42,7 +42,7 @@ def share(run: Run) -> Path:
 
 
 def check_stock(predictor: Any, run: Run) -> None:
-    """Refuse a network that is not the plans' own, or computes something else with the same weights."""
+    """Refuse a network that is not that of the plans, or that computes something else with the same weights."""
     refusal = UserError(
         f"{run.checkpoint}: the network of {run.trainer} is not the one of the plans: use nnunet_semiseg distill"
         f" -d {run.dataset} -c {run.configuration} -f {run.fold} -tr {run.trainer} -p {run.plans}"

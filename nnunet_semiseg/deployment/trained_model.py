@@ -1,4 +1,4 @@
-"""A trained model, as nnU-Net predicts with it."""
+"""Load a trained model into nnU-Net's predictor."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nnunet_semiseg.runs import Run
 
 
 def load_predictor(run: Run) -> nnUNetPredictor:
-    """nnU-Net's predictor with this run's last weights, on the CPU; its network is frozen and in eval mode.
+    """nnU-Net's predictor with the last weights of this run, on the CPU. The network is frozen and in eval mode.
 
     Raises:
-        UserError: not trained to its end; a damaged checkpoint.
+        UserError: the training is not finished, or its checkpoint is damaged.
     """
     if not run.is_trained:
-        raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
+        raise UserError(f"{run.checkpoint}: no such file: finish the training of {run.trainer} first")
     run.load_checkpoint()  # says so where it is damaged; the predictor would not
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,), "checkpoint_final.pth")

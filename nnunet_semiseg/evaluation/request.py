@@ -74,7 +74,9 @@ def check_sizes(request: Request, run: Run) -> None:
         cases = [case for case in fold_of(request, preprocessed, cases)["train"] if case in cases]
     largest = max((size for size in request.labeled if size is not None), default=0)
     if largest > len(cases):
-        raise UserError(f"--labeled {largest}: fold {request.fold} of {run.dataset} has {len(cases)} labelled cases")
+        raise UserError(
+            f"--labeled {largest}: fold {request.fold} of {run.dataset} has only {len(cases)} labelled cases"
+        )
 
 
 def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:

@@ -91,7 +91,7 @@ def convert_dataset(
             raise UserError(f"{source}: no case found; expected is\n{layout}")
         parts = assign(found, labeled, protocol)
         if crop == "published" and found.about.crop is None:
-            raise UserError("--crop published: this data set has no published crop: leave it out")
+            raise UserError("--crop published: this data set has no published crop: leave out this option")
         if register != "off" and (len(found.about.channels) == 1 or found.about.dimension == 2):
             raise UserError(f"--register {register}: is for volumes of several channels: leave it out")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):

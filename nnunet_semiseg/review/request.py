@@ -55,7 +55,7 @@ def make_request(options: ReviewOptions) -> Request:
     run = Run(results.name, options.configuration, options.fold, trainer, options.plans)
     if not run.is_trained:
         raise UserError(
-            f"{run.checkpoint}: no such file: train {trainer} to its end first, or choose a model with -tr, -p and -f"
+            f"{run.checkpoint}: no such file: finish the training of {trainer}, or choose a model with -tr, -p and -f"
         )
     if options.executor == "local":
         check_device(options.device)

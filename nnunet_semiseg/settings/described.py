@@ -1,7 +1,7 @@
-"""What `nnunet_semiseg settings` and `list_trainers` say, and the pages that are made of it.
+"""Descriptions of trainers and settings, for `nnunet_semiseg settings`, `list_trainers` and docs/reference.
 
-Sources are read and not imported: a trainer imports torch, which takes seconds, and maybe a package that is not
-installed. A test compares what is read with what is imported.
+The source files are parsed and not imported, because a trainer imports torch, which takes seconds, and maybe a package
+that is not installed. A test compares the parsed values with the imported ones.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ OF_COMMANDS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a trainer, in words.
+    """The description of one setting of a trainer.
 
     Attributes:
-        type: such as `a whole number of 1 or more`.
-        default: as it is typed behind `--set NAME=`; a number has three digits.
-        meaning: sentences.
-        group: the settings class that it is from, such as `TeacherSettings`.
+        type: the type in words, such as `a whole number of 1 or more`.
+        default: the default as it is typed after `--set NAME=`. A number has three digits.
+        meaning: what the setting does, in sentences.
+        group: the settings class that declares it, such as `TeacherSettings`.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trainer:
-    """One trainer of this package, in words.
+    """The description of one trainer of this package.
 
     Attributes:
-        title: the method's name, and maybe what it does, without a full stop.
-        settings: by name.
-        source: the file that defines it.
+        title: the name of the method, and maybe what it does, without a full stop.
+        settings: its settings by name.
+        source: the file that defines the trainer.
     """
 
     name: str
@@ -99,7 +99,7 @@ def settings_named(name: str) -> dict[str, Setting]:
     """The settings of a trainer or of a command of `OF_COMMANDS`.
 
     Raises:
-        UserError: there is neither; with the names that are near.
+        UserError: there is no such trainer or command. The error names similar ones.
     """
     if name in OF_COMMANDS:
         return settings_of_command(name)
@@ -123,7 +123,7 @@ def _classes(module: ast.Module) -> dict[str, ast.ClassDef]:
 
 
 def _settings(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Setting]:
-    """The fields of a dataclass, with those that it inherits, in the order that dataclasses have."""
+    """The fields of a dataclass, inherited ones included, in the order of `dataclasses.fields`."""
     node = classes.get(name) or _shared()[name]
     found: dict[str, Setting] = {}
     for parent in reversed(node.bases):
@@ -142,7 +142,10 @@ def _settings(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Setting]
 
 
 def _value(node: ast.expr) -> Any:
-    """What an annotation or a default means where the settings are defined: our own source, and nothing else."""
+    """Evaluate an annotation or a default with the names of the module that defines the settings.
+
+    Only our own source is used.
+    """
     return eval(ast.unparse(node), {**vars(base)})
 
 

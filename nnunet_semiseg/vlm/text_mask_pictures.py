@@ -67,7 +67,7 @@ def load_text_masks(run: Run) -> TrainedMasks:
         UserError: the model is not trained, or has no text masks.
     """
     if not run.is_trained:
-        raise UserError(f"{run.checkpoint}: no such file: train {run.trainer} first, to its end")
+        raise UserError(f"{run.checkpoint}: no such file: finish the training of {run.trainer} first")
     checkpoint = run.load_checkpoint()
     auxiliary = checkpoint.get("semiseg", {}).get("auxiliary", {})
     weights = {key.removeprefix(PREFIX): value for key, value in auxiliary.items() if key.startswith(PREFIX)}
