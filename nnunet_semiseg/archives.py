@@ -25,10 +25,10 @@ RATIO, HARMLESS = 100, 1 << 30
 def unpacked(archive: Path, parent: Path, purpose: str, max_size: float | None = None) -> Iterator[Path]:
     """A folder in `parent` with the content of the archive. It exists during the block.
 
-    Its name is made from archive and purpose, so that the next run removes it if this one is killed.
+    Its name depends on archive and purpose only. So if this run is killed, the next one finds and removes it.
 
     Args:
-        max_size: in bytes, of the whole content. None: `RATIO` times the archive's size.
+        max_size: the largest allowed size of the whole content, in bytes. None: `RATIO` times the archive's size.
     """
     folder = parent / f".unpacked_{purpose}_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -78,9 +78,9 @@ class SemiSegPlans:
 class CountUnlabeled(SemiSegPlans):
     """Mixin for nnU-Net's planners: the limit of the batch size counts all images, not only the labelled ones.
 
-    Against overfitting, a batch has at most a share of the voxels of the data set: 5 % with nnU-Net's default planner,
-    all of them with its ResEnc presets. nnU-Net counts the labelled cases. But semi-supervised training uses the
-    others, too. With few labels, nnU-Net's batch would be small and have few unlabelled images.
+    Against overfitting, nnU-Net limits a batch to a share of the voxels of the data set: 5 % with its default planner,
+    100 % with its ResEnc presets. It counts the labelled cases only, but semi-supervised training also uses the
+    unlabelled ones. With few labels, nnU-Net's batch would be small and have few unlabelled images.
     """
 
     def __init__(self, *args, **kwargs):
@@ -94,7 +94,7 @@ class CountUnlabeled(SemiSegPlans):
 
 
 class SemiSegMemory(SemiSegPlans):
-    """Mixin for nnU-Net's planners: patch and batch are so small that all streams fit into memory at once.
+    """Mixin for nnU-Net's planners. It makes patch and batch so small that all streams fit into memory at once.
 
     The batch size in the plans is that of the labelled stream. All trainers use the same plans, so the numbers are
     those of the method that needs most: TextSemiSegTrainer, plus a teacher, with one backward pass for a whole step.
@@ -161,8 +161,8 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
     """Run nnU-Net's fingerprint, planning and preprocessing for labelled cases; then preprocess the unlabelled ones.
 
     Raises:
-        UserError: before any work, for all data sets, whatever can be checked quickly; later bad images and labels, one
-            line for each; a full disk.
+        UserError: what can be checked quickly is checked for all data sets before any work. Later errors are bad images
+            and labels, one line for each, and a full disk.
     """
     planner_class = find_planner(request.planner)
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
@@ -429,7 +429,7 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
 
 
 def _check_target_spacing(target: Sequence[float], image: str, channels: int) -> None:
-    """Refuse a spacing (z, y, x) with which an image would have no voxels, or more than fit into memory."""
+    """Refuse a spacing (z, y, x) if an image would then have no voxels, or more than fit into memory."""
     header, memory = read_header(Path(image)), total_memory()
     if header is None or header.GetDimension() != 3:
         return

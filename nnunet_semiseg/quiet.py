@@ -8,17 +8,17 @@ import warnings
 def hide_foreign_warnings() -> None:
     """Hide FutureWarning and DeprecationWarning of code that is not this package's.
 
-    They tell the authors of torch, timm, MONAI and others what they are to change. Processes that are started later
-    have filters of their own: `run_jobs` calls this for its own.
+    These warnings are for the authors of torch, timm, MONAI and others. A process that is started later has its own
+    filters, so `run_jobs` calls this in its processes.
     """
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(?!nnunet_semiseg)")
 
 
 def hide_reader_warnings() -> None:
-    """Hide what ITK prints of headers, such as an orthonormal matrix that is not quite one.
+    """Hide what ITK prints about headers, for example about a matrix that is not exactly orthonormal.
 
-    What is wrong with an image is checked when it is converted and preprocessed, and named with its file.
+    The checks of conversion and preprocessing report wrong images, with their files.
     """
     import SimpleITK as sitk
 

@@ -9,13 +9,13 @@ import numpy as np
 
 
 def pairwise_dice(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[int]]) -> np.ndarray:
-    """The mean Dice over all pairs of masks, of every class, 0 to 1; NaN where no mask has the class.
+    """For every class the mean Dice over all pairs of masks, 0 to 1. NaN if no mask has the class.
 
-    In a pair that has not the class, though another pair has, the two agree: 1.
+    If both masks of a pair lack a class that another pair has, the two agree: their Dice is 1.
 
     Args:
         masks: label maps (*S), at least two.
-        classes: labels, or regions that are several of them.
+        classes: for each class its label; for a region its labels.
     """
     somewhere = np.logical_or.reduce([mask != 0 for mask in masks])
     inside = [mask[somewhere] for mask in masks]
@@ -31,6 +31,6 @@ def pairwise_dice(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[
 
 
 def mean_agreement(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[int]]) -> float:
-    """The mean of `pairwise_dice` over the classes that a mask has; 1 where none has any."""
+    """The mean of `pairwise_dice` over the classes that at least one mask has. It is 1 if no mask has any class."""
     dice = pairwise_dice(masks, classes)
     return float(np.nanmean(dice)) if np.isfinite(dice).any() else 1.0

@@ -30,11 +30,12 @@ def add_masks(
 ) -> dict[str, dict]:
     """Write a label file for each case into `external/NAME/imagesTr|imagesUn` of the raw dataset, and `masks.json`.
 
-    Older masks of this name are replaced when all new ones are known to be good.
+    Older masks of this name are replaced only after all new masks have passed the checks.
 
     Args:
-        name: of the other model.
-        folder: has a label file for a case, named CASE.nii.gz or similar. It may have subfolders. Cases may be missing.
+        name: the name of the other model.
+        folder: has a label file for each case, named CASE.nii.gz or similar. It may have subfolders. Cases may be
+            missing.
         assignments: `VALUE=CLASS`, for the values in these files; other values become background. If empty, the values
             are those of dataset.json.
 

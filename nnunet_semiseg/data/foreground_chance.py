@@ -15,13 +15,13 @@ DRAWS = 200
 def chance_of_foreground(dataset, patch_size: Sequence[int]) -> float:
     """The mean over labelled cases of the share of random patches that have a voxel of foreground.
 
-    Patches are drawn as nnU-Net draws those that it does not force to have foreground: uniformly among the positions
-    within the image; a patch that is larger than the image has all of it. Foreground is known by the class locations
-    that nnU-Net's preprocessing has drawn, up to 10,000 for each class. At most 20 cases are read.
+    Patches are drawn as nnU-Net draws patches that need not have foreground: uniformly among the positions within the
+    image. A patch that is larger than the image has all of it. The foreground is taken from the class locations that
+    nnU-Net's preprocessing stores, up to 10,000 for each class. At most 20 cases are read.
 
     Args:
         dataset: nnU-Net's, of preprocessed labelled cases.
-        patch_size: of the network, in voxels; two numbers are a patch within a slice.
+        patch_size: the patch size of the network, in voxels. Two numbers are a patch within a slice.
     """
     patch = np.array([1] * (3 - len(patch_size)) + list(patch_size))
     rng = np.random.default_rng(0)

@@ -77,7 +77,7 @@ def geometry_difference(image, expected, origin: float = 0.01) -> str | None:
 
 
 def nifti_damage(image: str | Path) -> str | None:
-    """What ITK does not report: a NIfTI file that ends early, NaN and infinity. It reads zeros instead."""
+    """Find what ITK does not report: a NIfTI file that ends early (ITK reads zeros there), NaN and infinity."""
     if not str(image).lower().endswith((".nii", ".nii.gz")):
         return None
     try:
@@ -173,7 +173,7 @@ def label_problems(seg: np.ndarray, label: str, shape: Sequence[int], values: It
 
     Args:
         shape: of the image.
-        values: those that dataset.json names.
+        values: the label values that dataset.json names.
     """
     if seg.shape != (1, *shape):
         what = f"size {_numbers(seg.shape)} differs from {_numbers((1, *shape))}, that of the image"

@@ -10,7 +10,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 
 class Recorded(SpatialTransform):
-    """A spatial transform that keeps its random parameters, so that another sample can be transformed alike.
+    """A spatial transform that stores its random parameters, so that another sample can be transformed in the same way.
 
     Args:
         spatial: nnU-Net's.
@@ -28,7 +28,7 @@ class Recorded(SpatialTransform):
 
 
 class Replayed(Recorded):
-    """The same transform with the parameters that were kept. Images must have the same shape."""
+    """The same transform with the stored parameters. Images must have the same shape."""
 
     def get_parameters(self, **data_dict) -> dict:
         return self.drawn.popleft()

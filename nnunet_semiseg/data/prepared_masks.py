@@ -1,7 +1,8 @@
 """Other models' masks on the grid of the preprocessed images, and how a loader reads them with the unlabelled patches.
 
-`<data_identifier>__masks/NAME/` beside the preprocessed cases holds CASE.b2nd, (1, *S), in the dataset's values, and
-`masks.json`, which is written last: of what the masks were made, and what `add_masks` measured of each labelled case.
+The folder `<data_identifier>__masks/NAME/` beside the preprocessed cases has CASE.b2nd, (1, *S), with the values of the
+dataset. It also has `masks.json`, which is written last. It says from which files the masks were made, and what
+`add_masks` measured on each labelled case.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ ABOUT = {"plans_hash": str, "made_of": str, "dice": dict[str, dict]}
 
 
 def prepare_masks(raw: Path, preprocessed: Path, plans: dict, configuration: str, num_processes: int) -> None:
-    """Bring all masks in `external` to the grid of the preprocessed cases; what is there and fresh stays.
+    """Resample all masks in `external` to the grid of the preprocessed cases.
 
-    A mask is turned, cropped and resampled as nnU-Net does it with a label. Masks of cases that are not preprocessed
-    are passed over. What was made of masks that are gone is removed.
+    Masks that are up to date are not made again.
+
+    A mask is transposed, cropped and resampled like a label in nnU-Net. Masks of cases that are not preprocessed are
+    skipped. If a mask no longer exists, what was made from it is removed.
 
     Raises:
-        BusyError: a training uses these cases. DiskError: a full disk.
+        BusyError: a training uses these cases.
+        DiskError: the disk is full.
     """
     folders = _folders(preprocessed, plans, configuration)
     target = folders[0].with_name(folders[0].name + ENDING)
@@ -73,7 +77,7 @@ def prepare_masks(raw: Path, preprocessed: Path, plans: dict, configuration: str
 
 
 def _folders(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
-    """Of the labelled and of the unlabelled cases."""
+    """The folders of the labelled and of the unlabelled preprocessed cases."""
     name = PlansManager(plans).get_configuration(configuration).data_identifier
     return preprocessed / name, preprocessed / f"{name}__unlabeled"
 
@@ -85,7 +89,7 @@ def _cases(folders: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
 
 
 def _prepare(mask: Path, image: Path, properties: Path, made: Path, plans: dict, configuration: str) -> None:
-    """nnU-Net's steps with a label, without those with the image."""
+    """Do nnU-Net's preprocessing of a label, without the image."""
     manager = PlansManager(plans)
     plan, about = manager.get_configuration(configuration), load_pickle(str(properties))
     label = manager.image_reader_writer_class().read_seg(str(mask))[0]
@@ -105,7 +109,7 @@ def weigh(measured: Mapping[str, Mapping[str, float | None]], classes: Sequence[
     """Each class's mean Dice over the labelled cases that show it, and its weight: the Dice, or 0 below 0.5.
 
     Args:
-        measured: of each labelled case the Dice of each class, None where neither label nor mask shows it.
+        measured: for each labelled case the Dice of each class. None if neither label nor mask has the class.
     """
     result = {}
     for name in classes:
@@ -121,15 +125,15 @@ class PreparedMasks:
     """Masks of several models for one training.
 
     Attributes:
-        folders: one a model.
-        weights: of each model the weight of each class or region, measured on this training's labelled cases.
+        folders: one for each model.
+        weights: for each model the weights of the classes or regions, measured on this training's labelled cases.
     """
 
     folders: list[Path]
     weights: list[dict[str, float]]
 
     def lines(self) -> list[str]:
-        """What is learnt from each, for the log."""
+        """Lines for the log: what is learnt from each model."""
         return [
             f"external_masks {folder.name}: "
             + ", ".join(f"{name} {w:.2f}" if w else f"{name} not used" for name, w in weights.items())
@@ -141,14 +145,15 @@ def load_masks(
     names: Sequence[str], raw: Path | None, preprocessed: Path, plans: dict, configuration: str, fix: str,
     training: Sequence[str], classes: Sequence[str],
 ) -> PreparedMasks:  # fmt: skip
-    """The masks of these models, weighed by the labelled cases of this training alone.
+    """The masks of these models. Their weights are measured only on the labelled cases of this training.
 
     Args:
-        raw: where training runs, there need not be any.
+        raw: the raw dataset. None if this computer has none.
         fix: the command that preprocesses masks.
 
     Raises:
-        UserError: no masks of such a name; not preprocessed for these plans, or made anew since; a damaged file.
+        UserError: masks with this name do not exist, are not preprocessed for these plans, or have changed since; a
+            file is damaged.
     """
     target = _folders(preprocessed, plans, configuration)[0]
     target = target.with_name(target.name + ENDING)
@@ -176,10 +181,10 @@ def load_masks(
 
 
 class MaskedDataset:
-    """Unlabelled cases whose segmentation has the masks of some models behind its own channel.
+    """Unlabelled cases whose segmentation has one more channel for each model: its mask.
 
-    A mask's value is 1 more there, and 0 where it is not known: of a case without a mask, and beyond the image, where
-    nnU-Net's transforms pad with 0.
+    In these channels, 1 is added to the values of a mask. So 0 means "not known": for a case without a mask, and
+    outside the image, where nnU-Net's transforms pad with 0.
     """
 
     def __init__(self, dataset, folders: Sequence[Path]):
@@ -193,7 +198,10 @@ class MaskedDataset:
 
 
 class _Stack:
-    """(1 + K, *S) of a segmentation and K masks, of which nnU-Net reads a part at a time; None is not known."""
+    """A segmentation and K masks as one array (1 + K, *S), of which nnU-Net reads a part at a time.
+
+    A mask of None is not known.
+    """
 
     def __init__(self, segmentation, masks: Sequence):
         self.segmentation, self.masks = segmentation, masks
@@ -207,5 +215,5 @@ class _Stack:
 
 
 def take_masks(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
-    """`Batch.extra` of loaders whose unlabelled cases are a `MaskedDataset`: masks (B, K, *S), -1 where not known."""
+    """`Batch.extra` for loaders with a `MaskedDataset`: masks (B, K, *S), with -1 where a mask is not known."""
     return {"masks": unlabeled["target"].clamp(min=0) - 1}

@@ -58,14 +58,15 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
 
     The class locations have the form that nnU-Net's preprocessing gives to those of labels. The score of a case
     (`SCORES`) is the mean Dice between the decision and two others: that on the mirrored image (if nnU-Net mirrors) and
-    that of the last search. It is made to be fast, not exact: neighbouring windows do not overlap.
+    that of the last search. To be fast, neighbouring windows do not overlap, so the result is not exact.
 
     Args:
-        trainer: says how images are shown to the network. If there are several processes (`ranks`), each takes a part.
+        trainer: its settings say how the network gets the images. If there are several processes (`ranks`), each takes
+            a part.
         network: without deep supervision.
         dataset: of preprocessed cases.
-        cases: their files are replaced.
-        folder: it is made if necessary.
+        cases: the cases to look at. Their files are replaced.
+        folder: the folder for the files. It is made if necessary.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(
@@ -119,7 +120,7 @@ def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
 
     Args:
         scores: of cases; NaN: not known.
-        at_most: the largest share of cases to return.
+        at_most: the largest share of the cases that is returned.
     """
     known = {case: score for case, score in scores.items() if np.isfinite(score)}
     if len(known) < LEAST_CASES:

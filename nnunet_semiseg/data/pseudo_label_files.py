@@ -101,13 +101,14 @@ def label_case(predictor: Any, dataset, case: str, folder: Path, heads: Sequence
 
 
 def without_islands(logits: torch.Tensor, heads: Sequence[int], label_manager, planar: bool) -> torch.Tensor:
-    """Logits of a case, (heads, Z, Y, X), that decide for the largest component alone of some classes or regions.
+    """Change the logits of a case, (heads, Z, Y, X), so that some classes or regions have their largest component only.
 
-    Elsewhere a class gives way to the background, which gets the greatest logit there, and a region's logit is negated.
+    In the other components, the background gets the largest logit instead of the class. The logit of a region is
+    negated.
 
     Args:
         heads: these classes or regions.
-        planar: each slice along the first axis has a component of its own, as with patches of two dimensions.
+        planar: find the largest component in each slice along the first axis, as for 2d patches.
     """
     if not len(heads):
         return logits

@@ -56,8 +56,8 @@ class ViewsTransform(BasicTransform):
     Args:
         training_transforms: the result of `nnUNetTrainer.get_training_transforms`.
         views: the names of the views. A name that begins with "weak" is a weak view, any other a strong one.
-        strong_probability: of each random intensity transform in a strong view. None: nnU-Net's own probabilities, and
-            a view is never made again.
+        strong_probability: the probability of each random intensity transform in a strong view. None: nnU-Net's own
+            probabilities, and a view is never made again.
 
     Raises:
         UserError: it is not known whether views share a transform.
@@ -200,7 +200,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
     Args:
         labeled_loader: nnU-Net's loader.
         unlabeled_loader: its images are the views, stacked along the channels. If None, the three keys are empty.
-        views: their names.
+        views: the names of the views.
         make_targets: a function of both batches that returns `extra`.
     """
 

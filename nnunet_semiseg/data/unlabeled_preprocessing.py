@@ -93,8 +93,8 @@ def preprocess_unlabeled(
 
     Raises:
         BusyError: another call works on these cases and is not another part.
-        UserError: no such dataset or plans; what `find_unlabeled_cases` and `look_at_labeled` refuse; bad images, one
-            line for each, after all good cases are done; a process was killed; the disk is full.
+        UserError: the dataset or the plans do not exist; `find_unlabeled_cases` or `look_at_labeled` fails; bad images,
+            one line for each, after all good cases are done; a process was killed; the disk is full.
     """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans_file = preprocessed / f"{plans_name}.json"

@@ -44,7 +44,7 @@ STOCK_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings(SemiSupervisedSettings):
-    """Settings of `DistillationTrainer`: the temperature T of both models' softmax, and the weight w of that term."""
+    """Settings of `DistillationTrainer`: the temperature T, and the weight w of the loss towards the trained model."""
 
     temperature: Annotated[float, Bounds(1e-3)] = 2.0
     """The temperature of the softmax of both models. The higher it is, the softer the targets are."""
@@ -118,8 +118,8 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
     An interrupted distillation is continued; a finished one is not repeated. The plans get the name PLANS_from_TRAINER.
 
     Args:
-        run: trained.
-        settings: `KEY=VALUE`, of the distillation (`DistillationSettings`). All others are those of the plans.
+        run: the finished training of the model that teaches.
+        settings: `KEY=VALUE`, settings of the distillation (`DistillationSettings`). The plans give all other settings.
 
     Returns:
         The folder of the stock model.

@@ -1,4 +1,4 @@
-"""How long runtimes take for a patch: torch, and ONNX Runtime on what is installed."""
+"""Measure how long a patch takes in torch and in ONNX Runtime, with each provider that is installed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WARM_UP, TIMED = 3, 10
 
 
 def time_runtimes(run: Run, file: str | Path) -> dict[str, float]:
-    """Seconds for one patch by runtime, in float32: torch and ONNX Runtime on the CPU, and on a GPU where there is one.
+    """Seconds for one patch in float32, by runtime: torch and ONNX Runtime on the CPU, and on a GPU if there is one.
 
-    A provider that ONNX Runtime lists but cannot use, as TensorRT without its libraries, is left out. Images come from
-    the memory of the CPU, and logits go back there.
+    A provider that ONNX Runtime lists but cannot use, such as TensorRT without its libraries, is left out. The time
+    includes the copies from the CPU to the GPU and back.
 
     Args:
-        run: trained.
-        file: what `export_onnx` wrote of it.
+        run: a finished training.
+        file: the ONNX file that `export_onnx` wrote for it.
     """
     import onnxruntime
 

@@ -1,4 +1,4 @@
-"""What a comparison is asked for. It imports nothing large: the help of `compare` is made of it."""
+"""The options of `compare`. No large package is imported, so that help is quick."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnunet_semiseg.options import ExecutorOptions, ModelOptions, PredictionOpti
 
 
 def size(text: str) -> int | None:
-    """A size of the labelled set, None for `all`. Raises ArgumentTypeError for what is neither."""
+    """Read a size of the labelled set; `all` gives None. Raises ArgumentTypeError for other text."""
     if text == "all":
         return None
     try:
@@ -21,19 +21,19 @@ def size(text: str) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ExecutorOptions, PredictionOptions, ModelOptions):
-    """What is compared.
+    """The options of a comparison.
 
     Attributes:
-        trainers: the first is the baseline; by default labels alone, and the recipe.
-        seeds: how many runs of each trainer, with the seeds 0, 1, ...; None: one, with what the plans say.
-        labeled: sizes of the labelled set, None for all labels; without any, the set is what it is.
-        curve: trainers that are trained at every size; the others at the first alone. None: all of them.
-        upper_bound: a dataset with all the labels, for the baseline's trainer.
-        noise: standard deviations of noise on the normalised test images.
-        gpus: the numbers of those that train and predict at the same time; none: the one that `device` means.
-        jobs: how many train and predict at the same time on each of them, or on the CPU.
-        tolerance: of the normalised surface distance, in mm.
-        num_processes: for the evaluation.
+        trainers: the trainers to compare. The first one is the baseline.
+        seeds: the number of runs of each trainer, with the seeds 0, 1, ... None: one run, with the seed of the plans.
+        labeled: sizes of the labelled set; None is all labels. Empty: the labelled set is not changed.
+        curve: trainers that are trained with every size; the others are trained with the first size only. None: all.
+        upper_bound: a dataset with all labels. The baseline's trainer is trained on it.
+        noise: standard deviations of the noise on the normalised test images.
+        gpus: the numbers of the GPUs that train and predict at the same time. Empty: the device `device`.
+        jobs: how many jobs run at the same time on each GPU, or on the CPU.
+        tolerance: the tolerance of the normalised surface distance, in mm.
+        num_processes: the number of processes for the evaluation.
     """
 
     trainers: Sequence[str] = option(
@@ -80,5 +80,5 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
 
     @property
     def main_size(self) -> int | None:
-        """The size of the labelled set that tables and pictures are about; the others are points of the curve."""
+        """The size of the labelled set that tables and pictures show. The other sizes are points of the curve."""
         return self.labeled[0] if self.labeled else None

@@ -51,7 +51,7 @@ def to_svg(figure: Figure, name: str) -> str:
     """An `<svg>` element of variable size. Its text has the colour of the page (`currentColor`).
 
     Args:
-        name: is put in front of every id, because a page has several figures.
+        name: a prefix for every id, because a page has several figures.
     """
     file = io.StringIO()
     with rc_context(_STYLE):
@@ -66,7 +66,7 @@ def box_plots(scores: pd.DataFrame, metric: str, heading: str, name: str) -> Cha
 
     Args:
         scores: columns `method`, `label`, `case` and `metric`, with one row for each run.
-        heading: of the axis.
+        heading: the title of the axis.
         name: see `to_svg`.
     """
     scores = scores.groupby(["method", "label", "case"], sort=False)[metric].mean().reset_index()
@@ -127,7 +127,7 @@ def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: s
 
     Args:
         logs: for each run nnU-Net's log, with one value for each epoch.
-        prefix: of the keys of loss terms.
+        prefix: the keys of loss terms begin with it.
         name: see `to_svg`.
     """
     data = []
@@ -172,7 +172,7 @@ def overlay(
         reference, predictions: (H, W) label maps.
         labels: the value of each class; for a region a tuple of values.
         aspect: height of a pixel divided by its width.
-        colors: of the predictions. None: `color_of`.
+        colors: the colours of the predictions. None: `color_of`.
     """
     colors = colors or color_of(list(predictions))
     low, high = np.percentile(image, (1, 99))

@@ -199,7 +199,7 @@ def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
 
 
 def why_they_disagree(d: pd.Series) -> str:
-    """What it means that the interval excludes 0 and p is not small, or the other way round; empty if they agree."""
+    """A sentence if the interval excludes 0 although p is not small, or the other way round. Empty if they agree."""
     if np.isnan(d["low"]):
         return ""
     excludes_zero, is_small = d["low"] > 0 or d["high"] < 0, d["p_holm"] < SIGNIFICANT
@@ -219,7 +219,7 @@ def why_they_disagree(d: pd.Series) -> str:
 
 
 def interval(metric: str, d: pd.Series) -> str:
-    """The bounds of the 95 % interval with their signs, if there is an interval."""
+    """The bounds of the 95 % interval with their signs, or `no interval`."""
     if np.isnan(d["low"]):
         return "no interval"
     return " to ".join(f"{d[key]:+.{DIGITS[metric]}f}" for key in ("low", "high"))

@@ -1,4 +1,4 @@
-"""What a comparison needs: runs, test set, GPUs. What makes no sense is refused before any work."""
+"""Find what a comparison needs: runs, test set, GPUs. Wrong options are refused before any work."""
 
 from __future__ import annotations
 

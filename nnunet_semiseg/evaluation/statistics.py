@@ -40,7 +40,7 @@ def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.Dat
 
     A case's value is its mean over a method's runs. The p-value is that of Wilcoxon's signed-rank test, two-sided, then
     corrected for the number of comparisons with Holm's method. It says whether these trained models differ on other
-    cases of the same kind. What another training would give, the spread over runs shows.
+    cases of the same kind. The spread over runs shows how much another training would change the result.
 
     Args:
         scores: one row for each method, run and case, with a column `metric`.

@@ -67,7 +67,7 @@ class Work:
             process.cancel()
 
     def checkpoint(self):
-        """submitit calls this; the same work is put into the queue again."""
+        """submitit calls this when a job is interrupted. It puts the same work into the queue again."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

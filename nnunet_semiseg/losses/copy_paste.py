@@ -22,26 +22,29 @@ def draw_box(x: Tensor, share: float, whole_first_axis: bool = False) -> Tensor:
 
 
 def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:
-    """x inside the box (1, 1, *S), the other image around it, (B, C, *s). For a coarser grid the box is resampled."""
+    """Paste a box (1, 1, *S) of x into another image, both (B, C, *s). For a coarser grid the box is resampled."""
     return torch.where(on_grid(box, x), x, into)
 
 
 def draw_mixing_box(x: Tensor, often: float) -> Tensor:
-    """The box of CutMix, as AD-MT and TraCoCo draw it: its sides are sqrt(b) of the patch's, b from Beta(4, 4).
+    """The box of CutMix in AD-MT and TraCoCo. Its sides are sqrt(b) times those of the patch, with b from Beta(4, 4).
 
     Args:
-        often: the probability that there is one; else it is empty.
+        often: the probability that there is a box. Otherwise the box is empty.
     """
     side = torch.distributions.Beta(4.0, 4.0).sample().sqrt()
     return draw_box(x, float((torch.rand(()) < often) * side))
 
 
 def cut_mix(x: Tensor, box: Tensor) -> Tensor:
-    """Each sample of x (B, C, *S) with the box of the sample before it; the first has that of the last."""
+    """Paste into each sample of x (B, C, *S) the box of the sample before it, and into the first that of the last."""
     return paste(box, x.roll(1, 0), x)
 
 
 def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The first n samples, and for each another one: the one before it; for the first one, the one after the last."""
+    """The first n samples, and a partner for each: the sample before it.
+
+    The first one gets the sample after the last.
+    """
     x = x[: n + 1]
     return x[:n], x.roll(1, 0)[:n]

@@ -82,8 +82,8 @@ def mixed_loss(
 ) -> Tensor:
     """nnU-Net's loss with its deep supervision where an image has partly true labels and partly pseudo-labels.
 
-    There is one Dice for the whole patch. With a Dice for each part, a part without foreground would teach nothing,
-    and nothing would keep the network from finding too much there.
+    There is one Dice for the whole patch. With a Dice for each part, a part without foreground would have no useful
+    Dice, and nothing would keep the network from finding too much foreground there.
 
     Args:
         loss: nnU-Net's, with or without deep supervision.

@@ -1,4 +1,4 @@
-"""Pseudo-labels of a teacher and of other models' masks: who is believed where."""
+"""Combine the pseudo-labels of a teacher with the masks of other models."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from torch import Tensor
 def join_masks(
     decision: Tensor, p: Tensor, masks: Tensor, weights: Tensor, unsure: float, regions: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The pseudo-label of a teacher and of masks, and how much each voxel of it counts.
+    """The pseudo-label from a teacher and masks, and the weight of each voxel.
 
-    A mask votes for its class with the weight of that class. Its background is a vote against the classes it is good
-    at: for what the teacher finds most likely among background and the classes of weight 0. That vote has the least
-    weight of the classes it is good at. A class of weight 0 in a mask, and a place it does not know, are no vote.
+    A mask votes for its class with the weight of this class. A mask's background is a vote against the classes with a
+    weight above 0: it votes for the background or a class of weight 0, whichever the teacher finds most probable. This
+    vote has the smallest weight above 0. A class of weight 0 and a voxel that is not known (-1) give no vote.
 
-    Where the teacher is unsure, the class with most votes is the label; elsewhere, and without a vote, it is the
-    teacher's decision. A voxel counts with all votes for its label, and with 1 more where the teacher decided the
-    same. So masks teach where they agree with the teacher and where it is unsure, and only that.
+    Where the teacher is unsure, the label is the class with the most votes. Elsewhere, and without a vote, it is the
+    teacher's decision. The weight of a voxel is the sum of the votes for its label, plus 1 if the teacher has decided
+    for it, too. So masks have an effect only where they agree with the teacher and where the teacher is unsure.
 
     Args:
-        decision: the teacher's, as `hard_pseudo_label` returns it.
-        p: its probabilities (B, heads, *S).
-        masks: (B, K, *S) of K other models, values of the dataset; -1 where a mask is not known.
-        weights: (K, heads), of each model and class or region, in 0 to 1; the background's are not looked at.
-        unsure: the teacher is where the probability of its decision is less than this.
-        regions: values of each region (n,), where the heads are regions; each is then decided on its own, by yes and
-            no, and a voxel counts with the mean over them.
+        decision: the teacher's decision, as `hard_pseudo_label` returns it.
+        p: the teacher's probabilities (B, heads, *S).
+        masks: the masks of K models, (B, K, *S), with the values of the dataset. -1 where a mask is not known.
+        weights: (K, heads), the weight of each model for each class or region, in 0 to 1. That of the background is
+            not used.
+        unsure: the teacher is unsure where the probability of its decision is below this.
+        regions: the values of each region (n,), if the heads are regions. Then each region is decided separately, with
+            yes or no, and the weight of a voxel is the mean over the regions.
 
     Returns:
-        The label, in the form of the decision; what voxels count, (B, 1, *S), at least 1 without a vote.
+        The label, in the form of the decision, and the weights of the voxels, (B, 1, *S). Without a vote a weight is 1.
     """
     if regions is not None:
         return _join_regions(decision, p, masks, weights, unsure, regions)

@@ -35,7 +35,10 @@ def probabilities(logits: Tensor, label_manager) -> Tensor:
 
 
 def entropy(p: Tensor, regions: bool) -> Tensor:
-    """The entropy -sum p log p over classes, (B, 1, *S); for each region and its complement, (B, heads, *S)."""
+    """The entropy -sum p log p over the classes, (B, 1, *S).
+
+    For regions: that of each region and its complement, (B, heads, *S).
+    """
     if regions:
         return torch.special.entr(p) + torch.special.entr(1 - p)
     return torch.special.entr(p).sum(1, keepdim=True)

@@ -48,7 +48,7 @@ class TwoContrasts(nn.Module):
 
 
 class Window:
-    """A CT window for an image that nnU-Net has normalised: level -+ width / 2 becomes -1 and 1; the rest is clipped.
+    """A CT window for a normalised image: level - width / 2 becomes -1, and level + width / 2 becomes 1.
 
     Args:
         level, width: in HU.
@@ -125,7 +125,7 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
 
 
 def check_windows(windows, low: float, high: float) -> None:
-    """Refuse two windows that both show everything, and so the same; and a window that shows nothing."""
+    """Refuse two windows that both show the whole range (they are equal), and a window that shows nothing of it."""
     bounds = [(level - width / 2, level + width / 2) for level, width in windows]
     if all(a <= low and high <= b for a, b in bounds) or any(b <= low or high <= a for a, b in bounds):
         raise UserError(

@@ -65,7 +65,7 @@ class MutualLearningUNet(nn.Module):
         networks: nnU-Net's, one for each modality. They may differ in the number of input channels only.
         modalities: turns an image into two.
         regions: the heads have sigmoids instead of a softmax.
-        fused: both decoders read one common bottleneck. If False, each has its own, and the networks are separate.
+        fused: both decoders read one common bottleneck. If False, each reads its own, and the networks are separate.
     """
 
     encoder: Any
@@ -95,10 +95,12 @@ class MutualLearningUNet(nn.Module):
             dropout: p of that dropout.
 
         Returns:
-            Without branches: logits (B, heads, *S); with deep supervision a list from fine to coarse. With branches: a
-            list of two of these. With passes: that list, where a decoder whose modality a sample lacks has the mean's
-            output; the logits of the mean; and those of the mean over passes and decoders (B, heads, *S), None for 0
-            passes.
+            Without branches: logits (B, heads, *S); with deep supervision a list from fine to coarse.
+            With branches: a list of two of these.
+            With passes: three things. First that list; if a sample lacks a modality, its decoder has the output of the
+                mean.
+            Second the logits of the mean. Third the logits of the mean over passes and decoders (B, heads, *S), or None
+            for 0 passes.
         """
         images = self.modalities(x)
         features = [encoder(image) for encoder, image in zip(self.encoder, images, strict=True)]

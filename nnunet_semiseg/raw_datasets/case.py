@@ -123,7 +123,7 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
         root: nothing outside of this folder may be read. None: the folder of the file.
 
     Raises:
-        UserError: the image is missing or damaged, or `repair` does not allow to fix it.
+        UserError: the image is missing or damaged, and `repair` does not allow to fix it.
     """
     for path in paths_of(source):
         if not path.exists():
@@ -170,7 +170,10 @@ def _run(source: Read, notes: list[str]) -> sitk.Image:
 def _registered(
     loaded: Loaded, source: Path | Read, first: sitk.Image, names: tuple[str, str], how: str, notes: list[str]
 ) -> Loaded:
-    """A channel where the first one is, as far as it has to be and may be moved; the note says how far off it is."""
+    """Align a channel with the first one, if this is necessary and allowed.
+
+    The note says by how many mm it is displaced.
+    """
     image, link = loaded
     try:
         moved, note = align(image, first, *names, how)

@@ -59,7 +59,7 @@ class About:
         label_values: from values in the source to values in the dataset. None: the values of `labels`.
         value_hint: how to fix an unknown label value.
         repair: what may be changed in headers and voxels.
-        notes: what a user should know before using the data set.
+        notes: what a user must know before using the data set.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Read:
     The function returns a SimpleITK image, or a pair of it and a note for the report, which may be empty.
 
     Args:
-        repairs: the function looks itself for what is wrong with the files.
+        repairs: the function itself checks the files for problems.
     """
 
     function: Callable[..., sitk.Image | tuple[sitk.Image, str]]
@@ -114,7 +114,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Case:
-    """A case as the source has it; a plain path is linked where nnU-Net can read it as it is."""
+    """The files of a case in the source. A plain path is linked if nnU-Net can read the file."""
 
     name: str
     images: tuple[Path | Read, ...]

@@ -1,4 +1,4 @@
-"""Whose DICOM series are whose: folders of patients, of visits, and of series with a label of their own."""
+"""Find out which DICOM series belong to which case. A case is a patient, a visit, or a series with its own label."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Folders = tuple[str, ...]
 
 
 def case_folders(names: Iterable[Name], channels: Sequence[str] | None) -> dict[Name, Folders]:
-    """The folder of each file's case; empty where it lies in none.
+    """The folder of the case of each file. Empty if the file is in no such folder.
 
-    It is the uppermost one below those of training and test. Where several folders in it have a label of their own, or
-    are visits, or it is called like a wanted channel, each of them is a case: `CT/1`, `MR/2/T1` and `MR/2/T2`,
+    It is the uppermost folder below those of training and test. If several folders in it have their own label, or are
+    visits, or if it has the name of a wanted channel, each folder in it is a case: `CT/1`, `MR/2/T1` and `MR/2/T2`,
     `P1/2020-01-05`.
     """
     names = list(names)
@@ -43,10 +43,10 @@ def _longest(place: Folders, known: set[Folders]) -> Folders:
 
 
 def _split(series: set[Folders], labelled: set[Folders], channels: set[str]) -> set[Folders]:
-    """Folders of cases: the uppermost ones, split up as long as that takes.
+    """The folders of cases. It begins with the uppermost folders, and divides them as often as necessary.
 
     Args:
-        labelled: folders with a label somewhere in them, beside a series.
+        labelled: folders that contain a label beside a series.
     """
     keys = {place[:1] for place in series}
     while True:
@@ -66,7 +66,7 @@ def _split(series: set[Folders], labelled: set[Folders], channels: set[str]) -> 
 
 
 def without_channels(groups: Mapping[Folders, Sequence[Name]], channels: Sequence[str] | None) -> list[Folders]:
-    """Cases with no series in a folder of a wanted channel, where each is a folder's name: `CT`, beside `MR`."""
+    """The cases without a series in a folder of a wanted channel, if folders have the channels' names (`CT`, `MR`)."""
     words = {
         key: {plain(folder) for name in names if name.ending == SERIES for folder in (*name.folders, name.stem)}
         for key, names in groups.items()

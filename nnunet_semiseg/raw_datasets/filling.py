@@ -1,4 +1,4 @@
-"""A layout, and how files are put into it: from one folder for all cases, in groups, or from a folder for each."""
+"""A layout, and functions that add files to it: from a folder for all cases, for some, or for each case."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from nnunet_semiseg.raw_datasets.pairs import find_suffixes, pair
 
 @dataclass
 class Layout:
-    """What the names of files say.
+    """What the names of the files say about the cases.
 
     Args:
         kind: how the source is organised, in words.
-        images: by case and channel the path. A file with all channels has the channel "". A missing channel is left
+        images: the paths by case and channel. A file with all channels has the channel "". A missing channel is left
             out.
-        labels: by case and class the path. A file with all classes has the class "".
-        channels: in their order. Empty if there is one channel and nothing says what it is.
-        parts: val, test or unlabeled, by case; all others are for training.
-        patients: by case, if folders say so.
-        left_out: the reason by path.
-        joined: different names of labels that were taken for the same. Empty if the names do not differ.
+        labels: the paths by case and class. A file with all classes has the class "".
+        channels: the channels in their order. Empty if there is one channel without a name.
+        parts: val, test or unlabeled, by case. All other cases are for training.
+        patients: the patients by case, if folders name them.
+        left_out: the files that are left out, each with the reason.
+        joined: different names of labels that were treated as the same class. Empty if the names do not differ.
     """
 
     kind: str

@@ -55,7 +55,7 @@ def recognise(
         classes: the wanted classes. If masks have these names, each is the mask of its class.
 
     Raises:
-        UserError: names have no meaning or two: two cases with one name, a label without an image.
+        UserError: the names have no clear meaning: two cases have the same name, or a label has no image.
     """
     paths = sorted(paths, key=natural)
     root = common_root(paths)
@@ -252,7 +252,7 @@ def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
 
 
 def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | None:
-    """`Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`: labels in other folders than images, told by names."""
+    """`Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`: labels in other folders, recognised by their names."""
     images, labels = by_kind(names)
     if any(name.ending == SERIES for name in images) or len({name.stem for name in images}) < len(images):
         return None
@@ -268,7 +268,7 @@ def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | No
 
 
 def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
-    """`P1/P1_t1ce.nii.gz`, `P1/P1_seg.nii.gz`, or with folders therein; `labels/P1.nii.gz` for those without."""
+    """`P1/P1_t1ce.nii.gz`, `P1/P1_seg.nii.gz`, also with subfolders. Some labels may be in `labels/P1.nii.gz`."""
     dicom = any(name.ending == SERIES for name in names)
     keys = case_folders(names, channels) if dicom else {name: name.above for name in names}
     of_labels = {keys[name] for name in names if is_label(name)}
@@ -305,7 +305,7 @@ def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, sta
 
 
 def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The last folder of each. Folders above are added if it is a session, or if two cases would have the same name."""
+    """A name for each case: its last folder. Folders above are added for a session, or if two names would be equal."""
     keys = set(keys)
     names = {}
     for key in keys:

@@ -75,7 +75,10 @@ class Name:
 
     @cached_property
     def stem(self) -> str:
-        """The file's name without its ending, nor `.nii` before it: ITK would write `a.nii.nii.gz` as `a.nii.gz`."""
+        """The file's name without its ending and without a `.nii` before it.
+
+        ITK would write `a.nii.nii.gz` as `a.nii.gz`.
+        """
         name = self.path.rpartition("/")[2]
         stem = name[: len(name) - len(self.ending)].removesuffix(".nii")
         return unicodedata.normalize("NFC", stem)  # a Mac writes ö as two characters
@@ -100,12 +103,12 @@ class Name:
 
     @cached_property
     def part(self) -> str | None:
-        """train, val, test or unlabeled, from the deepest folder that says one of them."""
+        """train, val, test or unlabeled, from the deepest folder that has such a name."""
         return next((part for folder in reversed(self.folders) if (part := part_of(folder))), None)
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name: `TrainingImg` and `training-img` give training, img. Numbers are words of their own."""
+    """The words of a name: `TrainingImg` and `training-img` give training, img. A number is a separate word."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
 
 
@@ -156,12 +159,12 @@ def without_case(stem: str, case: str) -> str:
 
 
 def is_visit(folder: str) -> bool:
-    """Whether a folder's name is a date, or has a word like visit, baseline or week, so that there are several."""
+    """Whether a folder is a visit: its name is a date, or has a word like visit, baseline or week."""
     return _VISIT.fullmatch(folder) is not None
 
 
 def is_session(folder: str, above: str) -> bool:
-    """Whether a folder is that of a visit, and the one above it that of the patient: `P1/2`, but not `CT/2`."""
+    """Whether a folder is a visit and the folder above it a patient: `P1/2`, but not `CT/2`."""
     return is_visit(folder) or (_SESSION.fullmatch(folder) is not None and any(c.isdecimal() for c in above))
 
 

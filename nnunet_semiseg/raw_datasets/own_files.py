@@ -107,7 +107,7 @@ class Files:
         )  # fmt: skip
 
     def _notes(self, layout: Layout, labels: Sequence[str] | None, ending: str) -> Iterable[str]:
-        """What is written in another format, and what the names do not say."""
+        """Notes for the user: which files are written in another format, and what the names do not show."""
         images = [name for files in layout.images.values() for name in files.values()]
         plain = [name for files in layout.labels.values() if set(files) == {""} for name in files.values()]
         plain = [
@@ -124,7 +124,7 @@ class Files:
             yield f"labels with different names are taken for the same: {some(layout.joined)}{_if_classes(layout)}"
 
     def case(self, case: str, layout: Layout) -> Case:
-        """With a reader for each file that nnU-Net does not read as it is."""
+        """The case, with a reader for each file that nnU-Net cannot read."""
         files = layout.images[case]
         images = tuple(self._images(files))
         label = layout.labels.get(case)
@@ -179,7 +179,7 @@ class Files:
                 yield Read(refuse, (path,), {"why": f"its case has no channel {channel}: rename or add the file"})
 
     def _of_one_file(self, name: str) -> Iterable[Path | Read]:
-        """One channel, or all channels in one file or DICOM folder."""
+        """Yield a path or a reader for each channel of a file or of a DICOM folder."""
         path, n = self.place(name), len(self.channels)
         size = self.sizes.get(path, ())
         if len(size) == 4:
@@ -215,7 +215,7 @@ class Files:
         return Read(read_mask if mode == "LA" else read_gray, (path,))
 
     def _check_channels(self, layout: Layout) -> None:
-        """Check before anything is made: channels that need names."""
+        """Check before anything is made whether channels need names."""
         if len(self.channels) > 1:
             return
         path = next(iter(next(iter(layout.images.values())).values()))
@@ -278,7 +278,7 @@ class Files:
         return partial(read_any_mask, colours=self.values.colours if self.values else {}, labels=tuple(self.names))
 
     def _picture_reader(self, path: Path) -> Callable[[Path], sitk.Image] | None:
-        """None if SimpleITK reads the picture as it is."""
+        """A reader for a picture. None if SimpleITK can read it."""
         return self._read_picture if mode_of(path) in ("P", "1", "LA", "PA", "RGB", "RGBA") else None
 
     def _classes(self, layout: Layout, labels, given, folder: Path) -> dict[str, int | tuple[int, ...]]:
@@ -353,7 +353,7 @@ class Files:
         raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
 
     def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:
-        """Labels that need no other file for their values."""
+        """The labels whose values can be read without another file."""
         labels = [layout.labels[case] for case in cases if case in layout.labels]
         names = (files[""] for files in labels if set(files) == {""})
         return [self.place(name) for name in names if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)]
@@ -379,12 +379,12 @@ class Files:
 
 
 def _words(names: Iterable[str]) -> str:
-    """As the user types them."""
+    """The words as the user types them."""
     return " ".join(f"'{name}'" if " " in name else name for name in names)
 
 
 def _if_classes(layout: Layout) -> str:
-    """What to type if labels with different names belong to different classes."""
+    """A hint: what to type if labels with different names belong to different classes."""
     named = [name for name in layout.joined if name and not any(c.isdecimal() for c in name)]
     return f"; if each is a class of its own, --labels {_words(named)}" if len(named) > 1 else ""
 

@@ -1,4 +1,4 @@
-"""Whether the channels of a case lie upon each other, and a rigid registration where they do not."""
+"""Measure whether the channels of a case are aligned, and register them rigidly if they are not."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ SMALLEST = 16
 
 
 def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: str) -> tuple[sitk.Image, str]:
-    """A channel on the grid of the first one, moved where it is off, and a note on how far off it is.
+    """A channel on the grid of the first one, aligned with it if necessary; and a note on its displacement.
 
-    It is off where some corner of the first channel's image has to move by more than a voxel (the smallest spacing),
-    about as far as a registration is right. A channel that is not moved keeps its voxels, if its grid is the same.
+    A channel is displaced if a corner of the first channel's image must move by more than one voxel (of the smallest
+    spacing). This is about the accuracy of the registration. A channel that is not moved and has the same grid keeps
+    its voxels.
 
     Args:
-        moving, fixed: volumes with one value a voxel.
-        channel, first: their names.
-        how: `check` moves nothing.
+        moving, fixed: volumes with one value for each voxel.
+        channel, first: the names of both channels.
+        how: one of `REGISTER`; with `check` nothing is moved.
 
     Raises:
-        UserError: it cannot be registered.
+        UserError: the channel cannot be registered.
     """
     if is_constant(moving) or is_constant(fixed):
         return moving, f"{channel}: not compared with {first}: one of them is empty"
@@ -46,14 +47,16 @@ def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: 
 
 
 def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, float]:
-    """The rotation and shift that lay a volume upon another by mutual information, from where headers put them.
+    """Find the rotation and the shift that align two volumes, by mutual information.
+
+    It starts from the positions in the headers.
 
     Returns:
-        The transform, from points of the fixed image to points of the moving one; the identity, if that is no worse.
-        How far it moves the corner of the fixed image that it moves most, in mm.
+        The transform from points of the fixed image to points of the moving one, or the identity if that is not worse.
+        And the largest distance, in mm, by which it moves a corner of the fixed image.
 
     Raises:
-        UserError: they do not overlap.
+        UserError: the volumes do not overlap.
     """
     fixed, moving = (sitk.Cast(image, sitk.sitkFloat32) for image in (fixed, moving))
     middle = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
@@ -83,7 +86,7 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
 
 
 def measure() -> sitk.ImageRegistrationMethod:
-    """Mutual information of two images, in one thread: converters have a process for each case."""
+    """SimpleITK's mutual information of two images. It uses one thread, because converters have many processes."""
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(BINS)
@@ -99,11 +102,11 @@ def evaluate(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -
 
 
 def is_constant(image: sitk.Image) -> bool:
-    """Whether all voxels have the same value, as those of a channel that a case lacks."""
+    """Whether all voxels have the same value, as in a channel that the case lacks."""
     voxels = sitk.GetArrayViewFromImage(image)
     return bool(voxels.min() == voxels.max())
 
 
 def same_grid(image: sitk.Image, other: sitk.Image) -> bool:
-    """Whether voxels lie upon voxels, to a thousandth of a millimetre."""
+    """Whether the voxels of both images have the same positions, to a thousandth of a millimetre."""
     return image.GetSize() == other.GetSize() and np.allclose(corners_of(image), corners_of(other), atol=1e-3)

@@ -30,7 +30,7 @@ class Repair:
 
     Args:
         spacing: x y z in mm, if a header has none (0, less, or NaN).
-        nan: replaces NaN and infinity: a number, or `fill` for the least finite value of an image.
+        nan: replaces NaN and infinity: a number, or `fill` for the smallest finite value of an image.
         reorient: axes that are not at right angles are turned to the nearest ones that are. Voxels do not change.
     """
 
@@ -157,7 +157,7 @@ def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
 
 
 def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None, str | None]:
-    """The difference between the grids of two images that is an error; or else a rounding, for a note.
+    """Compare two grids. Returns the difference as an error; or, if it is only rounding, as a note.
 
     Two grids are equal if all their corners differ by at most `TOLERANCE` of the smallest spacing.
     """

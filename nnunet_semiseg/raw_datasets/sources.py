@@ -31,10 +31,10 @@ def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
-    """Files and folders below a folder, at any depth, whose path ends like the pattern; sorted.
+    """Files and folders below a folder, at any depth, whose path ends as the pattern says. They are sorted.
 
     Args:
-        pattern: `*.tif`, or with the names of folders: `imagesTr/lung_*.nii.gz`.
+        pattern: such as `*.tif`, or with folders, such as `imagesTr/lung_*.nii.gz`.
 
     Links to folders are followed. Files that a Mac or an office program adds are ignored: `__MACOSX`, `._x`, `~$x`, and
     hidden files.

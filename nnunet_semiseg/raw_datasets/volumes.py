@@ -16,10 +16,10 @@ from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 
 def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
-    """Read a TIFF stack. The voxel size is in the file CASE.json beside it, as nnU-Net has it (z y x), or in `spacing`.
+    """Read a TIFF stack. The voxel size is in the file CASE.json beside it, as in nnU-Net (z y x), or in `spacing`.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no voxel size.
     """
     volume = sitk.ReadImage(path)
     beside = next((f for s in (path.stem, path.stem[:-5]) if (f := path.with_name(f"{s}.json")).is_file()), None)
@@ -70,9 +70,9 @@ def read_mask_stack(
     The slices have the order of the image's slices: that of the names of its DICOM files, else that of its own slices.
 
     Args:
-        image: its file, or the folder of its DICOM files or pictures.
+        image: the image's file, or the folder of its DICOM files or pictures.
         channel: the series, if there are several.
-        spacing: of an image that consists of pictures, else None.
+        spacing: that of an image that consists of pictures, else None.
     """
     mask = _stacked(folder, read_slice)
     grid = read_stack(image, spacing)[0] if spacing else read_grid(image, channel)
