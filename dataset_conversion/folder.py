@@ -56,15 +56,15 @@ def find_cases(
     """Find the cases below a folder by the names of folders and files. A case without a label is unlabelled.
 
     Args:
-        labels: names of the label values 1, 2, ... (with a single one, 255 is read as 1, too). If each class has its
-            own mask, or for DICOM segmentations, the names of the wanted ones. None: as `dataset.json` or the files
+        labels: names of the label values 1, 2, ... (if there is only one, 255 is read as 1, too). If each class has its
+            own mask, and for DICOM segmentations, the names of the wanted classes. None: as `dataset.json` or the files
             say.
         channels: names of the channels, in their order, as in the names of files or DICOM series. None: as files say.
         name: of the dataset.
         split: a JSON file `{"train": [case, ...], "val": [...], "test": [...]}`. None: as folders say.
         spacing: x y z, in mm, for files that do not say it: TIFF volumes, stacks of pictures, damaged headers.
         label_values: `205=kidney`, `0,1=background`, `255/0/0=kidney` for a colour.
-        nan: replaces NaN and infinity: a number, or `fill` for the image's least value.
+        nan: replaces NaN and infinity: a number, or `fill` for the smallest value of the image.
         reorient: turn axes that are not at right angles to the nearest ones that are.
         test: the share of the labelled cases that becomes the test set, at random with a fixed seed.
         group_by: `patient`, or a regular expression: scans of a patient stay together in test set and folds.
@@ -138,7 +138,7 @@ def _dataset_json(folder: Path, left_out: dict[str, str]) -> Given:
     files = [name for name in left_out if name.rpartition("/")[2] == "dataset.json"]
     if len(files) != 1:
         return Given()
-    content = read_json(folder / files[0], "correct it, or take it away and give --labels")
+    content = read_json(folder / files[0], "correct it, or remove it and give --labels")
     try:
         channels = content.get("channel_names") or content.get("modality") or {}
         names = tuple(str(channels[key]) for key in sorted(channels, key=int))
@@ -178,7 +178,10 @@ def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -
 
 
 def _lists(layout: Layout) -> list[list[str]]:
-    """The training cases, those with a label first; validation and test cases, as folders say."""
+    """The training cases, first those with a label; then the validation and the test cases.
+
+    The folders say the part.
+    """
     train = [case for case in layout.images if layout.parts.get(case, "unlabeled") == "unlabeled"]
     train = sorted(train, key=lambda case: (case not in layout.labels, case))
     return [train, *([case for case in layout.images if layout.parts.get(case) == part] for part in ("val", "test"))]
@@ -220,8 +223,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME",
-        help="names of the label values 1, 2, ...; where each class has a mask or a DICOM label of its own, the names"
-        " of those to take; default: as dataset.json or the files say",
+        help="names of the label values 1, 2, ...; if each class has its own mask or DICOM label, the names of those to"
+        " take; default: as dataset.json or the files say",
     )  # fmt: skip
     parser.add_argument(
         "--label-values", nargs="+", metavar="VAL=NAME",
@@ -235,7 +238,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--name", default=ABOUT.name, help="name of the new dataset; default: %(default)s")
     parser.add_argument(
         "--split", metavar="FILE",
-        help='JSON file that says which cases are for what: {"train": [case, ...], "val": [...], "test": [...]}',
+        help='JSON file with the cases of each part: {"train": [case, ...], "val": [...], "test": [...]}',
     )  # fmt: skip
     parser.add_argument(
         "--test",
@@ -245,7 +248,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group-by", metavar="patient",
-        help="keep all scans of a patient together; or a regular expression: cases with the same match stay together",
+        help="patient: keep all scans of a patient together; or a regular expression: keep cases with the same match"
+        " together",
     )  # fmt: skip
     parser.add_argument(
         "--spacing", type=_millimetres, nargs=3, metavar="MM",
@@ -255,7 +259,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--nan",
         type=_nan,
         metavar="fill",
-        help="replace NaN and infinity by the image's least value (fill), or by a number",
+        help="replace NaN and infinity by the smallest value of the image (fill), or by a number",
     )
     parser.add_argument(
         "--reorient", action="store_true", help="turn axes that are not at right angles to the nearest ones that are"
@@ -263,7 +267,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def _millimetres(text: str) -> float:
-    """Raises ValueError, which argparse shows, for what is no length."""
+    """Read a length in mm. Raises ValueError, which argparse shows, if it is none."""
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError
@@ -271,7 +275,7 @@ def _millimetres(text: str) -> float:
 
 
 def _share(text: str) -> float:
-    """Raises ValueError, which argparse shows, for what is no share."""
+    """Read a share. Raises ValueError, which argparse shows, if it is none."""
     value = float(text)
     if not 0 < value < 1:
         raise ValueError
@@ -279,7 +283,7 @@ def _share(text: str) -> float:
 
 
 def _nan(text: str) -> float | str:
-    """Raises ArgumentTypeError for what is neither."""
+    """Read `fill` or a number. Raises ArgumentTypeError for other text."""
     if text == "fill":
         return text
     try:

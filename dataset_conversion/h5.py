@@ -78,11 +78,11 @@ def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Seq
     about = describe(known, labels)
     if not about.labels:
         raise UserError(
-            f"{folder}: case names like {next(iter(files))} are of no known set: name its labels with --labels NAME ..."
+            f"{folder}: case names like {next(iter(files))} belong to no known data set: give --labels NAME ..."
         )
     spacing = tuple(spacing or (known.spacing if known else ()))
     if len(spacing) not in (1, 3):
-        raise UserError(f"{folder}: of no set whose voxel size is known: give it with --spacing X Y Z (mm)")
+        raise UserError(f"{folder}: the voxel size of this data set is not known: give it with --spacing X Y Z (mm)")
     cases = {}
     for name, path in files.items():
         image, label = (Read(read_h5, (path,), {"key": key, "spacing": spacing}) for key in ("image", "label"))
@@ -104,7 +104,7 @@ def find_known(files: Mapping[str, Path]) -> Known | None:
         if len(odd) < len(files) / 2:
             more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
             raise UserError(
-                f"{odd[0]}{more}: not named like a case of {known.about.name}, as the other files are: take it away"
+                f"{odd[0]}{more}: not named like a case of {known.about.name}, as the other files are: remove it"
             )
     return None
 

@@ -79,7 +79,9 @@ def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
         raise UserError(f"{path}: the label is empty")
     chosen, note = choose_orientation(units, given)
     if chosen is None:
-        raise UserError(f"{path}: lies on no soft tissue of {scan} in either orientation ({note}): is it its label?")
+        raise UserError(
+            f"{path}: lies on no soft tissue of {scan} in either orientation ({note}): give the label of this scan"
+        )
     aligned = sitk.GetImageFromArray(np.ascontiguousarray(chosen))
     aligned.CopyInformation(image)
     return aligned, note

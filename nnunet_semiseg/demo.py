@@ -244,7 +244,7 @@ class Runner:
                     self.console.say(f"    {end[1]} left of this training")
         if process.returncode:
             print("".join(f"    | {line}\n" for line in log.read_text(encoding="utf-8").splitlines()[-15:]))
-            raise UserError(f"{command[0]} failed with exit status {process.returncode}; all it printed: {log}")
+            raise UserError(f"{command[0]} failed with exit status {process.returncode}; its output is in {log}")
 
 
 # ---------------------------------------------------------------------------------------------------- the results

@@ -154,7 +154,7 @@ class ExecutorOptions:
     """
 
     executor: Literal["local", "slurm"] = option(
-        "--executor", default="local", help="where the work is done: on this machine, or by jobs of a SLURM queue"
+        "--executor", default="local", help="run the work on this machine (local) or as jobs of a SLURM queue (slurm)"
     )
     slurm: Sequence[str] = option(
         "--slurm", action="extend", metavar="KEY=VALUE", default=(),

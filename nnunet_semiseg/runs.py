@@ -37,10 +37,10 @@ class Run:
     """A training, finished or not.
 
     Attributes:
-        dataset: its full name.
+        dataset: the full name of the dataset.
         fold: a number, or `all`.
         base_plans: the plans without this run's own settings.
-        seed, num_labeled: None: as in the base plans.
+        seed, num_labeled: settings of this run. None: as in the base plans.
     """
 
     dataset: str

@@ -104,7 +104,10 @@ def check(content: dict, shape: Shape, file: str | Path, fix: str, within: str =
 
 
 def _wrong(name: str, value: Any, hint: Any) -> str:
-    """Which value has another type. In an object it is the value inside it."""
+    """A sentence that names the value with a wrong type.
+
+    If the wrong value is inside an object, it names that value.
+    """
     if get_origin(hint) is dict and isinstance(value, dict):
         inner = get_args(hint)[1]
         key = next(key for key, v in value.items() if not matches(v, inner))
@@ -317,4 +320,4 @@ def check_name(option: str, name: str) -> None:
         shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise UserError(f"{option} {shown}: letters, digits, - _ and . only, at most 100 of them")
     if name in ("dataset", "dataset_fingerprint", "splits_final"):  # nnU-Net's own files beside the plans
-        raise UserError(f"{option} {name}: nnU-Net has a file {name}.json of its own there: choose another name")
+        raise UserError(f"{option} {name}: nnU-Net itself uses the file {name}.json: choose another name")

@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_one_line_and_masks_of_before_stay(dataset, tmp_pat
     rename = lambda f: (f / "un_000.nii.gz").rename(f / "un_00.nii.gz")  # noqa: E731
     refused("un_00.nii.gz: there is no case un_00: did you mean un_000? rename it", also=rename)
     twice = lambda f: (f / "tr_000.nii").write_bytes(b"x")  # noqa: E731
-    refused("is of the same case: take one of them out", also=twice)
+    refused("belongs to the same case: remove one of them", also=twice)
     refused("no masks: it needs a label file for each case, such as tr_000.nii.gz", cases=[])
     refused("--name ../x: letters, digits", name="../x")
     with pytest.raises(UserError, match="nowhere: no such folder"):

@@ -393,7 +393,7 @@ def test_a_touch_of_raw_files_asks_for_no_more_than_a_look(dataset):
     for file in dataset.raw.rglob("*.nii.gz"):
         os.utime(file)
     look = f"to compare its content, run nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres -plans_name {PLANS}"
-    refused(f"tr_000.nii.gz: has another time than when it was preprocessed: {look}$", train, dataset)
+    refused(f"tr_000.nii.gz: was written again after it was preprocessed: {look}$", train, dataset)
     before = {file: file.stat().st_mtime_ns for file in dataset.preprocessed.rglob("*.b2nd")}
     preprocess(dataset)
     train(dataset)
@@ -434,7 +434,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
         dataset.plan(preprocess=new == "tr_007")
         why = {
             "tr_007": "made before labelled case tr_007 changed",
-            "tr_008": "made of 3 labelled cases, but there are 4",
+            "tr_008": "made from 3 labelled cases, but there are 4",
         }
         assert f"dataset_fingerprint.json: was {why[new]}: it is made again" in capsys.readouterr().out
     assert shapes() == 4
@@ -444,7 +444,7 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
     train(dataset)
     content = json.loads(fingerprint.read_text())
     fingerprint.write_text(json.dumps(content | {"shapes_after_crop": content["shapes_after_crop"][1:]}))
-    refused("dataset_fingerprint.json: made of 3 labelled cases, but 4 are preprocessed: run", train, dataset)
+    refused("dataset_fingerprint.json: made from 3 labelled cases, but 4 are preprocessed: run", train, dataset)
     fingerprint.write_text(json.dumps(content | {"shapes_after_crop": None}))
     refused('dataset_fingerprint.json: "shapes_after_crop" is None, but must be a list: run', train, dataset)
     fingerprint.write_text(fingerprint.read_text()[:50])

@@ -87,7 +87,7 @@ def test_no_overlap_is_refused(pair):
     far = phantom(80, 20)
     far.SetOrigin((1000, 0, 0))
     why = "All samples map outside moving image buffer"
-    with pytest.raises(UserError, match=f"^cannot be registered .{why}.: take the case out, or align it by hand$"):
+    with pytest.raises(UserError, match=f"^cannot be registered .{why}.: remove the case, or align it by hand$"):
         find_rigid(far, pair[0])
 
 

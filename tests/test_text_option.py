@@ -58,7 +58,7 @@ def test_cog_is_the_alignment_of_every_output(trainer_class, ready, monkeypatch)
 
 @every_trainer_with_text
 def test_text_with_nothing_left_of_it_is_refused(trainer_class):
-    with pytest.raises(UserError, match="text=true tmr=off csa=false: nothing is left of the text: set text=false"):
+    with pytest.raises(UserError, match="text=true tmr=off csa=false: the text would have no effect: set text=false"):
         trainer_class.settings_class(text=True, tmr="off", csa=False)
     trainer_class.settings_class(tmr="off", csa=False)
 

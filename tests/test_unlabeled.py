@@ -460,7 +460,7 @@ def test_hidden_labels_change_nothing(tiny_dataset):
 def test_a_folder_named_like_an_image_is_not_passed_over(planned):
     folder = planned.image("un_007")
     folder.mkdir()
-    with pytest.raises(UserError, match=f"^{folder}: is a folder, not an image: take it out$"):
+    with pytest.raises(UserError, match=f"^{folder}: is a folder, not an image: remove it$"):
         run(planned)
 
 

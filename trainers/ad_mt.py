@@ -27,15 +27,15 @@ from nnunet_semiseg.training.teacher import make_teacher, update_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class ADMTSettings(ConsistencySettings, TeacherSettings, CertainSettings, TurnSettings):
-    """Settings of `ADMTTrainer`; the teacher that can be deployed is the first."""
+    """Settings of `ADMTTrainer`. Of the two teachers, only the first one can be deployed."""
 
     paper_weight: ClassVar[float] = 2.0
     paper_ramp: ClassVar[float] = 0.4
 
     match_threshold: Share = 0.8
-    """The least probability of a pseudo-label that counts."""
+    """Pseudo-labels with a probability below this do not count."""
     period: Count = 20
-    """The most steps in which one of the two teachers follows the student, before it is the other's turn."""
+    """The largest number of steps in which one teacher follows the student, before it is the other teacher's turn."""
     cutmix: Share = 1.0
     """The probability that a weak view gets a box of another sample, in the second teacher's turns."""
 
@@ -43,26 +43,30 @@ class ADMTSettings(ConsistencySettings, TeacherSettings, CertainSettings, TurnSe
 class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
     """Zhao et al., "Alternate diverse teaching for semi-supervised medical image segmentation" (ECCV 2024, 2311.17325).
 
-    A student and two EMA teachers. What makes them differ (random periodic alternate updating):
+    There are a student and two EMA teachers. The teachers are made to differ (random periodic alternate updating):
 
-    - one at a time follows the student, for 1 to `period` steps, drawn anew at each turn: with other batches, then;
-    - in the first one's turn the student sees the strong view, in the other one's the weak view with CutMix.
+    - only one of them follows the student at a time, for 1 to `period` steps. This number is drawn for each turn. So
+      the teachers follow the student on different batches;
+    - in the turn of the first teacher the student sees the strong view, in that of the second the weak view with
+      CutMix.
 
-    What the student learns (conflict-combating): of the teachers' probabilities p_1, p_2 on the weak view and the
-    entropies H of these, voxel by voxel,
+    The student learns from the teachers' probabilities p_1, p_2 on the weak view (conflict-combating). They are
+    averaged in each voxel, with their entropies H:
 
         p = (exp(-H_1) p_1 + exp(-H_2) p_2) / (exp(-H_1) + exp(-H_2)).
 
-    Where the teachers' decisions differ, and the student's own decision on the weak view is another than that of p and
-    has the higher probability, it stands in place of p. L_u is the mean of CE over the voxels where the probability is
-    at least 0.8; L = L_sup + 2 L_u, after a Gaussian ramp over 0.4 of the training.
+    If the teachers' decisions differ in a voxel, the student's own decision on the weak view can replace that of p: if
+    it is another class and has a higher probability. L_u is the mean of CE over the voxels where the probability is at
+    least 0.8. L = L_sup + 2 L_u, with a Gaussian ramp over 0.4 of the training.
 
-    That is `consistency=paper`, of the full resolution, read from paper and public code. By default we depart: L_u is
-    nnU-Net's loss with deep supervision over these voxels, with the weight 1. In both: the student's view is flipped
-    and turned; entropies are natural logarithms, as usual on paper (their code: to base 2); in 2d theirs is Dice in
-    place of CE, with 0.95, and here the same as in 3d; `period` is about half a pass through the unlabelled cases
-    there, 19 of LA and 50 of ACDC. The other teacher begins as a copy of the student in its first turn (theirs: both
-    are copies for 80 steps). With a single unlabelled sample in a batch nothing is mixed.
+    With `consistency=paper` this is done at full resolution, as in the paper and its code. By default we differ: L_u is
+    nnU-Net's loss with deep supervision over these voxels, with the weight 1.
+
+    Both differ from the paper in these points. The student's view is flipped and turned. Entropies have the natural
+    logarithm (their code: base 2). In 2d the loss is the same as in 3d (theirs: Dice instead of CE, with 0.95). Their
+    period is about half a pass through the unlabelled cases: 19 for LA and 50 for ACDC. Here the second teacher begins
+    as a copy of the student in its first turn (theirs: both are copies for 80 steps). With one unlabelled sample in a
+    batch nothing is mixed.
     """
 
     views = ("weak", "strong")
@@ -79,7 +83,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         self.method_state["steps_left"] = torch.tensor(first)
 
     def draw_period(self) -> int:
-        """The length of a turn that begins now: the same in all processes."""
+        """Draw the length of a turn that begins now. It is the same in all processes."""
         generator = np.random.default_rng((self.settings.seed or 0, self.step))
         return int(generator.integers(1, self.settings.period + 1))
 
@@ -106,7 +110,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
             box = draw_mixing_box(batch.views["weak"], self.settings.cutmix)
 
         def seen(x: Tensor) -> Tensor:
-            """What the student is shown, or is taught, of a weak view, or of what is said of it."""
+            """Change a weak view, or its pseudo-label, to what the student sees in this turn."""
             return turn(x) if box is None else cut_mix(turn(x), box)
 
         outputs = self.each(self.network, batch.images, seen(batch.views["strong" if box is None else "weak"]))
@@ -115,14 +119,17 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         yield {"consistency": self.settings.weight(self.progress) * self.taught_loss(next(outputs), decision, weight)}
 
     def taught_loss(self, output, decision: Tensor, weight: Tensor) -> Tensor:
-        """The student's loss over the voxels with weight 1; with `consistency=paper` a mean over these."""
+        """The student's loss over the voxels with weight 1.
+
+        With `consistency=paper` it is the mean over these voxels.
+        """
         if self.settings.consistency == "paper":
             weight = weight / weight.mean().clamp_min(1e-6)
             return cross_entropy(self.finest(output), decision, self.label_manager.has_regions, weight)
         return self.pseudo_loss(output, decision, weight)
 
     def ask_teachers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The decision to be learnt, and where it is certain, (B, 1, *S), 0 or 1."""
+        """The pseudo-label, and where it is certain, (B, 1, *S), 0 or 1."""
         manager = self.label_manager
         with self.without_gradients():
             logits = [teacher(images) for teacher in (self.teacher, self.auxiliary["other_teacher"])]
@@ -138,7 +145,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
 
 
 def combine(ps: list[Tensor], regions: bool) -> Tensor:
-    """The logits of the mean of probabilities (B, heads, *S), weighted with exp(-H), of each region its own."""
+    """The logits of the mean of probabilities (B, heads, *S), weighted with exp(-H). Each region has its own H."""
     weights = [(-entropy(p, regions)).exp() for p in ps]
     total = sum(weight * p for weight, p in zip(weights, ps, strict=True))
     p: Tensor = total / sum(weights)  # pyright: ignore[reportAssignmentType]: sum's 0 is not left

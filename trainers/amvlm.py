@@ -46,7 +46,7 @@ from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, 
 
 @dataclass(frozen=True, kw_only=True)
 class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
-    """Settings of `AMVLMTrainer`; without `vlm` it does not start."""
+    """Settings of `AMVLMTrainer`. `vlm` must be set."""
 
     vlm: str | None = None
     """The folder that `nnunet_semiseg pretrain_vlm` wrote. The trainer does not start without it."""
@@ -75,17 +75,17 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """How well text masks must find the labels (area under the ROC curve on labelled cases, 0.5 is chance). Worse
     masks are not used. With 0 they always are."""
     mask_labels: Literal["evidence", "hard", "soft"] = "evidence"
-    """What text masks do. `evidence` changes the probabilities of a Mean Teacher by what masks were worth on labelled
-    cases. The others teach three labels, as the paper does: `soft` with the masks as they are, `hard` with masks cut at
-    the threshold that has the best Dice on labelled cases."""
+    """How text masks are used. `evidence` changes the probabilities of a Mean Teacher; labelled cases show how much a
+    mask says. `soft` and `hard` teach three labels, as the paper does: `soft` uses the masks as they are, `hard` cuts
+    them at the threshold that has the best Dice on labelled cases."""
     mask_cosines: Literal["absolute", "relative"] = "absolute"
     """How the similarity of an image and a text becomes a mask. `absolute` is the paper's sigmoid(10 (cos - 0.25)).
     `relative` compares a pixel with the others of its image, and works with any pre-trained model."""
     text_slices: Count = 8
     """The number of slices of a 3d patch that get a text mask. They are drawn anew in every step."""
     sides: Literal["keep", "swap"] = "keep"
-    """What happens where a text names a side. `keep` leaves out the flips that make the text false. `swap` flips, and
-    swaps the words."""
+    """What happens if a text names a side. `keep` leaves out the flips that would make the text false. `swap` flips the
+    image and exchanges the words."""
     vertical_sides: tuple[tuple[str, ...], ...] = (
         ("upper", "lower"), ("uppermost", "lowermost"), ("top", "bottom"), ("topmost", "bottommost"),
         ("above", "below"), ("superior", "inferior"), ("anterior", "posterior"),
@@ -119,11 +119,11 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     of its own, as in the public code: TCL's extended InfoNCE with its priors (`loss_between_images`), and Adam. Teacher
     and generator see the weak view.
 
-    By default it is a Mean Teacher whose teacher hears the text. Before every epoch the text masks are measured on
-    labelled training cases, if possible on those whose labels the pre-training did not see: what does a mask's value
+    By default it is a Mean Teacher whose pseudo-labels the text changes. Before every epoch the text masks are measured
+    on labelled training cases, if possible on those whose labels the pre-training did not see: what does a mask's value
     say about a pixel (`evidence`)? This changes the odds of the teacher. Its decision teaches the student's strong
-    view, flipped and turned, by nnU-Net's loss with deep supervision. If the masks of a class find its labels too badly
-    (`mask_gate`), they are not used. If that holds for all classes, the method is a Mean Teacher.
+    view, flipped and turned, by nnU-Net's loss with deep supervision. If the masks of a class match its labels too
+    badly (`mask_gate`), they are not used. If no class has good masks, the method is a Mean Teacher.
 
     With `mask_labels=soft` it is the paper's method: three pseudo-labels, all probabilities, teach the student: the
     teacher's mask, the text mask, and the average of the two. Each can be switched off.
@@ -131,8 +131,8 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         L = L_sup + lambda(t) (L_teacher + L_text + L_average)
 
     The losses are nnU-Net's Dice + CE, towards soft labels at full resolution (`soft_label_loss`). lambda is a Gaussian
-    ramp over the training. `hard` cuts the text masks at the threshold that finds the labels best. Neither is the
-    default, because such a mask finds a thing, but not its edges. The gate is ours, too.
+    ramp over the training. `hard` cuts the text masks at the threshold with the best Dice. Neither is the default,
+    because such a mask finds an object, but not its edges. The gate is ours, too.
 
     With one class the text of each case in texts.json is used. Otherwise there is a prompt and a mask for each class.
     The background is where no mask is: prod_k (1 - m_k). In a volume, `text_slices` slices along the first axis of the
@@ -421,7 +421,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return masks, has_text, generator.loss_between_images(features[known], all_texts[drawn], own)
 
     def draw_texts(self, rows: list[int]) -> list[int]:
-        """The numbers of the batch's texts, and of random others, up to `mask_texts` in all."""
+        """The numbers of the texts in the batch, and of random other texts, up to `mask_texts` in all."""
         own = set(rows)
         others = [i for i in torch.randperm(len(self.texts)).tolist() if i not in own]
         return [*sorted(own), *others[: max(self.settings.mask_texts - len(own), 0)]]

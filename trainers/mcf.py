@@ -1,4 +1,4 @@
-"""MCF (CVPR 2023): the better of two networks labels, and both review where they differ."""
+"""MCF (CVPR 2023): the better of two networks makes the pseudo-labels, and both learn where they differ."""
 
 from __future__ import annotations
 

@@ -49,12 +49,12 @@ from nnunet_semiseg.training.teacher import make_teacher
 
 BRANCHES = ("a", "b")
 recomputed: Any = partial(checkpoint, use_reentrant=False)
-"""calls a function; the backward pass computes its intermediate tensors again"""
+"""call a function; the backward pass computes its intermediate tensors again"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings):
-    """Settings of `SemiCMLTrainer`; `consistency_weight` is of the term `intra`, 0 is off."""
+    """Settings of `SemiCMLTrainer`. `consistency_weight` is the weight of the term `intra`; 0 switches it off."""
 
     paper_weight: ClassVar[float] = 0.1
 
@@ -88,9 +88,9 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     relearning_start: Share = 0.5
     """The share of the training after which the re-learning begins."""
     threshold: Share = 0.7
-    """The least probability of a pseudo-label that counts when the re-learning begins (tau0 in the paper)."""
+    """Pseudo-labels with a probability below this do not count. It is the value when the re-learning begins (tau0)."""
     threshold_warmup: Share = 0.02
-    """The share of the training over which this least probability rises."""
+    """The share of the training over which this threshold rises."""
     mc_passes: Annotated[int, Bounds(0)] = 4
     """The number of passes with dropout that measure the uncertainty of pseudo-labels. With 0 all voxels have the same
     weight."""

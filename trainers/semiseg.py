@@ -1,4 +1,4 @@
-"""The recipe: one network on nnU-Net's plans, which sets itself up by the data."""
+"""The recommended method: one network on nnU-Net's plans, which sets itself up from the data."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 REFRESHES = 3
-"""how often the teacher looks at unlabelled cases, at equal distances after the warm-up"""
+"""number of searches in which the teacher predicts whole unlabelled cases, at equal distances after the warm-up"""
 LIKELY = 2 / 3
 """if at least this share of random patches has foreground, all unlabelled patches are drawn at random"""
 CASES_OF_A_REFRESH = 100
-"""at most; if there are more cases, each search takes others at random, so that it stays short beside the training"""
+"""largest number of cases in a search; of more cases, each search takes some at random, so that it stays short"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemiSegSettings(TeacherSettings, PseudoLabelSettings, ExternalMaskSettings, TurnSettings):
-    """Settings of `SemiSegTrainer`; none has to be set."""
+    """Settings of `SemiSegTrainer`. You do not have to set any of them."""
 
     deploy: Literal["student", "teacher"] = "teacher"
     """Which network validates and predicts: the student or its EMA teacher."""
@@ -75,7 +75,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - The student sees boxes of strong views in labelled patches, and the reverse. The box goes through all slices if
       nnU-Net augments in 2d.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
-      count half (BCP has one for each part; in a part without foreground it says nothing).
+      count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
     - The teacher looks at up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
       cases often have no foreground, a third of the unlabelled patches are taken around what it finds, as nnU-Net does
@@ -139,13 +139,13 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     @cached_property
     def chance_of_foreground(self) -> float:
-        """That a random patch of a labelled case has foreground."""
+        """The probability that a random patch of a labelled case has foreground."""
         labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
         return chance_of_foreground(labeled_cases, self.configuration_manager.patch_size)
 
     @property
     def foreground_share(self) -> float:
-        """Of the unlabelled patches, that are drawn where the teacher finds foreground."""
+        """The share of the unlabelled patches that are drawn where the teacher finds foreground."""
         if self.settings.unlabeled_foreground is not None:
             return self.settings.unlabeled_foreground
         return 0.0 if self.chance_of_foreground >= LIKELY else 1 / 3
@@ -156,7 +156,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     @property
     def looks_at_cases(self) -> bool:
-        """Whether the teacher ever predicts whole cases: only if that decides what is drawn."""
+        """Whether the teacher predicts whole cases. It does so only if the settings use the result."""
         scores = self.settings.leave_out > 0 and self.number_of_unlabeled_cases >= LEAST_CASES
         return self.foreground_share > 0 or scores
 

@@ -55,7 +55,7 @@ class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
     supervision: Literal["symmetric", "mixing", "enhancement"] = "symmetric"
     """Which of the two streams learn from pseudo-labels: both (`symmetric`) or one."""
     confidence_threshold: Share | None = None
-    """The least probability of a pseudo-label that counts. By default all pseudo-labels count."""
+    """Pseudo-labels with a probability below this do not count. By default all pseudo-labels count."""
     confidence: Literal["hard", "soft"] = "hard"
     """How much a pseudo-label counts. `hard` is 1 for each, `soft` is its probability."""
     loss: Literal["dice_ce", "dice"] = "dice_ce"

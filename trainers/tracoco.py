@@ -1,4 +1,4 @@
-"""TraCoCo (TMI 2024): two networks teach each other, and agree with themselves on a crop of what they saw."""
+"""TraCoCo (TMI 2024): two networks teach each other, and each agrees with itself on a crop of the patch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
 NEGATIVE = 0.1
-"""voxels on which a class or region is less probable learn that it is not there, with `consistency=paper`"""
+"""voxels where a class or region is less probable than this learn that it is absent, with `consistency=paper`"""
 ENTROPY = 0.1
 """the weight of the crop's negative entropy, with `consistency=paper`"""
 
@@ -33,39 +33,41 @@ class TraCoCoSettings(ConsistencySettings, CertainSettings):
     paper_ramp: ClassVar[float] = 0.14
 
     match_threshold: Share = 0.65
-    """The least probability of a pseudo-label that counts."""
+    """Pseudo-labels with a probability below this do not count."""
     crop: Annotated[float, Bounds(0.1, 1)] = 0.75
-    """The sides of the crop that shows the same voxels with other surroundings, as a share of the patch's."""
+    """The length of each side of the crop, as a share of the patch."""
     translation_weight: Weight = 0.3
-    """The weight of a network's agreement with itself on the crop, relative to that with the other network."""
+    """The weight of a network's agreement with itself on the crop, relative to its agreement with the other network."""
     cutmix: Share = 1.0
-    """The probability that the second network's samples get a box of another one."""
+    """The probability that a box of another sample is pasted into the samples of the second network."""
 
 
 class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
     """Liu et al., "Translation consistent semi-supervised segmentation for 3D medical images" (TMI 2024, 2203.14523).
 
-    Co-training of two networks, L = L_sup(i) + lambda(t) (L_CRC(i) + L_tra(i)) for each, on unlabelled samples:
+    Two networks are co-trained. Each has the loss L = L_sup(i) + lambda(t) (L_CRC(i) + L_tra(i)). On unlabelled
+    samples:
 
-    - L_CRC, "confident regional cross-entropy" towards what the other network says, q, with its decision y: the mean of
-      q_y CE(p, y) where q_y is at least 0.65, and that of q_min times -log(1 - p_c), the mean over the classes c but y,
-      where q_min, the least probability, is below 0.1. The second network's samples are mixed first (CutMix);
-    - L_tra: a crop shows the same voxels with other surroundings, and the network is to say the same of them:
-      0.3 KL(p_patch || p_crop) + 0.1 mean sum p_crop log p_crop; the latter keeps it from one class everywhere.
+    - L_CRC is the "confident regional cross-entropy" towards the other network, with its probabilities q and its
+      decision y. It has two parts. The first is the mean of q_y CE(p, y) over the voxels where q_y is at least 0.65. The
+      second is the mean of q_min times -log(1 - p_c), with a mean over all classes c except y, over the voxels where the
+      smallest probability q_min is below 0.1. The samples of the second network are mixed first (CutMix);
+    - L_tra: a crop shows the same voxels with other surroundings, and the network must predict the same for them:
+      0.3 KL(p_patch || p_crop) + 0.1 mean sum p_crop log p_crop. The second term prevents one class everywhere.
 
-    That is `consistency=paper`, of the full resolution, read from paper and public code, lambda a Gaussian ramp to 1
-    over 0.14 of the training. By default we depart: in place of L_CRC is nnU-Net's loss with deep supervision over the
-    confident voxels, and L_tra is 0.3 of that loss towards the probabilities p_patch (`soft_label_loss`), with lambda 1
+    With `consistency=paper` this is done at full resolution, as in the paper and its code. lambda is a Gaussian ramp to
+    1 over 0.14 of the training. By default we differ: L_CRC is nnU-Net's loss with deep supervision over the confident
+    voxels, L_tra is 0.3 times that loss towards the probabilities p_patch (`soft_label_loss`), and lambda reaches 1
     after 0.4 of the training.
 
-    In both: theirs are two crops of a volume that overlap; here it is the patch and a crop of it, so that all that is
-    in the crop can be compared (two crops of a patch would share an eighth of it in 3d). p_patch gets no gradient from
-    L_tra, which spares a graph; labelled samples take no part in it. Networks differ in their initial weights (theirs
-    do, too, or in their architecture), and see the same augmentation (theirs: noise of their own). Their box of CutMix
-    goes through all slices, here it has sides along all axes; with a single unlabelled sample in a batch nothing is
-    mixed. 0.3 is of LA (1 for the pancreas). The published code takes the softmax of L_tra along an axis of space, and
-    for more than two classes the negative part of L_CRC has the wrong sign: not followed. The first network is
-    deployed.
+    Both differ from the paper in these points. The paper has two overlapping crops of a volume. Here it is the patch
+    and a crop of it, so that the whole crop can be compared (two crops of a patch would share an eighth of it in 3d).
+    p_patch gets no gradient from L_tra, so that one graph less is kept. Labelled samples have no L_tra. The networks
+    differ in their initial weights (theirs: or in their architecture) and see the same augmentation (theirs: separate
+    noise). The box of CutMix has sides along all axes (theirs goes through all slices). With one unlabelled sample in a
+    batch nothing is mixed. The weight 0.3 is that for LA (theirs for the pancreas: 1). Two faults of the published code
+    are not repeated: it takes the softmax of L_tra along an axis of space, and for more than two classes the second
+    part of L_CRC has the wrong sign. The first network is deployed.
     """
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -129,11 +131,11 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
 
 def regional_cross_entropy(p: Tensor, q: Tensor, threshold: float) -> Tensor:
-    """L_CRC. It is 0 if no voxel counts.
+    """The two parts of L_CRC. They are 0 if no voxel counts.
 
     Args:
-        p, q: probabilities of classes (B, K, *S) of the network that learns, and of the one that teaches.
-        threshold: of the greatest q.
+        p, q: class probabilities (B, K, *S), p of the network that learns, q of the network that teaches.
+        threshold: a voxel counts in the first part if its largest q is at least this.
     """
     certain, decision = q.max(1, keepdim=True)
     least = q.amin(1, keepdim=True)
@@ -145,11 +147,12 @@ def regional_cross_entropy(p: Tensor, q: Tensor, threshold: float) -> Tensor:
 
 
 def draw_window(size: Sequence[int], strides: Sequence[int], share: float) -> tuple[slice, ...]:
-    """A crop at a random place in a patch of this size.
+    """Draw a crop at a random place in a patch of this size.
 
     Args:
-        strides: of the network along each axis, from the image to the bottleneck; the crop's sides are multiples.
-        share: of the patch's sides; at least one stride is left.
+        strides: the strides of the network along each axis, from the image to the bottleneck. The sides of the crop are
+            multiples of them.
+        share: the sides of the crop as a share of those of the patch. They are at least one stride.
     """
     sides = [stride * max(1, round(share * n / stride)) for n, stride in zip(size, strides, strict=True)]
     starts = [int(torch.randint(n - side + 1, ())) for n, side in zip(size, sides, strict=True)]  # on the CPU

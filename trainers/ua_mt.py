@@ -1,4 +1,4 @@
-"""UA-MT (MICCAI 2019): Mean Teacher that counts only where the teacher is certain."""
+"""UA-MT (MICCAI 2019): a Mean Teacher whose consistency counts only where the teacher is certain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
-    """Settings of `UAMTTrainer`; the ramp is the weight's and the threshold's."""
+    """Settings of `UAMTTrainer`. The ramp is that of the weight and of the threshold."""
 
     mc_passes: Annotated[int, Bounds(0)] = 8
     """The number of passes with dropout that measure where the teacher is certain. With 0 it counts as certain

@@ -139,9 +139,9 @@ def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str,
         if case not in images:
             near = difflib.get_close_matches(case, images, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? rename it" if near else "name it as a case of imagesTr or imagesUn"
-            raise UserError(f"{file}: there is no case {case}: {hint}, or take it out")
+            raise UserError(f"{file}: there is no case {case}: {hint}, or remove it")
         if case in found:
-            raise UserError(f"{file}: {found[case]} is of the same case: take one of them out")
+            raise UserError(f"{file}: {found[case]} belongs to the same case: remove one of them")
         found[case] = file
     if not found:
         raise UserError(
@@ -192,7 +192,7 @@ def read_mask(file: Path, image: Path) -> tuple[sitk.Image, np.ndarray]:
     try:
         mask = sitk.ReadImage(str(file))
     except RuntimeError as error:
-        raise UserError(f"{file}: cannot be read ({one_line_of(error)}): write it again, or take it out") from None
+        raise UserError(f"{file}: cannot be read ({one_line_of(error)}): write it again, or remove it") from None
     if mask.GetNumberOfComponentsPerPixel() > 1:
         raise UserError(f"{file}: has colours: save one value for each class")
     expected = read_header(image)

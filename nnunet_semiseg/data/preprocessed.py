@@ -323,7 +323,7 @@ def _check_fingerprint(preprocessed: Path, count: int, fix: str) -> None:
     check(fingerprint, {"shapes_after_crop": list}, file, fix)
     shapes = fingerprint["shapes_after_crop"]
     if len(shapes) != count:
-        raise UserError(f"{file}: made of {len(shapes)} labelled cases, but {count} are preprocessed: {fix}")
+        raise UserError(f"{file}: made from {len(shapes)} labelled cases, but {count} are preprocessed: {fix}")
 
 
 def _check_raw(
@@ -357,6 +357,6 @@ def _check_raw(
             made = os.stat(folder / (case + SUFFIXES[-1])).st_mtime_ns
             is_old = may_be_same = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
         if is_old and may_be_same:
-            raise UserError(f"{label}: has another time than when it was preprocessed: to compare its content, {look}")
+            raise UserError(f"{label}: was written again after it was preprocessed: to compare its content, {look}")
         if is_old:
             raise UserError(f"{label}: this label or its image is not what was preprocessed: {fix}")

@@ -89,7 +89,7 @@ def why_fingerprint_is_old(preprocessed: Path, stamps: dict[str, list[Stamp]]) -
         now = {case: contents(files) for case, files in stamps.items()}
         changed = [case for case in then.keys() | now.keys() if then.get(case) != now.get(case)]
     elif count != len(stamps):
-        return f"was made of {count} labelled cases, but there are {len(stamps)}"
+        return f"was made from {count} labelled cases, but there are {len(stamps)}"
     else:  # made by nnU-Net's own command: newer files may be different
         made = file.stat().st_mtime_ns
         changed = [case for case, files in stamps.items() if max(max(s[2:4]) for s in files) > made]

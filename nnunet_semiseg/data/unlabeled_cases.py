@@ -34,7 +34,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     with os.scandir(folder) as entries:  # it asks the disk again only for links
         found = {e.name: e for e in entries if not e.name.startswith(".")}
     if folders := sorted(name for name, e in found.items() if name.endswith(ending) and e.is_dir()):
-        raise UserError("\n".join(f"{folder / name}: is a folder, not an image: take it out" for name in folders))
+        raise UserError("\n".join(f"{folder / name}: is a folder, not an image: remove it" for name in folders))
     there = {name: e for name, e in found.items() if not e.is_dir()}
     files = sorted(there)
     images = [name for name in files if name.endswith(ending)]

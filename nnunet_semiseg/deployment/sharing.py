@@ -32,7 +32,7 @@ def share(run: Run) -> Path:
         DiskError: the disk is full or read-only.
     """
     if run.trainer == STOCK_TRAINER:
-        raise UserError(f"{run.model_folder}: is a model of {STOCK_TRAINER} already: share it as it is")
+        raise UserError(f"{run.model_folder}: is already a model of {STOCK_TRAINER}: share this folder")
     predictor: Any = load_predictor(run)
     check_stock(predictor, run)
     name = f"{run.plans}_from_{run.trainer}"

@@ -45,11 +45,11 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
     )
     labeled: Sequence[int | None] = option(
         "--labeled", type=size, metavar="N", default=(),
-        help="sizes of the labelled set, for a learning curve: numbers, or all; default: the set as it is",
+        help="sizes of the labelled set, for a learning curve: numbers, or all; default: do not change the set",
     )  # fmt: skip
     curve: Sequence[str] | None = option(
         "--curve", metavar="TRAINER", default=None,
-        help="trainers that are trained at every size of --labeled, the others only at the first; default: all",
+        help="trainers to train with every size of --labeled; the others get the first size only; default: all",
     )  # fmt: skip
     upper_bound: int | str | None = option(
         "--upper-bound", metavar="ID", default=None,
@@ -57,7 +57,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
     )  # fmt: skip
     noise: Sequence[float] = option(
         "--noise", metavar="SIGMA", default=(),
-        help="also predict test images with noise of these standard deviations, after the normalisation",
+        help="also test with noise of these standard deviations on the normalised images",
     )  # fmt: skip
     gpus: Sequence[int] = option("--gpus", metavar="N", default=(), help="numbers of the GPUs to use")
     jobs: int = option(
@@ -65,7 +65,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         type=at_least(1),
         metavar="N",
         default=1,
-        help="number of trainings at a time on each GPU or the CPU",
+        help="number of trainings at the same time on each GPU or the CPU",
     )
     tolerance: float = option(
         "--tolerance", metavar="MM", default=2.0, help="tolerance of the normalised surface distance, in mm"

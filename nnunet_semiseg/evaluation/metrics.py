@@ -119,7 +119,7 @@ def evaluate_case(
         UserError: the prediction is missing, or its grid is not that of the reference (shape, spacing, origin, axes).
     """
     if not prediction_file.is_file():
-        raise UserError(f"{prediction_file}: missing: predict this case, or take its reference out")
+        raise UserError(f"{prediction_file}: missing: predict this case, or remove its reference")
     prediction, p = _read(prediction_file, reader, "predict this case again")
     reference, r = _read(reference_file, reader, "replace it")
     if prediction.shape != reference.shape or not np.allclose(p["spacing"], r["spacing"]):

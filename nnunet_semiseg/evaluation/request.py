@@ -128,7 +128,9 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     runs += make(request.dataset, request.trainers if request.curve is None else request.curve, request.labeled[1:])
     upper_bound = [] if request.upper_bound is None else make(request.upper_bound, request.trainers[:1], [None])
     if set(upper_bound) & set(runs):
-        raise UserError(f"--upper-bound {request.upper_bound}: is among the compared runs already: leave it out")
+        raise UserError(
+            f"--upper-bound {request.upper_bound}: is already among the compared runs: leave out --upper-bound"
+        )
     return runs, upper_bound
 
 
@@ -188,7 +190,9 @@ def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
     for case in set(test_set.images) - set(held_out):
         for folder in ("imagesTr", "imagesUn"):
             if any((raw / folder).glob(f"{case}_0000.*")):
-                raise UserError(f"--upper-bound: test case {case} is in {raw / folder}: take it out, and train again")
+                raise UserError(
+                    f"--upper-bound: test case {case} is in {raw / folder}: remove it there, and train again"
+                )
 
 
 def find_devices(request: Request) -> list[str]:

@@ -96,7 +96,7 @@ def _outlined(data, name: str, image: sitk.Image, file: Path, grid: Path) -> np.
             index = np.array([image.TransformPhysicalPointToContinuousIndex(point) for point in points.tolist()])
             z = round(index[:, 2].mean())
             if not 0 <= z < len(mask) or np.ptp(index[:, 2]) > 0.5:
-                raise UserError(f"{file}: an outline of {name} lies in no slice of {grid}: is it its image?")
+                raise UserError(f"{file}: an outline of {name} is in no slice of {grid}: give the label of this image")
             rows, columns = polygon(index[:, 1], index[:, 0], mask.shape[1:])
             mask[z, rows, columns] ^= True
     return mask

@@ -76,7 +76,7 @@ def put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
     """Add one file. Raises UserError if the case already has one for this channel or class."""
     files = (layout.images if kind == IMAGE else layout.labels)[case]
     if rest in files:
-        other, fix = replace(name, path=files[rest]), "take one away"
+        other, fix = replace(name, path=files[rest]), "remove one"
         what = "appears twice, also as" if kind == IMAGE else "has two labels, this one and"
         fix = fix if kind == IMAGE else f"{fix}, or join them"
         raise UserError(f"{name}: case {case} {what} {other}: {fix}")

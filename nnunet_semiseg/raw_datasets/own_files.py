@@ -191,7 +191,7 @@ class Files:
         elif Name(name).ending == SERIES and n > 1:
             yield from (self._image(name, channel) for channel in self.channels)
         elif n > 1 and any(len(others) == 4 for others in self.sizes.values()) and len(size) == 3:
-            yield Read(refuse, (path,), {"why": f"is 3D, but {n} channels are named: rename it, or take it out"})
+            yield Read(refuse, (path,), {"why": f"is 3D, but {n} channels are named: rename it, or remove it"})
         else:
             yield self._image(name, self.channels[0])
 
@@ -252,7 +252,7 @@ class Files:
             by_name = {name.casefold(): path for name, path in files.items()}
             there = [(name, by_name[name.casefold()]) for name in self.classes if name.casefold() in by_name]
             if not there:
-                why = f"no mask of {some(self.classes)} beside it: rename it, or take it out"
+                why = f"no mask of {some(self.classes)} beside it: rename it, or remove it"
                 return Read(refuse, (self.place(next(iter(files.values()))),), {"why": why})
             values = [self.classes.index(name) + 1 for name, _ in there]
             missing = [name for name in self.classes if name.casefold() not in by_name]

@@ -77,7 +77,7 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
         before, after = (evaluate(fixed, moving, x) for x in (identity, transform))
     except RuntimeError as error:
         why = one_line_of(error).rpartition("): ")[2].partition(". ")[0]
-        raise UserError(f"cannot be registered ({why}): take the case out, or align it by hand") from None
+        raise UserError(f"cannot be registered ({why}): remove the case, or align it by hand") from None
     if before <= after:  # what is measured is to be small
         return identity, 0.0
     corners = corners_of(fixed)

@@ -87,7 +87,7 @@ def _fill(image: sitk.Image, finite: np.ndarray, path: Path, value: float | str 
     if value is None:
         raise UserError(f"{path}: has voxels that are NaN or infinite: {FILL}")
     if not finite.any():
-        raise UserError(f"{path}: has no finite voxel: take the case out")
+        raise UserError(f"{path}: has no finite voxel: remove the case")
     voxels = sitk.GetArrayFromImage(image)
     number = float(voxels[finite].min()) if value == "fill" else float(value)
     voxels[~finite] = number

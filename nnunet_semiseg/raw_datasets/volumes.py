@@ -78,7 +78,7 @@ def read_mask_stack(
     grid = read_stack(image, spacing)[0] if spacing else read_grid(image, channel)
     if mask.GetSize() != grid.GetSize():
         raise UserError(
-            f"{folder}: masks of size {mask.GetSize()}, but {image} has {grid.GetSize()}: is it their image?"
+            f"{folder}: masks of size {mask.GetSize()}, but {image} has {grid.GetSize()}: give the masks of this image"
         )
     note = f"{mask.GetSize()[2]} pictures are the slices of the label, in the order of their names"
     voxels = sitk.GetArrayFromImage(mask)

@@ -46,7 +46,7 @@ def accept(
         The accepted labels.
 
     Raises:
-        UserError: something is wrong with a label, one line each, before anything is changed; the disk is full.
+        UserError: labels are wrong, one line for each, before anything is changed; or the disk is full.
     """
     with _alone(dataset) as (roots, ended):
         if given is None and all_of is None:
@@ -96,7 +96,10 @@ def undo(dataset: int | str) -> list[str]:
 
 @contextmanager
 def _alone(dataset: int | str) -> Iterator[tuple[Roots, bool]]:
-    """The data set's folders, locked and with nothing unfinished; and whether something had to be finished."""
+    """Lock the data set and finish an interrupted change.
+
+    Returns its folders, and whether something had to be finished.
+    """
     roots = {root: dataset_folder(f"nnUNet_{root}", dataset) for root in ("raw", "preprocessed")}
     raw = roots["raw"]
     with disk_errors(raw), only_one(raw / ".accept.lock", "accepts cases of this data set"), ExitStack() as stack:

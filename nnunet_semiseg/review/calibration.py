@@ -20,7 +20,7 @@ class Line:
 
     @classmethod
     def fit(cls, estimates: Sequence[float], dices: Sequence[float]) -> Line:
-        """Fit by least squares. If all estimates are equal, or the slope would be negative, the line is level."""
+        """Fit by least squares. If all estimates are equal, or the slope would be negative, the slope is 0."""
         x, y = np.asarray(estimates, float), np.asarray(dices, float)
         spread = ((x - x.mean()) ** 2).sum()
         slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread)) if spread > 1e-12 else 0.0
@@ -37,7 +37,8 @@ class Calibration:
     Attributes:
         lines: by class.
         cases: the number of labelled cases that they were fitted to.
-        error: the mean absolute error of the Dice of a class. For each case it is that of a line through the others.
+        error: the mean absolute error of the Dice of a class. The error of a case is that of a line through the other
+            cases.
     """
 
     lines: dict[str, Line]
@@ -51,10 +52,10 @@ class Calibration:
 def calibrate(
     estimates: Sequence[dict[str, float]], dices: Sequence[dict[str, float]]
 ) -> tuple[Calibration | None, str]:
-    """A calibration, tested by leaving out one case at a time, or None; and a sentence about it.
+    """Make a calibration, and test it by leaving out one case at a time. Returns it (or None) and a sentence about it.
 
     Args:
-        estimates, dices: by class, of each labelled case that the model has not seen.
+        estimates, dices: the values by class, for each labelled case that the model has not seen.
     """
     n = len(estimates)
     if n < FEWEST:

@@ -101,7 +101,7 @@ class Staging:
 
 
 def finish(journal: Path, roots: Roots) -> str:
-    """Continue a change to its end, forwards or backwards as its state says. Returns that state.
+    """Complete a change, or its undoing, as its state says. Returns the state.
 
     Raises:
         UserError: a file is neither at its old place nor at its new one.
@@ -120,7 +120,7 @@ def finish(journal: Path, roots: Roots) -> str:
 
 
 def recover(roots: Roots, say: Callable[[str], None] = print) -> bool:
-    """Finish what another process has left unfinished, and remove what was only prepared.
+    """Complete changes that another process has not finished, and remove changes that were only prepared.
 
     Returns:
         Whether there was something to finish.
@@ -219,7 +219,10 @@ def _is_as_done(step: list[str], folder: Path, roots: Roots) -> bool:
 
 
 def _says_the_same(now: bytes, then: bytes) -> bool:
-    """Whether a file is as it was written. In a record of cases only the times may differ; a training updates them."""
+    """Whether a file still has the written content.
+
+    In a record of cases the times may differ, because a training updates them.
+    """
     if now == then:
         return True
     try:

@@ -30,7 +30,8 @@ class NewLabel:
     """A label to accept.
 
     Attributes:
-        origin: `human`: nothing was predicted; `corrected`: differs from the prediction; `prediction`: equals it.
+        origin: `human`: there is no prediction; `corrected`: it differs from the prediction; `prediction`: it equals
+            it.
         review: the name of the review that predicted the case.
     """
 
@@ -156,7 +157,10 @@ def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: 
 
 
 def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, sitk.Image | None]:
-    """The difference from the image's grid, the rounding in the label's grid, and the image. None for pictures."""
+    """Compare the grids of label and image.
+
+    Returns the difference as an error, or as rounding, and the image. None for pictures.
+    """
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None, None, None
     try:

@@ -40,10 +40,10 @@ class Member:
     """One member of an ensemble.
 
     Attributes:
-        name: of the model among others.
+        name: the name of the model.
         checkpoint: the file with its weights.
-        part: `deployed`, `student` or `teacher`: which of the weights in the file.
-        flips: the image's axes that are mirrored for this member.
+        part: which weights in the file are used: `deployed`, `student` or `teacher`.
+        flips: the axes along which the image is mirrored for this member.
     """
 
     name: str
@@ -57,9 +57,9 @@ class Prediction:
     """An ensemble's prediction of a case, on the grid of the image.
 
     Attributes:
-        mask: of the mean of all members, (*S).
-        members: the mask of each, on the network's grid, which is small and needs no resampling.
-        probabilities: (K, *S), of the mean.
+        mask: the mask from the mean of all members, (*S).
+        members: the mask of each member, on the grid of the network, so that no resampling is needed.
+        probabilities: the mean probabilities of all members, (K, *S).
         features: the deepest features of the first member's encoder, averaged over the image. Empty for other networks.
         image, properties: as nnU-Net's reader returns them.
     """
@@ -76,9 +76,9 @@ def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member
     """The members of an ensemble of this kind, or of the first kind with several members.
 
     Args:
-        run: trained.
+        run: a finished training.
         kind: a key of `TITLES`, or `auto`.
-        mirroring: each model is a member for every way to mirror the image, not for the mean of all ways.
+        mirroring: each mirrored prediction of a model is a member. If False, a model is one member.
 
     Raises:
         UserError: there is no such ensemble.
@@ -91,7 +91,7 @@ def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member
             return each, members
     fix = {"folds": "train further folds", "seeds": "train with compare --seeds"}
     how = fix.get(kind, "use --ensemble auto")
-    raise UserError(f"{run.model_folder}: --ensemble {kind}: there are not two members: {how}")
+    raise UserError(f"{run.model_folder}: --ensemble {kind}: it has fewer than two members: {how}")
 
 
 def _mirrored(models: Sequence[Member], run: Run) -> Iterator[Member]:
@@ -199,7 +199,7 @@ class Ensemble:
         return (logits.flip(axes) if axes else logits).float()
 
     def _on_image(self, logits: Tensor, properties: dict) -> Any:
-        """Mask and probabilities."""
+        """Convert logits to the mask and the probabilities on the image's grid."""
         return convert_predicted_logits_to_segmentation_with_correct_shape(
             logits, self.plans_manager, self.configuration, self.label_manager, properties, True,
             torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""What a review is asked for. It imports nothing large: the help of `review` is made of it."""
+"""The options of `review`. No large package is imported, so that help is quick."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from nnunet_semiseg.options import ExecutorOptions, ModelOptions, PredictionOpti
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
-    """A review.
+    """The options of a review.
 
     Attributes:
-        trainer: of the model; None: the only one that is trained.
-        length: of the list.
-        estimate: what cases are ranked by; None: the first that there is.
-        part, parts: which share of the cases this command predicts.
-        output: the review's folder; None: below the dataset's results.
+        trainer: the trainer of the model. None: the only trained one.
+        length: the length of the list.
+        estimate: the estimate by which cases are ranked. None: the first one that is available.
+        part, parts: this command predicts part number `part` of `parts`.
+        output: the folder of the review. None: a folder below the dataset's results.
     """
 
     trainer: str | None = option(
         "-tr", metavar="TRAINER", default=None,
-        help="trainer of the model; default: the one that is trained, or SemiSegTrainer where there are several",
+        help="trainer of the model; default: the only trained one, or SemiSegTrainer if there are several",
     )  # fmt: skip
     length: int = option("-n", metavar="N", default=20, help="number of cases on the list")
     purpose: Literal["correction", "labelling", "random"] = option(
@@ -37,10 +37,10 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
     )  # fmt: skip
     estimate: Literal["combined", "agreement", "expected", "certainty"] | None = option(
         "--estimate", default=None,
-        help="what the cases are ranked by; default: combined, or expected where there is one prediction",
+        help="estimate by which cases are ranked; default: combined, or expected if there is one prediction",
     )  # fmt: skip
     parts: int = option("--num_parts", metavar="N", default=1, help="number of commands that share the work")
-    part: int = option("--part_id", metavar="K", default=0, help="which of them this one is, from 0 on")
+    part: int = option("--part_id", metavar="K", default=0, help="number of this command among them, from 0")
     show_progress: bool = option("--no_pbar", default=True, help="show no progress bar")
     output: str | None = option(
         "-o",

@@ -57,8 +57,8 @@ def find_preprocessed(preprocessed: Path) -> Iterator[Preprocessed]:
         fitting = [p for p in several if digest in (None, plans_hash(p.plans, p.configuration))]
         if not fitting:
             raise UserError(
-                f"{preprocessed / name}: preprocessed for other plans than {several[0].plans['plans_name']} as they are"
-                " now: run nnunet_semiseg plan_and_preprocess first"
+                f"{preprocessed / name}: preprocessed for other plans: {several[0].plans['plans_name']} have changed"
+                " since: run nnunet_semiseg plan_and_preprocess first"
             )
         yield fitting[0]
 

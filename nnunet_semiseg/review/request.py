@@ -1,4 +1,4 @@
-"""What the user asks of a review. Wrong use is refused before any work."""
+"""Find what a review needs. Wrong options are refused before any work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Request(ReviewOptions):
 
     Attributes:
         run: the model.
-        folder: the review's.
+        folder: the folder of the review.
     """
 
     run: Run
@@ -42,7 +42,7 @@ def make_request(options: ReviewOptions) -> Request:
     if options.length < 1:
         raise UserError(f"-n {options.length}: give a number of cases, 1 or more")
     if not 0 <= options.part < options.parts:
-        raise UserError(f"--part_id {options.part}: give a number from 0 to {options.parts - 1}, one less than parts")
+        raise UserError(f"--part_id {options.part}: give a number from 0 to {options.parts - 1}")
     if not is_fold(options.fold):
         raise UserError(f"-f {options.fold}: give the number of a fold, or all")
     dataset_folder("nnUNet_raw", options.dataset)

@@ -34,7 +34,7 @@ AGAIN = "remove it and run nnunet_semiseg review again"
 
 @dataclass(frozen=True)
 class Work:
-    """Where the records of a review are, and what they must have been made with."""
+    """The records of a review: their place, and the model and settings that they must have been made with."""
 
     request: Request
     kind: str
@@ -159,7 +159,7 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
 
 
 def _counted(label: np.ndarray, prediction: Prediction, ensemble: Ensemble) -> np.ndarray:
-    """The label. Where it says that nobody has looked, the prediction."""
+    """The label. Voxels with the ignore label are replaced by the prediction."""
     ignored = label == ensemble.labels.get("ignore", -1)
     return np.where(ignored, prediction.mask, label)
 
@@ -168,7 +168,7 @@ def describe(prediction: Prediction, mask: np.ndarray, ensemble: Ensemble) -> di
     """What is stored about a case.
 
     Args:
-        mask: its volumes and islands are measured. It is the label if there is one.
+        mask: the mask whose volumes and islands are measured. It is the label if there is one.
     """
     labels, probabilities = ensemble.labels, ensemble.of_classes(prediction.probabilities)
     found = {

@@ -21,7 +21,7 @@ class Signs:
     """The signs of one case.
 
     Attributes:
-        volumes: of each class, in ml; for pictures in cm2.
+        volumes: the volume of each class, in ml; for pictures the area in cm2.
         islands: for each class the number of parts that do not touch.
         intensities: for each channel the quantiles `QUANTILES` of the voxels that are not 0.
     """
@@ -63,7 +63,7 @@ class Usual:
 
     @classmethod
     def of(cls, cases: Sequence[Signs], unit: str) -> Usual:
-        """From at least one case."""
+        """Find the usual signs from at least one case."""
         names = cases[0].volumes
         there = {name: [c.volumes[name] for c in cases if c.volumes[name]] for name in names}
         quantiles = np.array([c.intensities for c in cases])
@@ -103,8 +103,8 @@ def least_agreed(estimates: Mapping[str, Mapping[str, float]], share: float = 0.
     """For each case the classes on which members agree less than in most other cases.
 
     Args:
-        estimates: the agreement by case and class. Without classes if there is one member.
-        share: for each class, this share of the cases is named.
+        estimates: the agreement by case and class. There are no classes if there is one member.
+        share: the share of the cases that is named for each class.
     """
     found: dict[str, list[str]] = {case: [] for case in estimates}
     for name in next(iter(estimates.values()), {}):

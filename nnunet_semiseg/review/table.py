@@ -18,8 +18,8 @@ class Reviewed:
 
     Attributes:
         estimates: values by the estimate's name and by class, see `estimates.ESTIMATES`.
-        features: of the encoder.
-        dice: by class, of a labelled case that no member has seen.
+        features: the features of the encoder.
+        dice: the true Dice by class, for a labelled case that no member has seen.
     """
 
     case: str
@@ -38,8 +38,8 @@ class Table:
 
     Attributes:
         rows: columns `rank`, `case`, `dice` (estimated), `dice CLASS`, `reasons`, and the mean of every estimate.
-        sentence: whether the estimates are calibrated, and how well.
-        purpose: of the list.
+        sentence: it says whether the estimates are calibrated, and how well.
+        purpose: the purpose of the list.
     """
 
     rows: pd.DataFrame

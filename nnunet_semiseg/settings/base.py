@@ -37,7 +37,7 @@ def types_of(settings_class: type) -> dict[str, Any]:
 
 
 def check_types(settings) -> None:
-    """Raises UserError for a setting of another type than its own, or out of its bounds."""
+    """Raises UserError for a setting with a wrong type or a value out of its bounds."""
     for name, hint in types_of(type(settings)).items():
         if not matches(value := getattr(settings, name), hint):
             fix = f"fix it with --set {name}={_example(hint)}"
@@ -46,9 +46,9 @@ def check_types(settings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """The length of a training and the like; every trainer of this package has these.
+    """Settings that every trainer of this package has, such as the length of the training.
 
-    The text under a setting is what `nnunet_semiseg settings` prints.
+    `nnunet_semiseg settings` prints the text below each setting.
     """
 
     num_epochs: Count = 1000
@@ -106,7 +106,8 @@ class ExternalMaskSettings(SemiSupervisedSettings):
     external_masks: str | tuple[str, ...] | None = None
     """The masks of other models that teach, too: the name that `add_masks` gave them, or a list of names."""
     external_unsure: Share = 0.9
-    """The probability of the teacher's decision below which these masks replace it. Elsewhere they can only agree."""
+    """Where the probability of the teacher's decision is below this, these masks replace it. Elsewhere they can only
+    confirm it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +115,12 @@ class CertainSettings(PseudoLabelSettings):
     """Settings of a method that learns from pseudo-labels where these are certain."""
 
     match_threshold: Share = 0.95
-    """The least probability of a pseudo-label that counts (tau in the paper)."""
+    """Pseudo-labels with a probability below this do not count (tau in the paper)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnSettings(SemiSupervisedSettings):
-    """Settings of a method whose student sees another view than what labels its samples."""
+    """Settings of a method whose student sees another view than the model that makes the pseudo-labels."""
 
     turns: bool = True
     """Whether the student's view is flipped and turned by right angles, along the axes that nnU-Net mirrors. The
@@ -128,7 +129,7 @@ class TurnSettings(SemiSupervisedSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(SemiSupervisedSettings):
-    """Settings of a method with an EMA teacher; having them is what gives a trainer its teacher."""
+    """Settings of a method with an EMA teacher. A trainer with these settings has a teacher."""
 
     ema_decay: Share | None = None
     """The decay of the exponential moving average (EMA) that makes the teacher. By default it follows the length of
@@ -138,7 +139,10 @@ class TeacherSettings(SemiSupervisedSettings):
 
     @property
     def decay(self) -> float:
-        """Of the EMA. Its length 1 / (1 - decay) is interpolated between `EMA_LENGTHS`, in logarithms."""
+        """The decay of the EMA.
+
+        The length 1 / (1 - decay) is interpolated between `EMA_LENGTHS` on a logarithmic scale.
+        """
         if self.ema_decay is not None:
             return self.ema_decay
         iterations = self.num_epochs * self.num_iterations_per_epoch
@@ -150,11 +154,12 @@ class TeacherSettings(SemiSupervisedSettings):
 class ConsistencySettings(SemiSupervisedSettings):
     """Settings of a method with one consistency term under a Gaussian ramp.
 
-    The papers' distances and weights belong to code whose supervised loss is half of nnU-Net's: where probabilities
-    differ by 0.3, a voxel's 0.1 MSE has 1/254 of the gradient of Dice, and teaches next to nothing.
+    The distances and weights of the papers were chosen for code with another supervised loss, half as large as
+    nnU-Net's. Here they teach almost nothing: where probabilities differ by 0.3, 0.1 MSE of a voxel has 1/254 of the
+    gradient of Dice.
 
     Class attributes:
-        paper_weight, paper_ramp: with `consistency=paper`.
+        paper_weight, paper_ramp: the weight and the ramp with `consistency=paper`.
     """
 
     paper_weight: ClassVar[float] = 0.1
@@ -170,19 +175,19 @@ class ConsistencySettings(SemiSupervisedSettings):
     `consistency=paper`."""
 
     def ramp(self, progress: float) -> float:
-        """The share of the consistency's weight at this share of the training."""
+        """The factor of the consistency's weight at this share of the training."""
         default = self.paper_ramp if self.consistency == "paper" else 0.4
         return gaussian_ramp(progress / (default if self.ramp_length is None else self.ramp_length))
 
     def weight(self, progress: float) -> float:
-        """Of the consistency, at this share of the training."""
+        """The weight of the consistency at this share of the training."""
         default = self.paper_weight if self.consistency == "paper" else 1.0
         return (default if self.consistency_weight is None else self.consistency_weight) * self.ramp(progress)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharpeningSettings(ConsistencySettings):
-    """Settings of a method whose paper sharpens what is taught, by p^(1/T)."""
+    """Settings of a method whose paper sharpens pseudo-labels by p^(1/T)."""
 
     sharpening: Annotated[float, Bounds(1e-3, 1)] = 0.1
     """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the harder they are."""
@@ -214,7 +219,7 @@ class TextSettings(SemiSupervisedSettings):
     """The path of a file of `nnunet_semiseg embed_prompts`. It replaces the text encoder, for example where there is
     no internet."""
     n_ctx: Annotated[int, Bounds(0)] = 4
-    """The number of context tokens that are learned for each class. With 0 the text does not learn."""
+    """The number of context tokens that are learned for each class. With 0 nothing of the text is learned."""
     tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
     """How text changes the features of the image (TMR in the paper). `multiplanar` is attention in three planes,
     `copy` adds the same text to every voxel, `off` leaves it out."""
@@ -226,7 +231,7 @@ class TextSettings(SemiSupervisedSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class OptionalTextSettings(TextSettings):
-    """Settings of a method that Text-SemiSeg's text module can be added to (TMR in the network, CSA as a loss)."""
+    """Settings of a method to which Text-SemiSeg's text module can be added (TMR in the network, CSA as a loss)."""
 
     text: bool = False
     """Whether the method also uses text: the text module of Text-SemiSeg, with `tmr` and `csa`."""
@@ -234,7 +239,7 @@ class OptionalTextSettings(TextSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.text and self.tmr == "off" and not self.csa:
-            raise UserError("settings text=true tmr=off csa=false: nothing is left of the text: set text=false")
+            raise UserError("settings text=true tmr=off csa=false: the text would have no effect: set text=false")
 
 
 def uses_text(settings: TrainingSettings) -> bool:
@@ -243,7 +248,7 @@ def uses_text(settings: TrainingSettings) -> bool:
 
 
 def _example(hint: Any) -> str:
-    """What is to be typed after the equals sign; a shell takes the quotes of JSON away."""
+    """A value to type after the equals sign, in quotes if the shell would remove the quotes of JSON."""
     lists = [h for h in (hint, *get_args(hint)) if get_origin(h) is tuple]
     if not lists:
         return "VALUE"

@@ -204,13 +204,13 @@ def store_settings(plans_file: Path, changes: dict[str, Any], trainer: type | No
 
 
 def settings_of(settings_class: type, plans: dict, trainer: type | None = None) -> dict[str, Any]:
-    """A trainer's settings from the plans, not checked, with defaults for all others, as in JSON."""
+    """A trainer's settings from the plans, as JSON values. They are not checked. Missing ones have their defaults."""
     given = _given(settings_class, plans, trainer)
     return json.loads(json.dumps({f.name: given.get(f.name, f.default) for f in fields(settings_class)}))
 
 
 def changed_settings(trainer: Any, before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """The settings of a trainer that differ between two plans: by name both values, as in JSON."""
+    """The settings of a trainer that differ between two plans: for each name both values, as in JSON."""
     old, new = (settings_of(trainer.settings_class, plans, trainer) for plans in (before, now))
     return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 

@@ -47,8 +47,8 @@ def load_clip(
             a model that has it (``ViT-B-32-quickgelu``). For tags, and for OpenAI's own ``.pt`` files (TorchScript
             archives), the activation is known.
         cache_dir: the folder for downloaded weights. Default: the hub's own cache.
-        options: how messages name the options for model, pretrained and cache_dir, and what else may help.
-        pretrained_image: an image half of timm's has timm's weights, even if the rest is random.
+        options: the names of the options for model, pretrained and cache_dir in messages, and further help.
+        pretrained_image: an image half from timm has timm's weights, even if the rest is random.
 
     Raises:
         UserError: unknown model or tag; a checkpoint of another model; weights cannot be loaded.

@@ -90,7 +90,7 @@ def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:
 
 
 def collect(save: Callable[[Any], None]) -> dict:
-    """The dictionary that nnU-Net's `save_checkpoint` would write. That method makes and writes it in one go.
+    """The dictionary that nnU-Net's `save_checkpoint` would write. That method cannot make it without writing it.
 
     Args:
         save: nnU-Net's method. It takes a file name; as `torch.save` does, it takes an open file, too.
@@ -136,7 +136,7 @@ def refuse_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> Non
 
 @contextmanager
 def fitting(changed: dict[str, tuple[Any, Any]], name: str, fix: str) -> Iterator[None]:
-    """If the checkpoint that is loaded in this block does not fit, say why: a setting changed, or it is another model.
+    """If the checkpoint that is loaded in this block does not fit, raise an error that says why.
 
     Args:
         changed: the result of `changed_settings`.

@@ -16,8 +16,8 @@ SETTLED = 0.1
 class ClassShares:
     """The share of voxels of each class, added up over an epoch on the device of the training.
 
-    The GPU is waited for only at the end of the epoch. Labelled patches are taken from the foreground more often than
-    unlabelled ones. So the shares of a class that is learnt well may still differ by a factor of a few.
+    The CPU waits for the GPU only at the end of the epoch. Labelled patches are taken from the foreground more often
+    than unlabelled ones. So even for a class that is learnt well, the two shares may differ by a factor of two or more.
 
     Args:
         names: of the classes or regions, without the background.

@@ -1,4 +1,4 @@
-"""One training in several processes (ranks): what they add up, what they agree on, and when they wait.
+"""One training in several processes (ranks): they average gradients, exchange values, and wait for each other.
 
 Each rank has a part of every batch. All ranks have the same weights, because all take the same step. nnU-Net uses
 torch's `DistributedDataParallel` for this. That class expects one network and one backward pass; here there are several
@@ -102,7 +102,7 @@ class Ranks:
         return total
 
     def gather(self, thing: Any) -> list[Any]:
-        """A list of what each rank gives. It must be picklable."""
+        """A list of the objects from all ranks. They must be picklable."""
         if self.of == 1:
             return [thing]
         things: list[Any] = [None] * self.of
@@ -155,7 +155,7 @@ def _cpu_group(world: Any) -> Any:
 
 @contextmanager
 def told(trainer: Any, several: bool) -> Iterator[None]:
-    """Let a method of nnU-Net see several processes, or one.
+    """Let a method of nnU-Net run as if there were several processes, or only one.
 
     If there are several, some of its methods expect the network in torch's wrapper. Ours is not in one.
     """

@@ -1,4 +1,4 @@
-"""What a training takes of other models' masks: which ones it reads, and what their word counts."""
+"""The masks of other models in a training: which ones it reads, and how much their votes count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nnunet_semiseg.settings.base import SemiSupervisedSettings
 def find_masks(
     settings: SemiSupervisedSettings, plans: dict, configuration: str, fold, dataset_json: dict
 ) -> PreparedMasks | None:
-    """The masks that the setting `external_masks` names; None: it names none, or the trainer does not have it.
+    """The masks that the setting `external_masks` names. None if it names none, or if the trainer does not have it.
 
     Raises:
         UserError: see `load_masks`.
@@ -43,11 +43,11 @@ def find_masks(
 
 
 class MaskVotes:
-    """`join_masks` with what does not change in a training.
+    """`join_masks` with the arguments that do not change in a training.
 
     Args:
-        masks: of `find_masks`.
-        names: of the classes or regions, in the order of the heads, background left out.
+        masks: the result of `find_masks`.
+        names: the names of the classes or regions, in the order of the heads, without the background.
         unsure: the setting `external_unsure`.
     """
 
@@ -62,10 +62,11 @@ class MaskVotes:
             self.regions = [torch.tensor(v, device=device) for v in values]
 
     def __call__(self, decision: Tensor, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The label, and what its voxels count, with a mean of 1: masks make the loss no larger.
+        """The label, and the weights of its voxels. Their mean is 1, so that masks do not make the loss larger.
 
         Args:
-            decision, logits: of a teacher; masks: (B, K, *S), as `take_masks` gives them.
+            decision, logits: the decision and the logits of a teacher.
+            masks: (B, K, *S), as `take_masks` returns them.
         """
         p = probabilities(logits, self.label_manager)
         label, counts = join_masks(decision, p, masks, self.weights, self.unsure, self.regions)

@@ -208,7 +208,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return [self.network]
 
     def configure_optimizers(self):
-        """nnU-Net's SGD and schedule. On CUDA it is fused, so that the gradient scaler does not wait for the GPU."""
+        """nnU-Net's SGD and schedule.
+
+        On CUDA the SGD is fused, so that the gradient scaler does not wait for the GPU.
+        """
         parameters = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(
             parameters,

@@ -168,12 +168,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return loss_where(self.loss, output, target, mask, self.label_manager)
 
     def decide_with_masks(self, logits: Tensor, batch: Batch, turn: Turn = NO_TURN) -> tuple[Tensor, Tensor | None]:
-        """The pseudo-label of a teacher's logits, and how much each voxel counts, (B, 1, *S); None: all alike.
+        """The pseudo-label from a teacher's logits, and the weights of its voxels, (B, 1, *S). None: all weights are 1.
 
-        With the setting `external_masks` the masks of other models have a say in both; see `join_masks`.
+        With the setting `external_masks`, the masks of other models change both; see `join_masks`.
 
         Args:
-            turn: that the logits have made, but not yet the batch's masks.
+            turn: the turn of the logits. The masks in the batch are not turned yet.
         """
         decision = self.decide(logits, counts=self.masks is None)
         if self.masks is None:
@@ -253,12 +253,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     ) -> Iterator[tuple[int, Any, list[Any]]]:
         """Run decoders or networks that teach each other, one after the other, so that only one graph is in memory.
 
-        All but the first run once more at the beginning, without gradients, so that each one's output is known to the
+        At the beginning all but the first run once more, without gradients, because each needs the outputs of the
         others. With `memory=fast` each runs only once.
 
         Args:
             passes: functions without arguments. Each returns an output, and the same one every time.
-            keep: what the others get to know of an output, without gradients. Default: its finest logits.
+            keep: a function that takes from an output what the others need, without gradients. Default: its finest
+                logits.
 
         Yields:
             The number of the pass, its output, and the list of what was kept of all passes.

@@ -1,4 +1,4 @@
-"""What nnU-Net logs, for TensorBoard: `export nnUNet_semiseg_tensorboard=1`, as `nnUNet_wandb_enabled=1`."""
+"""Write nnU-Net's log for TensorBoard. `export nnUNet_semiseg_tensorboard=1` switches it on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_wanted() -> bool:
 class TensorBoardLogger:
     """One of the loggers of nnU-Net's `MetaLogger`: it writes into the folder `tensorboard` of the training.
 
-    Values have the epoch as their step. After `--c`, what was written of later epochs is not shown.
+    The step of a value is its epoch. After `--c`, older values of later epochs are not shown.
     """
 
     def __init__(self, output_folder: str):
@@ -36,10 +36,10 @@ class TensorBoardLogger:
         self.writer: Any = None
 
     def update_config(self, config: dict) -> None:
-        """Nothing: plans and settings are beside it."""
+        """Do nothing: plans and settings are in files beside it."""
 
     def log(self, key: str, value: float, step: int) -> None:
-        """Write one number of an epoch, if it is no time of day."""
+        """Write one number of an epoch. Times of day are left out."""
         if key.endswith("_timestamps"):
             return
         self._write(key, value, step, purge_step=step)

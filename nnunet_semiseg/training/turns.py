@@ -56,7 +56,7 @@ def planes_to_turn_in(
     """The pairs of axes along which a patch has the same number of voxels and (nearly) the same spacing.
 
     Args:
-        axes: the axes that may be flipped. If none may, because texts name sides, nothing is turned either.
+        axes: the axes that may be flipped. If texts name sides, there are none, and nothing is turned either.
         patch_size, spacing: of the plans, in the same order.
     """
     return [

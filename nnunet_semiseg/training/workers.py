@@ -1,4 +1,4 @@
-"""The processes that load data, when a training ends early."""
+"""End the processes that load data, and report their errors, when a training ends early."""
 
 from __future__ import annotations
 

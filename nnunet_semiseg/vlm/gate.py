@@ -76,7 +76,7 @@ def measure(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Se
 
     Args:
         masks: for each case (*S), in 0 to 1.
-        labels: for each case (*S), bool. A case with nothing or nothing but the class does not count.
+        labels: for each case (*S), bool. A case does not count if no pixel has the class, or if all pixels have it.
         known: for each case (*S), False where the label is not known.
     """
     pairs = [(m[k].ravel(), y[k].ravel()) for m, y, k in zip(masks, labels, known, strict=True)]
@@ -93,13 +93,13 @@ def measure(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Se
 
 
 def evidence(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> np.ndarray:
-    """What a value of a mask says of a pixel, (65,) for values from 0 to 1: see `with_evidence`.
+    """The evidence that a mask value gives for its class, (65,) for values from 0 to 1; see `with_evidence`.
 
-    It is the logit of the class's share among pixels of this value (isotonic regression: never less for a higher
-    value), less the logit of its share among all pixels. Of masks that know nothing it is 0.
+    It is the logit of the class's share among the pixels with this value, minus the logit of its share among all
+    pixels. By isotonic regression, a higher value never has less evidence. For masks without information it is 0.
 
     Args:
-        masks, labels, known: as in `measure`; all cases count.
+        masks, labels, known: as in `measure`. All cases count.
     """
     values, truth = (np.concatenate([x[k].ravel() for x, k in zip(xs, known, strict=True)]) for xs in (masks, labels))
     share = float(truth.mean()) if truth.size else 0.0
@@ -110,13 +110,13 @@ def evidence(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: S
 
 
 def with_evidence(p: Tensor, masks: Tensor, table: Tensor) -> Tensor:
-    """Probabilities of a teacher, after masks have been heard: sigmoid(logit(p) + the evidence of the mask's value).
+    """Change a teacher's probabilities by masks: sigmoid(logit(p) + the evidence of the mask's value).
 
-    That is Bayes' rule, where mask and teacher err independently.
+    This is Bayes' rule, if the errors of mask and teacher are independent.
 
     Args:
         p, masks: (B, H, W), in 0 to 1.
-        table: (65,), of `evidence`; between its values it is interpolated.
+        table: the result of `evidence`, (65,). Between its values it is interpolated.
     """
     place = masks.clamp(0, 1) * (len(table) - 1)
     low = place.floor().long().clamp(max=len(table) - 2)

@@ -94,15 +94,15 @@ class AMVLM(nn.Module):
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features of the whole image (B, C + C') and of its patches (B, P, C'), for images from `to_tower`.
 
-        Those of the whole image are what the tower pools and a mean of the patches, weighted by `look`. A convolutional
-        tower pools by a plain mean, which does not know where something is. But texts say where.
+        The features of the whole image are the tower's pooled features and a mean of the patches, weighted by `look`.
+        Texts say where something is; a convolutional tower pools by a plain mean, which loses the place.
         """
         pooled, patches = self.placed_patches(images)
         seen = (self.look(patches).softmax(1) * patches).sum(1)
         return torch.cat((pooled, seen), 1), patches
 
     def placed_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the tower pools, and its patches, each with sines and cosines of its place."""
+        """The tower's pooled features, and its patches, each with sines and cosines of its place."""
         output = self.visual.forward_intermediates(images, indices=self.depth, normalize_intermediates=True)
         patches = output["image_intermediates"][0].flatten(2).transpose(1, 2)
         return output["image_features"], torch.cat((patches, self.places.expand(len(patches), -1, -1)), 2)

@@ -94,7 +94,7 @@ class Pairs(Dataset):
 
 
 def random_crop(image: Tensor, least: float) -> Tensor:
-    """Crop (C, H, W) to a random share of both sides, from `least` to 1. So little is lost that texts stay true."""
+    """Crop (C, H, W) to a random share of both sides, from `least` to 1. The crop is so large that texts stay true."""
     share, *places = (least + (1 - least) * torch.rand(1), *torch.rand(2))
     for dim, place in zip((1, 2), places, strict=True):
         kept = max(1, round(float(share) * image.shape[dim]))

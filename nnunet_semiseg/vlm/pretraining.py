@@ -293,7 +293,10 @@ class Pretraining:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Save the state. After the last epoch the model comes first, because an unfinished one is no model."""
+        """Save the state.
+
+        After the last epoch the model is written first. A model is written only when it is finished.
+        """
         if self.epoch == self.settings.num_epochs:
             save_whole(self.task.model.state_dict(), self.output / WEIGHTS)
         tensors = {f"task.{k}": v for k, v in self.task.state_dict().items()}

@@ -23,7 +23,7 @@ RECALLS = (1, 5)
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingSettings:
-    """Of `pretrain_vlm`; the weights are those of L = L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL."""
+    """Settings of `pretrain_vlm`. The default weights are those of L = L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL."""
 
     num_epochs: Count = 30
     """The length of the pre-training, in epochs."""
@@ -54,13 +54,13 @@ class PretrainingSettings:
     icl_weight: Weight = 0.1
     """The weight of the contrast of distributions, between and within images and texts (L_ICL). 0 switches it off."""
     mask_weight: Weight = 1.0
-    """The weight of the loss on labelled images that says where in the image its text is. With 0 the pre-training
-    reads no label."""
+    """The weight of the loss that learns from labels where the objects of a text are. With 0 the pre-training reads no
+    label."""
     mask_held_out: Annotated[float, Bounds(0, 0.9)] = 0.25
     """The share of the labelled cases whose labels are not read. `AMVLMTrainer` measures its text masks on them."""
     fold: Annotated[int, Bounds(0)] | None = None
-    """The fold whose training labels may be used. It must be the fold of the training to come. By default all labels
-    are used, for trainings with fold `all`."""
+    """The fold whose training labels may be used. It must be the fold of the later training. By default all labels are
+    used, for trainings with fold `all`."""
     num_labeled: Count | None = None
     """How many of these cases keep their labels, as the trainers' setting `num_labeled`."""
     text_model: str | None = None
@@ -85,7 +85,9 @@ class PretrainingSettings:
     def __post_init__(self):
         check_types(self)
         if self.dim % 2:
-            raise UserError(f"setting dim={self.dim}: must be even: half is for means, half for spreads")
+            raise UserError(
+                f"setting dim={self.dim}: must be even: one half is for means, the other for standard deviations"
+            )
         if not (self.itc_weight or self.css_weight or self.local_weight or self.icl_weight):
             raise UserError("settings itc_weight, css_weight, local_weight, icl_weight: one must be above 0")
 

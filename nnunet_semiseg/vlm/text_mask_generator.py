@@ -64,7 +64,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
 
 
 def read_state(folder: Path) -> dict:
-    """What a pre-training's state says beside its tensors: `epoch`, the number of finished epochs, and more.
+    """Read the metadata of a pre-training's state: `epoch` (the number of finished epochs) and more.
 
     Raises:
         UserError: the file is damaged.

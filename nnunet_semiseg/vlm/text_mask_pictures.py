@@ -36,8 +36,8 @@ class TrainedMasks:
 
     Attributes:
         data: nnU-Net's preprocessed cases, labelled and unlabelled.
-        labeled_cases: those whose labels the pre-training did not see; if it saw all, all of them.
-        texts: for each case that has any, the texts of every mask by the mask's name.
+        labeled_cases: the labelled cases whose labels the pre-training did not see. If it saw all labels: all cases.
+        texts: the texts by case and by the name of the mask. Cases without texts are left out.
         labels: for every mask the value of its label, or the values of its region.
     """
 
@@ -61,7 +61,7 @@ def load_text_masks(run: Run) -> TrainedMasks:
     """The text masks of a trained model.
 
     Args:
-        run: trained, with a text mask generator.
+        run: a finished training with a text mask generator.
 
     Raises:
         UserError: the model is not trained, or has no text masks.

@@ -36,7 +36,7 @@ def load_towers(
 
     Args:
         model: of open_clip's (`load_clip`), or `timm:NAME`, an image network of timm's.
-        weights: as `pretrained` of `load_clip`; for timm `none`, or None for timm's own.
+        weights: as `pretrained` in `load_clip`. For timm: `none` for random weights, or None for timm's own.
         text_model: `wordllama` replaces the model's text half. A `timm:NAME` needs it.
 
     Raises:
