@@ -49,9 +49,9 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
     samples:
 
     - L_CRC is the "confident regional cross-entropy" towards the other network, with its probabilities q and its
-      decision y. It has two parts. The first is the mean of q_y CE(p, y) over the voxels where q_y is at least 0.65. The
-      second is the mean of q_min times -log(1 - p_c), with a mean over all classes c except y, over the voxels where the
-      smallest probability q_min is below 0.1. The samples of the second network are mixed first (CutMix);
+      decision y. It has two parts. The first is the mean of q_y CE(p, y) over the voxels where q_y is at least 0.65.
+      The second is the mean of q_min times -log(1 - p_c), with a mean over all classes c except y, over the voxels
+      where the smallest probability q_min is below 0.1. The samples of the second network are mixed first (CutMix);
     - L_tra: a crop shows the same voxels with other surroundings, and the network must predict the same for them:
       0.3 KL(p_patch || p_crop) + 0.1 mean sum p_crop log p_crop. The second term prevents one class everywhere.
 
