@@ -393,14 +393,14 @@ def test_a_touch_of_raw_files_asks_for_no_more_than_a_look(dataset):
     for file in dataset.raw.rglob("*.nii.gz"):
         os.utime(file)
     look = f"to compare its content, run nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres -plans_name {PLANS}"
-    refused(f"tr_000.nii.gz: was written again after it was preprocessed: {look}$", train, dataset)
+    refused(f"tr_000.nii.gz: its time has changed since it was preprocessed: {look}$", train, dataset)
     before = {file: file.stat().st_mtime_ns for file in dataset.preprocessed.rglob("*.b2nd")}
     preprocess(dataset)
     train(dataset)
     assert before == {file: file.stat().st_mtime_ns for file in dataset.preprocessed.rglob("*.b2nd")}
     os.utime(label_of(dataset))
     shutil.rmtree(dataset.raw / "imagesUn")
-    refused("tr_000.nii.gz: has another time .* --labeled_only$", train, dataset, SupervisedTrainer)
+    refused("tr_000.nii.gz: its time has changed .* --labeled_only$", train, dataset, SupervisedTrainer)
 
 
 def test_what_nnunets_own_commands_made_is_looked_at_without_a_record(dataset):
@@ -408,7 +408,7 @@ def test_what_nnunets_own_commands_made_is_looked_at_without_a_record(dataset):
         file.unlink()
     train(dataset, SupervisedTrainer)
     os.utime(label_of(dataset))  # newer than what was made of it
-    refused("tr_000.nii.gz: has another time .*, run nnunet_semiseg prepro", train, dataset, SupervisedTrainer)
+    refused("tr_000.nii.gz: its time has changed .*, run nnunet_semiseg prepro", train, dataset, SupervisedTrainer)
     preprocess(dataset)  # it compares the voxels, and finds that nothing has changed
     train(dataset, SupervisedTrainer)
     correct(dataset, None)

@@ -32,7 +32,7 @@ REFUSED = [
 ]
 ONLY_OURS = [
     ("3d_fullres 0 -device tpu", "-device tpu: no such device: use cuda or cpu or mps"),
-    ("3d_fullres 0 -device cpu --as ../x", "--as ../x: letters, digits, - _ and . only"),
+    ("3d_fullres 0 -device cpu --as ../x", "--as ../x: use letters, digits, - _ and . only"),
     ("3d_fullres 0 -device cpu --as a/b", "--as a/b: letters"),
     (f"3d_fullres 0 -device cpu --as {'a' * 300}", "--as aaa"),
 ]

@@ -357,6 +357,6 @@ def _check_raw(
             made = os.stat(folder / (case + SUFFIXES[-1])).st_mtime_ns
             is_old = may_be_same = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
         if is_old and may_be_same:
-            raise UserError(f"{label}: was written again after it was preprocessed: to compare its content, {look}")
+            raise UserError(f"{label}: its time has changed since it was preprocessed: to compare its content, {look}")
         if is_old:
             raise UserError(f"{label}: this label or its image is not what was preprocessed: {fix}")

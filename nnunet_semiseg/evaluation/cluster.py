@@ -103,14 +103,14 @@ class InQueue:
         self.job = job
 
     def result(self) -> str | None:
-        """Wait for its end."""
+        """Wait for the end of the job."""
         try:
             return self.job.result()
         except Exception as error:  # from submitit: the job was cancelled, or its time ran out too often
             return f"job {self.job.job_id} ended without a result ({' '.join(str(error).split())[:200]})"
 
     def cancel(self) -> None:
-        """End it."""
+        """End the job."""
         self.job.cancel()
 
 

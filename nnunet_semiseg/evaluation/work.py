@@ -29,7 +29,7 @@ class Process:
             )
 
     def result(self, timeout: float | None = None) -> str | None:
-        """Wait for its end. Returns what went wrong, or None.
+        """Wait for the end of the command. Returns what went wrong, or None.
 
         Raises:
             TimeoutExpired: it is still running.

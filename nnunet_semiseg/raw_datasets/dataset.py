@@ -95,7 +95,7 @@ def convert_dataset(
         if register != "off" and (len(found.about.channels) == 1 or found.about.dimension == 2):
             raise UserError(f"--register {register}: is for volumes of several channels: leave it out")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
-            raise UserError(f"--name {found.about.name}: letters, digits, - and _ only")
+            raise UserError(f"--name {found.about.name}: use letters, digits, - and _ only")
         target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
         given = (Path(option) for option in options.values() if isinstance(option, (str, Path)))
         refuse_own_source(found, [source, *(path for path in given if path.is_file())], target)

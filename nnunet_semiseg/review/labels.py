@@ -159,7 +159,7 @@ def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: 
 def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, sitk.Image | None]:
     """Compare the grids of label and image.
 
-    Returns the difference as an error, or as rounding, and the image. None for pictures.
+    Returns the difference if it is an error, the difference if it is only rounding, and the image. None for pictures.
     """
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None, None, None
