@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 PLANS = "nnUNetPlans"
-"""nnU-Net's own, and its default"""
+"""the name of nnU-Net's own plans, which are the default"""
 
 
 def option(*flags: str, help: str, default: Any = MISSING, **more) -> Any:

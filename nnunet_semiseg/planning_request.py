@@ -12,7 +12,7 @@ from nnunet_semiseg.options import PLANS, at_least, cores, dataset_id, option, p
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
-"""nnU-Net's"""
+"""nnU-Net's default numbers of processes"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from nnunet_semiseg.training.plans_trainer import LOCK
 COMPARISONS, REVIEWS = "comparison/*/report.html", "review/*/review.html"
 OTHER_REPORTS = "text_effect/*/report.html"
 FIRST = "3d_fullres"
-"""the configuration that is proposed where there is a choice"""
+"""the configuration that is proposed if there are several"""
 
 
 @dataclass(frozen=True)

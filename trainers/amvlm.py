@@ -108,7 +108,7 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
 
 
 RAMP = 0.4
-"""of the teacher's weight, as a share of the training, as in `MeanTeacherTrainer`; the paper's three rise to the end"""
+"""share of the training over which the teacher's weight rises, as in `MeanTeacherTrainer`; the paper's rise to the end"""
 
 
 class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):

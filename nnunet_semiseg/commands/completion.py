@@ -29,7 +29,7 @@ def configurations(**_) -> list[str]:
 
 
 COMPLETERS = {"TRAINER": trainer_names, "ID": dataset_numbers, "CONFIG": configurations}
-"""by the metavar of an argument"""
+"""for each metavar of an argument, the function that lists its values"""
 
 
 class CompletingParser(ArgumentParser):

@@ -9,7 +9,7 @@ import numpy as np
 from nnunet_semiseg.data.components import spread_over
 
 DRAWS = 200
-"""of each case"""
+"""number of random patches for each case"""
 
 
 def chance_of_foreground(dataset, patch_size: Sequence[int]) -> float:

@@ -28,10 +28,10 @@ from nnunet_semiseg.parallel import run_jobs
 from nnunet_semiseg.schema import check
 
 EXTERNAL, RECORD = "external", "masks.json"
-"""a folder of the raw dataset, with a folder for each model; in that one, what was measured"""
+"""the folder in the raw dataset that has a folder for each model; the file in the latter with the measured Dice"""
 ENDING = "__masks"
 LEAST_DICE = 0.5
-"""of a class on the labelled cases; where it is less, nothing is learnt from the masks of this class"""
+"""smallest Dice of a class on the labelled cases with which something is learnt from its masks"""
 ABOUT = {"plans_hash": str, "made_of": str, "dice": dict[str, dict]}
 
 

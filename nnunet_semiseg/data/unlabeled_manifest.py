@@ -23,7 +23,7 @@ from nnunet_semiseg.files import read_json, write_json
 from nnunet_semiseg.schema import check, read_dataset_json
 
 ENDING = "__unlabeled"
-"""of the folder of unlabelled cases, beside that of the labelled ones"""
+"""ending of the name of the folder with the unlabelled cases, beside that of the labelled ones"""
 MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
 
 

@@ -25,7 +25,7 @@ from nnunet_semiseg.files import make_folder, read_json, write_json
 EXECUTORS = ("local", "slurm")
 HOURS = 24.0
 TIMES = 100
-"""how many times the hours of a job may run out"""
+"""how often a job may continue after its hours have run out"""
 EVER = 60 * 24 * 365
 """minutes: on this computer a job has no time limit"""
 

@@ -10,11 +10,11 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.repair import corners_of
 
 REGISTER = ("off", "check", "rigid")
-"""leave channels as they are; say how far off they lie; move those that are off"""
+"""leave channels as they are; report their displacement; move displaced channels"""
 BINS, SHARE, STEPS = 50, 0.2, 200
-"""of Mattes' histogram; of the voxels that a step looks at; of the optimiser, at the most, at each resolution"""
+"""bins of Mattes' histogram; share of the voxels that a step uses; largest number of steps at each resolution"""
 SMALLEST = 16
-"""voxels along an axis, below which an image is not shrunk"""
+"""an axis with fewer voxels than this is not shrunk"""
 
 
 def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: str) -> tuple[sitk.Image, str]:

@@ -31,8 +31,8 @@ TITLES = {
     "snapshots": "last and best checkpoint of the model",
     "single": "one prediction",
 }
-"""the kinds of ensembles, those first whose agreement ranked cases better (docs/review.md); mirrored predictions cost
-half of what the two below do"""
+"""the kinds of ensembles; those that ranked cases better by their agreement come first (docs/review.md); mirrored
+predictions cost half as much as the two kinds below"""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nnunet_semiseg.json_types import Bounds, in_words, matches
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 
 EMA_LENGTHS = {200: 10, 2_000: 100, 50_000: 1_000}
-"""iterations of a training, and over how many of them its EMA goes: a twentieth, and less in long trainings"""
+"""number of iterations of a training, and the length of its EMA: a twentieth of them, and less in long trainings"""
 
 
 Share = Annotated[float, Bounds(0, 1)]

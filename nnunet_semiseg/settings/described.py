@@ -24,7 +24,7 @@ OF_COMMANDS = {
     "distill": ("deployment/distillation.py", "DistillationSettings"),
     "pretrain_vlm": ("vlm/task.py", "PretrainingSettings"),
 }
-"""commands whose `--set` is about settings of their own: file below the package, and class"""
+"""commands that have their own settings (`--set`): the file below the package, and the class"""
 
 
 @dataclass(frozen=True)

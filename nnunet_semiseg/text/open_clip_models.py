@@ -18,7 +18,7 @@ from nnunet_semiseg.errors import UserError
 
 HF_CONFIG = "config.json"
 UNTRAINED = "none"
-"""as `pretrained`: random weights, always the same"""
+"""the value of `pretrained` for random weights, which are always the same"""
 
 TEXT_OPTIONS = {
     "model": "--set text_model=",

@@ -52,7 +52,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     views: tuple[str, ...] = ("strong",)
     decide: Decisions  # from `initialize` on
     masks: PreparedMasks | None = None
-    """of other models, where the settings ask for them"""
+    """the masks of other models, if the settings ask for them"""
     votes: MaskVotes  # from `initialize` on, where there are such masks
 
     def __init__(

@@ -9,7 +9,7 @@ from itertools import chain
 VERTICAL, HORIZONTAL = SIDES = (0, 1)
 
 HORIZONTAL_WORDS = ("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward")
-"""of the pre-training; `AMVLMTrainer` has settings for them"""
+"""the words of the pre-training; `AMVLMTrainer` has settings for them"""
 
 WORD = r"[^\W_]+"
 """a word; it also finds the parts of kidney_left"""

@@ -27,7 +27,7 @@ from nnunet_semiseg.vlm.pairs import open_cases
 from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, seen_cases
 
 PREFIX = "text_masks."
-"""of the names of the generator's weights in a checkpoint"""
+"""beginning of the names of the generator's weights in a checkpoint"""
 
 
 @dataclass(frozen=True)
