@@ -60,7 +60,7 @@ def find_cases(
             own mask, and for DICOM segmentations, the names of the wanted classes. None: as `dataset.json` or the files
             say.
         channels: names of the channels, in their order, as in the names of files or DICOM series. None: as files say.
-        name: of the dataset.
+        name: the name of the dataset.
         split: a JSON file `{"train": [case, ...], "val": [...], "test": [...]}`. None: as folders say.
         spacing: x y z, in mm, for files that do not say it: TIFF volumes, stacks of pictures, damaged headers.
         label_values: `205=kidney`, `0,1=background`, `255/0/0=kidney` for a colour.

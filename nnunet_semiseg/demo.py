@@ -152,7 +152,7 @@ def run_demo(
         output: a new folder. Default: `nnunet_semiseg_demo`.
         device: as nnU-Net's `-device`.
         cases: the numbers of labelled, unlabelled and test cases.
-        num_epochs, num_iterations_per_epoch: of each of the two trainings.
+        num_epochs, num_iterations_per_epoch: the length of each of the two trainings.
 
     Raises:
         UserError: the folder exists; a command failed (its last lines are printed).

@@ -268,7 +268,7 @@ def check_architecture(configuration: dict, file: str | Path, fix: str, within: 
     """Refuse a network that cannot be built, and unknown code, before anything is imported.
 
     Args:
-        configuration: of plans, with everything that it inherits.
+        configuration: a configuration of the plans, with everything that it inherits.
 
     Raises:
         UserError: a class is neither nnU-Net's nor of this package, and the user does not trust it; numbers of stages

@@ -108,7 +108,7 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
 
 
 RAMP = 0.4
-"""share of the training over which the teacher's weight rises (as in `MeanTeacherTrainer`), except with the paper's losses"""
+"""share of the training over which the teacher's weight rises, as in `MeanTeacherTrainer`; only with `evidence`"""
 
 
 class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):

@@ -13,7 +13,7 @@ DRAWS = 200
 
 
 def chance_of_foreground(dataset, patch_size: Sequence[int]) -> float:
-    """The mean over labelled cases of the share of random patches that have a voxel of foreground.
+    """The share of random patches that have a voxel of foreground, as a mean over the labelled cases.
 
     Patches are drawn as nnU-Net draws patches that need not have foreground: uniformly among the positions within the
     image. A patch that is larger than the image has all of it. The foreground is taken from the class locations that

@@ -123,7 +123,7 @@ def spacing_problem(spacing: Sequence[float], usual: Sequence[float]) -> str | N
     """Say so if a spacing is far from that of the data set. Resampling would leave no voxels, or far too many.
 
     Args:
-        spacing, usual: of the same axes; `usual` is the median of the labelled images.
+        spacing, usual: two spacings along the same axes; `usual` is the median of the labelled images.
     """
     for value, expected in zip(spacing, usual, strict=False):
         if not expected / MOST <= value <= expected * MOST:
@@ -135,7 +135,7 @@ def flat_problem(shape: Sequence[int], plans: dict) -> str | None:
     """Say so if an image has one slice although the plans are for volumes.
 
     Args:
-        shape: of the image, as nnU-Net reads it: z, y, x.
+        shape: the shape of the image, as nnU-Net reads it: z, y, x.
     """
     usual = plans.get("original_median_shape_after_transp")
     if usual and 1 in shape and 1 not in usual:

@@ -172,7 +172,7 @@ def label_problems(seg: np.ndarray, label: str, shape: Sequence[int], values: It
     """What is wrong with a label (1, *S), as read.
 
     Args:
-        shape: of the image.
+        shape: the shape of the image.
         values: the label values that dataset.json names.
     """
     if seg.shape != (1, *shape):

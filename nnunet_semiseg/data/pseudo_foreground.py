@@ -64,7 +64,7 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
         trainer: its settings say how the network gets the images. If there are several processes (`ranks`), each takes
             a part.
         network: without deep supervision.
-        dataset: of preprocessed cases.
+        dataset: a dataset of preprocessed cases.
         cases: the cases to look at. Their files are replaced.
         folder: the folder for the files. It is made if necessary.
     """
@@ -119,7 +119,7 @@ def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
     A robust standard deviation is 1.4826 times the median distance to the median.
 
     Args:
-        scores: of cases; NaN: not known.
+        scores: the scores of the cases. NaN: not known.
         at_most: the largest share of the cases that is returned.
     """
     known = {case: score for case, score in scores.items() if np.isfinite(score)}

@@ -250,7 +250,7 @@ def seed_workers(augmenter, seed: int | None, step: int) -> None:
     """Seed each worker. Forked workers share torch's random numbers; without this all would augment alike.
 
     Args:
-        seed: of the training. None: the system gives one.
+        seed: the seed of the training. None: the system gives one.
         step: added to the seed, so that a resumed training does not see the batches of its beginning again.
     """
     if not isinstance(augmenter, SingleThreadedAugmenter):

@@ -64,8 +64,8 @@ def segmentation_metrics(
         prediction, reference: label maps (*S).
         labels: as in dataset.json: a name with its label or, for regions, several labels. `background` is left out.
             Voxels that have the label `ignore` in the reference count in neither map.
-        spacing: of a voxel, in mm, along each axis.
-        tolerance: of `nsd`, in mm.
+        spacing: the voxel spacing along each axis, in mm.
+        tolerance: the tolerance of `nsd`, in mm.
 
     Returns:
         {name: {metric: value}}, with the keys of `METRICS`.
@@ -144,7 +144,7 @@ def _read(file: Path, reader: type[BaseReaderWriter], fix: str) -> tuple[np.ndar
 
 
 def _same_place(a: dict, b: dict) -> bool:
-    """Compare what nnU-Net's readers keep: the origin within half a voxel, the axes within about half a degree."""
+    """Compare origins (within half a voxel) and axes (within about half a degree), if nnU-Net's reader keeps them."""
     if "sitk_stuff" in a and "sitk_stuff" in b:
         a, b = a["sitk_stuff"], b["sitk_stuff"]
         return np.allclose(a["origin"], b["origin"], rtol=0, atol=min(b["spacing"]) / 2) and np.allclose(

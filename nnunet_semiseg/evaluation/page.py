@@ -27,9 +27,9 @@ class Section:
     """One heading and what stands below it. Each part may be empty.
 
     Attributes:
-        rows: of a table, strings.
+        rows: the rows of a table, as strings.
         charts: by file name, without its ending.
-        legend: of the images, each name with its colour.
+        legend: the legend of the images: each name with its colour.
         images: data URIs by their captions.
     """
 

@@ -52,7 +52,7 @@ class Window:
 
     Args:
         level, width: in HU.
-        mean, std: of nnU-Net's `CTNormalization`, in HU.
+        mean, std: the values of nnU-Net's `CTNormalization`, in HU.
     """
 
     def __init__(self, level: float, width: float, mean: float, std: float):

@@ -50,12 +50,12 @@ class About:
     """What is known about a data set before its files are looked at.
 
     Args:
-        name: of the dataset, after its number.
+        name: the name of the dataset, after its number.
         layout: what the download looks like; shown if no case is found.
         protocol: the published split, in words.
         labeled: the default number of labelled cases. None: all that have a label.
         labels, regions_class_order, file_ending: as in `dataset.json`.
-        dims: of every image. None: 2 for pictures, else 3.
+        dims: the dimensions of every image. None: 2 for pictures, else 3.
         label_values: from values in the source to values in the dataset. None: the values of `labels`.
         value_hint: how to fix an unknown label value.
         repair: what may be changed in headers and voxels.

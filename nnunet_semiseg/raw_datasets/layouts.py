@@ -48,7 +48,7 @@ def recognise(
     """Find the cases from relative paths.
 
     Args:
-        paths: of files that can be read, with slashes; see `listing` for the names of DICOM folders.
+        paths: the paths of files that can be read, with slashes; see `listing` for the names of DICOM folders.
         channels: the wanted channels, by name and in this order. None: those that all labelled cases have.
         stacked: pictures in the folder of a case are the slices of a volume.
         source: the folder, for messages.

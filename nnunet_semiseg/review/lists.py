@@ -22,8 +22,8 @@ def for_labelling(
     outliers on which all members agree.
 
     Args:
-        features: of each case; all have the same length.
-        labeled_features: those of labelled cases.
+        features: the features of each case. All have the same length.
+        labeled_features: the features of labelled cases.
     """
     cases = sorted(dices)
     every = np.array([*(features[case] for case in cases), *labeled_features], float)

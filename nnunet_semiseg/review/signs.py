@@ -37,7 +37,7 @@ def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[f
     Args:
         mask: a label map (*S), predicted or made by hand.
         image: (C, *S), as read.
-        spacing: of a voxel, in mm, along each axis.
+        spacing: the voxel spacing along each axis, in mm.
     """
     sides = [s for s, n in zip(spacing, mask.shape, strict=True) if n > 1]
     unit = np.prod(sides) / (1000 if len(sides) > 2 else 100)

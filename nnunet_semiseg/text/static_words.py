@@ -34,7 +34,7 @@ class WordTower(nn.Module):
 
     Args:
         table: (V, d), the embeddings of the vocabulary.
-        tokenizer: of the package `tokenizers`.
+        tokenizer: a tokenizer of the package `tokenizers`.
         trained: False for random embeddings.
     """
 

@@ -20,7 +20,7 @@ class ClassShares:
     than unlabelled ones. So even for a class that is learnt well, the two shares may differ by a factor of two or more.
 
     Args:
-        names: of the classes or regions, without the background.
+        names: the names of the classes or regions, without the background.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device):
@@ -45,7 +45,7 @@ class ClassShares:
         """The lines for the log. The sums are set to 0.
 
         Args:
-            progress: of the training, 0 to 1.
+            progress: the progress of the training, 0 to 1.
         """
         (labels, pseudo), counts = (self.sums / self.counts[:, None]).tolist(), self.counts.tolist()
         self.sums.zero_()

@@ -17,7 +17,7 @@ class Decisions:
 
     Args:
         label_manager: nnU-Net's.
-        names: of the classes or regions, in the order of the heads, without the background.
+        names: the names of the classes or regions, in the order of the heads, without the background.
         device: the device of the training.
 
     Attributes:

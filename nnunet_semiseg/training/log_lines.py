@@ -9,7 +9,7 @@ from statistics import median
 
 
 def cases_line(labeled: int, unlabeled: int, validation: int) -> str:
-    """How many cases take part."""
+    """The numbers of labelled, unlabelled and validation cases."""
     return f"training cases: {labeled} labelled, {unlabeled} unlabelled; validation cases: {validation}"
 
 
@@ -24,8 +24,8 @@ def expected_end(durations: Sequence[float], left: int, now: datetime) -> str:
     """When the training will end, if its epochs take as long as the last ten did.
 
     Args:
-        durations: of the epochs until now, in seconds.
-        left: epochs that are still to come.
+        durations: the durations of the epochs until now, in seconds.
+        left: the number of epochs that are still to come.
     """
     time = timedelta(seconds=round(left * median(durations[-10:])))
     return f"expected end: {now + time:%Y-%m-%d %H:%M}, in {time}"

@@ -40,7 +40,7 @@ S = TypeVar("S", bound=SemiSupervisedSettings)
 
 
 class SemiSupervisedTrainer(PlansTrainer[S]):
-    """A method is a subclass that defines `losses`. It overrides more only if it needs to.
+    """The base class of methods. A method is a subclass that defines `losses`; it may override more.
 
     Class attributes:
         views: the names of the views that the loader makes of each unlabelled patch (see `ViewsTransform`).

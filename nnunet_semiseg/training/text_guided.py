@@ -23,7 +23,9 @@ T = TypeVar("T", bound=TextSettings)
 
 
 class TextGuidedTrainer(SemiSupervisedTrainer[T]):
-    """A method is a subclass with `guided_losses`. Its `adapt_network` must return a `MultiDecoderUNet`.
+    """The base class of methods with text.
+
+    A subclass defines `guided_losses`. Its `adapt_network` returns a `MultiDecoderUNet`.
 
     The learnt text features (K, d), with the background first, guide the network at its bottleneck. They are also
     stored in the network, so that prediction needs no text encoder.

@@ -57,7 +57,7 @@ def planes_to_turn_in(
 
     Args:
         axes: the axes that may be flipped. If texts name sides, there are none, and nothing is turned either.
-        patch_size, spacing: of the plans, in the same order.
+        patch_size, spacing: the values of the plans, in the same order of axes.
     """
     return [
         (a, b)

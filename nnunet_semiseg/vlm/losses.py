@@ -98,7 +98,7 @@ def similarity_supervision(
 
     Args:
         tokens, found: (B, L, d), tokens and their counterparts, normalised.
-        distributions, found_distributions: of both, (B, L, d).
+        distributions, found_distributions: the distributions of both, (B, L, d).
         weights: (B, L), with the sum 1 in each sample (`token_weights`).
     """
     similarity = tokens @ found.transpose(1, 2)

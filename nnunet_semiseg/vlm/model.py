@@ -40,10 +40,10 @@ class AMVLM(nn.Module):
     """Both towers, a head of two layers for each of their outputs, and a distribution transformer for each modality.
 
     Args:
-        clip: of open_clip, with `.visual` (open_clip's or timm's) and `.text`, which may be a `WordTower`.
+        clip: a model of open_clip, with `.visual` (from open_clip or timm) and `.text`, which may be a `WordTower`.
         tokenizer: from `open_clip.get_tokenizer`; a `WordTower` has its own.
-        dim: d, of the joint space.
-        hidden: width of the heads.
+        dim: d, the dimension of the joint space.
+        hidden: the width of the heads.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Callable, dim: int = 128, hidden: int = 2048):

@@ -30,7 +30,9 @@ from nnunet_semiseg.vlm.sides import HORIZONTAL_WORDS, exchange, is_flat
 
 
 class Pairs(Dataset):
-    """Images as the tower takes them, each with its token ids and its labelled area. Of a volume it is one slice.
+    """Images in the form of the tower's input, each with its token ids and its labelled area.
+
+    From a volume one slice is used.
 
     The labelled area is a share for each patch of the tower, (rows, columns); -1 if it is not known.
 

@@ -118,7 +118,7 @@ class TextMaskGenerator(nn.Module):
 
     Args:
         relative: see `raw_masks`.
-        temperature: of the loss, at the beginning.
+        temperature: the first temperature of the loss.
     """
 
     def __init__(self, vlm: AMVLM, relative: bool = False, temperature: float = 0.07):

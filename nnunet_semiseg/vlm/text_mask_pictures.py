@@ -91,7 +91,7 @@ def load_text_masks(run: Run) -> TrainedMasks:
 def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 20) -> list[Path]:
     """Write a picture for each of the first unlabelled cases: the image, its text, the mask before and after PAMR.
 
-    Of a volume the middle slice is shown. If there are several classes, each has a row.
+    For a volume the middle slice is shown. If there are several classes, each has a row.
     """
     output = Path(output)
     if output.is_file():

@@ -35,7 +35,7 @@ def load_towers(
     """A model with `.visual` and `.text`, its tokenizer, and its content of `open_clip_config.json`.
 
     Args:
-        model: of open_clip's (`load_clip`), or `timm:NAME`, an image network of timm's.
+        model: a model of open_clip (`load_clip`), or `timm:NAME`, an image network of timm.
         weights: as `pretrained` in `load_clip`. For timm: `none` for random weights, or None for timm's own.
         text_model: `wordllama` replaces the model's text half. A `timm:NAME` needs it.
 
