@@ -173,7 +173,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
                 dataset.identifiers
             )
             cases = cases[:CASES_OF_A_REFRESH].tolist()
-            self.print_to_log_file(f"looking at {len(cases)} unlabelled cases")
+            self.print_to_log_file(
+                f"the teacher predicts {len(cases)} unlabelled cases (leave_out, unlabeled_foreground)"
+            )
             look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder)
             left_out = leave_out(self.foreground_folder, self.settings.leave_out)
             names = ", ".join(left_out) or "none"
