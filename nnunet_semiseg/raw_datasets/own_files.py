@@ -95,7 +95,7 @@ class Files:
         ending = _file_ending(images, self.dims)
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",
-            protocol="labelled is what has a label; training, validation and test cases as folders or --split say",
+            protocol="cases with a label are labelled; --split or folders say which are for validation or a test",
             channels=self.channels,
             labels=names,
             prompts={name: name for name in names},
