@@ -53,7 +53,8 @@ class CompletingParser(ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(word, options, n=2) if word.startswith("-") else []
             what = "no such option" if word.startswith("-") else "one word too many"
-            self.error(f"{word}: {what}{did_you_mean(near)}")
+            hint = "; a setting is written as --set NAME=VALUE" if "--set" in options else ""
+            self.error(f"{word}: {what}{did_you_mean(near)}{hint}")
         return found, unknown
 
     def error(self, message: str):
