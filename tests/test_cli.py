@@ -315,7 +315,7 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
         ("compare -d 901 -c 2d --trainer A B", "--trainer: no such option: did you mean --trainers?"),
         ("convert folder -i X -d 901 --lables a", "--lables: no such option: did you mean --labels or --labeled?"),
         ("convert -i X -d 901 --dryrun", "--dryrun: no such option: did you mean --dry-run?"),
-        ("train 901 2d 0 --num_epochs 3", "--num_epochs: no such option: did you mean -num_gpus?; a setting is written as --set"),
+        ("train 901 2d 0 --num_epochs 3", "--num_epochs: no such option: did you mean -num_gpus?; a setting is"),
         ("share -d 901 -c 2d word", "word: one word too many (nnunet_semiseg share -h"),
         ("status", "the following arguments are required: -d (nnunet_semiseg status -h"),
     ],
