@@ -32,11 +32,17 @@ ABOUT = About(
     layout="images/CASE.nii.gz and labels/CASE.nii.gz, or CASE/t1.nii.gz, CASE/t2.nii.gz and CASE/seg.nii.gz, or\n"
     "  one of many others (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM and more;\n"
     "  a case without a label is an unlabelled one",
-    protocol="labelled is what has a label; validation and test cases are those of such folders, or as --split says",
+    protocol="cases with a label are labelled; --split or folders say which are for validation or a test",
     channels=("image",),
     labels={},
     prompts={},
     value_hint="correct it, or say what it is with --label-values VALUE=NAME ...",
+)
+
+
+EXAMPLES = (
+    "nnunet_semiseg convert folder -i MYDATA -d 501 --labels liver --channels CT --dry-run",
+    'nnunet_semiseg convert folder -i MYDATA -d 501 --labels "left atrium" --name LA',
 )
 
 
@@ -101,7 +107,11 @@ def find_cases(
         place=lambda path: real_path(path, folder, found),
         chosen=bool(channels or given.channels),
     )
-    about = files.describe(layout, labels, given.labels, folder)
+    try:
+        about = files.describe(layout, labels, given.labels, folder)
+    except UserError:
+        print(f"taken for {layout}")  # else the user learns this only when nothing is wrong
+        raise
     if about.labels == given.labels:
         about = replace(about, regions_class_order=given.regions_class_order)
     notes = (

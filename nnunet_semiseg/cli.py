@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from inspect import getdoc
 from nnunet_semiseg import __version__
 from nnunet_semiseg.commands import data, deployment, evaluation, show, text, training
 from nnunet_semiseg.commands.command import Command
-from nnunet_semiseg.commands.completion import CompletingParser
+from nnunet_semiseg.commands.completion import CompletingParser, did_you_mean
 from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.quiet import hide_foreign_warnings
 
@@ -37,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     words = _with_folder(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser.print_help()
+        return 2
+    if not words[0].startswith("-") and words[0] not in (names := [command.name for command in COMMANDS]):
+        near = difflib.get_close_matches(words[0], names, n=2)
+        report(UserError(f"{words[0]}: no such command{did_you_mean(near) or ': nnunet_semiseg -h lists them'}"))
+        return 2
     args = parser.parse_args(words, Namespace(words=words))
     hide_foreign_warnings()
     try:

@@ -43,12 +43,17 @@ def dataset_folder(variable: str, dataset: int | str) -> Path:
     return base / name
 
 
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
 def base_folder(variable: str) -> Path:
     """The folder in the variable ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``."""
     base = os.environ.get(variable)
     if not base:
+        others = [name for name in VARIABLES if name != variable and not os.environ.get(name)]
+        too = f"; {' and '.join(others)}, too" if others else ""
         guide = "see nnU-Net's documentation/setting_up_paths.md"
-        raise UserError(f"{variable} is not set: export {variable}=FOLDER ({guide})")
+        raise UserError(f"{variable} is not set: export {variable}=FOLDER{too} ({guide})")
     if base.startswith(("~", "$", '"', "'")) or base.endswith(('"', "'")):  # nnU-Net would make a folder of this name
         raise UserError(f"{variable}={base}: the shell has not replaced ~, $ or quotes: export the full path")
     return Path(base).absolute()

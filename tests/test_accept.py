@@ -178,8 +178,8 @@ def test_wrong_labels_are_refused_in_one_line_each(raw_only, tmp_path):
     assert '"ignore": 3' in third
     assert f"{wrong}/un_007.nii.gz: un_007 is not a case of {dataset.raw}/imagesUn" in fourth
     (tmp_path / "empty").mkdir()
-    assert "no label CASE.nii.gz in it" in refused(tmp_path / "empty")
-    assert "no label CASE.nii.gz in it" in refused(tmp_path / "nowhere")
+    assert "has no label CASE.nii.gz" in refused(tmp_path / "empty")
+    assert "has no label CASE.nii.gz" in refused(tmp_path / "nowhere")
     assert "nothing was accepted" in undo_refused()
     assert snapshot(dataset.raw) == before
 

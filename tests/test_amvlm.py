@@ -479,7 +479,7 @@ def test_flips_that_make_a_text_false_are_off(lesions):
 
 
 def test_flips_with_the_words_exchanged(lesions, monkeypatch):
-    trainer = started(lesions("a lesion on the left"), sides="swap")
+    trainer = started(lesions("a lesion on the left"), sides="swap", turns=False)
     assert augmentation(trainer) == (pytest.approx(0.2618, abs=1e-3), (0,), (0, 1))
     batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
     shown, asked = [], []
@@ -545,7 +545,7 @@ def test_what_is_wrong_with_texts_is_one_line(lesions):
         ({"un_00": "a"}, 'there is a text for "un_00", but no such case: did you mean un_00'),
         ({"un_000": 3}, '"un_000": 3 is not a text'),
         ({c: "a" for c in cases[:3]}, 'no text for case "un_003": add it, or --set missing_texts=skip'),
-        ([1], "no JSON object"),
+        ([1], "is not a JSON object"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match=words):

@@ -307,6 +307,43 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
     ]
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("comapre -d 901", "comapre: no such command: did you mean compare?"),
+        ("nothing", "nothing: no such command: nnunet_semiseg -h lists them"),
+        ("compare -d 901 -c 2d --trainer A B", "--trainer: no such option: did you mean --trainers?"),
+        ("convert folder -i X -d 901 --lables a", "--lables: no such option: did you mean --labels or --labeled?"),
+        ("convert -i X -d 901 --dryrun", "--dryrun: no such option: did you mean --dry-run?"),
+        ("train 901 2d 0 --num_epochs 3", "--num_epochs: no such option: did you mean -num_gpus?; a setting is"),
+        ("share -d 901 -c 2d word", "word: one word too many (nnunet_semiseg share -h"),
+        ("status", "the following arguments are required: -d (nnunet_semiseg status -h"),
+    ],
+)
+def test_a_typo_ends_in_one_line_that_names_what_is_near(line, said, capsys):
+    try:
+        assert cli.main(line.split()) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {said}")
+
+
+def test_no_word_at_all_shows_the_commands(capsys):
+    assert cli.main([]) == 2
+    assert "  plan_and_preprocess " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["folder", "la2018", "brats2019"])
+def test_help_of_a_converter_fits_80_columns_and_has_an_example(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["convert", name, "-h"])
+    prose, _, examples = capsys.readouterr().out.partition("\nexamples:\n")
+    assert max(map(len, prose.splitlines())) <= 80
+    assert f"nnunet_semiseg convert {name} -i" in examples
+
+
 def test_env_prints_the_export_line(capsys):
     assert cli.main(["env"]) == 0
     assert capsys.readouterr().out.startswith("export nnUNet_extTrainer=")

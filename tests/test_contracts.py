@@ -103,7 +103,7 @@ def test_two_steps_route_the_gradients(trainer_class, kind, ready):
     outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
 
     terms = [k for k in outputs[0] if k != "loss"]
-    assert "loss" in outputs[0] and len(terms) >= 2 and list(outputs[1]) == list(outputs[0])
+    assert "loss" in outputs[0] and terms and list(outputs[1]) == list(outputs[0])
     for out in outputs:
         assert all(torch.isfinite(v) and not v.requires_grad for v in out.values())
         torch.testing.assert_close(out["loss"], sum(out[k] for k in terms))
@@ -154,7 +154,7 @@ def test_every_term_of_every_group_teaches(trainer_class, ready):
         for name, term in group.items():
             gradients = torch.autograd.grad(term, trainer.trainable, retain_graph=True, allow_unused=True)
             teaches[name, i] = any(g is not None and g.any() for g in gradients)
-    assert len({name for name, _ in teaches}) >= 2 and all(teaches.values()), teaches
+    assert teaches and all(teaches.values()), teaches
 
 
 @every_trainer
@@ -364,7 +364,9 @@ def test_what_is_compiled_is_whole_graphs_and_is_not_compiled_again(trainer_clas
     monkeypatch.setattr(torch, "compile", counting)
     monkeypatch.setattr(trainer_class, "_do_i_compile", lambda self: True)
     torch._dynamo.reset()
-    trainer = started(trainer_class, ready(dims=2, size=32), mc_passes=2)
+    trainer = started(
+        trainer_class, ready(dims=2, size=32), **{f"{name}.mc_passes": 2 for name in ("UAMTTrainer", "SemiCMLTrainer")}
+    )
     networks = [trainer.network, *([] if trainer.teacher is None else [trainer.teacher])]
     for network in [x._orig_mod for x in networks] + [m for m in trainer.auxiliary.values() if hasattr(m, "parts")]:
         assert all(any(part is x for x in compiled) for part in (network.parts() if hasattr(network, "parts") else ()))
@@ -397,7 +399,7 @@ def test_teacher_follows_by_ema(trainer_class, ready):
     teacher = snapshot(trainer.teacher.parameters())
     trainer.train_step(next(trainer.dataloader_train))
     for t, old, s in zip(trainer.teacher.parameters(), teacher, trainer.network.parameters(), strict=True):
-        torch.testing.assert_close(t, 0.99 * old + 0.01 * s)
+        torch.testing.assert_close(t, 0.9 * old + 0.1 * s)  # of a training of 4 steps
 
 
 @pytest.mark.parametrize(
@@ -536,7 +538,7 @@ def test_every_term_is_logged_every_epoch(trainer_class, ready):
     trainer = make_trainer(trainer_class, ready(dims=2, size=32), num_iterations_per_epoch=1)
     trainer.run_training()
     terms = trainer.logger.local_logger.terms
-    assert len(terms) >= 2 and all(t.startswith(PREFIX) for t in terms)
+    assert terms and all(t.startswith(PREFIX) for t in terms)
     for term in terms:
         assert len(trainer.logger.get_value(term, None)) == 3
         assert np.isfinite(trainer.logger.get_value(term, None)).all()

@@ -151,7 +151,7 @@ def test_an_h5_file_whose_array_is_elsewhere_or_too_large(tmp_path):
         h5.read_h5(tmp_path / "a.h5", "large", [1])
 
 
-@pytest.mark.parametrize("labels, words", [(["ignore"], "no class beside"), ([""], "a name is empty")])
+@pytest.mark.parametrize("labels, words", [(["ignore"], "no class except"), ([""], "a name is empty")])
 def test_names_of_classes_that_are_none(labels, words, tmp_path, raw):
     save(np.ones((4, 4, 4), np.uint8), tmp_path / "d" / "images" / "a.nii.gz")
     with pytest.raises(UserError, match=words):

@@ -44,6 +44,13 @@ LAYOUTS = {
         {"amos_0001": "amos22/labelsTr/amos_0001.nii.gz", "amos_0008": "amos22/labelsVa/amos_0008.nii.gz"},
         {"amos_0002": "test", "amos_0008": "val"},
     ),
+    "images, labels and a test folder": (
+        "images/{c1,c2}_0000.nii.gz labels/c1.nii.gz test/images/t1_0000.nii.gz test/labels/t1.nii.gz",
+        "folders of images and of labels: 3 cases, 2 with a label",
+        {"c2": "images/c2_0000.nii.gz", "t1": "test/images/t1_0000.nii.gz"},
+        {"c1": "labels/c1.nii.gz", "t1": "test/labels/t1.nii.gz"},
+        {"t1": "test"},
+    ),
     "KiTS": (
         "data/case_00000/{imaging,segmentation}.nii.gz data/case_00001/{imaging,segmentation}.nii.gz "
         "data/case_00210/imaging.nii.gz",

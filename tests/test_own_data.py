@@ -78,6 +78,23 @@ def gaps(folder: Path) -> None:
         nii(np.choose(LABEL, [0, 205, 420]).astype(np.uint16), folder / "labels" / f"c{i}.nii.gz")
 
 
+def test_too_few_names_are_asked_for_and_one_too_many_is_said(source, raw, capsys):
+    for i in range(2):
+        nii(LABEL.astype(np.uint8), source / "labels" / f"c{i}.nii.gz")
+    with pytest.raises(ValueError, match="but --labels names 1: give a name for each with --labels NAME1 NAME2$"):
+        convert(source, labels=["kidney"])
+    convert(source, labels=["kidney", "tumour", "cyst"])
+    assert "note: no label has a voxel of cyst (value 3): check --labels" in capsys.readouterr().out
+    convert(source, labels=["kidney", "tumour"], overwrite=True)
+    assert "has a voxel of" not in capsys.readouterr().out
+
+
+def test_the_layout_is_said_before_names_are_asked_for(source, raw, capsys):
+    with pytest.raises(ValueError, match="what do the label values mean"):
+        convert(source, labels=None, dry_run=True)
+    assert capsys.readouterr().out.startswith("taken for ")
+
+
 def test_values_with_gaps_are_offered_and_mapped(source, raw):
     gaps(source)
     with pytest.raises(ValueError) as error:
@@ -817,7 +834,8 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
         ("plan_and_preprocess -d 801 --no_pp", None),
         (
             "train 801 2d 1 -tr BCPTrainer -device cpu",
-            "nnunet_semiseg compare -d 801 -c 2d -f 1 -p nnUNetPlans --trainers SupervisedTrainer BCPTrainer --run",
+            "nnunet_semiseg compare -d 801 -c 2d -f 1 -p nnUNetPlans -device cpu --trainers SupervisedTrainer "
+            "BCPTrainer --run",
         ),
         (
             "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer",

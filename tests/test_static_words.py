@@ -165,7 +165,7 @@ def test_amvlm_with_an_image_network_of_timms_and_words(dims, ready, tmp_path):
     write_json(config, tmp_path / "open_clip_config.json")
     write_json({"settings": {"dim": 16, "hidden": 32, "text_model": "wordllama"}}, tmp_path / "vlm.json")
     dataset = ready(dims=dims, size=24 if dims == 3 else 32)
-    trainer = make_trainer(AMVLMTrainer, dataset, vlm=str(tmp_path), mask_gate=0, text_slices=2)
+    trainer = make_trainer(AMVLMTrainer, dataset, vlm=str(tmp_path), mask_gate=0, mask_labels="hard", text_slices=2)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     trainer.network.train()

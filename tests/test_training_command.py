@@ -163,7 +163,7 @@ BROKEN = {
     "no validation case": (split, "splits_final.json: fold 0 has no validation case"),
     "emptied folder": (
         empty_folder,
-        f"{PLANS}_3d_fullres: no preprocessed labelled cases, .*: run nnunet_semiseg plan",
+        f"{PLANS}_3d_fullres: no preprocessed labelled cases, .*: run nnunet_semiseg plan.* -pl SemiSegPlannerSmall",
     ),
     "huge patch": (
         in_configuration(patch_size=[10**6] * 3),

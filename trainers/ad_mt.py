@@ -133,7 +133,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         manager = self.label_manager
         with self.without_gradients():
             logits = [teacher(images) for teacher in (self.teacher, self.auxiliary["other_teacher"])]
-            differ = disagree(*logits, manager)
+            differ = disagree(logits[0], logits[1], manager)
             taught = combine([probabilities(x, manager) for x in logits], manager.has_regions)
             del logits
             own = self.finest(self.network(images)).float()

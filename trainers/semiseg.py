@@ -32,7 +32,7 @@ from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 REFRESHES = 3
-"""number of searches in which the teacher predicts whole unlabelled cases, at equal distances after the warm-up"""
+"""how often the teacher predicts whole unlabelled cases, at equal distances after the warm-up"""
 LIKELY = 2 / 3
 """if at least this share of random patches has foreground, all unlabelled patches are drawn at random"""
 CASES_OF_A_REFRESH = 100
@@ -77,7 +77,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
-    - The teacher looks at up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
+    - The teacher predicts up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
       cases often have no foreground, a third of the unlabelled patches are taken around what it finds, as nnU-Net does
       with labelled ones.
     - Some cases are left out: those in which the teacher's predictions, mirrored or of the last search, disagree far
@@ -113,8 +113,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
         drawn = "all drawn at random" if not self.foreground_share else f"{self.foreground_share:.0%} around foreground"
         why = f"{self.chance_of_foreground:.0%} of random patches of labelled cases have some"
-        searched = f"{REFRESHES} times in {min(cases, CASES_OF_A_REFRESH)} of {cases} cases"
-        searched = searched if self.looks_at_cases else "never"
+        predicted = f"{min(cases, CASES_OF_A_REFRESH)} of {cases} cases, {REFRESHES} times"
+        predicted = predicted if self.looks_at_cases else "no whole case"
         return [
             f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
@@ -122,7 +122,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
             f"unlabelled patches: {drawn}, as {why} (unlabeled_foreground)",
-            f"at most {settings.leave_out:.0%} of unlabelled cases left out; the teacher looks {searched} (leave_out)",
+            f"at most {settings.leave_out:.0%} of unlabelled cases left out; teacher predicts {predicted} (leave_out)",
         ]
 
     @property
@@ -173,7 +173,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
                 dataset.identifiers
             )
             cases = cases[:CASES_OF_A_REFRESH].tolist()
-            self.print_to_log_file(f"looking at {len(cases)} unlabelled cases")
+            self.print_to_log_file(
+                f"the teacher predicts {len(cases)} unlabelled cases (leave_out, unlabeled_foreground)"
+            )
             look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder)
             left_out = leave_out(self.foreground_folder, self.settings.leave_out)
             names = ", ".join(left_out) or "none"

@@ -116,7 +116,7 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
         if not self.label_manager.has_regions:
             return regional_cross_entropy(p, q, self.settings.match_threshold)
         pairs = ((torch.stack((1 - x, x), 1) for x in (a, b)) for a, b in zip(p.unbind(1), q.unbind(1), strict=True))
-        return torch.stack([regional_cross_entropy(*pair, self.settings.match_threshold) for pair in pairs]).mean()
+        return torch.stack([regional_cross_entropy(a, b, self.settings.match_threshold) for a, b in pairs]).mean()
 
     def translation_loss(self, output, whole: Tensor) -> Tensor:
         """L_tra of a network's output for the crop.

@@ -1,12 +1,16 @@
-"""The values that the shell's tab key proposes, if argcomplete is installed."""
+"""The parser of every command: errors of one line, and what a shell's tab key proposes."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from argparse import ArgumentParser
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
+from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.planning_request import CONFIGURATIONS
 
 
@@ -33,10 +37,32 @@ COMPLETERS = {"TRAINER": trainer_names, "ID": dataset_numbers, "CONFIG": configu
 
 
 class CompletingParser(ArgumentParser):
-    """A parser whose arguments know the values that can be typed for them."""
+    """A parser whose arguments say what can be typed for them. Each of its errors is one line."""
 
     def add_argument(self, *args, **kwargs):
         action = super().add_argument(*args, **kwargs)
         if isinstance(action.metavar, str) and action.metavar in COMPLETERS:
             setattr(action, "completer", COMPLETERS[action.metavar])  # noqa: B010, argcomplete's name
         return action
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # pyright: ignore
+        """As argparse does, but what is unknown is an error of this parser, not of the one above it."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown and isinstance(found, Namespace):
+            word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(word, options, n=2) if word.startswith("-") else []
+            what = "no such option" if word.startswith("-") else "one word too many"
+            hint = "; a setting is written as --set NAME=VALUE" if "--set" in options else ""
+            self.error(f"{word}: {what}{did_you_mean(near)}{hint}")
+        return found, unknown
+
+    def error(self, message: str):
+        """Print one line, without the usage, and end."""
+        report(UserError(f"{message} ({self.prog} -h shows all options)"))
+        sys.exit(2)
+
+
+def did_you_mean(near: Sequence[str]) -> str:
+    """`: did you mean --labels?`, or nothing."""
+    return f": did you mean {' or '.join(near)}?" if near else ""

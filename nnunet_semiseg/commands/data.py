@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from argparse import REMAINDER, SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+import textwrap
+from argparse import (
+    REMAINDER,
+    SUPPRESS,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from dataclasses import dataclass
 
 from nnunet_semiseg.commands.command import Command, say_next
+from nnunet_semiseg.commands.completion import CompletingParser
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.options import PLANS, add_options, at_least, cores, dataset_id, from_args, option, positive
 from nnunet_semiseg.planning_request import PlanningRequest, PreprocessingRequest
@@ -45,7 +54,16 @@ class Convert(Command):
             near = difflib.get_close_matches(args.name, names, n=3, cutoff=0.5) or names
             raise UserError(f"convert {args.name}: no such data set: did you mean {' or '.join(near)}?")
         module = discovery.load_module("dataset_conversion", args.name)
-        own = ArgumentParser(f"nnunet_semiseg convert {args.name}", description=module.ABOUT.title, allow_abbrev=False)
+        lines = map(str.strip, module.ABOUT.layout.splitlines())
+        layout = [textwrap.fill(line, 78, initial_indent="  ", subsequent_indent="    ") for line in lines]
+        examples = getattr(module, "EXAMPLES", (f"nnunet_semiseg convert {args.name} -i DOWNLOAD -d 501",))
+        own = CompletingParser(
+            f"nnunet_semiseg convert {args.name}",
+            description="\n".join([textwrap.fill(module.ABOUT.title, 78), "", "What DOWNLOAD holds:", *layout]),
+            epilog="\n".join(["examples:", *(f"  {line}" for line in examples)]),
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         add_conversion_arguments(own)
         getattr(module, "add_arguments", lambda parser: None)(own)
         given = vars(own.parse_args(args.rest))
@@ -62,7 +80,8 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     parser.add_argument("-d", type=dataset_id, required=required, metavar="ID", help="number of the new dataset")
     parser.add_argument(
         "--labeled", type=_labeled, metavar="N",
-        help="cases that keep their labels: a number, a fraction or all; default: the published number",
+        help="cases that keep their labels: a number, a fraction or all; default: as published, or all where"
+        " nothing is published",
     )  # fmt: skip
     parser.add_argument(
         "--protocol", choices=["published", "all"], default="published",

@@ -78,6 +78,7 @@ class Train(Command):
             distributed.part()
             if distributed.is_first() and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
                 where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"
+                where += f" -device {args.device}" if args.device not in (None, "cuda") else ""
                 say_next(f"compare {where} --trainers SupervisedTrainer {args.tr} --run")
         except UserError:
             if (

@@ -12,6 +12,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json, load
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from torch import nn
+from tqdm import tqdm
 
 from nnunet_semiseg.data.agreement import mean_agreement
 from nnunet_semiseg.files import write_json, written_whole
@@ -92,7 +93,8 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
 
     scores = load_json(str(folder / SCORES)) if (folder / SCORES).is_file() else {}
     found: dict[str, float] = {}
-    for case in cases[trainer.ranks.number :: trainer.ranks.of]:
+    own = cases[trainer.ranks.number :: trainer.ranks.of]
+    for case in tqdm(own, "Unlabelled cases", disable=None if trainer.ranks.number == 0 else True):
         image = torch.from_numpy(dataset.load_case(case)[0][:])
         label, others, last = decision(image), [], folder / f"{case}.npz"
         if axes:

@@ -207,7 +207,9 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
     """
     others = [p.name for p in target.parent.glob(f"{target.name.partition('_')[0]}_*") if p.name != target.name]
     if others:
-        raise UserError(f"{target.parent / others[0]}: has the same number: choose another with -d")
+        raise UserError(
+            f"{target.parent / others[0]}: has the same number: choose another with -d, or remove this folder"
+        )
     if overwrite or not target.exists():
         return None
     begun = target / STATE / "request.json"

@@ -205,7 +205,7 @@ def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
 def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
     """`images/c1.nii.gz` and `labels/c1.nii.gz`, with parts (`imagesTs`, `test/images`) or folders of cases."""
     above = {name.above for name in names if name.folder_kind and name.folder_kind[1] == IMAGE}
-    in_parts = all(any(map(part_of, folders)) for folders in above)
+    in_parts = all(not folders or any(map(part_of, folders)) for folders in above)  # images and test/images, too
     if not above or (len(above) > 1 and not in_parts):
         return None
     layout = Layout("folders of images and of labels")

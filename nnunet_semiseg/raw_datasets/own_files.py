@@ -95,7 +95,7 @@ class Files:
         ending = _file_ending(images, self.dims)
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",
-            protocol="labelled is what has a label; training, validation and test cases as folders or --split say",
+            protocol="cases with a label are labelled; --split or folders say which are for validation or a test",
             channels=self.channels,
             labels=names,
             prompts={name: name for name in names},
@@ -343,6 +343,7 @@ class Files:
         if not self.values and about.label_map.get(255) == 1 and any(255 in counted for counted in counts):
             print("note: label value 255 is written as 1")
         if not counts or any(counted.keys() <= known for counted in counts):
+            self._say_what_is_missing(plain, counts)
             return
         by_path = {path: self._count([path]) for path in plain[:MANY]}
         usual = sorted(len(counted) for counted in by_path.values())[len(by_path) // 2]
@@ -350,7 +351,27 @@ class Files:
         found = sum((counted for path, counted in by_path.items() if path not in smoothed), Counter())
         where = plain[0].parent if len(plain) > 1 else plain[0]
         more = f"; {some(map(str, smoothed))} was smoothed and has more: save it again" if smoothed else ""
+        if not self.values and self.names and set(found) == set(range(len(found))):
+            names = " ".join(f"NAME{i}" for i in range(1, len(found)))
+            raise UserError(
+                f"{where}: label values found are {found_text(found)}, but --labels names {len(self.names)}:"
+                f" give a name for each with --labels {names}{more}"
+            )
         raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
+
+    def _say_what_is_missing(self, plain: Sequence[Path], counts: Sequence[Counter]) -> None:
+        """Print a line for each class of `--labels` that no label has, as one name too many is easily given."""
+        wanted = {value: name for value, name in enumerate(self.names, 1) if name != "ignore"}
+        if self.values or self.classes or len(wanted) < 2:
+            return
+        found = set().union(*counts)
+        for path in plain[FEW:MANY]:
+            if found >= wanted.keys():
+                break
+            found |= self._count([path]).keys()
+        looked = f"of the first {MANY} labels none" if len(plain) > MANY else "no label"
+        for value in sorted(wanted.keys() - found):
+            print(f"note: {looked} has a voxel of {wanted[value]} (value {value}): check --labels")
 
     def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:
         """The labels whose values can be read without another file."""

@@ -36,8 +36,9 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
         " auto takes the first of these that there is; default: %(default)s",
     )  # fmt: skip
     estimate: Literal["combined", "agreement", "expected", "certainty"] | None = option(
-        "--estimate", default=None,
-        help="estimate by which cases are ranked; default: combined, or expected if there is one prediction",
+        "--estimate", metavar="KIND", default=None,
+        help="what the cases are ranked by: combined, agreement, expected or certainty; default: combined, or expected"
+        " where there is one prediction",
     )  # fmt: skip
     parts: int = option("--num_parts", metavar="N", default=1, help="number of commands that share the work")
     part: int = option("--part_id", metavar="K", default=0, help="number of this command among them, from 0")

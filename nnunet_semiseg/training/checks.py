@@ -11,7 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.data.headers import total_memory
 from nnunet_semiseg.data.labeled_cases import channel_names
-from nnunet_semiseg.data.preprocessed import check_labeled_data, find_dataset_class
+from nnunet_semiseg.data.preprocessed import check_labeled_data, find_dataset_class, preprocess_again
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.schema import read_splits
 
@@ -25,8 +25,7 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
     """
     name = plans["dataset_name"]
     folder = join(preprocessed_folder_base, PlansManager(plans).get_configuration(configuration).data_identifier)
-    fix = f"run nnunet_semiseg plan_and_preprocess -d {_id(name)} -c {configuration}"
-    cases = set(find_dataset_class(folder, fix).get_identifiers(folder))
+    cases = set(find_dataset_class(folder, preprocess_again(plans, configuration)).get_identifiers(folder))
     if fold == "all":
         training = cases
     else:
