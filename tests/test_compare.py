@@ -365,7 +365,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(
         request(planned, labeled=[1, 9]), "--labeled 9: fold all of .*_Tiny has only 3 labelled cases", out, run=True
     )
-    refused(request(planned, labeled=[1, 3], fold="0"), "--labeled 3: fold 0 of .*_Tiny has 2", out, run=True)
+    refused(request(planned, labeled=[1, 3], fold="0"), "--labeled 3: fold 0 of .*_Tiny has only 2", out, run=True)
     same = request(planned, labeled=[1, None], upper_bound=planned.id)
     refused(same, "--upper-bound 901: is already among the compared runs", out, run=True)
     fixed = json.loads((planned.preprocessed / f"{PLANS}.json").read_text()) | {"semiseg": {"num_labeled": 2}}

@@ -397,8 +397,8 @@ def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
     dataset, run, _ = trained(SemiCMLTrainer, dims=2, size=32)
     model = ["-d", str(dataset.id), "-c", "2d", "-f", "all", "-p", PLANS]
     for words, expected in (
-        (["distill", *model, "-tr", "MeanTeacherTrainer", "-device", "cpu"], "train MeanTeacherTrainer first"),
-        (["export", *model, "-tr", "MeanTeacherTrainer", "--onnx", "m.onnx"], "train MeanTeacherTrainer first"),
+        (["distill", *model, "-tr", "MeanTeacherTrainer", "-device", "cpu"], "training of MeanTeacherTrainer first"),
+        (["export", *model, "-tr", "MeanTeacherTrainer", "--onnx", "m.onnx"], "training of MeanTeacherTrainer first"),
         (["distill", *model, "-tr", "MeanTeacher"], "MeanTeacherTrainer"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temprature=2"], "temprature"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temperature=0"], "temperature=0"),

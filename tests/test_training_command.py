@@ -33,7 +33,7 @@ REFUSED = [
 ONLY_OURS = [
     ("3d_fullres 0 -device tpu", "-device tpu: no such device: use cuda or cpu or mps"),
     ("3d_fullres 0 -device cpu --as ../x", "--as ../x: use letters, digits, - _ and . only"),
-    ("3d_fullres 0 -device cpu --as a/b", "--as a/b: letters"),
+    ("3d_fullres 0 -device cpu --as a/b", "--as a/b: use letters"),
     (f"3d_fullres 0 -device cpu --as {'a' * 300}", "--as aaa"),
 ]
 

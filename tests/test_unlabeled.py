@@ -362,7 +362,7 @@ def test_data_for_other_plans_are_refused_and_redone(planned):
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
     plans_file.write_text(json.dumps(plans))
     fix = f"run nnunet_semiseg preprocess_unlabeled -d {planned.id} -c 3d_fullres -plans_name {PLANS}"
-    with pytest.raises(UserError, match=rf"^\S*__unlabeled: preprocessed for other plans .*: {fix}$"):
+    with pytest.raises(UserError, match=rf"^\S*__unlabeled: preprocessed for other plans: .*: {fix}$"):
         manifest(planned)
     run(planned)
     assert not set(before.items()) & set(whole_cases(planned).items())
