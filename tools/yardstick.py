@@ -308,7 +308,7 @@ def write_plans(work: Path, run: Run, given: dict) -> None:
         "num_iterations_per_epoch": ITERATIONS_PER_EPOCH,
         "num_val_iterations_per_epoch": 5,
         "save_every": 2,
-        "bfloat16_on_cpu": False,  # these thin networks are faster in float32: 0.33 s a step of la_small, not 0.42 s
+        "bfloat16_on_cpu": False,  # thin networks are faster in float32: see docs/results.md
         "seed": run.seed,
         "text_model": str(work / "text_tower"),
         "text_pretrained": "none",

@@ -99,16 +99,13 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             if self.current_epoch == 0 and self.foreground_folder.exists():  # from an earlier training
                 shutil.rmtree(self.foreground_folder)
         super().on_train_start()
-        lines = self.decisions()
         if not self.ranks.number:
-            Path(self.output_folder, "decisions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for line in lines:
-            self.print_to_log_file(line)
+            text = "\n".join(self.decisions()) + "\n"
+            Path(self.output_folder, "decisions.txt").write_text(text, encoding="utf-8")
 
     def decisions(self) -> list[str]:
-        """What was chosen, from which facts, and in brackets the setting that changes it."""
         settings, epochs = self.settings, self.num_epochs
-        cases = self.number_of_unlabeled_cases
+        cases = self.num_unlabeled
         axes = self.inference_allowed_mirroring_axes
         shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
         drawn = "all drawn at random" if not self.foreground_share else f"{self.foreground_share:.0%} around foreground"
@@ -118,7 +115,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         return [
             f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
-            f"largest component kept of: {self.decide.one_piece} (largest_component={settings.largest_component})",
+            *super().decisions(),
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
             f"unlabelled patches: {drawn}, as {why} (unlabeled_foreground)",
@@ -140,7 +137,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     @cached_property
     def chance_of_foreground(self) -> float:
         """The probability that a random patch of a labelled case has foreground."""
-        labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.do_split()[0])
+        labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.labeled_cases)
         return chance_of_foreground(labeled_cases, self.configuration_manager.patch_size)
 
     @property
@@ -151,13 +148,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         return 0.0 if self.chance_of_foreground >= LIKELY else 1 / 3
 
     @property
-    def number_of_unlabeled_cases(self) -> int:
-        return len(self.unlabeled_cases) + len(self.hidden_cases)
-
-    @property
     def looks_at_cases(self) -> bool:
         """Whether the teacher predicts whole cases. It does so only if the settings use the result."""
-        scores = self.settings.leave_out > 0 and self.number_of_unlabeled_cases >= LEAST_CASES
+        scores = self.settings.leave_out > 0 and self.num_unlabeled >= LEAST_CASES
         return self.foreground_share > 0 or scores
 
     def unlabeled_dataset(self) -> PseudoForegroundDataset:

@@ -97,7 +97,7 @@ class Demo(Command):
     """
 
     name = "demo"
-    examples = ("nnunet_semiseg demo", "nnunet_semiseg demo -o /tmp/demo -device cuda")
+    examples = ("nnunet_semiseg demo", "nnunet_semiseg demo -o DEMO -device cuda")
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(

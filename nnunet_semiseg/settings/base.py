@@ -69,7 +69,8 @@ class TrainingSettings:
     """The path of a checkpoint of nnssl, such as one of the OpenMind models. The training starts with the weights of
     its encoder."""
     bfloat16_on_cpu: bool = False
-    """Whether a training on a CPU computes in bfloat16. This is faster on a CPU with AVX512-BF16 instructions."""
+    """Whether a training on a CPU computes in bfloat16. For wide networks this is faster on a CPU with AVX512-BF16
+    instructions; thin ones (16 to 128 features) may be slower."""
 
     def __post_init__(self):
         check_types(self)

@@ -323,13 +323,17 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             self.bare_network.load_state_dict(self._resume_student)
         self._resume_student = None
         self.decide.heads = self.heads_with_one_component()
-        if keep := getattr(self.settings, "largest_component", None):
-            self.print_to_log_file(f"largest component kept of: {self.decide.one_piece} (largest_component={keep})")
-        for line in self.masks.lines() if self.masks else ():
+        for line in self.decisions():
             self.print_to_log_file(line)
         self.refresh_network()
         if self.teacher is not None and self.step == 0:  # weights may have been loaded after the teacher was made
             update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).decay)
+
+    def decisions(self) -> list[str]:
+        """What was chosen from the data, and in brackets the setting that changes it, for the log."""
+        keep = getattr(self.settings, "largest_component", None)
+        lines = [f"largest component kept of: {self.decide.one_piece} (largest_component={keep})"] if keep else []
+        return [*lines, *(self.masks.lines() if self.masks else ())]
 
     def class_names(self) -> list[str]:
         """The names of the classes or regions in the order of the heads, without the background."""
