@@ -28,7 +28,7 @@ from nnunet_semiseg.training.distributed import Ranks, part
 ALONE = {
     "ADMTTrainer": dict(cutmix=0.0, match_threshold=0.4),
     "AMVLMTrainer": dict(mask_gate=0.0, turns=False),
-    "BCPTrainer": dict(box=0.0, pretraining=0.0),
+    "BCPTrainer": dict(box=0.0, warm_up=0.0),
     "CCTTrainer": dict(perturbations=["noise", "dropout"], consistency_weight=0.1),
     "FixMatchTrainer": dict(match_threshold=0.4),
     "MCFTrainer": dict(review_weight=0.0),

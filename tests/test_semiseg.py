@@ -13,10 +13,11 @@ from training import CLASSES, bare_trainer, batch_of, in_last_epoch, make_traine
 
 from nnunet_semiseg.data.agreement import mean_agreement
 from nnunet_semiseg.data.foreground_chance import chance_of_foreground
-from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, leave_out, outliers
+from nnunet_semiseg.data.pseudo_foreground import PseudoForegroundDataset, classes_of_all, leave_out, outliers
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
 from nnunet_semiseg.losses.copy_paste import draw_box
 from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer
+from nnunet_semiseg.training.warm_up import WarmUp
 
 
 def of_probability(p: float) -> torch.Tensor:
@@ -29,6 +30,8 @@ def of_probability(p: float) -> torch.Tensor:
 def recipe(progress: float, **settings) -> SemiSegTrainer:
     trainer = bare_trainer(SemiSegTrainer, progress=progress, **settings)
     trainer.configuration_manager = SimpleNamespace(patch_size=(9, 9, 9), spacing=(1, 1, 1))
+    trainer.step, trainer.num_iterations_per_epoch = 20 * progress, 20
+    trainer.warm_up = WarmUp(0.1, 20, trainer.label_manager, ["a"], trainer.device)
     return trainer
 
 
@@ -141,6 +144,17 @@ def test_the_agreement_of_two_decisions():
     assert mean_agreement([a, b], [1, 2, 3]) == (2 / 3 + 0) / 2  # nobody names class 3
     assert mean_agreement([a, b], [(1, 2), (2,)]) == (2 / 4 + 0) / 2
     assert mean_agreement([a * 0, b * 0], [1, 2]) == 1
+    assert mean_agreement([a, b], [1, 2, 3], expected=[3]) == (2 / 3 + 0 + 0) / 3
+    assert mean_agreement([a * 0, b * 0], [1, (1, 2)], expected=[(1, 2)]) == 0
+
+
+def test_the_classes_that_every_labelled_case_has():
+    everywhere = {1: [[0, 0, 0, 0]], (1, 2): [[0, 0, 0, 0]]}
+    cases = {"a": everywhere | {2: [[0, 1, 1, 1]]}, "b": everywhere | {2: []}}
+    dataset = SimpleNamespace(
+        identifiers=list(cases), load_case=lambda case: (None, None, None, {"class_locations": cases[case]})
+    )
+    assert classes_of_all(dataset) == [(1, 2), 1]
 
 
 def test_cases_far_below_the_others_are_left_out_up_to_a_share(tmp_path):
@@ -181,7 +195,7 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     _, _, _, properties = trainer.unlabeled_dataset().load_case("un_000")
     assert set(properties["class_locations"]) == {1, 2}
     lines = (trainer.foreground_folder.parent / "decisions.txt").read_text().splitlines()
-    assert lines[0] == "labels only until epoch 1 of 3 (warm_up)"
+    assert lines[0] == "labels only before step 2 (warm_up)"
     assert lines[1] == "EMA decay 0.9000 for 6 iterations (ema_decay)"
     assert lines[2] == "largest component kept of: kidney, tumour (largest_component=auto)"
     assert all(
@@ -211,6 +225,6 @@ def test_one_labelled_and_one_unlabelled_case_are_enough(tiny_dataset):
 
 def test_default_settings():
     s = SemiSegSettings()
-    assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (0.1, 0.5, 2 / 3, 0.2)
+    assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (None, 0.5, 2 / 3, 0.2)
     assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (None, "teacher", "auto", False)
     assert s.strong_probability is None

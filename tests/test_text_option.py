@@ -40,7 +40,7 @@ def test_the_module_is_trained_and_a_checkpoint_holds_what_prediction_needs(trai
 
 @every_trainer_with_text
 def test_cog_is_the_alignment_of_every_output(trainer_class, ready, monkeypatch):
-    trainer = make_trainer(trainer_class, ready(dims=2, size=32), text=True, pretraining=0.0)
+    trainer = make_trainer(trainer_class, ready(dims=2, size=32), text=True, warm_up=0.0)
     trainer.on_train_start()
     trainer.network.train()
     seen = []

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import (
@@ -20,6 +18,7 @@ from nnunet_semiseg.settings.base import (
     Share,
     TeacherSettings,
     TurnSettings,
+    WarmUpSettings,
     Weight,
 )
 from nnunet_semiseg.training.batch import Batch
@@ -29,11 +28,9 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class BCPSettings(OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
+class BCPSettings(OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings, WarmUpSettings):
     """Settings of `BCPTrainer`."""
 
-    pretraining: Share = 2 / 17
-    """The share of the training that uses labelled samples only. The paper has 2,000 of 17,000 iterations."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch (beta in the paper)."""
     bcp_weight: Weight = 0.5
@@ -48,15 +45,16 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
     - eq. 1 and 2: X_in = x_l M + x_u (1 - M), X_out = x_u' M + x_l (1 - M), with x_u' of another sample than x_u;
     - eq. 4 to 6: the targets are mixed in the same way from labels and the teacher's decisions. L = L_in + L_out. Each
       is the loss where the label is true, plus alpha = 0.5 times the loss where it is a pseudo-label;
-    - before that there is a pre-training on mixes of two labelled samples. The teacher begins as a copy of its end.
+    - before that there is a pre-training on mixes of two labelled samples (`warm_up`). The teacher begins as a copy of
+      its end.
 
-    Differences from the paper: the last weights of the pre-training are used (theirs: the best on the test set), and
-    optimizer and learning rate schedule continue. The teacher sees weak views, and the mixes are made of strong views.
-    The unlabelled images of a mix are flipped and turned together with their pseudo-labels. X_in and X_out have the
-    same x_l. Labels and pseudo-labels have nnU-Net's deep supervision. Pseudo-labels keep the largest component of a
-    class if it is in one piece in every labelled case (theirs: always). If a batch has more unlabelled than labelled
-    samples, one more is used. With one sample of each, x_u' is x_u, and the pre-training mixes nothing. If a training
-    is resumed with another length, its pre-training keeps its end.
+    Differences from the paper: the pre-training ends when every class is learnt (theirs: after 2/17 of the training).
+    Its last weights are used (theirs: the best on the test set), and optimizer and learning rate schedule continue. The
+    teacher sees weak views, and the mixes are made of strong views. The unlabelled images of a mix are flipped and
+    turned together with their pseudo-labels. X_in and X_out have the same x_l. Labels and pseudo-labels have nnU-Net's
+    deep supervision. Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case
+    (theirs: always). If a batch has more unlabelled than labelled samples, one more is used. With one sample of each,
+    x_u' is x_u, and the pre-training mixes nothing.
     """
 
     views = ("weak", "strong")
@@ -69,35 +67,17 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
         check_there_are_pairs(self.settings, plans, configuration, "BCP")
         return super().prepare(plans, configuration, fold, dataset_json)
 
-    def initialize(self):
-        super().initialize()
-        first = ceil(self.settings.pretraining * self.num_epochs * self.num_iterations_per_epoch)
-        self.method_state["first_step"] = torch.tensor(first)
-        self.method_state["pretraining"] = torch.tensor(self.settings.pretraining, dtype=torch.float64)
-
-    def load_checkpoint(self, checkpoint) -> None:
-        super().load_checkpoint(checkpoint)
-        if (before := self.method_state["pretraining"].item()) != self.settings.pretraining:
-            raise UserError(
-                f"{self.output_folder}: its pretraining was {before:g}: set it back with --set, or train again"
-                " without --c"
-            )
-
-    @property
-    def first_step(self) -> int:
-        """The first step with unlabelled samples. It is on the CPU, so that nothing waits for the GPU."""
-        return int(self.method_state["first_step"])
-
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target
         box = draw_box(x_l, self.settings.box)
-        if self.step < self.first_step:
+        if self.uses_labels_only:
             mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
             output, aligned = self.predict(paste(box, x_l.roll(1, 0), x_l), text)
+            self.warm_up.add(self.finest(output), self.finest(mixed))
             terms = {"supervised": self.loss(output, mixed), "pseudo": x_l.new_zeros(())}
             yield terms | self.cog(aligned, self.finest(output), text, 1)
             return
-        if self.step == self.first_step:
+        if self.step == self.warm_up.first_step:
             update_teacher(self.teacher, self.network, 0, self.settings.decay)  # begins as a copy
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))

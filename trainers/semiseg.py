@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.foreground_chance import chance_of_foreground
-from nnunet_semiseg.data.pseudo_foreground import LEAST_CASES, PseudoForegroundDataset, leave_out, look_at_cases
+from nnunet_semiseg.data.pseudo_foreground import (
+    LEAST_CASES,
+    PseudoForegroundDataset,
+    classes_of_all,
+    leave_out,
+    look_at_cases,
+)
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.settings.base import (
@@ -25,6 +31,7 @@ from nnunet_semiseg.settings.base import (
     Share,
     TeacherSettings,
     TurnSettings,
+    WarmUpSettings,
     Weight,
 )
 from nnunet_semiseg.training.batch import Batch
@@ -40,7 +47,7 @@ CASES_OF_A_REFRESH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemiSegSettings(TeacherSettings, PseudoLabelSettings, ExternalMaskSettings, TurnSettings):
+class SemiSegSettings(TeacherSettings, PseudoLabelSettings, ExternalMaskSettings, TurnSettings, WarmUpSettings):
     """Settings of `SemiSegTrainer`. You do not have to set any of them."""
 
     deploy: Literal["student", "teacher"] = "teacher"
@@ -49,8 +56,6 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, ExternalMaskSettings
     """Flip the student's view and turn it by right angles, where nnU-Net mirrors. The pseudo-label is turned alike."""
     strong_probability: float | None = None
     """The probability of each of nnU-Net's intensity transforms in a strong view. With null it is nnU-Net's own."""
-    warm_up: Share = 0.1
-    """The share of the training that uses labels only."""
     pseudo_weight: Weight = 0.5
     """The weight of voxels with pseudo-labels."""
     box: Share = 2 / 3
@@ -69,7 +74,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     It combines what the best methods of the field have in common, for nnU-Net. No setting has to be chosen.
 
-    - Warm-up: in the first tenth only labels are used, and boxes are pasted between labelled samples (BCP, CVPR 2023).
+    - Warm-up: until every class is learnt, only labels are used, and boxes are pasted between labelled samples, as in
+      BCP (CVPR 2023).
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
     - The student sees boxes of strong views in labelled patches, and the reverse. The box goes through all slices if
@@ -113,7 +119,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         predicted = f"{min(cases, CASES_OF_A_REFRESH)} of {cases} cases, {REFRESHES} times"
         predicted = predicted if self.looks_at_cases else "no whole case"
         return [
-            f"labels only until epoch {ceil(settings.warm_up * epochs)} of {epochs} (warm_up)",
+            f"labels only {self.warm_up} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
             *super().decisions(),
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
@@ -137,8 +143,10 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     @cached_property
     def chance_of_foreground(self) -> float:
         """The probability that a random patch of a labelled case has foreground."""
-        labeled_cases = self.dataset_class(self.preprocessed_dataset_folder, self.labeled_cases)
-        return chance_of_foreground(labeled_cases, self.configuration_manager.patch_size)
+        return chance_of_foreground(self.labeled_dataset(), self.configuration_manager.patch_size)
+
+    def labeled_dataset(self):
+        return self.dataset_class(self.preprocessed_dataset_folder, self.labeled_cases)
 
     @property
     def foreground_share(self) -> float:
@@ -156,11 +164,15 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     def unlabeled_dataset(self) -> PseudoForegroundDataset:
         return PseudoForegroundDataset(super().unlabeled_dataset(), self.foreground_folder)
 
+    @property
+    def searches(self) -> list[int]:
+        """The epochs in which the teacher predicts whole cases. They change if the warm-up ends early."""
+        first = ceil(self.warm_up.first_step / self.num_iterations_per_epoch)
+        return np.linspace(first, self.num_epochs, REFRESHES, endpoint=False).astype(int).tolist()
+
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        first = ceil(self.settings.warm_up * self.num_epochs)
-        starts = np.linspace(first, self.num_epochs, REFRESHES, endpoint=False).astype(int)
-        if self.looks_at_cases and self.current_epoch in starts:
+        if self.looks_at_cases and self.current_epoch in self.searches:
             dataset = super().unlabeled_dataset()
             cases = np.random.default_rng((self.settings.seed or 0, self.current_epoch)).permutation(
                 dataset.identifiers
@@ -169,7 +181,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             self.print_to_log_file(
                 f"the teacher predicts {len(cases)} unlabelled cases (leave_out, unlabeled_foreground)"
             )
-            look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder)
+            expected = classes_of_all(self.labeled_dataset())
+            look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder, expected)
             left_out = leave_out(self.foreground_folder, self.settings.leave_out)
             names = ", ".join(left_out) or "none"
             self.print_to_log_file(f"left out, because the teacher is not sure of them: {names}")
@@ -179,9 +192,11 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target
         box = draw_box(x_l, self.settings.box, whole_first_axis=self.augments_in_2d)
-        if self.progress < self.settings.warm_up:
+        if self.uses_labels_only:
             mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
-            yield {"mixed": self.loss(self.network(paste(box, x_l.roll(1, 0), x_l)), mixed)}
+            output = self.network(paste(box, x_l.roll(1, 0), x_l))
+            self.warm_up.add(self.finest(output), self.finest(mixed))
+            yield {"mixed": self.loss(output, mixed)}
             return
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))

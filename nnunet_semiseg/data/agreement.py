@@ -30,7 +30,16 @@ def pairwise_dice(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[
     return np.array(found)
 
 
-def mean_agreement(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[int]]) -> float:
-    """The mean of `pairwise_dice` over the classes that at least one mask has. It is 1 if no mask has any class."""
+def mean_agreement(
+    masks: Sequence[np.ndarray],
+    classes: Sequence[int | Sequence[int]],
+    expected: Sequence[int | Sequence[int]] = (),
+) -> float:
+    """The mean of `pairwise_dice` over the classes that at least one mask has. It is 1 if no mask has any class.
+
+    Args:
+        expected: those of the classes that the image must have. Where no mask has one, its Dice counts as 0.
+    """
     dice = pairwise_dice(masks, classes)
+    dice[np.isnan(dice) & np.array([labels in expected for labels in classes])] = 0
     return float(np.nanmean(dice)) if np.isfinite(dice).any() else 1.0

@@ -54,12 +54,24 @@ class PseudoForegroundDataset:
         return self._left_out[1]
 
 
-def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str], folder: Path) -> None:
+def classes_of_all(dataset) -> list[int | tuple[int, ...]]:
+    """The classes or regions that every case of nnU-Net's dataset of labelled cases has."""
+    in_cases = []
+    for case in dataset.identifiers:
+        locations = dataset.load_case(case)[3]["class_locations"]
+        in_cases.append({labels for labels, places in locations.items() if len(places)})
+    return sorted(set.intersection(*in_cases), key=str)
+
+
+def look_at_cases(
+    trainer: Any, network: nn.Module, dataset, cases: Sequence[str], folder: Path, expected: Sequence = ()
+) -> None:
     """Write where a network finds foreground in whole cases, and how stable its prediction of each case is.
 
     The class locations have the form that nnU-Net's preprocessing gives to those of labels. The score of a case
-    (`SCORES`) is the mean Dice between the decision and two others: that on the mirrored image (if nnU-Net mirrors) and
-    that of the last search. To be fast, neighbouring windows do not overlap, so the result is not exact.
+    (`SCORES`) is the mean Dice between the decision and that on the mirrored image; if nnU-Net does not mirror, that of
+    the last search. Scores of the two kinds cannot be compared, as the teacher changes between searches. To be fast,
+    neighbouring windows do not overlap, so the result is not exact.
 
     Args:
         trainer: its settings say how the network gets the images. If there are several processes (`ranks`), each takes
@@ -68,6 +80,7 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
         dataset: a dataset of preprocessed cases.
         cases: the cases to look at. Their files are replaced.
         folder: the folder for the files. It is made if necessary.
+        expected: the classes or regions that every case must have. If one is not found, its Dice counts as 0.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(
@@ -91,25 +104,23 @@ def look_at_cases(trainer: Any, network: nn.Module, dataset, cases: Sequence[str
         logits: Any = predictor.predict_sliding_window_return_logits(image)
         return np.asarray(manager.convert_logits_to_segmentation(logits.cpu())).astype(np.int16)
 
-    scores = load_json(str(folder / SCORES)) if (folder / SCORES).is_file() else {}
     found: dict[str, float] = {}
     own = cases[trainer.ranks.number :: trainer.ranks.of]
     for case in tqdm(own, "Unlabelled cases", disable=None if trainer.ranks.number == 0 else True):
         image = torch.from_numpy(dataset.load_case(case)[0][:])
-        label, others, last = decision(image), [], folder / f"{case}.npz"
+        label, last, other = decision(image), folder / f"{case}.npz", None
         if axes:
-            others.append(np.flip(decision(image.flip(axes)), tuple(axis - 1 for axis in axes)))
-        if last.is_file():
-            others.append(np.load(last)["label"])
-        dice = [mean_agreement([label, other], classes) for other in others]
-        found[case] = float(np.mean(dice)) if dice else float("nan")
-        with written_whole(last) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, label=label)
+            other = np.flip(decision(image.flip(axes)), tuple(axis - 1 for axis in axes))
+        elif last.is_file():
+            other = np.load(last)["label"]
+        found[case] = float("nan") if other is None else mean_agreement([label, other], classes, expected)
+        if not axes:
+            with written_whole(last) as temporary, open(temporary, "wb") as file:
+                np.savez_compressed(file, label=label)
         locations = DefaultPreprocessor._sample_foreground_locations(label[None], classes)
         with written_whole(folder / f"{case}.pkl") as temporary:
             write_pickle(locations, str(temporary))
-    for of_rank in trainer.ranks.gather(found):
-        scores |= of_rank
+    scores = {case: score for of_rank in trainer.ranks.gather(found) for case, score in of_rank.items()}
     if not trainer.ranks.number:
         write_json(scores, folder / SCORES)
     trainer.ranks.wait()

@@ -152,6 +152,15 @@ class TeacherSettings(SemiSupervisedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmUpSettings(SemiSupervisedSettings):
+    """Settings of a method that begins with labels only."""
+
+    warm_up: Share | None = None
+    """The share of the training that uses labels only. By default it ends when the network has learnt every class: a
+    Dice of 0.7 on the labelled patches of an epoch. It takes at least 0.1 and at most 0.4 of the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConsistencySettings(SemiSupervisedSettings):
     """Settings of a method with one consistency term under a Gaussian ramp.
 

@@ -23,7 +23,12 @@ from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform,
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
-from nnunet_semiseg.settings.base import ExternalMaskSettings, SemiSupervisedSettings, TeacherSettings
+from nnunet_semiseg.settings.base import (
+    ExternalMaskSettings,
+    SemiSupervisedSettings,
+    TeacherSettings,
+    WarmUpSettings,
+)
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_batch_fits
@@ -35,6 +40,7 @@ from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
 from nnunet_semiseg.training.random_state import get_random_state, set_random_state
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
 from nnunet_semiseg.training.turns import NO_TURN, Turn, draw_turn, planes_to_turn_in
+from nnunet_semiseg.training.warm_up import WarmUp
 
 S = TypeVar("S", bound=SemiSupervisedSettings)
 
@@ -45,7 +51,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     Class attributes:
         views: the names of the views that the loader makes of each unlabelled patch (see `ViewsTransform`).
 
-    If the settings derive from `TeacherSettings`, the method has an EMA teacher, `self.teacher`.
+    If the settings derive from `TeacherSettings`, the method has an EMA teacher, `self.teacher`; if they derive from
+    `WarmUpSettings`, `self.warm_up` decides how long it uses labels only.
     """
 
     settings_class = SemiSupervisedSettings
@@ -53,6 +60,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     decide: Decisions  # from `initialize` on
     masks: PreparedMasks | None = None
     """the masks of other models, if the settings ask for them"""
+    warm_up: Any = None  # a `WarmUp`, if the settings ask for one
     votes: MaskVotes  # from `initialize` on, where there are such masks
 
     def __init__(
@@ -149,6 +157,11 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def progress(self) -> float:
         """The share of the training that is done: 0 at the first step, 1 at the end."""
         return self.step / (self.num_epochs * self.num_iterations_per_epoch)
+
+    @property
+    def uses_labels_only(self) -> bool:
+        """Whether this step belongs to the warm-up."""
+        return self.warm_up is not None and self.step < self.warm_up.first_step
 
     def finest(self, output) -> Tensor:
         """The logits at full resolution, from an output with or without deep supervision."""
@@ -291,6 +304,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             torch._dynamo.config.cache_size_limit = 64  # all parts that are compiled separately count together
         super().initialize()
         self.decide = Decisions(self.label_manager, self.class_names(), self.device)
+        if isinstance(self.settings, WarmUpSettings):
+            steps, share = self.num_epochs * self.num_iterations_per_epoch, self.settings.warm_up
+            self.warm_up = WarmUp(share, steps, self.label_manager, self.class_names(), self.device)
+            self.method_state |= self.warm_up.state
         if self.masks:
             unsure = cast(ExternalMaskSettings, self.settings).external_unsure
             self.votes = MaskVotes(self.masks, self.class_names(), self.label_manager, unsure, self.device)
@@ -438,6 +455,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         shares.sums, shares.counts = self.ranks.sum(shares.sums), self.ranks.sum(shares.counts)
         for line in shares.end_epoch(self.progress):
             self.print_to_log_file(line)
+        if self.warm_up is not None:
+            for line in self.warm_up.end_epoch(self.step, self.ranks):
+                self.print_to_log_file(line)
         super().on_train_epoch_end([{"loss": loss}])
 
     def on_train_end(self):

@@ -1,0 +1,86 @@
+"""The beginning of a training, which uses labels only: it ends when every class is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
+from torch import Tensor
+
+from nnunet_semiseg.losses.segmentation import hard_pseudo_label, has_label
+from nnunet_semiseg.training.distributed import Ranks
+
+SHORTEST, LONGEST = 0.1, 0.4
+"""the least and the greatest length of a warm-up, as a share of the training"""
+LEARNT = 0.7
+"""a class is learnt if this is its Dice on the labelled patches of an epoch"""
+
+
+class WarmUp:
+    """Decides when unlabelled images are used: a teacher that does not know a class would teach that there is none.
+
+    Args:
+        share: the length of the warm-up as a share of the training. None: it ends after the first epoch in which every
+            class was learnt, but not before `SHORTEST` and not after `LONGEST`.
+        steps: the number of steps of the training.
+        label_manager: nnU-Net's.
+        names: the names of the classes or regions, without the background.
+        device: the device of the training.
+
+    Attributes:
+        state: what a resumed training needs.
+    """
+
+    def __init__(self, share: float | None, steps: int, label_manager, names: Sequence[str], device: torch.device):
+        self.label_manager, self.names, self.waits = label_manager, list(names), share is None
+        self.shortest = ceil(SHORTEST * steps)
+        longest = ceil((LONGEST if share is None else share) * steps)
+        self.state = {"first_step": torch.tensor(longest)}
+        self.sums = torch.zeros(3, len(self.names), device=device)  # true positives, false positives, false negatives
+
+    def __str__(self) -> str:
+        if not self.waits:
+            return f"before step {self.first_step}"
+        return f"until every class is learnt, between step {self.shortest} and {self.first_step}"
+
+    @property
+    def first_step(self) -> int:
+        """The first step with unlabelled images. It is on the CPU, so that nothing waits for the GPU."""
+        return int(self.state["first_step"])
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, target: Tensor) -> None:
+        """Compare logits (B, heads, *S) with the target of labelled patches, as nnU-Net's losses take it."""
+        if not self.waits:
+            return
+        manager, heads = self.label_manager, logits.shape[1]
+        known, decision = has_label(target, manager), hard_pseudo_label(logits, manager)
+        if manager.has_regions:
+            decision, target = decision[:, :heads].float(), target[:, :heads]
+        else:
+            decision = torch.zeros_like(logits).scatter_(1, decision.long(), 1)
+            target = target.where(known, 0)
+        axes = [0, *range(2, logits.ndim)]
+        found = get_tp_fp_fn_tn(decision, target, axes=axes, mask=known)[:3]
+        self.sums += torch.stack(found)[:, -len(self.names) :]
+
+    def end_epoch(self, step: int, ranks: Ranks) -> list[str]:
+        """End the warm-up if every class was learnt. Returns the lines for the log.
+
+        Args:
+            step: the number of steps that are done.
+        """
+        if not self.waits or step > self.first_step:
+            return []
+        true, false, missed = ranks.sum(self.sums)
+        dice = dict(zip(self.names, (2 * true / (2 * true + false + missed)).tolist(), strict=True))
+        self.sums.zero_()
+        # NaN, for a class that is in no patch and was not found, is not below
+        if step >= self.shortest and not any(value < LEARNT for value in dice.values()):
+            self.state["first_step"].fill_(min(step, self.first_step))
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in dice.items())
+        after = f"once it is {LEARNT} for every class, from step {self.first_step} on at the latest (warm_up)"
+        begin = "unlabelled images are used from now on" if step >= self.first_step else after
+        return [f"Dice on labelled patches: {listed}; {begin}"]
