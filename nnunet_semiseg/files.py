@@ -21,6 +21,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 
 from nnunet_semiseg.errors import UserError
 
+SETTINGS, LOCK = "settings.json", "training.lock"
+"""files in a training's folder: the settings it was started with; the lock of the process that trains or validates"""
+
 
 def dataset_folder(variable: str, dataset: int | str) -> Path:
     """The folder of a dataset in ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.

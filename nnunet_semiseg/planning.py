@@ -49,7 +49,7 @@ from nnunet_semiseg.files import (
 )
 from nnunet_semiseg.parallel import killed_workers
 from nnunet_semiseg.planning_request import PlanningRequest
-from nnunet_semiseg.schema import check_name, load_plans, read_dataset_json, read_splits
+from nnunet_semiseg.schema import check_name, load_plans, names_of_plans, read_dataset_json, read_splits
 from nnunet_semiseg.settings.plans import PLANS_KEY, locked, parse_assignments, store_settings, update_settings
 from nnunet_semiseg.text.prompts import read_prompts
 from nnunet_semiseg.training.checks import check_depth
@@ -301,12 +301,6 @@ def find_planner(name: str) -> type[ExperimentPlanner]:
         near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6)
         raise UserError(f"-pl {name}: no such planner: use {' or '.join(near or ours)}, or one of nnU-Net's")
     return planner
-
-
-def names_of_plans(preprocessed: Path) -> list[str]:
-    """The plans of a dataset, without the copies that a comparison makes for its runs."""
-    there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
-    return [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
 
 
 def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:

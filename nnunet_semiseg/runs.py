@@ -13,15 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import base_folder, read_json, reading, write_json
-from nnunet_semiseg.schema import check, load_plans, read_dataset_json
+from nnunet_semiseg.files import SETTINGS, base_folder, read_json, reading, write_json
+from nnunet_semiseg.schema import check, load_plans, read_dataset_json, resolved
 from nnunet_semiseg.settings.plans import locked, settings_of, update_settings
-from nnunet_semiseg.training import checkpoint as checkpoints
-from nnunet_semiseg.training.plans_trainer import SETTINGS
 
 RESOURCES = "resources.json"
 """in a run's folder: the memory that training needed, if this package started it"""
@@ -113,6 +109,8 @@ class Run:
         Raises:
             UserError: the file is damaged, or can run code.
         """
+        from nnunet_semiseg.training import checkpoint as checkpoints  # it needs torch
+
         command = (
             f"nnUNetv2_train {self.dataset} {self.configuration} {self.fold} -tr {self.trainer} -p {self.plans} --c"
         )
@@ -175,8 +173,8 @@ def using_data(dataset: str, configuration: str, trainer: str, plans: str) -> It
         yield
         return
     preprocessed = base_folder("nnUNet_preprocessed") / dataset
-    manager = PlansManager(load_plans(preprocessed / f"{plans}.json", PLAN_FIRST))
-    with reading(preprocessed / manager.get_configuration(configuration).data_identifier):
+    content = load_plans(preprocessed / f"{plans}.json", PLAN_FIRST)
+    with reading(preprocessed / resolved(content, configuration)["data_identifier"]):
         yield
 
 

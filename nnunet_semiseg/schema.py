@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
@@ -218,6 +217,18 @@ def load_plans(file: Path, fix: str) -> dict:
     return plans
 
 
+def names_of_plans(preprocessed: Path) -> list[str]:
+    """The plans of a dataset, without the copies that a comparison makes for its runs."""
+    there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
+    return [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
+
+
+def resolved(plans: dict, configuration: str) -> dict:
+    """A configuration of the plans, with what it inherits. nnU-Net's `PlansManager` does the same, but needs torch."""
+    about = plans["configurations"][configuration]
+    return (resolved(plans, about["inherits_from"]) if "inherits_from" in about else {}) | about
+
+
 def read_splits(file: Path, fix: str) -> list[dict]:
     """Read and check the folds in a `splits_final.json`.
 
@@ -246,22 +257,24 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
         raise UserError(f"{file}: no configuration {configuration}: use {' or '.join(known) or fix}")
     check(plans, USED, file, fix)
     within = f"configuration {configuration} "
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # it needs torch
+
     try:
-        resolved = PlansManager(plans).get_configuration(configuration).configuration
+        found = PlansManager(plans).get_configuration(configuration).configuration
     except Exception as e:  # errors of many kinds: old plans, or what the configuration inherits from
         raise UserError(f"{file}: {within}cannot be read ({type(e).__name__}: {e}): {fix}") from None
-    check(resolved, CONFIGURATION, file, fix, within)
-    if min(resolved["spacing"], default=0) <= 0:
-        raise UserError(f'{file}: {within}"spacing" is {resolved["spacing"]}, but must be above 0: {fix}')
-    for key, values in {"patch_size": resolved["patch_size"], "batch_size": [resolved["batch_size"]]}.items():
+    check(found, CONFIGURATION, file, fix, within)
+    if min(found["spacing"], default=0) <= 0:
+        raise UserError(f'{file}: {within}"spacing" is {found["spacing"]}, but must be above 0: {fix}')
+    for key, values in {"patch_size": found["patch_size"], "batch_size": [found["batch_size"]]}.items():
         if min(values, default=0) < 1:
-            raise UserError(f'{file}: {within}"{key}" is {resolved[key]}, but must be 1 or more: {fix}')
-    if len(resolved["patch_size"]) != len(resolved["spacing"]):
-        axes = len(resolved["spacing"])
-        raise UserError(f'{file}: {within}"patch_size" is {resolved["patch_size"]}, but must have {axes} values: {fix}')
-    if not resolved["data_identifier"]:
+            raise UserError(f'{file}: {within}"{key}" is {found[key]}, but must be 1 or more: {fix}')
+    if len(found["patch_size"]) != len(found["spacing"]):
+        axes = len(found["spacing"])
+        raise UserError(f'{file}: {within}"patch_size" is {found["patch_size"]}, but must have {axes} values: {fix}')
+    if not found["data_identifier"]:
         raise UserError(f'{file}: {within}"data_identifier" is empty: {fix}')
-    check_architecture(resolved, file, fix, within)
+    check_architecture(found, file, fix, within)
 
 
 def check_architecture(configuration: dict, file: str | Path, fix: str, within: str = "") -> None:

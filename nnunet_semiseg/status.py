@@ -15,12 +15,11 @@ from nnunet_semiseg.data.preprocessed import (
     preprocess_unlabeled_again,
 )
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest, output_of
+from nnunet_semiseg.devices import device_option
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import BusyError, dataset_folder, only_one, read_json
-from nnunet_semiseg.planning import names_of_plans, read_plans
+from nnunet_semiseg.files import LOCK, BusyError, dataset_folder, only_one, read_json
 from nnunet_semiseg.runs import Run
-from nnunet_semiseg.schema import read_dataset_json
-from nnunet_semiseg.training.plans_trainer import LOCK
+from nnunet_semiseg.schema import load_plans, names_of_plans, read_dataset_json
 
 COMPARISONS, REVIEWS = "comparison/*/report.html", "review/*/review.html"
 OTHER_REPORTS = "text_effect/*/report.html"
@@ -109,8 +108,9 @@ def count(raw: Path) -> Cases:
 
 def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
     """Every configuration of every plans file. No image is opened."""
+    plan_again = f"plan again with nnunet_semiseg plan_and_preprocess -d {number_of(raw.name)}"
     for name in names_of_plans(preprocessed):
-        plans = read_plans(preprocessed, name)
+        plans = load_plans(preprocessed / f"{name}.json", plan_again)
         for configuration in plans["configurations"]:
             folder = output_of(preprocessed, plans, configuration)[0]
             if not any(folder.with_name(folder.name.removesuffix("__unlabeled")).glob("*")):
@@ -163,15 +163,16 @@ def what_is_next(
         return f"nnunet_semiseg plan_and_preprocess -d {number}"
     if not usable:
         return next(p.fix for p in prepared if p.problem)
+    train, device = f"nnunet_semiseg train {number}", device_option()
     if stopped:
         run = stopped[0]
-        return f"nnunet_semiseg train {number} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans} --c"
+        return f"{train} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans}{device} --c"
     if not trained:
-        return f"nnunet_semiseg train {number} {usable[0].configuration} 0 -tr SemiSegTrainer -p {usable[0].plans}"
+        return f"{train} {usable[0].configuration} 0 -tr SemiSegTrainer -p {usable[0].plans}{device}"
     if not done:
         return "wait until the training has ended"
     run = done[0]
     model = f"-d {number} -c {run.configuration} -f {run.fold} -p {run.base_plans}"
     if not compared:
-        return f"nnunet_semiseg compare {model} --run"
-    return f"nnunet_semiseg accept -d {number} -i FOLDER" if reviewed else f"nnunet_semiseg review {model}"
+        return f"nnunet_semiseg compare {model} --run{device}"
+    return f"nnunet_semiseg accept -d {number} -i FOLDER" if reviewed else f"nnunet_semiseg review {model}{device}"

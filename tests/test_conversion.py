@@ -238,7 +238,7 @@ def test_split_file_of_the_user(download, raw, tmp_path):
 
 def test_dry_run_says_what_and_writes_nothing(download, raw, capsys):
     convert(download, 801, **OPTIONS, labeled=2, dry_run=True)
-    assert "2 labeled, 3 unlabeled" in capsys.readouterr().out
+    assert "2 labelled, 3 unlabelled" in capsys.readouterr().out
     assert not raw.exists() and list(raw.parent.iterdir()) == []
 
 

@@ -826,20 +826,23 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
 @pytest.mark.parametrize(
     "words, following",
     [
-        ("plan_and_preprocess -d 801 -c 2d", "nnunet_semiseg train 801 2d 0 -tr SemiSegTrainer -p nnUNetPlans"),
+        (
+            "plan_and_preprocess -d 801 -c 2d",
+            "nnunet_semiseg train 801 2d 0 -tr SemiSegTrainer -p nnUNetPlans -device cpu",
+        ),
         (
             "plan_and_preprocess -d 801 --labeled_only -pl SemiSegPlanner",
-            "nnunet_semiseg train 801 3d_fullres 0 -tr SupervisedTrainer -p nnUNetSemiSegPlans",
+            "nnunet_semiseg train 801 3d_fullres 0 -tr SupervisedTrainer -p nnUNetSemiSegPlans -device cpu",
         ),
         ("plan_and_preprocess -d 801 --no_pp", None),
         (
             "train 801 2d 1 -tr BCPTrainer -device cpu",
-            "nnunet_semiseg compare -d 801 -c 2d -f 1 -p nnUNetPlans -device cpu --trainers SupervisedTrainer "
-            "BCPTrainer --run",
+            "nnunet_semiseg compare -d 801 -c 2d -f 1 -p nnUNetPlans --trainers SupervisedTrainer BCPTrainer --run"
+            " -device cpu",
         ),
         (
-            "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer",
-            "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans -tr BCPTrainer -i IMAGES -o PREDICTIONS",
+            "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer -device cpu",
+            "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans -tr BCPTrainer -i IMAGES -o PREDICTIONS -device cpu",
         ),
     ],
 )
@@ -849,6 +852,7 @@ def test_every_command_ends_with_the_next(words, following, tiny_dataset, monkey
     write_plans(dataset, "nnUNetPlans")
     monkeypatch.setattr("nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: None)
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("nnunet_semiseg.evaluation.compare.compare", lambda *args: "report.html")
     monkeypatch.setattr("sys.argv", ["nnunet_semiseg"])
     assert cli.main(words.split()) == 0

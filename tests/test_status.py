@@ -1,10 +1,12 @@
 """What `nnunet_semiseg status` finds at each step, and the command that it names."""
 
 import json
+import subprocess
+import sys
 
 from training import PLANS
 
-from nnunet_semiseg import cli
+from nnunet_semiseg import cli, devices
 from nnunet_semiseg.files import only_one
 from nnunet_semiseg.status import status
 
@@ -30,17 +32,18 @@ def test_a_raw_dataset(tiny_dataset, capsys):
     assert status(901)[-1] == f"next: put the images without labels into {dataset.raw / 'imagesUn'}"
 
 
-def test_from_plans_to_a_review(ready):
+def test_from_plans_to_a_review(ready, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     dataset = ready(labeled=2, unlabeled=2)
     where, model = f"{PLANS}, 3d_fullres", f"-d 901 -c 3d_fullres -f 0 -p {PLANS}"
     lines = status(901)
     assert f"  {where}: preprocessed and up to date" in lines and f"  {PLANS}, 2d: not preprocessed" in lines
-    assert lines[-1] == f"next: nnunet_semiseg train 901 3d_fullres 0 -tr SemiSegTrainer -p {PLANS}"
+    assert lines[-1] == f"next: nnunet_semiseg train 901 3d_fullres 0 -tr SemiSegTrainer -p {PLANS} -device cpu"
 
     stopped = begin(dataset, "MeanTeacherTrainer")
     lines = status(dataset.name)
     assert f"  MeanTeacherTrainer, {where}, fold 0: interrupted, epoch 3 of 8" in lines
-    assert lines[-1] == f"next: nnunet_semiseg train 901 3d_fullres 0 -tr MeanTeacherTrainer -p {PLANS} --c"
+    assert lines[-1] == f"next: nnunet_semiseg train 901 3d_fullres 0 -tr MeanTeacherTrainer -p {PLANS} -device cpu --c"
     with only_one(stopped / "training.lock", "trains this model"):
         lines = status(901)
     assert f"  MeanTeacherTrainer, {where}, fold 0: running, epoch 3 of 8" in lines
@@ -49,9 +52,9 @@ def test_from_plans_to_a_review(ready):
     (stopped / "checkpoint_final.pth").touch()
     lines = status(901)
     assert f"  MeanTeacherTrainer, {where}, fold 0: done" in lines
-    assert lines[-1] == f"next: nnunet_semiseg compare {model} --run"
+    assert lines[-1] == f"next: nnunet_semiseg compare {model} --run -device cpu"
     for place, command in {
-        "comparison/3d_fullres__fold_0/report.html": f"review {model}",
+        "comparison/3d_fullres__fold_0/report.html": f"review {model} -device cpu",
         "review/M__3d_fullres__fold_0/review.html": "accept -d 901 -i FOLDER",
     }.items():
         file = dataset.results / place
@@ -71,3 +74,26 @@ def test_what_is_not_up_to_date_is_said_with_the_command_that_helps(ready):
     dataset.image("tr_001", folder="imagesTr").touch()
     (dataset.raw / "labelsTr" / "tr_001.nii.gz").unlink()
     assert status(901)[-1].startswith("next: nnunet_semiseg plan_and_preprocess -d 901 -c 3d_fullres -pl SemiSegPl")
+
+
+def test_it_is_quick(ready):
+    """It looks at preprocessed data and at a training without importing torch."""
+    begin(ready(labeled=2, unlabeled=2), "MeanTeacherTrainer")
+    code = "import sys; sys.modules['torch'] = None; from nnunet_semiseg import cli; sys.exit(cli.main())"
+    run = subprocess.run([sys.executable, "-c", code, "status", "-d", "901"], capture_output=True, encoding="utf-8")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "preprocessed and up to date" in run.stdout and "interrupted, epoch 3 of 8" in run.stdout
+
+
+def test_the_device_of_a_proposed_command(monkeypatch, tmp_path):
+    for gpus, option in {0: " -device cpu", 2: ""}.items():
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert devices.device_option() == option
+    assert devices.device_option("cpu") == " -device cpu" and devices.device_option("cuda") == ""
+    assert devices.device_option("mps") == " -device mps"
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(devices, "GPU_FILES", [tmp_path / "nvidia"])
+    assert devices.device_option() == " -device cpu" and "torch" not in sys.modules
+    (tmp_path / "nvidia").touch()
+    assert devices.device_option() == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import json
 import pickle
@@ -44,6 +45,13 @@ def table(printed: str) -> list[list[str]]:
     """The rows of a Markdown table below its heading, without what is printed around it."""
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
     return rows[2:]
+
+
+def test_every_option_of_every_tool_has_a_help_text():
+    for file in TOOLS.glob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+                assert "help" in [k.arg for k in call.keywords], f"{file.name}, line {call.lineno}: give it help="
 
 
 # ---------------------------------------------------------------------------------------------------- step_cost.py

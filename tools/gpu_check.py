@@ -56,10 +56,24 @@ def parse() -> argparse.Namespace:
         "--trainers", nargs="+", help="trainers to check; default: all. SupervisedTrainer always comes first"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="by default on a GPU alone")
-    parser.add_argument("--channels-last-3d", action="store_true")
+    parser.add_argument(
+        "--channels-last-3d", action="store_true", help="keep tensors in torch's memory format channels_last_3d"
+    )
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="SGD; by default as the trainers do")
-    parser.add_argument("--memory", choices=["stock", "fast", "small"], default="stock")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--memory",
+        choices=["stock", "fast", "small"],
+        default="stock",
+        help="the setting memory of all trainers; default: %(default)s",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of all trainers, such as unlabeled_batch_size=4",
+    )
     parser.add_argument("--planner", help="what makes the plans; default: nnU-Net's ExperimentPlanner")
     parser.add_argument(
         "--size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="size of the volumes, in voxels of 1 mm"

@@ -27,11 +27,16 @@ MANY = 300
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("references", type=Path)
+    parser.add_argument("references", type=Path, help="folder of the true labels")
     parser.add_argument(
         "predictions", type=Path, nargs="+", help="folders of predictions that nnU-Net wrote, with their plans.json"
     )
-    parser.add_argument("--label", default="left atrium=1", metavar="NAME=VALUE")
+    parser.add_argument(
+        "--label",
+        default="left atrium=1",
+        metavar="NAME=VALUE",
+        help="the label that is measured, and its value; default: %(default)s",
+    )
     args = parser.parse_args()
 
     name, value = args.label.rsplit("=", 1)

@@ -145,7 +145,13 @@ PARTS = {"preprocess": preprocess, "train": train}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=[10, 1000, 10_000, 100_000])
+    parser.add_argument(
+        "--counts",
+        type=int,
+        nargs="+",
+        default=[10, 1000, 10_000, 100_000],
+        help="numbers of unlabelled cases; default: 10 1000 10000 100000",
+    )
     parser.add_argument("--work", type=Path, help="folder for the data; default: a new folder, which is removed")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()

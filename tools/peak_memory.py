@@ -124,11 +124,11 @@ def peak(trainer) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True)
-    parser.add_argument("-c", default="3d_fullres")
-    parser.add_argument("-p", default="nnUNetPlans")
-    parser.add_argument("--trainers", nargs="+", required=True)
-    parser.add_argument("--set", nargs="+", action="extend", default=[])
+    parser.add_argument("-d", required=True, help="number or name of the dataset")
+    parser.add_argument("-c", default="3d_fullres", help="nnU-Net's configuration; default: %(default)s")
+    parser.add_argument("-p", default="nnUNetPlans", help="name of the plans; default: %(default)s")
+    parser.add_argument("--trainers", nargs="+", required=True, help="trainers to measure")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], help="settings of all trainers, as KEY=VALUE")
     args = parser.parse_args()
 
     folder = str(dataset_folder("nnUNet_preprocessed", args.d))

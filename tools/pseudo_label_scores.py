@@ -32,11 +32,13 @@ def decode_with(network, decoder):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("checkpoints", nargs="+")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--every", type=int, default=1, metavar="N")
+    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("checkpoints", nargs="+", help="checkpoints of different epochs")
+    parser.add_argument("--images", type=Path, required=True, help="folder of the images to predict")
+    parser.add_argument("--labels", type=Path, required=True, help="folder of their true labels")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="use only every N-th image; default: %(default)s"
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)

@@ -211,7 +211,8 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    estimates, loop = (commands.add_parser(name) for name in ("estimates", "loop"))
+    estimates = commands.add_parser("estimates", help="compare the estimates with the true Dice")
+    loop = commands.add_parser("loop", help="label in rounds, and measure the Dice after each")
     for each in (estimates, loop):
         each.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
         each.add_argument(
@@ -224,14 +225,30 @@ def main() -> None:
         each.add_argument("--name", default="default", help="name of the variant in tools/yardstick.py")
         each.add_argument("--seed", type=int, default=0, help="seed of the model; default: %(default)s")
         each.add_argument("--iterations", type=int, help="iterations of the model's training; default: that of the set")
-    estimates.add_argument("--sets", nargs="+", choices=SETS, default=["acdc_small", "la_small"])
-    estimates.add_argument("--ensembles", nargs="+", default=["seeds", "teacher", "snapshots", "mirroring"])
+    estimates.add_argument(
+        "--sets",
+        nargs="+",
+        choices=SETS,
+        default=["acdc_small", "la_small"],
+        help="the data sets; default: acdc_small la_small",
+    )
+    estimates.add_argument(
+        "--ensembles",
+        nargs="+",
+        default=["seeds", "teacher", "snapshots", "mirroring"],
+        help="kinds of ensembles of the review; default: seeds teacher snapshots mirroring",
+    )
     estimates.add_argument("--disable_tta", action="store_true", help="predict without mirroring: eight times faster")
     estimates.set_defaults(run=check_estimates)
     loop.add_argument("--set", choices=SETS, default="acdc_small", help="the data set; default: %(default)s")
     loop.add_argument("--rounds", type=int, default=2, help="number of rounds; default: %(default)s")
     loop.add_argument("--add", type=int, default=4, help="cases in each round; default: %(default)s")
-    loop.add_argument("--lists", nargs="+", default=["labelling", "correction", "random"])
+    loop.add_argument(
+        "--lists",
+        nargs="+",
+        default=["labelling", "correction", "random"],
+        help="lists that choose the cases; default: labelling correction random",
+    )
     loop.add_argument("--draws", type=int, default=3, help="number of random lists; default: %(default)s")
     loop.add_argument("--ensemble", default="mirroring", help="ensemble of the review; default: %(default)s")
     loop.set_defaults(run=check_loop)

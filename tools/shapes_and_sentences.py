@@ -52,12 +52,16 @@ def make_pair(rng: np.random.Generator, faint: bool = False) -> tuple[np.ndarray
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, metavar="WORK")
-    parser.add_argument("--pairs", type=int, default=400)
-    parser.add_argument("--labeled", type=int, default=40)
-    parser.add_argument("--test", type=int, default=100)
-    parser.add_argument("--faint", action="store_true")
-    parser.add_argument("--shuffled", action="store_true")
+    parser.add_argument("work", type=Path, metavar="WORK", help="folder for the data set and the towers")
+    parser.add_argument("--pairs", type=int, default=400, help="number of training images; default: %(default)s")
+    parser.add_argument(
+        "--labeled", type=int, default=40, help="how many of them keep their labels; default: %(default)s"
+    )
+    parser.add_argument("--test", type=int, default=100, help="number of test images; default: %(default)s")
+    parser.add_argument("--faint", action="store_true", help="make the noise strong and the lesions faint")
+    parser.add_argument(
+        "--shuffled", action="store_true", help="write the control: each image with the sentence of another one"
+    )
     args = parser.parse_args()
     raw = args.work / "raw" / ("Dataset521_Shuffled" if args.shuffled else "Dataset520_Sentences")
     for folder in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs"):

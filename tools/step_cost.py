@@ -115,15 +115,19 @@ def peak_on_cpu(trainer) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True)
-    parser.add_argument("-c", default="3d_fullres")
-    parser.add_argument("-p", default="nnUNetPlans")
-    parser.add_argument("-f", default="all")
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("-d", required=True, help="number or name of the dataset")
+    parser.add_argument("-c", default="3d_fullres", help="nnU-Net's configuration; default: %(default)s")
+    parser.add_argument("-p", default="nnUNetPlans", help="name of the plans; default: %(default)s")
+    parser.add_argument("-f", default="all", help="number of the fold, or all; default: %(default)s")
+    parser.add_argument(
+        "-device", default="cuda", choices=["cuda", "cpu"], help="where to compute; default: %(default)s"
+    )
     parser.add_argument("-n", type=int, default=10, help="number of timed steps")
     parser.add_argument("-threads", type=int, default=1, help="number of torch's threads on the CPU")
-    parser.add_argument("--trainers", nargs="+", required=True)
-    parser.add_argument("--set", nargs="+", action="extend", default=[])
+    parser.add_argument(
+        "--trainers", nargs="+", required=True, help="trainers to measure; the first one is the reference of all ratios"
+    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], help="settings of all trainers, as KEY=VALUE")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

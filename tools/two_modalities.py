@@ -75,9 +75,11 @@ def write_datasets(raw: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, metavar="WORK")
-    parser.add_argument("--iterations", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("work", type=Path, metavar="WORK", help="folder for data, plans and models")
+    parser.add_argument(
+        "--iterations", type=int, default=1000, help="iterations of each training; default: %(default)s"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs of each trainer; default: %(default)s")
     args = parser.parse_args()
     work = args.work.absolute()
     folders = {f"nnUNet_{name}": str(work / name) for name in ("raw", "preprocessed", "results")}

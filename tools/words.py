@@ -114,10 +114,15 @@ def measure_towers(data: Path, work: Path, towers: str, labels: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pretrain", "measure"])
+    parser.add_argument("what", choices=["pretrain", "measure"], help="pretrain: train the towers; measure: test them")
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
     parser.add_argument("--work", type=Path, required=True, help="work folder of tools/yardstick.py")
-    parser.add_argument("--towers", choices=TOWERS, required=True)
+    parser.add_argument(
+        "--towers",
+        choices=TOWERS,
+        required=True,
+        help="the texts of the pre-training: true, shuffled, or random weights without a training",
+    )
     parser.add_argument("--labels", default="24", help="number of labelled cases; default: 24")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the pre-training"

@@ -602,20 +602,37 @@ def main() -> None:
     parser.add_argument(
         "--csv", type=Path, default=ROOT / "docs" / "yardstick.csv", help="the file with the results of all runs"
     )
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=["hippocampus", "acdc_small", "la_small"])
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        choices=SETS,
+        default=["hippocampus", "acdc_small", "la_small"],
+        help="the data sets; default: hippocampus acdc_small la_small",
+    )
     parser.add_argument(
         "--labels",
         nargs="+",
         default=["few"],
         help="numbers of labelled cases: few, some, all or a number; default: few",
     )
-    parser.add_argument("--trainers", nargs="+", default=[BASELINE])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--trainers", nargs="+", default=[BASELINE], help="trainers to measure; default: SupervisedTrainer"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, one for each run; default: 0 1 2"
+    )
     parser.add_argument(
         "--iterations", type=int, help="iterations of a training, a multiple of 100; default: that of the set"
     )
     parser.add_argument("--name", default="", help="name of a variant: for runs with other settings or with other code")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the trainers; give the variant a --name",
+    )
     parser.add_argument("--equal-time", action="store_true", help="train labelled only for as long as each method, too")
     parser.add_argument("--jobs", type=int, default=2, help="number of runs at the same time; each has one thread")
     args = parser.parse_args()

@@ -51,9 +51,9 @@ def add_settings(parser: ArgumentParser, of: str) -> None:
     )  # fmt: skip
 
 
-def say_next(words: str) -> None:
-    """Print the command that comes next."""
-    print(f"next: nnunet_semiseg {words}")
+def say_next(command: str) -> None:
+    """Print the command that comes next. If it has the option `-device`, it ends with `devices.device_option`."""
+    print(f"next: {command}")
 
 
 def check_plans(dataset: int | str, plans: str) -> None:

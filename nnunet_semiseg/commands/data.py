@@ -136,6 +136,7 @@ class PlanAndPreprocess(Command):
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg import planning
+        from nnunet_semiseg.devices import device_option
 
         request = from_args(PlanningRequest, args)
         planning.plan_and_preprocess(request)
@@ -144,7 +145,8 @@ class PlanAndPreprocess(Command):
             trainer = "SupervisedTrainer" if request.labeled_only else "SemiSegTrainer"
             plans = request.overwrite_plans_name or planning.plans_name_of(request.planner)
             configuration = "3d_fullres" if "3d_fullres" in c else c[0]
-            say_next(f"train {request.dataset_ids[0]} {configuration} 0 -tr {trainer} -p {plans}")
+            line = f"nnunet_semiseg train {request.dataset_ids[0]} {configuration} 0 -tr {trainer} -p {plans}"
+            say_next(line + device_option())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +224,8 @@ class AddMasks(Command):
         result = external_masks.add_masks(args.d, args.name, args.i, args.map, args.np)
         print(external_masks.table(result))
         print(f"Dice below {prepared_masks.LEAST_DICE} gives the weight 0.")
-        print(f"Next: nnunet_semiseg preprocess_unlabeled -d {args.d}")
-        print(f"Then train with --set external_masks={args.name}")
+        print(f"then train with --set external_masks={args.name}")
+        say_next(f"nnunet_semiseg preprocess_unlabeled -d {args.d}")
 
 
 COMMANDS = (Convert(), PlanAndPreprocess(), PreprocessUnlabeled(), AddMasks())

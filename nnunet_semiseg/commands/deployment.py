@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 
-from nnunet_semiseg.commands.command import Command, add_device, add_settings, trained_run
+from nnunet_semiseg.commands.command import Command, add_device, add_settings, say_next, trained_run
 from nnunet_semiseg.options import ExecutorOptions, ModelOptions, add_options, option
 
 
@@ -40,12 +40,14 @@ class Distill(Command):
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.deployment import distillation
+        from nnunet_semiseg.devices import device_option
         from nnunet_semiseg.evaluation.cluster import first_in_queue
 
         trained = trained_run(args)
         first_in_queue(args, trained.model_folder.parent / "distillation_logs")
         stock = distillation.distill(trained, args.set, args.device if args.executor == "local" else "cpu")
-        print(f"{stock}\nnnUNetv2_predict {_options(args, stock.name)} -i IMAGES -o PREDICTIONS")
+        print(stock)
+        say_next(f"nnUNetv2_predict {_options(args, stock.name)} -i IMAGES -o PREDICTIONS{device_option(args.device)}")
 
 
 class Share(Command):
@@ -62,12 +64,13 @@ class Share(Command):
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.deployment import sharing
+        from nnunet_semiseg.devices import device_option
 
         stock = sharing.share(trained_run(args))
         model = _options(args, stock.name)
-        print(
-            f"{stock}\nnnUNetv2_predict {model} -i IMAGES -o PREDICTIONS\nnnUNetv2_export_model_to_zip {model} -o FILE"
-        )
+        print(stock)
+        say_next(f"nnUNetv2_predict {model} -i IMAGES -o PREDICTIONS{device_option()}")
+        say_next(f"nnUNetv2_export_model_to_zip {model} -o FILE")
 
 
 class Export(Command):

@@ -36,13 +36,15 @@ class Compare(Command):
         )  # fmt: skip
 
     def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.devices import device_option
         from nnunet_semiseg.evaluation.compare import compare
 
         check_plans(args.dataset, args.plans)
         request = from_args(Request, args)
         print(compare(request, args.o, args.train))
         where = f"-d {request.dataset} -c {request.configuration} -f {request.fold} -p {request.plans}"
-        print(f"next: nnUNetv2_predict {where} -tr {request.trainers[-1]} -i IMAGES -o PREDICTIONS")
+        line = f"nnUNetv2_predict {where} -tr {request.trainers[-1]} -i IMAGES -o PREDICTIONS"
+        say_next(line + device_option(request.device))
 
 
 class TextEffect(Command):
@@ -102,7 +104,7 @@ class Review(Command):
             print(f"{request.folder}: other parts are at work: the last one writes the page")
             return
         print(page)
-        print(f"next: correct masks, put them into a folder, then nnunet_semiseg accept -d {request.dataset} -i FOLDER")
+        say_next(f"correct masks, put them into a folder, then nnunet_semiseg accept -d {request.dataset} -i FOLDER")
 
 
 class Accept(Command):
@@ -127,6 +129,7 @@ class Accept(Command):
         parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")
 
     def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.devices import device_option
         from nnunet_semiseg.review.accept import accept, undo
 
         if args.undo:
@@ -139,7 +142,8 @@ class Accept(Command):
             print(f"{label.case}: {label.origin}")
         if labels:
             print(f"{len(labels)} cases are labelled now; to take that back: nnunet_semiseg accept -d {args.d} --undo")
-            say_next("train DATASET CONFIGURATION FOLD -tr TRAINER --continue_from MODEL --as NAME")
+            line = f"nnunet_semiseg train {args.d} CONFIGURATION FOLD -tr TRAINER --continue_from MODEL --as NAME"
+            say_next(line + device_option())
 
 
 COMMANDS = (Compare(), TextEffect(), Review(), Accept())

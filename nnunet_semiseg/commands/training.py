@@ -40,6 +40,7 @@ class Train(Command):
     def run(self, args: Namespace) -> None:
         from nnunetv2.run.run_training import run_training_entry
 
+        from nnunet_semiseg.devices import device_option
         from nnunet_semiseg.discovery import find_trainer
         from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.planning import check_plans_name, copy_plans
@@ -78,8 +79,8 @@ class Train(Command):
             distributed.part()
             if distributed.is_first() and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
                 where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"
-                where += f" -device {args.device}" if args.device not in (None, "cuda") else ""
-                say_next(f"compare {where} --trainers SupervisedTrainer {args.tr} --run")
+                line = f"nnunet_semiseg compare {where} --trainers SupervisedTrainer {args.tr} --run"
+                say_next(line + device_option(args.device))
         except UserError:
             if (
                 args.copy

@@ -9,8 +9,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from torch import Tensor
 
-TOLERANCE = 0.01
-"""tolerance in units of normalised intensity; bfloat16 has about three digits"""
+from nnunet_semiseg.data.image_problems import TOLERANCE
 
 
 def values_of_nothing(plans_manager, configuration_manager) -> list[float]:

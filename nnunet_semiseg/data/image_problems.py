@@ -13,10 +13,11 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_semiseg.data.empty_channels import TOLERANCE
 from nnunet_semiseg.data.headers import header_problem, is_spacing
 
 IMAGES_FOLDER = "imagesUn"
+TOLERANCE = 0.01
+"""tolerance in units of normalised intensity; bfloat16 has about three digits"""
 ROUNDING = 1e-5
 """resampling changes a constant image by up to this"""
 LARGEST_RATIO = 20

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunet_semiseg.schema import resolved
 
 _PLANS_KEYS = ("image_reader_writer", "transpose_forward")
+_INTENSITIES = ("foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality")
+"""the key, and that of old plans"""
 _CONFIGURATION_KEYS = (
     "preprocessor_name",
     "spacing",
@@ -22,8 +24,7 @@ _CONFIGURATION_KEYS = (
 
 def plans_hash(plans: dict, configuration: str) -> str:
     """A hash of everything that changes preprocessed voxels, and of nothing else (not patch, network or settings)."""
-    manager = PlansManager(plans)
-    resolved = manager.get_configuration(configuration).configuration
-    content = {key: plans[key] for key in _PLANS_KEYS} | {key: resolved[key] for key in _CONFIGURATION_KEYS}
-    content["intensities"] = manager.foreground_intensity_properties_per_channel
+    about = resolved(plans, configuration)
+    content = {key: plans[key] for key in _PLANS_KEYS} | {key: about[key] for key in _CONFIGURATION_KEYS}
+    content["intensities"] = next(plans[key] for key in _INTENSITIES if key in plans)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

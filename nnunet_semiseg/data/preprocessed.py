@@ -14,9 +14,7 @@ import blosc2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_semiseg.data.empty_channels import values_of_nothing
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
     one_line_of,
@@ -31,7 +29,7 @@ from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed, stam
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import NOT_WRITABLE, disk_error, read_json, written_whole
 from nnunet_semiseg.parallel import run_jobs
-from nnunet_semiseg.schema import check, read_dataset_json
+from nnunet_semiseg.schema import check, read_dataset_json, resolved
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """the files of a preprocessed case; nnU-Net writes the last one last"""
@@ -106,7 +104,7 @@ def look_at_labeled(
         UserError: see `inspect_labeled`; or a case is not preprocessed, half-written, or made from other files; or
             nothing can be learnt from its values, and then its preprocessed files are removed. One line for each.
     """
-    name = PlansManager(plans).get_configuration(configuration).data_identifier
+    name = resolved(plans, configuration)["data_identifier"]
     folder, dataset_json = preprocessed / name, read_dataset_json(raw)
     if not folder.is_dir():
         return None
@@ -158,6 +156,11 @@ def _look_at(
     dataset_json: dict,
 ) -> tuple[str, dict, list[str]]:
     """The record's entry of a case, and what is wrong with it, one line each."""
+    # they need torch, and `nnunet_semiseg status` does not
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_semiseg.data.empty_channels import values_of_nothing
+
     manager = PlansManager(plans)
     configuration_manager = manager.get_configuration(configuration)
     fix = preprocess_again(plans, configuration)
@@ -254,7 +257,7 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
         UserError: a file is half-written; a copy of a label is missing or incomplete; a labelled image or label has
             changed, is new or is missing; the fingerprint or the data belong to other cases or plans.
     """
-    name = PlansManager(plans).get_configuration(configuration).data_identifier
+    name = resolved(plans, configuration)["data_identifier"]
     fix = preprocess_again(plans, configuration)
     folder = preprocessed / name
     record = read_record(preprocessed, name)

@@ -11,8 +11,6 @@ import contextlib
 import os
 from pathlib import Path
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.preprocessed import DAMAGED, SUFFIXES, case_files, preprocess_unlabeled_again
@@ -20,7 +18,7 @@ from nnunet_semiseg.data.stamps import STAMP, Stamp, all_renewed, renewed
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json, write_json
-from nnunet_semiseg.schema import check, read_dataset_json
+from nnunet_semiseg.schema import check, read_dataset_json, resolved
 
 ENDING = "__unlabeled"
 """ending of the name of the folder with the unlabelled cases, beside that of the labelled ones"""
@@ -73,7 +71,7 @@ def load_manifest(
 
 def output_of(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
     """The folder of the preprocessed unlabelled cases and its manifest."""
-    name = PlansManager(plans).get_configuration(configuration).data_identifier + ENDING
+    name = resolved(plans, configuration)["data_identifier"] + ENDING
     return preprocessed / name, preprocessed / f"{name}.json"
 
 

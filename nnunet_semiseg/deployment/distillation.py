@@ -20,7 +20,7 @@ from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, read_json, write_json
+from nnunet_semiseg.files import LOCK, SETTINGS, dataset_folder, disk_errors, only_one, read_json, write_json
 from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.schema import load_plans, read_dataset_json
@@ -30,7 +30,6 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.passes import run_in_bfloat16
-from nnunet_semiseg.training.plans_trainer import LOCK, SETTINGS
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"

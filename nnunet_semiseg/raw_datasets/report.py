@@ -13,6 +13,8 @@ from nnunet_semiseg.raw_datasets.names import some
 
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
 """for each part nnU-Net's name of it"""
+PROSE = {"labeled": "labelled", "unlabeled": "unlabelled"}
+"""how a part is written in a sentence, if not by its name"""
 FIRST = 3
 
 
@@ -31,15 +33,17 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, wh
     for note in about.notes:
         print(f"  note: {note}")
     by_part = {part: [name for name in parts if parts[name] == part] for part in SUBSETS}
-    print(f"{target}: " + ", ".join(f"{len(names)} {part}" for part, names in by_part.items() if names))
+    numbers = (f"{len(names)} {PROSE.get(part, part)}" for part, names in by_part.items() if names)
+    print(f"{target}: {', '.join(numbers)}")
     if whole:
         print(f"  channels: {', '.join(about.channels)}")
         print(f"  labels: {', '.join(f'{value} {name}' for name, value in about.labels.items())}")
         for part, names in by_part.items():
+            title = PROSE.get(part, part)
             for name in names[:FIRST]:
-                print(f"  {part}: {describe(source.cases[name], part, about.file_ending)}")
+                print(f"  {title}: {describe(source.cases[name], part, about.file_ending)}")
             if len(names) > FIRST:
-                print(f"  {part}: ... and {len(names) - FIRST} more")
+                print(f"  {title}: ... and {len(names) - FIRST} more")
     missing = [name for names in (source.train, source.val, source.test) for name in names if name not in source.cases]
     if missing:
         print(f"WARNING: {len(missing)} cases of the published lists are not there: {some(missing)}")

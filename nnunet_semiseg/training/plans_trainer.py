@@ -30,7 +30,7 @@ from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DiskError, base_folder, disk_errors, only_one, reading, write_json
+from nnunet_semiseg.files import LOCK, SETTINGS, DiskError, base_folder, disk_errors, only_one, reading, write_json
 from nnunet_semiseg.schema import OTHER_PLANS, PLANS, check, check_architecture, check_configuration, check_dataset_json
 from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
@@ -51,8 +51,6 @@ PLAN_AGAIN = "plan again with nnunet_semiseg plan_and_preprocess"
 S = TypeVar("S", bound=TrainingSettings)
 
 LAST = ("checkpoint_latest.pth", "checkpoint_best.pth")
-SETTINGS, LOCK = "settings.json", "training.lock"
-"""files in a training's folder: the settings it was started with; the lock of the process that trains or validates"""
 
 
 class PlansTrainer(nnUNetTrainer, Generic[S]):
