@@ -26,7 +26,7 @@ from nnunet_semiseg.training.distributed import Ranks, part
 # Without what joins the samples of a batch: mixes of one with another, contrasts, means over what a batch holds of a
 # kind. They see half as many samples in half a batch.
 ALONE = {
-    "ADMTTrainer": dict(cutmix=0.0, match_threshold=0.4),
+    "ADMTTrainer": dict(cutmix=0.0, match_threshold=0.4, period=1),  # so that both teachers move
     "AMVLMTrainer": dict(mask_gate=0.0, turns=False),
     "BCPTrainer": dict(box=0.0, warm_up=0.0),
     "CCTTrainer": dict(perturbations=["noise", "dropout"], consistency_weight=0.1),

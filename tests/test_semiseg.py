@@ -204,6 +204,26 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     )
 
 
+def test_a_search_that_was_interrupted_is_not_compared_with_itself(tiny_dataset):
+    """Without mirroring, a search is compared with the one before it."""
+    dataset = tiny_dataset(labeled=3, unlabeled=2)
+    dataset.plan()
+    trainer = make_trainer(SemiSegTrainer, dataset, warm_up=0.3, unlabeled_foreground=0.5)
+    trainer.on_train_start()
+    trainer.inference_allowed_mirroring_axes = None
+
+    def search(epoch: int) -> list[bool]:
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        return [math.isnan(x) for x in json.loads((trainer.foreground_folder / "scores.json").read_text()).values()]
+
+    assert search(1) == [True, True]
+    (trainer.foreground_folder / "un_001.npz").unlink()
+    assert search(1) == [True, True]
+    assert search(2) == [False, False]
+    assert search(1) == [True, True]  # a training that goes on from before
+
+
 def test_a_step_of_the_last_epoch_teaches_and_moves_the_teacher(tiny_dataset):
     dataset = tiny_dataset(labeled=3, unlabeled=2)
     dataset.plan()

@@ -215,7 +215,7 @@ def launch(number: int, words: Iterable[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints long reports of failures
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would do so with a warning
     try:
-        main(["--standalone", f"--nproc_per_node={number}", "-m", "nnunet_semiseg.cli", *words])
+        main(["--standalone", "--max_restarts=0", f"--nproc_per_node={number}", "-m", "nnunet_semiseg.cli", *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         with suppress(ProcessLookupError, PermissionError):  # torchrun does not end the children of a killed process
