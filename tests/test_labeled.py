@@ -22,6 +22,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from training import PLANS, make_trainer
 from watching import no_room_for_files_of, opened_in
 
+from nnunet_semiseg import parallel
 from nnunet_semiseg.data.image_problems import (
     intensity_problems,
     label_problems,
@@ -308,6 +309,14 @@ def test_each_labelled_file_is_unpacked_once(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     assert inspect_labeled(dataset.raw, tmp_path, read_dataset_json(dataset.raw), 0) == stamps
     assert read.pop(0) == example and sorted(Path(file).name for file in read) == [f"{name}.gz" for name in names]
+
+
+@pytest.mark.parametrize("what", [None, "Labelled cases"])
+def test_long_work_has_a_bar(what, monkeypatch):
+    bars = []
+    monkeypatch.setattr(parallel, "tqdm", lambda results, *about, **_: bars.append(about) or results)
+    assert list(parallel.run_jobs(pow, [(2, 1), (2, 3)], 0, what)) == [2, 8]
+    assert bars == ([] if what is None else [(what, 2)])
 
 
 def test_labels_that_are_all_empty(tiny_dataset):

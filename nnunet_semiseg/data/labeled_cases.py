@@ -82,7 +82,7 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
         raise UserError(f"{example}: cannot be read by any of nnU-Net's readers: {take_out(example)}") from None
     jobs = [(case, cases[case], reader, dataset_json) for case in cases if case not in stamps]
     problems, empty = {}, []
-    for case, found, is_empty, now in run_jobs(_inspect_case, jobs, num_processes):
+    for case, found, is_empty, now in run_jobs(_inspect_case, jobs, num_processes, "Labelled cases"):
         problems[case], stamps[case] = found, now
         empty += [case] if is_empty else []
     if lines := [line for case in sorted(problems) for line in problems[case]]:
