@@ -6,9 +6,11 @@ import signal
 import sys
 import threading
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from training import PLANS, make_trainer, save_untrained, write_settings
 
 from nnunet_semiseg import cli
@@ -124,6 +126,28 @@ def test_several_processes_are_started_by_torchrun_where_there_are_gpus_for_them
         "MeanTeacherTrainer", "-device", "cpu", "--set", "num_epochs=3",
     ]  # fmt: skip
     with_gpus(2, monkeypatch, run, "nnUNetTrainer")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_several_processes_that_are_told_to_end_leave_no_traceback(number, status, dataset, monkeypatch, capsys):
+    monkeypatch.setattr("torch.distributed.run.main", Mock(side_effect=SignalException("got a signal", number)))
+    words = f"train 901 3d_fullres 0 -p {PLANS} -tr MeanTeacherTrainer -device cpu -num_gpus 2".split()
+    with nullcontext() if number == signal.SIGINT else pytest.raises(SystemExit) as ended:
+        assert cli.main(words) == status
+    assert ended is None or ended.value.code == status
+    assert capsys.readouterr().err.strip() in ("", "interrupted")
+
+
+@pytest.mark.parametrize("processes, seconds", [("1", []), ("2", [5])])
+def test_the_process_that_failed_first_speaks_first(processes, seconds, dataset, monkeypatch):
+    """The others fail because they have lost it, and are ended meanwhile."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("nnunet_semiseg.discovery.find_trainer", Mock(side_effect=RuntimeError("connection closed")))
+    with pytest.raises(RuntimeError, match="connection closed"):
+        cli.main(f"train 901 3d_fullres 0 -p {PLANS} -tr MeanTeacherTrainer -device cpu".split())
+    assert waited == seconds
 
 
 def with_gpus(number: int, monkeypatch, function, *args):
