@@ -13,7 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed, multiprocessing
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map, tree_map_only
-from training import PLANS, TRAINERS, make_trainer, towers
+from training import CLASSES, PLANS, TRAINERS, make_trainer, towers
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.cps import CPSTrainer
@@ -23,6 +23,7 @@ from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 from nnunet_semiseg.training.distributed import Ranks, part
+from nnunet_semiseg.training.warm_up import WarmUp
 
 # Without what joins the samples of a batch: mixes of one with another, contrasts, means over what a batch holds of a
 # kind. They see half as many samples in half a batch.
@@ -230,7 +231,12 @@ def exchange(folder: Path) -> dict:
             time.sleep(0.2)
             (folder / "made").touch()
         was_there = (folder / "made").exists()
+    warm_up = WarmUp(None, 100, CLASSES, ["a"], torch.device("cpu"))
+    found = F.one_hot(torch.tensor([0, 1 - ranks.number]), 2).float().T[None]  # one misses it: 2 / (2 + 1)
+    warm_up.add(found, torch.tensor([[[0, 1]]]))
+    warm_up.end_epoch(20, ranks)
     return {
+        "warm-up until": warm_up.first_step,
         "gradients": [p.grad if p.grad is None else p.grad.tolist() for p in (both, one, none)],
         "first": [float(module.weight), bool(module.mask)],
         "mean": ranks.mean(torch.tensor([2.0, 4.0]) * ranks.number).tolist(),
@@ -249,6 +255,7 @@ def test_what_ranks_exchange(tmp_path):
         first
         == second
         == {
+            "warm-up until": 40,
             "gradients": [[1.5, 3.0], [4.0, 2.0], None],
             "first": [5.0, True],
             "mean": [1.0, 2.0],

@@ -167,10 +167,17 @@ def test_cases_far_below_the_others_are_left_out_up_to_a_share(tmp_path):
     assert leave_out(tmp_path, 0.2) == ["worst", "bad"]
 
 
+class NeverListed(np.ndarray):
+    """The names of so many cases that a batch must not look at each of them."""
+
+    def __iter__(self):
+        raise AssertionError("a batch looks at all cases")
+
+
 def test_a_case_that_is_left_out_is_not_drawn_from_then_on(tmp_path):
     np.random.seed(0)
     loader = loader_of(tmp_path, 0.0)
-    loader.indices = ["a", "b", "c"]
+    loader.indices = np.array(["a", "b", "c"]).view(NeverListed)
     drawn = lambda: {case for _ in range(40) for case in loader.get_indices()}  # noqa: E731
     assert drawn() == {"a", "b", "c"}
     (tmp_path / "left_out.json").write_text('["b"]')
