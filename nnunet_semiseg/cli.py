@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # perhaps because another process failed, and that one is to speak
+            time.sleep(5)
+        raise
     return 0
 
 

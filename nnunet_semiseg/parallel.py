@@ -13,19 +13,30 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.quiet import hide_foreign_warnings, hide_reader_warnings
 
+DELAY = 10
+"""seconds until a bar appears"""
 
-def run_jobs(function: Callable, jobs: list[tuple], num_processes: int) -> Generator:
+
+def run_jobs(function: Callable, jobs: list[tuple], num_processes: int, what: str | None = None) -> Generator:
     """Yield `function(*job)` of every job as soon as it is done. Close the iterator to cancel jobs that wait.
 
     Args:
         num_processes: with 0 this process does the work.
+        what: what the jobs work on. On a terminal, a bar with this name appears if they take more than 10 seconds.
 
     Raises:
         BrokenProcessPool: the system killed a worker (multiprocessing.Pool would wait for ever).
     """
+    results = _run(function, jobs, num_processes)
+    yield from results if what is None else tqdm(results, what, len(jobs), delay=DELAY, disable=None)
+
+
+def _run(function: Callable, jobs: list[tuple], num_processes: int) -> Generator:
     if num_processes == 0 or not jobs:
         yield from (function(*job) for job in jobs)
         return

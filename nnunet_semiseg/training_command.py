@@ -67,6 +67,9 @@ def check_running_command() -> None:
     add_training_arguments(parser)
     args = parser.parse_known_args(sys.argv[1:])[0]
     check_training(args)
+    if int(args.num_gpus or 1) > 1 and args.device not in (None, "cuda"):
+        where = f"{COMMAND} starts several processes on GPUs only: use nnunet_semiseg train for -device {args.device}"
+        raise UserError(f"-num_gpus {args.num_gpus}: {where}")
     check_plans_name(dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id) / f"{args.p}.json")
 
 
@@ -78,7 +81,8 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
 
     Raises:
         UserError: a fold, a device or a number of GPUs is wrong; the data set, plans or configuration does not exist or
-            is damaged; weights are missing, damaged or can run code; `--val` before a training is finished.
+            is damaged; weights are missing, damaged or can run code; `--val` before a training is finished; or torchrun
+            has restarted a training that would not continue.
     """
     import torch
 
@@ -107,6 +111,9 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
         raise UserError(f"-num_gpus {gpus}: nnU-Net's own trainers need -device cuda for several processes")
     if int(gpus) > 1 and device == "cuda" and int(gpus) > (there := torch.cuda.device_count()):
         raise UserError(f"-num_gpus {gpus}: this machine has {there}: give {there} or less")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not (args.c or args.val):
+        again = "a process died and torchrun has started all again: without --c the training would begin from scratch"
+        raise UserError(f"{again}: give --c, also at the first start, so that a restart continues")
     if args.c and args.val:
         raise UserError("--c and --val: give one of them: --c continues a training, --val validates a finished one")
     if args.val_best and args.disable_checkpointing:

@@ -101,7 +101,9 @@ def in_threads() -> Iterator[None]:
         patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         patch.setattr(DatasetFingerprintExtractor, "run", extract_few)
         for module in (labeled_cases, preprocessed, unlabeled_preprocessing):
-            patch.setattr(module, "run_jobs", lambda function, jobs, num_processes: run_jobs(function, jobs, 0))
+            patch.setattr(
+                module, "run_jobs", lambda function, jobs, num_processes, what=None: run_jobs(function, jobs, 0, what)
+            )
         yield
 
 

@@ -13,20 +13,22 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed, multiprocessing
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map, tree_map_only
-from training import PLANS, TRAINERS, make_trainer, towers
+from training import CLASSES, PLANS, TRAINERS, make_trainer, towers
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.cps import CPSTrainer
+from nnunet_semiseg.trainers.mcf import MCFTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 from nnunet_semiseg.training.distributed import Ranks, part
+from nnunet_semiseg.training.warm_up import WarmUp
 
 # Without what joins the samples of a batch: mixes of one with another, contrasts, means over what a batch holds of a
 # kind. They see half as many samples in half a batch.
 ALONE = {
-    "ADMTTrainer": dict(cutmix=0.0, match_threshold=0.4),
+    "ADMTTrainer": dict(cutmix=0.0, match_threshold=0.4, period=2),  # so that both teachers move
     "AMVLMTrainer": dict(mask_gate=0.0, turns=False),
     "BCPTrainer": dict(box=0.0, warm_up=0.0),
     "CCTTrainer": dict(perturbations=["noise", "dropout"], consistency_weight=0.1),
@@ -96,6 +98,13 @@ def same_draws() -> Iterator[None]:
         yield
 
 
+def rivals(trainer) -> list:
+    """The decoders of a method that remembers which one is better."""
+    if isinstance(trainer, TextSemiSegTrainer):
+        return [trainer.network.decoder, *trainer.network.other_decoders]
+    return [network.decoder for network in trainer.networks] if isinstance(trainer, MCFTrainer) else []
+
+
 def train(trainer_class, dataset, settings: dict) -> dict:
     """Three steps of the last epoch; returns all that must be the same afterwards."""
     settings = {**settings, "num_epochs": 2, "num_iterations_per_epoch": STEPS, **ALONE.get(trainer_class.__name__, {})}
@@ -108,10 +117,9 @@ def train(trainer_class, dataset, settings: dict) -> dict:
     for name in ("network", "teacher") if with_towers else ("network", "teacher", "auxiliary"):
         if getattr(trainer, name, None) is not None:
             getattr(trainer, name).double()  # decisions, of pseudo-labels too, are then not a matter of rounding
-    if trainer_class is TextSemiSegTrainer:  # each decoder is better at another sample
-        for i, decoder in enumerate((trainer.network.decoder, *trainer.network.other_decoders)):
-            for layer in decoder.seg_layers:
-                layer.bias.data[2 * i] += 3
+    for i, decoder in enumerate(rivals(trainer)):  # each is better at another sample
+        for layer in decoder.seg_layers:
+            layer.bias.data[2 * i] += 3
     trainer.network.train()
     outputs = []
     with same_draws():
@@ -162,6 +170,7 @@ LEFT_OUT = [
     (CPSTrainer, leave_out_gradients, {"auxiliary"}),
     (CPSTrainer, leave_out_weights, {"auxiliary"}),
     (MeanTeacherTrainer, leave_out_teacher, {"teacher"}),
+    (MCFTrainer, leave_out_means, {"method_state", "log"}),
     (TextSemiSegTrainer, leave_out_means, {"method_state", "log"}),
 ]
 
@@ -172,7 +181,7 @@ def train_all(dataset, settings: dict, left_out: list) -> dict:
     for trainer_class, leave_out, _ in left_out:
         with pytest.MonkeyPatch.context() as patch:
             leave_out(patch)
-            states[leave_out.__name__] = train(trainer_class, dataset, settings)
+            states[trainer_class, leave_out.__name__] = train(trainer_class, dataset, settings)
     return states
 
 
@@ -200,9 +209,9 @@ def test_two_ranks_of_one_sample_end_as_one_rank_of_two(ready, tmp_path):
                 assert found.pop("auxiliary") < 5e-5
             assert max(found.values()) < TOLERANCE, (name, found)
     for trainer_class, leave_out, parts in LEFT_OUT:
-        found = [differences(rank[leave_out.__name__], alone[trainer_class.__name__]) for rank in ranks]
+        found = [differences(rank[trainer_class, leave_out.__name__], alone[trainer_class.__name__]) for rank in ranks]
         for left_out in parts:
-            assert any(d[left_out] > 10 * TOLERANCE for d in found), (leave_out.__name__, found)
+            assert any(d[left_out] > 10 * TOLERANCE for d in found), (trainer_class, leave_out.__name__, found)
 
 
 def exchange(folder: Path) -> dict:
@@ -222,7 +231,12 @@ def exchange(folder: Path) -> dict:
             time.sleep(0.2)
             (folder / "made").touch()
         was_there = (folder / "made").exists()
+    warm_up = WarmUp(None, 100, CLASSES, ["a"], torch.device("cpu"))
+    found = F.one_hot(torch.tensor([0, 1 - ranks.number]), 2).float().T[None]  # one misses it: 2 / (2 + 1)
+    warm_up.add(found, torch.tensor([[[0, 1]]]))
+    warm_up.end_epoch(20, ranks)
     return {
+        "warm-up until": warm_up.first_step,
         "gradients": [p.grad if p.grad is None else p.grad.tolist() for p in (both, one, none)],
         "first": [float(module.weight), bool(module.mask)],
         "mean": ranks.mean(torch.tensor([2.0, 4.0]) * ranks.number).tolist(),
@@ -241,6 +255,7 @@ def test_what_ranks_exchange(tmp_path):
         first
         == second
         == {
+            "warm-up until": 40,
             "gradients": [[1.5, 3.0], [4.0, 2.0], None],
             "first": [5.0, True],
             "mean": [1.0, 2.0],

@@ -1,5 +1,6 @@
 """Labelled cases that are damaged, or that change after they were preprocessed."""
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -10,15 +11,18 @@ import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import in_threads, write_image
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from training import PLANS, make_trainer
 from watching import no_room_for_files_of, opened_in
 
+from nnunet_semiseg import parallel
 from nnunet_semiseg.data.image_problems import (
     intensity_problems,
     label_problems,
@@ -26,6 +30,7 @@ from nnunet_semiseg.data.image_problems import (
     spread,
     spread_problems,
 )
+from nnunet_semiseg.data.labeled_cases import inspect_labeled
 from nnunet_semiseg.data.preprocessed import look_at_labeled
 from nnunet_semiseg.data.readable import ReadableCases
 from nnunet_semiseg.data.stamps import renewed, stamp
@@ -33,6 +38,7 @@ from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.request import Request, find_test_set, make_runs
+from nnunet_semiseg.schema import read_dataset_json
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.vlm.pairs import open_cases
@@ -288,6 +294,29 @@ def test_an_unlabelled_image_whose_voxels_begin_within_the_header(dataset):
     for first in (0, 348):
         change_header(dataset.image("un_000"), 108, "f", first)
         refused("imagesUn/un_000_0000.nii.gz: (its voxels begin|cannot be read)", preprocess, dataset)
+
+
+def test_each_labelled_file_is_unpacked_once(dataset, tmp_path, monkeypatch):
+    """What is read is what was unpacked before, and checked; without room for that, the file itself."""
+    read, original = [], SimpleITKIO.read_images
+    monkeypatch.setattr(SimpleITKIO, "read_images", lambda self, files: read.extend(files) or original(self, files))
+    names = ["tr_000.nii", "tr_000_0000.nii", "tr_001.nii", "tr_001_0000.nii"]
+    stamps = inspect_labeled(dataset.raw, tmp_path, read_dataset_json(dataset.raw), 0)
+    example = str(dataset.raw / "imagesTr" / "tr_000_0000.nii.gz")  # with which nnU-Net tries its readers
+    assert read.pop(0) == example and sorted(Path(file).name for file in read) == names
+    assert not any(Path(file).exists() for file in read)
+    read.clear()
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert inspect_labeled(dataset.raw, tmp_path, read_dataset_json(dataset.raw), 0) == stamps
+    assert read.pop(0) == example and sorted(Path(file).name for file in read) == [f"{name}.gz" for name in names]
+
+
+@pytest.mark.parametrize("what", [None, "Labelled cases"])
+def test_long_work_has_a_bar(what, monkeypatch):
+    bars = []
+    monkeypatch.setattr(parallel, "tqdm", lambda results, *about, **_: bars.append(about) or results)
+    assert list(parallel.run_jobs(pow, [(2, 1), (2, 3)], 0, what)) == [2, 8]
+    assert bars == ([] if what is None else [(what, 2)])
 
 
 def test_labels_that_are_all_empty(tiny_dataset):

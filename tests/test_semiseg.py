@@ -167,10 +167,17 @@ def test_cases_far_below_the_others_are_left_out_up_to_a_share(tmp_path):
     assert leave_out(tmp_path, 0.2) == ["worst", "bad"]
 
 
+class NeverListed(np.ndarray):
+    """The names of so many cases that a batch must not look at each of them."""
+
+    def __iter__(self):
+        raise AssertionError("a batch looks at all cases")
+
+
 def test_a_case_that_is_left_out_is_not_drawn_from_then_on(tmp_path):
     np.random.seed(0)
     loader = loader_of(tmp_path, 0.0)
-    loader.indices = ["a", "b", "c"]
+    loader.indices = np.array(["a", "b", "c"]).view(NeverListed)
     drawn = lambda: {case for _ in range(40) for case in loader.get_indices()}  # noqa: E731
     assert drawn() == {"a", "b", "c"}
     (tmp_path / "left_out.json").write_text('["b"]')
@@ -202,6 +209,26 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
         f"({name})" in line
         for line, name in zip(lines[3:], ("turns", "box", "unlabeled_foreground", "leave_out"), strict=True)
     )
+
+
+def test_a_search_that_was_interrupted_is_not_compared_with_itself(tiny_dataset):
+    """Without mirroring, a search is compared with the one before it."""
+    dataset = tiny_dataset(labeled=3, unlabeled=2)
+    dataset.plan()
+    trainer = make_trainer(SemiSegTrainer, dataset, warm_up=0.3, unlabeled_foreground=0.5)
+    trainer.on_train_start()
+    trainer.inference_allowed_mirroring_axes = None
+
+    def search(epoch: int) -> list[bool]:
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        return [math.isnan(x) for x in json.loads((trainer.foreground_folder / "scores.json").read_text()).values()]
+
+    assert search(1) == [True, True]
+    (trainer.foreground_folder / "un_001.npz").unlink()
+    assert search(1) == [True, True]
+    assert search(2) == [False, False]
+    assert search(1) == [True, True]  # a training that goes on from before
 
 
 def test_a_step_of_the_last_epoch_teaches_and_moves_the_teacher(tiny_dataset):

@@ -5,15 +5,19 @@ import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from training import PLANS, make_trainer, save_untrained, write_settings
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.training_command import check_running_command
 
 REFUSED = [
     ("3d_fullres 0", "-device cuda: there is no GPU: use -device cpu"),
@@ -72,6 +76,23 @@ def test_nnunets_command_refuses(words, message, dataset, monkeypatch):
     assert nothing_is_left(dataset)
 
 
+def test_nnunets_command_has_one_process_on_a_cpu(dataset, monkeypatch):
+    words = f"/bin/nnUNetv2_train 901 3d_fullres 0 -p {PLANS} -tr MeanTeacherTrainer -device cpu -num_gpus 2"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(UserError, match="^-num_gpus 2: .* use nnunet_semiseg train for -device cpu$"):
+        check_running_command()
+
+
+@pytest.mark.parametrize("more", ["", "--c"])
+def test_what_torchrun_starts_again_must_continue(more, dataset, monkeypatch):
+    """Otherwise it would replace the checkpoints of the training that was interrupted."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    words = f"/bin/nnUNetv2_train 901 3d_fullres 0 -p {PLANS} -tr MeanTeacherTrainer -device cpu {more}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with nullcontext() if more else pytest.raises(UserError, match="torchrun has started all again: .*give --c"):
+        check_running_command()
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '\ufeff{"plans_name": "P"}'])
 def test_nnunets_command_refuses_plans_that_are_none(content, dataset, monkeypatch):
     from nnunetv2.run.run_training import run_training_entry
@@ -101,10 +122,32 @@ def test_several_processes_are_started_by_torchrun_where_there_are_gpus_for_them
     assert "-pretrained_weights: in several processes" in run("MeanTeacherTrainer", "-device", "cpu", *weights)
     run("MeanTeacherTrainer", "-device", "cpu", "--set", "num_epochs=3")
     assert started.pop() == [
-        "--standalone", "--nproc_per_node=2", "-m", "nnunet_semiseg.cli", *given,
+        "--standalone", "--max_restarts=0", "--nproc_per_node=2", "-m", "nnunet_semiseg.cli", *given,
         "MeanTeacherTrainer", "-device", "cpu", "--set", "num_epochs=3",
     ]  # fmt: skip
     with_gpus(2, monkeypatch, run, "nnUNetTrainer")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_several_processes_that_are_told_to_end_leave_no_traceback(number, status, dataset, monkeypatch, capsys):
+    monkeypatch.setattr("torch.distributed.run.main", Mock(side_effect=SignalException("got a signal", number)))
+    words = f"train 901 3d_fullres 0 -p {PLANS} -tr MeanTeacherTrainer -device cpu -num_gpus 2".split()
+    with nullcontext() if number == signal.SIGINT else pytest.raises(SystemExit) as ended:
+        assert cli.main(words) == status
+    assert ended is None or ended.value.code == status
+    assert capsys.readouterr().err.strip() in ("", "interrupted")
+
+
+@pytest.mark.parametrize("processes, seconds", [("1", []), ("2", [5])])
+def test_the_process_that_failed_first_speaks_first(processes, seconds, dataset, monkeypatch):
+    """The others fail because they have lost it, and are ended meanwhile."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("nnunet_semiseg.discovery.find_trainer", Mock(side_effect=RuntimeError("connection closed")))
+    with pytest.raises(RuntimeError, match="connection closed"):
+        cli.main(f"train 901 3d_fullres 0 -p {PLANS} -tr MeanTeacherTrainer -device cpu".split())
+    assert waited == seconds
 
 
 def with_gpus(number: int, monkeypatch, function, *args):

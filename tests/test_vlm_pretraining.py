@@ -237,6 +237,35 @@ def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset
         run(dataset, towers, killed, "accumulation=2")
 
 
+def test_the_schedule_continues_at_the_same_place_with_another_number_of_processes(capsys):
+    """Two processes have 30 steps in all, and one has 60. So 20 of the former are 40 of the latter.
+
+    OneCycleLR begins with 1 / 25 of the highest rate, and ends with a ten-thousandth of that.
+    """
+
+    def training(steps):
+        it = pretraining.Pretraining.__new__(pretraining.Pretraining)
+        it.task, it.scaler, it.sampler, it.rank = torch.nn.Linear(1, 1), torch.amp.GradScaler(enabled=False), None, 0
+        it.device, it.optimizer = torch.device("cpu"), torch.optim.AdamW(it.task.parameters())
+        it.scheduler = torch.optim.lr_scheduler.OneCycleLR(it.optimizer, 1.0, steps, cycle_momentum=False)
+        return it
+
+    def take(it, steps):
+        for _ in range(steps):
+            it.optimizer.step()
+            it.scheduler.step()
+
+    two, one = training(30), training(60)
+    take(two, 20)
+    content = {"groups": two.optimizer.state_dict()["param_groups"], "scheduler": two.scheduler.state_dict()}
+    content |= {"scaler": {}, "epoch": 2, "history": {}}
+    tensors = {f"task.{k}": v for k, v in two.task.state_dict().items()} | {"random.cpu": torch.get_rng_state()}
+    one.restore(content, tensors)
+    assert one.scheduler.last_epoch == 40 and "another number of processes" in capsys.readouterr().out
+    take(one, 19)
+    assert one.scheduler.get_last_lr() == [pytest.approx(1 / 25 / 10_000)]
+
+
 def test_a_pretraining_that_has_just_begun_is_no_model(tmp_path):
     folder = write_vlm(tmp_path / "vlm")
     (folder / "vlm.safetensors").unlink()

@@ -101,9 +101,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     # ------------------------------------------------------------------------------------------------- decisions
 
     def on_train_start(self):
-        with self.ranks.one_first():
-            if self.current_epoch == 0 and self.foreground_folder.exists():  # from an earlier training
-                shutil.rmtree(self.foreground_folder)
+        if self.current_epoch == 0 and not self.ranks.number and self.foreground_folder.exists():
+            shutil.rmtree(self.foreground_folder)  # from an earlier training
+        self.ranks.wait()
         super().on_train_start()
         if not self.ranks.number:
             text = "\n".join(self.decisions()) + "\n"
@@ -183,9 +183,10 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             )
             expected = classes_of_all(self.labeled_dataset())
             look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder, expected)
-            left_out = leave_out(self.foreground_folder, self.settings.leave_out)
-            names = ", ".join(left_out) or "none"
-            self.print_to_log_file(f"left out, because the teacher is not sure of them: {names}")
+            if not self.ranks.number:
+                names = ", ".join(leave_out(self.foreground_folder, self.settings.leave_out)) or "none"
+                self.print_to_log_file(f"left out, because the teacher is not sure of them: {names}")
+            self.ranks.wait()
 
     # ---------------------------------------------------------------------------------------------------- a step
 

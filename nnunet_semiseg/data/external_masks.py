@@ -74,7 +74,7 @@ def add_masks(
         try:
             for part in ("imagesTr", IMAGES_FOLDER):
                 (unfinished / part).mkdir(parents=True)
-            found = list(run_jobs(_add_case, jobs, num_processes))
+            found = list(run_jobs(_add_case, jobs, num_processes, "Masks"))
             if problems := sorted(problem for _, problem, _ in found if problem):
                 raise UserError("\n".join(problems))
             measured = {case: dice for case, _, dice in sorted(found, key=lambda x: x[0]) if case in labels}

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -21,6 +22,7 @@ from nnunet_semiseg.data.image_problems import (
 )
 from nnunet_semiseg.data.records import known_stamps
 from nnunet_semiseg.data.stamps import stamp
+from nnunet_semiseg.data.unpacked_nifti import unpacked_nifti
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.parallel import run_jobs
 
@@ -80,7 +82,7 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
         raise UserError(f"{example}: cannot be read by any of nnU-Net's readers: {take_out(example)}") from None
     jobs = [(case, cases[case], reader, dataset_json) for case in cases if case not in stamps]
     problems, empty = {}, []
-    for case, found, is_empty, now in run_jobs(_inspect_case, jobs, num_processes):
+    for case, found, is_empty, now in run_jobs(_inspect_case, jobs, num_processes, "Labelled cases"):
         problems[case], stamps[case] = found, now
         empty += [case] if is_empty else []
     if lines := [line for case in sorted(problems) for line in problems[case]]:
@@ -95,17 +97,21 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
     *images, label = files
     stamps = [stamp(file) for file in files]
     problems = header_problems(files, reader)
-    problems = problems or [f"{f}: {damage}: {take_out(f)}" for f in files if (damage := nifti_damage(f))]
     if problems:
         return case, problems, False, stamps
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            data, about = reader().read_images(images)
-            seg, about_label = reader().read_seg(label)
-    except Exception:  # the kind depends on the damage
-        if problems := reading_problems(images, reader) + reading_problems([label], reader):
+    with TemporaryDirectory(prefix="nnunet_semiseg_") as folder:
+        unpacked = [_unpacked(file, Path(mkdtemp(dir=folder))) for file in files]  # files may have the same name
+        damages = zip(files, map(nifti_damage, unpacked), strict=True)
+        if problems := [f"{file}: {damage}: {take_out(file)}" for file, damage in damages if damage]:
             return case, problems, False, stamps
-        raise
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                data, about = reader().read_images(unpacked[:-1])
+                seg, about_label = reader().read_seg(unpacked[-1])
+        except Exception:  # the kind depends on the damage
+            if problems := reading_problems(images, reader) + reading_problems([label], reader):
+                return case, problems, False, stamps
+            raise
     problems += intensity_problems(data, images, channel_names(dataset_json))
     problems += (wrong := label_problems(seg, label, data.shape[1:], label_values(dataset_json)))
     spacings = about["spacing"], about_label["spacing"]
@@ -113,6 +119,14 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
         image, own = (" x ".join(f"{mm:g}" for mm in spacing) for spacing in spacings)
         problems.append(f"{label}: a spacing of {own} mm differs from {image} mm, that of the image: {take_out(label)}")
     return case, problems, not (seg > 0).any(), stamps
+
+
+def _unpacked(file: str, folder: Path) -> str:
+    """See `unpacked_nifti`. If the folder for temporary files is full, the file itself."""
+    try:
+        return unpacked_nifti(file, folder)
+    except OSError:
+        return file
 
 
 def label_values(dataset_json: dict) -> set[int]:

@@ -71,7 +71,7 @@ def prepare_masks(raw: Path, preprocessed: Path, plans: dict, configuration: str
             if not fresh:
                 shutil.rmtree(output, ignore_errors=True)
             output.mkdir(parents=True, exist_ok=True)
-            for _ in run_jobs(_prepare, jobs, num_processes):
+            for _ in run_jobs(_prepare, jobs, num_processes, "Masks"):
                 pass
             write_json(content, output / RECORD)
 

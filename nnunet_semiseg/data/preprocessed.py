@@ -14,6 +14,7 @@ import blosc2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from tqdm import tqdm
 
 from nnunet_semiseg.data.image_problems import (
     IMAGES_FOLDER,
@@ -28,7 +29,7 @@ from nnunet_semiseg.data.records import FINGERPRINT, contents, read_record, reco
 from nnunet_semiseg.data.stamps import Stamp, all_renewed, digest, renewed, stamp
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import NOT_WRITABLE, disk_error, read_json, written_whole
-from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.parallel import DELAY, run_jobs
 from nnunet_semiseg.schema import check, read_dataset_json, resolved
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
@@ -129,7 +130,7 @@ def look_at_labeled(
         for case in files
         if case not in cases
     ]
-    for case, entry, found in run_jobs(_look_at, jobs, num_processes):
+    for case, entry, found in run_jobs(_look_at, jobs, num_processes, "Preprocessed labelled cases"):
         cases[case] = entry
         problems += found
     record = {"plans_hash": digest_now, "cases": cases}
@@ -298,7 +299,7 @@ def _check_made(
     Args:
         look: the command that compares contents, and copies labels again.
     """
-    for case in cases:
+    for case in tqdm(cases, "Labelled cases", delay=DELAY, disable=None):  # None: only on a terminal
         *files, copy = made_files(folder, case, dataset_json)
         made: list[Any] = record.get(case, {}).get("made") or [None] * 4
         *before, old_copy = made

@@ -78,7 +78,8 @@ def look_at_cases(
             a part.
         network: without deep supervision.
         dataset: a dataset of preprocessed cases.
-        cases: the cases to look at. Their files are replaced.
+        cases: the cases to look at. Their files are replaced, except those that an interrupted search of this epoch has
+            written.
         folder: the folder for the files. It is made if necessary.
         expected: the classes or regions that every case must have. If one is not found, its Dice counts as 0.
     """
@@ -105,21 +106,25 @@ def look_at_cases(
         return np.asarray(manager.convert_logits_to_segmentation(logits.cpu())).astype(np.int16)
 
     found: dict[str, float] = {}
-    own = cases[trainer.ranks.number :: trainer.ranks.of]
+    own, epoch = cases[trainer.ranks.number :: trainer.ranks.of], trainer.current_epoch
     for case in tqdm(own, "Unlabelled cases", disable=None if trainer.ranks.number == 0 else True):
+        file, other = folder / f"{case}.npz", None
+        last: Any = np.load(file) if file.is_file() else {}
+        if last.get("epoch") == epoch:  # this search was interrupted; here the teacher would only agree with itself
+            found[case] = float(last["score"])
+            continue
         image = torch.from_numpy(dataset.load_case(case)[0][:])
-        label, last, other = decision(image), folder / f"{case}.npz", None
+        label = decision(image)
         if axes:
             other = np.flip(decision(image.flip(axes)), tuple(axis - 1 for axis in axes))
-        elif last.is_file():
-            other = np.load(last)["label"]
+        elif last.get("epoch", epoch) < epoch:  # a training that goes on from before a search does that search again
+            other = last["label"]
         found[case] = float("nan") if other is None else mean_agreement([label, other], classes, expected)
-        if not axes:
-            with written_whole(last) as temporary, open(temporary, "wb") as file:
-                np.savez_compressed(file, label=label)
         locations = DefaultPreprocessor._sample_foreground_locations(label[None], classes)
         with written_whole(folder / f"{case}.pkl") as temporary:
             write_pickle(locations, str(temporary))
+        with written_whole(file) as temporary, open(temporary, "wb") as whole:  # last: now this case is done
+            np.savez_compressed(whole, label=label, score=found[case], epoch=epoch)
     scores = {case: score for of_rank in trainer.ranks.gather(found) for case, score in of_rank.items()}
     if not trainer.ranks.number:
         write_json(scores, folder / SCORES)

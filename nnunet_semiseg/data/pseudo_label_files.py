@@ -14,6 +14,7 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from tqdm import tqdm
 
 from nnunet_semiseg.data.two_streams import patch_sizes
 from nnunet_semiseg.data.written_images import refuse_half_written
@@ -73,7 +74,8 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
         type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
     )  # fmt: skip
     trainer.set_deep_supervision_enabled(False)
-    for case in todo[trainer.ranks.number :: trainer.ranks.of]:
+    own, is_first = todo[trainer.ranks.number :: trainer.ranks.of], trainer.ranks.number == 0
+    for case in tqdm(own, "Unlabelled cases", disable=None if is_first else True):  # None: only on a terminal
         label_case(predictor, dataset, case, folder, trainer.decide.heads)
     trainer.ranks.wait()
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)

@@ -176,9 +176,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
     def get_indices(self):
         """nnU-Net's random cases. A case that is left out is replaced by another one."""
-        drawn, left_out = super().get_indices(), getattr(self._data, "left_out", ())
-        others = [case for case in self.indices if case not in left_out] if left_out else []
-        return [np.random.choice(others) if others and case in left_out else case for case in drawn]
+        drawn: Any = super().get_indices()
+        left_out = getattr(self._data, "left_out", ())
+        if len(left_out) < len(self.indices):  # without a list of all others, which may be many
+            while replaced := [i for i, case in enumerate(drawn) if case in left_out]:
+                drawn[replaced] = np.random.choice(self.indices, len(replaced))
+        return list(drawn)
 
     def get_bbox(self, data_shape, force_fg, class_locations, overwrite_class=None, verbose=False):
         around = force_fg and isinstance(self._data, PseudoForegroundDataset)

@@ -12,11 +12,10 @@ from tqdm import tqdm
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, header_problems
 from nnunet_semiseg.data.labeled_cases import channel_names, labeled_images
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.parallel import DELAY
 
 READERS = 16
 """threads that look at files: they mostly wait for the disk, which is often on a network"""
-DELAY = 10
-"""seconds until a progress bar appears"""
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 

@@ -11,6 +11,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.preprocessed import DAMAGED, SUFFIXES, case_files, preprocess_unlabeled_again
@@ -18,6 +20,7 @@ from nnunet_semiseg.data.stamps import STAMP, Stamp, all_renewed, renewed
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.parallel import DELAY
 from nnunet_semiseg.schema import check, read_dataset_json, resolved
 
 ENDING = "__unlabeled"
@@ -52,7 +55,8 @@ def load_manifest(
     if manifest["plans_hash"] != plans_hash(plans, configuration):
         raise UserError(f"{folder}: preprocessed for other plans: {plans_name} have changed since: {fix}")
     entries = {case: dict(entry) for case, entry in manifest["cases"].items()}
-    for case, entry in entries.items():
+    # it takes long if the files were copied, because then they are read; None: a bar only on a terminal
+    for case, entry in tqdm(entries.items(), "Unlabelled cases", delay=DELAY, disable=None):
         entry["made"] = [_unchanged(*pair, fix) for pair in zip(entry["made"], case_files(folder, case), strict=True)]
     if raw and images and images.is_dir():
         found = find_unlabeled_cases(raw, read_dataset_json(raw))

@@ -48,7 +48,7 @@ from nnunet_semiseg.data.preprocessed import (
 from nnunet_semiseg.data.records import contents
 from nnunet_semiseg.data.stamps import all_renewed, digest, stamp
 from nnunet_semiseg.data.texts import TEXTS_FILE
-from nnunet_semiseg.data.unlabeled_cases import DELAY, READERS, find_unlabeled_cases
+from nnunet_semiseg.data.unlabeled_cases import READERS, find_unlabeled_cases
 from nnunet_semiseg.data.unlabeled_manifest import ENDING, output_of, recorded_cases
 from nnunet_semiseg.data.unpacked_nifti import unpacked_nifti
 from nnunet_semiseg.errors import UserError
@@ -61,7 +61,7 @@ from nnunet_semiseg.files import (
     rewriting,
     write_json,
 )
-from nnunet_semiseg.parallel import killed_workers, run_jobs
+from nnunet_semiseg.parallel import DELAY, killed_workers, run_jobs
 from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"

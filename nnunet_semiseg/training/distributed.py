@@ -205,17 +205,23 @@ def launch(number: int, words: Iterable[str]) -> None:
 
     Raises:
         UserError: a process was killed.
-        SystemExit: a process failed and has printed the reason.
+        SystemExit: a process failed and has printed the reason; or this process was told to end.
+        KeyboardInterrupt: Ctrl-C.
     """
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints long reports of failures
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would do so with a warning
     try:
-        main(["--standalone", f"--nproc_per_node={number}", "-m", "nnunet_semiseg.cli", *words])
+        main(["--standalone", "--max_restarts=0", f"--nproc_per_node={number}", "-m", "nnunet_semiseg.cli", *words])
+    except SignalException as told_to_end:  # torchrun has ended all processes
+        if told_to_end.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + told_to_end.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         with suppress(ProcessLookupError, PermissionError):  # torchrun does not end the children of a killed process

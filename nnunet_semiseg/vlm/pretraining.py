@@ -337,7 +337,12 @@ class Pretraining:
                 _, i, name = key.split(".")
                 state.setdefault(int(i), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": content["groups"]})
-        self.scheduler.load_state_dict(content["scheduler"])
+        before, now = content["scheduler"], self.scheduler.state_dict()
+        if before["total_steps"] != now["total_steps"]:  # another number of processes: an epoch has other steps
+            if self.rank == 0:
+                print("continues with another number of processes: other batches and random numbers than so far")
+            before = now | {"last_epoch": round(before["last_epoch"] * now["total_steps"] / before["total_steps"])}
+        self.scheduler.load_state_dict(before)
         self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.history = content["epoch"], content["history"]
         if self.sampler:  # it gets a new seed in every epoch
