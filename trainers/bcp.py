@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
+from nnunet_semiseg.losses.copy_paste import cut_mix, draw_box, pairs, paste
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import (
     OptionalTextSettings,
@@ -71,8 +71,8 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
         x_l, target = batch.images, batch.target
         box = draw_box(x_l, self.settings.box)
         if self.uses_labels_only:
-            mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
-            output, aligned = self.predict(paste(box, x_l.roll(1, 0), x_l), text)
+            mixed = tree_map(lambda t: cut_mix(t, box), target)
+            output, aligned = self.predict(cut_mix(x_l, box), text)
             self.warm_up.add(self.finest(output), self.finest(mixed))
             terms = {"supervised": self.loss(output, mixed), "pseudo": x_l.new_zeros(())}
             yield terms | self.cog(aligned, self.finest(output), text, 1)

@@ -23,7 +23,7 @@ from nnunet_semiseg.data.pseudo_foreground import (
     leave_out,
     look_at_cases,
 )
-from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
+from nnunet_semiseg.losses.copy_paste import cut_mix, draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.settings.base import (
     ExternalMaskSettings,
@@ -194,8 +194,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         x_l, target = batch.images, batch.target
         box = draw_box(x_l, self.settings.box, whole_first_axis=self.augments_in_2d)
         if self.uses_labels_only:
-            mixed = tree_map(lambda t: paste(box, t.roll(1, 0), t), target)
-            output = self.network(paste(box, x_l.roll(1, 0), x_l))
+            mixed = tree_map(lambda t: cut_mix(t, box), target)
+            output = self.network(cut_mix(x_l, box))
             self.warm_up.add(self.finest(output), self.finest(mixed))
             yield {"mixed": self.loss(output, mixed)}
             return

@@ -157,7 +157,7 @@ class WarmUpSettings(SemiSupervisedSettings):
 
     warm_up: Share | None = None
     """The share of the training that uses labels only. By default it ends when the network has learnt every class: a
-    Dice of 0.7 on the labelled patches of an epoch. It takes at least 0.1 and at most 0.4 of the training."""
+    Dice of 0.5 on the labelled patches of an epoch. It takes at least 0.1 and at most 0.4 of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
