@@ -15,7 +15,7 @@ from nnunet_semiseg.training.distributed import Ranks
 SHORTEST, LONGEST = 0.1, 0.4
 """the least and the greatest length of a warm-up, as a share of the training"""
 LEARNT = 0.5
-"""a class is learnt if this is its Dice on the labelled patches of an epoch, into which boxes are pasted: these are hard"""
+"""a class is learnt if its Dice on the labelled patches of an epoch, with boxes pasted into them, reaches this"""
 
 
 class WarmUp:
