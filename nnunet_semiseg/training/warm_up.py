@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from math import ceil
 
 import torch
-from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from torch import Tensor
 
 from nnunet_semiseg.losses.segmentation import hard_pseudo_label, has_label
@@ -55,16 +54,13 @@ class WarmUp:
         """Compare logits (B, heads, *S) with the target of labelled patches, as nnU-Net's losses take it."""
         if not self.waits:
             return
-        manager, heads = self.label_manager, logits.shape[1]
+        manager, count = self.label_manager, torch.count_nonzero
         known, decision = has_label(target, manager), hard_pseudo_label(logits, manager)
-        if manager.has_regions:
-            decision, target = decision[:, :heads].float(), target[:, :heads]
-        else:
-            decision = torch.zeros_like(logits).scatter_(1, decision.long(), 1)
-            target = target.where(known, 0)
-        axes = [0, *range(2, logits.ndim)]
-        found = get_tp_fp_fn_tn(decision, target, axes=axes, mask=known)[:3]
-        self.sums += torch.stack(found)[:, -len(self.names) :]
+        for row, head in enumerate(range(manager.num_segmentation_heads)[-len(self.names) :]):
+            # one class at a time: masks of all classes would need more memory than nnU-Net's step
+            found, true = (x[:, head : head + 1] > 0 if manager.has_regions else x == head for x in (decision, target))
+            found, true = found & known, true & known
+            self.sums[:, row] += torch.stack([count(found & true), count(found & ~true), count(true & ~found)])
 
     def end_epoch(self, step: int, ranks: Ranks) -> list[str]:
         """End the warm-up if every class was learnt. Returns the lines for the log.
