@@ -22,6 +22,7 @@ from nnunet_semiseg.raw_datasets.names import LABEL, VOLUMES, Name
 from nnunet_semiseg.raw_datasets.own_files import Files
 from nnunet_semiseg.raw_datasets.patients import find_patients, refuse_shared
 from nnunet_semiseg.raw_datasets.repair import Repair
+from nnunet_semiseg.schema import check
 
 ABOUT = About(
     name="MyData",
@@ -121,7 +122,7 @@ def find_cases(
     )
     about = replace(about, name=name, notes=notes, value_hint=ABOUT.value_hint)
     cases = {case: files.case(case, layout) for case in layout.images}
-    lists = _read_split(Path(split), cases) if split else _lists(layout)
+    lists = _read_split(Path(split).absolute(), cases) if split else _lists(layout)
     patients = find_patients(cases, layout.patients, group_by) if group_by else {}
     if test:
         lists = _draw_test(lists, layout.labels, test, patients)
@@ -212,10 +213,9 @@ def _draw_test(
 def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
     fix = 'write {"train": [case, ...], "val": [...], "test": [...]}'
     lists = read_json(file, fix)
-    if not isinstance(lists, dict) or "train" not in lists or lists.keys() - {"train", "val", "test"}:
-        raise UserError(f"{file}: {fix}")
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists.values()):
-        raise UserError(f"{file}: {fix}")
+    if unknown := sorted(lists.keys() - {"train", "val", "test"}):
+        raise UserError(f'{file}: "{unknown[0]}" is not a part: {fix}')
+    check(lists, {"train": list[str], "val?": list[str], "test?": list[str]}, file, fix)
     for part, names in lists.items():
         for name in names:
             if name not in cases:

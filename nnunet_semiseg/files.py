@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import errno
 import json
 import os
@@ -43,6 +44,11 @@ def dataset_folder(variable: str, dataset: int | str) -> Path:
         raise UserError(
             f"dataset {dataset}: {name} is not a name like Dataset501_LA, with three digits: rename its folder"
         )
+    folders = [Path(folder) for variable in VARIABLES if (folder := os.environ.get(variable))]
+    if not any((folder / name).is_dir() for folder in folders):
+        near = difflib.get_close_matches(name, {file.name for folder in folders for file in folder.glob("Dataset*")}, 1)
+        hint = f"did you mean {near[0]}?" if near else f"look into {variable}={base}"
+        raise UserError(f"dataset {dataset}: no dataset has this name: {hint}")
     return base / name
 
 

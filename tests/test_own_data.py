@@ -777,7 +777,7 @@ def test_dry_run_shows_what_goes_where_and_makes_nothing(source, raw, capsys):
         "  unlabeled: images/c2.nii.gz -> imagesUn/c2_0000.nii.gz",
         "  test: imagesTs/t0.nii.gz -> imagesTs/t0_0000.nii.gz",
         "left out, of no known kind: 1 files: images/c9.npy",
-        "left out, no image: 1 files: images/notes.txt",
+        "left out, not an image: 1 files: images/notes.txt",
     ):
         assert line in lines
     assert list(raw.parent.iterdir()) == []

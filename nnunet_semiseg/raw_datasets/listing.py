@@ -43,7 +43,7 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
                 own = name[:-4] if name.lower().endswith(DICOM_FILES) else name
                 found[f"{inside}{SERIES}" if series else f"{own}{kind}"] = here if series else here / file
             else:
-                left_out[name] = "no image" if file.lower().endswith(BESIDE) else UNKNOWN
+                left_out[name] = "not an image" if file.lower().endswith(BESIDE) else UNKNOWN
     for name, file in found.items():
         for data in data_files(file):  # the file with the voxels of a .mhd
             left_out.pop(os.path.normpath(os.path.join(os.path.dirname(name), data)).replace(os.sep, "/"), None)
