@@ -242,8 +242,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--channels", nargs="+", metavar="NAME",
-        help="names of the channels in their order, as files, folders or DICOM series are named; write CT for CT;"
-        " default: as the files say",
+        help="names of the channels, in order: the words that stand for them in the names of files, folders or DICOM series."
+        " Call a CT channel CT. default: found in the names",
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="name of the new dataset; default: %(default)s")
     parser.add_argument(

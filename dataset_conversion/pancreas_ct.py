@@ -73,10 +73,12 @@ def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
     """
     image, label = read_dicom_series(scan), sitk.ReadImage(path)
     if image.GetSize() != label.GetSize():
-        raise UserError(f"{path}: shape {label.GetSize()} differs from {image.GetSize()} of {scan}")
+        raise UserError(
+            f"{path}: its size {label.GetSize()} is not that of {scan}, {image.GetSize()}: download it again"
+        )
     units, given = sitk.GetArrayViewFromImage(image), sitk.GetArrayFromImage(label)
     if not given.any():
-        raise UserError(f"{path}: the label is empty")
+        raise UserError(f"{path}: the label is empty: download it again")
     chosen, note = choose_orientation(units, given)
     if chosen is None:
         raise UserError(

@@ -409,7 +409,9 @@ def _check(dataset_id: int, headers: bool, labeled_only: bool, target_spacing: S
     for case, files in labeled_cases.items():
         if len(files) != len(images):
             first = next(iter(labeled_cases))
-            raise UserError(f"{files[0]}: {case} has {len(files)} images, and {first} has {len(images)}")
+            raise UserError(
+                f"{files[0]}: {case} has {len(files)} channels, but {first} has {len(images)}: add or remove files"
+            )
     unlabeled_cases = {} if labeled_only else find_unlabeled_cases(raw, dataset_json)
     if target_spacing:
         _check_target_spacing(target_spacing, images[0], named)

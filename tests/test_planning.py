@@ -490,7 +490,7 @@ def test_a_case_with_more_images_than_others_is_named_itself(tiny_dataset):
     cases = {case: {"images": images[case], "label": f"labelsTr/{case}.nii.gz"} for case in images}
     cases["tr_001"]["images"] *= 2
     dataset.update_dataset_json(dataset=cases)
-    with pytest.raises(UserError, match="imagesTr/tr_001_0000.nii.gz: tr_001 has 2 images, and tr_000 has 1$"):
+    with pytest.raises(UserError, match="imagesTr/tr_001_0000.nii.gz: tr_001 has 2 channels, but tr_000 has 1: add or"):
         dataset.plan()
     del cases["tr_000"]
     dataset.update_dataset_json(dataset=cases, numTraining=1)

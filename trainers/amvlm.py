@@ -308,7 +308,10 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return rotation, dummy_2d, patch_size, mirror_axes
 
     def draw_flip(self) -> tuple[bool, bool]:
-        """Draw the flips of this batch (vertical, horizontal). The words of its texts are exchanged with them."""
+        """Draw whether this batch is flipped (vertically, horizontally).
+
+        A flip also exchanges words in its texts, such as left and right.
+        """
         if not self.swapped:
             return False, False
         drawn = torch.rand(2) < 0.5

@@ -92,5 +92,5 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
 
     @torch.no_grad()
     def pseudo_label(self, images: Tensor) -> Tensor:
-        """The teacher's decision."""
+        """The class of each voxel, or the regions that it is in, as the teacher decides."""
         return self.decide(self.teacher(images))

@@ -58,9 +58,9 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
     augmentation, in the loader's processes (1 to 1.5 s for each head of a patch of 128^3). L_LSF and L_DTC use the full
     resolution, and L_seg is nnU-Net's. With deep supervision the level sets of the coarser outputs are not used.
 
-    With `consistency=paper` L_DTC is eq. 4. With its weight the classes learn next to nothing from it. With k = 1500
-    the level sets learn from it only within a few thousandths of 0, where a wrong sign is hardly wrong. By default we
-    differ: each task learns the decision of the other,
+    With `consistency=paper` L_DTC is eq. 4. Its weight is so small that the classes learn next to nothing from it.
+    With k = 1500 it moves only level sets that are within a few thousandths of 0, and these are nearly right anyway. By
+    default we differ: each task learns the decision of the other,
 
         L_DTC = L_seg(p, argmin z) + CE(softmax(-k z), argmax p) / k,
 

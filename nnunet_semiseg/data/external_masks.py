@@ -110,7 +110,7 @@ def parse_map(assignments: Sequence[str], classes: Mapping[str, Sequence[int]]) 
             hint = f"did you mean {' or '.join(near)}?" if near else f"its classes are {', '.join(classes)}"
             raise UserError(f'--map {word}: the dataset has no class "{name}": {hint}')
         if len(classes[name]) > 1:
-            raise UserError(f"--map {word}: {name} is a region of several values: name a region of one value")
+            raise UserError(f"--map {word}: {name} is a region of several values: name a class that has one value")
         if int(value) in values:
             raise UserError(f"--map: the value {int(value)} is named twice: remove one of them")
         values[int(value)] = classes[name][0]

@@ -120,7 +120,7 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
 def preprocessed_problems(
     data: np.ndarray, images: list[str], channels: list[str], nothing: Sequence[float]
 ) -> list[str]:
-    """Channels (C, *S), as preprocessing returns them, that are constant or not finite.
+    """Find channels that are constant or not finite, in a preprocessed image (C, *S).
 
     Args:
         images: the files that they were made from.
@@ -209,7 +209,7 @@ def missing_channels(data: np.ndarray, channels: list[str]) -> list[str]:
 
 
 def reading_problems(images: list[str], reader: type) -> list[str]:
-    """Which of the images the reader cannot read, or that it cannot read them together."""
+    """Find an image that the reader cannot read. The reader may also read each image, but not all of them together."""
     for files in [[image] for image in images] + [images]:
         printed = io.StringIO()
         try:

@@ -50,7 +50,7 @@ def check_numbers(request: Request) -> None:
     """Raises UserError for numbers out of range, before hours of work."""
     for sigma in request.noise:
         if not (math.isfinite(sigma) and sigma > 0):
-            raise UserError(f"--noise {sigma:g}: give numbers above 0; without noise is always among them")
+            raise UserError(f"--noise {sigma:g}: give numbers above 0; the test without noise is always done")
     if not (math.isfinite(request.tolerance) and request.tolerance > 0):
         raise UserError(f"--tolerance {request.tolerance:g}: give a number of mm above 0")
     for size in request.labeled:
@@ -75,7 +75,7 @@ def check_sizes(request: Request, run: Run) -> None:
     largest = max((size for size in request.labeled if size is not None), default=0)
     if largest > len(cases):
         raise UserError(
-            f"--labeled {largest}: fold {request.fold} of {run.dataset} has only {len(cases)} labelled cases"
+            f"--labeled {largest}: fold {request.fold} of {run.dataset} has only {len(cases)} labelled cases: give {len(cases)} or less"
         )
 
 
@@ -172,7 +172,9 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     images = cases_of(raw / "imagesTr")
     cases = sorted(fold_of(request, preprocessed, images)["val"])
     if not cases:
-        raise UserError(f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}")
+        raise UserError(
+            f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}: add some, or choose another with -f"
+        )
     for case in cases:
         if case not in images:
             raise UserError(f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}")

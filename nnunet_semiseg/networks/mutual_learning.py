@@ -133,14 +133,22 @@ class MutualLearningUNet(nn.Module):
 
 
 def presence(images: Sequence[Tensor]) -> Tensor:
-    """Weights of the modalities for a mean, (2, B). A modality that is 0 everywhere has weight 0, unless both are 0."""
+    """The weights (2, B) with which the two modalities of each sample are averaged. The sum of both weights is 1.
+
+    A modality that is 0 everywhere has weight 0. If both are 0 everywhere, both have weight 0.5.
+    """
     present = torch.stack([(image != 0).flatten(1).any(1) for image in images]).float()
     present = torch.where(present.sum(0) > 0, present, 1.0)
     return present / present.sum(0)
 
 
 def where_present(weight: Tensor, logits: Tensor, others: Tensor) -> Tensor:
-    """The logits (B, heads, *S) of samples with a weight (B,) above 0; for the other samples `others`, same type."""
+    """Take the logits of samples whose weight is above 0, and `others` for the other samples.
+
+    Args:
+        weight: (B,).
+        logits, others: (B, heads, *S).
+    """
     return torch.where(weight.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, others.to(logits.dtype))
 
 

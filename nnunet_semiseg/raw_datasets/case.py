@@ -78,7 +78,7 @@ def _write_case(
     channels = sum(image.GetNumberOfComponentsPerPixel() for image, _ in images)
     if channels != len(about.channels):
         expected = f"{len(about.channels)} ({', '.join(about.channels)})"
-        raise UserError(f"{_name(case.images[0])}: {channels} channels instead of {expected}")
+        raise UserError(f"{_name(case.images[0])}: has {channels} channels instead of {expected}")
     first = images[0][0]
     for i, (image, _) in enumerate(images):
         if image.GetDimension() != about.dimension:

@@ -152,7 +152,7 @@ def assign(source: Source, labeled: int | float | str | None, protocol: str) -> 
     keep = set(candidates[:n]) & present
     if not keep:
         raise UserError(
-            "no training case has a label"
+            "no training case has a label: add labels to the source, or check -i"
             if n == 0
             else f"none of the first {n} cases of the list exists: give a larger --labeled, or use --protocol all"
         )

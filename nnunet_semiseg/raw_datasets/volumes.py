@@ -52,7 +52,9 @@ def slices_of(folder: Path) -> list[Path]:
 def read_stack(folder: Path, spacing: Sequence[float] | None) -> tuple[sitk.Image, str]:
     """The pictures in a folder as slices of a volume, in the order of their names. `spacing` is x y z in mm."""
     if not spacing:
-        raise UserError(f"{folder}: pictures of one volume: give the size of voxels with --spacing X Y Z (mm)")
+        raise UserError(
+            f"{folder}: its pictures are slices of a volume: give the size of a voxel with --spacing X Y Z (mm)"
+        )
     volume = _stacked(folder, sitk.ReadImage)
     volume.SetSpacing([float(s) for s in spacing])
     return volume, f"{volume.GetSize()[2]} pictures are the slices of a volume, in the order of their names"
@@ -98,7 +100,8 @@ def _stacked(folder: Path, read_slice: Callable[[Path], sitk.Image]) -> sitk.Ima
     for file, voxels in zip(files, slices, strict=True):
         if voxels.shape != slices[0].shape or voxels.ndim != 2:
             raise UserError(
-                f"{file}: of shape {voxels.shape}, but {files[0].name} of {slices[0].shape}: grey, of one size"
+                f"{file}: its shape is {voxels.shape}, but that of {files[0].name} is {slices[0].shape}: all slices must be"
+                " grey and of one size"
             )
     return sitk.GetImageFromArray(np.stack(slices))
 
@@ -120,7 +123,7 @@ def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], 
         notes += found
         voxels = sitk.GetArrayViewFromImage(mask)
         if len(present := np.unique(voxels)) > 2:
-            raise UserError(f"{path}: {len(present)} values, but a mask of {name} has two")
+            raise UserError(f"{path}: has {len(present)} values, but a mask of {name} has two: correct it")
         if label is None or first is None:
             first, label = mask, np.zeros(voxels.shape, np.uint8)
         elif difference := grid_difference(mask, first)[0]:

@@ -152,7 +152,7 @@ class AMVLM(nn.Module):
 
 
 def repeat_words(features: Tensor, valid: Tensor) -> Tensor:
-    """Replace the padding of each text by its own words, in turn: so all texts have the same weight in a batch norm.
+    """Fill the padding of each text with copies of its words. So all texts have the same weight in a batch norm.
 
     Args:
         features: (B, L, C); valid: (B, L).
