@@ -242,8 +242,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--channels", nargs="+", metavar="NAME",
-        help="names of the channels, in order: the words that stand for them in the names of files, folders or DICOM series."
-        " Call a CT channel CT. default: found in the names",
+        help="names of the channels, in order: the words that stand for them in the names of files, folders or DICOM"
+        " series. Call a CT channel CT. default: found in the names",
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="name of the new dataset; default: %(default)s")
     parser.add_argument(
@@ -272,7 +272,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="replace NaN and infinity by the smallest value of the image (fill), or by a number",
     )
     parser.add_argument(
-        "--reorient", action="store_true", help="turn axes that are not at right angles to the nearest ones that are"
+        "--reorient",
+        action="store_true",
+        help="if the axes are not at right angles, replace them by the nearest axes that are",
     )
 
 

@@ -158,5 +158,5 @@ class ExecutorOptions:
     )
     slurm: Sequence[str] = option(
         "--slurm", action="extend", metavar="KEY=VALUE", default=(),
-        help="options of each SLURM job: partition=gpu hours=12 gpus=1, or any other of sbatch",
+        help="options of each SLURM job: partition=gpu hours=12 gpus=1, or any other option of sbatch",
     )  # fmt: skip

@@ -32,7 +32,8 @@ class PreprocessingRequest:
     )  # fmt: skip
     num_processes: Sequence[int] = option(
         "-np", type=at_least(0), metavar="N", default=(),
-        help="number of processes, or one number for each of -c; default: as in nnU-Net, but at most one for each core",
+        help="number of processes, or one number for each configuration of -c; default: as in nnU-Net, but at most one"
+        " for each core",
     )  # fmt: skip
     clean: bool = option("--clean", default=False, help="repeat steps that are already done")
     show_progress_bar: bool = option("--no_pbar", default=True, help="show no progress bar")

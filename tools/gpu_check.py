@@ -55,11 +55,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--trainers", nargs="+", help="trainers to check; default: all. SupervisedTrainer always comes first"
     )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="by default on a GPU alone")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile; default: on a GPU only"
+    )
     parser.add_argument(
         "--channels-last-3d", action="store_true", help="keep tensors in torch's memory format channels_last_3d"
     )
-    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="SGD; by default as the trainers do")
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, help="use torch's fused SGD; default: as the trainers do"
+    )
     parser.add_argument(
         "--memory",
         choices=["stock", "fast", "small"],

@@ -93,8 +93,8 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     )  # fmt: skip
     parser.add_argument(
         "--register", choices=["off", "check", "rigid"], default="off",
-        help="channels of a case: check shows by how many mm they are off the first one, rigid moves them onto it; "
-        "default: %(default)s",
+        help="for several channels: check prints by how many mm a channel is displaced from the first one, rigid aligns it;"
+        " default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "-np", type=at_least(0), default=cores(8), dest="num_processes", metavar="N",
@@ -160,7 +160,7 @@ class UnlabeledRequest(PreprocessingRequest):
         " once more without parts; default: %(default)s",
     )  # fmt: skip
     part_id: int | None = option(
-        "-part_id", type=at_least(0), metavar="I", default=None, help="which of these parts this is: 0 to N - 1"
+        "-part_id", type=at_least(0), metavar="I", default=None, help="number of this part: 0 to N - 1"
     )
 
 

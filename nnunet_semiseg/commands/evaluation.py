@@ -123,7 +123,7 @@ class Accept(Command):
         parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
         parser.add_argument("-i", metavar="FOLDER", help="folder of labels, named like their cases: CASE.nii.gz")
         parser.add_argument(
-            "--all-of", metavar="REVIEW", help="folder of a review: accept all its other masks, too, without correction"
+            "--all-of", metavar="REVIEW", help="folder of a review: also accept all its other masks, as they are"
         )
         parser.add_argument("--undo", action="store_true", help="take back what was accepted last")
         parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")

@@ -75,7 +75,8 @@ def check_sizes(request: Request, run: Run) -> None:
     largest = max((size for size in request.labeled if size is not None), default=0)
     if largest > len(cases):
         raise UserError(
-            f"--labeled {largest}: fold {request.fold} of {run.dataset} has only {len(cases)} labelled cases: give {len(cases)} or less"
+            f"--labeled {largest}: fold {request.fold} of {run.dataset} has only {len(cases)} labelled cases: give"
+            f" {len(cases)} or less"
         )
 
 
@@ -173,7 +174,8 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     cases = sorted(fold_of(request, preprocessed, images)["val"])
     if not cases:
         raise UserError(
-            f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}: add some, or choose another with -f"
+            f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}: add some, or choose"
+            " another fold with -f"
         )
     for case in cases:
         if case not in images:

@@ -106,7 +106,7 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
 
 
 def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:
-    """The weighted mean of the cross-entropy over voxels. For regions, the binary cross-entropy over voxels and regions.
+    """The weighted mean of the cross-entropy over voxels. For regions it is binary, over voxels and regions.
 
     Args:
         logits: (B, heads, *S).

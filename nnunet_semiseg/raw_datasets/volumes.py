@@ -53,7 +53,7 @@ def read_stack(folder: Path, spacing: Sequence[float] | None) -> tuple[sitk.Imag
     """The pictures in a folder as slices of a volume, in the order of their names. `spacing` is x y z in mm."""
     if not spacing:
         raise UserError(
-            f"{folder}: its pictures are slices of a volume: give the size of a voxel with --spacing X Y Z (mm)"
+            f"{folder}: pictures are slices of a volume: give the size of a voxel with --spacing X Y Z (mm)"
         )
     volume = _stacked(folder, sitk.ReadImage)
     volume.SetSpacing([float(s) for s in spacing])
@@ -100,8 +100,8 @@ def _stacked(folder: Path, read_slice: Callable[[Path], sitk.Image]) -> sitk.Ima
     for file, voxels in zip(files, slices, strict=True):
         if voxels.shape != slices[0].shape or voxels.ndim != 2:
             raise UserError(
-                f"{file}: its shape is {voxels.shape}, but that of {files[0].name} is {slices[0].shape}: all slices must be"
-                " grey and of one size"
+                f"{file}: its shape is {voxels.shape}, but that of {files[0].name} is {slices[0].shape}: all slices"
+                " must be grey and of one size"
             )
     return sitk.GetImageFromArray(np.stack(slices))
 

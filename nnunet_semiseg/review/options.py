@@ -33,7 +33,7 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
     ensemble: Literal["auto", "folds", "seeds", "mirroring", "teacher", "snapshots", "single"] = option(
         "--ensemble", metavar="KIND", default="auto",
         help="which predictions are compared with each other: folds, seeds, mirroring, teacher, snapshots or single;"
-        " auto takes the first of these that there is; default: %(default)s",
+        " auto takes the first of these that exists; default: %(default)s",
     )  # fmt: skip
     estimate: Literal["combined", "agreement", "expected", "certainty"] | None = option(
         "--estimate", metavar="KIND", default=None,
