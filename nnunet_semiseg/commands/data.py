@@ -93,8 +93,8 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     )  # fmt: skip
     parser.add_argument(
         "--register", choices=["off", "check", "rigid"], default="off",
-        help="for several channels: check prints by how many mm a channel is displaced from the first one, rigid aligns it;"
-        " default: %(default)s",
+        help="for several channels: check prints by how many mm a channel is displaced from the first one, rigid aligns"
+        " it; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "-np", type=at_least(0), default=cores(8), dest="num_processes", metavar="N",
