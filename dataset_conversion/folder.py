@@ -42,8 +42,8 @@ ABOUT = About(
 
 
 EXAMPLES = (
-    "nnunet_semiseg convert folder -i MYDATA -d 501 --labels liver --channels CT --dry-run",
-    'nnunet_semiseg convert folder -i MYDATA -d 501 --labels "left atrium" --name LA',
+    "nnunet_semiseg convert folder -i MYDATA -d 501 --labels liver --dry-run",
+    "nnunet_semiseg convert folder -i MYDATA -d 501 --name LA --labels atrium",
 )
 
 
@@ -257,7 +257,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="share of the labelled cases that is drawn for testing, such as 0.2",
     )
     parser.add_argument(
-        "--group-by", metavar="patient",
+        "--group-by", metavar="WHAT",
         help="patient: keep all scans of a patient together; or a regular expression: keep cases with the same match"
         " together",
     )  # fmt: skip
@@ -268,8 +268,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--nan",
         type=_nan,
-        metavar="fill",
-        help="replace NaN and infinity by the smallest value of the image (fill), or by a number",
+        metavar="VALUE",
+        help="replace NaN and infinity: fill takes the smallest value of the image; or give a number",
     )
     parser.add_argument(
         "--reorient",

@@ -12,6 +12,7 @@ import pytest
 from test_schema import CONFIGURATION, PLANS
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.discovery import module_names
 from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.planning_request import PlanningRequest
 from nnunet_semiseg.settings.plans import GIVEN, store_given, store_settings, with_given
@@ -67,6 +68,15 @@ def test_every_command_and_every_option_has_help_and_examples_that_are_understoo
         assert line.startswith(command.name) or "torchrun" in example
         if command.name not in ("convert", "env") and "torchrun" not in example:
             assert parser.parse_args(shlex.split(line)).run.__self__ is command
+
+
+def test_the_help_of_every_converter_is_narrow(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in module_names("dataset_conversion"):
+        with pytest.raises(SystemExit):
+            cli.main(["convert", name, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80, max(lines, key=len)
 
 
 @pytest.mark.parametrize(
