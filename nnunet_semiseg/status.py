@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_semiseg.data.labeled_cases import labeled_images
-from nnunet_semiseg.data.preprocessed import (
-    check_labeled_data,
-    number_of,
-    preprocess_again,
-    preprocess_unlabeled_again,
-)
+from nnunet_semiseg.data.preprocessed import check_labeled_data, number_of, preprocess_again
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest, output_of
 from nnunet_semiseg.devices import device_option
 from nnunet_semiseg.errors import UserError
@@ -119,10 +114,11 @@ def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
             problem, fix = "", preprocess_again(plans, configuration)
             try:
                 check_labeled_data(preprocessed, raw, plans, configuration)
-                fix = preprocess_unlabeled_again(plans, configuration)
                 load_manifest(preprocessed, plans, configuration, raw.name)
             except UserError as error:
                 problem = str(error).partition("\n")[0]
+                if named := re.search(r"run nnunet_semiseg .*", problem):
+                    fix = named[0]
             yield Prepared(name, configuration, True, problem, fix.removeprefix("run "))
 
 

@@ -71,8 +71,12 @@ def test_what_is_not_up_to_date_is_said_with_the_command_that_helps(ready):
     (line,) = [line for line in lines if line.startswith(f"  {PLANS}, 3d_fullres: ")]
     assert "un_001" in line
     assert lines[-1] == f"next: nnunet_semiseg preprocess_unlabeled -d 901 -c 3d_fullres -plans_name {PLANS}"
-    dataset.image("tr_001", folder="imagesTr").touch()
-    (dataset.raw / "labelsTr" / "tr_001.nii.gz").unlink()
+    (dataset.raw / "labelsTr" / "tr_000.nii.gz").touch()
+    lines = status(901)
+    (line,) = [line for line in lines if line.startswith(f"  {PLANS}, 3d_fullres: ")]
+    assert "tr_000.nii.gz: its time has changed" in line and line.endswith(f"run {lines[-1].removeprefix('next: ')}")
+    assert "nnunet_semiseg preprocess_unlabeled" in lines[-1]
+    (dataset.raw / "labelsTr" / "tr_000.nii.gz").unlink()
     assert status(901)[-1].startswith("next: nnunet_semiseg plan_and_preprocess -d 901 -c 3d_fullres -pl SemiSegPl")
 
 
