@@ -171,7 +171,7 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
     assert "other parts are at work" in capsys.readouterr().out
     assert cli.main(words(dataset, "-n", "1")) == 0
     printed = capsys.readouterr().out
-    assert "2 of 4 cases to predict: student and teacher" in printed
+    assert "2 of 4 cases to predict, unlabelled and labelled: student and teacher" in printed
     output = dataset.results / "review" / f"MeanTeacherTrainer__{PLANS}__3d_fullres__fold_all"
     assert str(output / "review.html") in printed
 

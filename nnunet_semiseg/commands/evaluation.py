@@ -92,6 +92,7 @@ class Review(Command):
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.evaluation.cluster import first_in_queue
+        from nnunet_semiseg.review.labels import MASKS
         from nnunet_semiseg.review.request import make_request
         from nnunet_semiseg.review.review import review
 
@@ -104,7 +105,8 @@ class Review(Command):
             print(f"{request.folder}: other parts are at work: the last one writes the page")
             return
         print(page)
-        say_next(f"correct masks, put them into a folder, then nnunet_semiseg accept -d {request.dataset} -i FOLDER")
+        print(f"correct masks of {page.with_name(MASKS)}, and put them into a folder of their own")
+        say_next(f"nnunet_semiseg accept -d {request.dataset} -i FOLDER")
 
 
 class Accept(Command):

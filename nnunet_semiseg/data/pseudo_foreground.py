@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,15 @@ def look_at_cases(
         expected: the classes or regions that every case must have. If one is not found, its Dice counts as 0.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    predictor = nnUNetPredictor(
-        tile_step_size=1,
-        use_mirroring=False,
-        device=trainer.device,
-        perform_everything_on_device=trainer.device.type == "cuda",
-        allow_tqdm=False,
-    )
+    is_gpu = trainer.device.type == "cuda"
+    with contextlib.redirect_stdout(None):  # on a CPU it prints that it is not a GPU
+        predictor = nnUNetPredictor(
+            tile_step_size=1,
+            use_mirroring=False,
+            device=trainer.device,
+            perform_everything_on_device=is_gpu,
+            allow_tqdm=False,
+        )
     predictor.manual_initialization(
         network,  # pyright: ignore[reportArgumentType]: a network may be compiled
         trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,

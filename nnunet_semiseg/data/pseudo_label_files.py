@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
     todo = without_label(dataset, folder)
     trainer.ranks.wait()  # so that no process sees what another one has just labelled
     trainer.print_to_log_file(f"labelling {len(todo)} unlabelled cases: {folder}")
-    predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=True, allow_tqdm=False)
+    with contextlib.redirect_stdout(None):  # on a CPU it prints that it is not a GPU
+        predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=True, allow_tqdm=False)
     predictor.manual_initialization(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
         type(trainer).__name__, trainer.inference_allowed_mirroring_axes,

@@ -137,7 +137,7 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
     todo = [case for case in cases if not work.is_done(case)]
     if not todo:
         return
-    print(f"{len(todo)} of {len(cases)} cases to predict: {TITLES[work.kind]}", flush=True)
+    print(f"{len(todo)} of {len(cases)} cases to predict, unlabelled and labelled: {TITLES[work.kind]}", flush=True)
     mirroring = request.mirroring and len(work.members) == 1  # else the members are mirrored
     ensemble = Ensemble(request.run, work.members, request.device, mirroring)
     for case in tqdm(todo, "Cases", disable=not request.show_progress):
