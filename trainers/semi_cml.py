@@ -283,7 +283,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return own if settings.weight(1) else None, target
 
     def inter(self, a: Tensor, b: Tensor) -> Tensor:
-        """1 - the soft Dice between the predictions of the decoders. The mean over samples, each over its classes."""
+        """1 minus the soft Dice between the predictions of the two decoders: a mean over classes, then over samples."""
         similarity, counts = (x.diagonal(len(a)) for x in self.similarity([a, b]))
         return ((1 - similarity) * counts).sum() / counts.sum().clamp_min(1)
 

@@ -216,7 +216,7 @@ def remove_case(folder: Path, case: str) -> None:
 
 
 def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
-    """Make nnU-Net's copy of a label equal to the label. nnU-Net keeps a copy that is not older, even a wrong one."""
+    """Make nnU-Net's copy of a label equal to the label. nnU-Net itself replaces only a copy that is older."""
     if copy.is_file() and copy.stat().st_size == stamp[1] and digest(copy) == stamp[-1]:
         return
     with written_whole(copy) as temporary:

@@ -42,7 +42,7 @@ class NewLabel:
 
     @property
     def about(self) -> dict:
-        """What dataset.json stores about it."""
+        """The entry of this label in dataset.json."""
         return {"from": self.origin} | ({"review": self.review} if self.review else {})
 
 

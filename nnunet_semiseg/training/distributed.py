@@ -195,7 +195,7 @@ def wait() -> None:
 
 
 def part() -> None:
-    """Leave the group of processes. All have finished their work."""
+    """Leave the group of processes. Call it when all have finished their work."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 

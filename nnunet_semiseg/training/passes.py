@@ -45,7 +45,7 @@ def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable], more: 
 
 
 def as_method(function: Callable) -> Callable:
-    """A function that takes the module first, made from a bound method or from what torch.compile put in its place."""
+    """Turn a method, or what torch.compile put in its place, into a function whose first argument is the module."""
     if hasattr(function, "__func__"):
         return function.__func__
     return lambda self, *args, **kwargs: function(*args, **kwargs)
