@@ -83,7 +83,7 @@ def test_commands_and_options_in_sentences_exist():
         parsers.append(own := ArgumentParser())
         getattr(module, "add_arguments", lambda parser: None)(own)
     options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    elsewhere = {"--nproc_per_node", "--logdir"}
+    elsewhere = {"--nproc_per_node", "--standalone", "--max_restarts", "--rdzv_endpoint", "--logdir"}
     for name in PAGES.keys() - {"docs/results.md", "docs/release.md"}:
         spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGES[name], flags=re.DOTALL))
         words = [word for span in spans for word in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", span)]

@@ -50,13 +50,16 @@ def test_pseudo_labels_lie_on_disk_and_are_what_is_trained_on(ready, kind):
     assert all((old != new).all() for old, new in zip(first["weights"], first["fresh"], strict=True))  # from scratch
 
 
-def test_a_pseudo_label_is_the_networks_decision(ready):
+def test_a_pseudo_label_is_the_networks_decision(ready, monkeypatch):
+    bars = []
+    monkeypatch.setattr("nnunet_semiseg.data.pseudo_label_files.tqdm", lambda cases, *_, **__: bars.append(1) or cases)
     trainer = make_trainer(SelfTrainingTrainer, ready(), num_epochs=2, largest_component="off")
     trainer.on_train_start()
     trainer.current_epoch = 1
     trainer.network.forward = lambda x: torch.stack((0.5 + 0 * x[:, 0], x[:, 0] > 0, -x[:, 0].abs()), 1).float()
     label_cases(trainer, trainer.unlabeled_dataset(), trainer.folder(1))
     del trainer.network.forward
+    assert bars == [1]  # it may take hours
     loader = trainer.make_unlabeled_loader(trainer.dataloader_train.data_loader.labeled_loader)
     for case in loader._data.identifiers:
         data, label, _, properties = loader._data.load_case(case)
