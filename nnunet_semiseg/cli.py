@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not words[0].startswith("-") and words[0] not in (names := [command.name for command in COMMANDS]):
         near = difflib.get_close_matches(words[0], names, n=2)
+        near += [name for name in [f"nnUNetv2_{words[0]}"] if shutil.which(name)]
         report(UserError(f"{words[0]}: no such command{did_you_mean(near) or ': nnunet_semiseg -h lists them'}"))
         return 2
     args = parser.parse_args(words, Namespace(words=words))

@@ -21,6 +21,13 @@ def trainer_names(**_) -> list[str]:
     return list(trainers())
 
 
+def setting_names() -> set[str]:
+    """The settings of all trainers."""
+    from nnunet_semiseg.settings.described import trainers
+
+    return {name for trainer in trainers().values() for name in trainer.settings}
+
+
 def dataset_numbers(**_) -> list[str]:
     """The numbers of all raw datasets. There are none if `nnUNet_raw` is not set."""
     folders = Path(os.environ.get("nnUNet_raw") or os.devnull).glob("Dataset*")
@@ -47,15 +54,25 @@ class CompletingParser(ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # pyright: ignore
         """As argparse does, but what is unknown is an error of this parser, not of the one above it."""
+        options = [option for action in self._actions for option in action.option_strings]
+        if self._subparsers is None:  # argparse would read -device as -d evice
+            for word in (word.partition("=")[0] for word in args or ()):
+                if re.fullmatch(r"-[a-z][a-z_]+", word) and not any(option.startswith(word) for option in options):
+                    self._refuse(word, options)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown and isinstance(found, Namespace):
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-            options = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(word, options, n=2) if word.startswith("-") else []
-            what = "no such option" if word.startswith("-") else "one word too many"
-            hint = "; a setting is written as --set NAME=VALUE" if "--set" in options else ""
-            self.error(f"{word}: {what}{did_you_mean(near)}{hint}")
+            self._refuse(word, options)
         return found, unknown
+
+    def _refuse(self, word: str, options: Sequence[str]) -> None:
+        if not word.startswith("-"):
+            self.error(f"{word}: one word too many")
+        name = word.lstrip("-")
+        if "--set" in options and name in setting_names():
+            self.error(f"{word}: this is a setting: write --set {name}=VALUE")
+        hint = "; a setting is written as --set NAME=VALUE" if "--set" in options else ""
+        self.error(f"{word}: no such option{did_you_mean(difflib.get_close_matches(word, options, n=2))}{hint}")
 
     def error(self, message: str):
         """Print one line, without the usage, and end."""
