@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 import sys
 import textwrap
 import time
@@ -43,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     if not words[0].startswith("-") and words[0] not in (names := [command.name for command in COMMANDS]):
+        from importlib.metadata import entry_points
+
         near = difflib.get_close_matches(words[0], names, n=2)
-        near += [name for name in [f"nnUNetv2_{words[0]}"] if shutil.which(name)]
+        near += [entry.name for entry in entry_points(group="console_scripts", name=f"nnUNetv2_{words[0]}")][:1]
         report(UserError(f"{words[0]}: no such command{did_you_mean(near) or ': nnunet_semiseg -h lists them'}"))
         return 2
     args = parser.parse_args(words, Namespace(words=words))
