@@ -253,7 +253,7 @@ def test_validation_cases_stay_where_they_are():
 def test_the_command_accepts_and_takes_back(raw_only, capsys):
     _, folder = raw_only
     assert cli.main(["accept", "-d", "901", "-i", str(folder)]) == 0
-    assert "un_000: human\n1 cases are labelled now" in capsys.readouterr().out
+    assert "un_000: human\nnewly labelled cases: 1;" in capsys.readouterr().out
     assert cli.main(["accept", "-d", "901", "--undo", "-i", "x"]) == 1
     assert cli.main(["accept", "-d", "901", "--undo"]) == 0
     assert "unlabelled again: un_000" in capsys.readouterr().out

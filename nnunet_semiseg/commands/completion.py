@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import PARSER, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class CompletingParser(ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # pyright: ignore
         """As argparse does, but what is unknown is an error of this parser, not of the one above it."""
         options = [option for action in self._actions for option in action.option_strings]
-        if self._subparsers is None:  # argparse would read -device as -d evice
+        if all(action.nargs != PARSER for action in self._actions):  # argparse would read -device as -d evice
             for word in (word.partition("=")[0] for word in args or ()):
                 if re.fullmatch(r"-[a-z][a-z_]+", word) and not any(option.startswith(word) for option in options):
                     self._refuse(word, options)

@@ -143,7 +143,7 @@ class Accept(Command):
         for label in labels:
             print(f"{label.case}: {label.origin}")
         if labels:
-            print(f"{len(labels)} cases are labelled now; to take that back: nnunet_semiseg accept -d {args.d} --undo")
+            print(f"newly labelled cases: {len(labels)}; to take that back: nnunet_semiseg accept -d {args.d} --undo")
             line = f"nnunet_semiseg train {args.d} CONFIGURATION FOLD -tr TRAINER --continue_from MODEL --as NAME"
             say_next(line + device_option())
 
