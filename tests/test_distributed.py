@@ -232,8 +232,8 @@ def exchange(folder: Path) -> dict:
             (folder / "made").touch()
         was_there = (folder / "made").exists()
     warm_up = WarmUp(None, 100, CLASSES, ["a"], torch.device("cpu"))
-    found = F.one_hot(torch.tensor([0, 1 - ranks.number]), 2).float().T[None]  # one misses it: 2 / (2 + 1)
-    warm_up.add(found, torch.tensor([[[0, 1]]]))
+    labels = torch.tensor([[1] + 9 * [0], 10 * [1]][ranks.number])  # the first finds its voxel, the second none of ten
+    warm_up.add(F.one_hot(labels * (1 - ranks.number), 2).float().T[None], labels[None, None])
     warm_up.end_epoch(20, ranks)
     return {
         "warm-up until": warm_up.first_step,

@@ -228,7 +228,6 @@ def test_a_search_that_was_interrupted_is_not_compared_with_itself(tiny_dataset)
     (trainer.foreground_folder / "un_001.npz").unlink()
     assert search(1) == [True, True]
     assert search(2) == [False, False]
-    assert search(1) == [True, True]  # a training that goes on from before
 
 
 def test_a_step_of_the_last_epoch_teaches_and_moves_the_teacher(tiny_dataset):
