@@ -52,6 +52,13 @@ def test_both_mixes_by_hand():
         )
 
 
+def test_voxels_of_which_the_teacher_is_not_sure_do_not_count():
+    """The teacher is sure of class 1 with 0.9. Below that threshold only the labelled voxels are left."""
+    for threshold, of_pseudo in ((0.89, -0.5 * math.log(0.6)), (0.91, 0)):
+        term = terms_of(recipe(1.0, match_threshold=threshold), a_batch())["mixed"].item()
+        assert term == pytest.approx(-math.log(0.75) + of_pseudo, rel=1e-4)
+
+
 def test_the_warm_up_mixes_labelled_samples_alone():
     batch = a_batch()
     batch.images[1] = of_probability(0.5)[0]

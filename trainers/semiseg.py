@@ -25,9 +25,10 @@ from nnunet_semiseg.data.pseudo_foreground import (
 )
 from nnunet_semiseg.losses.copy_paste import cut_mix, draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
+from nnunet_semiseg.losses.segmentation import confidence, probabilities
 from nnunet_semiseg.settings.base import (
+    CertainSettings,
     ExternalMaskSettings,
-    PseudoLabelSettings,
     Share,
     TeacherSettings,
     TurnSettings,
@@ -47,7 +48,7 @@ CASES_OF_A_REFRESH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemiSegSettings(TeacherSettings, PseudoLabelSettings, ExternalMaskSettings, TurnSettings, WarmUpSettings):
+class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, TurnSettings, WarmUpSettings):
     """Settings of `SemiSegTrainer`. You do not have to set any of them."""
 
     deploy: Literal["student", "teacher"] = "teacher"
@@ -58,6 +59,9 @@ class SemiSegSettings(TeacherSettings, PseudoLabelSettings, ExternalMaskSettings
     """The probability of each of nnU-Net's intensity transforms in a strong view. With null it is nnU-Net's own."""
     pseudo_weight: Weight = 0.5
     """The weight of voxels with pseudo-labels."""
+    match_threshold: Share = 0.0
+    """Voxels in which the teacher's decision has a probability below this do not count, unless the masks of other
+    models have replaced it."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
     unlabeled_foreground: Share | None = None
@@ -203,6 +207,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         logits = turn(self.teacher(batch.views["weak"][: len(x_l) + 1]))
         label, counts = self.decide_with_masks(logits, batch, turn)
+        if self.settings.match_threshold and counts is None:
+            sure = confidence(probabilities(logits, self.label_manager), self.label_manager)
+            counts = (sure >= self.settings.match_threshold).float()
         del logits
         label, other_label = pairs(label, len(x_l))
         counts, other_counts = (1.0, 1.0) if counts is None else pairs(counts, len(x_l))
