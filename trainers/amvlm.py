@@ -388,9 +388,11 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught)
 
     def draw_slices(self, images: Tensor) -> tuple[Callable, Callable, list[int]]:
-        """A function from (B, C, *S) to 2d images, one that puts them back into a copy, and the sample of each image.
+        """Draw some slices of each sample (B, C, *S); 2d images are taken whole.
 
-        2d images are taken as they are.
+        Returns:
+            A function that takes these slices from a tensor, as 2d images; a function that puts 2d images back into a
+            copy of a tensor; and for each 2d image the number of its sample.
         """
         if images.ndim == 4:
             return lambda x: x, lambda x, slices: slices, list(range(len(images)))

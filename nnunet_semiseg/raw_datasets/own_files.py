@@ -55,7 +55,7 @@ class Files:
     """How to read the files of a layout.
 
     Args:
-        place: from a name of the layout to its file or folder.
+        place: a function that takes a name in the layout and returns its file or folder.
         values: what the user says about label values. None: they are 0, 1, 2, ...
         chosen: the user has named the channels.
     """
