@@ -770,11 +770,11 @@ def test_dry_run_shows_what_goes_where_and_makes_nothing(source, raw, capsys):
     convert(source, dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     for line in (
-        f"{raw}: 2 labeled, 2 unlabeled, 1 test",
+        f"{raw}: 2 labelled, 2 unlabelled, 1 test",
         "  channels: image",
         "  labels: 0 background, 1 organ",
-        "  labeled: images/c0.nii.gz -> imagesTr/c0_0000.nii.gz; labels/c0.nii.gz -> labelsTr/c0.nii.gz",
-        "  unlabeled: images/c2.nii.gz -> imagesUn/c2_0000.nii.gz",
+        "  labelled: images/c0.nii.gz -> imagesTr/c0_0000.nii.gz; labels/c0.nii.gz -> labelsTr/c0.nii.gz",
+        "  unlabelled: images/c2.nii.gz -> imagesUn/c2_0000.nii.gz",
         "  test: imagesTs/t0.nii.gz -> imagesTs/t0_0000.nii.gz",
         "left out, of no known kind: 1 files: images/c9.npy",
         "left out, not an image: 1 files: images/notes.txt",
