@@ -90,8 +90,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - The teacher predicts up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
       cases often have no foreground, a third of the unlabelled patches are taken around what it finds, as nnU-Net does
       with labelled ones.
-    - Some cases are left out: those in which the teacher's predictions, mirrored or of the last search, disagree far
-      more than in others. They are at most a fifth, and none if there are fewer than ten cases.
+    - Some cases are left out: those in which the teacher's decision on the mirrored image (without mirroring: that of
+      the last search) differs far more than in others. They are at most a fifth, and none if there are fewer than ten
+      cases.
 
     The network is that of the plans. All choices are in the training's log and in `decisions.txt` in its folder.
     """
