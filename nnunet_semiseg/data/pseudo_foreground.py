@@ -127,7 +127,8 @@ def look_at_cases(
         with written_whole(folder / f"{case}.pkl") as temporary:
             write_pickle(locations, str(temporary))
         with written_whole(file) as temporary, open(temporary, "wb") as whole:  # last: now this case is done
-            np.savez_compressed(whole, label=label, score=found[case], epoch=epoch)
+            kept: Any = {} if axes else {"label": label}  # for the next search
+            np.savez_compressed(whole, score=found[case], epoch=epoch, **kept)
     scores = {case: score for of_rank in trainer.ranks.gather(found) for case, score in of_rank.items()}
     if not trainer.ranks.number:
         write_json(scores, folder / SCORES)
