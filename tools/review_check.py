@@ -11,8 +11,9 @@ with the true Dice (a mean over the classes), and how many of the ten worst case
 estimate.
 
 `loop` begins with a model of few labels. In each round a list chooses cases, their true labels are accepted as
-corrected ones (`accept`), and a new model is trained. After each round it prints the Dice on `dev_test`. The list for
-labelling, the list for correction and random lists all begin with the same model.
+corrected ones (`accept`), and a new model is trained. With --train_on, the training goes on from the last weights.
+After each round it prints the Dice on `dev_test`. The list for labelling, the list for correction and random lists all
+begin with the same model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import sys
 from collections.abc import Sequence
@@ -102,7 +104,7 @@ def check_loop(args: argparse.Namespace) -> None:
     names += [f"random{draw}" for draw in range(args.draws)] if "random" in args.lists else []
     for name in names:
         dices = [first]
-        root = args.work / "loop" / f"{run.name}__{name}"
+        root = args.work / "loop" / f"{run.name}__{name}{'__on' if args.train_on else ''}"
         copy_of_model(args.work, root, run)
         for i in range(1, args.rounds + 1):
             dices.append(one_round(root, run, name, i, args))
@@ -118,21 +120,23 @@ def copy_of_model(work: Path, root: Path, run: Run) -> None:
     shutil.rmtree(root, ignore_errors=True)
     for place in ("raw", "preprocessed"):
         shutil.copytree(work / place / run.dataset, root / place / run.dataset)
-    model = f"{run.trainer}__{run.plans}__{SETS[run.set].configuration}"
-    shutil.copytree(work / "results" / run.dataset / model, root / "results" / run.dataset / model)
+    shutil.copytree(model_of(work, run), model_of(root, run))
     (root / "copied").touch()
 
 
 def one_round(root: Path, run: Run, name: str, i: int, args: argparse.Namespace) -> float:
     """Choose cases, correct and accept them, and train. Steps that are done are not repeated. Returns the Dice."""
+    from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+
     before = round_of(run, i - 1)
     chosen = root / f"chosen_{i}.json"
     if not chosen.exists():
-        purpose = "random" if name.startswith("random") else name
-        table = review(root, before, args.ensemble, root / f"review_{i}", "--for", purpose)
-        cases = list(table["case"])
-        if purpose == "random":  # another draw each time and each round
-            cases = list(table.sort_values("case")["case"].sample(frac=1, random_state=100 * int(name[6:]) + i))
+        if name.startswith("random"):  # another draw each time and each round
+            images = root / "raw" / run.dataset / "imagesUn"
+            cases = sorted(get_identifiers_from_splitted_dataset_folder(str(images), SETS[run.set].ending))
+            random.Random(100 * int(name.removeprefix("random")) + i).shuffle(cases)
+        else:
+            cases = list(review(root, before, args.ensemble, root / f"review_{i}", "--for", name)["case"])
         chosen.write_text(json.dumps(cases[: args.add]))
     cases = json.loads(chosen.read_text())
     accepted = root / f"accepted_{i}"
@@ -151,8 +155,19 @@ def one_round(root: Path, run: Run, name: str, i: int, args: argparse.Namespace)
     now = round_of(run, i)
     folder = root / "preprocessed" / run.dataset
     plans = json.loads((folder / f"{run.plans}.json").read_bytes())
+    if args.train_on:
+        from nnunet_semiseg.settings.plans import update_settings
+        from nnunet_semiseg.training_command import fewer_epochs
+
+        first = model_of(root, run) / "fold_all" / "checkpoint_final.pth"
+        plans = update_settings(plans, {"num_epochs": fewer_epochs(first)})
     (folder / f"{now.plans}.json").write_text(json.dumps({**plans, "plans_name": now.plans}))
-    return score(root, root / f"scored_{i}", now, args)
+    return score(root, root / f"scored_{i}", now, args, model_of(root, before) if args.train_on else None)
+
+
+def model_of(root: Path, run: Run) -> Path:
+    """The folder of a trained model."""
+    return root / "results" / run.dataset / f"{run.trainer}__{run.plans}__{SETS[run.set].configuration}"
 
 
 class Round(Run):
@@ -171,9 +186,14 @@ def round_of(run: Run, i: int) -> Run:
     return later
 
 
-def score(root: Path, output: Path, run: Run, args: argparse.Namespace) -> float:
-    """Train if this was not done yet, predict `dev_test`, and return the mean Dice."""
+def score(root: Path, output: Path, run: Run, args: argparse.Namespace, start: Path | None = None) -> float:
+    """Train if this was not done yet, predict `dev_test`, and return the mean Dice.
+
+    Args:
+        start: the model whose weights the training starts from. None: it starts from random weights.
+    """
     from nnunet_semiseg.evaluation.metrics import evaluate_folder
+    from nnunet_semiseg.training.checkpoint import CONTINUE_FROM
 
     about, raw = SETS[run.set], root / "raw" / run.dataset
     if not (output / "dice.json").exists():
@@ -181,8 +201,9 @@ def score(root: Path, output: Path, run: Run, args: argparse.Namespace) -> float
         output.mkdir(parents=True, exist_ok=True)
         log = root / "logs" / f"{run.name}.txt"
         words = ["-c", about.configuration, "-f", "all", "-tr", run.trainer, "-p", run.plans, "-device", "cpu"]
-        model = root / "results" / run.dataset / f"{run.trainer}__{run.plans}__{about.configuration}" / "fold_all"
+        model = model_of(root, run) / "fold_all"
         if not (model / "checkpoint_final.pth").exists():
+            os.environ[CONTINUE_FROM] = str(start / "fold_all" / "checkpoint_final.pth") if start else ""
             resume = ["--c"] if any(model.glob("checkpoint_*.pth")) else []
             training = [run.dataset, about.configuration, "all", "-tr", run.trainer, "-p", run.plans, *resume]
             training = [str(output / "times.jsonl"), *training, "-device", "cpu"]
@@ -250,6 +271,12 @@ def main() -> None:
         help="lists that choose the cases; default: labelling correction random",
     )
     loop.add_argument("--draws", type=int, default=3, help="number of random lists; default: %(default)s")
+    loop.add_argument(
+        "--train_on",
+        action="store_true",
+        help="go on from the last weights for a quarter of the epochs, as train --continue_from does; without it, each"
+        " round trains a new model from the beginning",
+    )
     loop.add_argument("--ensemble", default="mirroring", help="ensemble of the review; default: %(default)s")
     loop.set_defaults(run=check_loop)
     args = parser.parse_args()
