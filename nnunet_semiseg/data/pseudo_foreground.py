@@ -153,8 +153,24 @@ def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
     return far[: int(at_most * len(known))]
 
 
-def leave_out(folder: Path, at_most: float) -> list[str]:
-    """Keep the loaders from using the `outliers` among the scores in the folder. Returns their names."""
-    cases = outliers(load_json(str(folder / SCORES)), at_most)
-    write_json(cases, folder / LEFT_OUT)
-    return cases
+def least_reliable(scores: Mapping[str, float], share: float) -> list[str]:
+    """This share of the cases with a known score: those with the lowest scores, the worst first."""
+    known = sorted((case for case in scores if np.isfinite(scores[case])), key=scores.__getitem__)
+    return known[: int(share * len(known))] if len(known) >= LEAST_CASES else []
+
+
+def leave_out(folder: Path, at_most: float, later: float = 0.0) -> tuple[list[str], list[str]]:
+    """Keep the loaders from using some of the cases that have a score in the folder.
+
+    Args:
+        at_most: the largest share that is left out as `outliers`.
+        later: the share that is not used before the next search: the `least_reliable`, outliers among them.
+
+    Returns:
+        The names of the outliers, and those of all cases that are not used.
+    """
+    scores = load_json(str(folder / SCORES))
+    far = outliers(scores, at_most)
+    unused = far + [case for case in least_reliable(scores, later) if case not in far]
+    write_json(unused, folder / LEFT_OUT)
+    return far, unused
