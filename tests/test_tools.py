@@ -299,11 +299,11 @@ def a_set(folder: Path, ending: str) -> dict:
 @pytest.mark.parametrize("labels, labelled, unlabelled", [("2", "bf", "acde"), ("all", "abcdef", "")])
 def test_the_yardstick_never_copies_a_hidden_label(tool, tmp_path, labels, labelled, unlabelled):
     yardstick, _ = tool("yardstick")
-    a_set(tmp_path / "set", ".nii.gz")
+    a_set(tmp_path / "hippocampus", ".nii.gz")
     raw = tmp_path / "raw"
     (raw / "labelsTr").mkdir(parents=True)
     (raw / "labelsTr" / "a.nii.gz").write_text("of a beginning with more labels")
-    yardstick.make_raw(tmp_path / "set", raw, yardstick.SETS["hippocampus"], labels)
+    yardstick.make_raw(tmp_path, raw, "hippocampus", labels)
 
     content = {str(file.relative_to(raw)): file.read_text() for file in raw.rglob("*.nii.gz")}
     assert content == {
@@ -319,12 +319,45 @@ def test_the_yardstick_never_copies_a_hidden_label(tool, tmp_path, labels, label
     assert json.loads((raw / "texts.json").read_text()) == {"a": "text of a", "b": "text of b"}
 
 
+@pytest.mark.parametrize(
+    "name, source, unlabelled",
+    [("acdc_10", "acdc_small", "cdefghijkl"), ("la_foreign", "la_small", "cdefghijkABCDEFGHI")],
+)
+def test_the_yardsticks_variants_have_other_unlabelled_images(tool, tmp_path, name, source, unlabelled):
+    yardstick, _ = tool("yardstick")
+    for each, cases in {"acdc_small": "ABCDEFGHIJKLMNOP", source: "abcdefghijklmnopqrst"}.items():
+        for kind, last in (("images", "_0000.nii.gz"), ("labels", ".nii.gz")):
+            (tmp_path / each / kind).mkdir(parents=True)
+            for case in f"{cases}x":
+                (tmp_path / each / kind / f"{case}{last}").touch()
+        (tmp_path / each / "protocol.json").write_text(json.dumps({"train": list(cases), "dev_test": ["x"]}))
+    yardstick.make_raw(tmp_path, tmp_path / "raw", name, "2")
+    assert {file.name[0] for file in (tmp_path / "raw" / "imagesUn").iterdir()} == set(unlabelled)
+
+
+def test_the_yardsticks_variants_share_the_baselines(tool, tmp_path):
+    yardstick, _ = tool("yardstick")
+    values = {"step_ms": 1.0, "seconds": 1, "dice": 0.5, "hd95_mm": 1.0, "dice_of_classes": "", "dice_of_cases": ""}
+    made = {"settings": "", "date": "", "commit": "", **values}
+    plain, other = (
+        yardstick.Result("la_small", "4", trainer, "default", 0, 2000, **made)
+        for trainer in ("SupervisedTrainer", "BCPTrainer")
+    )
+    for row in (plain, other):
+        yardstick.append(tmp_path / "runs.csv", row)
+    found = yardstick.known_results(tmp_path / "runs.csv")
+    assert [(r.set, r.trainer) for r in found] == [
+        ("la_small", "SupervisedTrainer"), ("la_small", "BCPTrainer"), ("la_foreign", "SupervisedTrainer")
+    ]  # fmt: skip
+    assert yardstick.read_results(tmp_path / "runs.csv") == [plain, other]
+
+
 def test_the_yardstick_names_a_label_that_is_not_there(tool, tmp_path):
     yardstick, _ = tool("yardstick")
-    a_set(tmp_path / "set", ".nii.gz")
-    (tmp_path / "set" / "labels" / "d.nii.gz").unlink()
+    a_set(tmp_path / "hippocampus", ".nii.gz")
+    (tmp_path / "hippocampus" / "labels" / "d.nii.gz").unlink()
     with pytest.raises(SystemExit, match="has no d.nii.gz"):
-        yardstick.make_raw(tmp_path / "set", tmp_path / "raw", yardstick.SETS["hippocampus"], "all")
+        yardstick.make_raw(tmp_path, tmp_path / "raw", "hippocampus", "all")
     assert not (tmp_path / "raw").exists()
 
 

@@ -14,6 +14,9 @@ network. A training is nnU-Net's command on fold `all`, in one thread. The last 
 mirroring. An interrupted training continues. A finished one is not repeated, even if the code has changed since: to
 measure new code, give a --name. The text encoder is untrained (`tower_config`), so no number here says what text adds.
 
+Some sets are made of others: `la_foreign` (half of the unlabelled images are those of acdc_small), `acdc_10` and
+`acdc_30` (so many unlabelled volumes), and `busi_shuffled` (each case has the text of another).
+
 A step's time is processor time, so other work on the machine counts little. With --equal-time, labelled only is trained
 for as many seconds as the method: its iterations are multiplied by the ratio of the step times. This ratio is rounded
 to a multiple of 0.5, so that several methods share a run.
@@ -58,6 +61,10 @@ class RealSet:
         channel: the name of the channel. nnU-Net chooses the normalisation by it.
         spacing: the spacing of `3d_fullres`, in mm. None: that of the data.
         iterations: the iterations of a training, unless --iterations gives another number.
+        source: the set whose folder has the cases, if it is not this one.
+        shuffled: whether each case has the text of another case.
+        unlabelled: the number of unlabelled cases. None: all.
+        foreign: a set whose images take the place of half of the unlabelled cases.
     """
 
     number: int
@@ -71,6 +78,10 @@ class RealSet:
     spacing: float | None = None
     ending: str = ".nii.gz"
     iterations: int = 2000
+    source: str | None = None
+    shuffled: bool = False
+    unlabelled: int | None = None
+    foreign: str | None = None
 
     def count(self, labels: str) -> str:
         """Convert `few`, `some`, `all` or a number to a number or `all`."""
@@ -88,10 +99,13 @@ SETS = {
     ),
     "la_small": RealSet(6, 4, 8, ("left atrium",), "MRI", "3d_fullres", (24, 40, 48), 2, 2.5),
     "busi_small": RealSet(9, 24, 24, ("tumour",), "ultrasound", "2d", (128, 128), 12, ending=".png"),
-    "busi_shuffled": RealSet(5, 24, 24, ("tumour",), "ultrasound", "2d", (128, 128), 12, ending=".png"),
 }  # fmt: skip
-SHUFFLED = {"busi_shuffled": "busi_small"}
-"""sets in which each case has the text of another, and whose cases they are"""
+SETS |= {
+    "busi_shuffled": replace(SETS["busi_small"], number=5, source="busi_small", shuffled=True),
+    "la_foreign": replace(SETS["la_small"], number=4, source="la_small", foreign="acdc_small"),
+    "acdc_10": replace(SETS["acdc_small"], number=3, source="acdc_small", unlabelled=10),
+    "acdc_30": replace(SETS["acdc_small"], number=2, source="acdc_small", unlabelled=30),
+}
 
 
 @dataclass(frozen=True)
@@ -169,23 +183,31 @@ def shuffle(texts: dict[str, str]) -> dict[str, str]:
     return {case: texts[other] for case, other in zip(cases, [*cases[1:], cases[0]], strict=True)}
 
 
-def make_raw(source: Path, raw: Path, about: RealSet, labels: str, shuffled: bool = False) -> None:
+def split(folder: Path) -> tuple[list[str], list[str]]:
+    """The cases for training and for `dev_test` of a folder with `protocol.json`."""
+    protocol = json.loads((folder / "protocol.json").read_bytes())
+    listed = protocol.get("train") or [*protocol["labelled"], *protocol["unlabelled"]]
+    return [case for case in listed if case not in protocol["dev_test"]], protocol["dev_test"]
+
+
+def make_raw(data: Path, raw: Path, name: str, labels: str) -> None:
     """Copy one set into nnU-Net's layout: the first labelled cases, the other images, and `dev_test`.
 
     Args:
-        source: the folder with `images`, `labels` and `protocol.json`.
+        data: the folder with a folder for each set: `images`, `labels` and `protocol.json`.
         raw: the folder to make.
         labels: the number of training cases that keep their label, or `all`.
-        shuffled: see `shuffle`.
     """
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
-    protocol = json.loads((source / "protocol.json").read_bytes())
-    test = protocol["dev_test"]
-    listed = protocol.get("train") or [*protocol["labelled"], *protocol["unlabelled"]]
-    training = [case for case in listed if case not in test]
+    about = SETS[name]
+    source = data / (about.source or name)
+    training, test = split(source)
     labelled = training if labels == ALL else training[: int(labels)]
-    parts = {"Tr": labelled, "Un": [case for case in training if case not in labelled], "Ts": test}
+    unlabelled = [case for case in training if case not in labelled][: about.unlabelled]
+    others = split(data / about.foreign)[0][: len(unlabelled) // 2] if about.foreign else []
+    unlabelled = unlabelled[: len(unlabelled) - len(others)]
+    parts = {"Tr": labelled, "Un": unlabelled, "Ts": test}
     missing = [c for c in (*labelled, *test) if not (source / "labels" / f"{c}{about.ending}").is_file()]
     if missing:
         sys.exit(f"error: {source / 'labels'}: has no {missing[0]}{about.ending}: choose fewer --labels")
@@ -197,10 +219,13 @@ def make_raw(source: Path, raw: Path, about: RealSet, labels: str, shuffled: boo
             (raw / f"{kind}{part}").mkdir(parents=True)
             for case in cases:
                 shutil.copyfile(source / kind / f"{case}{ending}", raw / f"{kind}{part}" / f"{case}{ending}")
+    for case in others:
+        file = f"{case}_0000{about.ending}"
+        shutil.copyfile(data / str(about.foreign) / "images" / file, raw / "imagesUn" / file)
     if (source / "texts.json").exists():
         texts = json.loads((source / "texts.json").read_bytes())
         texts = {case: texts[case] for case in training if case in texts}
-        (raw / "texts.json").write_text(json.dumps(shuffle(texts) if shuffled else texts))
+        (raw / "texts.json").write_text(json.dumps(shuffle(texts) if about.shuffled else texts))
     generate_dataset_json(str(raw), {0: about.channel}, about.label_map, len(labelled), about.ending)
 
 
@@ -241,7 +266,7 @@ def prepare(data: Path, work: Path, name: str, labels: str) -> None:
     if dataset != few:
         prepare(data, work, name, str(about.few))
     print(f"preparing {dataset}", flush=True)
-    make_raw(data / SHUFFLED.get(name, name), work / "raw" / dataset, about, labels, name in SHUFFLED)
+    make_raw(data, work / "raw" / dataset, name, labels)
     number, log = dataset[7:10], work / "logs" / f"prepare_{dataset}.txt"
     one = ["-d", number, "-c", about.configuration, "-np", "1"]
     spacing = ["-overwrite_target_spacing", *[str(about.spacing)] * 3] if about.spacing else []
@@ -333,7 +358,7 @@ def do(args: argparse.Namespace, run: Run, commit: str) -> None:
     work, about, settings = args.work, SETS[run.set], " ".join(sorted(args.set))
     try:
         with FileLock(work / "locks" / f"{run.name}.lock", blocking=False):
-            if there := next((r for r in read_results(args.csv) if r.run == run), None):
+            if there := next((r for r in known_results(args.csv) if r.run == run), None):
                 if there.settings != settings:
                     raise RuntimeError(f"was made with other settings ({there.settings}): choose another --name")
                 if there.commit != commit:
@@ -441,13 +466,20 @@ def scores_of(rows: Sequence[dict]) -> dict:
 
 
 def read_results(file: Path) -> list[Result]:
-    """Read the results of all runs so far."""
+    """Read the results in a file. Without a file there are none."""
     if not file.exists():
         return []
     kinds = {"str": str, "int": int, "float": float}
     with open(file, encoding="utf-8", newline="") as text:
         rows = list(csv.DictReader(text))
     return [Result(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(Result)}) for row in rows]
+
+
+def known_results(file: Path) -> list[Result]:
+    """The results in a file. The baselines of a set count for the sets that are made of it, too: they see the same."""
+    results = read_results(file)
+    plain = [r for r in results if r.is_plain]
+    return [*results, *(replace(r, set=name) for name, about in SETS.items() for r in plain if about.source == r.set)]
 
 
 def append(file: Path, result: Result) -> None:
@@ -642,7 +674,7 @@ def main() -> None:
         failed = measure(args)
     elif args.data or args.work:
         sys.exit("error: give both --data and --work, or neither to print the tables")
-    print_tables(read_results(args.csv), args.sets)
+    print_tables(known_results(args.csv), args.sets)
     if failed:
         sys.exit(f"error: {failed} runs failed, see above")
 
@@ -674,7 +706,7 @@ def measure(args: argparse.Namespace) -> int:
     failed = do_all(args.jobs, asked, lambda run: do(args, run, commit))
     if args.equal_time:
         plain = argparse.Namespace(**{**vars(args), "set": [], "given": {}})
-        longer = equal_time_runs(read_results(args.csv), asked)
+        longer = equal_time_runs(known_results(args.csv), asked)
         failed += do_all(args.jobs, longer, lambda run: do(plain, run, commit))
     return failed
 
