@@ -63,7 +63,7 @@ def _number(info: Path, phase: str) -> int:
         parser.read_string("[info]\n" + info.read_text(encoding="utf-8"))
         return parser.getint("info", phase)
     except (configparser.Error, ValueError):
-        raise UserError(f"{info}: no line `{phase}: NUMBER`: download it again") from None
+        raise UserError(f"{info}: has no line `{phase}: NUMBER`: download it again") from None
 
 
 convert = partial(convert_dataset, find_cases)

@@ -82,7 +82,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--task", choices=TASKS, default="whole_tumor",
-        help="whole_tumor: only FLAIR and one class, as in the literature; regions: four channels, nnU-Net's regions;"
+        help="whole_tumor: only FLAIR and one class, as in the literature; regions: all four channels, and"
+            " classes that overlap (nnU-Net's regions);"
         " default: %(default)s",
     )  # fmt: skip
 

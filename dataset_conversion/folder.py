@@ -94,7 +94,10 @@ def find_cases(
         raise UserError(f"{error} (files of types that cannot be read: {unread})" if unread else str(error)) from None
     if not layout.images:
         if unread:
-            raise UserError(f"{folder}: no image that can be read ({', '.join(VOLUMES[:3])}, ...): there are {unread}")
+            raise UserError(
+                f"{folder}: has no image that can be read ({', '.join(VOLUMES[:3])}, ...): convert these files:"
+                f" {unread}"
+            )
         return Source(ABOUT, {}, ())
     for case in [case for case in layout.labels if layout.parts.get(case) == "unlabeled"]:
         layout.left_out |= dict.fromkeys(
@@ -175,7 +178,7 @@ def _is_label(path: str) -> bool:
 
 def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -> None:
     if labels and set(labels) == {"ignore"}:
-        raise UserError("--labels ignore: there is no class except the ignored one: name one")
+        raise UserError("--labels ignore: this names no class, only the ignored voxels: name a class, too")
     for option, names in (("--labels", ["background", *(labels or ())]), ("--channels", channels or ())):
         for name in names:
             if not name.strip():
@@ -203,7 +206,7 @@ def _draw_test(
 ) -> list[list[str]]:
     train, val, test = lists
     if test:
-        raise UserError(f"--test {share:g}: there is a test set of {len(test)} cases already: leave it out")
+        raise UserError(f"--test {share:g}: the source has a test set of {len(test)} cases already: leave out --test")
     of = {case: patients.get(case, case) for case in train}
     _, drawn = seeded_split({of[case] for case in train if case in labels}, share)
     kept = [case for case in train if of[case] not in drawn]
@@ -214,7 +217,7 @@ def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
     fix = 'write {"train": [case, ...], "val": [...], "test": [...]}'
     lists = read_json(file, fix)
     if unknown := sorted(lists.keys() - {"train", "val", "test"}):
-        raise UserError(f'{file}: "{unknown[0]}" is not a part: {fix}')
+        raise UserError(f'{file}: "{unknown[0]}" is not the name of a part: {fix}')
     check(lists, {"train": list[str], "val?": list[str], "test?": list[str]}, file, fix)
     for part, names in lists.items():
         for name in names:
@@ -233,17 +236,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME",
-        help="names of the label values 1, 2, ...; if each class has its own mask or DICOM label, the names of those to"
-        " take; default: as dataset.json or the files say",
+        help="names of the classes with the values 1, 2, ... in the labels. If each class has its own mask or DICOM"
+        " label: names of the ones to take. default: the names in dataset.json or in the files",
     )  # fmt: skip
     parser.add_argument(
         "--label-values", nargs="+", metavar="VAL=NAME",
-        help="what other values in the labels mean: 205=kidney 420=tumour 0,1=background, or a colour 255/0/0=kidney",
+        help="classes of label values other than 1, 2, ...: 205=kidney 420=tumour 0,1=background, or of a colour:"
+        " 255/0/0=kidney",
     )  # fmt: skip
     parser.add_argument(
         "--channels", nargs="+", metavar="NAME",
-        help="names of the channels, in order: the words that stand for them in the names of files, folders or DICOM"
-        " series. Call a CT channel CT. default: found in the names",
+        help="names of the channels, in order. Each is a word that the names of files, folders or DICOM series have"
+        " for this channel. Call a CT channel CT. default: the words in these names",
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="name of the new dataset; default: %(default)s")
     parser.add_argument(
@@ -254,7 +258,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--test",
         type=_share,
         metavar="SHARE",
-        help="share of the labelled cases that is drawn for testing, such as 0.2",
+        help="share of the labelled cases that are drawn at random for testing, such as 0.2",
     )
     parser.add_argument(
         "--group-by", metavar="WHAT",
@@ -269,12 +273,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--nan",
         type=_nan,
         metavar="VALUE",
-        help="replace NaN and infinity: fill takes the smallest value of the image; or give a number",
+        help="what replaces NaN and infinity: a number, or fill for the smallest value of the image",
     )
     parser.add_argument(
         "--reorient",
         action="store_true",
-        help="if the axes are not at right angles, replace them by the nearest axes that are",
+        help="if the axes of an image are not at right angles, replace them by the nearest axes at right angles",
     )
 
 

@@ -78,7 +78,8 @@ def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Seq
     about = describe(known, labels)
     if not about.labels:
         raise UserError(
-            f"{folder}: case names like {next(iter(files))} belong to no known data set: give --labels NAME ..."
+            f"{folder}: case names like {next(iter(files))} belong to no known data set: name the classes with"
+            f" --labels NAME ..."
         )
     spacing = tuple(spacing or (known.spacing if known else ()))
     if len(spacing) not in (1, 3):
@@ -104,7 +105,8 @@ def find_known(files: Mapping[str, Path]) -> Known | None:
         if len(odd) < len(files) / 2:
             more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
             raise UserError(
-                f"{odd[0]}{more}: not named like a case of {known.about.name}, as the other files are: remove it"
+                f"{odd[0]}{more}: its name is not like those of the other files, which are of"
+                f" {known.about.name}: remove it"
             )
     return None
 
@@ -145,14 +147,17 @@ def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
     """
     with h5py.File(path) as file:
         if key not in file:
-            raise UserError(f"{path}: has no dataset `{key}`")
+            raise UserError(f"{path}: has no dataset `{key}`: download the file again, or remove it")
         stored = None if isinstance(file.get(key, getlink=True), h5py.ExternalLink) else file[key]
         if not isinstance(stored, h5py.Dataset) or stored.file != file or stored.external or stored.is_virtual:
-            raise UserError(f"{path}: `{key}` is no array, or lies in another file: do not trust it")
+            raise UserError(
+                f"{path}: `{key}` is no array, or is read from another file, which may be an attack: do not use"
+                f" this file"
+            )
         memory = total_memory()
         if memory and stored.nbytes > memory:
             claim = f"claims {stored.nbytes / 2**30:.0f} GiB, but this machine has {memory / 2**30:.0f}"
-            raise UserError(f"{path}: `{key}` {claim}: do not trust it, or crop it elsewhere")
+            raise UserError(f"{path}: `{key}` {claim}: do not use this file, or crop the array on a larger machine")
         voxels = stored[()]
     image = sitk.GetImageFromArray(voxels.T)  # x y z to z y x
     image.SetSpacing([float(s) for s in spacing] * (voxels.ndim // len(spacing)))
@@ -175,10 +180,17 @@ def _case(path: Path) -> str:
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
-        "--spacing", type=float, nargs="+", metavar="MM", help="voxel spacing x y z in mm; default: that of a known set"
+        "--spacing",
+        type=float,
+        nargs="+",
+        metavar="MM",
+        help="voxel spacing x y z in mm; default: the spacing of a known data set",
     )
     parser.add_argument(
-        "--labels", nargs="+", metavar="NAME", help="names of the label values 1, 2, ...; default: those of a known set"
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="names of the label values 1, 2, ...; default: the names for a known data set",
     )
 
 

@@ -81,7 +81,8 @@ def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
     chosen, note = choose_orientation(units, given)
     if chosen is None:
         raise UserError(
-            f"{path}: lies on no soft tissue of {scan} in either orientation ({note}): give the label of this scan"
+            f"{path}: this label does not lie on soft tissue of {scan} in either orientation ({note}): use the"
+            f" label that belongs to this scan"
         )
     aligned = sitk.GetImageFromArray(np.ascontiguousarray(chosen))
     aligned.CopyInformation(image)

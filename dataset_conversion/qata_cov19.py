@@ -97,7 +97,7 @@ def read_texts(folder: Path) -> dict[str, str]:
         table = pandas.read_excel(file, dtype=str)
         table.columns = [str(column).strip() for column in table.columns]
         if missing := {"Image", "Description"} - set(table.columns):
-            raise UserError(f"{file}: no column {' and '.join(sorted(missing))}: give the table of LViT")
+            raise UserError(f"{file}: no column {' and '.join(sorted(missing))}: use the table that LViT publishes")
         table = table.dropna(subset=["Image", "Description"])
         pairs = zip(table["Image"], table["Description"], strict=True)
         texts |= {_key(image.strip()): text.strip() for image, text in pairs}

@@ -18,17 +18,19 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
 RATIO, HARMLESS = 100, 1 << 30
-"""an archive may unpack to this many times its size, or to this many bytes; normal images and labels need less"""
+"""An archive may unpack to this many times its own size, and to this many bytes in any case. Normal images and labels
+need less."""
 
 
 @contextlib.contextmanager
 def unpacked(archive: Path, parent: Path, purpose: str, max_size: float | None = None) -> Iterator[Path]:
-    """A folder in `parent` with the content of the archive. It exists during the block.
+    """A folder in `parent` with the content of the archive. It exists only during the `with` block.
 
-    Its name depends on archive and purpose only. So if this run is killed, the next one finds and removes it.
+    Its name depends only on the archive and the purpose. So if this process is killed, the next one finds the folder
+    and removes it.
 
     Args:
-        max_size: the largest allowed size of the whole content, in bytes. None: `RATIO` times the archive's size.
+        max_size: the largest allowed size of the whole content, in bytes. None: `RATIO` times the size of the archive.
     """
     folder = parent / f".unpacked_{purpose}_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -63,7 +65,10 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
                     size += member.size
                     _refuse_large(size, archive, folder, max_size)
                     if not (member.isfile() or member.isdir()):
-                        raise UserError(f"{archive}: {member.name} is a link or a device: do not trust it")
+                        raise UserError(
+                            f"{archive}: {member.name} is a link or a device, which may be an attack: do not use"
+                            f" this archive"
+                        )
                 # an attribute: the argument is new in Python 3.11.4 (3.10.12); older ones have the checks above only
                 file.extraction_filter = getattr(tarfile, "data_filter", None)
                 file.extractall(folder)
@@ -76,11 +81,13 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
 def _refuse_outside(name: str, archive: Path) -> None:
     path = PureWindowsPath(name)  # it understands both kinds of slashes
     if path.anchor or ".." in path.parts:
-        raise UserError(f"{archive}: {name} would be unpacked outside its folder: do not trust it")
+        raise UserError(
+            f"{archive}: {name} would be unpacked outside its folder, which may be an attack: do not use this archive"
+        )
 
 
 def _refuse_large(size: int, archive: Path, folder: Path, max_size: float | None) -> None:
-    """Check the sizes that the members claim. The modules never unpack more than that."""
+    """Refuse an archive if its files, by the sizes that it states, are too large. No more is ever unpacked."""
     packed, free = archive.stat().st_size, shutil.disk_usage(folder).free
     limit = max(RATIO * packed, HARMLESS) if max_size is None else max_size
     if size > limit:
@@ -91,5 +98,5 @@ def _refuse_large(size: int, archive: Path, folder: Path, max_size: float | None
     if size > free:
         raise UserError(
             f"{archive}: unpacks to {size / 1e9:.1f} GB or more, and {folder.parent} has {free / 1e9:.1f} GB free: make"
-            " room there, or unpack it elsewhere and give the folder"
+            " room there, or unpack it elsewhere and give that folder with -i"
         )

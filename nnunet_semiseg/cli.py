@@ -31,7 +31,10 @@ WIDTH = 78
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. What the user can fix comes as `error: ` lines on stderr and exit status 1."""
+    """Run one subcommand.
+
+    An error that the user can fix is printed as `error: ` lines on stderr, and the exit status is 1.
+    """
     parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
         import argcomplete  # an optional extra
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> ArgumentParser:
-    """The parser of all commands, with their help."""
+    """Make the parser of all commands, with their help."""
     parser = CompletingParser(
         "nnunet_semiseg",
         description="Semi-supervised and text-guided training with nnU-Net v2.",
@@ -106,7 +109,7 @@ def _summary(command: Command) -> str:
 
 
 def _with_folder(words: Sequence[str]) -> list[str]:
-    """`convert -i FOLDER ...` is meant as `convert folder -i FOLDER ...`."""
+    """Turn `convert -i FOLDER ...` into `convert folder -i FOLDER ...`, which is what the user means."""
     words = list(words)
     if (
         words[:1] == ["convert"]

@@ -93,13 +93,13 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
-    """Gaussian noise with a correlation length of sigma voxels and unit variance."""
+    """Gaussian noise with unit variance and a correlation length of sigma voxels."""
     noise = gaussian_filter(rng.standard_normal(SHAPE), sigma, mode="wrap")
     return noise / noise.std()
 
 
 def _superellipsoid(points: np.ndarray, center, radii, rotation: Rotation, power: float) -> np.ndarray:
-    """Which points (3, *S) lie inside: sum |x / r|^power < 1, x in the rotated frame."""
+    """Whether each point (3, *S) lies inside a superellipsoid: sum |x / r|^power < 1, with x in the rotated frame."""
     x = np.tensordot(rotation.inv().as_matrix(), points - np.reshape(center, (3, 1, 1, 1)), 1)
     return (np.abs(x / np.reshape(radii, (3, 1, 1, 1))) ** power).sum(0) < 1
 
@@ -109,7 +109,7 @@ def _tilt(rng: np.random.Generator, radians: float) -> Rotation:
 
 
 def write_dataset(folder: Path, labeled: int, unlabeled: int, test: int, seed: int = 0) -> None:
-    """Write a raw data set of nnU-Net's with `imagesUn`. The labels of unlabelled cases are not written anywhere."""
+    """Write a raw data set for nnU-Net with `imagesUn`. The labels of unlabelled cases are not written anywhere."""
     subsets = {"Tr": labeled, "Un": unlabeled, "Ts": test}
     for subset, count in subsets.items():
         for i in range(count):
@@ -150,7 +150,7 @@ def run_demo(
 
     Args:
         output: a new folder. Default: `nnunet_semiseg_demo`.
-        device: as nnU-Net's `-device`.
+        device: the value for nnU-Net's option `-device`.
         cases: the numbers of labelled, unlabelled and test cases.
         num_epochs, num_iterations_per_epoch: the length of each of the two trainings.
 
@@ -205,7 +205,7 @@ def run_demo(
 
 
 class Console:
-    """Print lines with the time since the start."""
+    """Prints lines with the time since the start."""
 
     def __init__(self):
         self.start = time.perf_counter()
@@ -216,7 +216,7 @@ class Console:
 
 
 class Runner:
-    """Run commands. Their output goes to a file, and the console shows the epochs."""
+    """Runs commands. Their output goes to a file, and the console shows the epochs."""
 
     def __init__(self, console: Console, logs: Path, env: dict[str, str]):
         self.console, self.logs = console, logs
@@ -229,7 +229,7 @@ class Runner:
         self.console.say(f"$ {shlex.join(command)}")
         executable = shutil.which(command[0], path=self.env["PATH"])
         if executable is None:
-            raise UserError(f"{command[0]}: no such command; install with `pip install nnunet-semiseg`")
+            raise UserError(f"{command[0]}: no such command: install it with `pip install nnunet-semiseg`")
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         pipes |= {"encoding": "utf-8", "errors": "replace"}
         with (
@@ -244,14 +244,14 @@ class Runner:
                     self.console.say(f"    {end[1]} left of this training")
         if process.returncode:
             print("".join(f"    | {line}\n" for line in log.read_text(encoding="utf-8").splitlines()[-15:]))
-            raise UserError(f"{command[0]} failed with exit status {process.returncode}; its output is in {log}")
+            raise UserError(f"{command[0]} failed with exit status {process.returncode}: read its output in {log}")
 
 
 # ---------------------------------------------------------------------------------------------------- the results
 
 
 def evaluate(predictions: Path, references: Path, csv_file: Path) -> list[dict]:
-    """Compute the metrics of every trainer, case and organ. They are returned as rows, and written to a file."""
+    """Compute the metrics of every trainer, case and organ. Returns them as rows, and writes them to a file."""
     from nnunet_semiseg.evaluation.metrics import evaluate_folder  # MONAI takes seconds to import
 
     rows = [
@@ -267,7 +267,7 @@ def evaluate(predictions: Path, references: Path, csv_file: Path) -> list[dict]:
 
 
 def format_table(rows: list[dict]) -> str:
-    """A table of means over the cases, for each organ and over the organs: both trainers, and the difference."""
+    """A table of means over the cases, for each organ and for all organs: each trainer, and their difference."""
     organs = [name for name in LABELS if LABELS[name]]
     headings = (*TRAINERS, "difference")
 

@@ -9,7 +9,7 @@ from nnunet_semiseg.errors import UserError
 
 DEVICES = ("cuda", "cpu", "mps")
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""on Linux, one of these exists if there is a GPU: of NVIDIA, of AMD, or in Windows' Linux"""
+"""On Linux, one of these files exists if there is a GPU of NVIDIA, a GPU of AMD, or Linux runs within Windows."""
 
 
 def check_device(device: str) -> None:
@@ -21,18 +21,21 @@ def check_device(device: str) -> None:
     if device == "cuda" and not torch.cuda.device_count():
         raise UserError("-device cuda: there is no GPU: use -device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("-device mps: only on a Mac with Apple silicon: use -device cpu")
+        raise UserError("-device mps: this exists only on a Mac with Apple silicon: use -device cpu")
 
 
 def may_have_gpu() -> bool:
-    """False if this computer certainly has no GPU for `-device cuda`. It imports no torch, which takes seconds."""
+    """False if this computer certainly has no GPU for `-device cuda`.
+
+    It does not import torch, which would take seconds.
+    """
     if torch := sys.modules.get("torch"):
         return torch.cuda.device_count() > 0
     return sys.platform != "linux" or any(Path(file).exists() for file in GPU_FILES)
 
 
 def device_option(given: str | None = None) -> str:
-    """The option for the end of a command that we propose: ` -device cpu`, or nothing if the default, cuda, is right.
+    """The end of a command that we propose: ` -device cpu`, or nothing if the default, cuda, is right.
 
     Args:
         given: the device that the user named for the present command, if any.

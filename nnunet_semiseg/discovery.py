@@ -20,10 +20,10 @@ BASE_CLASSES = {"trainers": "nnUNetTrainer", "planners": "ExperimentPlanner"}
 
 
 def find_class(package: str, name: str) -> type | None:
-    """The class ``name`` from ``nnunet_semiseg.<package>``, or None.
+    """Find the class ``name`` in ``nnunet_semiseg.<package>``. None if there is none.
 
-    It searches the sources and imports only the module that defines the class. So a package that another method needs
-    may be missing. If the module itself needs a missing package, its ImportError goes to the caller.
+    It reads the source files, and imports only the module that defines the class. So a package that only another method
+    needs may be missing. If the module itself needs a missing package, the caller gets the ImportError.
     """
     definition = re.compile(rf"^class {re.escape(name)}\s*[(:]", re.MULTILINE)
     for module, file in _modules(package):
@@ -33,7 +33,7 @@ def find_class(package: str, name: str) -> type | None:
 
 
 def iter_classes(package: str) -> Iterator[type]:
-    """Every public trainer or planner. A module whose dependency is not installed is left out."""
+    """Yield every public trainer or planner. A module that needs a missing package is left out."""
     for module, _ in _modules(package):
         try:
             namespace = vars(importlib.import_module(module))
@@ -48,10 +48,10 @@ def iter_classes(package: str) -> Iterator[type]:
 
 
 def find_trainer(name: str) -> type:
-    """A trainer of this package, of nnU-Net, or of the user.
+    """Find a trainer of this package, of nnU-Net, or of the user.
 
     Raises:
-        UserError: nnU-Net does not find it. The message lists similar names.
+        UserError: there is no such trainer. The message lists similar names.
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -75,12 +75,12 @@ def module_names(package: str) -> list[str]:
 
 
 def sources(package: str) -> list[Path]:
-    """The files of these modules."""
+    """The paths of the modules of ``nnunet_semiseg.<package>``."""
     return sorted(file for _, file in _modules(package))
 
 
 def load_module(package: str, name: str) -> ModuleType:
-    """Import one of `module_names`. Its errors are not caught."""
+    """Import a module by a name from `module_names`. Its errors are not caught."""
     return importlib.import_module(f"nnunet_semiseg.{package}.{name}")
 
 
@@ -90,7 +90,7 @@ def ext_folder() -> str:
 
 
 def export_line() -> str:
-    """The shell command that adds our folder to the variable, after the folders that are in it."""
+    """The shell command that adds our folder to the variable `nnUNet_extTrainer`, after the folders that are in it."""
     folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f]
     if ext_folder() not in folders:
         folders.append(ext_folder())

@@ -7,15 +7,18 @@ from types import TracebackType
 
 
 class UserError(ValueError):
-    """Something the user can fix. One line for each problem: which file, what is wrong, how to fix it."""
+    """An error that the user can fix. It has one line for each problem: which file, what is wrong, how to fix it."""
 
 
 MOST_LINES = 30
-"""at most this number of lines is printed for one error: if 500 images have the same fault, the first lines show it"""
+"""At most this number of lines is printed for one error. If 500 images have the same fault, the first lines show it."""
 
 
 def report(error: Exception) -> None:
-    """Print the lines of an error to stderr. Of very many: the first ones, how many follow, and the last one."""
+    """Print the lines of an error to stderr.
+
+    If there are very many: the first ones, how many are left out, and the last one.
+    """
     *lines, last = str(error).splitlines() or [""]
     if left := max(0, len(lines) + 1 - MOST_LINES):
         lines = [*lines[: MOST_LINES - 2], f"... and {left + 1} more like these"]

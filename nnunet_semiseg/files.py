@@ -1,4 +1,4 @@
-"""nnU-Net's folders; reading files with clear errors and writing them completely; locks against a second process."""
+"""Find nnU-Net's folders, read files with clear errors, write them completely or not at all, and lock them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunet_semiseg.errors import UserError
 
 SETTINGS, LOCK = "settings.json", "training.lock"
-"""files in a training's folder: the settings it was started with; the lock of the process that trains or validates"""
+"""Files in the folder of a training: the settings it was started with, and the lock of the process that trains or
+validates."""
 
 
 def dataset_folder(variable: str, dataset: int | str) -> Path:
@@ -91,7 +92,7 @@ def read_json(file: Path, fix: str, kind: type = dict) -> Any:
     """Read a JSON file that holds an object or, with `kind=list`, a list.
 
     Raises:
-        UserError: the file is missing, not JSON, not in UTF-8, of another kind, or has a key twice.
+        UserError: the file is missing, is not JSON or not in UTF-8, holds something else, or has a key twice.
     """
     try:
         # as bytes: then it is UTF-8 with every locale (reading DICOM changes the locale)
@@ -110,7 +111,7 @@ def read_json(file: Path, fix: str, kind: type = dict) -> Any:
 
 
 def _utf8(content: bytes) -> str:
-    """Refuse what editors on Windows may put before a text. nnU-Net refuses it, too, but here the error says why."""
+    """Refuse a mark that editors on Windows may put before a text. nnU-Net refuses it, too, but this error says why."""
     if content.startswith(codecs.BOM_UTF8):
         raise ValueError("it begins with a byte order mark: save it as UTF-8 without BOM")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -154,7 +155,7 @@ NOT_WRITABLE = {
     )
     if hasattr(errno, name)
 }
-"""error numbers of a disk that is full, read-only or missing"""
+"""The error numbers of the system that mean: the disk is full, read-only or missing."""
 
 
 class DiskError(UserError):
@@ -163,13 +164,13 @@ class DiskError(UserError):
 
 @contextmanager
 def disk_errors(place: Path | str) -> Iterator[None]:
-    """If a disk is full or read-only, say in one line which file could not be written, and why.
+    """Turn the error of a full or read-only disk into one line that names the file and the reason.
 
     Args:
-        place: this file or folder is named if the system does not name one.
+        place: a file or folder, which is named if the system names none.
 
     Raises:
-        DiskError: replaces the system's error. Other errors are not changed.
+        DiskError: replaces the error of the system. Other errors are not changed.
     """
     try:
         yield
@@ -184,14 +185,14 @@ def disk_errors(place: Path | str) -> Iterator[None]:
 
 
 def disk_error(place: Path | str, cause: str) -> DiskError:
-    """The error of a file that could not be written."""
+    """Make the error for a file that could not be written."""
     fix = "make room or use another disk, then run the command again"
     return DiskError(f"{place}: cannot be written ({cause}): {fix}")
 
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Give a temporary name to write to. At the end that file replaces `file`; if writing failed, it is removed.
+    """Give a temporary path to write to. At the end this file replaces `file`. If writing failed, it is removed.
 
     The temporary name is new each time, so that two processes do not write into the same file.
 
@@ -213,7 +214,7 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def put_back(file: Path) -> Iterator[None]:
-    """If the block fails, restore the file as it was. For code that does not write files completely."""
+    """Restore a file if the `with` block fails. It is for code that does not write files completely or not at all."""
     before = file.with_name(f"{file.name}.before.tmp")
     if file.is_file():
         with written_whole(before) as temporary:
@@ -233,12 +234,12 @@ def put_back(file: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- locks
 
 LEASE = 60.0
-"""seconds without a sign of life after which a process on another computer counts as dead"""
+"""If a process on another computer gives no sign of life for this number of seconds, it counts as dead."""
 
 
 READS, REWRITES = "uses these preprocessed cases", "rewrites these preprocessed cases"
 WAIT = 5.0
-"""seconds, for the short time in which another process starts to read"""
+"""How many seconds to wait while another process starts to read. That takes a short time."""
 
 
 class BusyError(UserError):
@@ -247,7 +248,7 @@ class BusyError(UserError):
 
 @contextmanager
 def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
-    """Do something that two processes must not do at the same time. The error of the second one names the first.
+    """Let only one process at a time run this `with` block. The error of the second process names the first one.
 
     The lock file has the computer's name and the number of the process. It is removed at the end. A dead process does
     not block for ever: on this computer it is noticed at once, on another one after `LEASE` seconds without a sign of
@@ -255,7 +256,7 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
 
     Args:
         lock: the lock file. Its folder must exist.
-        does: what the process does, with its object, for example "trains this model".
+        does: what the process does, for example "trains this model". The error of the second process says it.
         wait: how many seconds to wait for the other process.
 
     Raises:
@@ -274,10 +275,10 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Use preprocessed data while nobody rewrites it. Any number of processes may do so at the same time.
+    """Use preprocessed data while no process rewrites it. Any number of processes may use it at the same time.
 
-    Each has its own lock file beside the folder. It is made while `rewriting` is kept out. If no file can be written,
-    nobody can rewrite the data either, and there is no lock.
+    Each process has its own lock file beside the folder. It is made while `rewriting` is kept out. If no file can be
+    written, nobody can rewrite the data either, and there is no lock.
 
     Raises:
         BusyError: another process rewrites the data.
@@ -297,7 +298,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def rewriting(folder: Path) -> Iterator[None]:
-    """Change preprocessed data while nobody uses it; see `reading`.
+    """Change preprocessed data while no process uses it; see `reading`.
 
     Raises:
         BusyError: another process uses or rewrites the data.
@@ -334,7 +335,7 @@ def _name_of(lease: SoftFileLease) -> str:
 
 
 def _is_elsewhere(lease: SoftFileLease) -> bool:
-    """Whether the owner of the lock cannot be checked from here: on another computer, or in another container."""
+    """Whether the owner of the lock cannot be checked, because it runs on another computer or in another container."""
     return lease.owner is not None and lease.owner.hostname != gethostname()
 
 

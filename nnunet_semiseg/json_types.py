@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Bounds:
-    """The smallest and the largest value of a number, both allowed, as in `Annotated[int, Bounds(1)]`."""
+    """The smallest and the largest value of a number, as in `Annotated[int, Bounds(1)]`. Both values are allowed."""
 
     least: float
     most: float | None = None
@@ -42,7 +42,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """A type in plain words: `a list of whole numbers`."""
+    """Name a type in plain words, such as `a list of whole numbers`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return f"{in_words(args[0])} {args[1]}"

@@ -22,11 +22,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 PLANS = "nnUNetPlans"
-"""the name of nnU-Net's own plans, which are the default"""
+"""The name of nnU-Net's own plans, which are the default."""
 
 
 def option(*flags: str, help: str, default: Any = MISSING, **more) -> Any:
-    """A field of a dataclass that becomes an option of the command.
+    """Make a field of a dataclass that becomes an option of the command.
 
     Args:
         flags: what the user types, such as `--seeds`.
@@ -79,7 +79,7 @@ def _of_type(hint: Any, default: Any) -> dict[str, Any]:
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """A function that reads a whole number. It raises ArgumentTypeError for a number below `minimum`."""
+    """Make a function that reads a whole number. It raises ArgumentTypeError for a number below `minimum`."""
 
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
@@ -120,8 +120,8 @@ class ModelOptions:
     """The options that choose a model of a data set.
 
     Attributes:
-        dataset: number or name.
-        fold: a number, or `all`.
+        dataset: the number or the name of the dataset.
+        fold: the number of the fold, or `all`.
     """
 
     dataset: int | str = option("-d", metavar="ID", help="number or name of the dataset")
@@ -135,13 +135,19 @@ class PredictionOptions:
     """The options that say how a model predicts.
 
     Attributes:
-        mirroring: nnU-Net's test-time augmentation.
+        mirroring: whether predictions are averaged over mirrored images (nnU-Net's test-time augmentation).
     """
 
     device: Literal["cuda", "cpu", "mps"] = option(
-        "-device", help="where to compute: on a GPU or on the CPU", default="cuda"
+        "-device",
+        help="where to compute: on an NVIDIA GPU (cuda), on the CPU, or on an Apple GPU (mps)",
+        default="cuda",
     )
-    mirroring: bool = option("--disable_tta", help="predict without mirroring: faster, less exact", default=True)
+    mirroring: bool = option(
+        "--disable_tta",
+        help="predict without mirroring (test-time augmentation): this is faster, but less exact",
+        default=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +155,7 @@ class ExecutorOptions:
     """The options that say where the work is done.
 
     Attributes:
-        executor: `local`, or `slurm`: the work is done by jobs of the SLURM queue.
+        executor: `local`: this machine does the work. `slurm`: jobs of the SLURM queue do the work.
         slurm: options of these jobs, as `KEY=VALUE`; see docs/cluster.md.
     """
 

@@ -1,4 +1,4 @@
-"""Run jobs in processes. If one dies, this is noticed; if their parent dies, they end."""
+"""Run jobs in processes. The death of a process is noticed at once, and all processes end if their parent dies."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.quiet import hide_foreign_warnings, hide_reader_warnings
 
 DELAY = 10
-"""seconds until a bar appears"""
+"""The number of seconds until a progress bar appears."""
 
 
 def run_jobs(function: Callable, jobs: list[tuple], num_processes: int, what: str | None = None) -> Generator:
-    """Yield `function(*job)` of every job as soon as it is done. Close the iterator to cancel jobs that wait.
+    """Yield the result of `function(*job)` for every job as soon as it is done.
+
+    Close the iterator to cancel jobs that wait.
 
     Args:
         num_processes: with 0 this process does the work.
-        what: what the jobs work on. On a terminal, a bar with this name appears if they take more than 10 seconds.
+        what: the name of the progress bar. It appears on a terminal if the jobs take more than 10 seconds.
 
     Raises:
         BrokenProcessPool: the system killed a worker (multiprocessing.Pool would wait for ever).
@@ -52,7 +54,7 @@ def _run(function: Callable, jobs: list[tuple], num_processes: int) -> Generator
 
 @contextmanager
 def killed_workers(place: Path | str) -> Iterator[None]:
-    """Say in one line that the system killed a worker.
+    """Turn the error of a killed worker into one line for the user.
 
     Args:
         place: what the workers worked on.
@@ -76,9 +78,9 @@ def _begin() -> None:
 
 
 def end_with_parent() -> None:
-    """Called in a process of multiprocessing's: it ends this process when its parent is killed.
+    """End this process when its parent is killed. It is called in a process of multiprocessing.
 
-    Otherwise it would wait for ever, or write while the next run does. It may be called several times.
+    Otherwise the process would wait for ever, or write while the next run does. It may be called several times.
     """
     if (parent := multiprocessing.parent_process()) is not None:
         _watch(parent, os.getpid())

@@ -1,4 +1,4 @@
-"""Planning for semi-supervised training: with nnU-Net's planners, or with ours, which differ in one rule."""
+"""Planning for semi-supervised training, with nnU-Net's planners or with our own. Ours differ in one rule."""
 
 from __future__ import annotations
 
@@ -96,19 +96,21 @@ class CountUnlabeled(SemiSegPlans):
 class SemiSegMemory(SemiSegPlans):
     """Mixin for nnU-Net's planners. It makes patch and batch so small that all streams fit into memory at once.
 
-    The batch size in the plans is that of the labelled stream. All trainers use the same plans, so the numbers are
-    those of the method that needs most: TextSemiSegTrainer, plus a teacher, with one backward pass for a whole step.
+    The batch size in the plans is that of the labelled stream. All trainers use the same plans. So the estimate is for
+    the method that needs most memory: TextSemiSegTrainer, with a teacher and with one backward pass for a whole step.
     Trainers do not have to work like that: with nnU-Net's own patch they need about as much memory as nnU-Net.
     """
 
     num_decoders = 2
-    """number of decoders on one encoder"""
+    """The number of decoders on one encoder."""
     num_streams = 2
-    """the labelled samples and as many unlabelled ones, through the encoder and all decoders"""
+    """The number of streams that go through the encoder and all decoders: the labelled samples, and as many unlabelled
+    ones."""
     num_mixed_streams = 2
-    """mixes of these streams, through the encoder and one decoder, kept for the same backward pass"""
+    """The number of streams that are mixed from the other two. They go through the encoder and one decoder, and are
+    kept for the same backward pass."""
     has_teacher = True
-    """an EMA teacher predicts the unlabelled stream, without gradients"""
+    """Whether an EMA teacher predicts the unlabelled stream, without gradients."""
 
     def __init__(self, dataset_name_or_id: str | int, *, plans_name: str | None = None, **kwargs):
         super().__init__(dataset_name_or_id, plans_name=plans_name or self.default_plans_name, **kwargs)
@@ -123,10 +125,10 @@ class SemiSegMemory(SemiSegPlans):
         arch_kwargs: dict,
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """Estimate the memory at the peak, for one sample in each stream, in voxels of convolution outputs.
+        """Estimate the peak memory for one sample in each stream. The unit is a voxel of the output of a convolution.
 
-        This is nnU-Net's unit: it counts the outputs of the convolutions of encoder E and decoder D, which the backward
-        pass needs, and compares E + D with a reference. Here it is
+        nnU-Net uses this unit, too. It counts the outputs of all convolutions in the encoder (E) and in the decoder
+        (D), because the backward pass needs them. Then it compares E + D with a reference. Here the estimate is
 
             num_streams * (E + num_decoders * D) + num_mixed_streams * (E + D) + teacher.
 
@@ -161,8 +163,8 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
     """Run nnU-Net's fingerprint, planning and preprocessing for labelled cases; then preprocess the unlabelled ones.
 
     Raises:
-        UserError: what can be checked quickly is checked for all data sets before any work. Later errors are bad images
-            and labels, one line for each, and a full disk.
+        UserError: options, files or headers are wrong (this is checked for all data sets before any work); images or
+            labels are bad, one line for each; the disk is full.
     """
     planner_class = find_planner(request.planner)
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
@@ -250,7 +252,7 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
 
 
 def _refuse_while_used(plans_file: Path, configurations: Sequence[str]) -> None:
-    """Raises BusyError if a training uses data that will be rewritten. It is called before hours of work."""
+    """Raise BusyError if a training uses data that will be rewritten. It is called before hours of work begin."""
     if not plans_file.is_file():
         return
     plans = load_plans(plans_file, "delete it")["configurations"]
@@ -263,7 +265,7 @@ def _refuse_while_used(plans_file: Path, configurations: Sequence[str]) -> None:
 def _preprocess_labeled(
     dataset_id: int, plans: dict, configuration: str, num_processes: int, verbose: bool, show_progress_bar: bool
 ) -> None:
-    """nnU-Net's preprocessing of one configuration. If it fails, no folder with only some of the cases is left."""
+    """Run nnU-Net's preprocessing of one configuration. If it fails, no folder with only some of the cases is left."""
     preprocessed = dataset_folder("nnUNet_preprocessed", dataset_id)
     folder = preprocessed / PlansManager(plans).get_configuration(configuration).data_identifier
     with rewriting(folder):
@@ -280,7 +282,7 @@ def _preprocess_labeled(
 
 @contextmanager
 def _in_one_line(place: Path) -> Iterator[None]:
-    """Report in one line what nnU-Net says about a full disk or a killed process."""
+    """Turn nnU-Net's error about a full disk or a killed process into one line."""
     try:
         yield
     except Exception as e:
@@ -292,7 +294,7 @@ def _in_one_line(place: Path) -> Iterator[None]:
 
 
 def find_planner(name: str) -> type[ExperimentPlanner]:
-    """Find a planner. Raises UserError, with similar names, if neither we nor nnU-Net have it."""
+    """Find a planner of ours or of nnU-Net. Raises UserError, with similar names, if there is none."""
     planner = find_class("planners", name) or recursive_find_python_class(
         str(Path(nnunetv2.__path__[0], "experiment_planning")), name, "nnunetv2.experiment_planning"
     )
@@ -307,10 +309,10 @@ def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
     """Read the plans with this name from a dataset's preprocessed data.
 
     Args:
-        option: the command's option that names plans.
+        option: the option of the command that names the plans, for the message.
 
     Raises:
-        UserError: there are none (the message lists those that exist), or the file is not JSON.
+        UserError: there are no such plans (the message lists the plans that exist), or the file is not JSON.
     """
     file = preprocessed / f"{name}.json"
     plan_first = f"plan first with {planning_command(preprocessed.name, name)}"
@@ -338,7 +340,7 @@ def write_settings(plans_file: Path, changes: dict) -> None:
     """Put settings into a plans file, for every trainer that uses it, and print what changes.
 
     Raises:
-        UserError: no such plans; a setting does not exist, or has the wrong type.
+        UserError: there are no such plans; a setting does not exist or has the wrong type.
     """
     check_plans_name(plans_file)
     store_settings(plans_file, changes)
@@ -349,8 +351,8 @@ def check_plans_name(plans_file: Path) -> None:
     plans = read_plans(plans_file.parent, plans_file.stem)
     if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after plans_name
         raise UserError(
-            f"{plans_file}: its plans_name is {plans['plans_name']}, so that a training would replace that model: copy"
-            " plans with nnunet_semiseg train ... --as NAME"
+            f"{plans_file}: its plans_name is {plans['plans_name']}, so a training would overwrite the model of those"
+            " plans: copy plans with nnunet_semiseg train ... --as NAME"
         )
 
 
@@ -358,19 +360,22 @@ def copy_plans(plans_file: Path, name: str) -> Path:
     """Copy plans under another name, for the same preprocessed data.
 
     Raises:
-        UserError: no such plans; or plans with the new name exist.
+        UserError: there are no such plans, or plans with the new name exist already.
     """
     plans = read_plans(plans_file.parent, plans_file.stem)
     copy = plans_file.with_name(f"{name}.json")
     with locked(copy):
         if copy.exists():
-            raise UserError(f"{copy}: is there already: go on with -p {name}, or choose another name")
+            raise UserError(f"{copy}: these plans exist already: continue with -p {name}, or choose another name")
         write_json({**plans, "plans_name": name}, copy)
     return copy
 
 
 def write_small_split(dataset_id: int) -> None:
-    """Write leave-one-out folds if nnU-Net's five-fold split would fail. With one case only `fold all` works."""
+    """Write leave-one-out folds if there are too few cases for nnU-Net's five folds.
+
+    With one case only `fold all` works.
+    """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     cases = sorted(labeled_images(raw, read_dataset_json(raw)))
     splits_file = preprocessed / "splits_final.json"
@@ -440,7 +445,7 @@ def _check_target_spacing(target: Sequence[float], image: str, channels: int) ->
 
 
 def _check_spacings(raw: Path, preprocessed: Path) -> None:
-    """Refuse labelled images whose spacing is far from that of the others; one line for each."""
+    """Refuse labelled images whose spacing is far from that of the others. The error has one line for each."""
     files = labeled_images(raw, read_dataset_json(raw))
     file = preprocessed / f"{FINGERPRINT}.json"
     spacings = read_json(file, "delete it")["spacings"]  # in the order of the cases
@@ -453,7 +458,10 @@ def _check_spacings(raw: Path, preprocessed: Path) -> None:
 
 
 def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:
-    """nnU-Net's rule: the first list may have more folds. nnU-Net itself would fail with a bare AssertionError."""
+    """Whether two lists of folds agree. By nnU-Net's rule, the first list may have more folds.
+
+    nnU-Net itself would fail with a bare AssertionError.
+    """
     return len(preprocessed_splits) >= len(raw_splits) and all(
         set(ours[part]) == set(theirs[part])
         for ours, theirs in zip(preprocessed_splits, raw_splits, strict=False)
@@ -462,7 +470,7 @@ def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:
 
 
 def plans_name_of(planner: str) -> str:
-    """The default name of the plans of this planner."""
+    """The name that the plans of this planner have by default."""
     return _default_plans_name(find_planner(planner))
 
 

@@ -12,7 +12,7 @@ from nnunet_semiseg.options import PLANS, at_least, cores, dataset_id, option, p
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
-"""nnU-Net's default numbers of processes"""
+"""The numbers of processes that nnU-Net uses by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class PreprocessingRequest:
     """The options of preprocessing.
 
     Attributes:
-        dataset_ids: numbers of data sets.
-        num_processes: one number, or one for each configuration. Empty: see `processes`.
+        dataset_ids: the numbers of the data sets.
+        num_processes: one number of processes, or one for each configuration. Empty: see `processes`.
         clean: compute the fingerprint and preprocess unlabelled cases again, even if nothing has changed.
     """
 
@@ -35,13 +35,17 @@ class PreprocessingRequest:
         help="number of processes, or one number for each configuration of -c; default: as in nnU-Net, but at most one"
         " for each core",
     )  # fmt: skip
-    clean: bool = option("--clean", default=False, help="repeat steps that are already done")
+    clean: bool = option(
+        "--clean",
+        default=False,
+        help="compute the fingerprint and preprocess the unlabelled cases again, even if nothing has changed",
+    )
     show_progress_bar: bool = option("--no_pbar", default=True, help="show no progress bar")
     verbose: bool = option("--verbose", default=False, help="print what nnU-Net does for each case")
 
     @property
     def processes(self) -> list[int]:
-        """The number of processes: one number, or one for each configuration."""
+        """The numbers of processes for preprocessing: a single number, or one for each configuration."""
         return list(self.num_processes) or [cores(PROCESSES.get(c, 4)) for c in self.configurations]
 
 
@@ -50,29 +54,29 @@ class PlanningRequest(PreprocessingRequest):
     """The options of planning.
 
     Attributes:
-        planner: one of nnU-Net's or one of ours.
-        overwrite_target_spacing: the spacing z y x, in mm.
+        planner: the name of a planner of nnU-Net or of this package.
+        overwrite_target_spacing: the spacing of 3d_fullres in mm, in the order z y x.
         verify_dataset_integrity: run nnU-Net's check of the labelled cases, and check the headers of all unlabelled
             ones.
         preprocess: False: make the plans only.
-        labeled_only: no unlabelled case is needed or preprocessed. This is for the upper bound.
-        settings: `KEY=VALUE`, added to the settings in the plans.
+        labeled_only: no unlabelled case is needed or preprocessed. This is for a data set with all labels.
+        settings: settings `KEY=VALUE`, which are added to those in the plans.
     """
 
     planner: str = option(
         "-pl", metavar="PLANNER", default="ExperimentPlanner",
-        help=f"what makes the plans; default: %(default)s, nnU-Net's own, which makes {PLANS}",
+        help=f"the planner, which makes the plans; default: %(default)s, nnU-Net's own, which makes {PLANS}",
     )  # fmt: skip
     gpu_memory_target: float | None = option(
         "-gpu_memory_target", type=positive, metavar="GB", default=None,
-        help="GPU memory that the planner plans for; default: the planner's own",
+        help="GPU memory, in GB, that a training may use; default: the planner's own value",
     )  # fmt: skip
     overwrite_target_spacing: Sequence[float] | None = option(
         "-overwrite_target_spacing", type=positive, nargs=3, metavar="MM", default=None,
-        help="voxel spacing of 3d_fullres in the order z y x, as in nnU-Net; default: the planner's own",
+        help="voxel spacing of 3d_fullres, in mm, in the order z y x, as in nnU-Net; default: the planner chooses it",
     )  # fmt: skip
     overwrite_plans_name: str | None = option(
-        "-overwrite_plans_name", metavar="NAME", default=None, help="name of the plans; default: the planner's own"
+        "-overwrite_plans_name", metavar="NAME", default=None, help="name of the plans; default: the planner's own name"
     )
     num_processes_fingerprint: int = option(
         "-npfp",

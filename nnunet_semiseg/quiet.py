@@ -1,4 +1,4 @@
-"""Warnings of other packages that a user can do nothing about."""
+"""Hide warnings of other packages, because a user can do nothing about them."""
 
 from __future__ import annotations
 

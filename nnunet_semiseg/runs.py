@@ -20,12 +20,15 @@ from nnunet_semiseg.schema import check, load_plans, read_dataset_json, resolved
 from nnunet_semiseg.settings.plans import locked, settings_of, update_settings
 
 RESOURCES = "resources.json"
-"""in a run's folder: the memory that training needed, if this package started it"""
+"""A file in the folder of a run: the memory that the training needed.
+
+It exists if this package started the training.
+"""
 
 PLAN_FIRST = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
 
 RECORD = "prediction.json"
-"""written last into a folder of predictions: how they were made, and how long it took"""
+"""A file in a folder of predictions: how they were made, and how long it took. It is written last."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Run:
 
     Attributes:
         dataset: the full name of the dataset.
-        fold: a number, or `all`.
+        fold: the number of the fold, or `all`.
         base_plans: the plans without this run's own settings.
-        seed, num_labeled: settings of this run. None: as in the base plans.
+        seed, num_labeled: settings of this run. None: the values of the base plans.
     """
 
     dataset: str
@@ -60,7 +63,10 @@ class Run:
 
     @property
     def repetition(self) -> str:
-        """Which of a trainer's runs this is. nnU-Net's own trainers do not use the seed in the plans."""
+        """Which of the runs of its trainer this is, in words.
+
+        nnU-Net's own trainers do not use the seed in the plans.
+        """
         if self.seed is None:
             return "as in the plans"
         return f"{'seed' if has_settings(self.trainer) else 'run'} {self.seed}"
@@ -85,7 +91,7 @@ class Run:
 
     @property
     def settings_file(self) -> Path:
-        """The settings with which the training was started. The file is written when it begins."""
+        """The file with the settings of the training. It is written when the training begins."""
         return self.folder / SETTINGS
 
     @property
@@ -94,12 +100,15 @@ class Run:
 
     @property
     def validation(self) -> Path:
-        """nnU-Net's predictions of the fold's validation cases, made after the training."""
+        """The folder of nnU-Net's predictions for the validation cases of the fold.
+
+        They are made after the training.
+        """
         return self.folder / "validation"
 
     @property
     def is_validated(self) -> bool:
-        """Whether these are complete and from the last checkpoint. nnU-Net writes the summary last."""
+        """Whether the predictions of the validation cases are complete and from the last checkpoint."""
         summary = self.validation / "summary.json"
         return self.is_trained and summary.is_file() and summary.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
@@ -121,23 +130,25 @@ class Run:
         return any(self.folder.glob("checkpoint_*.pth"))
 
     def train_command(self, device: str) -> list[str]:
-        """The words after `nnUNetv2_train`."""
+        """The words that come after `nnUNetv2_train` to train this run."""
         words = [self.dataset, self.configuration, self.fold, "-tr", self.trainer, "-p", self.plans, "-device", device]
         if self.is_trained:
             return [*words, "--val"]
         return [*words, "--c"] if self.is_begun else words
 
     def check(self) -> None:
-        """Raises UserError if there are no base plans, or if the trainer does not have such a setting."""
+        """Raise UserError if there are no base plans, or if the trainer lacks a setting that this run needs."""
         read_json(self._plans_file(self.base_plans), PLAN_FIRST)
         if self.num_labeled is not None and not has_settings(self.trainer):
-            raise UserError(f"{self.trainer}: cannot leave labels out; use SupervisedTrainer for --labeled")
+            raise UserError(
+                f"{self.trainer}: this trainer cannot leave labels out: use SupervisedTrainer with --labeled"
+            )
 
     def write_plans(self) -> None:
-        """Write this run's plans, unless they are the base plans or training with them has begun.
+        """Write the plans of this run, unless they are the base plans or a training with them has begun.
 
         Raises:
-            UserError: as `check`.
+            UserError: see `check`.
         """
         self.check()
         if self.plans == self.base_plans or self.is_begun:
@@ -153,7 +164,7 @@ class Run:
 
 
 def is_fold(text: str) -> bool:
-    """Whether the text names a fold in nnU-Net's way: `all`, or a number (0, not 00)."""
+    """Whether the text names a fold as nnU-Net does: `all`, or a number (0, not 00)."""
     return text == "all" or (text.isdecimal() and text == str(int(text)))
 
 
@@ -164,7 +175,7 @@ def has_settings(trainer: str) -> bool:
 
 @contextmanager
 def using_data(dataset: str, configuration: str, trainer: str, plans: str) -> Iterator[None]:
-    """Keep others from rewriting the data while one of nnU-Net's own trainers uses it. Our trainers do so themselves.
+    """Keep other processes from rewriting the data while a trainer of nnU-Net uses it. Our trainers do so themselves.
 
     Raises:
         BusyError: another process rewrites the data.
@@ -179,7 +190,7 @@ def using_data(dataset: str, configuration: str, trainer: str, plans: str) -> It
 
 
 class TrainedRun:
-    """Facts about a finished run."""
+    """A finished run, and facts about it."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -198,19 +209,28 @@ class TrainedRun:
 
     @property
     def curves(self) -> dict[str, list[float]]:
-        """nnU-Net's log, with one value for each epoch. Loss terms of our trainers begin with `loss/`."""
+        """nnU-Net's log: for each key a list with one value for each epoch.
+
+        Loss terms of our trainers begin with `loss/`.
+        """
         return self._checkpoint["logging"]
 
     @property
     def hours(self) -> float:
-        """The time of all epochs, over all interruptions. What nnU-Net does before and after them is not counted."""
+        """The time of all epochs in hours, over all interruptions.
+
+        The time before and after the epochs is not counted.
+        """
         log = self._checkpoint["logging"]
         pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
         return sum(end - start for start, end in pairs) / 3600
 
     @cached_property
     def peak_memory(self) -> tuple[float, str] | None:
-        """MiB, and `GPU` or `RAM`. None if `compare` did not start the training."""
+        """The peak memory in MiB, and where it was measured: `GPU` or `RAM`.
+
+        None if `compare` did not start the training.
+        """
         file = self.run.folder / RESOURCES
         if not file.is_file():
             return None
@@ -239,7 +259,7 @@ class TrainedRun:
 
     @property
     def settings(self) -> dict:
-        """The settings with which the training was started, with defaults. Empty for nnU-Net's own trainers."""
+        """The settings with which the training was started, with all defaults. Empty for nnU-Net's own trainers."""
         if not has_settings(self.run.trainer):
             return {}
         if self.run.settings_file.is_file():
@@ -257,15 +277,16 @@ class TrainedRun:
 
 
 PLANS_KEYS = ("foreground_intensity_properties_per_channel", "transpose_forward", "image_reader_writer")
-"""keys of the plans, beside the configuration, that change what a network sees"""
+"""Keys of the plans that change what a network sees. The configuration is compared separately."""
 DATASET_KEYS = ("channel_names", "labels", "regions_class_order", "numTraining")
 
 
 def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> list[str]:
-    """Conditions that differ between runs although they should be the same.
+    """Find conditions that differ between runs although they should be the same.
 
-    For compared runs these are: iterations, plans, the data set's description, bfloat16, the labels used, the split.
-    The runs of the upper bound use other data; for them: iterations, the configuration in the plans, bfloat16.
+    For compared runs these conditions are checked: iterations, plans, dataset.json, bfloat16, the labels used, and the
+    split. The runs of the upper bound use other data. For them, the iterations, the configuration in the plans, and
+    bfloat16 are checked.
 
     Returns:
         A sentence for each difference from the first run. Empty if the comparison is fair.
@@ -303,7 +324,7 @@ def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> 
 
 
 def _unequal_settings(trained: TrainedRun, runs: Sequence[Run]) -> list[str]:
-    """A sentence if a repetition's settings differ from those of its trainer's first run in more than the seed."""
+    """A sentence if two runs of one trainer differ in more settings than the seed."""
     run = trained.run
     first = next(r for r in runs if (r.trainer, r.num_labeled) == (run.trainer, run.num_labeled))
     a, b = trained.settings, TrainedRun(first).settings

@@ -1,6 +1,6 @@
-"""The content that JSON files must have: shapes, written as types, and nnU-Net's rules for `dataset.json` and plans.
+"""What JSON files must hold: shapes, which are written as types, and nnU-Net's rules for `dataset.json` and plans.
 
-nnU-Net itself does not check its files, and fails hours later if they are wrong. So each file is checked here.
+nnU-Net itself does not check its files. If they are wrong, it fails hours later. So each file is checked here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from nnunet_semiseg.files import read_json
 from nnunet_semiseg.json_types import in_words, matches
 
 Shape = Mapping[str, Any]
-"""from keys to types; a key that ends with `?` may be missing"""
+"""The shape of a JSON object: a map from its keys to the types of the values.
+
+A key that ends with `?` may be missing.
+"""
 
 DATASET_FIX = "write it as nnU-Net's documentation/dataset_format.md says"
 READER_KEY = "overwrite_image_reader_writer"
 DATASET_SECTION = "semiseg"
-"""of `dataset.json`: what this package adds to it, for example `prompts` and `labeled_order`"""
+"""The key in `dataset.json` for all that this package adds to it, for example `prompts` and `labeled_order`."""
 
 DATASET: Shape = {
     "labels": dict[str, int | list[int]],
@@ -51,7 +54,7 @@ USED: Shape = {
     "transpose_forward": list[int],
     "transpose_backward": list[int],
 }
-"""the shape of plans with which a training runs"""
+"""The shape of the plans with which a training runs."""
 CONFIGURATION: Shape = {
     "data_identifier": str,
     "preprocessor_name": str,
@@ -77,21 +80,21 @@ PER_STAGE = {
 ARCHITECTURE_KWARGS: Shape = {"n_stages?": int, **{f"{key}?": hint for key, hint in PER_STAGE.items()}}
 NETWORKS = r"(dynamic_network_architectures|nnunetv2|nnunet_semiseg)(\.\w+)*\.[A-Z]\w*"
 PARTS = r"torch\.nn(\.modules(\.\w+)?)?\.[A-Z]\w*"
-"""classes that may be imported for a network, and for its convolutions and similar parts"""
+"""A pattern for the classes that plans may import for convolutions and similar parts of a network."""
 OTHER_PLANS = "take other plans"
 TRUST = "nnUNet_semiseg_trust"
-"""an environment variable; if it is 1, checkpoints and plans that can run code are used"""
+"""An environment variable. If it is 1, checkpoints and plans that can run code are used."""
 FOLD: Shape = {"train": list[str], "val": list[str]}
 
 
 def check(content: dict, shape: Shape, file: str | Path, fix: str, within: str = "") -> None:
-    """Refuse content without a key, or with a value of another type.
+    """Refuse JSON content if a key is missing or a value has another type.
 
     Args:
         within: the place of the content in the file, for the message.
 
     Raises:
-        UserError: names the key, and the type that its value must have.
+        UserError: the content has another shape. The message names the key, and the type that its value must have.
     """
     for key, hint in shape.items():
         name = key.removesuffix("?")
@@ -103,9 +106,9 @@ def check(content: dict, shape: Shape, file: str | Path, fix: str, within: str =
 
 
 def _wrong(name: str, value: Any, hint: Any) -> str:
-    """A sentence that names the value with a wrong type.
+    """A sentence that names a value with a wrong type.
 
-    If the wrong value is inside an object, it names that value.
+    If the wrong value is inside another one, the sentence names the inner value.
     """
     if get_origin(hint) is dict and isinstance(value, dict):
         inner = get_args(hint)[1]
@@ -119,7 +122,7 @@ def read_dataset_json(dataset: Path) -> dict:
     """Read and check the `dataset.json` in a dataset's folder.
 
     Raises:
-        UserError: it is missing, not JSON, or not what nnU-Net accepts: see `check_dataset_json`.
+        UserError: the file is missing, is not JSON, or is not what nnU-Net accepts; see `check_dataset_json`.
     """
     file = dataset / "dataset.json"
     content = read_json(file, DATASET_FIX)
@@ -128,7 +131,7 @@ def read_dataset_json(dataset: Path) -> dict:
 
 
 def check_dataset_json(content: dict, file: str | Path) -> None:
-    """Refuse what nnU-Net cannot train on, or would train on wrongly.
+    """Refuse the content of a dataset.json with which nnU-Net cannot train, or would train wrongly.
 
     Raises:
         UserError: a key is missing or has another type; a label is below 0, or there is a gap between labels; the
@@ -138,14 +141,16 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
     check(content, DATASET, file, DATASET_FIX)
     channels = content.get("channel_names") or content.get("modality")
     if not channels:
-        raise UserError(f'{file}: "channel_names" names no channel: {DATASET_FIX}')
+        raise UserError(f'{file}: "channel_names" is empty: {DATASET_FIX}')
     if list(channels) != [str(i) for i in range(len(channels))]:  # nnU-Net uses them in the order of the file
         found, right = (", ".join(map(repr, keys)) for keys in (channels, map(str, range(len(channels)))))
         raise UserError(f'{file}: "channel_names" has the keys {found}, but must have {right}, in this order')
     if len(content.get("modality", channels)) != len(channels):  # nnU-Net counts `modality`, but reads the other one
         raise UserError(f'{file}: "modality" and "channel_names" have different lengths: remove "modality"')
     if not content["file_ending"].startswith("."):
-        raise UserError(f'{file}: "file_ending" is "{content["file_ending"]}", and begins with no dot: {DATASET_FIX}')
+        raise UserError(
+            f'{file}: "file_ending" is "{content["file_ending"]}", but must begin with a dot: {DATASET_FIX}'
+        )
     if content["numTraining"] < 0:
         raise UserError(f'{file}: "numTraining" is {content["numTraining"]}: write the number of labelled cases')
     readers = [reader.__name__ for reader in LIST_OF_IO_CLASSES]
@@ -165,17 +170,17 @@ def _check_labels(content: dict, file: str | Path) -> None:
     classes = [name for name in labels if name not in ("background", "ignore")]
     for name, values in labels.items():
         if not name.strip() or not name.isprintable():  # it is shown in tables, figures and texts
-            raise UserError(f'{file}: "labels" has a class called {name!r}: give it a name of letters')
+            raise UserError(f'{file}: "labels" has a class called {name!r}: give it a name that can be printed')
         if not values or min(values) < 0:
             what = f"is {values[0]}" if len(values) == 1 else f"is {values}"
             raise UserError(f'{file}: label "{name}" {what}, but labels are 0 or more: {DATASET_FIX}')
         if len(values) > 1 and (0 in values or len(set(values)) < len(values)):
             what = "the background in it" if 0 in values else "a value twice"
-            raise UserError(f'{file}: label "{name}" is {values}, and has {what}: {DATASET_FIX}')
+            raise UserError(f'{file}: label "{name}" is {values}, but must not have {what}: {DATASET_FIX}')
     if labels.get("background") != [0] or isinstance(content["labels"]["background"], list):
         raise UserError(f'{file}: "labels" must have "background": 0: {DATASET_FIX}')
     if not classes:
-        raise UserError(f'{file}: "labels" has no class beside background and ignore: add one')
+        raise UserError(f'{file}: "labels" has only background and ignore: add a class')
     regions = [name for name in classes if len(labels[name]) > 1]
     known = sorted({value for name, values in labels.items() if name != "ignore" for value in values})
     if regions:
@@ -198,7 +203,9 @@ def _check_order(order: list[int] | None, region: str, classes: list[str], known
             f" {len(classes)} classes, in the order in which they are drawn"
         )
     if unknown := sorted(set(order) - set(known)):
-        raise UserError(f'{file}: "regions_class_order" has {unknown[0]}, which is no value in "labels": {DATASET_FIX}')
+        raise UserError(
+            f'{file}: "regions_class_order" has {unknown[0]}, which is not a value in "labels": {DATASET_FIX}'
+        )
     if len(set(order)) < len(order):
         raise UserError(f'{file}: "regions_class_order" has a value twice: {DATASET_FIX}')
 
@@ -210,7 +217,7 @@ def load_plans(file: Path, fix: str) -> dict:
         fix: what to do if the file is missing or damaged, for the message.
 
     Raises:
-        UserError: it is missing or not JSON; a key is missing or has another type.
+        UserError: the file is missing or is not JSON; a key is missing or has another type.
     """
     plans = read_json(file, fix)
     check(plans, PLANS, file, fix)
@@ -218,13 +225,16 @@ def load_plans(file: Path, fix: str) -> dict:
 
 
 def names_of_plans(preprocessed: Path) -> list[str]:
-    """The plans of a dataset, without the copies that a comparison makes for its runs."""
+    """The names of the plans of a dataset, without the copies that a comparison makes for its runs."""
     there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
     return [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
 
 
 def resolved(plans: dict, configuration: str) -> dict:
-    """A configuration of the plans, with what it inherits. nnU-Net's `PlansManager` does the same, but needs torch."""
+    """A configuration of the plans, with all values that it inherits.
+
+    nnU-Net's `PlansManager` does the same, but needs torch.
+    """
     about = plans["configurations"][configuration]
     return (resolved(plans, about["inherits_from"]) if "inherits_from" in about else {}) | about
 
@@ -233,7 +243,7 @@ def read_splits(file: Path, fix: str) -> list[dict]:
     """Read and check the folds in a `splits_final.json`.
 
     Raises:
-        UserError: it is missing, not JSON, or not a list of folds.
+        UserError: the file is missing, is not JSON, or is not a list of folds.
     """
     folds = read_json(file, fix, list)
     for i, fold in enumerate(folds):
@@ -250,7 +260,7 @@ def check_configuration(plans: dict, configuration: str, file: str | Path, fix: 
         file: the plans file, for the message.
 
     Raises:
-        UserError: lists the configurations of the plans, or says what is wrong with this one.
+        UserError: there is no such configuration (the message lists all), or something is wrong with it.
     """
     known = plans["configurations"]
     if configuration not in known:
@@ -297,7 +307,7 @@ def check_architecture(configuration: dict, file: str | Path, fix: str, within: 
         known = NETWORKS if key == "network_class_name" else PARTS
         if name is not None and not (isinstance(name, str) and re.fullmatch(known, name)) and not is_trusted():
             raise UserError(
-                f'{file}: {within}"{key}" is {name!r}, which is code of unknown origin: {fix}; or, if you trust it,'
+                f'{file}: {within}"{key}" is {name!r}, which is unknown code: {fix}; or, if you trust it,'
                 f" export {TRUST}=1"
             )
     for key in PER_STAGE if "n_stages" in kwargs else ():
@@ -315,7 +325,9 @@ def check_architecture(configuration: dict, file: str | Path, fix: str, within: 
         )
     factors = [math.prod(axis) for axis in zip(*strides, strict=True)]
     if any(size % factor for size, factor in zip(patch, factors, strict=False)):
-        raise UserError(f'{file}: "patch_size" is {patch}, but the strides divide it by {factors}: {fix}')
+        raise UserError(
+            f'{file}: "patch_size" is {patch}, but with these "strides" it must be divisible by {factors}: {fix}'
+        )
 
 
 def is_trusted() -> bool:
@@ -327,7 +339,7 @@ def check_name(option: str, name: str) -> None:
     """Refuse a name of plans that cannot be part of a folder's name.
 
     Raises:
-        UserError: names the option that gave it.
+        UserError: the name is wrong. The message says which option gave it.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         shown = name if len(name) <= 60 else f"{name[:57]}..."

@@ -19,12 +19,12 @@ from nnunet_semiseg.schema import load_plans, names_of_plans, read_dataset_json
 COMPARISONS, REVIEWS = "comparison/*/report.html", "review/*/review.html"
 OTHER_REPORTS = "text_effect/*/report.html"
 FIRST = "3d_fullres"
-"""the configuration that is proposed if there are several"""
+"""The configuration that is proposed if there are several."""
 
 
 @dataclass(frozen=True)
 class Cases:
-    """The numbers of cases."""
+    """The numbers of labelled, unlabelled and test cases."""
 
     labeled: int
     unlabeled: int
@@ -39,9 +39,9 @@ class Prepared:
     """A configuration of a plans file, and whether it is preprocessed.
 
     Attributes:
-        is_there: whether its labelled cases are preprocessed.
+        is_there: whether the labelled cases are preprocessed.
         problem: what is not up to date, and the command that fixes it. Empty if all is up to date.
-        fix: this command.
+        fix: the command that fixes it.
     """
 
     plans: str
@@ -102,7 +102,7 @@ def count(raw: Path) -> Cases:
 
 
 def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
-    """Every configuration of every plans file. No image is opened."""
+    """All configurations in all plans files of the dataset. No image is opened."""
     plan_again = f"plan again with nnunet_semiseg plan_and_preprocess -d {number_of(raw.name)}"
     for name in names_of_plans(preprocessed):
         plans = load_plans(preprocessed / f"{name}.json", plan_again)
@@ -123,7 +123,7 @@ def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
 
 
 def trainings(results: Path) -> Iterator[Training]:
-    """Every fold of every model."""
+    """All trainings of the dataset: every fold of every model."""
     for folder in sorted(results.glob("*__*__*/fold_*")):
         trainer, plans, configuration = folder.parent.name.split("__", 2)
         run = Run(results.name, configuration, folder.name.removeprefix("fold_"), trainer, plans)
@@ -135,7 +135,7 @@ def trainings(results: Path) -> Iterator[Training]:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a running process holds this lock."""
+    """Whether a running process holds this lock file."""
     try:
         if lock.exists():
             with only_one(lock, "looks at this model"):

@@ -1,7 +1,7 @@
 """Check the arguments of `nnUNetv2_train` before anything is made.
 
-Our own command calls `check_training`. nnU-Net's command does not. But it asks for the trainer's class first, and at
-that moment we check its arguments.
+Our own command calls `check_training`. nnU-Net's command does not call it. But nnU-Net's command first asks for the
+class of the trainer, and at that moment we check its arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = {
     "-num_gpus": (None, "N", "number of GPUs; default: 1"),
     "-device": (None, "DEVICE", "where to compute: cuda, cpu or mps; default: cuda"),
 }
-"""default, metavar and help text of each option"""
+"""The default, the metavar and the help text of each option."""
 FLAGS = {
     "--npz": "also save the probabilities of the validation cases",
     "--c": "continue a training that was interrupted",
@@ -39,7 +39,7 @@ FLAGS = {
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `nnUNetv2_train`."""
+    """Add the arguments of `nnUNetv2_train` to a parser."""
     for name, (metavar, text) in NAMES.items():
         parser.add_argument(name, metavar=metavar, help=text)
     for name, (default, metavar, text) in OPTIONS.items():
@@ -49,7 +49,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
 
 
 def words(args: Namespace) -> list[str]:
-    """A command line of `nnUNetv2_train` with these arguments."""
+    """The words of a command line of `nnUNetv2_train` with these arguments."""
     given = {key: getattr(args, key.lstrip("-")) for key in (*OPTIONS, *FLAGS)}
     line = [COMMAND, *(getattr(args, name) for name in NAMES)]
     line += [word for option in OPTIONS if given[option] for word in (option, given[option])]
@@ -57,7 +57,7 @@ def words(args: Namespace) -> list[str]:
 
 
 def check_running_command() -> None:
-    """Call `check_training` if this process is `nnUNetv2_train`. The predictor and others ask for trainers, too."""
+    """Call `check_training` if this process is `nnUNetv2_train`. The predictor and others ask for a trainer, too."""
     if Path(sys.argv[0]).stem != COMMAND:
         return
     from nnunet_semiseg.files import dataset_folder
@@ -74,10 +74,10 @@ def check_running_command() -> None:
 
 
 def check_training(args: Namespace, plans_name: str | None = None) -> None:
-    """Refuse arguments that would end in a traceback of nnU-Net's, or leave a useless training behind.
+    """Refuse arguments with which nnU-Net would end in a traceback or leave a useless training behind.
 
     Args:
-        plans_name: the plans in the model's name, if not `args.p`.
+        plans_name: the name of the plans in the name of the model, if it is not `args.p`.
 
     Raises:
         UserError: a fold, a device or a number of GPUs is wrong; the data set, plans or configuration does not exist or
@@ -117,14 +117,15 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
     if args.c and args.val:
         raise UserError("--c and --val: give one of them: --c continues a training, --val validates a finished one")
     if args.val_best and args.disable_checkpointing:
-        raise UserError("--val_best and --disable_checkpointing: give one of them: the best is a checkpoint")
+        raise UserError("--val_best and --disable_checkpointing: give one of them: --val_best needs the checkpoint")
     if args.pretrained_weights:
         if args.c:
             raise UserError("-pretrained_weights and --c: give one of them: weights are for the start of a training")
         here, all_ranks = (int(os.environ.get(f"{name}WORLD_SIZE", "1")) for name in ("LOCAL_", ""))
         if here != all_ranks or (device != "cuda" and max(int(gpus), all_ranks) > 1):
             raise UserError(
-                "-pretrained_weights: in several processes nnU-Net can load them on one machine's GPUs alone"
+                "-pretrained_weights: with several processes, nnU-Net can load these weights only on the GPUs of one"
+                " machine: use -device cuda and one machine"
             )
         fix = "give a checkpoint of nnU-Net's with -pretrained_weights"
         checkpoints.read(args.pretrained_weights, fix, mmap=True, keys=("network_weights",))
@@ -137,20 +138,20 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
 
 
 SHORTER = 4
-"""a training that continues from a model has a quarter of its epochs by default"""
+"""A training that continues from a model has by default this many times fewer epochs."""
 
 
 def add_continue_argument(parser: ArgumentParser) -> None:
-    """Add the option that `nnUNetv2_train` does not have."""
+    """Add the option `--continue_from`, which `nnUNetv2_train` does not have."""
     parser.add_argument(
         "--continue_from", metavar="MODEL",
         help="start with the weights of this model: its folder, the folder of its fold, or a checkpoint. The training"
-        f" has 1/{SHORTER} as many epochs, if --set num_epochs does not say otherwise. It needs --as",
+        f" has 1/{SHORTER} as many epochs, if --set num_epochs does not say otherwise. Use it together with --as",
     )  # fmt: skip
 
 
 def checkpoint_of(model: str, fold: str) -> Path:
-    """The last checkpoint of a model. `model` is its folder, the folder of a fold, or the file itself."""
+    """Find the last checkpoint of a model. `model` is its folder, the folder of a fold, or the checkpoint itself."""
     path = Path(model).absolute()
     final = "checkpoint_final.pth"
     folders = [path / f"fold_{fold}", path] if (path / f"fold_{fold}").is_dir() else [path, path / "fold_all"]
@@ -159,7 +160,7 @@ def checkpoint_of(model: str, fold: str) -> Path:
 
 @contextmanager
 def continued(args: Namespace, changes: dict) -> Iterator[None]:
-    """Hand the model of `--continue_from`, if there is one, to the trainer, and shorten the schedule."""
+    """Give the model of `--continue_from` to the trainer, if the option is used, and shorten the training."""
     from nnunet_semiseg.training import checkpoint as checkpoints
 
     if not args.continue_from:
@@ -195,12 +196,14 @@ def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) ->
             dashes = "-" if option == "pretrained_weights" else "--"
             raise UserError(f"--continue_from and {dashes}{option}: give one of them")
     if not has_settings(args.tr):
-        raise UserError(f"--continue_from: {args.tr} has no settings to shorten its schedule: use SupervisedTrainer")
+        raise UserError(
+            f"--continue_from: {args.tr} has no settings, so its training cannot be shortened: use SupervisedTrainer"
+        )
     if plans_name is None:
         raise UserError("--continue_from: name the new model with --as NAME: it must not replace another one")
     model = checkpoint_of(args.continue_from, args.fold)
     if model.is_dir():
-        raise UserError(f"{model}: no checkpoint_final.pth of fold {args.fold} or all: give a trained model")
+        raise UserError(f"{model}: has no checkpoint_final.pth of fold {args.fold} or all: give a trained model")
     content = checkpoints.read(model, "give a trained model with --continue_from", mmap=True)
     now = PlansManager(plans).get_configuration(args.configuration).configuration
     if _architecture(content["init_args"]) != now["architecture"]:
@@ -209,7 +212,7 @@ def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) ->
 
 
 def _architecture(made_with: dict) -> dict | None:
-    """The architecture of a model's network, from the arguments of its trainer. None if they do not say it."""
+    """The architecture of the network of a model, from the arguments of its trainer. None if they do not contain it."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     try:

@@ -526,7 +526,7 @@ def test_labelled_and_test_cases_may_have_texts_and_hidden_ones_need_theirs(lesi
 def test_a_case_has_its_own_text_and_without_one_the_teachers_word(lesions):
     texts = {"un_000": "one lesion", "un_001": "two lesions", "un_002": " "}
     dataset = lesions(texts)
-    with pytest.raises(UserError, match='texts.json: an empty text for case "un_002" .and 1 more.'):
+    with pytest.raises(UserError, match='texts.json: has an empty text for case "un_002" .and 1 more.'):
         make_trainer(AMVLMTrainer, dataset)
     trainer = started(dataset, missing_texts="skip")
     images = torch.randn(3, 1, 32, 32)
@@ -542,9 +542,9 @@ def test_what_is_wrong_with_texts_is_one_line(lesions):
     file = dataset.raw / "texts.json"
     cases = [f"un_{i:03d}" for i in range(4)]
     for content, words in (
-        ({"un_00": "a"}, 'there is a text for "un_00", but no such case: did you mean un_00'),
+        ({"un_00": "a"}, 'there is a text for "un_00", but the dataset has no such case: did you mean un_00'),
         ({"un_000": 3}, '"un_000": 3 is not a text'),
-        ({c: "a" for c in cases[:3]}, 'no text for case "un_003": add it, or --set missing_texts=skip'),
+        ({c: "a" for c in cases[:3]}, 'no text for case "un_003": add it, or use --set missing_texts=skip'),
         ([1], "is not a JSON object"),
     ):
         file.write_text(json.dumps(content))
@@ -569,7 +569,7 @@ def test_refusals(lesions):
     for settings, words in (
         (dict(vlm=None), "setting vlm: AMVLMTrainer needs a pre-trained model: run nnunet_semiseg pretrain_vlm"),
         (dict(vlm="/nowhere"), "vlm.json: no such file: name the folder that nnunet_semiseg pretrain_vlm made"),
-        (dict(texts="cases"), "texts=cases: one text for a case cannot name several classes"),
+        (dict(texts="cases"), "texts=cases: a single text for each case cannot tell several classes apart"),
         (dict(horizontal_sides=[["left"]]), "horizontal_sides=.*: must be a list of pairs of words"),
     ):
         with pytest.raises(UserError, match=words):

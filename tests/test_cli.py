@@ -113,7 +113,7 @@ def test_errors_are_lines_without_traceback(tiny_dataset, capsys):
     dataset.image("un_002", 1).unlink()
     lines = error_lines(capsys, "plan_and_preprocess", "-d", "901", "-c", "3d_fullres")
     assert len(lines) == 2
-    assert "un_000_0000.nii.gz: missing" in lines[0] and "un_002_0001.nii.gz: missing" in lines[1]
+    assert "un_000_0000.nii.gz: no such file" in lines[0] and "un_002_0001.nii.gz: no such file" in lines[1]
     assert all(line.startswith("error: ") for line in lines)
 
 
@@ -261,7 +261,7 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     assert dataset.plans("off") == base | {"plans_name": "off", "semiseg": {"STLUNetTrainer": {"mixing": "off"}}}
     assert dataset.plans("P") == base
     (line,) = error_lines(capsys, *command, "mixing=off")
-    assert line.endswith("off.json: is there already: go on with -p off, or choose another name")
+    assert line.endswith("off.json: these plans exist already: continue with -p off, or choose another name")
     (line,) = error_lines(
         capsys, *"train 901 2d all -p P -tr STLUNetTrainer -device cpu --as new --set mixin=off".split()
     )
@@ -269,7 +269,7 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     # a copy by hand, in which the name was forgotten
     (dataset.preprocessed / "hand.json").write_text(json.dumps(base))
     (line,) = error_lines(capsys, *"train 901 2d all -p hand -tr STLUNetTrainer -device cpu".split())
-    assert "its plans_name is P, so that a training would replace that model" in line and len(called) == 1
+    assert "its plans_name is P, so a training would overwrite the model of those plans" in line and len(called) == 1
 
 
 def test_a_refused_training_leaves_the_plans_as_they_are(tiny_dataset, monkeypatch, capsys):
@@ -329,12 +329,15 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
         ("compare -d 901 -c 2d --trainer A B", "--trainer: no such option: did you mean --trainers?"),
         ("convert folder -i X -d 901 --lables a", "--lables: no such option: did you mean --labels or --labeled?"),
         ("convert -i X -d 901 --dryrun", "--dryrun: no such option: did you mean --dry-run?"),
-        ("train 901 2d 0 --num_epochs 3", "--num_epochs: this is a setting: write --set num_epochs=VALUE"),
+        (
+            "train 901 2d 0 --num_epochs 3",
+            "--num_epochs: this is a setting, not an option: write --set num_epochs=VALUE",
+        ),
         ("share -d 901 -c 2d -device cpu", "-device: no such option (nnunet_semiseg share -h"),
         ("plan_and_preprocess -d 901 -device=cpu", "-device: no such option"),
         ("compare -d901 -c 2d -trainers A B", "-trainers: no such option: did you mean --trainers"),
         ("predict -d 901", "predict: no such command: did you mean nnUNetv2_predict?"),
-        ("share -d 901 -c 2d word", "word: one word too many (nnunet_semiseg share -h"),
+        ("share -d 901 -c 2d word", "word: this is one word too many: remove it (nnunet_semiseg share -h"),
         ("status", "the following arguments are required: -d (nnunet_semiseg status -h"),
     ],
 )

@@ -171,5 +171,5 @@ def test_what_makes_no_sense_is_refused(given):
 
 def test_where_there_is_no_slurm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="no srun here"):
+    with pytest.raises(UserError, match="this computer has no command srun"):
         slurm_executor(tmp_path, parameters_of([], "cpu"))

@@ -312,7 +312,7 @@ def test_a_training_that_was_killed_in_its_validation_goes_on_with_it(planned, t
     refused(asked, "not validated with the last checkpoint: SupervisedTrainer ", tmp_path / "other")
     os.utime(runs[0].validation / "summary.json")
     (runs[0].validation / f"{case}.nii.gz").unlink()
-    with pytest.raises(UserError, match=f"{case}.nii.gz: missing: predict this case"):
+    with pytest.raises(UserError, match=f"{case}.nii.gz: no such prediction: predict this case"):
         compare.compare(asked, tmp_path / "out")
 
 
@@ -361,7 +361,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, noise=[float("nan")]), "--noise nan: give numbers above 0", out)
     refused(request(planned, noise=[0.1, 0.1]), "--noise: 0.1 0.1: name each once", out)
     refused(request(planned, tolerance=-1), "--tolerance -1: give a number of mm above 0", out)
-    refused(request(planned, labeled=[0]), "--labeled 0: give numbers from 1 on, or all", out)
+    refused(request(planned, labeled=[0]), "--labeled 0: give numbers of 1 or more, or all", out)
     refused(
         request(planned, labeled=[1, 9]), "--labeled 9: fold all of .*_Tiny has only 3 labelled cases", out, run=True
     )
@@ -381,7 +381,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     unknown = Request(dataset=77, configuration="2d", fold="0", trainers=TRAINERS)
     refused(unknown, "dataset 77: no dataset has this number", out)
     refused(request(planned, device="cuda"), "-device cuda: there is no GPU: use -device cpu", out)
-    refused(request(planned, gpus=[0]), "--gpus 0: only with -device cuda", out)
+    refused(request(planned, gpus=[0]), "--gpus 0: needs -device cuda", out)
     stock = request(planned, trainers=["nnUNetTrainer"], labeled=[2])
     refused(stock, "nnUNetTrainer: cannot leave labels out; use SupervisedTrainer", out, run=True)
 
@@ -389,7 +389,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
 def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     asked = request(planned, device="cuda", gpus=[0, 2])
-    refused(asked, "--gpus 2: no such GPU: there are 2, numbered from 0", tmp_path / "o")
+    refused(asked, "--gpus 2: there is no such GPU: use one of the 2 GPUs", tmp_path / "o")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert find_devices(request(planned, device="cuda", gpus=[0, 1], jobs=2)) == ["0", "1", "0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")  # numbers are of the GPUs that we were given
@@ -430,7 +430,7 @@ def test_a_reference_without_an_image_and_predictions_that_do_not_fit(planned, p
     with pytest.raises(UserError, match="ts_001.nii.gz: has another origin or other axes than .*labelsTs"):
         compare.compare(asked, tmp_path / "out")
     planned.image("ts_002", folder="imagesTs").unlink()
-    with pytest.raises(UserError, match="labelsTs/ts_002.nii.gz: no image ts_002_0000.nii.gz in imagesTs"):
+    with pytest.raises(UserError, match="labelsTs/ts_002.nii.gz: imagesTs has no image ts_002_0000.nii.gz"):
         compare.compare(asked, tmp_path / "out")
 
 

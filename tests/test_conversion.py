@@ -260,7 +260,7 @@ BAD_CASES = {
     ),
     "an unknown label value": (
         lambda d: save(7 * cuboid(0)[1], d / LABEL),
-        r"c1.nii.gz: label value 7 \(60 voxels\), known are 0, 1",
+        r"c1.nii.gz: has the label value 7 \(60 voxels\), but the known values are 0, 1",
     ),
     "a truncated file": (lambda d: truncate(d / IMAGE), "c1_0001.nii.gz: cannot be read"),
     "NaN": (
@@ -323,7 +323,7 @@ def test_no_labelled_case_is_whole(download, raw):
 
 def test_no_case_found_shows_the_layout(tmp_path, raw):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no case found; expected is\n    images/CASE.nii.gz"):
+    with pytest.raises(ValueError, match=r"no case was found; give a folder with these files:\n    images/CASE.nii.gz"):
         convert(tmp_path / "empty", 801, **OPTIONS)
 
 
@@ -352,7 +352,7 @@ def test_target_that_exists(download, raw):
 
 def test_number_that_another_dataset_has(download, raw):
     (raw.parent / "Dataset801_Other").mkdir()
-    with pytest.raises(ValueError, match="Dataset801_Other: has the same number"):
+    with pytest.raises(ValueError, match="Dataset801_Other: this dataset has the same number"):
         convert(download, 801, **OPTIONS, overwrite=True)
 
 
@@ -391,7 +391,7 @@ def test_a_source_is_never_removed(download, raw):
     for where in (raw, own_data, raw.parent):
         shutil.copytree(download, where, dirs_exist_ok=True)
         before = files(where)
-        with pytest.raises(ValueError, match="must not lie in each other"):
+        with pytest.raises(ValueError, match="must not lie inside each other"):
             convert(where, 801, **OPTIONS, overwrite=True)
         assert files(where) == before
 
@@ -435,7 +435,7 @@ def test_a_source_is_not_removed_through_links(download, raw, tmp_path):
         (tmp_path / "parts" / kind).symlink_to(inside / kind)
     before = files(raw)
     for source in (tmp_path / "link", tmp_path / "parts", raw.parent / ".." / "raw" / raw.name / "src"):
-        with pytest.raises(ValueError, match="must not lie in each other"):
+        with pytest.raises(ValueError, match="must not lie inside each other"):
             convert(source, 801, **OPTIONS, overwrite=True)
         assert files(raw) == before
 
@@ -591,7 +591,7 @@ def test_colour_pictures_are_three_channels_of_one_file(names, pictures, raw):
     shutil.rmtree(pictures / "images")
     for name in names:
         picture(pictures / "images" / name, np.stack([GRAY, GRAY + 1, GRAY + 2], -1))
-    with pytest.raises(ValueError, match="a.*.png: in colour: name its channels with --channels"):
+    with pytest.raises(ValueError, match="a.*.png: is a colour image: name its channels with --channels"):
         convert(pictures, 801, **OPTIONS)
     assert not raw.exists()
     convert(pictures, 801, **OPTIONS, channels=["red", "green", "blue"])
@@ -623,10 +623,12 @@ def test_resolution_in_dots_is_no_spacing(pictures, raw):
 
 def test_volumes_among_pictures_and_pictures_among_volumes(pictures, download, raw):
     sitk.WriteImage(sitk.GetImageFromArray(np.stack([GRAY] * 3)), str(pictures / "images" / "c.tif"))
-    with pytest.raises(ValueError, match="case c: .*c.tif: 3 dimensions, but the dataset has 2"):
+    with pytest.raises(ValueError, match="case c: .*c.tif: has 3 dimensions, but images of this dataset have 2"):
         convert(pictures, 801, **OPTIONS)
     picture(download / "images" / "thumb.png", GRAY)
-    with pytest.raises(ValueError, match="case thumb: .*thumb.png: 2 dimensions, but the dataset has 3"):
+    with pytest.raises(
+        ValueError, match="case thumb: .*thumb.png: has 2 dimensions, but images of this dataset have 3"
+    ):
         convert(download, 801, **OPTIONS, overwrite=True)
     assert np.array_equal(voxels(raw / "imagesTr" / "c0_0000.nii.gz"), cuboid(0)[0])
 
@@ -636,7 +638,7 @@ def test_tiff_volumes_need_a_voxel_size(tmp_path, raw):
     for kind, array in (("images", image.astype(np.uint8)), ("labels", label)):
         (tmp_path / "p" / kind).mkdir(parents=True)
         sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "p" / kind / "a.tiff"))
-    with pytest.raises(ValueError, match=r"a.tiff: a volume without a voxel size: give it with --spacing X Y Z"):
+    with pytest.raises(ValueError, match=r"a.tiff: this volume has no voxel size: give it with --spacing X Y Z"):
         convert(tmp_path / "p", 801, **OPTIONS)
     convert(tmp_path / "p", 801, **OPTIONS, spacing=(0.5, 0.6, 3), overwrite=True)
     written = sitk.ReadImage(str(raw / "imagesTr" / "a_0000.nii.gz"))
@@ -683,7 +685,7 @@ def test_dicom_series_in_one_folder_or_in_several(tmp_path, raw):
 @pytest.mark.parametrize(
     "heights, uids, words",
     [
-        ([0, 2, 4, 8, 10], ["1.2.3"], "slices are 2 mm apart, but 4 mm at 4 mm: some are missing"),
+        ([0, 2, 4, 8, 10], ["1.2.3"], "slices are 2 mm apart, but 4 mm at 4 mm: slices are missing"),
         ([0, 2, 2, 4], ["1.2.3"], "slices appear twice, at 2 mm"),
         ([0, 3, 6, 9, 10.5, 12], ["1.2.3"], "slices are 3 mm apart, but 1.5 mm at 9 mm"),
         ([0, 2, 4], ["1.2.3", "1.2.4"], "2 DICOM series: leave exactly one there"),
@@ -702,7 +704,7 @@ def test_rounded_positions_are_no_gaps_and_a_tilted_gantry_is_refused(tmp_path):
     write_dicom(tmp_path / "a", [0, 0.6, 1.2, 1.9, 2.5, 3.1])
     assert raw_datasets.read_dicom_series(tmp_path / "a").GetSize() == (5, 4, 6)
     write_dicom(tmp_path / "b", [0, 2, 4], shift=1)
-    with pytest.raises(ValueError, match="b: slices are shifted against each other"):
+    with pytest.raises(ValueError, match="b: its slices are shifted against each other"):
         raw_datasets.read_dicom_series(tmp_path / "b")
 
 
@@ -767,7 +769,7 @@ def test_names_that_make_no_sense(options, words, download):
     [
         ([{"train": ["c0"], "val": []}], 'split.json: is not a JSON object: write {"train"'),
         ({"val": ["c0"]}, 'split.json: has no "train": write {"train"'),
-        ({"train": ["c0"], "tset": ["c1"]}, 'split.json: "tset" is not a part: write {"train"'),
+        ({"train": ["c0"], "tset": ["c1"]}, 'split.json: "tset" is not the name of a part: write {"train"'),
         ({"train": ["c0", "c1.nii.gz"]}, "split.json: train: there is no case c1.nii.gz: did you mean c1"),
         ({"train": ["c0", 1]}, "split.json: \"train\" is ['c0', 1], but must be a list"),
         ({"train": "c0"}, "split.json: \"train\" is 'c0', but must be a list"),
@@ -891,7 +893,7 @@ def test_tars_that_reach_out_are_refused(info, tmp_path, raw):
     with tarfile.open(archive, "w") as file:
         file.addfile(member("inside"), io.BytesIO())
         file.addfile(info, io.BytesIO())
-    with pytest.raises(ValueError, match="evil.tar: .*do not trust it"):
+    with pytest.raises(ValueError, match="evil.tar: .*do not use this archive"):
         convert(archive, 801, **OPTIONS)
     assert not (tmp_path / "evil.txt").exists() and not (tmp_path / "raw" / "evil.txt").exists()
     assert list(raw.parent.iterdir()) == []
@@ -902,7 +904,7 @@ def test_zips_that_reach_out_are_refused(name, tmp_path, raw):
     archive = tmp_path / "evil.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr(name, "evil")
-    with pytest.raises(ValueError, match="evil.zip: .*do not trust it"):
+    with pytest.raises(ValueError, match="evil.zip: .*do not use this archive"):
         convert(archive, 801, **OPTIONS)
     assert list(raw.parent.iterdir()) == []
 

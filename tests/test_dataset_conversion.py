@@ -394,7 +394,7 @@ def test_h5_without_a_list_of_an_unknown_set_says_so(tmp_path):
 
 def test_h5_names_a_file_that_is_of_another_set(tmp_path):
     h5_files(tmp_path, "0001.h5", "0002.h5", "0003.h5", "features.h5")
-    with pytest.raises(ValueError, match=r"features\.h5: not named like a case of PancreasCT"):
+    with pytest.raises(ValueError, match=r"features\.h5: its name is not like those .* of PancreasCT"):
         find("h5", tmp_path)
 
 
@@ -417,7 +417,7 @@ def test_pancreas_label_of_another_patient_is_refused(tmp_path):
     wrong = np.zeros((SIZE,) * 3, np.uint8)
     wrong[-3:, :, -3:] = 1  # a mixture of air, tissue and bone, both ways; its mean is no soft tissue's
     save(wrong, download / "TCIA_pancreas_labels" / f"label{number}.nii.gz")
-    with pytest.raises(ValueError, match=f"label{number}.nii.gz: lies on no soft tissue"):
+    with pytest.raises(ValueError, match=f"label{number}.nii.gz: this label does not lie on soft tissue"):
         convert("pancreas_ct", download, **options)
 
 
@@ -566,7 +566,7 @@ def test_acdc_patient_with_a_bad_info_fails_alone(tmp_path):
     acdc(download)
     bad = sorted((download / "training").iterdir())[0]
     (bad / "Info.cfg").write_text("ED 1\n")
-    with pytest.raises(ValueError, match=rf"case {bad.name}_frame01: .*Info.cfg: no line `ED: NUMBER`") as error:
+    with pytest.raises(ValueError, match=rf"case {bad.name}_frame01: .*Info.cfg: has no line `ED: NUMBER`") as error:
         convert("acdc", download, labeled="all")
     assert len(str(error.value).splitlines()) == 3  # both frames, and the dataset without them
     converted = set().union(*parts(tmp_path / "raw" / "Dataset801_ACDC").values())

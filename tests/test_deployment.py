@@ -211,7 +211,9 @@ def test_removed_it_is_distilled_again_and_another_model_or_setting_is_not_mixed
     monkeypatch.setattr(DistillationTrainer, "on_epoch_end", dies)
     with pytest.raises(KeyboardInterrupt):
         distill(run, settings, "cpu")
-    with pytest.raises(UserError, match="a distillation that was begun, but temperature changed since: remove that"):
+    with pytest.raises(
+        UserError, match="a distillation that was begun, but temperature changed since then: remove that"
+    ):
         distill(run, [*settings, "temperature=3"], "cpu")
     monkeypatch.setattr(DistillationTrainer, "on_epoch_end", end)
     stock = distill(run, settings, "cpu")
@@ -388,7 +390,7 @@ def test_a_second_distillation_of_a_model_is_told_who_distils(trained):
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
     _, run, _ = trained(SupervisedTrainer, dims=2, size=32)
     monkeypatch.setattr(onnx_export, "TOLERANCE", -1)
-    with pytest.raises(UserError, match="model.onnx: not written: ONNX differs from torch"):
+    with pytest.raises(UserError, match="model.onnx: not written, because the outputs of ONNX and torch differ"):
         onnx_export.export_onnx(run, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 
@@ -404,7 +406,7 @@ def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temperature=0"], "temperature=0"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "width=full"], "setting width"),
         (["distill", *model, "-tr", "SemiCMLTrainer"], "-device cuda: there is no GPU: use -device cpu"),
-        (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "mps"], "-device mps: only on a Mac"),
+        (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "mps"], "-device mps: this exists only on a Mac"),
     ):
         assert cli.main(words) == 1
         error = capsys.readouterr().err

@@ -145,13 +145,13 @@ def test_an_h5_file_whose_array_is_elsewhere_or_too_large(tmp_path):
         file.create_dataset("large", (100_000,) * 3, "u1", chunks=(100,) * 3)
     assert h5.read_h5(tmp_path / "a.h5", "own", [1]).GetSize() == (2, 3, 4)
     for key in ("link", "soft", "raw", "virtual"):
-        with pytest.raises(UserError, match=f"a.h5: `{key}` is no array, or lies in another file"):
+        with pytest.raises(UserError, match=f"a.h5: `{key}` is no array, or is read from another file"):
             h5.read_h5(tmp_path / "a.h5", key, [1])
     with pytest.raises(UserError, match="a.h5: `large` claims 931323 GiB"):
         h5.read_h5(tmp_path / "a.h5", "large", [1])
 
 
-@pytest.mark.parametrize("labels, words", [(["ignore"], "no class except"), ([""], "a name is empty")])
+@pytest.mark.parametrize("labels, words", [(["ignore"], "this names no class"), ([""], "a name is empty")])
 def test_names_of_classes_that_are_none(labels, words, tmp_path, raw):
     save(np.ones((4, 4, 4), np.uint8), tmp_path / "d" / "images" / "a.nii.gz")
     with pytest.raises(UserError, match=words):

@@ -396,7 +396,11 @@ def test_an_unlabelled_image_with_other_bytes_and_the_same_size_and_time(dataset
     file = dataset.image("un_001")
     train(dataset)
     change_bytes(file)
-    refused("imagesUn: case un_001 is not the image that was preprocessed: run nnunet_semiseg prepro", train, dataset)
+    refused(
+        "imagesUn: the images of case un_001 have changed since they were preprocessed: run nnunet_semiseg prepro",
+        train,
+        dataset,
+    )
 
 
 @pytest.mark.parametrize("trainer_class", [MeanTeacherTrainer, SupervisedTrainer])
@@ -488,7 +492,7 @@ def test_labelled_data_of_other_plans(dataset):
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
     file.write_text(json.dumps(plans))
     refused(
-        f"{PLANS}_3d_fullres: preprocessed for other plans: {PLANS} have changed since",
+        f"{PLANS}_3d_fullres: was preprocessed with other plans: {PLANS} have changed since then",
         train,
         dataset,
         SupervisedTrainer,
@@ -569,9 +573,7 @@ def test_what_cannot_be_read_in_a_training_is_one_line(ready, suffix, workers, m
     for file in (dataset.preprocessed / f"{PLANS}_2d").glob(f"*{suffix}"):
         file.write_bytes(b"x" * file.stat().st_size)
     folder = rf"\S*/{PLANS}_2d/tr_00\d.\*"
-    line = (
-        rf"^{folder}: a preprocessed file cannot be read \(.*\): run nnunet_semiseg plan_and_preprocess -d 901 -c 2d "
-    )
+    line = rf"^{folder}: one of these files cannot be read \(.*\): run nnunet_semiseg plan_and_preprocess -d 901 -c 2d "
     with pytest.raises(UserError, match=line):
         trainer.run_training()
     captured = capfd.readouterr()

@@ -396,13 +396,13 @@ def test_channels_are_chosen_and_put_in_order():
 @pytest.mark.parametrize(
     "paths, channels, words",
     [
-        (PATIENTS, ["t1", "pet"], "--channels pet: is not the name of a channel: the files' are flair, t1, t1ce"),
+        (PATIENTS, ["t1", "pet"], "--channels pet: is not the name of a channel: use names of the channels"),
         (tree("P1/{a_t1,b_t1,x,seg}.nii.gz P2/x.nii.gz"), ["t1", "x"], "--channels t1: fits a_t1 and b_t1"),
-        (tree("P1/{a,b,seg}.nii.gz P2/{c,d,seg}.nii.gz"), None, "no channel is in every labelled case: found a"),
+        (tree("P1/{a,b,seg}.nii.gz P2/{c,d,seg}.nii.gz"), None, "no channel is in every labelled case: choose"),
         (tree("images/{a,b}.png labels/c.png"), None, "/d/labels/c.png: no image of case c: rename it"),
         (tree("images/a.png images/a.bmp"), None, "/d/images/a.png: case a appears twice, also as /d/images/a.bmp"),
-        (tree("images/P1.nii.gz labels/P1/{a,b}/1.png"), None, "slices of one volume in labels/P1/a and labels/P1/b"),
-        (tree("images/P1/{01,02}.png labels/P1.nii.gz"), None, "/d/images/P1: 2 numbered pictures: if they are slices"),
+        (tree("images/P1.nii.gz labels/P1/{a,b}/1.png"), None, "slices of one volume lie in labels/P1/a and labels"),
+        (tree("images/P1/{01,02}.png labels/P1.nii.gz"), None, "/d/images/P1: 2 numbered pictures lie there: if"),
     ],
 )  # fmt: skip
 def test_names_that_cannot_be_read_in_one_way(paths, channels, words):

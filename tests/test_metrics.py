@@ -143,7 +143,7 @@ def test_folder_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(UserError, match="no .*nii.gz"):
         evaluate_folder(predictions, references, labels)
     write(references, "a.nii.gz", cube((4, 4, 4)))
-    with pytest.raises(UserError, match="a.nii.gz: missing"):
+    with pytest.raises(UserError, match="a.nii.gz: no such prediction"):
         evaluate_folder(predictions, references, labels)
     write(predictions, "a.nii.gz", cube((4, 4, 4)), spacing=(1, 1, 1))
     with pytest.raises(UserError, match="spacing"):

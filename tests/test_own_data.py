@@ -198,16 +198,20 @@ def test_images_in_colour_ask_for_channels_at_once(tmp_path):
     folder = pictures(tmp_path / "d", FLAT)
     for name in ("a", "b"):
         write(Image.fromarray(RED_BLUE[FLAT]), folder / "images" / f"{name}.png")
-    with pytest.raises(ValueError, match="images/a.png: in colour: name its channels with --channels red green blue"):
+    with pytest.raises(
+        ValueError, match="images/a.png: is a colour image: name its channels with --channels red green blue"
+    ):
         own.find_cases(folder, labels=["a", "b"])
     write(Image.fromarray(np.stack([FLAT] * 3, -1)), folder / "images" / "b.png")  # grey, in three channels
-    with pytest.raises(ValueError, match="^case a: .*images/a.png: a colour image instead of a grey one: .*--channels"):
+    with pytest.raises(
+        ValueError, match="^case a: .*images/a.png: is a colour image instead of a grey one: .*--channels"
+    ):
         convert(folder, labels=["a", "b"])
 
 
 def test_a_link_to_nowhere_is_said_to_be_one(source):
     (source / "images" / "c9.nii.gz").symlink_to("/nowhere.nii.gz")
-    with pytest.raises(ValueError, match="^case c9: .*c9.nii.gz: a link to /nowhere.nii.gz, which is not there"):
+    with pytest.raises(ValueError, match="^case c9: .*c9.nii.gz: is a link to /nowhere.nii.gz, which does not exist"):
         convert(source)
 
 
@@ -218,7 +222,7 @@ def test_a_colour_that_one_mask_alone_has_is_said_of_this_label(tmp_path, raw):
         write(Image.fromarray((FLAT > 0).astype(np.uint8)), folder / "labels" / f"{name}.png")
     with pytest.raises(
         ValueError,
-        match=r"^case a: .*/a.png: a label in colour: 0/0/0 \(22 voxels\), 255/0/0 \(8\): .*255/0/0=organ",
+        match=r"^case a: .*/a.png: is a label in colour, with 0/0/0 \(22 voxels\), 255/0/0 \(8\): .*255/0/0=organ",
     ):
         convert(folder)
     assert len(list((raw / "labelsTr").iterdir())) == 2
@@ -415,7 +419,9 @@ def test_a_folder_a_patient_with_a_file_a_channel(source, raw, capsys):
 def test_4d_files_are_split_into_channels(source, raw):
     for i in range(4):
         nii(np.stack([image(i), image(i) + 100], -1), source / "images" / f"c{i}.nii.gz")
-    with pytest.raises(ValueError, match="c0.nii.gz: is 4D, of 2 volumes: name them .* --channels NAME1 NAME2"):
+    with pytest.raises(
+        ValueError, match="c0.nii.gz: is a 4D image of 2 volumes: .* name them .*--channels NAME1 NAME2"
+    ):
         convert(source)
     nii(np.stack([image(3)] * 3, -1), source / "images" / "c3.nii.gz")
     with pytest.raises(ValueError, match="^case c3: .*c3.nii.gz: is 4D, of 3 volumes, but 2 channels are named"):
@@ -460,7 +466,7 @@ def test_a_folder_with_no_label_or_of_other_kinds(tmp_path):
         convert(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c1.npz").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"/b: no image that can be read \(.*\): there are 1 .npz$"):
+    with pytest.raises(ValueError, match=r"/b: has no image that can be read \(.*\): convert these files: 1 .npz$"):
         convert(tmp_path / "b")
     nii(ORGAN, tmp_path / "b" / "labels" / "c1.nii.gz")
     with pytest.raises(ValueError, match=r"no image of case c1: .* \(files of types that cannot be read: 1 .npz\)$"):
@@ -482,11 +488,11 @@ def test_masks_of_a_class_each(tmp_path, raw, capsys):
     convert(tmp_path / "d", labels=["liver", "spleen"], channels=["CT"], overwrite=True)
     assert np.array_equal(voxels(raw / "labelsTr" / "s1.nii.gz"), 2 * ORGAN)
     assert "case s1: there is no mask of liver, so it is taken to be empty" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--label-values: here each class has its own mask: leave it out"):
+    with pytest.raises(ValueError, match="--label-values: each class has its own mask here: leave out this option"):
         convert(tmp_path / "d", labels=None, label_values=["1=liver"], overwrite=True)
     left_out = own.find_cases(tmp_path / "d", labels=["spleen"]).left_out
     assert left_out == {"s0/segmentations/liver.nii.gz": "a mask of a class that is not named with --labels"}
-    with pytest.raises(ValueError, match="--labels kidney: no mask has this name: there are liver, spleen"):
+    with pytest.raises(ValueError, match="--labels kidney: no mask has this name: use names of these: liver, spleen"):
         convert(tmp_path / "d", labels=["kidney"], overwrite=True)
 
 
@@ -661,7 +667,7 @@ def test_ct_and_mr_at_once(tmp_path):
             dicom(case / "DICOM", image(i), "x", f"1.{n}.{i}", modality=kind)
             for z in range(SHAPE[2]):
                 write(Image.fromarray(ORGAN[:, :, -1 - z].T), case / "Ground" / f"{z}.png")
-    message = r"/d: DICOM images of CT \(2 cases\) and MR \(2 cases\) at once: .*-i.*--channels"
+    message = r"/d: holds DICOM images of different kinds, CT \(2 cases\) and MR \(2 cases\): .*-i.*--channels"
     with pytest.raises(ValueError, match=message):
         own.find_cases(tmp_path / "d", labels=["organ"])
     found = own.find_cases(tmp_path / "d", labels=["organ"], channels=["CT"])
@@ -807,9 +813,13 @@ def test_scans_of_a_patient_stay_together(tmp_path, raw):
 def test_a_patient_in_training_and_test_is_refused(tmp_path):
     folder = scans(tmp_path / "d", ["P1_1", "P2_1", "P2_2"], ["P1_1"])
     nii(image(), folder / "imagesTs" / "P1_2.nii.gz")
-    with pytest.raises(ValueError, match="1 patients have scans in the test set and in training, P1 has P1_2 and P1_1"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 patients have scans both in the test set and in training, for"
+        r" example P1 \(P1_2 and P1_1\)",
+    ):
         convert(folder, group_by="patient")
-    with pytest.raises(ValueError, match=r"--group-by \(: not a regular expression"):
+    with pytest.raises(ValueError, match=r"--group-by \(: is not a regular expression"):
         convert(folder, group_by="(")
     with pytest.raises(ValueError, match="names like case_1 do not show patients"):
         convert(scans(tmp_path / "e", ["case_1", "case_2"], ["case_1"]), group_by="patient")

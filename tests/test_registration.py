@@ -87,7 +87,9 @@ def test_no_overlap_is_refused(pair):
     far = phantom(80, 20)
     far.SetOrigin((1000, 0, 0))
     why = "All samples map outside moving image buffer"
-    with pytest.raises(UserError, match=f"^cannot be registered .{why}.: remove the case, or align it by hand$"):
+    with pytest.raises(
+        UserError, match=f"^cannot be registered to the first channel .{why}.: remove the case, or align it by hand$"
+    ):
         find_rigid(far, pair[0])
 
 
@@ -119,5 +121,7 @@ def test_register_is_for_several_channels(download):
     for case in "ab":
         (download / "images" / f"{case}_T1.nii.gz").rename(download / "images" / f"{case}.nii.gz")
         (download / "images" / f"{case}_T2.nii.gz").unlink()
-    with pytest.raises(UserError, match="--register check: is for volumes of several channels: leave it out"):
+    with pytest.raises(
+        UserError, match="--register check: this option is for volumes of several channels: leave it out"
+    ):
         own.convert(download, 801, labels=["organ"], register="check", num_processes=0, show_progress_bar=False)

@@ -152,7 +152,7 @@ def test_members_are_the_first_kind_that_there_is(trained):
     (other / run.checkpoint.name).write_bytes(run.checkpoint.read_bytes())
     assert found("auto", False) == ("seeds", [("as in the plans", ()), ("seed1", ())])
     assert found("auto", True) == ("seeds", [(name, f) for f in flips for name in ("as in the plans", "seed1")])
-    with pytest.raises(UserError, match="--ensemble folds: it has fewer than two members"):
+    with pytest.raises(UserError, match="--ensemble folds: this ensemble has fewer than two members"):
         find_members(run, "folds", True)
 
 
@@ -210,7 +210,7 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
             "checkpoint_final.pth: no such file: finish the training of SupervisedTrainer",
         ),
         (["-c", "nope"], "no configuration nope"),
-        (["--ensemble", "folds"], "--ensemble folds: it has fewer than two members"),
+        (["--ensemble", "folds"], "--ensemble folds: this ensemble has fewer than two members"),
         (["--ensemble", "single", "--estimate", "agreement"], "--estimate agreement: needs two members"),
     ],
 )
@@ -230,8 +230,8 @@ def test_the_trainer_is_what_is_trained(trained):
         folder.mkdir(parents=True)
         (folder / run.checkpoint.name).touch()
         if trainer == "UniMatchTrainer":
-            with pytest.raises(UserError, match="choose with -tr MeanTeacherTrainer or -tr UniMatchTrainer"):
+            with pytest.raises(UserError, match="choose one with -tr MeanTeacherTrainer or -tr UniMatchTrainer"):
                 _only_trainer(*given)
     assert _only_trainer(*given) == "SemiSegTrainer"
-    with pytest.raises(UserError, match="no trained model"):
+    with pytest.raises(UserError, match="has no trained model"):
         _only_trainer(*given[:3], "0")

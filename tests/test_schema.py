@@ -89,7 +89,7 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"labels": {"background": 0, "a": -1}}, 'label "a" is -1'),
         ({"labels": {"background": 0, "a": 2}}, '"labels" has the values 0, 2, but must have 0 to 1'),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, '"labels" has the values 0, 1, but must have 0 to 2'),
-        ({"labels": {"background": 0, "ignore": 1}}, "has no class beside background and ignore"),
+        ({"labels": {"background": 0, "ignore": 1}}, "has only background and ignore: add a class"),
         ({"labels": {"a": 1}}, 'must have "background": 0'),
         ({"labels": {"background": 0, "": 1}}, "\"labels\" has a class called '': give it a name"),
         ({"labels": {"background": 0, "a\nb": 1}}, "\"labels\" has a class called 'a\\nb': give it a name"),
@@ -98,23 +98,23 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"labels": {"background": 0, "a": 1, "ignore": [2]}}, 'label "ignore" is a list'),
         ({"dataset": {"../a": {"images": ["a"], "label": "b"}}}, '"dataset" has a case called "../a"'),
         ({"channel_names": ["MRI"]}, "\"channel_names\" is ['MRI'], but must be an object"),
-        ({"channel_names": {}}, '"channel_names" names no channel'),
+        ({"channel_names": {}}, '"channel_names" is empty'),
         ({"channel_names": {"1": "T2", "0": "T1"}}, "\"channel_names\" has the keys '1', '0', but must have '0', '1'"),
         ({"channel_names": {"1": "MRI"}}, "has the keys '1', but must have '0', in this order"),
         ({"modality": {"0": "CT", "1": "PET"}}, 'have different lengths: remove "modality"'),
         ({"channel_names": {"0": 5}}, '"channel_names": "0" is 5, but must be a text'),
         ({"file_ending": 5}, '"file_ending" is 5'),
-        ({"file_ending": "png"}, "begins with no dot"),
+        ({"file_ending": "png"}, "must begin with a dot"),
         ({"numTraining": None}, '"numTraining" is None'),
         ({"numTraining": math.nan}, '"numTraining" is nan, but must be a whole number'),
         ({"overwrite_image_reader_writer": "MyIO"}, 'is "MyIO": use NaturalImage2DIO or SimpleITKIO'),
         ({"semiseg": {"labeled_order": 5}}, '"semiseg" "labeled_order" is 5, but must be a list of a text'),
         ({"dataset": {"c": {"images": "c.png"}}}, '"dataset" c "images" is'),
-        (REGIONS | {"labels": {"background": 0, "a": [0, 1]}}, 'label "a" is [0, 1], and has the background in it'),
-        (REGIONS | {"labels": {"background": 0, "a": [1, 1]}}, 'label "a" is [1, 1], and has a value twice'),
+        (REGIONS | {"labels": {"background": 0, "a": [0, 1]}}, 'label "a" is [0, 1], but must not have the background'),
+        (REGIONS | {"labels": {"background": 0, "a": [1, 1]}}, 'label "a" is [1, 1], but must not have a value twice'),
         (REGIONS | {"regions_class_order": None}, '"regions_class_order" is missing, but label "both" is a region'),
         (REGIONS | {"regions_class_order": [1]}, '"regions_class_order" has 1 values'),
-        (REGIONS | {"regions_class_order": [1, 3]}, '"regions_class_order" has 3, which is no value'),
+        (REGIONS | {"regions_class_order": [1, 3]}, '"regions_class_order" has 3, which is not a value'),
         (REGIONS | {"regions_class_order": [1, 1]}, '"regions_class_order" has a value twice'),
     ],
 )
@@ -162,7 +162,7 @@ def test_plans_that_are_none(plans, words, tmp_path):
         ({"data_identifier": ""}, '"data_identifier" is empty'),
         ({"architecture": None}, '"architecture" is None'),
         ({"architecture": {}}, 'architecture has no "network_class_name"'),
-        ({"patch_size": [8, 7]}, '"patch_size" is [8, 7], but the strides divide it by [2, 2]'),
+        ({"patch_size": [8, 7]}, '"patch_size" is [8, 7], but with these "strides" it must be divisible by [2, 2]'),
     ],
 )
 def test_a_configuration_that_is_none(change, words):
@@ -185,7 +185,7 @@ def network(kwargs=None, **change) -> dict:
         (network({"strides": [1, 0]}), '"strides" has [0, 0], but must have 2 numbers of 1 or more'),
         (network({"n_conv_per_stage_decoder": [2, 2]}), '"n_conv_per_stage_decoder" has 2 values, but must have 1'),
         (network({"conv_op": "torch.nn.Conv3d"}), '"conv_op" has 3 axes, but "patch_size" has 2'),
-        (network({"conv_op": 3}), '"conv_op" is 3, which is code of unknown origin'),
+        (network({"conv_op": 3}), '"conv_op" is 3, which is unknown code'),
     ],
 )
 def test_a_network_that_cannot_be_built(configurations, words):
@@ -198,7 +198,7 @@ def test_a_network_of_unknown_origin_is_refused_before_it_is_imported(name, monk
     plans = PLANS | {"configurations": network(network_class_name=name)}
     message = refusal(check_configuration, plans, "2d", "P.json", "plan")
     assert message.startswith(
-        f"P.json: configuration 2d architecture \"network_class_name\" is '{name}', which is code"
+        f"P.json: configuration 2d architecture \"network_class_name\" is '{name}', which is unknown code"
     )
     assert message.endswith("export nnUNet_semiseg_trust=1")
     with pytest.raises(UserError, match=name):  # as nnU-Net's predictor calls it

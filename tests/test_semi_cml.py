@@ -645,8 +645,8 @@ def test_the_decoders_are_judged_apart_on_validation_patches(ready):
 def test_refusals(ready):
     single, double = ready(), ready(dataset_id=902, channels=2)
     for dataset, settings, words in (
-        (single, dict(modalities=[[0], [1]]), "modalities, modality_dropout: not for a dataset with a single channel"),
-        (single, dict(modality_dropout=0.5), "not for a dataset with a single channel"),
+        (single, dict(modalities=[[0], [1]]), "modalities and modality_dropout: the dataset has a single channel"),
+        (single, dict(modality_dropout=0.5), "the dataset has a single channel"),
         (single, dict(modality_views="ct_windows"), "modality_views=ct_windows: the images are not CT"),
         (double, dict(modalities=[[0], [2]]), "two lists of different channels from 0 to 1"),
         (double, dict(modalities=[[0], [0, 1]]), "two lists of different channels from 0 to 1"),
@@ -656,7 +656,7 @@ def test_refusals(ready):
             dict(modality_views="contrast"),
             "modality_views=contrast: the dataset has 2 channels, which are used",
         ),
-        (double, dict(ct_windows=[[40, 400], [40]]), "ct_windows=.*: must have two entries of level and width"),
+        (double, dict(ct_windows=[[40, 400], [40]]), "ct_windows=.*: must have two entries, each a level and a width"),
         (double, dict(contrast_gammas=[0.5, -1]), "gammas must be above 0"),
         (double, dict(threshold=1.5), "threshold=1.5: must be a number from 0 to 1"),
     ):

@@ -169,7 +169,7 @@ def test_a_class_is_weighed_by_the_labels_of_this_training_alone(ready, tmp_path
         make_trainer(MeanTeacherTrainer, dataset, external_masks=["othr"])
     add_masks(dataset.id, "other", true_labels(dataset, tmp_path / "better", ["tr_000", "tr_001"]))
     with pytest.raises(
-        UserError, match=r"other: made from masks that differ from those in .*: run nnunet_semiseg preprocess_u"
+        UserError, match=r"other: was made from masks that differ from those in .*: run nnunet_semiseg preprocess_u"
     ):
         make_trainer(MeanTeacherTrainer, dataset, external_masks="other")
     preprocess_unlabeled(dataset.id, [dataset.configuration], "nnUNetSemiSegSmallPlans", 0)

@@ -68,7 +68,7 @@ def test_wrong_use(model, tmp_path):
     checkpoint = torch.load(run.checkpoint, weights_only=False)
     del checkpoint["network_weights"]["guidance.features"]
     torch.save(checkpoint, run.checkpoint)
-    with pytest.raises(UserError, match="checkpoint_final.pth: a model without text"):
+    with pytest.raises(UserError, match="checkpoint_final.pth: this model has no text"):
         text_effect.text_effect(request(dataset, trainers=["TextSemiSegTrainer"]), tmp_path / "out")
     run.checkpoint.unlink()
     with pytest.raises(UserError, match="not trained: TextSemiSegTrainer"):

@@ -21,7 +21,7 @@ from nnunet_semiseg.training_command import check_running_command
 
 REFUSED = [
     ("3d_fullres 0", "-device cuda: there is no GPU: use -device cpu"),
-    ("3d_fullres 0 -device mps", "-device mps: only on a Mac"),
+    ("3d_fullres 0 -device mps", "-device mps: this exists only on a Mac"),
     ("3d_fullres x -device cpu", "fold x: give the number of a fold, 0 or more, or all"),
     ("3d_fullres 1.5 -device cpu", "fold 1.5: give"),
     ("3d_fullres -1 -device cpu", "fold -1: give"),
@@ -119,7 +119,7 @@ def test_several_processes_are_started_by_torchrun_where_there_are_gpus_for_them
     assert "-num_gpus 2: this machine has 1: give 1 or less" in with_gpus(1, monkeypatch, run, "MeanTeacherTrainer")
     assert "nnU-Net's own trainers need -device cuda" in run("nnUNetTrainer", "-device", "cpu")
     weights = "-pretrained_weights", "x.pth"
-    assert "-pretrained_weights: in several processes" in run("MeanTeacherTrainer", "-device", "cpu", *weights)
+    assert "-pretrained_weights: with several processes" in run("MeanTeacherTrainer", "-device", "cpu", *weights)
     run("MeanTeacherTrainer", "-device", "cpu", "--set", "num_epochs=3")
     assert started.pop() == [
         "--standalone", "--max_restarts=0", "--nproc_per_node=2", "-m", "nnunet_semiseg.cli", *given,
@@ -206,13 +206,13 @@ BROKEN = {
     "no validation case": (split, "splits_final.json: fold 0 has no validation case"),
     "emptied folder": (
         empty_folder,
-        f"{PLANS}_3d_fullres: no preprocessed labelled cases, .*: run nnunet_semiseg plan.* -pl SemiSegPlannerSmall",
+        f"{PLANS}_3d_fullres: has no preprocessed labelled cases, .*: run nnunet_semiseg plan.* -pl SemiSegPlannerSmall",
     ),
     "huge patch": (
         in_configuration(patch_size=[10**6] * 3),
         rf"{PLANS}.json: plan again .* \(2 patches of 1000000 x 1000000 x 1000000 voxels take 7450580597 GiB, and this",
     ),
-    "odd patch": (in_configuration(patch_size=[23, 24, 24]), f'{PLANS}.json: "patch_size" is .*23, 24, 24.*divide it'),
+    "odd patch": (in_configuration(patch_size=[23, 24, 24]), f'{PLANS}.json: "patch_size" is .*23, 24, 24.*divisible'),
     "huge batch": (
         in_plans(lambda plans: plans.update(semiseg={"unlabeled_batch_size": 10**6 * 50})),
         "setting unlabeled_batch_size=50000000: set it to a smaller number",
@@ -316,7 +316,7 @@ def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epo
         ("--continue_from {model} --as x --c", "--continue_from and --c: give one of them"),
         ("--continue_from {model}/nix --as x", "/nix: no such file: give a trained model with --continue_from"),
         ("--continue_from {raw} --as x", "no checkpoint_final.pth of fold all or all: give a trained model"),
-        ("--continue_from {model} --as x -tr nnUNetTrainer", "nnUNetTrainer has no settings to shorten"),
+        ("--continue_from {model} --as x -tr nnUNetTrainer", "nnUNetTrainer has no settings, so"),
     ],
 )
 def test_what_cannot_continue_is_refused(more, message, dataset, monkeypatch, capsys):

@@ -113,22 +113,22 @@ def test_cascades_and_missing_configurations(planned, capsys):
     "change, message",
     [
         (lambda d: shutil.rmtree(d.raw / "imagesUn"), r"imagesUn: no such folder: make it"),
-        (lambda d: [f.unlink() for f in (d.raw / "imagesUn").iterdir()], r"imagesUn: empty: put"),
+        (lambda d: [f.unlink() for f in (d.raw / "imagesUn").iterdir()], r"imagesUn: is empty: put"),
         (
             lambda d: [f.rename(f.with_suffix(".mha")) for f in (d.raw / "imagesUn").iterdir()],
-            r"imagesUn: no \*.nii.gz among its 4 files \(the first is un_000_0000.nii.mha\): put",
+            r"imagesUn: has no \*.nii.gz among its 4 files \(the first is un_000_0000.nii.mha\): put",
         ),
         (
             lambda d: d.image("un_001", 1).unlink(),
-            r"un_001_0001.nii.gz: missing, un_001 needs 2 channels: add",
+            r"un_001_0001.nii.gz: no such file, but un_001 needs 2 channels: add",
         ),
         (
             lambda d: shutil.copy(d.image("un_001", 1), d.image("un_001", 2)),
-            r"un_001_0002.nii.gz: one channel too many, labelled cases have 2: remove",
+            r"un_001_0002.nii.gz: labelled cases have only 2 channels: remove",
         ),
         (
             lambda d: shutil.copy(d.image("un_001"), d.raw / "imagesUn" / "scan.nii.gz"),
-            r"scan.nii.gz: no channel in its name: rename it to CASE_0000.nii.gz",
+            r"scan.nii.gz: its name has no channel: rename it to CASE_0000.nii.gz",
         ),
         (
             lambda d: (d.image("un_001").unlink(), d.image("un_001").symlink_to("/nowhere.nii.gz")),
@@ -323,7 +323,7 @@ def test_damaged_cases_are_redone(planned):
     whole = whole_cases(planned)
     (folder / "un_001_seg.b2nd").unlink()
     (folder / "un_002.pkl").write_bytes((folder / "un_002.pkl").read_bytes()[:50])
-    with pytest.raises(UserError, match="un_001_seg.b2nd: missing: run nnunet_semiseg preprocess_unlabeled"):
+    with pytest.raises(UserError, match="un_001_seg.b2nd: no such file: run nnunet_semiseg preprocess_unlabeled"):
         manifest(planned)
     run(planned)
     again = whole_cases(planned)
@@ -338,7 +338,11 @@ def test_only_what_changed_is_redone(planned):
     run(planned)
     before = whole_cases(planned)
     write_image(OTHER, planned.image("un_001"))
-    with pytest.raises(UserError, match=r"imagesUn: case un_001 is not the image that was preprocessed: run nnunet_s"):
+    with pytest.raises(
+        UserError,
+        match=r"imagesUn: the images of case un_001 have changed since they were"
+        " preprocessed: run nnunet_s",
+    ):
         manifest(planned)
     planned.image("un_002").unlink()
     shutil.copy(planned.image("un_000"), planned.image("un_009"))
@@ -362,7 +366,7 @@ def test_data_for_other_plans_are_refused_and_redone(planned):
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
     plans_file.write_text(json.dumps(plans))
     fix = f"run nnunet_semiseg preprocess_unlabeled -d {planned.id} -c 3d_fullres -plans_name {PLANS}"
-    with pytest.raises(UserError, match=rf"^\S*__unlabeled: preprocessed for other plans: .*: {fix}$"):
+    with pytest.raises(UserError, match=rf"^\S*__unlabeled: was preprocessed with other plans: .*: {fix}$"):
         manifest(planned)
     run(planned)
     assert not set(before.items()) & set(whole_cases(planned).items())

@@ -222,13 +222,13 @@ def test_an_interrupted_pretraining_ends_where_an_uninterrupted_one_does(dataset
     assert torch.equal(vlm.heads["text_cls"][0].weight, saved)
     killed = tmp_path / "killed"
     with pytest.raises(
-        UserError, match="killed: holds a pre-training from before accumulation, crop changed: remove it"
+        UserError, match="killed: holds a pre-training with other values of accumulation, crop: remove this folder"
     ):
         run(dataset, towers, killed, "accumulation=1", "crop=1")
     assert run(dataset, towers, killed, "accumulation=2", "num_workers=1") == killed  # no result depends on that
     texts = json.loads((dataset.raw / "texts.json").read_text())
     (dataset.raw / "texts.json").write_text(json.dumps(texts | {"un_000": "another text"}))
-    with pytest.raises(UserError, match="killed: holds a pre-training from before texts changed"):
+    with pytest.raises(UserError, match="killed: holds a pre-training with other values of texts"):
         run(dataset, towers, killed, "accumulation=2")
     (dataset.raw / "texts.json").write_text(json.dumps(texts))
     state = killed / "training_state.safetensors"

@@ -6,7 +6,7 @@ It makes its own data, nnU-Net plans of full size, and small untrained text and 
 the next call. The package must be installed. `--dry-run` does the same on a CPU, with tiny plans.
 
 Each trainer takes a few steps at the beginning of its training and a few at the end, because methods switch terms on
-later. The timed steps follow, at the end, with nnU-Net's mixed precision and gradient scaler. The losses are those of
+later. The timed steps come last, with nnU-Net's mixed precision and gradient scaler. The losses in the table are from
 all these steps. Graph breaks are all that torch.compile found; recompiles are the graphs that it made in the timed
 steps. Memory is that of CUDA's allocator in the timed steps. The time of a step does not include loading. "loading /
 step" is the share of a step that the loader's workers need for a batch: above 100% the GPU waits. Trainers with equal
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
         "--memory",
         choices=["stock", "fast", "small"],
         default="stock",
-        help="the setting memory of all trainers; default: %(default)s",
+        help="value of the setting `memory` for all trainers; default: %(default)s",
     )
     parser.add_argument(
         "--set",
@@ -78,24 +78,45 @@ def parse() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="settings of all trainers, such as unlabeled_batch_size=4",
     )
-    parser.add_argument("--planner", help="what makes the plans; default: nnU-Net's ExperimentPlanner")
+    parser.add_argument("--planner", help="planner, which makes the plans; default: nnU-Net's ExperimentPlanner")
     parser.add_argument(
-        "--size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="size of the volumes, in voxels of 1 mm"
+        "--size",
+        nargs=3,
+        type=int,
+        metavar=("Z", "Y", "X"),
+        help="size of the volumes, in voxels of 1 mm; default: 112 192 192",
     )
-    parser.add_argument("--steps", type=int, help="number of timed steps")
+    parser.add_argument("--steps", type=int, help="number of timed steps; default: 10")
     parser.add_argument(
-        "--warmup", type=int, help="number of steps that are not timed, at the beginning and at the end of the training"
-    )
-    parser.add_argument("--workers", type=int, help="number of the loader's workers")
-    parser.add_argument(
-        "--budget", type=float, default=540, help="after this many seconds no further trainer is started"
+        "--warmup",
+        type=int,
+        help="number of untimed steps, at the beginning and at the end of the training; default: 3",
     )
     parser.add_argument(
-        "--limit", type=float, default=200, help="after this many seconds a trainer is stopped and counts as failed"
+        "--workers", type=int, help="number of workers of the loader; default: one for each core, at most 12"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=540,
+        help="after this many seconds no further trainer is started; default: %(default)g",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=200,
+        help="after this many seconds a trainer is stopped and counts as failed; default: %(default)g",
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for data, plans and the log")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".json or .csv, written after every trainer")
-    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, with tiny plans and few steps")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file for the results, .json or .csv; it is written again after every trainer",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run on the CPU, with small defaults: tiny plans and few steps"
+    )
     parser.add_argument("--worker-until", type=float, help=argparse.SUPPRESS)  # the time at which the budget ends
     args = parser.parse_args()
     tiny = args.dry_run
@@ -310,7 +331,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def attempt(trainer_class: type, plans: dict, args: argparse.Namespace, rates: dict) -> tuple[dict, bool]:
-    """Measure one trainer and free its memory. Return its row or its error, and whether this process can go on."""
+    """Measure one trainer and free its memory. Returns its row or its error, and whether this process can go on."""
     import gc
     import traceback
 
@@ -336,7 +357,7 @@ def attempt(trainer_class: type, plans: dict, args: argparse.Namespace, rates: d
 
 
 def measure(trainer_class: type, plans: dict, args: argparse.Namespace, rates: dict, row: dict) -> None:
-    """Fill a trainer's row step by step, so that an error does not lose what was measured before it."""
+    """Fill the row of a trainer step by step. So an error does not lose what was measured before it."""
     from contextlib import ExitStack
     from functools import partial
     from statistics import median
@@ -417,7 +438,7 @@ def recompiles(counters: dict, before: int) -> int | str:
 
 
 def sgd(optimizer_class: type, choice: bool, /, *args, **kwargs):
-    """SGD with or without one kernel for all weights (`fused`). The choice of the trainer is ignored."""
+    """Make SGD with one kernel for all weights (`fused`) or without. The choice of the trainer is ignored."""
     return optimizer_class(*args, **{**kwargs, "fused": choice})
 
 
@@ -455,7 +476,7 @@ def to_channels_last(trainer) -> None:
 
 
 def loader_kind(trainer) -> tuple:
-    """What the speed of a trainer's loader depends on. Trainers with the same value share one measurement."""
+    """Everything that the speed of a loader depends on. Trainers with the same value share one measurement."""
     methods = (
         "target_maker",
         "extend_loader",
@@ -468,7 +489,7 @@ def loader_kind(trainer) -> tuple:
 
 
 def loader_rate(loader, seconds: float) -> float:
-    """Batches for each second, measured after the batches that were made in advance are used up."""
+    """The number of batches in a second. It is measured after the batches that were made in advance are used up."""
     begin = time.perf_counter()
     for _ in range(2 * loader.num_cached + loader.num_processes):
         next(loader)
@@ -501,7 +522,7 @@ def make_data(args: argparse.Namespace) -> Path:
     extract = DatasetFingerprintExtractor.run
 
     def extract_few(self, *positional, **named):
-        """Collect fewer intensities than nnU-Net: 100 million take a minute, and these images are only noise."""
+        """Collect fewer intensities than nnU-Net does. 100 million take a minute, and these images are only noise."""
         self.num_foreground_voxels_for_intensitystats = 1_000_000
         return extract(self, *positional, **named)
 

@@ -2,7 +2,7 @@
 
     python tools/islands.py REFERENCES PREDICTIONS [PREDICTIONS ...] --label "left atrium=1"
 
-For each folder of predictions it prints the mean Dice and HD95, as they are and after nnU-Net's post-processing of one
+For each folder of predictions it prints the mean Dice and HD95, before and after nnU-Net's post-processing of one
 label. It also lists the cases in which post-processing removes more than 300 voxels, with HD95 before and after. This
 explains a score. Which post-processing to use must be decided by nnU-Net's cross-validation, not on a test set.
 """
@@ -35,7 +35,7 @@ def main() -> None:
         "--label",
         default="left atrium=1",
         metavar="NAME=VALUE",
-        help="the label that is measured, and its value; default: %(default)s",
+        help="name and value of the label to measure; default: %(default)s",
     )
     args = parser.parse_args()
 

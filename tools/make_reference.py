@@ -17,14 +17,14 @@ MADE = "<!-- Made from the code by `make reference`. Change the code, not this p
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table. A cell may contain `|`."""
+    """Make a table in Markdown. A cell may contain `|`."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
 
 
 def page(title: str, *parts: str) -> str:
-    """A page in Markdown."""
+    """Make a page in Markdown."""
     return "\n\n".join([MADE, f"# {title}", *parts]) + "\n"
 
 
@@ -32,7 +32,7 @@ def page(title: str, *parts: str) -> str:
 
 
 def trainers_page() -> str:
-    """The page of all trainers: the method, whether it uses text, and which settings only this trainer has."""
+    """Make the page of all trainers: the method, its use of text, and the settings that only this trainer has."""
     texts = {"always": "yes", "optional": "with `text=true`", "no": "no"}
     rows = [
         (f"`{t.name}`", t.title, texts[t.text], "yes" if t.has_teacher else "no", ", ".join(own_settings(t)) or "none")
@@ -47,12 +47,12 @@ def trainers_page() -> str:
 
 
 def own_settings(trainer: Trainer) -> list[str]:
-    """The settings of this trainer that no other trainer has with the same meaning."""
+    """The settings of a trainer that no other trainer has with the same meaning."""
     return [f"`{name}`" for name, s in trainer.settings.items() if owners()[s] == (trainer.name,)]
 
 
 def owners() -> dict[Setting, tuple[str, ...]]:
-    """Every setting, with the trainers that have it with this meaning."""
+    """Every setting, with all trainers in which it has the same meaning."""
     found: dict[Setting, tuple[str, ...]] = {}
     for trainer in trainers().values():
         for setting in trainer.settings.values():
@@ -64,7 +64,7 @@ def owners() -> dict[Setting, tuple[str, ...]]:
 
 
 def settings_page() -> str:
-    """The page of all settings. Settings that the same trainers have are in one table."""
+    """Make the page of all settings. Settings that the same trainers have are in one table."""
     groups: dict[tuple[str, ...], list[Setting]] = {}
     for setting, names in owners().items():
         groups.setdefault(names, []).append(setting)
@@ -88,13 +88,13 @@ def settings_page() -> str:
 
 
 def settings_table(settings: Iterable[Setting]) -> str:
-    """A table with a row for each setting."""
+    """Make a table with a row for each setting."""
     rows = [(f"`{s.name}`", f"`{s.default}`", s.type, s.meaning) for s in settings]
     return table(("setting", "default", "type", "meaning"), rows)
 
 
 def together(names: tuple[str, ...]) -> str:
-    """The names of these trainers as a text."""
+    """Join the names of trainers into a text."""
     others = sorted(set(trainers()) - set(names))
     if len(others) > 1:
         return ", ".join(names)
@@ -105,7 +105,7 @@ def together(names: tuple[str, ...]) -> str:
 
 
 def commands_page() -> str:
-    """The page of all commands, with their options and examples."""
+    """Make the page of all commands, with their options and examples."""
     parser = cli.make_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, _SubParsersAction))
     parts = ["`nnunet_semiseg COMMAND -h` shows the same in the terminal."]
@@ -117,7 +117,7 @@ def commands_page() -> str:
 
 
 def command_parts(parser: ArgumentParser, examples: Iterable[str]) -> list[str]:
-    """The parts of a command's section: what it does, its options, and examples."""
+    """The parts of the section of a command: what it does, its options, and examples."""
     paragraphs = [" ".join(text.split()) for text in (parser.description or "").split("\n\n")]
     shown = [action for action in parser._actions if action.help != SUPPRESS and action.dest != "help"]
     rows = [(f"`{option(action)}`", meaning(action, parser)) for action in shown]
@@ -126,7 +126,7 @@ def command_parts(parser: ArgumentParser, examples: Iterable[str]) -> list[str]:
 
 
 def option(action: Action) -> str:
-    """An option as it is typed: its names and its value."""
+    """An option as the user types it: its names and its value."""
     value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
     value = action.metavar or value
     if action.nargs == 0:
@@ -136,7 +136,7 @@ def option(action: Action) -> str:
 
 
 def meaning(action: Action, parser: ArgumentParser) -> str:
-    """An option's help, with the default filled in."""
+    """The help text of an option, with its default."""
     text = (action.help or "") % {**vars(action), "prog": parser.prog}
     return f"{text}{' (required)' if action.required and action.option_strings else ''}"
 
@@ -152,4 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ArgumentParser(description=__doc__).parse_args()
     main()

@@ -5,6 +5,7 @@ Run `python tools/make_tutorial.py`, or `make tutorial`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sysconfig
@@ -16,7 +17,7 @@ from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 SHOWN_AS = "/data"
-"""what the page shows in place of the folder, whose name is another one each time"""
+"""The page shows this in place of the folder, which has another name each time."""
 
 
 def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
@@ -39,4 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -1,11 +1,11 @@
-"""Measure the cost of 10 to 100,000 unlabelled cases: a start, the first batch, a step, memory, a second preprocessing.
+"""Measure what 10 to 100,000 unlabelled cases cost: the start, the first batch, a step, memory, preprocessing again.
 
     python tools/many_cases.py [--counts 10 1000 10000 100000] [--work FOLDER]
 
-All cases are links to the preprocessed files of one tiny case. So only what grows with the number of cases is measured,
-not the disk or the voxels. Each number of cases has its own process, on the CPU, without loader processes. Times are
-wall times; the time of the processor, which depends less on other work on the computer, is in brackets. Memory is the
-peak.
+All cases are links to the preprocessed files of one tiny case. So only the cost that grows with the number of cases is
+measured, not that of the disk or the voxels. Each number of cases has its own process, on the CPU, without loader
+processes. Times are wall times; the time of the processor, which depends less on other work on the computer, is in
+brackets. Memory is the peak.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def make_one_case(work: Path) -> None:
 
 
 def link_cases(work: Path, count: int) -> None:
-    """Make `count` unlabelled cases. Their files are links to the first case's, except files that contain its name."""
+    """Make `count` unlabelled cases.
+
+    Their files are links to those of the first case, except files that contain its name.
+    """
     raw, preprocessed = set_folders(work)
     images, folder = raw / "imagesUn", next(preprocessed.glob(f"{PLANS}*__unlabeled"))
     with open(folder / "un0000000.pkl", "rb") as file:
@@ -91,7 +94,7 @@ def link_cases(work: Path, count: int) -> None:
 
 @contextmanager
 def timed(times: dict[str, str], what: str) -> Iterator[None]:
-    """Measure the time of a block. Store it as "SECONDS (SECONDS of the processor)"."""
+    """Measure the time of a `with` block. It is stored in `times` as "SECONDS (SECONDS of the processor)"."""
     wall, processor = time.perf_counter(), time.process_time()
     with redirect_stdout(sys.stderr):
         yield
@@ -104,7 +107,7 @@ def peak() -> str:
 
 
 def preprocess(work: Path) -> dict[str, str]:
-    """Preprocess again, although all is done. Measures `restart` and the memory."""
+    """Run the preprocessing again, although all cases are done. Measures its time (`restart`) and the memory."""
     from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 
     set_folders(work)

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of each trainer at the plans' full size, without a GPU and without that memory.
+"""Compute the peak memory of a training step of each trainer at full size, without a GPU and without that memory.
 
     python tools/peak_memory.py -d 501 --trainers SupervisedTrainer TextSemiSegTrainer
 
@@ -39,7 +39,10 @@ def make(name: str, args, folder: str):
 
 
 def batch_of(trainer) -> dict:
-    """A batch of zeros in the shapes of the loaders' batches. Targets that a method adds are made from them."""
+    """Make a batch of zeros with the shapes of the batches of the loaders.
+
+    Targets that a method adds are made from it.
+    """
     patch, n = trainer.configuration_manager.patch_size, trainer.batch_size
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
     label = trainer.label_manager
@@ -56,7 +59,7 @@ def batch_of(trainer) -> dict:
 
 
 def fake(module: nn.Module, mode: FakeTensorMode) -> int:
-    """Replace the module's tensors by fake ones. Returns the bytes of the real ones."""
+    """Replace the tensors of a module by fake ones. Returns the number of bytes of the real ones."""
     towers = [part.tower for part in module.modules() if hasattr(part, "tower")]  # which are no children
     parts = [*module.modules(), *(part for tower in towers for part in tower.modules())]
     for part in parts:
@@ -69,7 +72,7 @@ def fake(module: nn.Module, mode: FakeTensorMode) -> int:
 
 
 class Mixed(TorchDispatchMode):
-    """Compute with real tensors where fake ones cannot be used: shapes, random decisions, what a method remembers."""
+    """Computes with real tensors where fake ones cannot be used, as for shapes and random decisions."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
@@ -86,11 +89,11 @@ FLOAT32 = {
     torch.Tensor.softmax, torch.Tensor.log_softmax, torch.Tensor.sum, torch.Tensor.exp, torch.Tensor.log,
     torch.Tensor.pow, torch.Tensor.norm, torch.Tensor.cumsum, torch.Tensor.prod,
 }  # fmt: skip
-"""what autocast computes in float32 on CUDA, and not on a CPU"""
+"""The functions that autocast computes in float32 on CUDA, but not on a CPU."""
 
 
 class AsOnCuda(TorchFunctionMode):
-    """Make autocast on a CPU compute in float32 what CUDA's autocast computes in float32."""
+    """Makes autocast on a CPU compute in float32 what it computes in float32 on CUDA."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in FLOAT32:
@@ -103,7 +106,10 @@ def raised(x: torch.Tensor) -> torch.Tensor:
 
 
 def peak(trainer) -> tuple[float, float]:
-    """MiB of the weights, and of all tensors at the peak of the second step, at the end of the training."""
+    """The memory of the weights, and of all tensors at the peak of a step, both in MiB.
+
+    The step is the second one, at the end of the training.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     batch = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, batch_of(trainer))
     modules = [trainer.network, getattr(trainer, "auxiliary", None), getattr(trainer, "teacher", None)]

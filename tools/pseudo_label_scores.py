@@ -20,7 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 
 def decode_with(network, decoder):
-    """A forward function of the network that uses another decoder than the deployed one."""
+    """Make a forward function of the network that uses another decoder than the deployed one."""
     decoder.deep_supervision = False
 
     def forward(x):
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("checkpoints", nargs="+", help="checkpoints of different epochs")
     parser.add_argument("--images", type=Path, required=True, help="folder of the images to predict")
-    parser.add_argument("--labels", type=Path, required=True, help="folder of their true labels")
+    parser.add_argument("--labels", type=Path, required=True, help="folder of the true labels of the images")
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="use only every N-th image; default: %(default)s"
     )

@@ -1,4 +1,4 @@
-"""Measure what `review` is worth, on a CPU: its estimates against the true Dice, and its lists in a simulated loop.
+"""Measure what `review` is worth, on a CPU: its estimates, by the true Dice, and its lists, in a simulated loop.
 
     python tools/review_check.py estimates --data DATA --work WORK --sets acdc_small la_small
     python tools/review_check.py loop --data DATA --work WORK --set acdc_small
@@ -35,7 +35,7 @@ WORST = 10
 
 
 def true_dice(masks: Path, labels: Path, about: RealSet, cases: Sequence[str], raw: Path) -> dict[str, float]:
-    """The true Dice of each case, a mean over the classes."""
+    """The true Dice of each case, as a mean over the classes."""
     from nnunet_semiseg.evaluation.metrics import evaluate_folder
 
     rows = evaluate_folder(masks, labels, about.label_map, about.ending, reader_of(raw), cases=cases)
@@ -43,10 +43,10 @@ def true_dice(masks: Path, labels: Path, about: RealSet, cases: Sequence[str], r
 
 
 def agreement_with_truth(table: pd.DataFrame, truth: dict[str, float], estimates: Sequence[str]) -> list[list[str]]:
-    """Rows: the estimate, Spearman's correlation, and the share of the ten worst cases that the estimate finds.
+    """A row for each estimate: its name, Spearman's correlation, and the share of the ten worst cases that it finds.
 
     Args:
-        table: columns `case` and the estimates.
+        table: a table with the column `case` and a column for each estimate.
     """
     true = table["case"].map(truth)
     worst = set(true.nsmallest(WORST).index)
@@ -58,7 +58,7 @@ def agreement_with_truth(table: pd.DataFrame, truth: dict[str, float], estimates
 
 
 def review(root: Path, run: Run, ensemble: str, output: Path, *more: str) -> pd.DataFrame:
-    """Review this run's model below `root`. Returns its `cases.csv`."""
+    """Review the model of this run below the folder `root`. Returns its `cases.csv`."""
     words = ["review", "-d", run.dataset, "-c", SETS[run.set].configuration, "-f", "all", "-p", run.plans]
     words += ["-tr", run.trainer, "-device", "cpu", "--ensemble", ensemble, "-o", str(output), "--no_pbar", *more]
     set_folders(root)
@@ -114,7 +114,7 @@ def check_loop(args: argparse.Namespace) -> None:
 
 
 def copy_of_model(work: Path, root: Path, run: Run) -> None:
-    """Copy the data set and the model for one list, because accepting cases changes them."""
+    """Copy the data set and the model for one list, because accepting cases changes both."""
     if (root / "copied").exists():
         return
     shutil.rmtree(root, ignore_errors=True)
@@ -171,7 +171,7 @@ def model_of(root: Path, run: Run) -> Path:
 
 
 class Round(Run):
-    """The training after a round: the same run, with plans of another name."""
+    """The training after a round. It is the same run, with plans of another name."""
 
     round: int = 0
 
@@ -219,7 +219,7 @@ def score(root: Path, output: Path, run: Run, args: argparse.Namespace, start: P
 
 
 def run_of(args: argparse.Namespace, name: str) -> Run:
-    """The run of tools/yardstick.py that is reviewed."""
+    """The run of tools/yardstick.py whose model is reviewed."""
     about = SETS[name]
     return Run(name, about.count(args.labels), args.trainer, args.name, args.seed, args.iterations or about.iterations)
 
@@ -233,51 +233,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     estimates = commands.add_parser("estimates", help="compare the estimates with the true Dice")
-    loop = commands.add_parser("loop", help="label in rounds, and measure the Dice after each")
+    loop = commands.add_parser("loop", help="label cases in several rounds, and measure the Dice after each round")
     for each in (estimates, loop):
-        each.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
+        each.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
         each.add_argument(
-            "--work", type=Path, required=True, help="folder in which tools/yardstick.py has made everything"
+            "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
         )
         each.add_argument(
-            "--labels", default="few", help="number of labelled cases: few, some or a number; default: few"
+            "--labels",
+            default="few",
+            help="number of labelled cases: a number, or few or some, which each data set defines; default: few",
         )
         each.add_argument("--trainer", default="SupervisedTrainer", help="trainer of the model; default: %(default)s")
         each.add_argument("--name", default="default", help="name of the variant in tools/yardstick.py")
         each.add_argument("--seed", type=int, default=0, help="seed of the model; default: %(default)s")
-        each.add_argument("--iterations", type=int, help="iterations of the model's training; default: that of the set")
+        each.add_argument(
+            "--iterations", type=int, help="iterations of the model's training; default: the number of the data set"
+        )
     estimates.add_argument(
         "--sets",
         nargs="+",
         choices=SETS,
         default=["acdc_small", "la_small"],
-        help="the data sets; default: acdc_small la_small",
+        help="the data sets to work on; default: acdc_small la_small",
     )
     estimates.add_argument(
         "--ensembles",
         nargs="+",
         default=["seeds", "teacher", "snapshots", "mirroring"],
-        help="kinds of ensembles of the review; default: seeds teacher snapshots mirroring",
+        help="kinds of ensembles to compare; default: seeds teacher snapshots mirroring",
     )
     estimates.add_argument("--disable_tta", action="store_true", help="predict without mirroring: eight times faster")
     estimates.set_defaults(run=check_estimates)
-    loop.add_argument("--set", choices=SETS, default="acdc_small", help="the data set; default: %(default)s")
+    loop.add_argument("--set", choices=SETS, default="acdc_small", help="the data set to work on; default: %(default)s")
     loop.add_argument("--rounds", type=int, default=2, help="number of rounds; default: %(default)s")
-    loop.add_argument("--add", type=int, default=4, help="cases in each round; default: %(default)s")
+    loop.add_argument(
+        "--add", type=int, default=4, help="number of cases that are labelled in each round; default: %(default)s"
+    )
     loop.add_argument(
         "--lists",
         nargs="+",
         default=["labelling", "correction", "random"],
-        help="lists that choose the cases; default: labelling correction random",
+        help="kinds of lists that choose the cases; default: labelling correction random",
     )
     loop.add_argument("--draws", type=int, default=3, help="number of random lists; default: %(default)s")
     loop.add_argument(
         "--train_on",
         action="store_true",
-        help="go on from the last weights for a quarter of the epochs, as train --continue_from does; without it, each"
-        " round trains a new model from the beginning",
+        help="train each round from the weights of the last one, for a quarter of the epochs, as train --continue_from"
+        " does; by default each round trains a new model from the beginning",
     )
-    loop.add_argument("--ensemble", default="mirroring", help="ensemble of the review; default: %(default)s")
+    loop.add_argument("--ensemble", default="mirroring", help="kind of ensemble of the review; default: %(default)s")
     loop.set_defaults(run=check_loop)
     args = parser.parse_args()
     args.data, args.work = args.data.absolute(), args.work.absolute()

@@ -32,7 +32,10 @@ def ellipse(center, radii, angle) -> np.ndarray:
 
 
 def make_pair(rng: np.random.Generator, faint: bool = False) -> tuple[np.ndarray, np.ndarray, str]:
-    """An image, its label and its sentence. Objects that are not lesions are smaller, and as bright or brighter."""
+    """Make an image, its label and its sentence.
+
+    Objects that are not lesions are smaller, and as bright or brighter.
+    """
     noise, contrast = (30, (15, 45)) if faint else (8, (40, 70))
     image = np.full((SIZE, SIZE), 90.0) + noise * rng.standard_normal((SIZE, SIZE))
     label = np.zeros((SIZE, SIZE), np.uint8)
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="WORK", help="folder for the data set and the towers")
     parser.add_argument("--pairs", type=int, default=400, help="number of training images; default: %(default)s")
     parser.add_argument(
-        "--labeled", type=int, default=40, help="how many of them keep their labels; default: %(default)s"
+        "--labeled", type=int, default=40, help="number of training images that keep their labels; default: %(default)s"
     )
     parser.add_argument("--test", type=int, default=100, help="number of test images; default: %(default)s")
     parser.add_argument("--faint", action="store_true", help="make the noise strong and the lesions faint")

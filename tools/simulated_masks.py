@@ -89,11 +89,13 @@ def on_grid_of(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
-    parser.add_argument("--work", type=Path, required=True, help="work folder of tools/yardstick.py")
-    parser.add_argument("--set", choices=SETS, default="la_small", help="the data set; default: %(default)s")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
+    )
+    parser.add_argument("--set", choices=SETS, default="la_small", help="the data set to work on; default: %(default)s")
     parser.add_argument("--labels", default="4", help="number of labelled cases; default: 4")
-    parser.add_argument("--kind", choices=KINDS, required=True, help="how good the masks are")
+    parser.add_argument("--kind", choices=KINDS, required=True, help="how good the simulated masks are")
     args = parser.parse_args()
     work = args.work.absolute()
     os.environ.update({f"nnUNet_{n}": str(work / n) for n in ("raw", "preprocessed", "results")})

@@ -1,7 +1,7 @@
 """Measure what a training step of each trainer costs, as a ratio to the first trainer on the same plans.
 
-    python tools/step_cost.py -d 501 -c 3d_fullres --trainers SupervisedTrainer \
-        MeanTeacherTrainer TextSemiSegTrainer [-device cuda] [-n 10] [--set KEY=VALUE ...]
+    python tools/step_cost.py -d 501 -c 3d_fullres --trainers SupervisedTrainer TextSemiSegTrainer
+        [-device cuda] [-n 10] [--set KEY=VALUE ...]
 
 The trainers take turns, so that a change in the machine's speed affects all of them equally. Medians are printed. A
 trainer is timed at the beginning and at the end of its training, because methods switch terms on later. Loading is
@@ -51,8 +51,8 @@ def now(device: str) -> float:
 def timed_step(trainer, device: str) -> dict[str, float]:
     """Run a step. Returns the seconds for load, forward, backward and update, and the peak memory in MiB (GPU only).
 
-    A step has several backward passes. The time between them counts as forward, and the time after the last one as
-    update.
+    A step has several backward passes. The time between two of them counts as forward, and the time after the last one
+    as update.
     """
     backward, spent, ends = torch.autograd.backward, [], []
 
@@ -81,7 +81,7 @@ def timed_step(trainer, device: str) -> dict[str, float]:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Count the bytes of tensors that operations made and that still exist: now, and at the peak."""
+    """Counts the bytes of tensors that operations have made and that still exist: now, and at the peak."""
 
     def __init__(self):
         super().__init__()
@@ -122,8 +122,10 @@ def main() -> None:
     parser.add_argument(
         "-device", default="cuda", choices=["cuda", "cpu"], help="where to compute; default: %(default)s"
     )
-    parser.add_argument("-n", type=int, default=10, help="number of timed steps")
-    parser.add_argument("-threads", type=int, default=1, help="number of torch's threads on the CPU")
+    parser.add_argument("-n", type=int, default=10, help="number of timed steps; default: %(default)s")
+    parser.add_argument(
+        "-threads", type=int, default=1, help="number of torch's threads on the CPU; default: %(default)s"
+    )
     parser.add_argument(
         "--trainers", nargs="+", required=True, help="trainers to measure; the first one is the reference of all ratios"
     )

@@ -32,7 +32,7 @@ CONFIGURATION, PLANS = "3d_fullres", "nnUNetSemiSegSmallPlans"
 
 
 def make_modalities(rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """Two images and the labels. Each image also has structures that look like organs and are not."""
+    """Make two images and their labels. Each image also has structures that look like organs but are not."""
     _, labels = make_case(rng)
     labels[labels > 2] = 0
     images = []

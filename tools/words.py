@@ -9,9 +9,9 @@ With `shuffled`, each image has the text of another image: pre-train and train o
 are not trained. WORK must be an absolute path in the third command.
 
 The sentences of this set were made from its masks, so they say more than a report would. Each pre-training uses the
-labels of three quarters of the labelled cases. `measure` prints the retrieval of held-out pairs, and how well the masks
-match the labels: the area under the ROC curve and the Dice at the best threshold, with the own text and with the text
-of another case.
+labels of three quarters of the labelled cases. `measure` prints how well held-out images and texts find each other, and
+how well the masks match the labels: the area under the ROC curve and the Dice at the best threshold, with the own text
+and with the text of another case.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ TOWERS = {
     "shuffled": ("busi_shuffled", []),
     "random": ("busi_small", ["num_epochs=1", "learning_rate=1e-12", "mask_weight=0"]),
 }
-"""the set whose texts they are trained with, and other settings"""
+"""For each kind of towers, the set with the texts that they are trained with, and other settings."""
 SETTINGS = {"text_model": "wordllama", "num_epochs": 40, "batch_size": 32, "learning_rate": 1e-3, "hidden": 512}
 IMAGES = {"timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear", "image_size": 128}
-"""timm's smallest ResNet, untrained: 0.6 s a step on one core"""
+"""The smallest ResNet of timm, untrained. It needs 0.6 s for a step on one core."""
 NO_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
 
 def pretrain_towers(work: Path, towers: str, labels: str, changes: list[str]) -> Path:
-    """Pre-train, or continue. Returns the folder."""
+    """Pre-train towers, or continue to do so. Returns their folder."""
     from nnunet_semiseg.vlm.pretraining import pretrain
 
     (name, others), tower = TOWERS[towers], work / "image_tower"
@@ -72,7 +72,7 @@ def examples(raw: Path, plans: dict, part: str, cases: list[str], ending: str) -
 
 @torch.no_grad()
 def quality(generator, shown: dict[str, tuple], texts: dict[str, str]) -> dict:
-    """How good the masks are with the own text, and with another case's text; see `gate.measure`."""
+    """Measure how good the masks are with the own text, and with the text of another case; see `gate.measure`."""
     from nnunet_semiseg.vlm.gate import measure
 
     cases, masks = list(shown), {"own text": [], "another's text": []}
@@ -86,7 +86,7 @@ def quality(generator, shown: dict[str, tuple], texts: dict[str, str]) -> dict:
 
 
 def measure_towers(data: Path, work: Path, towers: str, labels: str) -> None:
-    """Print the retrieval of held-out pairs, and how good masks are on labelled and on test cases."""
+    """Print how well held-out pairs find each other, and how good masks are on labelled and on test cases."""
     from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, read_state
 
     folder, name = work / "vlm" / towers, TOWERS[towers][0]
@@ -115,8 +115,10 @@ def measure_towers(data: Path, work: Path, towers: str, labels: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["pretrain", "measure"], help="pretrain: train the towers; measure: test them")
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the sets")
-    parser.add_argument("--work", type=Path, required=True, help="work folder of tools/yardstick.py")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
+    )
     parser.add_argument(
         "--towers",
         choices=TOWERS,

@@ -57,7 +57,7 @@ class RealSet:
 
     Attributes:
         number: the first digit of its dataset ids. The other digits are the number of labels.
-        few, some: the two numbers of labels with which methods are measured.
+        few, some: the two numbers of labels with which methods are measured by default.
         channel: the name of the channel. nnU-Net chooses the normalisation by it.
         spacing: the spacing of `3d_fullres`, in mm. None: that of the data.
         iterations: the iterations of a training, unless --iterations gives another number.
@@ -110,7 +110,7 @@ SETS |= {
 
 @dataclass(frozen=True)
 class Run:
-    """One training. `labels` is a number or `all`."""
+    """One training. `labels` is the number of labelled cases, or `all`."""
 
     set: str
     labels: str
@@ -146,11 +146,11 @@ class Result(Run):
 
     Attributes:
         settings: the settings given with --set.
-        step_ms: processor time of a step, with the loading of its batch.
-        seconds: processor time of the training.
-        dice, hd95_mm: means over the test cases and the classes.
-        dice_of_classes: "NAME DICE; NAME DICE".
-        dice_of_cases: for each test case the mean over the classes, sorted by name.
+        step_ms: the processor time of a step in ms, with the loading of its batch.
+        seconds: the processor time of the training.
+        dice, hd95_mm: the means over the test cases and the classes.
+        dice_of_classes: the Dice of each class, as "NAME DICE; NAME DICE".
+        dice_of_cases: the Dice of each test case, as a mean over the classes. Cases are sorted by name.
     """
 
     settings: str
@@ -230,7 +230,7 @@ def make_raw(data: Path, raw: Path, name: str, labels: str) -> None:
 
 
 def fit_plans(plans: dict, about: RealSet) -> dict:
-    """The plans with the patch and batch of the set. The network has as many stages as the patch allows."""
+    """The plans with the patch size and batch size of the set. The network has as many stages as the patch allows."""
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
     configuration = plans["configurations"][about.configuration]
@@ -295,7 +295,7 @@ def tower_config() -> dict:
 
 
 def command(log: Path, *words: str) -> None:
-    """Run Python with these arguments. Its output goes to the log. It ends when this process ends.
+    """Run Python with these arguments. Its output goes to the log. The command ends when this process ends.
 
     Raises:
         RuntimeError: the command failed.
@@ -348,7 +348,7 @@ def write_plans(work: Path, run: Run, given: dict) -> None:
 
 
 def do(args: argparse.Namespace, run: Run, commit: str) -> None:
-    """Train, predict, evaluate and record one run. Steps that are done are not repeated.
+    """Train, predict and evaluate one run, and store the result. Steps that are done are not repeated.
 
     Raises:
         RuntimeError: another command works on this run, its settings have changed, or a step failed.
@@ -398,7 +398,7 @@ def reader_of(raw: Path) -> type:
 
 
 def train() -> None:
-    """Run nnU-Net's training command in one thread. In `sys.argv`, the file for the times stands before its arguments.
+    """Run nnU-Net's training command in one thread. `sys.argv` begins with the file for the times.
 
     The processor time of each epoch, with the loading of batches, is written to that file. The validation after the
     training is skipped: on fold `all` it would predict the training cases.
@@ -442,14 +442,17 @@ def predict() -> None:
 
 
 def timing(times: Path, iterations: int) -> dict:
-    """Seconds of the training, and milliseconds for each step. Of a repeated epoch, only the last time counts."""
+    """The seconds of a training, and the milliseconds of a step.
+
+    If an epoch was repeated, only its last time counts.
+    """
     lines = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
     seconds = sum({line["epoch"]: line["s"] for line in lines}.values())
     return {"step_ms": round(1000 * seconds / iterations, 1), "seconds": round(seconds)}
 
 
 def scores_of(rows: Sequence[dict]) -> dict:
-    """The result columns of the CSV, from rows {"case", "label", "dice", "hd95_mm"}. Cases are sorted by name."""
+    """The columns of the CSV for a result, from rows {"case", "label", "dice", "hd95_mm"}. Cases are sorted by name."""
     cases, classes = ({row[key]: [] for row in rows} for key in ("case", "label"))
     for row in rows:
         cases[row["case"]].append(row["dice"])
@@ -476,14 +479,17 @@ def read_results(file: Path) -> list[Result]:
 
 
 def known_results(file: Path) -> list[Result]:
-    """The results in a file. The baselines of a set count for the sets that are made of it, too: they see the same."""
+    """Read the results in a file.
+
+    The baselines of a set are also results of the sets that are made from it, because their labels are the same.
+    """
     results = read_results(file)
     plain = [r for r in results if r.is_plain]
     return [*results, *(replace(r, set=name) for name, about in SETS.items() for r in plain if about.source == r.set)]
 
 
 def append(file: Path, result: Result) -> None:
-    """Add a row completely or not at all, even if other processes write to this file."""
+    """Add a row to the file completely or not at all, even if other processes write to this file."""
     with FileLock(f"{file}.lock"):
         part = file.with_name(f"{file.name}.part")
         with open(part, "w", encoding="utf-8", newline="") as text:
@@ -497,21 +503,24 @@ def append(file: Path, result: Result) -> None:
 
 
 def equal_time(iterations: int, ratio: float) -> int:
-    """The iterations in which labelled only takes as long as a method whose step is `ratio` times as long."""
+    """The number of iterations in which labelled only takes as long as another method.
+
+    `ratio` is the time of a step of the method, divided by that of labelled only.
+    """
     half = max(ITERATIONS_PER_EPOCH, iterations // 2 // ITERATIONS_PER_EPOCH * ITERATIONS_PER_EPOCH)
     return max(iterations, half * round(ratio * iterations / half))
 
 
 def step_ratio(results: Sequence[Result], rows: Sequence[Result]) -> float | None:
-    """The time of a step in these rows, divided by that of labelled only. None: labelled only was not trained yet."""
+    """The time of a step in these rows, divided by that of labelled only. None if labelled only was not trained yet."""
     baseline = [r.step_ms for r in results if r.is_plain and r.fits(set=rows[0].set, labels=rows[0].labels)]
     return median(r.step_ms for r in rows) / median(baseline) if baseline else None
 
 
 def difference(method: Sequence[Result], baseline: Sequence[Result]) -> str:
-    """The mean difference over the cases, with the 95 % bootstrap interval.
+    """The mean difference over the cases, with its 95 % bootstrap interval.
 
-    A case counts with the mean over its runs.
+    The value of a case is its mean over all runs.
     """
     from nnunet_semiseg.evaluation.statistics import differences_from
 
@@ -537,7 +546,7 @@ def against(rows: Sequence[Result], baseline: Sequence[Result], all_labels: Sequ
 
 
 def scores(title: str, rows: Sequence[Result]) -> list[str]:
-    """The cells of a row in the table. A lowest Dice of 0 means that a run did not find the class at all."""
+    """The cells with the scores in a row of the table. If the lowest Dice is 0, a run did not find the class at all."""
     classes = [entry.rsplit(" ", 1) for row in rows for entry in row.dice_of_classes.split("; ")]
     lowest, dice = min(classes, key=lambda entry: float(entry[1]))
     dices = " ".join(f"{r.dice:.3f}" for r in sorted(rows, key=lambda r: r.seed))
@@ -546,7 +555,7 @@ def scores(title: str, rows: Sequence[Result]) -> list[str]:
 
 
 def table(results: Sequence[Result], name: str, labels: str, iterations: int) -> str:
-    """A Markdown table of all methods with one set, number of labels and number of iterations."""
+    """Make a Markdown table of all methods for one set, number of labels and number of iterations."""
     here = [r for r in results if r.fits(set=name, labels=labels)]
     only = [r for r in here if r.is_plain and r.iterations == iterations]
     every = [r for r in results if r.is_plain and r.fits(set=name, labels=ALL, iterations=iterations)]
@@ -579,7 +588,7 @@ def table(results: Sequence[Result], name: str, labels: str, iterations: int) ->
 
 
 def print_tables(results: Sequence[Result], sets: Sequence[str]) -> None:
-    """Print a table for each set, number of labels and iterations, but none for the runs that --equal-time added."""
+    """Print a table for each set, number of labels and number of iterations. Runs that --equal-time added have none."""
     for name, labels, iterations in sorted({(r.set, r.labels, r.iterations) for r in results}):
         methods = any(not r.is_plain for r in results if r.fits(set=name, labels=labels, iterations=iterations))
         if name in sets and labels != ALL and (methods or iterations == SETS[name].iterations):
@@ -590,7 +599,7 @@ def print_tables(results: Sequence[Result], sets: Sequence[str]) -> None:
 
 
 def wanted(args: argparse.Namespace) -> list[Run]:
-    """The runs that were asked for: first all with the first seed, then all with the next seed."""
+    """The runs that the user asks for: first all with the first seed, then all with the next seed."""
     runs = []
     for seed, trainer, name, labels in product(args.seeds, args.trainers, args.sets, args.labels):
         count = SETS[name].count(labels)
@@ -601,7 +610,7 @@ def wanted(args: argparse.Namespace) -> list[Run]:
 
 
 def equal_time_runs(results: Sequence[Result], asked: Sequence[Run]) -> list[Run]:
-    """The longer runs of labelled only with which these runs are compared."""
+    """The longer runs of labelled only that these runs are compared with."""
     longer = []
     for run in asked:
         rows = [r for r in results if replace(r.run, seed=run.seed) == run]
@@ -629,7 +638,7 @@ def do_all(jobs: int, runs: Sequence[Run], one: Callable[[Run], None]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder that holds the sets")
+    parser.add_argument("--data", type=Path, help="the folder that holds the data sets")
     parser.add_argument("--work", type=Path, help="the folder for all files that are made")
     parser.add_argument(
         "--csv", type=Path, default=ROOT / "docs" / "yardstick.csv", help="the file with the results of all runs"
@@ -639,13 +648,13 @@ def main() -> None:
         nargs="+",
         choices=SETS,
         default=["hippocampus", "acdc_small", "la_small"],
-        help="the data sets; default: hippocampus acdc_small la_small",
+        help="the data sets to work on; default: hippocampus acdc_small la_small",
     )
     parser.add_argument(
         "--labels",
         nargs="+",
         default=["few"],
-        help="numbers of labelled cases: few, some, all or a number; default: few",
+        help="numbers of labelled cases: a number, all, or few or some, which each data set defines; default: few",
     )
     parser.add_argument(
         "--trainers", nargs="+", default=[BASELINE], help="trainers to measure; default: SupervisedTrainer"
@@ -654,9 +663,11 @@ def main() -> None:
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, one for each run; default: 0 1 2"
     )
     parser.add_argument(
-        "--iterations", type=int, help="iterations of a training, a multiple of 100; default: that of the set"
+        "--iterations",
+        type=int,
+        help="iterations of a training, a multiple of 100; default: the number of the data set",
     )
-    parser.add_argument("--name", default="", help="name of a variant: for runs with other settings or with other code")
+    parser.add_argument("--name", default="", help="name of a variant, for runs with other settings or with other code")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -665,8 +676,12 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="settings of the trainers; give the variant a --name",
     )
-    parser.add_argument("--equal-time", action="store_true", help="train labelled only for as long as each method, too")
-    parser.add_argument("--jobs", type=int, default=2, help="number of runs at the same time; each has one thread")
+    parser.add_argument(
+        "--equal-time", action="store_true", help="also train with labels only, for as long as each method takes"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of runs at the same time, each with one thread; default: 2"
+    )
     args = parser.parse_args()
 
     failed = 0
@@ -680,7 +695,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Do the runs that were asked for. Returns the number of failed runs."""
+    """Do the runs that the user asks for. Returns the number of failed runs."""
     if args.set and not args.name:
         sys.exit("error: --set: give the variant a --name")
     if args.iterations and args.iterations % ITERATIONS_PER_EPOCH:

@@ -35,7 +35,7 @@ class ADMTSettings(ConsistencySettings, TeacherSettings, CertainSettings, TurnSe
     match_threshold: Share = 0.8
     """Pseudo-labels with a probability below this do not count."""
     period: Count = 20
-    """The largest number of steps in which one teacher follows the student, before it is the other teacher's turn."""
+    """The largest number of steps in which one teacher follows the student before it is the other teacher's turn."""
     cutmix: Share = 1.0
     """The probability that a weak view gets a box of another sample, in the second teacher's turns."""
 
@@ -43,9 +43,9 @@ class ADMTSettings(ConsistencySettings, TeacherSettings, CertainSettings, TurnSe
 class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
     """Zhao et al., "Alternate diverse teaching for semi-supervised medical image segmentation" (ECCV 2024, 2311.17325).
 
-    There are a student and two EMA teachers. The teachers are made to differ (random periodic alternate updating):
+    There are a student and two EMA teachers. Two rules make the teachers differ (random periodic alternate updating):
 
-    - only one of them follows the student at a time, for 1 to `period` steps. This number is drawn for each turn. So
+    - only one teacher follows the student at a time, for 1 to `period` steps. This number is drawn for each turn. So
       the teachers follow the student on different batches;
     - in the turn of the first teacher the student sees the strong view, in that of the second the weak view with
       CutMix.
@@ -83,7 +83,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         self.method_state["steps_left"] = torch.tensor(first)
 
     def draw_period(self) -> int:
-        """Draw the length of a turn that begins now. It is the same in all processes."""
+        """Draw the number of steps of the turn that begins now. It is the same in all processes."""
         generator = np.random.default_rng((self.settings.seed or 0, self.step))
         return int(generator.integers(1, self.settings.period + 1))
 
@@ -110,7 +110,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
             box = draw_mixing_box(batch.views["weak"], self.settings.cutmix)
 
         def seen(x: Tensor) -> Tensor:
-            """Change a weak view, or its pseudo-label, to what the student sees in this turn."""
+            """Change a weak view, or its pseudo-label, to the form that the student sees in this turn."""
             return turn(x) if box is None else cut_mix(turn(x), box)
 
         outputs = self.each(self.network, batch.images, seen(batch.views["strong" if box is None else "weak"]))
@@ -119,9 +119,9 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         yield {"consistency": self.settings.weight(self.progress) * self.taught_loss(next(outputs), decision, weight)}
 
     def taught_loss(self, output, decision: Tensor, weight: Tensor) -> Tensor:
-        """The student's loss over the voxels with weight 1.
+        """The loss of the student towards a decision, over the voxels whose weight is 1.
 
-        With `consistency=paper` it is the mean over these voxels.
+        With `consistency=paper` it is the mean of the cross-entropy over these voxels.
         """
         if self.settings.consistency == "paper":
             weight = weight / weight.mean().clamp_min(1e-6)
@@ -129,7 +129,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         return self.pseudo_loss(output, decision, weight)
 
     def ask_teachers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The pseudo-label, and where it is certain, (B, 1, *S), 0 or 1."""
+        """Make the pseudo-label, and a mask of 0 and 1, (B, 1, *S), that says where it is certain."""
         manager = self.label_manager
         with self.without_gradients():
             logits = [teacher(images) for teacher in (self.teacher, self.auxiliary["other_teacher"])]
@@ -145,7 +145,10 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
 
 
 def combine(ps: list[Tensor], regions: bool) -> Tensor:
-    """The logits of the mean of probabilities (B, heads, *S), weighted with exp(-H). Each region has its own H."""
+    """The logits of the mean of probabilities (B, heads, *S) with the weights exp(-H).
+
+    Each region has its own entropy H.
+    """
     weights = [(-entropy(p, regions)).exp() for p in ps]
     total = sum(weight * p for weight, p in zip(weights, ps, strict=True))
     p: Tensor = total / sum(weights)  # pyright: ignore[reportAssignmentType]: sum's 0 is not left

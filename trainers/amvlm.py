@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
-from nnunet_semiseg.data.texts import has_texts, read_texts
+from nnunet_semiseg.data.texts import has_texts, read_texts, texts_file
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.ramps import gaussian_ramp
@@ -46,13 +46,13 @@ from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, 
 
 @dataclass(frozen=True, kw_only=True)
 class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
-    """Settings of `AMVLMTrainer`. `vlm` must be set."""
+    """Settings of `AMVLMTrainer`. The setting `vlm` has no default and must be given."""
 
     vlm: str | None = None
     """The folder that `nnunet_semiseg pretrain_vlm` wrote. The trainer does not start without it."""
     texts: Literal["auto", "cases", "classes"] = "auto"
-    """Where the texts come from. `cases` takes the text of each case from `texts.json`, `classes` takes the prompts of
-    the classes. `auto` takes `cases` where there is a `texts.json` and one class, else `classes`."""
+    """Where the texts come from. `cases` takes the text of each case from `texts.json`. `classes` takes the prompts of
+    the classes. `auto` takes `cases` if there are a `texts.json` and a single class, else `classes`."""
     missing_texts: Literal["error", "skip"] = "error"
     """What happens if a case has no text. `error` refuses to train, `skip` uses no text mask for this case."""
     teacher_supervision: bool = True
@@ -62,30 +62,32 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     average_supervision: bool = True
     """Whether the student learns from the average of the teacher's pseudo-label and the text mask."""
     pseudo_weight: Weight = 1.0
-    """The weight of each of these three losses at the end of the ramp."""
+    """The weight of each loss on pseudo-labels (of the teacher, of the text, of their average) at the end of the
+    ramp."""
     mask_weight: Weight = 1.0
     """The weight of the loss that trains the text masks. With 0 they stay as they are after the pre-training."""
     mask_learning_rate: Annotated[float, Bounds(0)] = 3e-4
     """The learning rate of the text masks, which have an optimizer of their own (Adam)."""
     mask_texts: Count = 64
-    """The number of texts that each image is compared with: those of the batch, and others that are drawn at random."""
+    """The number of texts that each image is compared with: the texts of the batch, and others that are drawn at
+    random."""
     mask_temperature: Annotated[float, Bounds(1e-6)] = 0.07
-    """The first value of the temperature in the text masks' loss. Training changes it."""
+    """The first value of the temperature in the loss of the text masks. Training changes it."""
     mask_gate: Share = 0.6
-    """How well text masks must find the labels (area under the ROC curve on labelled cases, 0.5 is chance). Worse
-    masks are not used. With 0 they always are."""
+    """How well text masks must find the labels to be used: the area under the ROC curve on labelled cases, where 0.5 is
+    chance. With 0 they are always used."""
     mask_labels: Literal["evidence", "hard", "soft"] = "evidence"
-    """How text masks are used. `evidence` changes the probabilities of a Mean Teacher; labelled cases show how much a
-    mask says. `soft` and `hard` teach three labels, as the paper does: `soft` uses the masks as they are, `hard` cuts
-    them at the threshold that has the best Dice on labelled cases."""
+    """How text masks are used. `evidence` changes the probabilities of a Mean Teacher by what a mask value says about a
+    pixel, as measured on labelled cases. `soft` and `hard` teach with three pseudo-labels, as the paper does: `soft`
+    uses the masks as they are, `hard` cuts them at the threshold that has the best Dice on labelled cases."""
     mask_cosines: Literal["absolute", "relative"] = "absolute"
-    """How the similarity of an image and a text becomes a mask. `absolute` is the paper's sigmoid(10 (cos - 0.25)).
-    `relative` compares a pixel with the others of its image, and works with any pre-trained model."""
+    """How the similarity of an image and a text becomes a mask. `absolute` is sigmoid(10 (cos - 0.25)), as in the
+    paper. `relative` compares a pixel with the others of its image, and works with any pre-trained model."""
     text_slices: Count = 8
     """The number of slices of a 3d patch that get a text mask. They are drawn anew in every step."""
     sides: Literal["keep", "swap"] = "keep"
-    """What happens if a text names a side. `keep` leaves out the flips that would make the text false. `swap` flips the
-    image and exchanges the words."""
+    """What happens if a text names a side, such as left. `keep` leaves out the flips that would make the text false.
+    `swap` flips the image and exchanges the words in the text."""
     vertical_sides: tuple[tuple[str, ...], ...] = (
         ("upper", "lower"), ("uppermost", "lowermost"), ("top", "bottom"), ("topmost", "bottommost"),
         ("above", "below"), ("superior", "inferior"), ("anterior", "posterior"),
@@ -108,7 +110,8 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
 
 
 RAMP = 0.4
-"""share of the training over which the teacher's weight rises, as in `MeanTeacherTrainer`; only with `evidence`"""
+"""The share of the training over which the weight of the teacher rises, as in `MeanTeacherTrainer`. It is used with
+`evidence` only."""
 
 
 class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
@@ -185,14 +188,15 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         try:
             self.vlm.tokenize([exchange(text, flip, self.settings.side_pairs) for flip in self.flips for text in texts])
         except UserError as error:
-            raise UserError(f"{'texts.json' if self.case_texts else 'dataset.json'}: {error}") from None
+            file = texts_file(plans["dataset_name"]) if self.case_texts else dataset_json_file(plans)
+            raise UserError(f"{file}: {error}") from None
         return plans
 
     def refuse_seen_labels(self, about: dict, plans: dict, configuration: str, fold, dataset_json: dict) -> None:
         """Refuse a pre-training that used labels which this training must not know, such as those of validation cases.
 
         Raises:
-            UserError: there is such a label.
+            UserError: the pre-training used such a label.
         """
         name, number = plans["dataset_name"], self.settings.num_labeled
         if not (seen := seen_cases(about, name)):
@@ -205,17 +209,22 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             wanted = f"fold={fold}" + ("" if number is None else f" num_labeled={number}")
             raise UserError(
                 f"setting vlm={self.settings.vlm}: its pre-training used the labels of {hidden[0]} and others,"
-                f" {len(hidden)} in all, which this training must not know: pre-train again with --set {wanted},"
-                " or with --set mask_weight=0"
+                f" {len(hidden)} in all, which this training must not know: pre-train again with --set {wanted}, or"
+                " with --set mask_weight=0"
             )
 
     def read_case_texts(self, plans: dict, configuration: str) -> tuple[dict[str, str], dict[str, str]]:
-        """The texts of the unlabelled cases, and of the labelled cases that have any. Both are empty for prompts."""
+        """Read the texts of the unlabelled cases, and of the labelled cases that have one.
+
+        With prompts, both are empty.
+        """
         name, one_class = plans["dataset_name"], len(self.prompts) == 2
         if self.settings.texts == "classes" or self.settings.texts == "auto" and not (one_class and has_texts(name)):
             return {}, {}
         if not one_class:
-            raise UserError("setting texts=cases: one text for a case cannot name several classes: use texts=classes")
+            raise UserError(
+                "setting texts=cases: a single text for each case cannot tell several classes apart: use texts=classes"
+            )
         cases = list(self.unlabeled_cases)
         manager = PlansManager(plans).get_configuration(configuration)
         folder = join(nnUNet_preprocessed, name, manager.data_identifier)
@@ -257,14 +266,17 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
             self.class_features = nn.functional.normalize(torch.stack(features), dim=1)
 
     def configure_optimizers(self):
-        """nnU-Net's optimizer for the network only. The masks have their own."""
+        """Make nnU-Net's optimizer for the network only. The text masks have an optimizer of their own."""
         optimizer, scheduler = super().configure_optimizers()
         (group,), of_masks = optimizer.param_groups, {id(p) for p in self.auxiliary.parameters()}
         group["params"] = [p for p in group["params"] if id(p) not in of_masks]
         return optimizer, scheduler
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Clip the gradients of the masks to a norm of 1 first, so that they do not count in the common clipping."""
+        """Run the backward passes.
+
+        The gradients of the text masks are clipped to a norm of 1, apart from the other gradients.
+        """
         terms = super().backward(groups)
         self.ranks.mean_gradients([*self.auxiliary["text_masks"].parameters()])
         if self.grad_scaler is not None:
@@ -277,7 +289,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return super().train_step(batch)
 
     def step_masks(self, *_) -> None:
-        """Let the masks' optimizer step, just before the network's does."""
+        """Let the optimizer of the text masks step, just before that of the network."""
         if self.grad_scaler is None:
             self.mask_optimizer.step()
         else:
@@ -295,7 +307,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     # ------------------------------------------------------------------------------------------------- augmentation
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """nnU-Net's ranges, without what makes a text false. The larger initial patch stays; it does no harm."""
+        """Take nnU-Net's ranges, without changes that make a text false. The initial patch stays as large as before."""
         rotation, dummy_2d, patch_size, mirror_axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
@@ -308,7 +320,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return rotation, dummy_2d, patch_size, mirror_axes
 
     def draw_flip(self) -> tuple[bool, bool]:
-        """Draw whether this batch is flipped (vertically, horizontally).
+        """Draw whether this batch is flipped vertically, and whether horizontally.
 
         A flip also exchanges words in its texts, such as left and right.
         """
@@ -366,7 +378,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
                     yield {name: weight * soft_label_loss(self.finest_loss, to_slices(logits), label)}
 
     def text_labels(self, masks: Tensor, has_text: Tensor, taught: Tensor) -> Tensor | None:
-        """Probabilities (N, heads, H, W) from the texts. None if no class has masks that are good enough.
+        """Make probabilities (N, heads, H, W) from the text masks. None if no class has good masks.
 
         The teacher's probabilities are used for images without a text and for classes whose masks are not used.
 
@@ -388,7 +400,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught)
 
     def draw_slices(self, images: Tensor) -> tuple[Callable, Callable, list[int]]:
-        """Draw some slices of each sample (B, C, *S); 2d images are taken whole.
+        """Draw some slices of each sample (B, C, *S). A 2d image is a single slice.
 
         Returns:
             A function that takes these slices from a tensor, as 2d images; a function that puts 2d images back into a
@@ -407,7 +419,10 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return lambda x: x[:, :, drawn].transpose(1, 2).flatten(0, 1), put_back, samples
 
     def text_masks(self, images: Tensor, cases: list[str], flip: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks (N, classes, H, W) of 2d images; which images have a text, (N,); the generator's own loss."""
+        """Make the text masks (N, classes, H, W) of 2d images.
+
+        Also returns which images have a text, (N,), and the loss of the text mask generator.
+        """
         generator = self.auxiliary["text_masks"]
         if not self.case_texts:
             texts = self.class_features[1:]
@@ -426,7 +441,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         return masks, has_text, generator.loss_between_images(features[known], all_texts[drawn], own)
 
     def draw_texts(self, rows: list[int]) -> list[int]:
-        """The numbers of the texts in the batch, and of random other texts, up to `mask_texts` in all."""
+        """Choose texts: those of the batch, and random other ones, up to `mask_texts` in all. Returns their numbers."""
         own = set(rows)
         others = [i for i in torch.randperm(len(self.texts)).tolist() if i not in own]
         return [*sorted(own), *others[: max(self.settings.mask_texts - len(own), 0)]]
@@ -480,13 +495,13 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
 
 
 def with_background(masks: Tensor, label_manager) -> Tensor:
-    """Probabilities for nnU-Net's heads from the masks of the classes. The background is prod_k (1 - m_k).
+    """Make the probabilities for nnU-Net's heads from the masks of the classes. The background is prod_k (1 - m_k).
 
     Args:
         masks: (B, K, H, W), in 0 to 1.
 
     Returns:
-        (B, K + 1, H, W) with a sum of 1. For regions, which have no background head, the masks.
+        (B, K + 1, H, W) with a sum of 1. For regions there is no head for the background, and the masks are returned.
     """
     if label_manager.has_regions:
         return masks

@@ -45,16 +45,16 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
     - eq. 1 and 2: X_in = x_l M + x_u (1 - M), X_out = x_u' M + x_l (1 - M), with x_u' of another sample than x_u;
     - eq. 4 to 6: the targets are mixed in the same way from labels and the teacher's decisions. L = L_in + L_out. Each
       is the loss where the label is true, plus alpha = 0.5 times the loss where it is a pseudo-label;
-    - before that there is a pre-training on mixes of two labelled samples (`warm_up`). The teacher begins as a copy of
-      its end.
+    - before that there is a pre-training on mixes of two labelled samples (`warm_up`). At its end the teacher is made,
+      as a copy of the student.
 
     Differences from the paper: the pre-training ends when every class is learnt (theirs: after 2/17 of the training).
     Its last weights are used (theirs: the best on the test set), and optimizer and learning rate schedule continue. The
     teacher sees weak views, and the mixes are made of strong views. The unlabelled images of a mix are flipped and
     turned together with their pseudo-labels. X_in and X_out have the same x_l. Labels and pseudo-labels have nnU-Net's
     deep supervision. Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case
-    (theirs: always). If a batch has more unlabelled than labelled samples, one more is used. With one sample of each,
-    x_u' is x_u, and the pre-training mixes nothing.
+    (theirs: always). If a batch has more unlabelled than labelled samples, one more unlabelled sample is used. With one
+    sample of each kind, x_u' is x_u, and the pre-training mixes nothing.
     """
 
     views = ("weak", "strong")
@@ -92,5 +92,5 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
 
     @torch.no_grad()
     def pseudo_label(self, images: Tensor) -> Tensor:
-        """The class of each voxel, or the regions that it is in, as the teacher decides."""
+        """The decision of the teacher: the class of each voxel, or the regions that it is in."""
         return self.decide(self.teacher(images))

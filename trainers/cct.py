@@ -27,7 +27,7 @@ PERTURBATIONS = {
     "cutout": feature_perturbation.guided_cutout,
 }
 GUIDED = {"object_mask", "context_mask", "cutout"}
-"""perturbations that need the foreground of the main decoder"""
+"""The perturbations that need the foreground that the main decoder finds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +106,20 @@ class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
                 yield {"consistency": weight * self.distance(self.perturbed(skips, i, foreground), main)}
 
     def perturbed(self, skips: list[Tensor], i: int, foreground: Tensor):
-        """The output of auxiliary decoder i. It reads its perturbation of the features."""
+        """The output of auxiliary decoder i, which reads features under its perturbation."""
         name = self.settings.perturbations[i]
         arguments = (foreground,) if name in GUIDED else ()
         return self.bare_network.decode([PERTURBATIONS[name](skip, *arguments) for skip in skips], i + 1)
 
     def distance(self, output, main: Tensor) -> Tensor:
-        """How far an auxiliary decoder's output is from the main decoder's decision, or (paper) probabilities."""
+        """How far the output of an auxiliary decoder is from that of the main decoder.
+
+        The target is the decision of the main decoder; with `consistency=paper`, its probabilities.
+        """
         if self.settings.consistency == "paper":
             return F.mse_loss(probabilities(self.finest(output), self.label_manager), main)
         return self.pseudo_loss(output, main)
 
     def foreground(self, decision: Tensor) -> Tensor:
-        """(B, 1, *S), bool: where there is any class or region."""
+        """Where there is any class or region but the background: (B, 1, *S), bool."""
         return (decision > 0).any(1, keepdim=True)

@@ -53,7 +53,7 @@ class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings])
                     yield {"cps": share * weight * cps} | self.cog(aligned, logits, text, share)
 
     def decision(self, prediction, counts: bool) -> Tensor:
-        """The decision of one network, from which the other learns."""
+        """The decision of one network, which the other network learns."""
         return self.decide(self.finest(prediction[0]), counts)
 
 

@@ -22,7 +22,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 STEEPNESS = 1500
-"""k in the smooth Heaviside function"""
+"""The factor k in the smooth Heaviside function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,15 @@ class DTCSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
     paper_weight: ClassVar[float] = 1.0
 
     level_set_weight: Weight = 0.3
-    """The weight of the loss of the level sets on labelled samples (beta in the paper)."""
+    """The weight of the loss on the level sets of labelled samples (beta in the paper). A level set is a signed
+    distance to the boundary of a class."""
 
 
 class DualTaskUNet(MultiDecoderUNet):
-    """The decoder has twice the heads, one level set for each head. `forward(x)` gives the segmentation only."""
+    """A U-Net whose decoder has twice the heads: a level set for each head.
+
+    `forward(x)` gives the segmentation only.
+    """
 
     def forward(self, x: Tensor):
         return tree_map(lambda t: t[:, : t.shape[1] // 2], super().forward(x))
@@ -119,16 +123,16 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
                 yield self.cog(aligned, self.finest(output), text, share)
 
     def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of the classes or regions (B, heads, *S), and the values from which tanh makes the level sets."""
+        """Split an output into the logits of the heads (B, heads, *S), and the values whose tanh is the level sets."""
         segmentation, level_sets = logits.chunk(2, 1)
         return segmentation, level_sets
 
     def segmentation(self, output):
-        """The segmentation's part of an output with or without deep supervision."""
+        """Take the part for the segmentation from an output with or without deep supervision."""
         return tree_map(lambda logits: self.split(logits)[0], output)
 
     def known_shares(self, target) -> Tensor:
-        """Weights (B,) of the patches: equal for those with known distances, 0 for the others. Their sum is 1 or 0.
+        """The weights (B,) of the patches: equal for all with known distances, 0 for the others. Their sum is 1 or 0.
 
         In a patch with an ignored voxel the distances are not known, because the nearest boundary may be in that voxel.
         """
@@ -136,11 +140,14 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         return known / known.sum().clamp_min(1)
 
     def level_set_loss(self, logits: Tensor, true: Tensor) -> Tensor:
-        """beta L_LSF, from the logits of both tasks (1, 2 heads, *S) and T(y), (heads, *S)."""
+        """The loss beta L_LSF, from the output for one patch (1, 2 heads, *S) and its level sets T(y), (heads, *S)."""
         return self.settings.level_set_weight * F.mse_loss(self.split(logits)[1][0].float().tanh(), true.float())
 
     def dtc_loss(self, logits: Tensor, decision: Tensor) -> Tensor:
-        """Eq. 4, from the logits of both tasks (B, 2 heads, *S); or what the level sets learn from the decision."""
+        """The loss L_DTC of an output (B, 2 heads, *S).
+
+        With `consistency=paper` it is eq. 4, else the loss with which the level sets learn the decision.
+        """
         segmentation, level_sets = self.split(logits)
         inside = -STEEPNESS * level_sets.float().tanh()
         if self.settings.consistency == "paper":
@@ -149,7 +156,7 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
 
 
 def add_level_sets(labeled_batch: dict, unlabeled_batch: dict, label_manager) -> dict[str, Tensor]:
-    """The level sets (B, heads, *S) of the labels in a batch, float16; see `level_set`."""
+    """Compute the level sets of the labels in a batch, (B, heads, *S), float16; see `level_set`."""
     target = labeled_batch["target"]
     target = (target[0] if isinstance(target, (list, tuple)) else target).numpy()
     heads = range(label_manager.num_segmentation_heads)
@@ -159,9 +166,10 @@ def add_level_sets(labeled_batch: dict, unlabeled_batch: dict, label_manager) ->
 
 
 def level_set(mask: np.ndarray) -> np.ndarray:
-    """T(y): the distance to the boundary, divided by its maximum. Negative inside, 0 on the inner boundary.
+    """The level set T(y): the distance to the boundary, divided by its maximum. Negative inside, 0 on the boundary.
 
-    Source: eq. 1. Inside and outside have their own maximum. If nothing is inside it is 1, if all is inside -1.
+    Source: eq. 1. The voxels inside and outside have their own maximum; the boundary belongs to the inside. If the mask
+    is empty, T(y) is 1 everywhere; if it is full, T(y) is -1.
 
     Args:
         mask: (*S), bool.

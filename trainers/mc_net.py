@@ -18,7 +18,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 UPSAMPLING = ("linear", "nearest")
-"""the upsampling of the second and third decoder; the first one has the transposed convolutions of the plans"""
+"""How the second and the third decoder upsample. The first one has the transposed convolutions of the plans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class MCNetSettings(SharpeningSettings, OptionalTextSettings, PseudoLabelSetting
     paper_weight: ClassVar[float] = 1.0
 
     supervised_weight: Weight = 0.5
-    """The weight of the loss on labelled samples, which is the sum over all decoders (lambda in the paper)."""
+    """The weight of the loss on labelled samples (lambda in the paper). This loss is the sum over all decoders."""
 
 
 class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
@@ -78,13 +78,13 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
                 del taught, terms  # else they would keep this stream's memory
 
     def taught(self, output, counts: bool) -> Tensor:
-        """What the others learn from a decoder: its decision, or (paper) its logits."""
+        """What the other decoders learn from a decoder: its decision, or with `paper` its logits."""
         logits = self.finest(output)
         decision = self.decide(logits, counts)
         return logits.detach() if self.settings.consistency == "paper" else decision
 
     def mutual_loss(self, output, others: Sequence[Tensor]) -> Tensor:
-        """A decoder's part of L_mc, from its output and what the others teach. The latter gets no gradient."""
+        """The part of L_mc for one decoder, from its output and from what the others teach, which gets no gradient."""
         if self.settings.consistency == "paper":
             p, T = probabilities(self.finest(output), self.label_manager), self.settings.sharpening
             sharpened = (probabilities(x.detach().float() / T, self.label_manager) for x in others)

@@ -21,7 +21,7 @@ class MCFSettings(SharpeningSettings, PseudoLabelSettings):
     """Settings of `MCFTrainer`."""
 
     review_weight: Weight = 0.5
-    """The weight of the loss on those labelled voxels where the two networks disagree."""
+    """The weight of the loss on the labelled voxels where the decisions of the two networks differ."""
 
 
 class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
@@ -41,8 +41,8 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
     initial weights, because plans have one architecture. The first is deployed (theirs: the mean of both). They are
     compared by nnU-Net's loss (theirs: its Dice) of the previous step. On a GPU it may be an earlier step, because no
     step waits until the losses are copied to the CPU. Ignored voxels are not reviewed. For more than two classes the
-    squares are the mean over them. The published code takes the softmax of a softmax in both squares: we follow the
-    paper.
+    squares are a mean over the classes. The published code takes the softmax of a softmax in both squares: we follow
+    the paper.
     """
 
     def initialize(self):
@@ -78,7 +78,7 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
         return self.decide(self.finest(output), counts=False)
 
     def review(self, differ: Tensor, output, target) -> Tensor:
-        """L_review of one network, over the voxels of `differ`, (B, 1, *S), bool."""
+        """The loss L_review of one network, over the voxels of the mask `differ`, (B, 1, *S), bool."""
         if self.settings.consistency != "paper":
             return self.loss_where(differ, output, target)
         target, p = self.finest(target), probabilities(self.finest(output), self.label_manager)
@@ -87,14 +87,14 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
         return squared.sum() / (mask.sum() * p.shape[1]).clamp_min(1)
 
     def one_hot(self, target: Tensor) -> Tensor:
-        """A target as probabilities (B, heads, *S). The values of ignored voxels have no meaning."""
+        """Turn a target into probabilities (B, heads, *S). The values of ignored voxels have no meaning."""
         heads = self.label_manager.num_segmentation_heads
         if self.label_manager.has_regions:
             return target[:, :heads].float()
         return torch.cat([target == head for head in range(heads)], 1).float()
 
     def rectification(self, output, logits: Tensor, decision: Tensor) -> Tensor:
-        """L_rect: the output of the worse network, with the logits and the decision of the better one."""
+        """The loss L_rect, from the output of the worse network and the logits and the decision of the better one."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision)
         taught = probabilities(logits.float() / self.settings.sharpening, self.label_manager)

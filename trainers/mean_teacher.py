@@ -43,7 +43,8 @@ class MeanTeacherSettings(
         super().__post_init__()
         if self.external_masks and self.consistency == "paper":
             raise UserError(
-                "settings external_masks, consistency=paper: masks teach decisions: use consistency=dice_ce"
+                "settings external_masks and consistency=paper: the masks of other models need"
+                " consistency=dice_ce: set it"
             )
 
 

@@ -29,10 +29,10 @@ class SelfTrainingSettings(PseudoLabelSettings):
     """Settings of `SelfTrainingTrainer`."""
 
     rounds: Count = 1
-    """How often the network labels the unlabelled cases, and a new training on all cases begins. The epochs are
-    divided among all trainings."""
+    """How often the network labels the unlabelled cases and is trained again on all cases. The epochs are divided among
+    all trainings."""
     pseudo_weight: Weight = 1.0
-    """The weight of the loss on pseudo-labels, relative to that on labels."""
+    """The weight of the loss on pseudo-labels; the loss on labels has the weight 1."""
 
 
 class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
@@ -63,12 +63,12 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
 
     @property
     def starts(self) -> list[int]:
-        """The first epoch of every training."""
+        """The number of the first epoch of every training."""
         return [self.num_epochs * i // (self.settings.rounds + 1) for i in range(self.settings.rounds + 1)]
 
     @property
     def round(self) -> int:
-        """The number of the round. It is 0 while the training uses labels only."""
+        """The number of the present round. It is 0 while the training uses labels only."""
         return sum(self.current_epoch >= start for start in self.starts[1:])
 
     def folder(self, number: int) -> Path:

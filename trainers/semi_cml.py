@@ -49,7 +49,7 @@ from nnunet_semiseg.training.teacher import make_teacher
 
 BRANCHES = ("a", "b")
 recomputed: Any = partial(checkpoint, use_reentrant=False)
-"""call a function; the backward pass computes its intermediate tensors again"""
+"""Call a function whose intermediate tensors are not kept. The backward pass computes them again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     """The level and the width of both CT windows, in HU, such as `[[50, 400], [-600, 1500]]`. By default they are the
     lower and the upper two thirds of the intensities that nnU-Net does not clip."""
     contrast_gammas: tuple[float, ...] = (0.5, 2.0)
-    """The exponents of both contrast curves."""
+    """The exponents of both contrast curves: below 1 dark values get more contrast, above 1 bright ones."""
     width: Literal["half", "full"] = "half"
-    """The width of each modality's encoder and decoder, compared with the network in the plans."""
+    """The width of the encoder and decoder of each modality, compared with the network in the plans."""
     fusion: Literal["attention", "off"] = "attention"
     """Whether attention connects the two bottlenecks. With `off` the networks are separate, as in the paper."""
     modality_dropout: Share = 0.0
@@ -78,29 +78,31 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     inter_weight: Weight = 0.5
     """The weight, at the end of the ramp, of the soft Dice loss between the two modalities. 0 switches it off."""
     contrast_weight: Weight = 0.4
-    """The weight, at the end of the ramp, of the area-similarity contrast. 0 switches it off."""
+    """The weight, at the end of the ramp, of the loss that compares the areas of predictions (area-similarity
+    contrast). 0 switches it off."""
     contrast_temperature: Annotated[float, Bounds(1e-3)] = 0.1
-    """The temperature of the area-similarity contrast."""
+    """The temperature of the loss that compares the areas of predictions (area-similarity contrast)."""
     relearning_weight: Weight = 1.0
-    """The weight, at the end of the ramp, of the re-learning from pseudo-labels. 0 switches it off."""
+    """The weight, at the end of the ramp, of the loss on pseudo-labels (re-learning). 0 switches it off."""
     relearning: Literal["soft", "hard"] = "soft"
-    """The target of the re-learning: the teacher's probabilities (`soft`) or its decision (`hard`)."""
+    """What the re-learning learns: the probabilities of the teacher (`soft`) or its decision (`hard`)."""
     relearning_start: Share = 0.5
     """The share of the training after which the re-learning begins."""
     threshold: Share = 0.7
-    """Pseudo-labels with a probability below this do not count. It is the value when the re-learning begins (tau0)."""
+    """Pseudo-labels with a probability below this do not count. The threshold has this value when the re-learning
+    begins (tau0 in the paper), and rises after that."""
     threshold_warmup: Share = 0.02
-    """The share of the training over which this threshold rises."""
+    """The share of the training over which the threshold of the pseudo-labels rises."""
     mc_passes: Annotated[int, Bounds(0)] = 4
     """The number of passes with dropout that measure the uncertainty of pseudo-labels. With 0 all voxels have the same
     weight."""
     mc_dropout: Dropout = 0.2
-    """The dropout probability in these passes."""
+    """The probability of dropout in the passes that measure the uncertainty."""
     disagreement_weight: Share = 0.3
     """The weight of a voxel's loss where the decisions of the two modalities differ. Elsewhere it is 1."""
     teacher: Literal["ema", "best_pool"] = "ema"
-    """Which network labels the unlabelled images: the EMA of the student, or (`best_pool`) the better modality of the
-    epochs with the best validation."""
+    """Which network labels the unlabelled images. `ema` is the EMA of the student. `best_pool` is the mean of the
+    networks from the epochs with the best validation, each with the better of its two modalities."""
     pool_size: Count = 3
     """The number of best epochs that `teacher=best_pool` uses."""
 
@@ -109,7 +111,9 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
         for name, size in (("modalities", None), ("ct_windows", 2), ("contrast_gammas", None)):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or (size and any(len(v) != size for v in value))):
-                raise UserError(f"setting {name}={value}: must have two entries{size and ' of level and width' or ''}")
+                raise UserError(
+                    f"setting {name}={value}: must have two entries{size and ', each a level and a width' or ''}"
+                )
         if min(self.contrast_gammas) <= 0 or self.ct_windows and min(width for _, width in self.ct_windows) <= 0:
             raise UserError("settings ct_windows and contrast_gammas: widths and gammas must be above 0")
 
@@ -187,7 +191,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return with_found(plans, has_regions=manager.get_label_manager(dataset_json).has_regions)
 
     def get_training_transforms(self, *args, **kwargs):
-        """nnU-Net's transforms, changed so that a channel which a case lacks stays empty."""
+        """Take nnU-Net's transforms, changed so that a channel that a case lacks stays empty."""
         transforms: Any = super().get_training_transforms(*args, **kwargs)
         return keep_empty(transforms, self.plans_manager, self.configuration_manager)
 
@@ -230,8 +234,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             branches: the outputs of both decoders.
             target: None for the unlabelled stream.
             share: the stream's share of all samples.
-            own: the teacher's logits for each decoder. None if they are not needed.
-            taught: target and weight of the re-learning, see `relearning_target`. None before it begins.
+            own: the logits of the teacher for each decoder. None if they are not needed.
+            taught: the target and the weight of the re-learning, see `relearning_target`. None before it begins.
         """
         settings, ramp = self.settings, self.settings.ramp(self.progress)
         if target is not None:
@@ -253,13 +257,13 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
                 yield {"relearning": settings.relearning_weight * ramp * self.relearning_loss(output, *taught)}
 
     def intra(self, output, teacher: Tensor) -> Tensor:
-        """How far a decoder's output is from the teacher's logits."""
+        """How far the output of a decoder is from the logits of the teacher."""
         if self.settings.consistency == "paper":
             return F.mse_loss(self.probabilities(self.finest(output)), self.probabilities(teacher))
         return self.pseudo_loss(output, self.decide(teacher, counts=False))
 
     def relearning_loss(self, output, target: Tensor, weight: Tensor) -> Tensor:
-        """A decoder's weighted loss towards probabilities or a decision."""
+        """The weighted loss of a decoder towards probabilities or a decision."""
         if self.settings.relearning == "soft":
             paper = self.settings.consistency == "paper"
             return soft_pseudo_loss(self.loss, self.finest(output) if paper else output, target, weight)
@@ -268,7 +272,10 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return self.pseudo_loss(output, target, weight)
 
     def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """The teacher's logits for each decoder; target and weight of the re-learning. None for what is not needed."""
+        """The logits of the teacher for each decoder, and the target and weight of the re-learning.
+
+        A result that is not needed is None.
+        """
         settings = self.settings
         relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
         pooled = self.predict_with_pool(weak) if relearns and settings.teacher == "best_pool" else None
@@ -292,7 +299,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return [self.finest(output) for output in outputs]
 
     def contrast(self, unlabeled_logits: list[Tensor], labeled_logits: list[Tensor]) -> Tensor:
-        """The contrast of unlabelled samples with all samples. The arguments hold the logits of both decoders."""
+        """The contrast of the unlabelled samples with all samples. The arguments are the logits of both decoders."""
         logits = [x for branch in zip(unlabeled_logits, labeled_logits, strict=True) for x in branch]
         similarity = self.similarity(logits, squared=True)
         return area_similarity_contrast(*similarity, len(unlabeled_logits[0]), self.settings.contrast_temperature)
@@ -300,12 +307,12 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     def similarity(self, logits: Sequence[Tensor], squared: bool = False) -> tuple[Tensor, Tensor]:
         """`area_similarity` of all pairs of predictions, (M, M), and which pairs count, (M, M), bool.
 
-        It is the mean over the foreground classes that at least one of the two decisions has. A pair without such a
-        class does not count. The classes are computed one at a time, and again by the backward pass, because the
-        probabilities of all classes would be the largest tensors of a step.
+        The similarity of a pair is the mean over the foreground classes that at least one of its two decisions has. A
+        pair without such a class does not count. The classes are computed one at a time, and again by the backward
+        pass, because the probabilities of all classes would be the largest tensors of a step.
 
         Args:
-            logits: k times (B, heads, *S), with k B = M.
+            logits: k tensors (B, heads, *S), with k B = M.
         """
         regions = self.label_manager.has_regions
         norms = [None if regions else recomputed(log_normaliser, x) for x in logits]
@@ -325,7 +332,10 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     @torch.no_grad()
     def relearning_target(self, branches: list[Tensor], mean: Tensor, sampled: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The decision or the probabilities of `mean`, and the weight of each voxel, (B, 1, *S)."""
+        """Make the target of the re-learning, and the weight of each voxel, (B, 1, *S).
+
+        The target is the decision or the probabilities of the logits `mean`.
+        """
         settings = self.settings
         t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
         tau = dynamic_threshold(t, settings.threshold)
@@ -340,7 +350,10 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     @torch.no_grad()
     def predict_with_pool(self, images: Tensor):
-        """As `predict`: each decoder's mean over the pool, and the mean of the better ones. None for an empty pool."""
+        """Do what `predict` does with the networks in the pool. None if the pool is empty.
+
+        It returns the mean of each decoder over the pool, and the mean of the better decoders.
+        """
         predictions = [
             (self.predict(network, images, self.settings.mc_passes), int(branch))
             for network, branch, dice in zip(
@@ -357,7 +370,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return branches, mean, sampled
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's validation step; for a pool it is repeated for each decoder."""
+        """Run nnU-Net's validation step. If there is a pool, it is repeated for each decoder."""
         if self.settings.teacher != "best_pool":
             return super().validation_step(batch)
         network, results = self.network, []
@@ -381,7 +394,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             self.offer_to_pool(max(dice), dice.index(max(dice)))
 
     def offer_to_pool(self, dice: float, branch: int) -> None:
-        """Put the weights of this epoch into the pool in place of the worst ones, if they are better."""
+        """Put the weights of this epoch into the pool, in place of the worst ones, if this epoch is better."""
         worst = int(self.method_state["pool_dice"].argmin())
         if dice > self.method_state["pool_dice"][worst]:
             self.auxiliary["pool"][worst].load_state_dict(self.bare_network.state_dict())
@@ -390,7 +403,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
 
 def pseudo_dice(val_outputs: list[dict], name: str) -> float:
-    """nnU-Net's pseudo Dice of one decoder: the mean over the classes that occur. 0 if none occurs."""
+    """nnU-Net's pseudo Dice of one decoder. It is the mean over the classes that occur, or 0 if none occurs."""
     tp, fp, fn = (np.sum([o[f"{key}_hard_{name}"] for o in val_outputs], 0) for key in ("tp", "fp", "fn"))
     total = 2 * tp + fp + fn
     return float((2 * tp / np.maximum(total, 1))[total > 0].mean()) if total.any() else 0.0
@@ -400,11 +413,11 @@ def pseudo_dice(val_outputs: list[dict], name: str) -> float:
 
 
 def area_similarity(p: Tensor, squared: bool = False) -> Tensor:
-    """Soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of each pair of predictions, the mean over classes.
+    """The soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of each pair of predictions, as a mean over classes.
 
     Args:
         p: (M, classes, *S), float32 probabilities.
-        squared: |P_i^2| + |P_j^2| in the denominator, so that a soft prediction has similarity 1 with itself.
+        squared: whether the denominator is |P_i^2| + |P_j^2|, so that a soft prediction has similarity 1 with itself.
 
     Returns:
         (M, M), in 0 to 1.
@@ -427,7 +440,7 @@ def classes_in(logits: Tensor, label_manager) -> Tensor:
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
-    """log sum exp over the heads, (B, *S), in float32 or float64."""
+    """The logarithm of the sum of exp over the heads, (B, *S), in float32 or float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
 
 
@@ -435,8 +448,8 @@ def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], s
     """`area_similarity` of one class.
 
     Args:
-        logits: k times (B, *S), of this class only.
-        norms: for each of them the `log_normaliser` of all heads. None for a region, which has a sigmoid.
+        logits: k tensors (B, *S) of this class only.
+        norms: for each tensor the `log_normaliser` of all heads. None for a region, which has a sigmoid.
         squared: see `area_similarity`.
 
     Returns:
@@ -447,15 +460,15 @@ def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], s
 
 
 def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, temperature: float) -> Tensor:
-    """Cross-entropy for finding, among all other predictions of a batch, the other modality of the same sample.
+    """A contrast: each prediction must find the other modality of its sample among all predictions of the batch.
 
-    The mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), with j the partner of i. A negative k
-    with s_ik >= s_ij gets no gradient.
+    The loss is the mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), with j the partner of i. A
+    negative k with s_ik >= s_ij gets no gradient.
 
     Args:
         similarity: s, (2 N, 2 N): the predictions of N samples from one modality, then from the other one.
         counts: (2 N, 2 N), bool: False for pairs that are not used as negatives, and for samples that are not anchors.
-        anchors: the predictions of this number of samples, the first ones of each modality, are anchors.
+        anchors: the number of samples whose predictions are anchors. They are the first ones of each modality.
         temperature: T.
     """
     m, n = len(similarity), len(similarity) // 2
@@ -472,11 +485,14 @@ def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, t
 
 
 def dynamic_threshold(t: float, tau0: float) -> float:
-    """tau(t) = tau0 + (1 - tau0) min(0.9, t), with t = 0 at the start of the re-learning and 1 after the warm-up."""
+    """The threshold tau(t) = tau0 + (1 - tau0) min(0.9, t).
+
+    t is 0 when the re-learning begins, and 1 when the threshold has risen (`threshold_warmup`).
+    """
     return tau0 + (1 - tau0) * min(0.9, t)
 
 
 def certainty(p: Tensor, label_manager) -> Tensor:
-    """1 - entropy / max entropy of probabilities (B, heads, *S): (B, 1, *S). For regions it is the mean over them."""
+    """The certainty 1 - entropy / max entropy of probabilities (B, heads, *S): (B, 1, *S). For regions it is a mean."""
     regions = label_manager.has_regions
     return 1 - entropy(p, regions).mean(1, keepdim=True) / math.log(2 if regions else p.shape[1])

@@ -41,11 +41,11 @@ from nnunet_semiseg.training.checks import check_there_are_pairs
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 REFRESHES = 3
-"""how often the teacher predicts whole unlabelled cases, at equal distances after the warm-up"""
+"""How often the teacher predicts whole unlabelled cases. This happens at equal distances after the warm-up."""
 LIKELY = 2 / 3
-"""if at least this share of random patches has foreground, all unlabelled patches are drawn at random"""
+"""If at least this share of random patches has foreground, all unlabelled patches are taken at random places."""
 CASES_OF_A_REFRESH = 100
-"""largest number of cases in a search; of more cases, each search takes some at random, so that it stays short"""
+"""The largest number of cases that the teacher predicts each time. If there are more, it takes some at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +55,28 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     deploy: Literal["student", "teacher"] = "teacher"
     """Which network validates and predicts: the student or its EMA teacher."""
     turns: bool = False
-    """Flip the student's view and turn it by right angles, where nnU-Net mirrors. The pseudo-label is turned alike."""
+    """Whether the student's view is flipped and turned by right angles, along the axes that nnU-Net mirrors. The
+    pseudo-label is flipped and turned in the same way."""
     strong_probability: float | None = None
-    """The probability of each of nnU-Net's intensity transforms in a strong view. With null it is nnU-Net's own."""
+    """The probability of each of nnU-Net's intensity transforms in a strong view. `null` keeps the probabilities of
+    nnU-Net."""
     pseudo_weight: Weight = 0.5
-    """The weight of voxels with pseudo-labels."""
+    """The weight of voxels with pseudo-labels; a voxel with a true label has the weight 1."""
     match_threshold: Share = 0.0
-    """Voxels in which the teacher's decision has a probability below this do not count, unless the masks of other
-    models have replaced it."""
+    """A voxel does not count if the probability of the teacher's decision is below this. Exception: the masks of other
+    models have replaced the decision."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
     unlabeled_foreground: Share | None = None
-    """The share of unlabelled patches that are drawn where the teacher finds foreground. With 0 all are drawn at
-    random. Null means one third where less than two thirds of random patches of labelled cases have foreground, and
-    0 otherwise."""
+    """The share of unlabelled patches that are taken where the teacher finds foreground. With 0 all are taken at random
+    places. By default it is one third if fewer than two thirds of random patches of labelled cases have foreground,
+    else 0."""
     leave_out: Share = 0.2
-    """The greatest share of unlabelled cases that are left out because the teacher contradicts itself on them. With 0
-    no case is left out."""
+    """The largest share of unlabelled cases that are left out, because the teacher predicts something else on the
+    mirrored image. With 0 no case is left out."""
     reliable_first: Annotated[float, Bounds(0.01, 1)] = 1.0
-    """The share of unlabelled cases that is used at first: those on which the teacher agrees best with itself. It grows
-    to 1 with the last of the three searches."""
+    """The share of unlabelled cases that is used at first: those on which the teacher agrees best with itself. The
+    share grows to 1 with the last of the three searches."""
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
@@ -86,17 +88,17 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
       BCP (CVPR 2023).
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
-    - The student sees boxes of strong views in labelled patches, and the reverse. The box goes through all slices if
-      nnU-Net augments in 2d.
+    - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
+      patches. The box goes through all slices if nnU-Net augments in 2d.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
     - The teacher predicts up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
-      cases often have no foreground, a third of the unlabelled patches are taken around what it finds, as nnU-Net does
-      with labelled ones.
-    - Some cases are left out: those in which the teacher's decision on the mirrored image (without mirroring: that of
-      the last search) differs far more than in others. They are at most a fifth, and none if there are fewer than ten
-      cases.
+      cases often have no foreground, a third of the unlabelled patches are taken around foreground that the teacher
+      finds, as nnU-Net does with labelled ones.
+    - Some cases are left out: those on which the teacher contradicts itself far more than on others. Its decisions on
+      the image and on the mirrored image are compared; without mirroring, its decisions of two searches. At most a
+      fifth of the cases is left out, and none if there are fewer than ten cases.
 
     The network is that of the plans. All choices are in the training's log and in `decisions.txt` in its folder.
     """
@@ -166,7 +168,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     @property
     def looks_at_cases(self) -> bool:
-        """Whether the teacher predicts whole cases. It does so only if the settings use the result."""
+        """Whether the teacher predicts whole cases. It does so only if the settings need it."""
         scores = (self.settings.leave_out > 0 or self.settings.reliable_first < 1) and self.num_unlabeled >= LEAST_CASES
         return self.foreground_share > 0 or scores
 

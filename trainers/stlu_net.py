@@ -34,26 +34,29 @@ class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
     paper_weight: ClassVar[float] = 1.0
 
     pairs: Literal["alike", "independent"] = "alike"
-    """Whether the labelled and the unlabelled sample of a pair are mirrored, rotated and scaled in the same way."""
+    """Whether the two samples of a pair are mirrored, rotated and scaled in the same way (`alike`) or separately
+    (`independent`)."""
     mixing_groups: str = "SIB"
     """The groups of encoder stages after which features are mixed: any of S (shallow), I (intermediate) and B
     (bottleneck)."""
     mixing: Literal["similarity", "scalar", "mixup", "dropblock", "off"] = "similarity"
-    """How the features of a pair are mixed. `similarity` weights each channel by its similarity, `scalar` uses one
-    weight, `mixup` mixes the labels, too, `dropblock` drops blocks instead, and `off` does nothing."""
+    """How the features of a pair of samples are mixed. `similarity` gives each channel a weight by its similarity in
+    both samples, `scalar` uses one weight for all channels, `mixup` mixes the labels, too, `dropblock` drops blocks of
+    features instead, and `off` does nothing."""
     mixing_weight: Share = 0.5
     """The weight of a sample's own features with `mixing=scalar`."""
     mixing_beta: Annotated[float, Bounds(1e-3)] | None = None
-    """The weight of `mixing=scalar` or `mixup` is drawn from Beta(b, b) in every step, where b is this number. By
-    default `scalar` uses `mixing_weight`, and `mixup` uses b = 1."""
+    """In every step the weight of `mixing=scalar` or `mixing=mixup` is drawn from the distribution Beta(b, b), where b
+    is this number. By default `scalar` has the weight `mixing_weight`, and `mixup` uses b = 1."""
     skips: Literal["own", "mixed"] = "mixed"
-    """Which features the skip connections of the mixing stream carry: a sample's own or the mixed ones. The bottleneck
-    is always mixed."""
+    """Which features the skip connections carry while features are mixed: `own` are those of the sample itself, `mixed`
+    are the mixed ones. The bottleneck is always mixed."""
     channel_dropout: Dropout = 0.5
-    """The probability that a channel is dropped in the semantic enhancement stream, or a block with
-    `mixing=dropblock`. 0 switches it off."""
+    """The probability that a channel is dropped in the semantic enhancement stream. With `mixing=dropblock` it is the
+    probability that a block is dropped. 0 switches it off."""
     supervision: Literal["symmetric", "mixing", "enhancement"] = "symmetric"
-    """Which of the two streams learn from pseudo-labels: both (`symmetric`) or one."""
+    """Which of the two streams (feature mixing, semantic enhancement) learn from pseudo-labels: both (`symmetric`) or
+    one."""
     confidence_threshold: Share | None = None
     """Pseudo-labels with a probability below this do not count. By default all pseudo-labels count."""
     confidence: Literal["hard", "soft"] = "hard"
@@ -75,9 +78,9 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     One network has two streams that share all weights (`FeatureMixingUNet`). Labelled sample i and unlabelled sample i
     are a pair. After the last stage of each group of encoder stages,
 
-    - the feature mixing stream m has for each sample and channel the weight w = clamp(cos(x^u, x^l), 0, 1), and
-      x_m^u = w x^u + (1 - w) x^l, x_m^l = w x^l + (1 - w) x^u. Similar channels are aligned; the others are perturbed
-      in a structured way. Each sample keeps its own label;
+    - the feature mixing stream m has for each sample and channel the weight w = clamp(cos(x^u, x^l), 0, 1), and x_m^u =
+      w x^u + (1 - w) x^l, x_m^l = w x^l + (1 - w) x^u. This aligns similar channels and perturbs the others. Each
+      sample keeps its own label;
     - the semantic enhancement stream d has channel dropout with p = 0.5.
 
     L_sup = L(p_d^l, y) + L(p_m^l, y); L_unsup = L(p_d^u, argmax p_m^u) + L(p_m^u, argmax p_d^u);
@@ -96,11 +99,11 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     are used at full resolution only.
 
     The comparisons in the paper are settings: `mixing_groups`; `mixing=scalar` (a fixed weight, or a random one from
-    Beta(b, b)); `mixing=mixup`, after Verma et al. (ICML 2019), at a random stage among the groups' in each step, with
-    a weight above 1/2, where each sample is supervised with both labels in proportion (labelled samples with
-    pseudo-labels under gamma); `mixing=dropblock`; `supervision`, which stream learns from the pseudo-labels of the
-    other; `confidence_threshold`; and `confidence=soft`, where the probability of a pseudo-label is the weight of its
-    voxel.
+    Beta(b, b)); `mixing=mixup`, after Verma et al. (ICML 2019): in each step features are mixed after the last stage of
+    one random group, with a weight above 1/2, and each sample learns both labels, in the same proportion (gamma(t) is
+    the factor wherever a pseudo-label is learnt); `mixing=dropblock`; `supervision` (which stream learns from the
+    pseudo-labels of the other); `confidence_threshold`; and `confidence=soft`, where the probability of a pseudo-label
+    is the weight of its voxel.
     """
 
     @classmethod
@@ -120,7 +123,8 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         if missing := set(self.settings.mixing_groups) - set(known):
             raise UserError(
                 f"setting mixing_groups={self.settings.mixing_groups}: a network of"
-                f" {manager.network_arch_init_kwargs['n_stages']} stages has no {min(missing)}: use {''.join(known)}"
+                f" {manager.network_arch_init_kwargs['n_stages']} stages has no group {min(missing)}: use"
+                f" {''.join(known)}"
             )
         self.points = tuple(sorted(known[group] for group in self.settings.mixing_groups))
         return plans
@@ -132,7 +136,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     def get_training_transforms(
         self, patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, *args, **kwargs
     ):
-        """nnU-Net's transforms; without mirroring if a training step mirrors the pairs."""
+        """Take nnU-Net's transforms, without mirroring if a training step mirrors the pairs."""
         axes = mirror_axes if self.settings.pairs == "independent" else None
         return super().get_training_transforms(
             patch_size, rotation_for_DA, deep_supervision_scales, axes, *args, **kwargs
@@ -151,7 +155,10 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         return loss
 
     def draw_mixing(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
-        """The stages to mix after (None: all points) and the weight (None: the features give it)."""
+        """Draw where features are mixed, and how much.
+
+        Returns the stages after which they are mixed (None: all points), and the weight (None: the features give it).
+        """
         mixing, beta = self.settings.mixing, self.settings.mixing_beta
         if mixing == "mixup":
             point = self.points[int(torch.randint(len(self.points), ()))]
@@ -163,7 +170,10 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         return None, None
 
     def mirrored(self, batch: Batch) -> tuple[Tensor, Any, Tensor]:
-        """Labelled images, their target, and unlabelled images. The two images of a pair are mirrored alike."""
+        """Mirror the two images of each pair in the same way.
+
+        Returns labelled images, their target, and unlabelled images.
+        """
         pairs = batch.images, batch.target, batch.views["strong"]
         if self.settings.pairs == "independent":
             return pairs
@@ -202,7 +212,10 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
                             yield {"unsupervised_mixing": loss}
 
     def taught(self, output) -> tuple[Tensor, Tensor | None]:
-        """What a stream teaches: its decision, and the weight of each voxel, (B, 1, *S), in 0 to 1 (None: 1)."""
+        """What one stream teaches the other: its decision, and the weight of each voxel.
+
+        The weights are (B, 1, *S), in 0 to 1. None: all weights are 1.
+        """
         logits, settings = self.finest(output), self.settings
         if settings.confidence_threshold is None and settings.confidence == "hard":
             return self.decide(logits), None
@@ -211,7 +224,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         return self.decide(logits), sure * p if settings.confidence == "soft" else sure
 
     def taught_loss(self, output, decision: tuple[Tensor, Tensor | None]) -> Tensor:
-        """The loss of an output towards what the other stream teaches."""
+        """The loss of an output towards the decision of the other stream."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, *decision)
         target, weight = decision
@@ -232,5 +245,5 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
 
 
 def draw_beta(concentration: float) -> Tensor:
-    """A random number from Beta(b, b), a scalar on the CPU."""
+    """Draw a number from the distribution Beta(b, b). It is a scalar on the CPU."""
     return torch.distributions.Beta(concentration, concentration).sample()

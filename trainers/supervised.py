@@ -5,4 +5,7 @@ from nnunet_semiseg.training.plans_trainer import PlansTrainer
 
 
 class SupervisedTrainer(PlansTrainer[TrainingSettings]):
-    """nnU-Net's own trainer with the length from the plans' settings: the baseline with the same training time."""
+    """nnU-Net's own trainer, but the settings in the plans give its length.
+
+    It is the baseline with equal training time.
+    """

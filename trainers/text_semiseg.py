@@ -19,13 +19,16 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class TextSemiSegSettings(ConsistencySettings, TextSettings, PseudoLabelSettings):
-    """Settings of `TextSemiSegTrainer`; `consistency` is of the cross pseudo supervision."""
+    """Settings of `TextSemiSegTrainer`.
+
+    `consistency` is about the loss with which the two decoders teach each other.
+    """
 
     dca: Literal["complementary", "foreground", "off"] = "complementary"
     """How two images are mixed (DCA in the paper). `complementary` uses one mask and its complement, `foreground` uses
     the foreground of each image, as the paper does, and `off` mixes none."""
     dca_start: Share = 0.2
-    """The share of the training after which DCA begins."""
+    """The share of the training after which images are mixed."""
     dca_weight: Weight = 1.0
     """The weight of the loss on mixed images."""
 
@@ -120,13 +123,13 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
         return self.bare_network.decode(skips, decoder), aligned
 
     def taught_loss(self, output, target: Tensor) -> Tensor:
-        """Dice + CE towards a target with pseudo-labels: with deep supervision, or (paper) at full resolution only."""
+        """The Dice + CE towards a target with pseudo-labels. With `paper` it is at full resolution only."""
         if self.settings.consistency == "paper":
             return self.finest_loss(self.finest(output), target)
         return self.pseudo_loss(output, target)
 
     def mixes(self, batch: Batch, pseudo_label: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """DCA's images and targets: labelled foreground in unlabelled images, and the reverse."""
+        """The images and targets of DCA: labelled foreground in unlabelled images, and the reverse."""
         x_l, y_l = batch.images, self.finest(batch.target)
         x_u, y_u = batch.views["strong"][: len(x_l)], pseudo_label[: len(x_l)]
         mask_l = self.foreground(y_l)
@@ -134,11 +137,11 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
         return [mix(mask_l, x_l, x_u, y_l, y_u), mix(mask_u, x_u, x_l, y_u, y_l)]
 
     def pseudo_label(self, output) -> Tensor:
-        """A decoder's decision."""
+        """The decision of a decoder."""
         return self.decide(self.finest(output))
 
     def foreground(self, target: Tensor) -> Tensor:
-        """m = [y > 0], (B, 1, *S), of a target as nnU-Net's loss takes it. Ignored voxels are not foreground."""
+        """The foreground m = [y > 0], (B, 1, *S), of a target as nnU-Net's loss takes it, without ignored voxels."""
         if self.label_manager.has_regions:
             return target[:, : self.label_manager.num_segmentation_heads].bool().any(1, keepdim=True)
         foreground = target > 0
@@ -148,12 +151,12 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
 
 
 def mix(mask: Tensor, x: Tensor, x_other: Tensor, y: Tensor, y_other: Tensor):
-    """DCA's mix: x_mix = m x + (1 - m) x_other, and the same for the targets.
+    """Mix two images as in DCA: x_mix = m x + (1 - m) x_other. The targets are mixed in the same way.
 
     The published code multiplies one label by the other, which is right for two classes only.
 
     Args:
-        mask: m, (B, 1, *S), bool.
+        mask: the mask m, (B, 1, *S), bool.
         x, x_other: images (B, C, *S).
         y, y_other: targets (B, 1 or regions, *S).
 

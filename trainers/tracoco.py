@@ -20,9 +20,9 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
 NEGATIVE = 0.1
-"""voxels where a class or region is less probable than this learn that it is absent, with `consistency=paper`"""
+"""With `consistency=paper`, voxels in which a class or region is less probable than this learn that it is absent."""
 ENTROPY = 0.1
-"""the weight of the crop's negative entropy, with `consistency=paper`"""
+"""With `consistency=paper`, the weight of the negative entropy on the crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class TraCoCoSettings(ConsistencySettings, CertainSettings):
     crop: Annotated[float, Bounds(0.1, 1)] = 0.75
     """The length of each side of the crop, as a share of the patch."""
     translation_weight: Weight = 0.3
-    """The weight of a network's agreement with itself on the crop, relative to its agreement with the other network."""
+    """The weight of the loss between the predictions of a network for the patch and for a crop of it. The loss between
+    the two networks has the weight 1."""
     cutmix: Share = 1.0
     """The probability that a box of another sample is pasted into the samples of the second network."""
 
@@ -99,9 +100,9 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
     @torch.no_grad()
     def taught(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A network's pseudo-label, and a mask (B, 1, *S) of the voxels where it is certain.
+        """The pseudo-label of a network, and a mask (B, 1, *S) of the voxels where the network is certain.
 
-        With `paper`: its probabilities.
+        With `consistency=paper` the probabilities of the network are returned instead.
         """
         q = probabilities(logits, self.label_manager)
         if self.settings.consistency != "paper":
@@ -109,7 +110,7 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
         return self.decide(logits), q
 
     def cross_loss(self, output, decision: Tensor, q: Tensor) -> Tensor:
-        """L_CRC of a network's output, towards the pseudo-labels of the other network."""
+        """The loss L_CRC of the output of a network, towards the pseudo-labels of the other network."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision, q)
         p = probabilities(self.finest(output), self.label_manager)
@@ -119,9 +120,11 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
         return torch.stack([regional_cross_entropy(a, b, self.settings.match_threshold) for a, b in pairs]).mean()
 
     def translation_loss(self, output, whole: Tensor) -> Tensor:
-        """L_tra of a network's output for the crop.
+        """The loss L_tra between two predictions of a network for the same voxels: in a crop, and in the whole patch.
 
-        `whole` has the probabilities of these voxels in the patch, (B, heads, *s).
+        Args:
+            output: the output of the network for the crop.
+            whole: its probabilities for the voxels of the crop when it sees the whole patch, (B, heads, *s).
         """
         weight, regions = self.settings.translation_weight, self.label_manager.has_regions
         if self.settings.consistency != "paper":
@@ -131,10 +134,10 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
 
 def regional_cross_entropy(p: Tensor, q: Tensor, threshold: float) -> Tensor:
-    """The two parts of L_CRC. They are 0 if no voxel counts.
+    """The two parts of the loss L_CRC. A part is 0 if no voxel counts in it.
 
     Args:
-        p, q: class probabilities (B, K, *S), p of the network that learns, q of the network that teaches.
+        p, q: the class probabilities (B, K, *S) of the network that learns (p) and of the network that teaches (q).
         threshold: a voxel counts in the first part if its largest q is at least this.
     """
     certain, decision = q.max(1, keepdim=True)

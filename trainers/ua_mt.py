@@ -29,15 +29,16 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
-    """Settings of `UAMTTrainer`. The ramp is that of the weight and of the threshold."""
+    """Settings of `UAMTTrainer`. The weight and the threshold have the same ramp."""
 
     mc_passes: Annotated[int, Bounds(0)] = 8
-    """The number of passes with dropout that measure where the teacher is certain. With 0 it counts as certain
+    """The number of passes with dropout that measure where the teacher is certain. With 0 the teacher counts as certain
     everywhere."""
     mc_dropout: Dropout = 0.5
-    """The dropout probability at the bottleneck, in the student and in these passes."""
+    """The dropout probability at the bottleneck, in the student and in the passes that measure where the teacher is
+    certain."""
     input_noise: Annotated[float, Bounds(0)] = 0.1
-    """The standard deviation of the noise on the teacher's images. It is cut off at twice this value."""
+    """The standard deviation of the noise on the teacher's images. Noise beyond twice this value is cut off."""
 
 
 class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
@@ -95,7 +96,7 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
             yield terms
 
     def distance(self, output, teacher: Tensor, certain: Tensor) -> Tensor:
-        """How far the student's output is from the teacher's logits (B, heads, *S), over the certain voxels."""
+        """How far the student's output is from the teacher's logits (B, heads, *S), where the teacher is certain."""
         decision = self.decide(teacher)
         if self.settings.consistency == "paper":
             student, teacher = (probabilities(x, self.label_manager) for x in (self.finest(output), teacher))
@@ -104,7 +105,7 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
 
     @torch.no_grad()
     def ask_teacher(self, images: Tensor, ramp: float) -> tuple[Tensor, Tensor]:
-        """The teacher's logits (B, heads, *S), and where it is certain: bool, (B, 1 or heads, *S)."""
+        """The logits of the teacher (B, heads, *S), and where the teacher is certain: (B, 1 or heads, *S), bool."""
         regions, passes = self.label_manager.has_regions, self.settings.mc_passes
         teacher = self.teacher(images)
         if not passes:
@@ -127,6 +128,9 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """The mean squared difference of (B, heads, *S) over the mask (B, 1 or heads, *S). 0 if the mask is empty."""
+    """The mean squared difference of two tensors (B, heads, *S) over a mask (B, 1 or heads, *S).
+
+    It is 0 if the mask is empty.
+    """
     squared = (a - b).square() * mask
     return squared.sum() / mask.expand_as(squared).sum().clamp_min(1)

@@ -17,7 +17,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 BOX_VOLUME = (0.02, 0.4)
-"""the volume of CutMix's box, as a share of the patch's"""
+"""The smallest and the largest volume of the box of CutMix, as shares of the volume of the patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class UniMatchSettings(MatchSettings):
     """Settings of `UniMatchTrainer`."""
 
     feature_dropout: Dropout = 0.5
-    """The probability that a channel is dropped in the feature stream."""
+    """The probability that a channel is dropped in the stream with perturbed features."""
     cutmix: Share = 0.5
     """The probability that a box of another sample is pasted into a strong view."""
 
@@ -38,11 +38,12 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
 
         L = L_x + L_u, L_u = 1/2 L(fp) + 1/4 (L(s1) + L(s2)) (in the paper half of it).
 
-    L(.) is the loss towards the decision on the weak view, where its probability is at least 0.95. Strong views have
-    nnU-Net's intensity augmentation and CutMix; the pseudo-labels are cut in the same way. The features of the weak
-    view give both the feature stream and the pseudo-label (by a pass of the decoder without gradients). L is Dice + CE,
-    where only certain voxels have a weight (paper: CE; their medical code: Dice). A box has the shape of the patch and
-    is the same for all samples of a view. With one unlabelled sample in a batch nothing is mixed.
+    L(fp) is for the feature stream, L(s1) and L(s2) are for the strong views. Each is the loss towards the decision on
+    the weak view, where its probability is at least 0.95. Strong views have nnU-Net's intensity augmentation and
+    CutMix; the pseudo-labels are cut in the same way. The features of the weak view give both the feature stream and
+    the pseudo-label (by a pass of the decoder without gradients). L is Dice + CE, where only certain voxels have a
+    weight (paper: CE; their medical code: Dice). A box has the shape of the patch and is the same for all samples of a
+    view. With one unlabelled sample in a batch nothing is mixed.
     """
 
     views = ("weak", "strong_1", "strong_2")
@@ -72,7 +73,7 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
             yield {name: 0.25 * loss}
 
     def pseudo_label(self, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The decision on these features as a target, and where it is certain, (B, 1, *S), 0 or 1."""
+        """The decision on these features, and a mask of 0 and 1, (B, 1, *S), that says where it is certain."""
         with self.without_gradients():
             logits = self.finest(self.bare_network.decode(skips))
             certain = confidence(probabilities(logits, self.label_manager), self.label_manager)

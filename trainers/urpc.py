@@ -21,9 +21,9 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
-"""dropout before each output, from the finest to the fourth; coarser ones have the last value"""
+"""The probability of dropout before each output, from the finest to the fourth. Coarser outputs have the last value."""
 SLAB = 32
-"""number of voxels along the first axis that are computed at a time"""
+"""How many voxels along the first axis are computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
             yield terms
 
     def pyramid(self, output) -> Tensor:
-        """L_unsup of an output with or without deep supervision."""
+        """The loss L_unsup of an output with or without deep supervision."""
         scales = output if self.enable_deep_supervision else [output]
         decisions, certainties = [], []
         for sample in zip(*(x.split(1) for x in scales), strict=True):  # all at once would need more than the network
@@ -103,16 +103,17 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
 
 
 def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """In training, drop channels of a head's features (B, C, *s) and add noise."""
+    """In training, drop channels of the features (B, C, *s) before a head, and add noise. Otherwise change nothing."""
     (x,) = inputs
     return (feature_noise(drop_channels(x, p)),) if head.training else inputs
 
 
 @torch.no_grad()
 def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, list[Tensor]]:
-    """For one sample: the log of p_c (for regions its logits), (1, heads, *S); and w_s for each scale, (1, 1, *s).
+    """Compute, for one sample, the mean p_c of all scales and the certainty w_s of each scale.
 
-    For regions w_s is that of the least certain region.
+    Returns the log of p_c (for regions its logits), (1, heads, *S), and w_s for each scale, (1, 1, *s). For regions w_s
+    is that of the least certain region.
     """
     size, regions = scales[0].shape[2:], label_manager.has_regions
     mean: Any = sum(at_full_size(x, size, label_manager) for x in scales) / len(scales)
@@ -124,20 +125,20 @@ def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, 
 
 
 def at_full_size(logits: Tensor, size: Sequence[int], label_manager) -> Tensor:
-    """The probabilities of one scale's logits (B, heads, *s), at full resolution."""
+    """The probabilities at full resolution, from the logits (B, heads, *s) of one scale."""
     logits = F.interpolate(logits.float(), list(size), mode=LINEAR[len(size)])
     return probabilities(logits, label_manager)
 
 
 def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
-    """Eq. 4. A region and its complement are treated as two classes with their own D_s.
+    """The loss of eq. 4. A region and its complement are treated as two classes with their own D_s.
 
-    One slab of one scale of one sample is computed at a time, and again by the backward pass: with many classes the
-    probabilities of all scales at full size would need more memory than the network.
+    Only one slab of one scale of one sample is computed at a time. The backward pass computes it again. With many
+    classes, the probabilities of all scales at full size would need more memory than the network.
 
     Args:
-        scales: S logits (B, heads, *s) from fine to coarse. The first has full resolution.
-        label_manager: nnU-Net's. It says whether the heads are classes or regions.
+        scales: the logits (B, heads, *s) of S scales, from fine to coarse. The first has full resolution.
+        label_manager: the `LabelManager` of nnU-Net. It says whether the heads are classes or regions.
     """
     size = scales[0].shape[2:]
 
@@ -159,7 +160,7 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
 
 
 def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
-    """Means over voxels and classes of ||p_s - p_c||^2 w_s, of w_s, and of D_s: (3,).
+    """The means, over voxels and classes, of ||p_s - p_c||^2 w_s, of w_s, and of D_s: (3,).
 
     Args:
         p: p_s, the probabilities of one scale at full resolution, (B, heads, *S).

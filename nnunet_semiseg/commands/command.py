@@ -40,10 +40,10 @@ def add_device(parser: ArgumentParser, default: str = "cuda") -> None:
 
 
 def add_settings(parser: ArgumentParser, of: str) -> None:
-    """Add `--set`.
+    """Add the option `--set`, which changes settings.
 
     Args:
-        of: the trainer or command that has these settings, as in `nnunet_semiseg settings NAME`.
+        of: the trainer or command that has these settings. The help shows it as `nnunet_semiseg settings NAME`.
     """
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -52,7 +52,7 @@ def add_settings(parser: ArgumentParser, of: str) -> None:
 
 
 def say_next(command: str) -> None:
-    """Print the command that comes next. If it has the option `-device`, it ends with `devices.device_option`."""
+    """Print the command that the user types next. If it has the option `-device`, the right device is added."""
     print(f"next: {command}")
 
 
@@ -65,10 +65,10 @@ def check_plans(dataset: int | str, plans: str) -> None:
 
 
 def trained_run(args: Namespace) -> Run:
-    """The run that `ModelOptions` and `trainer` name.
+    """The training that the options of `ModelOptions` and `trainer` name.
 
     Raises:
-        UserError: the trainer does not exist, or it has models of other plans only.
+        UserError: the trainer does not exist, or it has only models of other plans.
     """
     from nnunet_semiseg.discovery import find_trainer
     from nnunet_semiseg.files import dataset_folder

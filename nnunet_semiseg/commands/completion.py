@@ -1,4 +1,4 @@
-"""The parser of every command: errors of one line, and what a shell's tab key proposes."""
+"""The parser of every command: its errors have one line, and it tells the shell what the tab key proposes."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def configurations(**_) -> list[str]:
 
 
 COMPLETERS = {"TRAINER": trainer_names, "ID": dataset_numbers, "CONFIG": configurations}
-"""for each metavar of an argument, the function that lists its values"""
+"""For each metavar of an argument, the function that lists the possible values."""
 
 
 class CompletingParser(ArgumentParser):
-    """A parser whose arguments say what can be typed for them. Each of its errors is one line."""
+    """A parser that tells the shell which values each argument can have. Each of its errors has one line."""
 
     def add_argument(self, *args, **kwargs):
         action = super().add_argument(*args, **kwargs)
@@ -53,7 +53,7 @@ class CompletingParser(ArgumentParser):
         return action
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # pyright: ignore
-        """As argparse does, but what is unknown is an error of this parser, not of the one above it."""
+        """Parse as argparse does. An unknown option is an error of this parser, not of the parser that contains it."""
         options = [option for action in self._actions for option in action.option_strings]
         if all(action.nargs != PARSER for action in self._actions):  # argparse would read -device as -d evice
             for word in (word.partition("=")[0] for word in args or ()):
@@ -67,19 +67,19 @@ class CompletingParser(ArgumentParser):
 
     def _refuse(self, word: str, options: Sequence[str]) -> None:
         if not word.startswith("-"):
-            self.error(f"{word}: one word too many")
+            self.error(f"{word}: this is one word too many: remove it")
         name = word.lstrip("-")
         if "--set" in options and name in setting_names():
-            self.error(f"{word}: this is a setting: write --set {name}=VALUE")
+            self.error(f"{word}: this is a setting, not an option: write --set {name}=VALUE")
         hint = "; a setting is written as --set NAME=VALUE" if "--set" in options else ""
         self.error(f"{word}: no such option{did_you_mean(difflib.get_close_matches(word, options, n=2))}{hint}")
 
     def error(self, message: str):
-        """Print one line, without the usage, and end."""
+        """Print one line, without the usage, and end the program."""
         report(UserError(f"{message} ({self.prog} -h shows all options)"))
         sys.exit(2)
 
 
 def did_you_mean(near: Sequence[str]) -> str:
-    """`: did you mean --labels?`, or nothing."""
+    """The text `: did you mean --labels?` for these names. Empty if there are none."""
     return f": did you mean {' or '.join(near)}?" if near else ""

@@ -24,8 +24,8 @@ from nnunet_semiseg.planning_request import PlanningRequest, PreprocessingReques
 class Convert(Command):
     """Make a raw dataset of your own or of public images.
 
-    NAME is `folder` for your own images, or one of the data sets of --list. Each NAME can have options of its own:
-    nnunet_semiseg convert NAME -h shows all.
+    NAME is `folder` for your own images, or one of the data sets of --list. A data set can have more options:
+    nnunet_semiseg convert NAME -h shows them.
     """
 
     name = "convert"
@@ -74,38 +74,40 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     """Add the arguments that every converter has.
 
     Args:
-        required: False if they are only shown in the help.
+        required: whether `-i` and `-d` must be given. False if the parser is there only to show its help.
     """
     parser.add_argument("-i", required=required, metavar="DOWNLOAD", help="folder or archive (zip, tar) of the images")
     parser.add_argument("-d", type=dataset_id, required=required, metavar="ID", help="number of the new dataset")
     parser.add_argument(
         "--labeled", type=_labeled, metavar="N",
-        help="cases that keep their labels: a number, a fraction or all; default: as published, or all where"
-        " nothing is published",
+        help="how many cases keep their labels: a number, a fraction of the training cases, or all; default: the"
+        " published number, or all if nothing is published",
     )  # fmt: skip
     parser.add_argument(
         "--protocol", choices=["published", "all"], default="published",
-        help="keep to the published lists of cases, or train on all cases; default: %(default)s",
+        help="published: use the published lists of cases; all: train on all cases, without a test set; default:"
+        " %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--crop", choices=["none", "published"], default="none",
-        help="published: crop all cases around their label, as the papers do; default: %(default)s",
+        help="published: crop each case around its label, as the papers do; none: keep whole images; default:"
+        " %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--register", choices=["off", "check", "rigid"], default="off",
-        help="for several channels: check prints by how many mm a channel is displaced from the first one, rigid aligns"
-        " it; default: %(default)s",
+        help="whether channels of a case are aligned with the first one. check: print by how many mm they are"
+        " displaced. rigid: move them. off: do nothing; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "-np", type=at_least(0), default=cores(8), dest="num_processes", metavar="N",
         help="number of processes; default: one for each core, at most 8",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this number and name")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that has this number and name")
     parser.add_argument(
         "--max-size", type=positive, metavar="GB",
-        help="the largest size that an archive may unpack to; default: 100 times its own size",
+        help="the largest size, in GB, that an archive may unpack to; default: 100 times its own size, at least 1 GB",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what the command would do, and write nothing")
     parser.add_argument("--no_pbar", action="store_false", dest="show_progress_bar", help="show no progress bar")
 
 
@@ -123,7 +125,7 @@ def _labeled(text: str) -> int | float | str:
 
 
 class PlanAndPreprocess(Command):
-    """Make plans, preprocess labelled and unlabelled cases."""
+    """Make plans, and preprocess labelled and unlabelled cases."""
 
     name = "plan_and_preprocess"
     examples = (
@@ -160,14 +162,18 @@ class UnlabeledRequest(PreprocessingRequest):
         " once more without parts; default: %(default)s",
     )  # fmt: skip
     part_id: int | None = option(
-        "-part_id", type=at_least(0), metavar="I", default=None, help="number of this part: 0 to N - 1"
+        "-part_id",
+        type=at_least(0),
+        metavar="I",
+        default=None,
+        help="which of the N commands this is, from 0 to N - 1",
     )
 
 
 class PreprocessUnlabeled(Command):
-    """Preprocess imagesUn for plans that are already there.
+    """Preprocess the unlabelled images for existing plans.
 
-    The plans may be nnU-Net's own.
+    The images are in imagesUn. The plans may be nnU-Net's own or ours.
     """
 
     name = "preprocess_unlabeled"
@@ -206,12 +212,15 @@ class AddMasks(Command):
         parser.add_argument("-d", type=dataset_id, required=True, metavar="ID", help="number of the dataset")
         parser.add_argument("--name", required=True, metavar="NAME", help="name of the other model, such as voxtell")
         parser.add_argument(
-            "-i", required=True, metavar="FOLDER", help="folder of its masks, a file for each case: CASE.nii.gz"
+            "-i",
+            required=True,
+            metavar="FOLDER",
+            help="folder of the masks of the other model, a file for each case: CASE.nii.gz",
         )
         parser.add_argument(
             "--map", nargs="+", action="extend", default=[], metavar="VALUE=CLASS",
-            help="which class a value in the masks is, such as 5=liver; all other values are background; default: as"
-            " dataset.json says",
+            help="the class that a value in the masks stands for, such as 5=liver; all other values are background;"
+            " default: the values in dataset.json",
         )  # fmt: skip
         parser.add_argument(
             "-np", type=at_least(0), default=cores(4), metavar="N",

@@ -11,14 +11,14 @@ from nnunet_semiseg.options import ExecutorOptions, ModelOptions, add_options, o
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOptions(ModelOptions):
-    """A trained model."""
+    """The options that name a trained model."""
 
     trainer: str = option("-tr", metavar="TRAINER", help="trainer of the model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions(ModelOptions):
-    """A trained model. The default is the model of `SemiSegTrainer`."""
+    """The options that name a trained model. By default it is the model of `SemiSegTrainer`."""
 
     trainer: str = option("-tr", metavar="TRAINER", default="SemiSegTrainer", help="trainer of the model")
 
@@ -84,7 +84,7 @@ class Export(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         add_options(parser, TrainedOptions)
-        parser.add_argument("--onnx", required=True, metavar="FILE", help="the file to write")
+        parser.add_argument("--onnx", required=True, metavar="FILE", help="the ONNX file to write")
         parser.add_argument(
             "--time", action="store_true",
             help="show how long a patch takes in torch and in ONNX Runtime, with each provider that is installed",
@@ -103,7 +103,7 @@ class Export(Command):
 
 
 def _options(args: Namespace, model: str) -> str:
-    """The options with which nnU-Net's commands find a model, from its folder TRAINER__PLANS__CONFIGURATION."""
+    """The options with which nnU-Net finds the model in a folder TRAINER__PLANS__CONFIGURATION."""
     return f"-d {args.dataset} -c {args.configuration} -f {args.fold} -p {model.split('__')[1]}"
 
 

@@ -78,7 +78,7 @@ class TextEffect(Command):
 class Review(Command):
     """Find unlabelled cases that need a look or a label.
 
-    It predicts all of them, estimates how good each prediction is, and writes a page with pictures.
+    It predicts all unlabelled cases, estimates how good each prediction is, and writes a page with pictures.
     """
 
     name = "review"
@@ -125,9 +125,9 @@ class Accept(Command):
         parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
         parser.add_argument("-i", metavar="FOLDER", help="folder of labels, named like their cases: CASE.nii.gz")
         parser.add_argument(
-            "--all-of", metavar="REVIEW", help="folder of a review: also accept all its other masks, as they are"
+            "--all-of", metavar="REVIEW", help="folder of a review: also accept all its other masks without a change"
         )
-        parser.add_argument("--undo", action="store_true", help="take back what was accepted last")
+        parser.add_argument("--undo", action="store_true", help="undo the last acceptance")
         parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")
 
     def run(self, args: Namespace) -> None:

@@ -83,13 +83,13 @@ class Env(Command):
 
 
 def in_lines(setting) -> str:
-    """The lines for a setting: as it is typed after `--set`, with its type, and its meaning below."""
+    """The lines that describe a setting: first what the user types after `--set`, and its type; then its meaning."""
     first = textwrap.fill(f"{setting.name}={setting.default} ({setting.type})", WIDTH, subsequent_indent=INDENT)
     return f"{first}\n{textwrap.fill(setting.meaning, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)}"
 
 
 def all_settings() -> list[str]:
-    """Every setting. Settings that the same trainers have stand together, below the names of these trainers."""
+    """The description of every setting. Settings of the same trainers stand together, below their names."""
     from nnunet_semiseg.settings.described import Setting, trainers
 
     owners: dict[Setting, list[str]] = {}

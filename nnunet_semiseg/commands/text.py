@@ -10,7 +10,7 @@ from nnunet_semiseg.options import PLANS, ModelOptions, add_options, at_least, d
 
 
 class EmbedPrompts(Command):
-    """Write the prompts' embeddings, for use offline.
+    """Write the embeddings of prompts, for use offline.
 
     Train with --set text_embeddings=FILE on the other machine.
     """
@@ -29,7 +29,9 @@ class EmbedPrompts(Command):
             default="openai",
             help="weights of the text encoder: a tag of open_clip, or a file; default: %(default)s",
         )
-        parser.add_argument("-cache_dir", help="folder where open_clip keeps its downloads; default: its own")
+        parser.add_argument(
+            "-cache_dir", help="folder where open_clip keeps its downloads; default: the folder of open_clip"
+        )
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.files import dataset_folder
@@ -84,7 +86,7 @@ class PretrainVLM(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class TextModelOptions(ModelOptions):
-    """A model of `AMVLMTrainer`. The default configuration is 2d."""
+    """The options that name a model of `AMVLMTrainer`. The default configuration is 2d."""
 
     configuration: str = option("-c", metavar="CONFIG", default="2d", help="nnU-Net's configuration")
     trainer: str = option("-tr", metavar="TRAINER", default="AMVLMTrainer", help="trainer of the model")
@@ -103,7 +105,7 @@ class TextMasks(Command):
         add_options(parser, TextModelOptions)
         parser.add_argument("-o", required=True, metavar="FOLDER", help="folder for the pictures")
         parser.add_argument(
-            "-n", type=at_least(1), default=20, metavar="N", help="number of cases; default: %(default)s"
+            "-n", type=at_least(1), default=20, metavar="N", help="number of cases to draw; default: %(default)s"
         )
 
     def run(self, args: Namespace) -> None:

@@ -28,7 +28,8 @@ class Train(Command):
         add_continue_argument(parser)
         parser.add_argument(
             "--as", dest="copy", metavar="NAME",
-            help="copy the plans under this name and train with them: a separate model on the same preprocessed data",
+            help="copy the plans under this name and train with the copy: this makes a separate model on the same"
+            " preprocessed data",
         )  # fmt: skip
         parser.add_argument(
             "--accept-changes",

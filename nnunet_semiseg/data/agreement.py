@@ -1,4 +1,4 @@
-"""How much several label maps of one image agree. Trainings leave out cases by this, and reviews rank them."""
+"""How much several label maps of one image agree. A training leaves out cases by this; a review ranks cases by it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 
 def pairwise_dice(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[int]]) -> np.ndarray:
-    """For every class the mean Dice over all pairs of masks, 0 to 1. NaN if no mask has the class.
+    """For every class, the mean Dice over all pairs of masks, 0 to 1. It is NaN if no mask has the class.
 
-    If both masks of a pair lack a class that another pair has, the two agree: their Dice is 1.
+    If both masks of a pair lack a class that another mask has, the two agree: their Dice is 1.
 
     Args:
-        masks: label maps (*S), at least two.
+        masks: at least two label maps (*S).
         classes: for each class its label; for a region its labels.
     """
     somewhere = np.logical_or.reduce([mask != 0 for mask in masks])
@@ -38,7 +38,8 @@ def mean_agreement(
     """The mean of `pairwise_dice` over the classes that at least one mask has. It is 1 if no mask has any class.
 
     Args:
-        expected: those of the classes that the image must have. Where no mask has one, its Dice counts as 0.
+        masks, classes: see `pairwise_dice`.
+        expected: the classes that the image must have. If no mask has such a class, its Dice counts as 0.
     """
     dice = pairwise_dice(masks, classes)
     dice[np.isnan(dice) & np.array([labels in expected for labels in classes])] = 0

@@ -10,19 +10,20 @@ from scipy.ndimage import find_objects, generate_binary_structure
 from scipy.ndimage import label as label_components
 
 LARGEST = 0.99
-"""a class is in one piece if its largest component has at least this share of its voxels"""
+"""A class is in one piece if its largest component has at least this share of the voxels of the class."""
 AT_MOST = 20
-"""number of labelled cases that are read"""
+"""The largest number of labelled cases that are read."""
 
 
 def heads_in_one_piece(dataset, label_manager, planar: bool) -> list[int]:
-    """The classes or regions that are in one piece (99 % of the voxels) in each labelled case that has them.
+    """The classes or regions that are in one piece in each labelled case that has them.
 
-    Classes that no case has are left out. At most 20 cases are read, at equal distances in the sorted list of names.
+    In one piece means: the largest component has 99 % of the voxels. Classes that no case has are left out. At most 20
+    cases are read, at equal distances in the sorted list of names.
 
     Args:
-        dataset: nnU-Net's, of preprocessed labelled cases.
-        label_manager: nnU-Net's.
+        dataset: nnU-Net's dataset of the preprocessed labelled cases.
+        label_manager: the `LabelManager` of nnU-Net.
         planar: patches are slices, so each slice is looked at separately.
     """
     regions = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
@@ -37,7 +38,7 @@ def heads_in_one_piece(dataset, label_manager, planar: bool) -> list[int]:
 
 
 def spread_over(cases: Collection[str]) -> list[str]:
-    """At most 20 of the cases, spread evenly over their sorted names."""
+    """Choose at most 20 cases, at equal distances in the sorted list of names."""
     return sorted(cases)[:: max(1, -(-len(cases) // AT_MOST))]
 
 
@@ -47,7 +48,7 @@ def shares_of(segmentation: np.ndarray, values: Iterable[np.ndarray], planar: bo
     Args:
         segmentation: (Z, Y, X), whole numbers.
         values: the labels of each class or region.
-        planar: find the largest component of each slice along the first axis, and add up their voxels.
+        planar: find the largest component in each slice along the first axis. The sizes of these components are added.
     """
     return [share_in_one_piece(np.isin(segmentation, labels), planar) for labels in values]
 

@@ -1,4 +1,7 @@
-"""Image channels that are empty because the case lacks them, after nnU-Net's normalisation."""
+"""Image channels that are empty, because a case lacks them.
+
+They are handled after nnU-Net's normalisation, which may change their value.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from nnunet_semiseg.data.image_problems import TOLERANCE
 
 
 def values_of_nothing(plans_manager, configuration_manager) -> list[float]:
-    """For each channel, the value that nnU-Net's normalisation gives to the voxels of a channel that is 0 everywhere.
+    """For each channel, the value of an empty channel after nnU-Net's normalisation. An empty channel is 0 everywhere.
 
-    It is 0; for CT it depends on the dataset's statistics instead of the image's.
+    The value is 0. For CT it differs, because it depends on the statistics of the dataset instead of those of the
+    image.
     """
     nothing = np.zeros((len(configuration_manager.normalization_schemes), 1, 1, 1), np.float32)
     about = plans_manager.foreground_intensity_properties_per_channel
@@ -24,18 +28,20 @@ def values_of_nothing(plans_manager, configuration_manager) -> list[float]:
 
 
 def empty_channels(x: Tensor, nothing: Tensor) -> Tensor:
-    """(B, C), bool: True if a channel has only its value for an empty channel, or the 0 of padding.
+    """Find the empty channels of images: (B, C), bool.
+
+    A channel is empty if each voxel has the value of an empty channel, or the 0 of padding.
 
     Args:
-        x: (B, C, *S).
-        nothing: (C,), see `values_of_nothing`.
+        x: the images, (B, C, *S).
+        nothing: the value of each empty channel, (C,); see `values_of_nothing`.
     """
     nothing = nothing.to(x).view(-1, *[1] * (x.ndim - 2))
     return (((x - nothing).abs() < TOLERANCE) | (x == 0)).flatten(2).all(2)
 
 
 def keep_empty(transforms: ComposeTransforms, plans_manager, configuration_manager) -> ComposeTransforms:
-    """Change these transforms so that a channel which a case lacks becomes 0 and stays 0."""
+    """Change the transforms so that a channel that a case lacks becomes 0 and stays 0."""
     nothing = values_of_nothing(plans_manager, configuration_manager)
     if len(nothing) == 1:
         return transforms
@@ -43,7 +49,7 @@ def keep_empty(transforms: ComposeTransforms, plans_manager, configuration_manag
 
 
 class RememberEmptyChannels(BasicTransform):
-    """Put it first: it notes which channels of the image (C, *S) are empty."""
+    """The first transform: it notes which channels of the image (C, *S) are empty."""
 
     def __init__(self, nothing: list[float]):
         super().__init__()
@@ -54,7 +60,7 @@ class RememberEmptyChannels(BasicTransform):
 
 
 class EmptyChannels(BasicTransform):
-    """Put it last: it sets empty channels to 0, because noise and brightness have changed them."""
+    """The last transform: it sets empty channels to 0 again, because noise and brightness have changed them."""
 
     def apply(self, data_dict: dict, **params) -> dict:
         data_dict["image"][data_dict["empty_channels"]] = 0

@@ -43,8 +43,8 @@ def add_masks(
         For each class its `dice`, a mean over the labelled cases that show it (None if none does), and its `weight`.
 
     Raises:
-        UserError: wrong names or values; files that belong to no case, or whose grid is not that of their image; one
-            line for each.
+        UserError: a name or a value is wrong; a file belongs to no case; a mask has another grid than its image. There
+            is one line for each problem.
     """
     check_name("--name", name)
     raw, folder = dataset_folder("nnUNet_raw", dataset), Path(folder)
@@ -88,7 +88,7 @@ def add_masks(
 
 
 def classes_of(dataset_json: dict) -> dict[str, list[int]]:
-    """Each foreground class or region, with its values."""
+    """Each foreground class or region of dataset.json, with its values."""
     labels = {k: v if isinstance(v, list) else [v] for k, v in dataset_json["labels"].items() if k != "ignore"}
     return {name: values for name, values in labels.items() if set(values) != {0}}
 
@@ -118,7 +118,7 @@ def parse_map(assignments: Sequence[str], classes: Mapping[str, Sequence[int]]) 
 
 
 def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str, Path]:
-    """The mask of each case.
+    """Find the mask file of each case.
 
     Masks of test cases are ignored, because nothing may be learnt from them.
 
@@ -126,7 +126,7 @@ def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str,
         UserError: the folder is missing or has no masks; a file belongs to no case; a case has two files.
     """
     if not folder.is_dir():
-        raise UserError(f"-i {folder}: no such folder: name the folder with the other model's masks")
+        raise UserError(f"-i {folder}: no such folder: name the folder that holds the masks of the other model")
     test = {file.name.rpartition("_0000")[0] for file in (raw / "imagesTs").glob("*_0000.*")}
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
@@ -145,7 +145,7 @@ def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str,
         found[case] = file
     if not found:
         raise UserError(
-            f"-i {folder}: no masks: it needs a label file for each case, such as {next(iter(images))}.nii.gz"
+            f"-i {folder}: has no masks: put a label file there for each case, such as {next(iter(images))}.nii.gz"
         )
     return found
 
@@ -185,7 +185,7 @@ def read_mask(file: Path, image: Path) -> tuple[sitk.Image, np.ndarray]:
     """Read a mask and its values.
 
     Raises:
-        UserError: it cannot be read, has colours, or its grid is not that of its image.
+        UserError: the mask cannot be read, has colours, or has another grid than its image.
     """
     if problem := header_problem(file, file.parent):
         raise UserError(f"{file}: {problem}")
@@ -225,6 +225,6 @@ def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: 
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float | None:
-    """2 |a and b| / (|a| + |b|) of bool arrays. None if both are empty."""
+    """The Dice 2 |a and b| / (|a| + |b|) of two bool arrays. None if both are empty."""
     size = np.count_nonzero(a) + np.count_nonzero(b)
     return 2 * np.count_nonzero(a & b) / size if size else None

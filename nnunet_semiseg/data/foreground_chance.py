@@ -9,19 +9,19 @@ import numpy as np
 from nnunet_semiseg.data.components import spread_over
 
 DRAWS = 200
-"""number of random patches for each case"""
+"""The number of random patches that are drawn from each case."""
 
 
 def chance_of_foreground(dataset, patch_size: Sequence[int]) -> float:
     """The share of random patches that have a voxel of foreground, as a mean over the labelled cases.
 
     Patches are drawn as nnU-Net draws patches that need not have foreground: uniformly among the positions within the
-    image. A patch that is larger than the image has all of it. The foreground is taken from the class locations that
-    nnU-Net's preprocessing stores, up to 10,000 for each class. At most 20 cases are read.
+    image. A patch that is larger than the image contains the whole image. The foreground is taken from the class
+    locations that nnU-Net's preprocessing stores, up to 10,000 for each class. At most 20 cases are read.
 
     Args:
-        dataset: nnU-Net's, of preprocessed labelled cases.
-        patch_size: the patch size of the network, in voxels. Two numbers are a patch within a slice.
+        dataset: nnU-Net's dataset of the preprocessed labelled cases.
+        patch_size: the patch size of the network, in voxels. With two numbers the patch lies within a slice.
     """
     patch = np.array([1] * (3 - len(patch_size)) + list(patch_size))
     rng = np.random.default_rng(0)

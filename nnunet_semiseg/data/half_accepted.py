@@ -9,18 +9,23 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 
 FOLDER, JOURNAL = ".accepted", "journal.json"
-"""in the raw data set: a folder with a number for each call of `accept`; in it, the file that lists what is done"""
+"""A folder in the raw data set, which has a numbered folder for each call of `accept`; and the file in that folder that
+lists what is done."""
 DONE = "done"
 
 
 def journals(dataset: Path) -> list[Path]:
-    """The journals of a raw data set, from the first to the last."""
+    """The journal files of a raw data set, from the first to the last."""
     found = (dataset / FOLDER).glob(f"*/{JOURNAL}")
     return sorted(file for file in found if re.fullmatch(r"\d{4}", file.parent.name))
 
 
 def refuse_half_accepted(dataset: Path) -> None:
-    """Raises UserError if `nnunet_semiseg accept` was interrupted. Then a case may be split between two folders."""
+    """Refuse a data set in which `nnunet_semiseg accept` was interrupted. A case may then be split between two folders.
+
+    Raises:
+        UserError: there is an unfinished journal.
+    """
     for journal in journals(dataset):
         fix = "put it back as it was"
         if read_json(journal, fix).get("state") != DONE:

@@ -16,19 +16,19 @@ DATA_FILE = {
     ".nhdr": rb"data ?file\s*:\s*(.*)",
     ".nrrd": rb"data ?file\s*:\s*(.*)",
 }
-"""for each kind of header, the line that says that the voxels are in another file"""
+"""For each kind of header, a pattern for the line that names another file with the voxels."""
 
 SMALLEST, LARGEST = 1e-7, 1e5
-"""mm: from a tenth of a nanometre to a hundred metres"""
+"""The smallest and the largest length in mm that is believed: a tenth of a nanometre and a hundred metres."""
 MOST = 100
-"""a spacing may differ from the usual one of the data set by at most this factor"""
+"""A spacing may differ from the usual one of the data set by at most this factor."""
 
 
 def header_problem(image: Path, root: Path) -> str | None:
     """What is wrong with an image before its voxels are read, or None.
 
     Args:
-        root: nothing outside of this folder may be read.
+        root: the header must not name a file outside of this folder.
     """
     for name in data_files(image):
         file = os.path.normpath(os.path.join(image.parent.absolute(), name))
@@ -115,12 +115,14 @@ def count_channels(images: Sequence[str]) -> int | None:
 
 
 def is_spacing(spacing: Iterable[float]) -> bool:
-    """Whether these can be lengths in mm. Axes after x, y and z are time."""
+    """Whether these numbers can be a spacing in mm. A fourth axis is not checked, because it is time."""
     return all(SMALLEST <= s <= LARGEST for s in list(spacing)[:3])
 
 
 def spacing_problem(spacing: Sequence[float], usual: Sequence[float]) -> str | None:
-    """Say so if a spacing is far from that of the data set. Resampling would leave no voxels, or far too many.
+    """A sentence if a spacing is far from that of the data set, else None.
+
+    Resampling such an image would leave no voxels, or far too many.
 
     Args:
         spacing, usual: two spacings along the same axes; `usual` is the median of the labelled images.
@@ -132,7 +134,7 @@ def spacing_problem(spacing: Sequence[float], usual: Sequence[float]) -> str | N
 
 
 def flat_problem(shape: Sequence[int], plans: dict) -> str | None:
-    """Say so if an image has one slice although the plans are for volumes.
+    """A sentence if an image has only one slice although the plans are for volumes, else None.
 
     Args:
         shape: the shape of the image, as nnU-Net reads it: z, y, x.

@@ -17,23 +17,24 @@ from nnunet_semiseg.data.headers import header_problem, is_spacing
 
 IMAGES_FOLDER = "imagesUn"
 TOLERANCE = 0.01
-"""tolerance in units of normalised intensity; bfloat16 has about three digits"""
+"""Two intensities that differ by less than this, in units of the normalised intensity, count as equal; bfloat16 has
+about three digits."""
 ROUNDING = 1e-5
-"""resampling changes a constant image by up to this"""
+"""Resampling changes the intensities of a constant image by up to this."""
 LARGEST_RATIO = 20
-"""largest ratio between the spread of an image's preprocessed values and that of labelled images; if one voxel is
-much larger than all others, nearly all values become equal, and the ratio is in the hundreds"""
+"""The largest ratio between the spread of an image and that of labelled images, both after preprocessing. If one voxel
+is much larger than all others, nearly all values become equal, and the ratio is in the hundreds."""
 
 
 def take_out(file: str) -> str:
-    """The fix if no better one is known."""
+    """How to fix a bad case if nothing better is known: take it out of the data set."""
     folder = Path(file).parent.name
     what = "label" if folder.startswith("labels") else "image"
     return f"replace the {what} or take its case out of {folder}"
 
 
 def header_problems(images: list[str], reader: type) -> list[str]:
-    """Headers that cannot be read or trusted, and channels (or a label) with another geometry than the first file."""
+    """Find headers that cannot be read or trusted, and files whose geometry differs from that of the first file."""
     found = [(image, header_problem(Path(image), Path(image).parent)) for image in images]
     if wrong := [f"{image}: {problem}; {take_out(image)}" for image, problem in found if problem]:
         return wrong
@@ -95,7 +96,7 @@ def nifti_damage(image: str | Path) -> str | None:
 
 
 def intensity_problems(data: np.ndarray, images: list[str], channels: list[str]) -> list[str]:
-    """Channels (C, *S), as read, that are constant, not finite or too large; or a wrong number of channels.
+    """Find channels of a raw image (C, *S) that are constant, not finite or too large, or a wrong number of channels.
 
     A channel that the case lacks may be constant; see `missing_channels`.
     """
@@ -120,11 +121,11 @@ def intensity_problems(data: np.ndarray, images: list[str], channels: list[str])
 def preprocessed_problems(
     data: np.ndarray, images: list[str], channels: list[str], nothing: Sequence[float]
 ) -> list[str]:
-    """Find channels that are constant or not finite, in a preprocessed image (C, *S).
+    """Find channels that are constant or not finite in a preprocessed image (C, *S).
 
     Args:
-        images: the files that they were made from.
-        nothing: the value of a channel that the case lacks; see `values_of_nothing`.
+        images: the raw files of the channels.
+        nothing: for each channel the value if the case lacks it; see `values_of_nothing`.
     """
     problems, spreads = [], spread(data)
     for i, (channel, name) in enumerate(zip(data, channels, strict=True)):
@@ -151,11 +152,11 @@ def spread(data: np.ndarray) -> list[float]:
 def spread_problems(
     spreads: Sequence[float], images: list[str], channels: list[str], usual: Sequence[float] | None
 ) -> list[str]:
-    """Channels whose preprocessed values spread far more or far less than those of the labelled images.
+    """Find channels whose values, after preprocessing, spread far more or far less than those of labelled images.
 
     Args:
         spreads: see `spread`; it is 0 for a channel that the case lacks.
-        usual: the spread in labelled images. None: not known.
+        usual: the usual spread in labelled images. None if it is not known.
     """
     problems = []
     for i, (name, expected) in enumerate(zip(channels, usual or (), strict=False)):
@@ -170,7 +171,7 @@ def spread_problems(
 
 
 def label_problems(seg: np.ndarray, label: str, shape: Sequence[int], values: Iterable[int]) -> list[str]:
-    """What is wrong with a label (1, *S), as read.
+    """Find what is wrong with a label (1, *S), as the reader returns it.
 
     Args:
         shape: the shape of the image.
@@ -201,7 +202,7 @@ def _not_finite(voxels: np.ndarray) -> str | None:
 
 
 def missing_channels(data: np.ndarray, channels: list[str]) -> list[str]:
-    """The names of channels that are 0 everywhere while others are not: this case lacks these modalities."""
+    """The names of the modalities that this case lacks: their channels are 0 everywhere, while others are not."""
     constant = [channel.min() == channel.max() for channel in data]
     if all(constant):
         return []
@@ -209,7 +210,10 @@ def missing_channels(data: np.ndarray, channels: list[str]) -> list[str]:
 
 
 def reading_problems(images: list[str], reader: type) -> list[str]:
-    """Find an image that the reader cannot read. The reader may also read each image, but not all of them together."""
+    """Find an image that the reader cannot read.
+
+    Sometimes the reader can read each image of a case, but not all of them together. This is found, too.
+    """
     for files in [[image] for image in images] + [images]:
         printed = io.StringIO()
         try:

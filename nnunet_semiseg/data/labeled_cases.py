@@ -1,4 +1,4 @@
-"""Find the files of labelled cases, and check them before anything is made from them."""
+"""Find the files of labelled cases, and check them before any other step uses them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from nnunet_semiseg.parallel import run_jobs
 
 
 def channel_names(dataset_json: dict) -> list[str]:
-    """The names of the channels, in order. Old datasets have them under `modality`."""
+    """The names of the channels, in order. Old datasets list them under `modality` instead of `channel_names`."""
     return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
 
 
 def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """The same as nnU-Net's get_filenames_of_train_images_and_targets, without its pool of 12 processes.
+    """Like nnU-Net's get_filenames_of_train_images_and_targets, but without its pool of 12 processes.
 
     Raises:
         UserError: `nnunet_semiseg accept` was interrupted, so that a case may be split between two folders.
@@ -52,7 +52,7 @@ def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[s
 
 
 def labeled_files(raw: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """For each labelled case its files: the images, then the label."""
+    """The files of each labelled case: its images, then its label."""
     if "dataset" in dataset_json:
         labels = {case: os.path.expandvars(e["label"]) for case, e in dataset_json["dataset"].items()}
     else:
@@ -67,7 +67,7 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
         For each case the stamps of its files.
 
     Raises:
-        UserError: a label is missing; files are damaged; labels do not fit. One line for each.
+        UserError: a label is missing; files are damaged; labels do not fit. There is one line for each problem.
     """
     cases = labeled_files(raw, dataset_json)
     if missing := [files[-1] for files in cases.values() if not os.path.isfile(files[-1])]:
@@ -88,12 +88,15 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
     if lines := [line for case in sorted(problems) for line in problems[case]]:
         raise UserError("\n".join(lines))
     if len(empty) == len(cases):
-        raise UserError(f"{Path(example).parent}: all labels are empty: at least one must have a voxel of a class")
+        raise UserError(f"{Path(example).parent}: all labels are empty: draw a class in at least one of them")
     return stamps
 
 
 def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict) -> tuple[str, list[str], bool, list]:
-    """What is wrong with a case, one line each; whether its label is empty; the stamps of its files."""
+    """Check one case.
+
+    Returns its name, its problems (one line each), whether its label is empty, and the stamps of its files.
+    """
     *images, label = files
     stamps = [stamp(file) for file in files]
     problems = header_problems(files, reader)
@@ -122,7 +125,7 @@ def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict)
 
 
 def _unpacked(file: str, folder: Path) -> str:
-    """See `unpacked_nifti`. If the folder for temporary files is full, the file itself."""
+    """The unpacked file, see `unpacked_nifti`. If the folder for temporary files is full, the packed file itself."""
     try:
         return unpacked_nifti(file, folder)
     except OSError:

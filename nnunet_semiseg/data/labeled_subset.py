@@ -1,4 +1,4 @@
-"""Train with fewer labels than there are. No image is copied."""
+"""Train with fewer labels than the data set has. No image is copied."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.schema import DATASET_SECTION, read_splits
 
 ORDER_KEY = "labeled_order"
-"""in the `semiseg` section of dataset.json: the labelled cases in the published order"""
+"""A key in the section `semiseg` of dataset.json: it lists the labelled cases in the published order."""
 
 
 def take_labeled(
     training: Sequence[str], validation: Sequence[str], num_labeled: int | None, dataset_json: dict
 ) -> tuple[list[str], list[str], list[str]]:
-    """Choose the first labelled cases of a fold, in the published order if dataset.json has one, else by name.
+    """Choose the first labelled cases of a fold. Their order is that of dataset.json if it has one, else that of names.
 
     Args:
         training, validation: nnU-Net's split. In fold `all` both have the same cases.
@@ -27,7 +27,7 @@ def take_labeled(
         Training cases, validation cases, and the cases that become unlabelled: their labels must not be used.
 
     Raises:
-        UserError: there are fewer labelled cases.
+        UserError: the fold has fewer labelled cases than `num_labeled`.
     """
     if num_labeled is None:
         return list(training), list(validation), []

@@ -13,8 +13,8 @@ class Recorded(SpatialTransform):
     """A spatial transform that stores its random parameters, so that another sample can be transformed in the same way.
 
     Args:
-        spatial: nnU-Net's.
-        drawn: the random parameters, in the order of the samples.
+        spatial: the `SpatialTransform` of nnU-Net.
+        drawn: a list that receives the random parameters, in the order of the samples.
     """
 
     def __init__(self, spatial: SpatialTransform, drawn: deque[dict]):
@@ -28,16 +28,17 @@ class Recorded(SpatialTransform):
 
 
 class Replayed(Recorded):
-    """The same transform with the stored parameters. Images must have the same shape."""
+    """A spatial transform that uses the parameters that `Recorded` stored. All images must have the same shape."""
 
     def get_parameters(self, **data_dict) -> dict:
         return self.drawn.popleft()
 
 
 def share_spatial(labeled_transforms: ComposeTransforms, unlabeled_transforms: ComposeTransforms) -> None:
-    """Let the second transforms rotate and scale the i-th sample of a batch like the first. They are changed in place.
+    """Change two lists of transforms so that both rotate and scale the i-th sample of a batch in the same way.
 
-    The labelled batch must be made first, and the unlabelled one must have as many samples. `TwoStreamLoader` does so.
+    The first transforms draw the random numbers, and the second ones use them again. So the labelled batch must be made
+    first, and the unlabelled one must have as many samples. `TwoStreamLoader` does so.
     """
     drawn: deque[dict] = deque()
     for compose, kind in ((labeled_transforms, Recorded), (unlabeled_transforms, Replayed)):

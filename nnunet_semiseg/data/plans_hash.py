@@ -1,4 +1,4 @@
-"""Find out whether preprocessed data belong to the present plans."""
+"""Find out whether preprocessed data were made with the present plans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nnunet_semiseg.schema import resolved
 
 _PLANS_KEYS = ("image_reader_writer", "transpose_forward")
 _INTENSITIES = ("foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality")
-"""the key, and that of old plans"""
+"""The key of the intensity statistics in the plans, and the key in older plans."""
 _CONFIGURATION_KEYS = (
     "preprocessor_name",
     "spacing",
@@ -23,7 +23,10 @@ _CONFIGURATION_KEYS = (
 
 
 def plans_hash(plans: dict, configuration: str) -> str:
-    """A hash of everything that changes preprocessed voxels, and of nothing else (not patch, network or settings)."""
+    """A hash of everything in the plans that changes preprocessed voxels.
+
+    The patch, the network and the settings do not change voxels, so they do not change the hash.
+    """
     about = resolved(plans, configuration)
     content = {key: plans[key] for key in _PLANS_KEYS} | {key: about[key] for key in _CONFIGURATION_KEYS}
     content["intensities"] = next(plans[key] for key in _INTENSITIES if key in plans)

@@ -1,8 +1,8 @@
-"""Other models' masks on the grid of the preprocessed images, and how a loader reads them with the unlabelled patches.
+"""Masks of other models on the grid of the preprocessed images, and how a loader reads them with unlabelled patches.
 
-The folder `<data_identifier>__masks/NAME/` beside the preprocessed cases has CASE.b2nd, (1, *S), with the values of the
-dataset. It also has `masks.json`, which is written last. It says from which files the masks were made, and what
-`add_masks` measured on each labelled case.
+The folder `<data_identifier>__masks/NAME/` beside the preprocessed cases holds a file CASE.b2nd for each case, (1, *S),
+with the label values of the dataset. The file `masks.json` in it is written last. It says which files the masks were
+made from, and what `add_masks` measured on each labelled case.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from nnunet_semiseg.parallel import run_jobs
 from nnunet_semiseg.schema import check
 
 EXTERNAL, RECORD = "external", "masks.json"
-"""the folder in the raw dataset that has a folder for each model; the file in the latter with the measured Dice"""
+"""The folder in the raw dataset that holds a folder for each model; and the file in each of these with the measured
+Dice."""
 ENDING = "__masks"
 LEAST_DICE = 0.5
-"""smallest Dice of a class on the labelled cases with which something is learnt from its masks"""
+"""The smallest Dice on the labelled cases with which the masks of a class are used."""
 ABOUT = {"plans_hash": str, "made_of": str, "dice": dict[str, dict]}
 
 
@@ -83,13 +84,13 @@ def _folders(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path,
 
 
 def _cases(folders: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
-    """Each preprocessed case's image and properties."""
+    """The image and the properties of each preprocessed case."""
     files = [file for folder in folders for file in sorted(folder.glob("*.pkl"))]
     return {file.stem: (file.with_suffix(".b2nd"), file) for file in files}
 
 
 def _prepare(mask: Path, image: Path, properties: Path, made: Path, plans: dict, configuration: str) -> None:
-    """Do nnU-Net's preprocessing of a label, without the image."""
+    """Preprocess a mask as nnU-Net preprocesses a label, without the image."""
     manager = PlansManager(plans)
     plan, about = manager.get_configuration(configuration), load_pickle(str(properties))
     label = manager.image_reader_writer_class().read_seg(str(mask))[0]
@@ -106,10 +107,13 @@ def _prepare(mask: Path, image: Path, properties: Path, made: Path, plans: dict,
 
 
 def weigh(measured: Mapping[str, Mapping[str, float | None]], classes: Sequence[str] | Mapping) -> dict[str, dict]:
-    """Each class's mean Dice over the labelled cases that show it, and its weight: the Dice, or 0 below 0.5.
+    """For each class, the mean Dice over the labelled cases that show it, and its weight.
+
+    The weight is the Dice, or 0 if the Dice is below 0.5.
 
     Args:
-        measured: for each labelled case the Dice of each class. None if neither label nor mask has the class.
+        measured: for each labelled case the Dice of each class. None if neither the label nor the mask has the class.
+        classes: the classes or regions by name.
     """
     result = {}
     for name in classes:
@@ -125,7 +129,7 @@ class PreparedMasks:
     """Masks of several models for one training.
 
     Attributes:
-        folders: one for each model.
+        folders: the folder of each model.
         weights: for each model the weights of the classes or regions, measured on this training's labelled cases.
     """
 
@@ -133,7 +137,7 @@ class PreparedMasks:
     weights: list[dict[str, float]]
 
     def lines(self) -> list[str]:
-        """Lines for the log: what is learnt from each model."""
+        """The lines of the log that say what is learnt from each model."""
         return [
             f"external_masks {folder.name}: "
             + ", ".join(f"{name} {w:.2f}" if w else f"{name} not used" for name, w in weights.items())
@@ -145,7 +149,7 @@ def load_masks(
     names: Sequence[str], raw: Path | None, preprocessed: Path, plans: dict, configuration: str, fix: str,
     training: Sequence[str], classes: Sequence[str],
 ) -> PreparedMasks:  # fmt: skip
-    """The masks of these models. Their weights are measured only on the labelled cases of this training.
+    """Load the masks of these models. Their weights are measured only on the labelled cases of this training.
 
     Args:
         raw: the raw dataset. None if this computer has none.
@@ -163,15 +167,17 @@ def load_masks(
         if raw and source and not source.is_file():
             there = ", ".join(file.parent.name for file in sorted((raw / EXTERNAL).glob(f"*/{RECORD}"))) or "none"
             raise UserError(f"setting external_masks={name}: {source.parent} holds no masks (there are: {there}): add"
-                            f" them with nnunet_semiseg add_masks --name {name}, or name others")  # fmt: skip
+                            f" them with nnunet_semiseg add_masks --name {name}, or name other masks")  # fmt: skip
         if not (folder / RECORD).is_file():
             raise UserError(f"{folder}: these masks are not (all) preprocessed: {fix}")
         content = read_json(folder / RECORD, fix)
         check(content, ABOUT, folder / RECORD, fix)
         if content["plans_hash"] != plans_hash(plans, configuration):
-            raise UserError(f"{folder}: preprocessed for other plans: {plans['plans_name']} have changed since: {fix}")
+            raise UserError(
+                f"{folder}: was preprocessed with other plans: {plans['plans_name']} have changed since then: {fix}"
+            )
         if source and digest(source) != content["made_of"]:
-            raise UserError(f"{folder}: made from masks that differ from those in {source.parent}: {fix}")
+            raise UserError(f"{folder}: was made from masks that differ from those in {source.parent}: {fix}")
         for file in sorted(folder.glob("*.b2nd")):
             if not opens(file):
                 raise UserError(f"{file}: half-written or damaged: remove it, then {fix}")
@@ -198,9 +204,9 @@ class MaskedDataset:
 
 
 class _Stack:
-    """A segmentation and K masks as one array (1 + K, *S), of which nnU-Net reads a part at a time.
+    """A segmentation and K masks as one array (1 + K, *S). nnU-Net reads a part of it at a time.
 
-    A mask of None is not known.
+    If a mask is None, its values are not known.
     """
 
     def __init__(self, segmentation, masks: Sequence):

@@ -1,4 +1,4 @@
-"""Preprocessed labelled cases: check what nnU-Net made, and whether it is still valid when a training starts."""
+"""Check the labelled cases that nnU-Net has preprocessed, and check again at the start of a training."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from nnunet_semiseg.parallel import DELAY, run_jobs
 from nnunet_semiseg.schema import check, read_dataset_json, resolved
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
-"""the files of a preprocessed case; nnU-Net writes the last one last"""
+"""The endings of the files of a preprocessed case. nnU-Net writes the last one last."""
 DAMAGED = "damaged, or written again by another command, since it was preprocessed"
 REFERENCES = "gt_segmentations"
-"""nnU-Net's copies of the labels; validation and `compare` read them"""
+"""The folder with nnU-Net's copies of the labels. Validation and `compare` read them."""
 
 
 def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
@@ -70,13 +70,13 @@ def find_dataset_class(folder: str | Path, fix: str) -> type:
     try:
         return infer_dataset_class(str(folder))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no preprocessed labelled cases: {fix}") from None
+        raise UserError(f"{folder}: has no preprocessed labelled cases: {fix}") from None
     except (AssertionError, KeyError):
-        raise UserError(f"{folder}: no preprocessed labelled cases, or other files among them: {fix}") from None
+        raise UserError(f"{folder}: has no preprocessed labelled cases, or other files lie among them: {fix}") from None
 
 
 def blame_the_disk(error: Exception, place: Path) -> None:
-    """Raises DiskError if the error comes from the disk. blosc2 itself only says that something failed."""
+    """Raise DiskError if the error comes from the disk. The package blosc2 itself only says that something failed."""
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         raise disk_error(place, str(error.strerror)) from None
     if isinstance(error, RuntimeError) and "NDArray" in str(error):
@@ -85,7 +85,7 @@ def blame_the_disk(error: Exception, place: Path) -> None:
 
 
 def opens(file: Path) -> bool:
-    """Whether a file of an array exists and is not cut off. Its header and its end are read, but no voxels."""
+    """Whether the file of an array exists and is complete. Only its header and its end are read."""
     try:
         blosc2.open(str(file), mode="r")
         return True
@@ -96,14 +96,15 @@ def opens(file: Path) -> bool:
 def look_at_labeled(
     raw: Path, preprocessed: Path, plans: dict, configuration: str, num_processes: int
 ) -> list[float] | None:
-    """Check nnU-Net's preprocessed labelled cases, correct its copies of the labels, and write the record.
+    """Check the preprocessed labelled cases, correct nnU-Net's copies of the labels, and write the record.
 
     Returns:
         The usual spread of the values in each channel. None if the labelled cases are not preprocessed yet.
 
     Raises:
-        UserError: see `inspect_labeled`; or a case is not preprocessed, half-written, or made from other files; or
-            nothing can be learnt from its values, and then its preprocessed files are removed. One line for each.
+        UserError: see `inspect_labeled`; a case is not preprocessed, half-written, or made from other files; nothing
+            can be learnt from the values of a case (then its preprocessed files are removed). There is one line for
+            each problem.
     """
     name = resolved(plans, configuration)["data_identifier"]
     folder, dataset_json = preprocessed / name, read_dataset_json(raw)
@@ -156,7 +157,7 @@ def _look_at(
     configuration: str,
     dataset_json: dict,
 ) -> tuple[str, dict, list[str]]:
-    """The record's entry of a case, and what is wrong with it, one line each."""
+    """Check one case. Returns its entry in the record, and what is wrong, one line each."""
     # they need torch, and `nnunet_semiseg status` does not
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -192,17 +193,17 @@ def _are_close(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def case_files(folder: Path, case: str) -> list[Path]:
-    """The files of a preprocessed case."""
+    """The paths of the files of a preprocessed case."""
     return [folder / (case + suffix) for suffix in SUFFIXES]
 
 
 def made_files(folder: Path, case: str, dataset_json: dict) -> list[Path]:
-    """What preprocessing makes from a labelled case: its files, and nnU-Net's copy of the label."""
+    """The paths of all files that preprocessing makes from a labelled case, with nnU-Net's copy of the label."""
     return [*case_files(folder, case), folder.parent / REFERENCES / (case + dataset_json["file_ending"])]
 
 
 def made_of(entry: dict, files: list[Path]) -> list[Stamp] | None:
-    """The present stamps, if all files are those of a record's or manifest's entry, else None."""
+    """The present stamps of the files if they equal the stamps in the entry of a record or manifest, else None."""
     try:
         return all_renewed(entry["made"] or [], files)
     except OSError:  # a file is missing
@@ -216,7 +217,7 @@ def remove_case(folder: Path, case: str) -> None:
 
 
 def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
-    """Make nnU-Net's copy of a label equal to the label. nnU-Net itself replaces only a copy that is older."""
+    """Make nnU-Net's copy of a label equal to the label, because nnU-Net replaces only a copy that is older."""
     if copy.is_file() and copy.stat().st_size == stamp[1] and digest(copy) == stamp[-1]:
         return
     with written_whole(copy) as temporary:
@@ -226,7 +227,7 @@ def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
 
 
 def preprocess_again(plans: dict, configuration: str) -> str:
-    """The command that makes plans and preprocessed data again."""
+    """The command that makes the plans and the preprocessed data again."""
     planner = plans.get("experiment_planner_used", "ExperimentPlanner")
     option = "" if planner == "ExperimentPlanner" else f" -pl {planner}"
     number = number_of(plans["dataset_name"])
@@ -266,7 +267,9 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
     if not cases:  # an old version of nnU-Net wrote other files
         return
     if record["cases"] and record["plans_hash"] != plans_hash(plans, configuration):
-        raise UserError(f"{folder}: preprocessed for other plans: {plans['plans_name']} have changed since: {fix}")
+        raise UserError(
+            f"{folder}: was preprocessed with other plans: {plans['plans_name']} have changed since then: {fix}"
+        )
     dataset_json = read_dataset_json(raw or preprocessed)
     _check_description(raw, preprocessed, dataset_json, fix)
     now = {case: dict(entry) for case, entry in record["cases"].items()}
@@ -283,7 +286,7 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
 
 
 def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict, fix: str) -> None:
-    """Check that nnU-Net's copy of `dataset.json`, which a training reads, agrees with that of the data set."""
+    """Check that nnU-Net's copy of `dataset.json`, which a training reads, equals the file in the raw data set."""
     copy = read_dataset_json(preprocessed)
     for key in ("labels", "regions_class_order", "channel_names", "file_ending"):
         old, new = (channel_names(d) if key == "channel_names" else d.get(key) for d in (copy, dataset_json))
@@ -294,7 +297,7 @@ def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict,
 def _check_made(
     folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str, look: str
 ) -> None:
-    """Check that preprocessed files and copies of labels are those of the record. It gets their present times.
+    """Check that preprocessed files and copies of labels are those of the record. The record then has their new times.
 
     Args:
         look: the command that compares contents, and copies labels again.
@@ -317,7 +320,7 @@ def _check_made(
         if None in stamps:
             raise UserError(f"{files[stamps.index(None)]}: {DAMAGED}: {fix}")
         if (copy_stamp := renewed(old_copy, copy)) is None:
-            raise UserError(f"{copy}: is not the label that was preprocessed: {look}")
+            raise UserError(f"{copy}: this copy is not the label that was preprocessed: {look}")
         record[case]["made"] = [*stamps, copy_stamp]
 
 
@@ -339,10 +342,10 @@ def _check_raw(
     fix: str,
     look: str,
 ) -> None:
-    """Check that images and labels are those of the record. It gets their present times.
+    """Check that images and labels are those of the record. The record then has their new times.
 
     Args:
-        look: the command that compares contents, which may be enough. A training must not read labels to do so.
+        look: the command that compares contents. It may be enough; a training itself must not read labels for this.
     """
     for case in sorted(files.keys() ^ set(cases)):
         what = "is new and not preprocessed" if case in files else "was preprocessed but is missing now"

@@ -1,4 +1,4 @@
-"""Foreground that a network finds in unlabelled cases: where to take patches, and which cases to leave out."""
+"""Foreground that a network finds in unlabelled cases. It says where to take patches, and which cases to leave out."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from nnunet_semiseg.data.agreement import mean_agreement
 from nnunet_semiseg.files import write_json, written_whole
 
 SCORES, LEFT_OUT = "scores.json", "left_out.json"
-"""files in the folder: the score of each case that was looked at; the cases that are left out"""
+"""Files in the folder: one has the score of each case that the network predicted, the other lists the cases that are
+left out."""
 LEAST_CASES = 10
-"""if there are fewer unlabelled cases, none is left out"""
+"""If there are fewer unlabelled cases than this, none is left out."""
 
 
 class PseudoForegroundDataset:
-    """Preprocessed cases with class locations from a folder, or with none. Their own class locations are not used.
+    """Preprocessed cases whose class locations are in another folder.
 
-    The folder may change while workers read it, because each file in it is complete at any time.
+    A case without such a file has no class locations.
+
+    The cases' own class locations are not used. The folder may change while workers read it, because each file in it is
+    always complete.
     """
 
     def __init__(self, dataset, folder: Path):
@@ -44,7 +48,7 @@ class PseudoForegroundDataset:
 
     @property
     def left_out(self) -> set[str]:
-        """The cases that must not be used now."""
+        """The names of the cases that must not be used now."""
         file = self.folder / LEFT_OUT
         try:
             changed = file.stat().st_mtime_ns
@@ -56,7 +60,7 @@ class PseudoForegroundDataset:
 
 
 def classes_of_all(dataset) -> list[int | tuple[int, ...]]:
-    """The classes or regions that every case of nnU-Net's dataset of labelled cases has."""
+    """The classes or regions that every labelled case has."""
     in_cases = []
     for case in dataset.identifiers:
         locations = dataset.load_case(case)[3]["class_locations"]
@@ -70,17 +74,18 @@ def look_at_cases(
     """Write where a network finds foreground in whole cases, and how stable its prediction of each case is.
 
     The class locations have the form that nnU-Net's preprocessing gives to those of labels. The score of a case
-    (`SCORES`) is the mean Dice between the decision and that on the mirrored image; if nnU-Net does not mirror, that of
-    the last search. Scores of the two kinds cannot be compared, as the teacher changes between searches. To be fast,
-    neighbouring windows do not overlap, so the result is not exact.
+    (`SCORES`) says how much two predictions of it agree: the mean Dice between that of the image and that of the
+    mirrored image. If nnU-Net does not mirror, the second one is the prediction of the last search. Scores of the two
+    kinds cannot be compared, as the teacher changes between searches. To be fast, neighbouring windows do not overlap,
+    so the result is not exact.
 
     Args:
-        trainer: its settings say how the network gets the images. If there are several processes (`ranks`), each takes
-            a part.
-        network: without deep supervision.
+        trainer: the trainer whose settings say how the network gets the images. If there are several processes
+            (`ranks`), each predicts a part of the cases.
+        network: the network, without deep supervision.
         dataset: a dataset of preprocessed cases.
-        cases: the cases to look at. Their files are replaced, except those that an interrupted search of this epoch has
-            written.
+        cases: the cases to look at. Their files are replaced, unless an interrupted search of the same epoch has
+            written them.
         folder: the folder for the files. It is made if necessary.
         expected: the classes or regions that every case must have. If one is not found, its Dice counts as 0.
     """
@@ -136,12 +141,13 @@ def look_at_cases(
 
 
 def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
-    """The cases whose score is far below that of the others, the worst first: 3 robust standard deviations.
+    """The cases whose score is far below that of the others, the worst first.
 
-    A robust standard deviation is 1.4826 times the median distance to the median.
+    Far means: 3 robust standard deviations below the median. A robust standard deviation is 1.4826 times the median
+    distance to the median.
 
     Args:
-        scores: the scores of the cases. NaN: not known.
+        scores: the scores of the cases. NaN if a score is not known.
         at_most: the largest share of the cases that is returned.
     """
     known = {case: score for case, score in scores.items() if np.isfinite(score)}
@@ -154,20 +160,24 @@ def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
 
 
 def least_reliable(scores: Mapping[str, float], share: float) -> list[str]:
-    """This share of the cases with a known score: those with the lowest scores, the worst first."""
+    """The given share of the cases: those with the lowest scores, the worst first.
+
+    A case without a known score does not count. If fewer than `LEAST_CASES` scores are known, the result is empty.
+    """
     known = sorted((case for case in scores if np.isfinite(scores[case])), key=scores.__getitem__)
     return known[: int(share * len(known))] if len(known) >= LEAST_CASES else []
 
 
 def leave_out(folder: Path, at_most: float, later: float = 0.0) -> tuple[list[str], list[str]]:
-    """Keep the loaders from using some of the cases that have a score in the folder.
+    """Tell the loaders not to use some of the cases that have a score in the folder.
 
     Args:
-        at_most: the largest share that is left out as `outliers`.
-        later: the share that is not used before the next search: the `least_reliable`, outliers among them.
+        at_most: the largest share of the cases that is left out as `outliers`.
+        later: the share of the cases that is not used before the next search: the `least_reliable` ones, which include
+            outliers.
 
     Returns:
-        The names of the outliers, and those of all cases that are not used.
+        The names of the outliers, and the names of all cases that are not used.
     """
     scores = load_json(str(folder / SCORES))
     far = outliers(scores, at_most)

@@ -1,4 +1,4 @@
-"""Pseudo-labels of whole cases, as files."""
+"""Pseudo-labels of whole cases, stored as files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nnunet_semiseg.losses.segmentation import hard_pseudo_label
 
 
 class PseudoLabeledDataset:
-    """Preprocessed cases with the pseudo-labels from a folder. The labels of the cases are not used."""
+    """Preprocessed cases with the pseudo-labels from a folder. The own labels of the cases are not used."""
 
     def __init__(self, dataset, folder: Path):
         self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
@@ -39,7 +39,10 @@ class PseudoLabeledDataset:
 def pseudo_label_loader(
     labeled_loader: nnUNetDataLoader, data: PseudoLabeledDataset, batch_size: int, label_manager
 ) -> nnUNetDataLoader:
-    """A loader of cases with pseudo-labels. Foreground sampling and augmentation are those of the labelled loader."""
+    """Make a loader of cases with pseudo-labels.
+
+    It samples foreground and augments like the loader of labelled cases.
+    """
     loader = nnUNetDataLoader(
         data,  # pyright: ignore[reportArgumentType]: the loader uses no more of a dataset than this one has
         batch_size, *patch_sizes(labeled_loader), label_manager, labeled_loader.oversample_foreground_percent,
@@ -51,17 +54,17 @@ def pseudo_label_loader(
 
 
 def take_pseudo_label(labeled_batch: dict, unlabeled_batch: dict) -> dict:
-    """The targets in the batch of a `nnUNetDataLoader` of pseudo-labelled cases."""
+    """Take the targets from a batch that a `nnUNetDataLoader` of pseudo-labelled cases made."""
     return {"pseudo": unlabeled_batch["target"]}
 
 
 def without_label(dataset, folder: Path) -> list[str]:
-    """The cases for which the folder has no complete pseudo-label."""
+    """The cases that have no complete pseudo-label in the folder."""
     return [case for case in dataset.identifiers if not (folder / f"{case}.pkl").is_file()]
 
 
 def label_cases(trainer: Any, dataset, folder: Path) -> None:
-    """Write the decision of a trainer's network for every case that has no label in the folder; see `label_case`.
+    """Write a pseudo-label for every case that has none in the folder; see `label_case`.
 
     If there are several processes, each labels a part of the cases, and they wait for each other.
     """
@@ -84,11 +87,11 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
 
 
 def label_case(predictor: Any, dataset, case: str, folder: Path, heads: Sequence[int]) -> None:
-    """Write a network's decision for a case, once in the image's geometry for the user, and once for the loader.
+    """Write the pseudo-label of a case twice: in the geometry of the image, for the user, and for the loader.
 
     Args:
         predictor: an initialised `nnUNetPredictor`.
-        heads: the classes or regions of which the largest component is kept.
+        heads: the classes or regions of which only the largest component is kept.
     """
     data, outside, _, properties = dataset.load_case(case)
     logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
@@ -105,13 +108,13 @@ def label_case(predictor: Any, dataset, case: str, folder: Path, heads: Sequence
 
 
 def without_islands(logits: torch.Tensor, heads: Sequence[int], label_manager, planar: bool) -> torch.Tensor:
-    """Change the logits of a case, (heads, Z, Y, X), so that some classes or regions have their largest component only.
+    """Change the logits of a case, (heads, Z, Y, X), so that some classes or regions keep only their largest component.
 
-    In the other components, the background gets the largest logit instead of the class. The logit of a region is
-    negated.
+    In the other components, the background gets the largest logit instead of the class. For a region the sign of the
+    logit is changed.
 
     Args:
-        heads: these classes or regions.
+        heads: the numbers of these classes or regions.
         planar: find the largest component in each slice along the first axis, as for 2d patches.
     """
     if not len(heads):
@@ -128,7 +131,10 @@ def without_islands(logits: torch.Tensor, heads: Sequence[int], label_manager, p
 
 
 def write_pseudo_label(label: np.ndarray, folder: Path, case: str, label_manager) -> None:
-    """Write the label map (*S) for the loader, then the places of its classes. With the second file it is complete."""
+    """Write the label map (*S) for the loader, then the locations of its classes.
+
+    After that the pseudo-label is complete.
+    """
     label = label.astype(np.int16 if max(label_manager.all_labels) > 127 else np.int8)[None]
     array: Any = np.ascontiguousarray(label)  # blosc2's annotation does not allow NumPy arrays
     content: Any = blosc2.asarray(array)

@@ -1,4 +1,4 @@
-"""Preprocessed cases as nnU-Net reads them in a training. One that cannot be read is reported in one line."""
+"""Preprocessed cases as nnU-Net reads them in a training. If one cannot be read, the error has one line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nnunet_semiseg.parallel import end_with_parent
 
 
 class ReadableCases:
-    """It replaces nnU-Net's dataset class: it makes its datasets, and its errors say how to fix a damaged case.
+    """Makes datasets like nnU-Net's dataset class, which it replaces. Their errors say how to fix a damaged case.
 
     Args:
         dataset_class: nnU-Net's dataset class.
         fixes: for each folder of preprocessed cases, how to fix a damaged case.
-        reasons: a queue. A process of batchgenerators puts its error into it and ends; the main process reports it.
-            None if other processes load the data; these pass errors on themselves.
+        reasons: a queue. A process of batchgenerators puts its error into this queue and ends; the main process reports
+            the error. None if other processes load the data; these pass on errors themselves.
     """
 
     def __init__(self, dataset_class: Any, fixes: Mapping[str, str], reasons: Any = None):
@@ -34,10 +34,10 @@ class ReadableCases:
 
 
 class _Dataset:
-    """A dataset of nnU-Net's.
+    """A dataset of nnU-Net, with clear errors.
 
     Raises:
-        UserError: `load_case`, or an array that it returned, cannot read a file.
+        UserError: a file cannot be read, by `load_case` or later by the array that it returned.
     """
 
     def __init__(self, dataset: Any, fix: str, reasons: Any):
@@ -53,11 +53,14 @@ class _Dataset:
 
     @contextmanager
     def naming(self, case: Path) -> Iterator[None]:
-        """Report a damaged file in one line, whatever it raises. A process that loads data ends silently."""
+        """Turn any error of a damaged file into an error of one line.
+
+        Without it, a process that loads data ends silently.
+        """
         try:
             yield
         except Exception as e:
-            error = UserError(f"{case}.*: a preprocessed file cannot be read ({one_line_of(e)}): {self.fix}")
+            error = UserError(f"{case}.*: one of these files cannot be read ({one_line_of(e)}): {self.fix}")
             if self.reasons is None or multiprocessing.parent_process() is None:
                 raise error from None
             self.reasons.put(str(error))
@@ -65,7 +68,7 @@ class _Dataset:
 
 
 class _Array:
-    """An array on the disk. nnU-Net reads a part of it at a time."""
+    """An array on the disk, of which nnU-Net reads a part at a time."""
 
     def __init__(self, array: Any, dataset: _Dataset, case: str):
         self.array, self.dataset, self.case = array, dataset, case

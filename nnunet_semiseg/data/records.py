@@ -1,4 +1,4 @@
-"""Records of labelled cases: which files something was made from. They lie beside what was made.
+"""Records of labelled cases. A record says from which files something was made, and lies beside it.
 
 `dataset_fingerprint__labeled.json` belongs to nnU-Net's fingerprint. `<data_identifier>__labeled.json` belongs to a
 folder of preprocessed cases; it also has the stamps of the preprocessed files and the spread of their values.
@@ -21,16 +21,16 @@ _ENDING = "__labeled.json"
 
 
 def record_file(preprocessed: Path, name: str) -> Path:
-    """The file of the record with this name."""
+    """The path of the record with this name."""
     return preprocessed / (name + _ENDING)
 
 
 def read_record(preprocessed: Path, name: str) -> dict:
-    """A dictionary of `plans_hash` and `cases`; each case has `files`, `made` and `spread`.
+    """Read a record: a dictionary of `plans_hash` and `cases`. Each case has `files`, `made` and `spread`.
 
-    `files` are the stamps of its images and its label. `made` are those of its preprocessed files and of nnU-Net's copy
-    of the label. `spread` has a number for each channel. If the record is missing or damaged, there are no cases, and
-    all of this is measured again.
+    `files` are the stamps of its images and its label. `made` are the stamps of its preprocessed files and of nnU-Net's
+    copy of the label. `spread` has a number for each channel. If the record is missing or damaged, the result has no
+    cases, and everything is measured again.
     """
     try:
         record = read_json(record_file(preprocessed, name), "")
@@ -50,7 +50,10 @@ def write_record(preprocessed: Path, name: str, cases: dict[str, dict], plans_ha
 
 
 def known_stamps(preprocessed: Path, cases: dict[str, list[str]]) -> dict[str, list[Stamp]]:
-    """The stamps of the cases whose files are those of a record. These cases were checked before."""
+    """The stamps of all cases whose files have not changed since the record was written.
+
+    These cases were checked before.
+    """
     names = [file.name.removesuffix(_ENDING) for file in preprocessed.glob(f"*{_ENDING}")]
     stamps = {}
     for record in (read_record(preprocessed, name)["cases"] for name in names):
@@ -66,17 +69,20 @@ def contents(stamps: list[Stamp]) -> list[str]:
 
 
 def usual_spread(record: dict) -> list[float] | None:
-    """For each channel the median spread over the labelled cases that have it, else 0. None if nothing is known.
+    """For each channel, the median spread over the labelled cases that have it, or 0. None if no spread is known.
 
-    Of two middle values the larger one is taken: a wrong spread is mostly too small, because one voxel is much larger
-    than the others.
+    If there are two middle values, the larger one is taken. A wrong spread is mostly too small, because one voxel is
+    much larger than the others.
     """
     spreads = [e["spread"] for e in record["cases"].values() if e["spread"]]
     return [median_high([s for s in channel if s] or [0.0]) for channel in zip(*spreads, strict=True)] or None
 
 
 def why_fingerprint_is_old(preprocessed: Path, stamps: dict[str, list[Stamp]]) -> str | None:
-    """Why nnU-Net's fingerprint is not that of these labelled cases. None if it is, or if there is no fingerprint."""
+    """The reason why nnU-Net's fingerprint does not belong to these labelled cases.
+
+    None if it does, or does not exist.
+    """
     file = preprocessed / f"{FINGERPRINT}.json"
     if not file.is_file():
         return None

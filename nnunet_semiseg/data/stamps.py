@@ -1,4 +1,4 @@
-"""Stamps of files, with which a later command sees whether a file has changed, without reading it.
+"""Stamps of files. With a stamp, a later command sees whether a file has changed, without reading it.
 
 A stamp is `[name, size, mtime, ctime, digest]`, with times in nanoseconds. If size and both times are the same, the
 file is taken to be the same and is not opened. `cp -p`, rsync or unzip can give a file an old mtime, but not an old
@@ -34,11 +34,11 @@ def stamp(file: str | Path) -> Stamp:
 
 
 def renewed(old: Stamp, file: str | Path, may_read: bool = True) -> Stamp | None:
-    """The stamp with the present times, if the file has not changed, else None.
+    """The stamp with the present times of the file if its content has not changed, else None.
 
     Args:
-        may_read: whether the file may be opened. If not, only size and mtime are compared. The ctime is not, because
-            every copy changes it.
+        may_read: whether the file may be opened. If not, only size and mtime are compared, but not the ctime, because
+            every copy changes the ctime.
     """
     s = os.stat(file)
     name, size, mtime, ctime, content = old
@@ -52,7 +52,7 @@ def renewed(old: Stamp, file: str | Path, may_read: bool = True) -> Stamp | None
 
 
 def all_renewed(old: list[Stamp], files: Sequence[str | Path], may_read: bool = True) -> list[Stamp] | None:
-    """`renewed` for several files, in this order. None if one has changed, or if there are more or fewer files."""
+    """The results of `renewed` for several files. None if a file has changed, or if there are more or fewer files."""
     if len(old) != len(files):
         return None
     stamps = []

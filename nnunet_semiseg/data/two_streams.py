@@ -34,9 +34,9 @@ SHARED = (
     Rot90Transform,
     TransposeAxesTransform,
 )
-"""transforms that all views of a patch share"""
+"""These transforms are drawn once for a patch, so all views of the patch share them."""
 MOST_DRAWS = 10
-"""a strong view that equals the weak one is made again, at most this often"""
+"""If a strong view equals the weak one, it is made again, at most this often."""
 MASKING = (MaskImageTransform, EmptyChannels)
 KNOWN = {"intensity": ImageOnlyTransform, "segmentation": SegOnlyTransform, "masking": MASKING, "shared": SHARED}
 
@@ -60,7 +60,7 @@ class ViewsTransform(BasicTransform):
             probabilities, and a view is never made again.
 
     Raises:
-        UserError: it is not known whether views share a transform.
+        UserError: there is a transform of an unknown kind, so it is not known whether all views share it.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class ViewsTransform(BasicTransform):
             ])
 
     def apply(self, data_dict: dict, **params) -> dict:
-        """image (C, *S), segmentation (1 + K, *S) -> image (views * C, *S), segmentation (K, *S).
+        """Make the views: from an image (C, *S) and a segmentation (1 + K, *S) to (views * C, *S) and (K, *S).
 
-        The segmentation's first channel is -1 outside the nonzero mask, the others are masks of other models
-        (`MaskedDataset`). The views are stacked along the channels, because nnU-Net's loader carries one image.
+        The first channel of the segmentation is -1 outside the nonzero mask. The other K channels are masks of other
+        models (`MaskedDataset`). The views are stacked along the channels, because nnU-Net's loader carries one image.
         """
         segmentation = data_dict["segmentation"]
         segmentation[:1].clamp_(max=0)  # a labelled case that is used as an unlabelled one still has labels
@@ -101,7 +101,10 @@ class ViewsTransform(BasicTransform):
         return {"image": torch.cat(images), "segmentation": masks}
 
     def changed(self, sample: dict) -> dict:
-        """The sample with changed intensities. An image of a single value cannot change."""
+        """Change the intensities of a sample, and try again if nothing has changed.
+
+        An image of a single value cannot change.
+        """
         before, new = sample["image"].clone() if self.draws > 1 else None, sample
         for _ in range(self.draws):
             new = self.intensity(**sample)
@@ -111,12 +114,15 @@ class ViewsTransform(BasicTransform):
 
 
 def with_probability(transform: BasicTransform, probability: float) -> BasicTransform:
-    """A transform that nnU-Net applies at random gets this probability. Any other transform is returned as it is."""
+    """Give this probability to a transform that nnU-Net applies at random.
+
+    Any other transform is returned unchanged.
+    """
     return RandomTransform(transform.transform, probability) if isinstance(transform, RandomTransform) else transform
 
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:
-    """The transforms in order. Nested `ComposeTransforms` are replaced by their content."""
+    """A list of the transforms, in order. A nested `ComposeTransforms` is replaced by the transforms in it."""
     inner = (flat(t) if isinstance(t, ComposeTransforms) else [t] for t in transforms.transforms)
     return list(chain.from_iterable(inner))
 
@@ -128,7 +134,7 @@ def kind_of(transform: Any) -> str:
         transform: a `BasicTransform`. It may have the attribute `shared_by_views`.
 
     Raises:
-        UserError: it is of no known kind, or has transforms of two kinds.
+        UserError: the transform is of an unknown kind, or contains transforms of two kinds.
     """
     if hasattr(transform, "shared_by_views"):
         return "shared" if transform.shared_by_views else "intensity"
@@ -139,8 +145,8 @@ def kind_of(transform: Any) -> str:
         if len(kinds) > 1:
             found = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
             raise UserError(
-                f"OneOfTransform: it chooses between two kinds, {found}; views share one kind and not the other: give"
-                " each kind its own OneOfTransform"
+                "OneOfTransform: it chooses between transforms that all views share and others that they do not"
+                f" share, {found}: give each kind its own OneOfTransform"
             )
         return next(iter(kinds), "intensity")
     if isinstance(transform, ComposeTransforms):  # inside a RandomTransform, which applies all of it or nothing
@@ -151,18 +157,19 @@ def kind_of(transform: Any) -> str:
         if isinstance(transform, classes):
             return kind
     raise UserError(
-        f"{type(transform).__name__}: it is not known whether views of an unlabelled patch share this transform: derive"
-        " it from batchgeneratorsv2's ImageOnlyTransform (each strong view has its own) or SegOnlyTransform (unlabelled"
-        " patches have none), or set its class attribute shared_by_views = True (all views share it)"
+        f"{type(transform).__name__}: it is not known whether views of an unlabelled patch share this transform:"
+        " derive it from batchgeneratorsv2's ImageOnlyTransform (each strong view has its own) or SegOnlyTransform"
+        " (unlabelled patches have none), or set its class attribute shared_by_views = True (all views share it)"
     )
 
 
 class UnlabeledDataLoader(nnUNetDataLoader):
-    """nnU-Net's loader for cases without labels. Patches are taken at random places, or around pseudo-foreground.
+    """nnU-Net's loader for cases without labels. It takes patches at random places, or around pseudo-foreground.
 
     Args:
-        foreground_share: the share of samples in a batch, rounded as in nnU-Net, that are taken around locations of a
-            class, if the dataset has such locations (`PseudoForegroundDataset`). Labels in other datasets are not used.
+        foreground_share: the share of the samples in a batch, rounded as in nnU-Net, that are taken around locations of
+            a class. This needs a dataset with such locations (`PseudoForegroundDataset`). Labels in other datasets are
+            not used.
     """
 
     def __init__(
@@ -175,7 +182,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self.indices = np.asarray(self.indices)  # else NumPy would convert all names again for each batch
 
     def get_indices(self):
-        """nnU-Net's random cases. A case that is left out is replaced by another one."""
+        """Choose cases at random, as nnU-Net does. A case that is left out is replaced by another one."""
         drawn: Any = super().get_indices()
         left_out = getattr(self._data, "left_out", ())
         if len(left_out) < len(self.indices):  # without a list of all others, which may be many
@@ -189,20 +196,21 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
 
 def patch_sizes(loader: nnUNetDataLoader) -> tuple[Any, Any]:
-    """The size of a patch before and after augmentation, as another loader takes it.
+    """The sizes of the patches of a loader: before and after augmentation.
 
-    For 2d plans nnU-Net's loader adds a first axis to both sizes; here it is taken off again.
+    For 2d plans nnU-Net's loader adds a first axis to both sizes. Here this axis is removed.
     """
     first = 1 if loader.patch_size_was_2d else 0
     return loader.patch_size[first:], loader.final_patch_size[first:]
 
 
 class TwoStreamLoader(SlimDataLoaderBase):
-    """Add `views` {name: (B_u, C, *S)}, `extra` and `cases` to every labelled batch; see `Batch`.
+    """A loader that adds `views` {name: (B_u, C, *S)}, `extra` and `cases` to each labelled batch; see `Batch`.
 
     Args:
         labeled_loader: nnU-Net's loader.
-        unlabeled_loader: its images are the views, stacked along the channels. If None, the three keys are empty.
+        unlabeled_loader: a loader whose images are the views, stacked along the channels. If None, the three keys are
+            empty.
         views: the names of the views.
         make_targets: a function of both batches that returns `extra`.
     """
@@ -232,7 +240,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
 
 
 def add_unlabeled_stream(augmenter, make_unlabeled_loader, views: Sequence[str], make_targets) -> None:
-    """Put the two-stream loader into the augmenter that nnU-Net made, in place of its labelled loader.
+    """Replace the labelled loader in nnU-Net's augmenter by a `TwoStreamLoader`.
 
     Args:
         augmenter: a SingleThreadedAugmenter or NonDetMultiThreadedAugmenter. Running workers are stopped.
@@ -250,11 +258,12 @@ def add_unlabeled_stream(augmenter, make_unlabeled_loader, views: Sequence[str],
 
 
 def seed_workers(augmenter, seed: int | None, step: int) -> None:
-    """Seed each worker. Forked workers share torch's random numbers; without this all would augment alike.
+    """Give each worker its own seed. Forked workers share torch's random numbers, so all would augment in the same way.
 
     Args:
         seed: the seed of the training. None: the system gives one.
-        step: added to the seed, so that a resumed training does not see the batches of its beginning again.
+        step: a number that is added to the seed, so that a resumed training does not see the batches of its beginning
+            again.
     """
     if not isinstance(augmenter, SingleThreadedAugmenter):
         augmenter._finish()

@@ -15,16 +15,16 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.parallel import DELAY
 
 READERS = 16
-"""threads that look at files: they mostly wait for the disk, which is often on a network"""
+"""The number of threads that look at files. They mostly wait for the disk, which is often on a network."""
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 
 def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """For each case id its image files: as many as labelled cases have, usually one for each channel.
+    """The image files of each unlabelled case, by its name. There are as many as labelled cases have.
 
     Raises:
-        UserError: ``imagesUn`` is missing or has no images; a file has no channel in its name; a channel is missing or
-            there is one too many; a labelled case has the same id. One line for each.
+        UserError: ``imagesUn`` is missing or has no images; the name of a file has no channel; a case has too few or
+            too many channels; a labelled case has the same name. There is one line for each problem.
     """
     folder, ending = Path(raw_dataset_folder) / IMAGES_FOLDER, dataset_json["file_ending"]
     put = f"put the unlabelled images there, named CASE_0000{ending}"
@@ -38,7 +38,7 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
     files = sorted(there)
     images = [name for name in files if name.endswith(ending)]
     if not images:
-        found = f"no *{ending} among its {len(files)} files (the first is {files[0]})" if files else "empty"
+        found = f"has no *{ending} among its {len(files)} files (the first is {files[0]})" if files else "is empty"
         raise UserError(f"{folder}: {found}: {put}")
 
     labeled_cases = labeled_images(raw_dataset_folder, dataset_json)
@@ -52,15 +52,15 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> 
         if match:
             cases.setdefault(match[1], {})[int(match[2])] = folder / name
         else:
-            problems.append(f"{folder / name}: no channel in its name: rename it to CASE_0000{ending}")
+            problems.append(f"{folder / name}: its name has no channel: rename it to CASE_0000{ending}")
     for case, found in cases.items():
         for c in range(channels):
             if c not in found:
                 missing = folder / f"{case}_{c:04d}{ending}"
-                problems.append(f"{missing}: missing, {case} needs {channels} channels: {_ADD_OR_TAKE_OUT}")
+                problems.append(f"{missing}: no such file, but {case} needs {channels} channels: {_ADD_OR_TAKE_OUT}")
         for c in found:
             if c >= channels:
-                problems.append(f"{found[c]}: one channel too many, labelled cases have {channels}: remove the file")
+                problems.append(f"{found[c]}: labelled cases have only {channels} channels: remove this file")
         if case in labeled_cases:
             problems.append(f"{folder / case}_*{ending}: {case} is a labelled case too: remove it from {IMAGES_FOLDER}")
     if problems:
@@ -72,7 +72,8 @@ def check_headers(cases: dict[str, list[str]], reader: type) -> None:
     """Check the headers of all unlabelled images. With a SimpleITK reader this is fast.
 
     Raises:
-        UserError: an image cannot be read, or the geometry of channels differs; one line for each.
+        UserError: an image cannot be read, or the channels of a case have different geometries. There is one line for
+            each problem.
     """
     with ThreadPoolExecutor(READERS) as threads:
         found = threads.map(lambda images: header_problems(images, reader), cases.values())

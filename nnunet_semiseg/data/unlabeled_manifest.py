@@ -1,8 +1,8 @@
-"""The manifest of the preprocessed unlabelled cases, and what a training takes from it.
+"""The manifest: the list of the preprocessed unlabelled cases, from which a training takes its cases.
 
 The folder ``<data_identifier>__unlabeled`` holds the preprocessed cases. The manifest is the file
-``<data_identifier>__unlabeled.json`` beside it. It lists the cases, with the stamps of their images and of their
-preprocessed files. It is written last: where it exists, every case in it is complete.
+``<data_identifier>__unlabeled.json`` beside this folder. It lists the cases, with the stamps of their images and of
+their preprocessed files. It is written last. So if it exists, every case in it is complete.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nnunet_semiseg.parallel import DELAY
 from nnunet_semiseg.schema import check, read_dataset_json, resolved
 
 ENDING = "__unlabeled"
-"""ending of the name of the folder with the unlabelled cases, beside that of the labelled ones"""
+"""The name of the folder with the unlabelled cases is that of the folder with the labelled ones, plus this."""
 MANIFEST = {"plans_hash": str, "cases": dict[str, dict]}
 
 
 def load_manifest(
     preprocessed_dataset_folder: str | Path, plans: dict, configuration: str, dataset: int | str
 ) -> tuple[str, list[str]]:
-    """The folder of the preprocessed unlabelled cases and their ids, for the trainer.
+    """Find the folder of the preprocessed unlabelled cases and their names, for the trainer.
 
     Raises:
         UserError: the cases are not preprocessed for these plans and images, or a file is missing. The message names
@@ -53,7 +53,7 @@ def load_manifest(
     if not _is_whole(manifest):
         raise UserError(f"{manifest_file}: damaged, or written by another version of nnunet_semiseg: {fix}")
     if manifest["plans_hash"] != plans_hash(plans, configuration):
-        raise UserError(f"{folder}: preprocessed for other plans: {plans_name} have changed since: {fix}")
+        raise UserError(f"{folder}: was preprocessed with other plans: {plans_name} have changed since then: {fix}")
     entries = {case: dict(entry) for case, entry in manifest["cases"].items()}
     # it takes long if the files were copied, because then they are read; None: a bar only on a terminal
     for case, entry in tqdm(entries.items(), "Unlabelled cases", delay=DELAY, disable=None):
@@ -66,7 +66,7 @@ def load_manifest(
         for case, files in found.items():
             entries[case]["images"] = now = all_renewed(entries[case]["images"], files)
             if now is None:
-                raise UserError(f"{images}: case {case} is not the image that was preprocessed: {fix}")
+                raise UserError(f"{images}: the images of case {case} have changed since they were preprocessed: {fix}")
     if entries != manifest["cases"]:  # files were copied: so that the next start does not have to read them again
         with contextlib.suppress(UserError):  # it is not needed, so it does not matter if it cannot be written
             write_json(manifest | {"cases": entries}, manifest_file)
@@ -74,13 +74,13 @@ def load_manifest(
 
 
 def output_of(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path, Path]:
-    """The folder of the preprocessed unlabelled cases and its manifest."""
+    """The folder for the preprocessed unlabelled cases, and the path of its manifest."""
     name = resolved(plans, configuration)["data_identifier"] + ENDING
     return preprocessed / name, preprocessed / f"{name}.json"
 
 
 def _is_whole(manifest: dict) -> bool:
-    """Whether each case has its stamps."""
+    """Whether each case in the manifest has all its stamps."""
     try:
         entries = manifest["cases"].values()
         return all(
@@ -93,7 +93,7 @@ def _is_whole(manifest: dict) -> bool:
 
 
 def recorded_cases(manifest_file: Path) -> dict[str, dict]:
-    """The entries of a manifest by case. They are empty if the file is missing or damaged."""
+    """The entries of a manifest, by case. There are none if the file is missing or damaged."""
     with contextlib.suppress(UserError):
         manifest = read_json(manifest_file, "")
         return manifest["cases"] if _is_whole(manifest) else {}
@@ -101,10 +101,10 @@ def recorded_cases(manifest_file: Path) -> dict[str, dict]:
 
 
 def _unchanged(old: Stamp, file: Path, fix: str) -> Stamp:
-    """The stamp of a preprocessed file, with its present times. Raises UserError if it is missing or damaged."""
+    """The stamp of a preprocessed file, with its present times. Raises UserError if the file is missing or damaged."""
     try:
         if (now := renewed(old, file)) is not None:
             return now
     except FileNotFoundError:
-        raise UserError(f"{file}: missing: {fix}") from None
+        raise UserError(f"{file}: no such file: {fix}") from None
     raise UserError(f"{file}: {DAMAGED}: {fix}")

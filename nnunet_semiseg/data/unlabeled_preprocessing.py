@@ -1,8 +1,8 @@
-"""Unlabelled cases are preprocessed as nnU-Net would, into a folder beside the labelled ones.
+"""Preprocess unlabelled cases as nnU-Net preprocesses labelled ones, into a folder beside these.
 
-Each case is made in a folder of its own and then moved. Its ``.pkl`` file is moved last: where it exists, the case is
-complete. That file also says which images and which plans the case was made from. The manifest comes when all cases
-are done (see `unlabeled_manifest`). No label of an unlabelled case is ever opened.
+Each case is made in a folder of its own and then moved. Its ``.pkl`` file is moved last. So if this file exists, the
+case is complete. The file also says which images and which plans the case was made from. The manifest is written when
+all cases are done (see `unlabeled_manifest`). No label of an unlabelled case is ever opened.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ from nnunet_semiseg.parallel import DELAY, killed_workers, run_jobs
 from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json
 
 PROPERTIES_KEY = "semiseg"
-"""in a case's ``.pkl`` file: which images and plans it was made from, and hashes of what was made"""
+"""A key in a case's ``.pkl`` file: which images and plans it was made from, and hashes of its arrays."""
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 WAIT = 24 * 3600
-"""seconds that one part waits while another one looks at the labelled cases"""
+"""How many seconds one part waits while another part looks at the labelled cases."""
 
 
 def preprocess_unlabeled(
@@ -88,13 +88,14 @@ def preprocess_unlabeled(
     Args:
         num_processes: one number, or one for each configuration. With 0 this process does the work.
         clean: preprocess all cases again.
-        part: (number, count): the work is divided among `count` calls, on several computers that share the disk. This
-            call does every count-th case. When all parts are done, a call without a part writes the manifest.
+        part: (number, count). The work is divided among `count` calls, on several computers that share the disk, and
+            this is call `number`. It does every count-th case. When all parts are done, a call without a part writes
+            the manifest.
 
     Raises:
         BusyError: another call works on these cases and is not another part.
-        UserError: the dataset or the plans do not exist; `find_unlabeled_cases` or `look_at_labeled` fails; bad images,
-            one line for each, after all good cases are done; a process was killed; the disk is full.
+        UserError: the dataset or the plans do not exist; `find_unlabeled_cases` or `look_at_labeled` fails; images are
+            bad (one line for each, after all good cases are done); a process was killed; the disk is full.
     """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans_file = preprocessed / f"{plans_name}.json"
@@ -130,13 +131,13 @@ def preprocess_unlabeled(
 
 @contextlib.contextmanager
 def alone_or_part(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
-    """Keep other calls from these cases. A call without a part keeps out all; a part keeps out itself and such a call.
+    """Keep other calls away from these cases. A whole call excludes all others; a part excludes itself and whole calls.
 
-    Each call takes its own lock first and then looks at the others' locks. So of two calls at the same time, at least
-    one sees the other.
+    Each call takes its own lock first and then looks at the locks of the others. So of two calls at the same time, at
+    least one sees the other.
 
     Raises:
-        BusyError: another call is at work, or parts with another count are.
+        BusyError: another call is at work, or parts with another count are at work.
     """
     whole, does = folder.with_name(f"{folder.name}.lock"), "preprocesses these unlabelled cases"
     number, count = part or (0, 0)
@@ -213,7 +214,7 @@ def _preprocess_cases(
         about: further arguments of `_preprocess_case`. The first one is the folder.
 
     Raises:
-        UserError: bad images, one line for each, after all good cases are done.
+        UserError: images are bad (one line for each, after all good cases are done).
     """
     jobs = [(case, images, staging / case, *about) for case, images in cases.items()]
     entries, problems, missing = {}, {}, {}
@@ -321,7 +322,7 @@ def _preprocess_case(
 
 
 def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
-    """Raises DiskError if the files do not hold what was written. Not every library reports a full disk."""
+    """Raise DiskError if the files do not hold what was written. Not every library reports a full disk."""
     try:
         written = read_arrays(folder, case)
     except UserError as e:
@@ -331,7 +332,7 @@ def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
 
 
 def _keep_digests(folder: Path, case: str) -> None:
-    """Add hashes of a case's arrays to its `.pkl`. They are needed in case the manifest is never written."""
+    """Add hashes of the arrays of a case to its `.pkl` file. They are needed if the manifest is never written."""
     *arrays, properties_file = case_files(folder, case)
     properties = load_pickle(str(properties_file))
     properties[PROPERTIES_KEY]["made"] = [digest(file) for file in arrays]
@@ -339,10 +340,10 @@ def _keep_digests(folder: Path, case: str) -> None:
 
 
 def _entry_of_whole(folder: Path, case: str, images: list[str], hash_now: str, recorded: dict | None) -> dict | None:
-    """The case's entry in the manifest, if it is complete and made from these images for these plans, else None.
+    """The entry of a case in the manifest. None if the case is incomplete or made from other images or plans.
 
     Args:
-        recorded: its entry in the last manifest. Without one, its files are read.
+        recorded: the entry in the last manifest. Without it, the files of the case are read.
     """
     try:
         files = case_files(folder, case)

@@ -1,4 +1,4 @@
-"""Unpack a NIfTI file once for all who read it, because unpacking takes longer than reading."""
+"""Unpack a NIfTI file once for all functions that read it, because unpacking takes longer than reading."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import nibabel
 
 
 def unpacked_nifti(image: str, folder: Path) -> str:
-    """The path of a file in this folder with the content of a `.nii.gz`. For any other image, its own path.
+    """Unpack a `.nii.gz` into this folder, and return the path. For any other image, return its own path.
 
-    A damaged file's own path is returned, too, because the reader will say what is wrong. Nothing after the last voxel
-    is unpacked.
+    For a damaged file, the result is its own path, too, because the reader will say what is wrong. Nothing after the
+    last voxel is unpacked.
     """
     if not image.lower().endswith(".nii.gz"):
         return image

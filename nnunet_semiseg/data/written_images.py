@@ -15,11 +15,11 @@ from nnunet_semiseg.data.image_problems import nifti_damage
 from nnunet_semiseg.files import disk_error
 
 LITTLE = 2**20
-"""bytes: a disk with less free space counts as full"""
+"""A disk with fewer free bytes than this counts as full."""
 
 
 def refuse_half_written(images: Iterable[Path]) -> None:
-    """Raises DiskError for the first image that is incomplete, and removes it."""
+    """Remove the first incomplete image, and raise DiskError for it."""
     for image in images:
         if damage := nifti_damage(image):
             full = shutil.disk_usage(image.parent).free < LITTLE
@@ -28,7 +28,7 @@ def refuse_half_written(images: Iterable[Path]) -> None:
 
 
 def write_image(image: sitk.Image, file: Path) -> None:
-    """Write an image, compressed.
+    """Write an image in compressed form.
 
     Raises:
         DiskError: the disk is full or read-only. No incomplete file is left.
@@ -46,9 +46,9 @@ def write_image(image: sitk.Image, file: Path) -> None:
 
 @contextmanager
 def check_written(folder: Path) -> Iterator[None]:
-    """Check the images that are written into a folder in this block; see `refuse_half_written`.
+    """Check all images that are written into a folder in this `with` block; see `refuse_half_written`.
 
-    An incomplete image often raises another error first, when something else reads it.
+    When something else reads an incomplete image first, it often raises another error.
     """
 
     def images() -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""`nnunet_semiseg distill`: train the plans' stock network to predict like a trained model of any trainer."""
+"""`nnunet_semiseg distill`: train the network of the plans to predict like a trained model of any trainer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 STOCK_TRAINER = "nnUNetTrainer"
 ORIGIN = "distillation.json"
-"""a file in a fold: the checkpoint and the settings of the distillation"""
+"""The file in the folder of a fold that says which checkpoint and settings the distillation uses."""
 STOCK_KEYS = (
     "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
     "inference_allowed_mirroring_axes",
@@ -46,9 +46,9 @@ class DistillationSettings(SemiSupervisedSettings):
     """Settings of `DistillationTrainer`: the temperature T, and the weight w of the loss towards the trained model."""
 
     temperature: Annotated[float, Bounds(1e-3)] = 2.0
-    """The temperature of the softmax of both models. The higher it is, the softer the targets are."""
+    """The temperature of the softmax of both models. The higher it is, the softer the probabilities that are learnt."""
     distillation_weight: Weight = 1.0
-    """The weight of the loss towards the model that teaches."""
+    """The weight of the loss towards the predictions of the trained model."""
 
 
 class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
@@ -61,12 +61,13 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
 
     views = ("weak", "strong")
     model: nn.Module
-    """the model that teaches: images to logits. Set it before the training."""
+    """The model that teaches. It turns images into logits. Set it before the training."""
     mirroring_axes: Sequence[int] | None
-    """the model may be mirrored along these axes when it predicts; so may the new one"""
+    """The axes along which the trained model may be mirrored when it predicts. The new model may be mirrored along
+    them, too."""
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """nnU-Net's ranges, without flips that the model was trained without: it may tell left from right."""
+        """Take nnU-Net's ranges, but leave out a flip if the model was trained without it."""
         rotation, dummy_2d, patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         allowed = tuple(axis for axis in axes if axis in (self.mirroring_axes or ()))
         if allowed != axes:
@@ -75,7 +76,10 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
         return rotation, dummy_2d, patch_size, allowed
 
     def get_training_transforms(self, *args, **kwargs):
-        """nnU-Net's transforms. A channel that a case lacks must not become noise, which looks like an image."""
+        """Take nnU-Net's transforms.
+
+        But an empty channel stays empty: otherwise it becomes noise, which looks like an image.
+        """
         transforms = super().get_training_transforms(*args, **kwargs)
         return keep_empty(transforms, self.plans_manager, self.configuration_manager)
 
@@ -98,7 +102,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float, regio
     """T^2 KL(teacher || student) of the probabilities at temperature T: the mean over voxels (and over regions).
 
     Args:
-        student, teacher: logits (B, heads, *S). The teacher's get no gradient.
+        student, teacher: logits (B, heads, *S). The logits of the teacher get no gradient.
         regions: each head has a sigmoid and its own KL. If False, the heads share a softmax.
     """
     student, teacher = student.float() / temperature, teacher.detach().float() / temperature
@@ -183,23 +187,23 @@ def check_same(origin: dict, file: Path, state: str) -> None:
     changed += ["the trained model"] if before["checkpoint"] != origin["checkpoint"] else []
     if changed:
         raise UserError(
-            f"{file.parent}: holds a distillation that was {state}, but {', '.join(changed)} changed since: remove that"
-            " folder to begin again"
+            f"{file.parent}: holds a distillation that was {state}, but {', '.join(changed)} changed since then:"
+            " remove that folder to begin again"
         )
 
 
 def discard(training: Run) -> None:
-    """Remove a fold that was published. With the last fold, remove the folders around it, too."""
+    """Remove a fold that was published. If it was the last fold, remove the folders around it, too."""
     shutil.rmtree(training.folder, ignore_errors=True)
     if not any(training.model_folder.glob("fold_*")):
         shutil.rmtree(training.model_folder, ignore_errors=True)
 
 
 def with_settings(plans: dict, changes: dict) -> dict:
-    """The plans with these settings of the distillation.
+    """A copy of the plans with these settings of the distillation.
 
     Raises:
-        UserError: a setting does not belong to the distillation (but to the trained model), or has a wrong value.
+        UserError: a setting belongs to the trained model and not to the distillation, or has a wrong value.
     """
     settings_from(DistillationSettings, changes)
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
@@ -209,7 +213,7 @@ def publish(trained: Path, stock: Path, plans_name: str) -> None:
     """Make a stock model from a trained fold. Its checkpoint is written last, as a sign that all is complete.
 
     Args:
-        trained: a fold of ours, with the plans' own network.
+        trained: the folder of a trained fold, whose network is that of the plans.
         stock: the folder of the stock model.
         plans_name: the name of its plans.
 

@@ -15,26 +15,29 @@ from nnunet_semiseg.files import written_whole
 from nnunet_semiseg.runs import Run
 
 TOLERANCE = 1e-3
-"""the largest allowed difference of logits, relative to their largest value: ONNX adds numbers in another order"""
+"""The largest allowed difference of logits, divided by the largest logit. ONNX adds numbers in another order than
+torch."""
 
 
 def export_onnx(run: Run, file: str | Path) -> float:
-    """Write the network of a trained model: images (batch, C, *patch) to logits (batch, heads, *patch).
+    """Write the network of a trained model to a file.
+
+    It turns images (batch, C, *patch) into logits (batch, heads, *patch).
 
     The batch may have any size; the patch is that of the plans. The file has only the network. It does not have what
-    nnU-Net does around it (resampling, normalisation, sliding window, mirroring); what is needed for these is in the
-    file's metadata, as JSON.
+    nnU-Net does before and after it (resampling, normalisation, sliding window, mirroring). The numbers for these steps
+    are in the metadata of the file, as JSON.
 
     Args:
-        run: trained, with one of our trainers or of nnU-Net's.
-        file: replaced if it exists.
+        run: a finished training, with one of our trainers or of nnU-Net's.
+        file: the file to write. It is replaced if it exists.
 
     Returns:
-        The largest difference from torch's logits, for random input, relative to the largest logit.
+        The largest difference from torch's logits, for random input, divided by the largest logit.
 
     Raises:
-        UserError: not trained, or the checkpoint is damaged; onnx is not installed; the file is a folder, or its folder
-            does not exist; its output differs from torch's.
+        UserError: the model is not trained, or its checkpoint is damaged; onnx is not installed; the file is a folder,
+            or its folder does not exist; its output differs from torch's.
     """
     try:
         import onnx
@@ -66,14 +69,17 @@ def export_onnx(run: Run, file: str | Path) -> float:
             (got,) = session.run(None, {"image": some.numpy()})
             worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
     if not worst <= TOLERANCE:
-        raise UserError(f"{file}: not written: ONNX differs from torch by {worst:.1e} of the largest logit")
+        raise UserError(
+            f"{file}: not written, because the outputs of ONNX and torch differ by {worst:.1e} of the largest"
+            f" logit: install newer versions of torch, onnxscript and onnxruntime"
+        )
     with written_whole(file) as temporary:
         onnx.save(model, str(temporary))
     return worst
 
 
 def metadata(predictor: nnUNetPredictor) -> dict:
-    """What nnU-Net uses around the network when it predicts."""
+    """The numbers that nnU-Net uses before and after the network when it predicts."""
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     return {
         "patch_size": list(configuration.patch_size),

@@ -14,7 +14,8 @@ from nnunet_semiseg.runs import Run
 
 PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider", "TensorRT": "TensorrtExecutionProvider"}
 WARM_UP, TIMED = 3, 10
-"""runs that are not counted (TensorRT builds its engine in the first), and those whose median is taken"""
+"""The number of runs that are not counted (TensorRT builds its engine in the first), and of those whose median is
+taken."""
 
 
 def time_runtimes(run: Run, file: str | Path) -> dict[str, float]:
@@ -47,7 +48,7 @@ def time_runtimes(run: Run, file: str | Path) -> dict[str, float]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """The median time of a call."""
+    """The median time of a call, in seconds."""
     for _ in range(WARM_UP):
         function()
     measured = []

@@ -1,4 +1,4 @@
-"""`nnunet_semiseg share`: write a trained model with the network of the plans as a model of nnU-Net's own trainer."""
+"""`nnunet_semiseg share`: write a trained model as a model of nnU-Net's own trainer."""
 
 from __future__ import annotations
 

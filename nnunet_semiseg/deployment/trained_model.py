@@ -10,7 +10,7 @@ from nnunet_semiseg.runs import Run
 
 
 def load_predictor(run: Run) -> nnUNetPredictor:
-    """nnU-Net's predictor with the last weights of this run, on the CPU. The network is frozen and in eval mode.
+    """Make nnU-Net's predictor with the last weights of this run, on the CPU. The network is frozen and in eval mode.
 
     Raises:
         UserError: the training is not finished, or its checkpoint is damaged.

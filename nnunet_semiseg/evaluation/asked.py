@@ -10,7 +10,7 @@ from nnunet_semiseg.options import ExecutorOptions, ModelOptions, PredictionOpti
 
 
 def size(text: str) -> int | None:
-    """Read a size of the labelled set; `all` gives None. Raises ArgumentTypeError for other text."""
+    """Read a number of labelled cases; `all` gives None. Raises ArgumentTypeError for other text."""
     if text == "all":
         return None
     try:
@@ -26,7 +26,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
     Attributes:
         trainers: the trainers to compare. The first one is the baseline.
         seeds: the number of runs of each trainer, with the seeds 0, 1, ... None: one run, with the seed of the plans.
-        labeled: sizes of the labelled set; None is all labels. Empty: the labelled set is not changed.
+        labeled: the numbers of labelled cases to train with; None means all. Empty: the labelled set is not changed.
         curve: trainers that are trained with every size; the others are trained with the first size only. None: all.
         upper_bound: a dataset with all labels. The baseline's trainer is trained on it.
         noise: standard deviations of the noise on the normalised test images.
@@ -45,7 +45,8 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
     )
     labeled: Sequence[int | None] = option(
         "--labeled", type=size, metavar="N", default=(),
-        help="sizes of the labelled set, for a learning curve: numbers, or all; default: do not change the set",
+        help="numbers of labelled cases to train with, for a learning curve: numbers, or all; default: keep the"
+        " labelled set",
     )  # fmt: skip
     curve: Sequence[str] | None = option(
         "--curve", metavar="TRAINER", default=None,
@@ -53,22 +54,27 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
     )  # fmt: skip
     upper_bound: int | str | None = option(
         "--upper-bound", metavar="ID", default=None,
-        help="dataset that has all labels: the first trainer is also trained on it",
+        help="dataset with all labels: the first trainer is also trained on it, as an upper bound",
     )  # fmt: skip
     noise: Sequence[float] = option(
         "--noise", metavar="SIGMA", default=(),
-        help="also test with noise of these standard deviations on the normalised images",
+        help="also test with noise on the images; give standard deviations, in units of the normalised intensity",
     )  # fmt: skip
-    gpus: Sequence[int] = option("--gpus", metavar="N", default=(), help="numbers of the GPUs to use")
+    gpus: Sequence[int] = option(
+        "--gpus", metavar="N", default=(), help="numbers of the GPUs that work at the same time; default: one GPU"
+    )
     jobs: int = option(
         "--jobs",
         type=at_least(1),
         metavar="N",
         default=1,
-        help="number of trainings at the same time on each GPU or the CPU",
+        help="number of trainings that run at the same time on each GPU, or on the CPU",
     )
     tolerance: float = option(
-        "--tolerance", metavar="MM", default=2.0, help="tolerance of the normalised surface distance, in mm"
+        "--tolerance",
+        metavar="MM",
+        default=2.0,
+        help="tolerance of the metric NSD (normalised surface distance), in mm",
     )
     num_processes: int = option(
         "-np",
@@ -80,5 +86,5 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
 
     @property
     def main_size(self) -> int | None:
-        """The size of the labelled set that tables and pictures show. The other sizes are points of the curve."""
+        """The number of labelled cases in the tables and pictures. The other numbers are points of the curve."""
         return self.labeled[0] if self.labeled else None

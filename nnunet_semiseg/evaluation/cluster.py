@@ -1,9 +1,9 @@
 """Run the jobs of a comparison with submitit: in the queue of a cluster, or on this computer.
 
-A job in a queue continues when the comparison ends. If it is interrupted, or its hours are over, it is put into the
-queue again and continues from its checkpoint. A comparison that is started again waits for the jobs that are in the
-queue. On this computer the jobs end with the comparison. The work itself is that of `jobs.py`: a job starts a process,
-and ends it when the job must stop.
+A job in a queue continues when the comparison ends. If it is interrupted, or its time is over, it is put into the queue
+again and continues from its checkpoint. A comparison that is started again waits for the jobs that are in the queue. On
+this computer the jobs end with the comparison. The work itself is that of `jobs.py`: a job starts a process, and ends
+it when the job must stop.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from nnunet_semiseg.files import make_folder, read_json, write_json
 EXECUTORS = ("local", "slurm")
 HOURS = 24.0
 TIMES = 100
-"""how often a job may continue after its hours have run out"""
+"""How often a job may continue after its time is over."""
 EVER = 60 * 24 * 365
-"""minutes: on this computer a job has no time limit"""
+"""The time limit of a job on this computer, in minutes. It is a year, so practically there is none."""
 
 
 def parameters_of(assignments: Sequence[str], device: str) -> dict[str, Any]:
-    """Turn `KEY=VALUE` into submitit's parameters: `hours`, `gpus` of a node, any option of sbatch (`partition=gpu`).
+    """Turn options `KEY=VALUE` into submitit's parameters.
+
+    A key is `hours`, `gpus` (for each node), or any option of sbatch, as in `partition=gpu`.
 
     Raises:
-        UserError: not of the form `KEY=VALUE`; hours or GPUs are not numbers.
+        UserError: an option has another form; hours or GPUs are not numbers.
     """
     given = {"hours": str(HOURS), "gpus": "1" if device == "cuda" else "0"}
     for assignment in assignments:
@@ -45,31 +47,35 @@ def parameters_of(assignments: Sequence[str], device: str) -> dict[str, Any]:
     try:
         hours, gpus = float(given.pop("hours")), int(given.pop("gpus"))
     except ValueError as error:
-        raise UserError(f"--slurm hours=H gpus=N: {error}: give numbers") from None
+        raise UserError(f"--slurm: hours and gpus must be numbers ({error}): write hours=12 gpus=1") from None
     parameters: dict[str, Any] = {"time": max(1, round(60 * hours)), "additional_parameters": given}
     return parameters | ({"gpus_per_node": gpus} if gpus else {})
 
 
 def slurm_executor(logs: Path, parameters: dict[str, Any]):
-    """submitit's executor for SLURM.
+    """Make submitit's executor for SLURM.
 
     Raises:
-        UserError: submitit is not installed; this computer does not know SLURM.
+        UserError: submitit is not installed, or this computer has no SLURM.
     """
     try:
         import submitit
     except ImportError:
-        raise UserError("--executor slurm: needs submitit: pip install 'nnunet-semiseg[cluster]'") from None
+        raise UserError(
+            "--executor slurm: needs the package submitit: install it with pip install 'nnunet-semiseg[cluster]'"
+        ) from None
     try:
         executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=TIMES)
     except RuntimeError:
-        raise UserError("--executor slurm: no srun here: run this on a computer that can use the queue") from None
+        raise UserError(
+            "--executor slurm: this computer has no command srun: run this on a computer of the cluster"
+        ) from None
     executor.update_parameters(**parameters)
     return executor
 
 
 class Here:
-    """Start jobs on this computer by submitit, in the same way as in a queue; see `do_all`.
+    """Starts jobs on this computer with submitit, in the same way as in a queue; see `do_all`.
 
     Args:
         logs: the folder for the output of jobs.
@@ -89,7 +95,7 @@ class Here:
 
 
 def starter(logs: Path):
-    """The function that starts jobs on this computer: by submitit if it is installed, else `start_process`."""
+    """The function that starts jobs on this computer. It uses submitit if that is installed, else `start_process`."""
     try:
         return Here(logs)
     except ImportError:
@@ -97,7 +103,7 @@ def starter(logs: Path):
 
 
 class InQueue:
-    """A job of submitit's. It reports in one line what went wrong."""
+    """A job that submitit has started. It says in one line what went wrong."""
 
     def __init__(self, job):
         self.job = job
@@ -118,7 +124,7 @@ def do_all_in_queue(jobs: list[Job], executor, logs: Path) -> None:
     """Put each job into the queue, unless it is there already, and wait for all.
 
     Raises:
-        UserError: jobs failed, one line each, after all others are done.
+        UserError: jobs failed, one line each. It is raised when all other jobs are done.
     """
     submitted = [(job, known_job(job, executor, logs) or submit(job, executor, logs)) for job in jobs]
     problems = []
@@ -131,7 +137,7 @@ def do_all_in_queue(jobs: list[Job], executor, logs: Path) -> None:
 
 
 def submit(job: Job, executor, logs: Path):
-    """Put a job into the queue, and store its number."""
+    """Put a job into the queue, and store its number in a file."""
     in_queue = executor.submit(Work(command_of(job, logs), logs / f"{job.name}.txt"))
     write_json({"id": in_queue.job_id}, logs / f"{job.name}.job")
     print(f"{job.title}: job {in_queue.job_id}", flush=True)
@@ -139,7 +145,7 @@ def submit(job: Job, executor, logs: Path):
 
 
 def known_job(job: Job, executor, logs: Path):
-    """The job that an earlier comparison left in the queue. None if it is not there, or has ended."""
+    """Find the job that an earlier comparison left in the queue. None if it has ended or was never there."""
     file = logs / f"{job.name}.job"
     if not file.is_file():
         return None
@@ -155,7 +161,9 @@ def known_job(job: Job, executor, logs: Path):
 
 
 def first_in_queue(args: Namespace, logs: Path, parts: int = 1) -> None:
-    """If SLURM is asked for, let its jobs run this command, and wait. After that the caller finds all work done.
+    """Do the work of this command in SLURM's queue first, if the user asks for SLURM, and wait for it.
+
+    The jobs run the same command. After that the caller finds that all work is done.
 
     Args:
         args: the arguments, and `words`, the command line as it was written.

@@ -40,13 +40,13 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
 
     Args:
         output: the folder for predictions, logs and the report. Default: a folder in the dataset's results.
-        run: train what is not trained.
+        run: first train the models that are missing.
 
     Returns:
         The report, a page of HTML.
 
     Raises:
-        UserError: wrong use; a run is not trained, and `run` is not set; a training or prediction failed.
+        UserError: the options are wrong; a model is not trained, and `run` is False; a training or prediction failed.
     """
     check_numbers(request)
     runs, upper_bound = make_runs(request)
@@ -91,7 +91,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
 
 
 def noise_levels(request: Request, run: Run, upper_bound: Sequence[Run]) -> tuple[float, ...]:
-    """The noise levels of a run's predictions that the report shows."""
+    """The noise levels for which the report shows the predictions of this run."""
     noisy = run in upper_bound or run.num_labeled == request.main_size
     return (0.0, *request.noise) if noisy else (0.0,)
 

@@ -34,7 +34,7 @@ class Chart:
     """A figure and its numbers.
 
     Attributes:
-        svg: an `<svg>` element, see `to_svg`.
+        svg: the `<svg>` element of the figure, see `to_svg`.
         data: every number that the figure shows, one row for each point.
     """
 
@@ -43,15 +43,15 @@ class Chart:
 
 
 def color_of(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method. From the ninth method on they repeat."""
+    """The colour of the method with this number. From the ninth method on the colours repeat."""
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """An `<svg>` element of variable size. Its text has the colour of the page (`currentColor`).
+    """Turn a figure into an `<svg>` element of variable size. Its text has the colour of the page (`currentColor`).
 
     Args:
-        name: a prefix for every id, because a page has several figures.
+        name: a prefix for every id in the element. It differs for each figure of a page.
     """
     file = io.StringIO()
     with rc_context(_STYLE):
@@ -62,7 +62,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def box_plots(scores: pd.DataFrame, metric: str, heading: str, name: str) -> Chart:
-    """For each label one panel, and in it for each method one box. A dot is a case: its mean over the method's runs.
+    """Draw a panel for each label, and in it a box for each method. A dot is the mean of a case over all runs.
 
     Args:
         scores: columns `method`, `label`, `case` and `metric`, with one row for each run.
@@ -97,7 +97,7 @@ def box_plots(scores: pd.DataFrame, metric: str, heading: str, name: str) -> Cha
 def curves(
     points: pd.DataFrame, xlabel: str, ylabel: str, name: str, line_at: tuple[str, float] | None = None
 ) -> Chart:
-    """For each method a line of means with error bars, against a few values such as the size of the labelled set.
+    """Draw a line of means with error bars for each method, against values such as the number of labelled cases.
 
     Args:
         points: columns `method`, `x`, `mean` and `over_runs` (a standard deviation; nan if there is one run). A row
@@ -123,11 +123,11 @@ def curves(
 
 
 def training_curves(logs: Mapping[str, Mapping[str, Sequence[float]]], prefix: str, name: str) -> Chart:
-    """What each run logged: the losses, every term of them, and the pseudo Dice on the validation patches.
+    """Draw what each run logged: the losses, all their terms, and the pseudo Dice on the validation patches.
 
     Args:
         logs: for each run nnU-Net's log, with one value for each epoch.
-        prefix: the keys of loss terms begin with it.
+        prefix: the beginning of the keys of loss terms.
         name: see `to_svg`.
     """
     data = []
@@ -165,7 +165,7 @@ def overlay(
     aspect: float,
     colors: Mapping[str, str] | None = None,
 ) -> str:
-    """Contours on a slice, as a data URI: white for the reference, and a colour for each method.
+    """Draw contours on a slice: white for the reference, a colour for each method. Returns a data URI.
 
     Args:
         image: (H, W) intensities.

@@ -1,4 +1,4 @@
-"""Work that runs in processes of its own: trainings and predictions; see `worker.py`."""
+"""Work that is done in separate processes: trainings and predictions; see `worker.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nnunet_semiseg.runs import RECORD, Run
 
 PREDICT_AGAIN = "remove its folder to predict again"
 LOGS, LOCK = "logs", "evaluation.lock"
-"""in the folder of a report: the output of jobs; the lock of the process that works there"""
+"""Names in the folder of a report: the folder for the output of jobs, and the lock of the process that works there."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def alone(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for a process: the arguments of a function in `worker.py`, or a `command` of this package."""
+    """Work for a separate process: the arguments of a function in `worker.py`, or a `command` of this package."""
 
     name: str
     title: str
@@ -49,13 +49,13 @@ class Job:
 
 
 def training_job(run: Run, device: str) -> Job:
-    """The training of a run by `nnUNetv2_train`, with the settings in its plans."""
+    """The job that trains a run with `nnUNetv2_train` and the settings in its plans."""
     content = {"job": "train", "words": run.train_command(device), "folder": str(run.folder)}
     return Job(f"train_{run.dataset}_{run.name}", f"training {run.title} ({run.dataset})", content)
 
 
 def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, output: Path) -> Job:
-    """The prediction of the test images. The noise is a standard deviation in units of normalised intensity."""
+    """The job that predicts the test images. The noise is a standard deviation in units of the normalised intensity."""
     folder = predictions_folder(run, noise, output)
     images = list(test_set.images.values())
     signed = [run.checkpoint, *(Path(file) for files in images for file in files)]
@@ -76,7 +76,7 @@ def prediction_job(run: Run, noise: float, request: Request, test_set: TestSet, 
 
 
 def predictions_folder(run: Run, noise: float, output: Path) -> Path:
-    """The folder for the predictions of a run with this noise. Without noise the name does not mention it."""
+    """The folder for the predictions of a run with this noise. Without noise, its name does not mention noise."""
     suffix = f"__noise{noise:g}" if noise else ""
     return output / "predictions" / f"{run.dataset}__{run.name}__fold_{run.fold}{suffix}"
 
@@ -94,10 +94,11 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[...,
     """Run each job in its own process, as many at a time as there are devices. Their output goes to `logs`.
 
     Args:
-        start: starts a job on a device and returns an object with `result()` and `cancel()`. Default: a `Process`.
+        start: a function that starts a job on a device and returns an object with `result()` and `cancel()`. By default
+            it makes a `Process`.
 
     Raises:
-        UserError: jobs failed, one line each, after all others are done.
+        UserError: jobs failed, one line each. It is raised when all other jobs are done.
     """
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for device in devices:
@@ -133,7 +134,7 @@ def start_process(job: Job, device: str, logs: Path) -> Process:
 
 
 def command_of(job: Job, logs: Path) -> list[str]:
-    """The command that starts a job's process. The job's content is written into `logs`."""
+    """The command that starts the process of a job. The content of the job is written into `logs`."""
     if "command" in job.content:
         return [sys.executable, "-m", "nnunet_semiseg.cli", *job.content["command"]]
     file = logs / f"{job.name}.json"

@@ -1,4 +1,4 @@
-"""Metrics of segmentations in the form that nnU-Net writes them. All are from MONAI."""
+"""Metrics of segmentation files that nnU-Net has written. MONAI computes all of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METRICS = {
     "asd_voxels": "ASD, voxels",
     "nsd": "NSD",
 }
-"""each metric's key and heading"""
+"""The key of each metric, and its heading in tables."""
 HIGHER_IS_BETTER = {"dice", "jaccard", "nsd"}
 
 
@@ -113,13 +113,13 @@ def _of_masks(p: torch.Tensor, r: torch.Tensor, spacing: list[float], tolerance:
 def evaluate_case(
     prediction_file: Path, reference_file: Path, labels: Labels, reader: type[BaseReaderWriter], tolerance: float = 2.0
 ) -> dict[str, dict[str, float]]:
-    """`segmentation_metrics` of two files.
+    """Compute `segmentation_metrics` of two files.
 
     Raises:
         UserError: the prediction is missing, or its grid is not that of the reference (shape, spacing, origin, axes).
     """
     if not prediction_file.is_file():
-        raise UserError(f"{prediction_file}: missing: predict this case, or remove its reference")
+        raise UserError(f"{prediction_file}: no such prediction: predict this case, or remove its reference")
     prediction, p = _read(prediction_file, reader, "predict this case again")
     reference, r = _read(reference_file, reader, "replace it")
     if prediction.shape != reference.shape or not np.allclose(p["spacing"], r["spacing"]):
@@ -129,8 +129,8 @@ def evaluate_case(
         )
     if not _same_place(p, r):
         raise UserError(
-            f"{prediction_file}: has another origin or other axes than {reference_file}, so that one does not lie upon"
-            " the other: give images and references the same header"
+            f"{prediction_file}: has another origin or other axes than {reference_file}, so they do not"
+            " overlap: give images and references the same header"
         )
     return segmentation_metrics(prediction[0], reference[0], labels, r["spacing"], tolerance)
 
@@ -144,7 +144,10 @@ def _read(file: Path, reader: type[BaseReaderWriter], fix: str) -> tuple[np.ndar
 
 
 def _same_place(a: dict, b: dict) -> bool:
-    """Compare origins (within half a voxel) and axes (within about half a degree), if nnU-Net's reader keeps them."""
+    """Whether origins are equal within half a voxel, and axes within about half a degree.
+
+    True if nnU-Net's reader drops them.
+    """
     if "sitk_stuff" in a and "sitk_stuff" in b:
         a, b = a["sitk_stuff"], b["sitk_stuff"]
         return np.allclose(a["origin"], b["origin"], rtol=0, atol=min(b["spacing"]) / 2) and np.allclose(
@@ -168,21 +171,23 @@ def evaluate_folder(
     cases: Collection[str] | None = None,
     num_processes: int = 0,
 ) -> list[dict]:
-    """`segmentation_metrics` of every case that has a reference.
+    """Compute `segmentation_metrics` of every case that has a reference.
 
     Args:
         cases: the cases to evaluate. None: all that have a reference.
         num_processes: with 0 this process does the work.
 
     Returns:
-        A row {"case", "label", metric: value, ...} for every case and label, sorted by case.
+        A row {"case": ..., "label": ..., METRIC: value, ...} for every case and label, sorted by case.
 
     Raises:
         UserError: there are no references; a prediction is missing or has another shape or spacing.
     """
     references = sorted(Path(references_folder).glob(f"*{file_ending}"))
     if not references:
-        raise UserError(f"{references_folder}: no *{file_ending}: name the folder that holds the reference labels")
+        raise UserError(
+            f"{references_folder}: has no file *{file_ending}: name the folder that holds the reference labels"
+        )
     if cases is not None:
         references = [r for r in references if r.name[: -len(file_ending)] in cases]
     jobs = [(Path(predictions_folder, r.name), r, labels, reader, tolerance) for r in references]

@@ -28,9 +28,9 @@ class Section:
 
     Attributes:
         rows: the rows of a table, as strings.
-        charts: by file name, without its ending.
+        charts: the charts, by the name of their file without its ending.
         legend: the legend of the images: each name with its colour.
-        images: data URIs by their captions.
+        images: pictures as data URIs, by their captions.
     """
 
     title: str
@@ -94,13 +94,13 @@ def write(report: Report, output: Path) -> Path:
 
 
 def write_csv(table: pd.DataFrame, file: Path) -> None:
-    """Write a table without its index. A text that a spreadsheet would take for a formula gets a quote in front."""
+    """Write a table without its index. A text that a spreadsheet would take for a formula gets a quote before it."""
     with written_whole(file) as temporary:
         table.rename(columns=harmless).apply(lambda column: column.map(harmless)).to_csv(temporary, index=False)
 
 
 def harmless(cell):
-    """The cell; a text that begins with = + - @ gets a quote in front. `-1.5` is a number and stays one."""
+    """Put a quote before a text that begins with = + - or @. Other cells stay the same; `-1.5` is a number, too."""
     if not (isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))):
         return cell
     with contextlib.suppress(ValueError):

@@ -21,7 +21,7 @@ from nnunet_semiseg.training.loss_term_logger import PREFIX
 
 DIGITS = {metric: 3 if metric in HIGHER_IS_BETTER else 2 for metric in METRICS}
 COMPARED = ("dice", "hd95_mm")
-"""the metrics that are tested; they are few, because each further test may find a difference by chance"""
+"""The metrics that are tested. They are few, because each further test may find a difference by chance."""
 
 METRIC_NOTE = (
     "Means over the classes of a case, then over cases. If a class is in neither prediction nor reference, overlaps"
@@ -39,7 +39,7 @@ TEST_NOTE = (
 
 @dataclass(frozen=True)
 class Results:
-    """All that the report shows.
+    """Everything that the report shows.
 
     Attributes:
         runs: the compared runs, without those of the upper bound.
@@ -62,7 +62,7 @@ class Results:
 
 
 def write_report(results: Results, output: Path) -> Path:
-    """The report of `compare`. `cases.csv`, `runs.csv` and `differences.csv` hold every number in it."""
+    """Write the report of `compare`. `cases.csv`, `runs.csv` and `differences.csv` hold every number in it."""
     scores = tidy(results)
     write_csv(scores, output / "cases.csv")
     clean = scores[scores["noise"] == 0]
@@ -116,12 +116,12 @@ def write_report(results: Results, output: Path) -> Path:
 
 
 def size_name(num_labeled: int | None) -> str:
-    """The number of labelled cases, as in the tables. None is `all`."""
+    """The number of labelled cases as the tables show it. None gives `all`."""
     return "all" if num_labeled is None else str(num_labeled)
 
 
 def tidy(results: Results) -> pd.DataFrame:
-    """`Results.scores` with the columns `method`, `run` (its title), `labeled` and `is_upper_bound`."""
+    """A copy of `Results.scores` with the columns `method`, `run` (its title), `labeled` and `is_upper_bound`."""
     bound = len(results.runs)
     about = pd.DataFrame(
         {
@@ -137,18 +137,18 @@ def tidy(results: Results) -> pd.DataFrame:
 
 
 def per_case(scores: pd.DataFrame) -> pd.DataFrame:
-    """For every case the means over its labels."""
+    """For every case, the means over its labels."""
     keys = ["method", "run", "labeled", "is_upper_bound", "noise", "case"]
     return scores.groupby(keys, sort=False)[list(METRICS)].mean().reset_index()
 
 
 def number(metric: str, value: float) -> str:
-    """A value with the number of digits of its metric. NaN is a dash."""
+    """Format a value with as many digits as its metric needs. NaN gives a dash."""
     return "–" if np.isnan(value) else f"{value:.{DIGITS[metric]}f}"
 
 
 def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
-    """Means. For the tested metrics also the spread over runs and, separately, the spread over cases."""
+    """The section with the means. For the tested metrics it also has the spread over runs and the spread over cases."""
     rows: dict[str, list[str]] = {}
     for metric in sorted(METRICS, key=lambda metric: metric not in COMPARED):
         for method, s in spreads(of_case, metric).iterrows():
@@ -164,7 +164,7 @@ def summary_section(of_case: pd.DataFrame, tolerance: float) -> Section:
 
 
 def difference_section(baseline: str, differences: pd.DataFrame, metric: str) -> Section:
-    """The paired differences of a metric from the baseline, one row for each method, with their tests."""
+    """The section with the differences of a metric from the baseline: one row for each method, with the tests."""
     rows = [
         [
             method,
@@ -183,7 +183,7 @@ def difference_section(baseline: str, differences: pd.DataFrame, metric: str) ->
 
 
 def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
-    """The table in words: for each method one sentence, and one more if its interval and its p-value disagree."""
+    """Put the table into words: a sentence for each method, and one more if its interval and its p-value disagree."""
     sentences = []
     for method, d in differences.iterrows():
         if np.isnan(d["p"]):
@@ -199,7 +199,10 @@ def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
 
 
 def why_they_disagree(d: pd.Series) -> str:
-    """A sentence if the interval excludes 0 although p is not small, or the other way round. Empty if they agree."""
+    """A sentence if only one of interval and p-value shows a difference (0 is outside the interval, p is small).
+
+    Else empty.
+    """
     if np.isnan(d["low"]):
         return ""
     excludes_zero, is_small = d["low"] > 0 or d["high"] < 0, d["p_holm"] < SIGNIFICANT
@@ -234,7 +237,7 @@ def class_section(main: pd.DataFrame) -> Section:
 
 
 def run_table(results: Results) -> pd.DataFrame:
-    """One row for each run: its means, its time and its memory."""
+    """A table with one row for each run: its means, its time and its memory."""
     rows = []
     for i, run in enumerate(results.everything):
         trained = TrainedRun(run)
@@ -257,7 +260,7 @@ def run_table(results: Results) -> pd.DataFrame:
 
 
 def runs_section(runs: pd.DataFrame) -> Section:
-    """Means over the cases, for every run."""
+    """The section with the means over the cases, for every run."""
     rows = [[r["run"], *(number(m, r[m]) for m in METRICS)] for _, r in runs.iterrows()]
     return Section("Every run", headers=["run", *METRICS.values()], rows=rows)
 
@@ -288,7 +291,7 @@ def cost_section(runs: pd.DataFrame) -> Section:
 
 
 def curve_points(of_case: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean Dice, its spread over trainings and its spread over cases, for each method and each value of `column`."""
+    """The mean Dice, its spread over trainings and its spread over cases, for each method and value of `column`."""
     points = [
         spreads(group, "dice").assign(x=x)
         for _, of_method in of_case.groupby("method", sort=False)
@@ -300,7 +303,7 @@ def curve_points(of_case: pd.DataFrame, column: str) -> pd.DataFrame:
 def curve_section(
     title: str, note: str, points: pd.DataFrame, xlabel: str, line_at: tuple[str, float] | None = None
 ) -> Section:
-    """A table of Dice against `xlabel`, and its figure."""
+    """The section with a table of Dice against `xlabel`, and the figure of it."""
     rows = [
         [p["method"], f"{p['x']}", *(number("dice", p[k]) for k in ("mean", "over_runs", "over_cases"))]
         for _, p in points.iterrows()
@@ -312,7 +315,7 @@ def curve_section(
 
 
 def share_section(of_case: pd.DataFrame) -> Section:
-    """Dice against the number of labelled cases. The Dice with all labels is a horizontal line."""
+    """The section with Dice against the number of labelled cases. The Dice with all labels is a horizontal line."""
     is_bound = of_case["is_upper_bound"]
     points = curve_points(of_case[~is_bound], "labeled")
     all_labels = curve_points(of_case[is_bound], "labeled") if is_bound.any() else points[points["x"] == "all"]
@@ -328,7 +331,7 @@ def share_section(of_case: pd.DataFrame) -> Section:
 
 
 def noise_section(of_case: pd.DataFrame) -> Section:
-    """Dice against the noise on the test images."""
+    """The section with Dice against the noise on the test images."""
     note = (
         "Gaussian noise, the same for all methods, is added to the test images after nnU-Net's normalisation and"
         " resampling; its standard deviation is in units of the normalised image. Bars: spread over runs."
@@ -337,7 +340,7 @@ def noise_section(of_case: pd.DataFrame) -> Section:
 
 
 def overlay_sections(results: Results, compared: pd.DataFrame, size: int | None) -> list[Section]:
-    """The best, the median and the worst case by the mean Dice of all methods. Each method shows its first run."""
+    """The sections with pictures of three cases: the best, the median and the worst by the mean Dice of all methods."""
     ranked = compared.groupby("case")["dice"].mean().dropna().sort_values(ascending=False)
     if ranked.empty:
         return []
@@ -357,7 +360,7 @@ def overlay_sections(results: Results, compared: pd.DataFrame, size: int | None)
 
 
 def overlays(results: Results, case: str, folders: Mapping[str, Path]) -> dict[str, str]:
-    """The slice with the largest reference and the one with the most errors, cut to the interesting part."""
+    """The slice with the largest reference and the slice with the most errors, both cut to the interesting part."""
     test, reader = results.test_set, results.test_set.reader()
     volume, properties = reader.read_images(test.images[case][:1])
     reference = reader.read_seg(str(test.references / f"{case}{test.file_ending}"))[0][0]

@@ -1,4 +1,4 @@
-"""Find what a comparison needs: runs, test set, GPUs. Wrong options are refused before any work."""
+"""Find what a comparison needs: runs, test set, GPUs. Wrong options are refused before any work begins."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class TestSet:
     """Images with references: `imagesTs` and `labelsTs`, or a fold's validation cases.
 
     Attributes:
-        images: the channels' files of every case.
+        images: the files of every case, one for each channel.
         references: the folder of the reference labels.
-        is_validation: nnU-Net has predicted these cases at the end of the training.
+        is_validation: True if these are validation cases, which nnU-Net predicts at the end of the training.
         labels: as in dataset.json.
-        reader: nnU-Net's, for images and labels.
+        reader: nnU-Net's class that reads images and labels.
     """
 
     images: dict[str, list[str]]
@@ -55,18 +55,18 @@ def check_numbers(request: Request) -> None:
         raise UserError(f"--tolerance {request.tolerance:g}: give a number of mm above 0")
     for size in request.labeled:
         if size is not None and size < 1:
-            raise UserError(f"--labeled {size}: give numbers from 1 on, or all")
+            raise UserError(f"--labeled {size}: give numbers of 1 or more, or all")
 
 
 def check_sizes(request: Request, run: Run) -> None:
-    """Raises UserError if the labelled set is smaller than `--labeled` asks, or if `all` would not be all."""
+    """Raise UserError if there are fewer labelled cases than `--labeled` asks for, or if `all` would not mean all."""
     if not request.labeled:
         return
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
     plans = load_plans(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
     fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
     if None in request.labeled and fixed is not None:
-        fix = "--set num_labeled=null first"
+        fix = "set num_labeled=null in the plans first"
         raise UserError(f"--labeled all: the plans {request.plans} say num_labeled={fixed}: {fix}")
     raw = dataset_folder("nnUNet_raw", request.dataset)
     cases = labeled_images(raw, read_dataset_json(raw))
@@ -81,7 +81,7 @@ def check_sizes(request: Request, run: Run) -> None:
 
 
 def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
-    """nnU-Net's folds. Before the first training, those that it will make."""
+    """The folds of nnU-Net. Before the first training, these are the folds that nnU-Net will make."""
     file, cases = preprocessed / "splits_final.json", sorted(cases)
     if file.is_file() or len(cases) < NUM_FOLDS:
         return read_splits(file, "plan first with nnunet_semiseg plan_and_preprocess")
@@ -98,10 +98,11 @@ def fold_of(request: Request, preprocessed: Path, cases: Iterable[str]) -> dict:
 
 
 def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
-    """The compared runs and those of the upper bound.
+    """The runs to compare, and the runs of the upper bound.
 
     Raises:
-        UserError: a trainer does not exist or is named twice; no such dataset; seeds or sizes are out of range.
+        UserError: a trainer does not exist or is named twice; there is no such dataset; seeds or sizes are out of
+            range.
     """
     for trainer in request.trainers:
         find_trainer(trainer)
@@ -117,7 +118,9 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
         raise UserError(f"-f {request.fold}: give the number of a fold, or all")
     for trainer in request.curve or ():
         if trainer not in request.trainers or len(request.labeled) < 2:
-            raise UserError(f"--curve {trainer}: name some of --trainers, and several sizes with --labeled")
+            raise UserError(
+                f"--curve {trainer}: name only trainers of --trainers, and give several sizes with --labeled"
+            )
     seeds = [None] if request.seeds is None else range(request.seeds)
 
     def make(dataset: int | str, trainers: Iterable[str], sizes: Iterable[int | None]) -> list[Run]:
@@ -136,11 +139,11 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
 
 
 def find_test_set(request: Request, run: Run) -> TestSet:
-    """The test set if it has references, else the validation cases of the fold.
+    """Find the test set. If it has no references, take the validation cases of the fold.
 
     Raises:
-        UserError: there is neither; a reference has no image; noise is asked for, but there is no test set; or what
-            `check_labeled_data` refuses, because a label may have been corrected.
+        UserError: there is neither; a reference has no image; noise needs a test set, but there is none; or see
+            `check_labeled_data`, which is called because a label may have been corrected.
     """
     raw = dataset_folder("nnUNet_raw", request.dataset)
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
@@ -161,25 +164,31 @@ def find_test_set(request: Request, run: Run) -> TestSet:
         images = cases_of(raw / "imagesTs")
         for case in references:
             if case not in images:
-                raise UserError(f"{raw / 'labelsTs' / case}{ending}: no image {case}_0000{ending} in imagesTs: add it")
+                raise UserError(f"{raw / 'labelsTs' / case}{ending}: imagesTs has no image {case}_0000{ending}: add it")
         return TestSet({case: images[case] for case in references}, raw / "labelsTs", False, *about)
     if request.noise:
-        raise UserError(f"--noise: needs a test set, and {raw / 'labelsTs'} has no *{ending}")
+        raise UserError(
+            f"--noise: needs a test set, but {raw / 'labelsTs'} has no *{ending}: add imagesTs and labelsTs, or"
+            f" leave out --noise"
+        )
     if request.fold == "all":
         raise UserError(
-            f"{raw / 'labelsTs'}: no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
+            f"{raw / 'labelsTs'}: has no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
             f" labelsTs, or compare a numbered fold with -f"
         )
     images = cases_of(raw / "imagesTr")
     cases = sorted(fold_of(request, preprocessed, images)["val"])
     if not cases:
         raise UserError(
-            f"{preprocessed / 'splits_final.json'}: no validation cases for fold {request.fold}: add some, or choose"
-            " another fold with -f"
+            f"{preprocessed / 'splits_final.json'}: has no validation cases for fold {request.fold}: add some, or"
+            " choose another fold with -f"
         )
     for case in cases:
         if case not in images:
-            raise UserError(f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}")
+            raise UserError(
+                f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}: add it,"
+                f" or correct the file"
+            )
     return TestSet({case: images[case] for case in cases}, preprocessed / "gt_segmentations", True, *about)
 
 
@@ -200,18 +209,20 @@ def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
 
 
 def find_devices(request: Request) -> list[str]:
-    """The value of CUDA_VISIBLE_DEVICES for each process that runs at the same time. '' leaves it as it is.
+    """The value of CUDA_VISIBLE_DEVICES for each process that runs at the same time. '' means: do not change it.
 
     Raises:
         UserError: a GPU does not exist.
     """
     if request.gpus and request.device != "cuda":
-        raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: only with -device cuda")
+        raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: needs -device cuda: add it, or leave out --gpus")
     check_device(request.device)
     count = torch.cuda.device_count()
     for gpu in request.gpus:
         if not 0 <= gpu < count:
-            raise UserError(f"--gpus {gpu}: no such GPU: there are {count}, numbered from 0")
+            raise UserError(
+                f"--gpus {gpu}: there is no such GPU: use one of the {count} GPUs, whose numbers begin with 0"
+            )
     # the numbers are those that this process sees, among the GPUs that it may use
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(count)]

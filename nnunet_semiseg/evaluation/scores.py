@@ -10,7 +10,10 @@ from nnunet_semiseg.files import read_json, write_json
 
 
 def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> list[dict]:
-    """`evaluate_folder`. The result is stored and used until a file or the tolerance changes."""
+    """Do the same as `evaluate_folder`, and store the result.
+
+    The stored result is used until a file or the tolerance changes.
+    """
     ending = test_set.file_ending
     files = [place / f"{case}{ending}" for place in (folder, test_set.references) for case in test_set.images]
     key = {
@@ -30,6 +33,6 @@ def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> 
 
 
 def signature(file: Path) -> list:
-    """Name, size and time of a file: they differ from those of a later file with this name, without reading it."""
+    """Name, size and time of a file. If a later file with this name has the same values, it counts as the same file."""
     about = file.stat()
     return [file.name, about.st_size, about.st_mtime_ns]

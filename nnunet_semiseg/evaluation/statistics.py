@@ -8,21 +8,21 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 SIGNIFICANT = 0.05
-"""a p-value below this is called small"""
+"""A p-value below this is called small."""
 FEW = 10
-"""with fewer cases than this, a paired test and a bootstrap say little (see `caution`)"""
+"""With fewer cases than this, a paired test and a bootstrap say little (see `caution`)."""
 
 
 def spreads(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Means, with two spreads that must be kept apart: over trainings, and over cases.
+    """Means, and two kinds of spread that must not be mixed up: over trainings, and over cases.
 
     Args:
         scores: one row for each method, run (a training) and case, with a column `metric`.
 
     Returns:
-        Index method; columns `mean` (over cases, then over runs), `over_runs` (standard deviation of the means of the
-        runs; nan for one run), `over_cases` (standard deviation over the cases of their means over the runs), `runs`,
-        `cases`.
+        A table with a row for each method. Its columns are `mean` (over cases, then over runs), `over_runs` (standard
+        deviation of the means of the runs; nan for one run), `over_cases` (standard deviation over the cases of their
+        means over the runs), `runs` and `cases` (their numbers).
     """
     of_runs = scores.groupby(["method", "run"], sort=False)[metric].mean().groupby("method", sort=False)
     of_cases = scores.groupby(["method", "case"], sort=False)[metric].mean().groupby("method", sort=False)
@@ -46,10 +46,10 @@ def differences_from(baseline: str, scores: pd.DataFrame, metric: str) -> pd.Dat
         scores: one row for each method, run and case, with a column `metric`.
 
     Returns:
-        Index method; columns `difference` (mean, method minus baseline), `low`, `high` (its 95 % bootstrap interval,
-        percentiles of 9,999 resamples of the cases; nan for one case), `effect` (the standardised mean difference of
-        the pairs, Cohen's d_z: infinite if all differences are equal, nan if they are 0), `better` (share of cases with
-        a larger value), `p` (nan if no case differs) and `p_holm`.
+        A table with a row for each method. Its columns are `difference` (mean, method minus baseline), `low` and `high`
+        (the 95 % bootstrap interval of the difference: percentiles of 9,999 resamples of the cases; nan for one case),
+        `effect` (the standardised mean difference of the pairs, Cohen's d_z: infinite if all differences are equal, nan
+        if they are 0), `better` (share of cases with a larger value), `p` (nan if no case differs) and `p_holm`.
     """
     values = scores.groupby(["case", "method"])[metric].mean().unstack()
     rows = {}
@@ -77,7 +77,10 @@ def caution(n_cases: int) -> list[str]:
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's correction, the step-down form of Bonferroni's (Scand. J. Statist. 6, 1979). nan does not count."""
+    """Correct p-values with Holm's method, the step-down form of Bonferroni's. nan is ignored.
+
+    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
+    """
     corrected, counted = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
     order = counted[np.argsort(p[counted])]
     factors = np.arange(len(order), 0, -1)

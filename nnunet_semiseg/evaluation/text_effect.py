@@ -30,14 +30,14 @@ from nnunet_semiseg.text.prompt_learner import PromptLearner
 from nnunet_semiseg.text.prompts import class_names
 
 FEATURES = "guidance.features"
-"""the network's text features (K, d), in its state"""
+"""The name of the text features (K, d) in the state of a network."""
 LITTLE = 1e-3
-"""share of the foreground's voxels: if fewer change, the text has practically no effect"""
+"""If fewer than this share of the foreground voxels change, the text has practically no effect."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Text features (K, d) to predict with, and their meaning."""
+    """Text features (K, d) with which the test set is predicted, and a sentence that says what they are."""
 
     name: str
     features: Tensor
@@ -48,8 +48,8 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
     """Predict the test set with the true text and with shuffled, noise and empty prompts. Report what changes.
 
     Args:
-        request: with one trainer.
-        output: default: a folder in the dataset's results.
+        request: the options of a comparison, with one trainer.
+        output: the folder of the report. None: a folder in the dataset's results.
 
     Returns:
         The report, a page of HTML.
@@ -60,7 +60,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
     (run,), _ = make_runs(request)
     test_set = find_test_set(request, run)
     if test_set.is_validation:
-        raise UserError(f"{run.dataset}: no test set: add imagesTs and labelsTs")
+        raise UserError(f"{run.dataset}: this raw dataset has no test set: add the folders imagesTs and labelsTs")
     devices = find_devices(request)
     if not run.is_trained:
         raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
@@ -79,7 +79,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
 
 
 def with_prompts(job: Job, variant: Prompts, file: Path, folder: Path) -> Job:
-    """A job for the same prediction with other text features. It writes them to `file`, which the job reads."""
+    """A job for the same prediction with other text features. They are written to `file`, which the job reads."""
     with written_whole(file) as temporary:
         temporary.write_bytes(save({FEATURES: variant.features.contiguous()}))
     content = {
@@ -92,14 +92,16 @@ def with_prompts(job: Job, variant: Prompts, file: Path, folder: Path) -> Job:
 
 
 def make_variants(run: Run) -> list[Prompts]:
-    """The features that the model was trained with, and three kinds of wrong ones.
+    """The text features that the model was trained with, and three kinds of wrong features.
 
     Raises:
         UserError: the model has no text features.
     """
     checkpoint = run.load_checkpoint()
     if FEATURES not in checkpoint["network_weights"]:
-        raise UserError(f"{run.checkpoint}: a model without text: give one that was trained with a text-guided trainer")
+        raise UserError(
+            f"{run.checkpoint}: this model has no text: give one that was trained with a text-guided trainer"
+        )
     true = checkpoint["network_weights"][FEATURES].float()
     noise = F.normalize(torch.randn(true.shape, generator=torch.Generator().manual_seed(0)), dim=1)
     return [
@@ -111,7 +113,7 @@ def make_variants(run: Run) -> list[Prompts]:
 
 
 def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, str]:
-    """The features of empty texts with the learnt context. Zeros if there is no text encoder."""
+    """The features of empty texts with the learnt context tokens. If there is no text encoder, the features are 0."""
     plans = checkpoint["init_args"]["plans"]
     trainer = find_class("trainers", run.trainer)
     settings = read_settings(trainer.settings_class, plans, trainer)
@@ -132,7 +134,10 @@ def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, st
 def make_report(
     request: Request, run: Run, test_set: TestSet, variants: list[Prompts], folders: dict[str, Path], output: Path
 ) -> Report:
-    """Dice with each kind of prompts, and the voxels that change. The numbers are in `voxels.csv` and `cases.csv`."""
+    """Report the Dice with each kind of prompts, and how many voxels change.
+
+    `voxels.csv` and `cases.csv` have the numbers.
+    """
     tables = []
     for name, folder in folders.items():
         rows = evaluate(folder, test_set, request, output / "scores" / f"{name}.json")
@@ -172,7 +177,10 @@ def make_report(
 
 
 def verdict(shares: dict[str, float], differences: pd.DataFrame) -> str:
-    """The result in words, from the shares of the foreground's voxels that change and from the change in Dice."""
+    """Say the result in words.
+
+    It depends on the share of the foreground voxels that change, and on the change in Dice.
+    """
     most = max(shares, key=shares.get)
     if shares[most] == 0:
         return "Text changes nothing: with any prompts every voxel is predicted as with the true ones."
@@ -190,13 +198,13 @@ def verdict(shares: dict[str, float], differences: pd.DataFrame) -> str:
 
 
 def changed_voxels(true: Path, other: Path, test_set: TestSet) -> np.ndarray:
-    """How many voxels of each case are predicted differently."""
+    """The number of voxels of each case that are predicted differently."""
     ending, reader = test_set.file_ending, test_set.reader()
     pairs = ((reader.read_seg(str(f / f"{case}{ending}"))[0] for f in (true, other)) for case in test_set.images)
     return np.array([np.count_nonzero(a != b) for a, b in pairs])
 
 
 def foreground_voxels(folder: Path, test_set: TestSet) -> int:
-    """How many voxels of all cases together are not background."""
+    """The number of voxels of all cases together that are not background."""
     ending, reader = test_set.file_ending, test_set.reader()
     return sum(np.count_nonzero(reader.read_seg(str(folder / f"{case}{ending}"))[0]) for case in test_set.images)

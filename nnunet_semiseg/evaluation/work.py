@@ -1,4 +1,4 @@
-"""A command in a process of its own. It imports little, because every job in a queue starts with it."""
+"""Run a command in a separate process. This module imports little, because every job in a queue starts with it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import subprocess
 from pathlib import Path
 
 SECONDS = 0.5
-"""seconds between two checks whether somebody still waits for the result"""
+"""The number of seconds between two checks whether somebody still waits for the result."""
 
 
 class Process:
     """A command that is running.
 
     Args:
-        log: its output is added to the end of this file.
-        device: CUDA_VISIBLE_DEVICES; '' leaves it as it is.
+        log: the output of the command is added to the end of this file.
+        device: the value of CUDA_VISIBLE_DEVICES. '' means: do not change it.
     """
 
     def __init__(self, command: list[str], log: Path, device: str = ""):
@@ -32,23 +32,25 @@ class Process:
         """Wait for the end of the command. Returns what went wrong, or None.
 
         Raises:
-            TimeoutExpired: it is still running.
+            TimeoutExpired: the command is still running.
         """
         return say_what_failed(self.process.wait(timeout), self.log)
 
     def cancel(self) -> None:
-        """End it, with all processes that it started."""
+        """End the command and all processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class Work:
-    """What is put into a queue: a command and the file for its output. It returns what went wrong, or None.
+    """A function that is put into a queue: it runs a command and returns what went wrong, or None.
 
     Args:
+        command: the words of the command.
+        log: the file for its output.
         device: see `Process`.
-        asked_by: a process of this computer that waits for the result. When that process ends, so does the command.
+        asked_by: a process of this computer that waits for the result. When that process ends, the command ends, too.
             None: nobody needs to wait.
     """
 
@@ -67,7 +69,7 @@ class Work:
             process.cancel()
 
     def checkpoint(self):
-        """submitit calls this when a job is interrupted. It puts the same work into the queue again."""
+        """Put the same work into the queue again. submitit calls this when a job is interrupted."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -85,7 +87,7 @@ def is_alive(process: int) -> bool:
 
 
 def say_what_failed(status: int, log: Path) -> str | None:
-    """The last line that a failed process printed. If it was killed, that is said instead."""
+    """The last line that a failed process printed. If the process was killed, the line says so instead."""
     if status == 0:
         return None
     if status < 0:

@@ -1,4 +1,4 @@
-"""Work of a comparison in its own process: `python -m nnunet_semiseg.evaluation.worker JOB.json`.
+"""Do the work of one job of a comparison: `python -m nnunet_semiseg.evaluation.worker JOB.json`.
 
 A training is nnU-Net's own command, and a prediction uses nnU-Net's own predictor. This module only measures them.
 """
@@ -28,7 +28,10 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 
 
 def train(words: list[str], folder: str) -> None:
-    """Run `nnUNetv2_train`, then write the peak of memory, over all interruptions, into the run's folder."""
+    """Run `nnUNetv2_train`, then write the peak of memory into the run's folder.
+
+    Earlier, interrupted starts count, too.
+    """
     if not {"--c", "--val"} & set(words) and any(Path(folder).glob("checkpoint_*.pth")):
         words = [*words, "--c"]  # this job has started before; a cluster has interrupted it
     sys.argv = ["nnUNetv2_train", *words]
@@ -57,7 +60,7 @@ def predict(
     Args:
         images: for each case the files of its channels.
         noise: standard deviation of the Gaussian noise on the normalised images.
-        features: a safetensors file with weights that replace those of the model.
+        features: a safetensors file with weights that replace the same weights of the model.
         settings: stored in the record, which says whether the predictions are still the ones that are asked for.
     """
     folder = Path(output)
@@ -85,7 +88,10 @@ def predict(
 
 
 class NoisyPredictor(nnUNetPredictor):
-    """nnU-Net's predictor. The n-th image gets the n-th noise, the same for all models with the same preprocessing."""
+    """nnU-Net's predictor with noise on the images.
+
+    All models with the same preprocessing get the same noise on image n.
+    """
 
     noise = 0.0
     count = 0

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) -> Tensor:
     """Remove the smaller components of some classes or regions. Voxels are connected by faces, edges and corners.
 
-    On a CPU it uses MONAI's transform, one sample after the other. On a GPU that would copy to the CPU and wait, so
-    `largest_component` is used there.
+    On a CPU it uses MONAI's transform, one sample after the other. On a GPU this transform would copy to the CPU and
+    wait, so `largest_component` is used there.
 
     Args:
         label: classes (B, 1, *S), or regions (B, heads or more, *S).
-        heads: the classes or regions that have a single component.
-        regions: whether the label is one of regions, with one channel for each.
+        heads: the numbers of the classes or regions that keep only one component.
+        regions: whether the label consists of regions, with one channel for each.
     """
     if not len(heads):
         return label
@@ -38,13 +38,13 @@ def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) 
 
 
 def largest_component(mask: Tensor) -> Tensor:
-    """The largest component of each sample's mask, (B, *S), bool, with a fixed number of operations.
+    """The largest component of the mask of each sample, (B, *S), bool, in a fixed number of operations.
 
     Every voxel points to a voxel of its component, at first to itself. In each round a voxel looks at its neighbours (a
-    maximum over 3 voxels along each axis); the voxel that it points to takes over the largest pointer found there; then
-    pointers are shortened. The method is from Zhang, Azad and Hu, "FastSV: a distributed-memory connected component
-    algorithm with fast convergence" (SIAM PP 2020). The number of rounds grows with the logarithm of the number of
-    voxels. Here it is fixed, so that nothing waits for the GPU.
+    maximum over 3 voxels along each axis). The voxel that it points to takes over the largest pointer that was found.
+    Then the chains of pointers are shortened. The method is from Zhang, Azad and Hu, "FastSV: a distributed-memory
+    connected component algorithm with fast convergence" (SIAM PP 2020). The number of rounds that are needed grows with
+    the logarithm of the number of voxels. Here it is fixed, so that nothing waits for the GPU.
     """
     batch, shape = len(mask), mask.shape
     n = mask.numel()

@@ -9,7 +9,9 @@ from nnunet_semiseg.losses.segmentation import on_grid
 
 
 def draw_box(x: Tensor, share: float, whole_first_axis: bool = False) -> Tensor:
-    """Draw a box at random: (1, 1, *s), bool, True inside. Its sides are this share of those of x (B, C, *s).
+    """Draw a box at a random place: (1, 1, *s), bool, True inside.
+
+    The sides of the box are a given share of the sides of x (B, C, *s).
 
     Args:
         whole_first_axis: the box goes through all slices along the first axis.
@@ -22,12 +24,17 @@ def draw_box(x: Tensor, share: float, whole_first_axis: bool = False) -> Tensor:
 
 
 def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:
-    """Paste a box (1, 1, *S) of x into another image, both (B, C, *s). For a coarser grid the box is resampled."""
+    """Paste the part of x in a box (1, 1, *S) into another image. Both are (B, C, *s).
+
+    The box is resampled to their grid.
+    """
     return torch.where(on_grid(box, x), x, into)
 
 
 def draw_mixing_box(x: Tensor, often: float) -> Tensor:
-    """The box of CutMix in AD-MT and TraCoCo. Its sides are sqrt(b) times those of the patch, with b from Beta(4, 4).
+    """Draw the box of CutMix in AD-MT and TraCoCo.
+
+    The sides of the box are sqrt(b) times the sides of the patch, with b from Beta(4, 4).
 
     Args:
         often: the probability that there is a box. Otherwise the box is empty.
@@ -37,14 +44,17 @@ def draw_mixing_box(x: Tensor, often: float) -> Tensor:
 
 
 def cut_mix(x: Tensor, box: Tensor) -> Tensor:
-    """Paste into each sample of x (B, C, *S) the box of the sample before it, and into the first that of the last."""
+    """Paste into each sample of x (B, C, *S) a box of the sample before it.
+
+    The first sample gets it from the last one.
+    """
     return paste(box, x.roll(1, 0), x)
 
 
 def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The first n samples, and a partner for each: the sample before it.
 
-    The first one gets the sample after the last.
+    The partner of the first sample is the sample after the n-th one.
     """
     x = x[: n + 1]
     return x[:n], x.roll(1, 0)[:n]

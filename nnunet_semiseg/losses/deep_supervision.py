@@ -1,4 +1,4 @@
-"""nnU-Net's loss with deep supervision: towards pseudo-labels, and over a part of the voxels."""
+"""nnU-Net's loss with deep supervision, for pseudo-labels and for a part of the voxels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nnunet_semiseg.losses.segmentation import has_label, on_grid, soft_label_lo
 
 
 def finest_of(loss: nn.Module) -> nn.Module:
-    """nnU-Net's loss for a single output, without deep supervision."""
+    """nnU-Net's loss for a single output, taken out of its deep supervision."""
     return loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss  # pyright: ignore[reportReturnType]
 
 
 def pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """nnU-Net's loss towards one target at full resolution. For coarser outputs the target is resampled (nearest).
+    """nnU-Net's loss towards a pseudo-label at full resolution. For coarser outputs the nearest voxels are taken.
 
     Args:
-        loss: nnU-Net's, with or without deep supervision.
-        output: logits (B, heads, *S); with deep supervision a list of them, from fine to coarse.
+        loss: the loss of nnU-Net, with or without deep supervision.
+        output: logits (B, heads, *S); with deep supervision a list of logits, from fine to coarse.
         target: as `hard_pseudo_label` returns it.
         weight: (B, 1, *S), at least 0, see `weighted_loss`. None: all voxels have the same weight.
     """
@@ -36,7 +36,10 @@ def pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None =
 
 
 def soft_pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`pseudo_loss` towards probabilities (B, heads, *S): `soft_label_loss`. For coarser outputs they are averaged."""
+    """`pseudo_loss` towards probabilities (B, heads, *S), with `soft_label_loss`.
+
+    For coarser outputs the probabilities are averaged.
+    """
 
     def of_one(logits: Tensor) -> Tensor:
         means = F.interpolate(target, logits.shape[2:], mode="area")
@@ -46,22 +49,22 @@ def soft_pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | N
 
 
 def _over_outputs(of_one: Callable[[Tensor], Tensor], loss: nn.Module, output) -> Tensor:
-    """The sum of `of_one` over the outputs, with the weights of nnU-Net's deep supervision if there are several."""
+    """Apply `of_one` to each output, and add the results with the weights of nnU-Net's deep supervision."""
     if isinstance(loss, DeepSupervisionWrapper) and isinstance(output, (list, tuple)):
         return DeepSupervisionWrapper(of_one, loss.weight_factors)(output)
     return of_one(output)
 
 
 def loss_where(loss: nn.Module, output, target, mask: Tensor, label_manager) -> Tensor:
-    """nnU-Net's loss over the labelled voxels of a mask. The mean is taken over these voxels, not over all.
+    """nnU-Net's loss over those voxels of a mask that have a label. The mean is taken over these voxels only.
 
     Args:
-        loss: nnU-Net's, with or without deep supervision.
-        output: logits; with deep supervision a list of them, from fine to coarse.
-        target: as nnU-Net's losses take it: a tensor, or a list if the output is one. Or one tensor at full resolution,
-            as in `pseudo_loss`.
+        loss: the loss of nnU-Net, with or without deep supervision.
+        output: logits; with deep supervision a list of logits, from fine to coarse.
+        target: as nnU-Net's losses take it: a tensor, or a list if the output is a list. A single tensor at full
+            resolution is allowed in both cases, as in `pseudo_loss`.
         mask: (1 or B, 1, *S), bool, at full resolution.
-        label_manager: nnU-Net's.
+        label_manager: the `LabelManager` of nnU-Net.
     """
 
     def of_one(logits: Tensor, target: Tensor) -> Tensor:
@@ -80,20 +83,20 @@ def loss_where(loss: nn.Module, output, target, mask: Tensor, label_manager) -> 
 def mixed_loss(
     loss: nn.Module, output, target, pseudo_label: Tensor, is_labeled: Tensor, weight: float | Tensor, label_manager
 ) -> Tensor:
-    """nnU-Net's loss with its deep supervision where an image has partly true labels and partly pseudo-labels.
+    """nnU-Net's loss with deep supervision for images with true labels in one part and pseudo-labels in the other.
 
-    There is one Dice for the whole patch. With a Dice for each part, a part without foreground would have no useful
-    Dice, and nothing would keep the network from finding too much foreground there.
+    There is one Dice for the whole patch. With a Dice for each part, the Dice of a part without foreground would be of
+    no use: nothing would keep the network from finding too much foreground there.
 
     Args:
-        loss: nnU-Net's, with or without deep supervision.
-        output: logits, with deep supervision a list of them from fine to coarse.
+        loss: the loss of nnU-Net, with or without deep supervision.
+        output: logits, with deep supervision a list of logits, from fine to coarse.
         target: true labels, in the form that nnU-Net's losses take for this output.
         pseudo_label: at full resolution, in the form of `hard_pseudo_label`.
-        is_labeled: (1 or B, 1, *S), bool, at full resolution: where the target holds.
+        is_labeled: (1 or B, 1, *S), bool, at full resolution: True where the true label is used.
         weight: how much a pseudo-labelled voxel counts, at least 0; a labelled one counts 1 and an ignored one 0.
             One number, or (B, 1, *S).
-        label_manager: nnU-Net's.
+        label_manager: the `LabelManager` of nnU-Net.
     """
 
     def of_one(logits: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from math import exp
 
 
 def gaussian_ramp(progress: float) -> float:
-    """exp(-5 (1 - t)^2): it grows from 0.0067 at t = 0 to 1 at t = 1, and stays 1 after that.
+    """The Gaussian ramp exp(-5 (1 - t)^2): it grows from 0.0067 at t = 0 to 1 at t = 1, and stays 1 after that.
 
     Source: Laine and Aila, Temporal Ensembling (ICLR 2017). Nearly every semi-supervised method uses this ramp.
     """

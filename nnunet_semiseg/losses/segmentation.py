@@ -15,7 +15,8 @@ def hard_pseudo_label(logits: Tensor, label_manager) -> Tensor:
 
     Args:
         logits: (B, heads, *S).
-        label_manager: nnU-Net's. It says whether the heads are classes (softmax) or regions (sigmoid).
+        label_manager: the `LabelManager` of nnU-Net. It says whether the heads are classes (softmax) or regions
+            (sigmoid).
 
     Returns:
         Classes: (B, 1, *S), int16, like nnU-Net's labels. Regions: (B, heads, *S), bool. If the dataset has an ignore
@@ -37,7 +38,7 @@ def probabilities(logits: Tensor, label_manager) -> Tensor:
 def entropy(p: Tensor, regions: bool) -> Tensor:
     """The entropy -sum p log p over the classes, (B, 1, *S).
 
-    For regions: that of each region and its complement, (B, heads, *S).
+    For regions it is the entropy of each region and its complement, (B, heads, *S).
     """
     if regions:
         return torch.special.entr(p) + torch.special.entr(1 - p)
@@ -45,7 +46,7 @@ def entropy(p: Tensor, regions: bool) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor, regions: bool) -> Tensor:
-    """KL(p || q) of classes, (B, 1, *S), or of each region and its complement, (B, heads, *S)."""
+    """The KL divergence KL(p || q) of classes, (B, 1, *S), or of each region and its complement, (B, heads, *S)."""
 
     def relative(p: Tensor, q: Tensor) -> Tensor:
         return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
@@ -56,7 +57,7 @@ def divergence(p: Tensor, q: Tensor, regions: bool) -> Tensor:
 
 
 def has_label(target: Tensor, label_manager) -> Tensor:
-    """(B, 1, *S), bool: False where a target, as nnU-Net's losses take it, has the ignore label."""
+    """Find labelled voxels, (B, 1, *S), bool: False where the target of nnU-Net's losses has the ignore label."""
     if not label_manager.has_ignore_label:
         return torch.ones_like(target[:, :1], dtype=torch.bool)
     if label_manager.has_regions:
@@ -65,14 +66,17 @@ def has_label(target: Tensor, label_manager) -> Tensor:
 
 
 def confidence(p: Tensor, label_manager) -> Tensor:
-    """The probability of the decision, (B, 1, *S), from probabilities (B, heads, *S). For regions the smallest one."""
+    """The probability of the decision, (B, 1, *S), from probabilities (B, heads, *S).
+
+    For regions the smallest of all.
+    """
     if label_manager.has_regions:
         return torch.maximum(p, 1 - p).amin(1, keepdim=True)
     return p.amax(1, keepdim=True)
 
 
 def disagree(a: Tensor, b: Tensor, label_manager) -> Tensor:
-    """Where the decisions of two logits (B, heads, *S) differ, in any region: (B, 1, *S), bool."""
+    """Find voxels where the decisions of two logits (B, heads, *S) differ, in any region: (B, 1, *S), bool."""
     a, b = (hard_pseudo_label(x, label_manager) for x in (a, b))
     return (a != b).any(1, keepdim=True)
 
@@ -87,9 +91,9 @@ def on_grid(target: Tensor, x: Tensor) -> Tensor:
 def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """nnU-Net's Dice + CE with a weight for each voxel.
 
-    Dice: the weights are in each of its three sums over voxels. CE: each voxel is multiplied by its weight, then the
-    mean is taken over *all* voxels, so that smaller weights give a smaller loss. Targets are not changed. A sample
-    whose weights are all 0 has no loss.
+    Dice: each of its three sums over voxels has the weights. CE: each voxel is multiplied by its weight, then the mean
+    is taken over *all* voxels, so that smaller weights give a smaller loss. Targets are not changed. A sample whose
+    weights are all 0 has no loss.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
@@ -147,7 +151,10 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None 
 
 
 def share_without_weight(loss, weight: Tensor) -> Tensor:
-    """The share of samples (with `batch_dice`: 1 or 0) whose weights are all 0. Their Dice is 1 by smoothing only."""
+    """The share of samples whose weights are all 0. With `batch_dice` it is 1 or 0.
+
+    The Dice of such a sample is 1, but only because of the smoothing.
+    """
     counts = weight.flatten(1).any(1)
     if loss.dc.batch_dice:
         counts = counts.any()

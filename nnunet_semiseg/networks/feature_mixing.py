@@ -1,4 +1,4 @@
-"""A U-Net with two streams: one mixes features, one drops channels (STLU-Net)."""
+"""A U-Net with two streams: one mixes the features of two samples, the other drops channels (STLU-Net)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from nnunet_semiseg.networks.feature_perturbation import drop_channels
 
 BLOCK_SIZE = 7
-"""block size of dropblock, as in its paper; it is smaller if a feature map is"""
+"""The size of the blocks in dropblock, as in its paper. For a smaller feature map the blocks are smaller."""
 
 
 def similarity_weights(a: Tensor, b: Tensor) -> Tensor:
-    """w = clamp(cos(relu(a), relu(b)), 0, 1) for each sample and channel, over all places.
+    """The weight w = clamp(cos(relu(a), relu(b)), 0, 1) of each channel of each sample. The cosine is over all places.
 
     Source: STLU-Net. We apply a ReLU before the cosine. After an instance norm and a LeakyReLU the cosines are often
     negative, and a weight of 0 exchanges the whole channel. A channel without positive values has w = 0.
@@ -26,7 +26,7 @@ def similarity_weights(a: Tensor, b: Tensor) -> Tensor:
         a, b: features (B, C, *s).
 
     Returns:
-        (B, C, 1, ..., 1), float32, without gradient.
+        The weights (B, C, 1, ..., 1), float32, without gradient.
     """
     with torch.no_grad():
         flat = (x.float().relu().flatten(2) for x in (a, b))
@@ -34,13 +34,13 @@ def similarity_weights(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mix(a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(w a + (1 - w) b, w b + (1 - w) a): each result keeps the share w of its own features."""
+    """Return w a + (1 - w) b and w b + (1 - w) a. Each result keeps the share w of its own features."""
     weight = weight.to(a.dtype)
     return torch.lerp(b, a, weight), torch.lerp(a, b, weight)
 
 
 def drop_blocks(x: Tensor, p: float) -> Tensor:
-    """DropBlock (Ghiasi et al., NeurIPS 2018) on features (B, C, *s), in 2d or 3d."""
+    """Set random blocks of features (B, C, *s), in 2d or 3d, to 0: DropBlock (Ghiasi et al., NeurIPS 2018)."""
     from torchvision.ops import drop_block2d, drop_block3d  # slow to import
 
     size = min(BLOCK_SIZE, *x.shape[2:])
@@ -48,9 +48,10 @@ def drop_blocks(x: Tensor, p: float) -> Tensor:
 
 
 def mixing_points(n_stages: int) -> dict[str, int]:
-    """The last stage of each group: S is the first half of the stages before the bottleneck, I the other half, then B.
+    """For each group of encoder stages, the number of its last stage. The groups are S, I and B.
 
-    With five stages, as in the paper's V-Net, S has two stages and I has two. With two stages there is no I.
+    S is the first half of the stages before the bottleneck, I is the other half, and B is the bottleneck. With five
+    stages, as in the paper's V-Net, S and I have two stages each. With two stages there is no I.
     """
     shallow = n_stages // 2
     return {"S": shallow - 1, **({"I": n_stages - 2} if n_stages > 2 else {}), "B": n_stages - 1}
@@ -64,8 +65,8 @@ class FeatureMixingUNet(nn.Module):
     Args:
         network: a PlainConvUNet or ResidualEncoderUNet.
         mixing: `similarity` (the features give w), `weight` (w is given), `dropblock` or `off`.
-        dropout: p of the other stream's channel dropout, and of dropblock.
-        own_skips: mixed features go to the next stage, and the decoder's skip has the features before mixing. The
+        dropout: the probability of the channel dropout in the other stream, and of dropblock.
+        own_skips: the next stage gets the mixed features, but the decoder gets the features before mixing. Only the
             bottleneck, which has no next stage, gives mixed features to the decoder.
     """
 
@@ -78,15 +79,15 @@ class FeatureMixingUNet(nn.Module):
         self.mixing, self.dropout, self.own_skips = mixing, dropout, own_skips
 
     def forward(self, x: Tensor):
-        """The plain network's output for (B, C, *S)."""
+        """The output of the plain network for images (B, C, *S)."""
         return self.decode(self.encode(x))
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The plain network's skips, from fine to coarse."""
+        """The skips of the plain network, from fine to coarse."""
         return self.encoder(x)
 
     def decode(self, skips: list[Tensor]):
-        """The output for the skips of one of the streams, or of the plain network."""
+        """The output of the decoder for the skips of one of the streams, or of the plain network."""
         return self.decoder(skips)
 
     def paired(
@@ -97,20 +98,21 @@ class FeatureMixingUNet(nn.Module):
         mixed_at: Sequence[int] | None = None,
         samples: int | None = None,
     ):
-        """The skips of both streams, for labelled samples and their partners.
+        """The skips of both streams, for labelled samples and their unlabelled partners.
 
         Args:
             x: (2 B, C, *S): the labelled samples, then their partners.
-            points: the stages after which features are mixed and channels dropped, in ascending order.
-            weight: w, if the features do not give it.
+            points: the stages after which features are mixed and channels are dropped, in ascending order.
+            weight: the weight w, if the features do not give it.
             mixed_at: the points at which features are mixed. None: all.
-            samples: before the streams separate, a stage takes this number of samples at once. The feature maps inside
-                such a stage are not kept; the backward pass computes them again. None: all are kept.
+            samples: the number of samples that a stage takes at once, before the streams separate. The feature maps
+                inside such a stage are not kept; the backward pass computes them again. None: all samples at once, and
+                all maps are kept.
 
         Returns:
-            For the labelled half: the skips of the mixing stream and of the dropout stream, each from fine to coarse.
-            The same for the other half. With `similarity` a list of the weights (B, C, 1, ..., 1) at each point, else
-            []. Skips that both streams share are the same tensor.
+            For the labelled half, the skips of the mixing stream and those of the dropout stream, each from fine to
+            coarse. The same for the other half. With `similarity` a list of the weights (B, C, 1, ..., 1) at each
+            point, else []. Skips that both streams share are the same tensor.
         """
 
         def in_parts(module: nn.Module, x: Tensor) -> Tensor:
@@ -144,6 +146,6 @@ class FeatureMixingUNet(nn.Module):
         return *halves, weights
 
     def parts(self) -> list[nn.Module]:
-        """The modules that `paired` runs."""
+        """The modules that the method `paired` runs."""
         stem = getattr(self.encoder, "stem", None)
         return [*self.encoder.stages, self.decoder, *([] if stem is None else [stem])]

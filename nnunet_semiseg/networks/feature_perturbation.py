@@ -15,13 +15,13 @@ def drop_channels(x: Tensor, p: float) -> Tensor:
 
 
 def feature_noise(x: Tensor, bound: float = 0.3) -> Tensor:
-    """x + x N, with N uniform in -bound to bound and the same for all samples (CCT's F-Noise)."""
+    """Return x + x N. The noise N is uniform in -bound to bound and the same for all samples (F-Noise in CCT)."""
     noise = torch.empty_like(x[:1]).uniform_(-bound, bound)
     return x + x * noise
 
 
 def feature_drop(x: Tensor, low: float = 0.6, high: float = 0.9) -> Tensor:
-    """x where its attention is below a random threshold between low and high, else 0 (CCT's F-Drop).
+    """Set x to 0 where its attention is above a random threshold between low and high (F-Drop in CCT).
 
     The attention is the mean over channels, scaled to 0 to 1 for each sample. So the most active places are dropped.
     """
@@ -34,7 +34,7 @@ def feature_drop(x: Tensor, low: float = 0.6, high: float = 0.9) -> Tensor:
 
 
 def mask_object(x: Tensor, foreground: Tensor) -> Tensor:
-    """x without the foreground (CCT's Obj-Msk).
+    """Set x to 0 in the foreground (Obj-Msk in CCT).
 
     Args:
         x: (B, C, *s).
@@ -44,12 +44,15 @@ def mask_object(x: Tensor, foreground: Tensor) -> Tensor:
 
 
 def mask_context(x: Tensor, foreground: Tensor) -> Tensor:
-    """x in the foreground, else 0 (CCT's Con-Msk)."""
+    """Set x to 0 outside the foreground (Con-Msk in CCT)."""
     return x * on_grid(foreground, x)
 
 
 def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
-    """x without a random box inside the foreground's bounding box, with this share of its sides (CCT's G-Cutout)."""
+    """Set x to 0 in a random box inside the bounding box of the foreground (G-Cutout in CCT).
+
+    The sides of the box are a given share of the sides of the bounding box.
+    """
     foreground = on_grid(foreground, x)
     box = torch.ones_like(foreground)
     for axis in range(2, x.ndim):

@@ -12,7 +12,9 @@ from nnunet_semiseg.errors import UserError
 
 
 class ChannelGroups(nn.Module):
-    """Two modalities that are channels of the image: (B, C, *S) to two (B, C_i, *S). An empty channel becomes 0.
+    """Split an image (B, C, *S) into two modalities (B, C_i, *S), which are groups of its channels.
+
+    An empty channel becomes 0.
 
     Args:
         groups: the channels of each modality.
@@ -33,7 +35,7 @@ class ChannelGroups(nn.Module):
 
 
 class TwoContrasts(nn.Module):
-    """A single channel shown in two contrasts, which take the place of two modalities: (B, 1, *S) to two of that shape.
+    """Show a single channel (B, 1, *S) in two contrasts of the same shape. They take the place of two modalities.
 
     Args:
         contrasts: two functions of intensities, such as `Window` and `ContrastCurve`.
@@ -48,11 +50,11 @@ class TwoContrasts(nn.Module):
 
 
 class Window:
-    """A CT window for a normalised image: level - width / 2 becomes -1, and level + width / 2 becomes 1.
+    """A CT window for a normalised image. It maps level - width / 2 to -1, and level + width / 2 to 1.
 
     Args:
         level, width: in HU.
-        mean, std: the values of nnU-Net's `CTNormalization`, in HU.
+        mean, std: the mean and standard deviation that nnU-Net's `CTNormalization` uses, in HU.
     """
 
     def __init__(self, level: float, width: float, mean: float, std: float):
@@ -63,7 +65,10 @@ class Window:
 
 
 class ContrastCurve:
-    """2 sigmoid(x)^gamma - 1 of z-scores. A gamma below 1 gives contrast to dark values, one above 1 to bright ones."""
+    """Change z-scores x to 2 sigmoid(x)^gamma - 1.
+
+    A gamma below 1 gives contrast to dark values, above 1 to bright ones.
+    """
 
     def __init__(self, gamma: float):
         self.gamma = gamma
@@ -73,7 +78,7 @@ class ContrastCurve:
 
 
 def halves(n_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The channels 0 to n - 1 in two groups. If n is odd, the second group has one more."""
+    """Divide the channels 0 to n - 1 into two groups. If n is odd, the second group has one channel more."""
     middle = n_channels // 2
     return tuple(range(middle)), tuple(range(middle, n_channels))
 
@@ -90,7 +95,7 @@ def kept_range(plans_manager) -> tuple[float, float]:
 
 
 def two_thirds(low: float, high: float) -> list[tuple[float, float]]:
-    """Level and width of the lower two thirds and of the upper two thirds of a range."""
+    """The level and the width of two windows: the lower two thirds and the upper two thirds of a range."""
     third = (high - low) / 3
     return [(low + third, 2 * third), (high - third, 2 * third)]
 
@@ -105,7 +110,9 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
     groups = settings.modalities
     if n_channels == 1:
         if groups or settings.modality_dropout:
-            raise UserError("settings modalities, modality_dropout: not for a dataset with a single channel")
+            raise UserError(
+                "settings modalities and modality_dropout: the dataset has a single channel: leave them out"
+            )
         if settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
             raise UserError("setting modality_views=ct_windows: the images are not CT: set it to contrast")
         if settings.ct_windows and is_ct(configuration_manager):
@@ -125,7 +132,7 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
 
 
 def check_windows(windows, low: float, high: float) -> None:
-    """Refuse two windows that both show the whole range (they are equal), and a window that shows nothing of it."""
+    """Refuse two windows that both show the whole range, and a window that shows nothing of it."""
     bounds = [(level - width / 2, level + width / 2) for level, width in windows]
     if all(a <= low and high <= b for a, b in bounds) or any(b <= low or high <= a for a, b in bounds):
         raise UserError(
@@ -144,7 +151,7 @@ def make_modalities(settings, n_channels: int, plans_manager, configuration_mana
 
 
 def make_two_contrasts(settings, plans_manager, configuration_manager) -> TwoContrasts:
-    """CT windows if the setting asks for them or the images are CT, else contrast curves."""
+    """Make CT windows if the setting asks for them or the images are CT, else contrast curves."""
     kind = settings.modality_views
     if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
         about = plans_manager.foreground_intensity_properties_per_channel["0"]
@@ -154,9 +161,12 @@ def make_two_contrasts(settings, plans_manager, configuration_manager) -> TwoCon
 
 
 def draw_present(groups, images: Tensor, p: float) -> Tensor:
-    """Draw which channels are shown, (B, C, 1, ..., 1) of 0 and 1: with probability p a sample loses one of its groups.
+    """Draw which channels are shown, (B, C, 1, ..., 1) of 0 and 1.
 
-    Both groups are lost equally often. A sample whose other group is 0 everywhere keeps its only group.
+    With probability p a sample loses one of its two groups.
+
+    Both groups are lost equally often. If a sample has only one group, because the other one is 0 everywhere, it keeps
+    this group.
     """
     drawn = torch.rand(len(images), device=images.device)
     keep = images.new_ones(images.shape[:2])

@@ -1,4 +1,4 @@
-"""nnU-Net's network with more decoders on the same encoder, and with text at the bottleneck."""
+"""nnU-Net's network with more decoders on the same encoder, and with text that guides the bottleneck."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class InterpolationUpsampling(nn.Sequential):
-    """Interpolation and a 1x1 convolution, instead of a transposed convolution.
+    """Upsampling by interpolation and a 1x1 convolution, instead of a transposed convolution.
 
-    The order of the two does not matter, because interpolation weights have the sum 1. So the convolution runs first,
-    on the smaller grid.
+    The order of the two does not matter, because the weights of an interpolation have the sum 1. So the convolution
+    runs first, on the smaller grid.
 
     Args:
-        conv_op: torch's convolution of the plans, such as `nn.Conv3d`.
+        conv_op: the class of the convolution in the plans, such as `nn.Conv3d`.
 
     Shape: (B, C_in, *S) -> (B, C_out, *(S * stride))
     """
@@ -40,13 +40,13 @@ def extra_decoder(
     upsampling: Literal["transposed", "linear", "nearest"] = "transposed",
     finest_only: bool = False,
 ) -> UNetDecoder:
-    """One more decoder for a PlainConvUNet or ResidualEncoderUNet, with its own weights.
+    """Make one more decoder for a PlainConvUNet or ResidualEncoderUNet, with its own weights.
 
     Args:
-        network: has the `encoder` whose skips all decoders read, and the first `decoder`.
-        n_conv_per_stage: as in the plans (`n_conv_per_stage_decoder`).
-        deep_supervision: whether it returns several outputs. It has all heads in any case, as in nnU-Net.
-        finest_only: it has only the finest head.
+        network: the network with the `encoder`, whose skips all decoders read, and the first `decoder`.
+        n_conv_per_stage: the value of `n_conv_per_stage_decoder` in the plans.
+        deep_supervision: whether the decoder returns several outputs. It has all heads in any case, as in nnU-Net.
+        finest_only: whether the decoder has only the finest head.
 
     Returns:
         A decoder whose `.encoder` is None. If it were set, the encoder's weights would be counted, saved and
@@ -73,12 +73,12 @@ def extra_decoder(
 
 
 class Encoded(NamedTuple):
-    """The input of decoders.
+    """What the encoder gives to the decoders.
 
     Attributes:
-        skips: the encoder's features from fine to coarse, (B, C_i, *s_i). The text guides the last one.
-        aligned: F_v (B, d, *s), a projection of the bottleneck before the text is added, so that the alignment trains
-            the encoder and does not just find the text again. None without text.
+        skips: the features of the encoder from fine to coarse, (B, C_i, *s_i). The text guides the last of them.
+        aligned: F_v (B, d, *s), a projection of the bottleneck before the text is added. So the alignment trains the
+            encoder, and does not just find the text that was added. None without text.
     """
 
     skips: list[Tensor]
@@ -86,7 +86,7 @@ class Encoded(NamedTuple):
 
 
 class MultiDecoderUNet(nn.Module):
-    """nnU-Net's network. It can have more decoders and text, and its two halves can run separately.
+    """nnU-Net's network, with more decoders and with text if wanted. Encoder and decoders can run separately.
 
     `forward(x)` is the main decoder's output, as nnU-Net's validation, prediction and deep supervision expect.
 
@@ -97,7 +97,7 @@ class MultiDecoderUNet(nn.Module):
             after the other. The backward pass computes them again, which takes about 4 % more time.
 
     Attributes:
-        guidance: text guidance, applied once, before all decoders. None: no text.
+        guidance: the text guidance. It is applied once, before all decoders. None: no text.
     """
 
     encoder: Any
@@ -117,11 +117,11 @@ class MultiDecoderUNet(nn.Module):
         return self.decode(self.encode(x).skips)
 
     def encode(self, x: Tensor, text: Tensor | None = None) -> Encoded:
-        """The input of the decoders, with the text in its last level.
+        """Make the input of the decoders, whose coarsest features are guided by the text.
 
         Args:
             x: (B, C, *S).
-            text: (K, d) text features with their graph, in training. None: the stored ones.
+            text: the text features (K, d) with their graph, in training. None: the stored ones.
         """
         *skips, bottleneck = self.features(x) if self.recompute and torch.is_grad_enabled() else self.encoder(x)
         guided = bottleneck if self.guidance is None else self.guidance(bottleneck, text)
@@ -139,11 +139,11 @@ class MultiDecoderUNet(nn.Module):
         return features
 
     def decode(self, skips: list[Tensor], decoder: int = 0):
-        """The output of one decoder (0 is the main one), in the form of `forward`."""
+        """The output of the decoder with this number, in the form of `forward`. Number 0 is the main decoder."""
         return (self.decoder if decoder == 0 else self.other_decoders[decoder - 1])(skips)
 
     def parts(self) -> list[nn.Module]:
-        """The modules that `encode` and `decode` run."""
+        """The modules that the methods `encode` and `decode` run."""
         stem = getattr(self.encoder, "stem", None)
         stages = [*([] if stem is None else [stem]), *self.encoder.stages] if self.recompute else []
         parts = [*stages, self.encoder, self.decoder, *self.other_decoders]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 HEAD_WIDTH = 32
-"""channels of an attention head, if there are so many"""
+"""The number of channels of an attention head, if the bottleneck has so many."""
 
 
 class CrossModalFusion(nn.Module):
@@ -21,7 +21,7 @@ class CrossModalFusion(nn.Module):
     F_i' = F_i + Attention(query LN(F_i), key and value LN(F_j)); fused = ReLU(norm(conv_1([F_a', F_b']))).
 
     Args:
-        norm: the normalisation after the convolution, for C channels.
+        norm: the module that normalises the C channels after the convolution.
 
     Shape: two (B, C, *s) -> (B, C, *s)
     """
@@ -59,13 +59,14 @@ class Decoders(nn.ModuleList):
 
 
 class MutualLearningUNet(nn.Module):
-    """Two networks in one. `forward(x)` is the mean of both decoders' probabilities, as logits.
+    """Two networks in one module. `forward(x)` is the mean of the probabilities of both decoders, as logits.
 
     Args:
-        networks: nnU-Net's, one for each modality. They may differ in the number of input channels only.
-        modalities: turns an image into two.
-        regions: the heads have sigmoids instead of a softmax.
-        fused: both decoders read one common bottleneck. If False, each reads its own, and the networks are separate.
+        networks: two networks of nnU-Net, one for each modality. They may differ only in the number of input channels.
+        modalities: a module that turns an image into two modalities.
+        regions: whether the heads have sigmoids instead of a softmax.
+        fused: whether both decoders read one common bottleneck. If False, each reads its own, and the networks are
+            separate.
     """
 
     encoder: Any
@@ -85,22 +86,21 @@ class MutualLearningUNet(nn.Module):
             self.fusion = CrossModalFusion(channels, encoder.conv_op, norm)
 
     def forward(self, x: Tensor, branches: bool = False, passes: int | None = None, dropout: float = 0.0):
-        """The mean of both decoders, or more detailed outputs.
+        """The mean of both decoders, or more outputs if asked for.
 
         Args:
             x: (B, C, *S).
             branches: return the outputs of both decoders instead of their mean.
             passes: the number of Monte-Carlo dropout passes (needs branches). Dropout acts on the features that
                 decoders read; the encoders run once.
-            dropout: p of that dropout.
+            dropout: the probability of this dropout.
 
         Returns:
-            Without branches: logits (B, heads, *S); with deep supervision a list from fine to coarse.
-            With branches: a list of two of these.
-            With passes: three things. First that list; if a sample lacks a modality, its decoder has the output of the
-                mean.
-            Second the logits of the mean. Third the logits of the mean over passes and decoders (B, heads, *S), or None
-            for 0 passes.
+            Without branches: logits (B, heads, *S); with deep supervision a list of logits, from fine to coarse.
+            With branches: a list of two of these, one for each decoder.
+            With passes: three results. The first is the list of both decoders; if a sample lacks a modality, the
+                decoder of this modality has the output of the mean. The second is the logits of the mean. The third is
+                the logits of the mean over passes and decoders (B, heads, *S), or None for 0 passes.
         """
         images = self.modalities(x)
         features = [encoder(image) for encoder, image in zip(self.encoder, images, strict=True)]
@@ -143,7 +143,7 @@ def presence(images: Sequence[Tensor]) -> Tensor:
 
 
 def where_present(weight: Tensor, logits: Tensor, others: Tensor) -> Tensor:
-    """Take the logits of samples whose weight is above 0, and `others` for the other samples.
+    """Take the logits of the samples whose weight is above 0, and the logits `others` of the other samples.
 
     Args:
         weight: (B,).
@@ -153,10 +153,10 @@ def where_present(weight: Tensor, logits: Tensor, others: Tensor) -> Tensor:
 
 
 def average_logits(logits: Sequence[Tensor], regions: bool, weights: Tensor | None = None) -> Tensor:
-    """The logits whose probabilities are the weighted mean of the given ones, in float32.
+    """The logits that belong to the weighted mean of probabilities, in float32.
 
     Args:
-        logits: k times (B, heads, *S).
+        logits: k tensors (B, heads, *S).
         regions: probabilities by sigmoid instead of softmax.
         weights: (k, B), with the sum 1 for each sample. None: equal weights.
     """

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 
 class TextCrossAttention(nn.Module):
-    """One transformer block with normalisation first: pixels attend to each other, then to the text; then an MLP.
+    """A transformer block: pixels attend to each other, then to the text, then an MLP follows.
+
+    Each step normalises first.
 
     Queries are the pixels; keys and values are the K text tokens. So the softmax is over K keys.
 
@@ -90,7 +92,7 @@ class MultiplanarTextAttention(nn.Module):
 
 
 class TextCopy(nn.Module):
-    """For comparison with TMR: the same projected text is added to every voxel.
+    """Add the same projected text to every voxel. It is there to compare TMR with.
 
     Shape: features (B, C, *S), text (K, d) -> (B, C, *S)
     """

@@ -1,4 +1,4 @@
-"""The parts that a segmentation network needs to be guided by class prompts."""
+"""The parts that a segmentation network needs so that class prompts can guide it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class TextGuidance(nn.Module):
             self.interaction = TextCopy(channels, text_shape) if tmr == "copy" else None
 
     def forward(self, bottleneck: Tensor, text: Tensor | None = None) -> Tensor:
-        """The bottleneck (B, C, *s), enhanced by the text (K, d). Default: the stored features."""
+        """The bottleneck (B, C, *s), changed by the text (K, d). By default the stored text features are used."""
         if self.interaction is None:
             return bottleneck
         return self.interaction(bottleneck, self.features if text is None else text)
 
     def align(self, bottleneck: Tensor) -> Tensor:
-        """F_v: the bottleneck (B, C, *s) projected to (B, d, *s) and L2-normalised over d, in float32."""
+        """F_v: the bottleneck (B, C, *s), projected to (B, d, *s) and normalised to length 1 over d, in float32."""
         return F.normalize(self.project(bottleneck).float(), dim=1)

@@ -1,4 +1,4 @@
-"""Turn what the user has downloaded into a raw dataset of nnU-Net's, with `imagesUn`.
+"""Turn what the user has downloaded into a raw dataset for nnU-Net, with `imagesUn`.
 
 A module in `dataset_conversion/` describes one data set and finds its cases (`ABOUT`, `find_cases`). All the rest is
 here and is the same for all data sets: choosing labelled, unlabelled and test cases, checking and writing them, and

@@ -24,7 +24,8 @@ from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 STATE = ".conversion"
 LINKED = (".nrrd", ".mha")
-"""kinds of files that nnU-Net reads; their voxels may be in another file, which a link would not include"""
+"""The kinds of files that nnU-Net reads, but that may name another file with the voxels. A link would not include that
+file."""
 
 
 def convert_case(
@@ -33,10 +34,10 @@ def convert_case(
     """Check and write one case. When it is complete, a record is written into `.conversion`.
 
     Args:
-        register: one of `registration.REGISTER`.
+        register: a value of `registration.REGISTER`.
 
     Returns:
-        The case's name, and what is wrong with it, in one line.
+        The name of the case, and what is wrong with it, in one line.
 
     Raises:
         DiskError: the disk is full or read-only.
@@ -78,12 +79,16 @@ def _write_case(
     channels = sum(image.GetNumberOfComponentsPerPixel() for image, _ in images)
     if channels != len(about.channels):
         expected = f"{len(about.channels)} ({', '.join(about.channels)})"
-        raise UserError(f"{_name(case.images[0])}: has {channels} channels instead of {expected}")
+        raise UserError(
+            f"{_name(case.images[0])}: has {channels} channels instead of {expected}: add or remove channels"
+        )
     first = images[0][0]
     for i, (image, _) in enumerate(images):
         if image.GetDimension() != about.dimension:
             where = _name(case.images[i])
-            raise UserError(f"{where}: {image.GetDimension()} dimensions, but the dataset has {about.dimension}")
+            raise UserError(
+                f"{where}: has {image.GetDimension()} dimensions, but images of this dataset have {about.dimension}"
+            )
         names = about.channels[i], about.channels[0]
         if i and register == "rigid":
             images[i] = _registered(images[i], case.images[i], first, names, register, notes)
@@ -92,7 +97,7 @@ def _write_case(
             images[i] = _registered(images[i], case.images[i], first, names, register, notes)
     label = None
     if case.label is None and subset == "Tr":
-        raise UserError("has no label, but a labelled case needs one")
+        raise UserError("has no label, but a labelled case needs one: add the label")
     if case.label is not None and (subset != "Un" or crop):
         given, link = load(case.label, notes, about.repair, root)
         label = one_channel(given, _name(case.label))
@@ -113,14 +118,14 @@ def _write_case(
 
 
 Loaded = tuple[sitk.Image, Path | None]
-"""an image; and its file, if the file holds exactly this image"""
+"""An image, and its file if the file holds exactly this image."""
 
 
 def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | None = None) -> Loaded:
     """Read an image of a case. The notes say how it differs from its file.
 
     Args:
-        root: nothing outside of this folder may be read. None: the folder of the file.
+        root: no file outside of this folder may be read. None: the folder of the file.
 
     Raises:
         UserError: the image is missing or damaged, and `repair` does not allow to fix it.
@@ -128,7 +133,9 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
     for path in paths_of(source):
         if not path.exists():
             raise UserError(
-                f"{path}: a link to {path.readlink()}, which is not there" if path.is_symlink() else f"{path}: missing"
+                f"{path}: is a link to {path.readlink()}, which does not exist"
+                if path.is_symlink()
+                else f"{path}: no such file"
             )
         if path.is_file() and (problem := header_problem(path, root or path.parent)):
             raise UserError(f"{path}: {problem}")
@@ -157,7 +164,7 @@ def _run(source: Read, notes: list[str]) -> sitk.Image:
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{_name(source)}: cannot be read ({one_line_of(e)})") from None
+        raise UserError(f"{_name(source)}: cannot be read ({one_line_of(e)}): save or download it again") from None
     if isinstance(loaded, tuple):
         loaded, note = loaded
         notes.extend([note] if note else [])
@@ -170,9 +177,9 @@ def _run(source: Read, notes: list[str]) -> sitk.Image:
 def _registered(
     loaded: Loaded, source: Path | Read, first: sitk.Image, names: tuple[str, str], how: str, notes: list[str]
 ) -> Loaded:
-    """Align a channel with the first one, if this is necessary and allowed.
+    """Align a channel with the first one, if it is displaced and if the user allows that.
 
-    The note says by how many mm it is displaced.
+    A note says by how many mm it is displaced.
     """
     image, link = loaded
     try:
@@ -184,11 +191,14 @@ def _registered(
 
 
 def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path | Read, notes: list[str]) -> Loaded:
-    """Give an image the expected header if its own is rounded. Raises UserError if the grid is another one."""
+    """Replace the header of an image by the expected one if it differs only by rounding.
+
+    Raises UserError for another grid.
+    """
     image, link = loaded
     difference, rounded = grid_difference(image, expected)
     if difference:
-        fix = "give both one header, if only that is wrong, or resample"
+        fix = "if only the header is wrong, correct it; otherwise resample the image"
         raise UserError(f"{_name(source)}: {difference} in {_name(of)}: {fix}")
     if rounded:
         notes.append(f"{rounded} ({Path(_name(source)).name})")
@@ -198,12 +208,12 @@ def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path
 
 
 def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: str) -> sitk.Image:
-    """The label itself if nothing changes, else a copy with the dataset's values, uint8."""
+    """The label itself if its values are right, else a copy with the values of the dataset, uint8."""
     voxels = sitk.GetArrayViewFromImage(label)
     present, counts = np.unique(voxels, return_counts=True)
     if unknown := [f"{v:g} ({n} voxels)" for v, n in zip(present, counts, strict=True) if v not in values]:
         known = ", ".join(map(str, values))
-        raise UserError(f"{name}: label value {some(unknown)}, known are {known}: {hint}")
+        raise UserError(f"{name}: has the label value {some(unknown)}, but the known values are {known}: {hint}")
     if {1, 255} <= set(present.tolist()) and values[1] == values[255]:
         raise UserError(f"{name}: has label values 1 and 255, but 255 is read as 1: remove one of them")
     if np.issubdtype(voxels.dtype, np.integer) and all(values[int(v)] == v for v in present):
@@ -217,7 +227,10 @@ def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: st
 
 
 def _write(image: sitk.Image, whole: Path | None, slices, file: Path, ending: str) -> None:
-    """Link the file if nnU-Net can read the image from it; copy it if links do not work; otherwise write the image."""
+    """Link the file if nnU-Net can read the image from it. If links do not work, copy it.
+
+    In all other cases write the image.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     if slices is not None or whole is None or not whole.name.endswith(ending):
         warns = sitk.ProcessObject.GetGlobalWarningDisplay()
@@ -247,7 +260,7 @@ def _sha256(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file; or a header and its data; or all files in a folder (a DICOM series), in the order of their names."""
+    """The files of an image: one file, a header and its data, or all files of a folder (a DICOM series), sorted."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     if not path.is_dir():
         files += [path.parent / name for name in data_files(path)]

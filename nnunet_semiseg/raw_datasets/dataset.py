@@ -43,7 +43,7 @@ def convert_dataset(
     show_progress_bar: bool = True,
     **options,
 ) -> Path:
-    """Make `DatasetNNN_Name` in `nnUNet_raw`. After an interruption, run it again, and it continues.
+    """Make `DatasetNNN_Name` in `nnUNet_raw`. After an interruption, the same call continues.
 
     Args:
         find_cases: a function of the data set's module. It is called with the source's folder and the options.
@@ -52,8 +52,8 @@ def convert_dataset(
             published number. The first cases of the published order are taken.
         protocol: "published" uses the published lists; "all" trains on every case and has no test set.
         crop: "published" crops around the ground truth, even of unlabelled and test cases; "none" does not.
-        register: for several channels. "check" reports by how many mm each is off the first one, "rigid" moves it
-            onto the first one's grid, "off" leaves channels as they are.
+        register: for several channels. "check" reports by how many mm each is displaced from the first one. "rigid"
+            moves it onto the grid of the first one. "off" does not change channels.
         num_processes: with 0 this process does the work. A script that uses more needs `if __name__ == "__main__":`.
         overwrite: replace a dataset that exists.
         dry_run: print what would be done, and write nothing.
@@ -64,8 +64,8 @@ def convert_dataset(
 
     Raises:
         BusyError: another process converts to this number.
-        UserError: there is nothing to convert, or it cannot be written; one line for each bad case, after all others
-            are done.
+        UserError: there is nothing to convert, or the dataset cannot be written; cases are bad (one line for each,
+            after all others are done).
     """
     source = Path(source).absolute()
     with contextlib.ExitStack() as stack:
@@ -84,16 +84,21 @@ def convert_dataset(
             kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
             raise UserError(f"{source}: {kind}: give the download with -i")
         if source.resolve() in (raw.resolve(), *raw.resolve().parents):
-            raise UserError(f"{raw}: datasets and their source {source} must not lie in each other: move one")
+            raise UserError(
+                f"{raw}: datasets and their source {source} must not lie inside each other: move one of them"
+            )
         found = find_cases(folder, **options)
         if not found.cases:
             layout = "\n".join(f"    {line}" for line in found.about.layout.splitlines())
-            raise UserError(f"{source}: no case found; expected is\n{layout}")
-        parts = assign(found, labeled, protocol)
+            raise UserError(f"{source}: no case was found; give a folder with these files:\n{layout}")
+        try:
+            parts = assign(found, labeled, protocol)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
         if crop == "published" and found.about.crop is None:
             raise UserError("--crop published: this data set has no published crop: leave out this option")
         if register != "off" and (len(found.about.channels) == 1 or found.about.dimension == 2):
-            raise UserError(f"--register {register}: is for volumes of several channels: leave it out")
+            raise UserError(f"--register {register}: this option is for volumes of several channels: leave it out")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
             raise UserError(f"--name {found.about.name}: use letters, digits, - and _ only")
         target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
@@ -120,14 +125,14 @@ def convert_dataset(
 
 
 def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str:
-    """The command for the next step."""
+    """The command that the user types next."""
     configuration = "2d" if about.dimension == 2 else "3d_fullres"
     only = "" if "unlabeled" in parts.values() else " --labeled_only"
     return f"nnunet_semiseg plan_and_preprocess -d {dataset_id} -c {configuration}{only}"
 
 
 def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
-    """Give each case a part: labeled, validation, unlabeled or test.
+    """Decide for each case whether it is labeled, validation, unlabeled or test.
 
     The labelled cases are the first of the published list. If one of them is missing, the next one does not replace it,
     because then the labelled set would differ from that of other people.
@@ -177,19 +182,21 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
 
 
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
-    """Raises UserError if writing the target would change its own source, even through links."""
+    """Raise UserError if writing the target would change the source of its images, even through links."""
     here = target.resolve()
     parts = (part for case in found.cases.values() for part in (*case.images, case.label))
     for path in (*sources, *(path for part in parts for path in paths_of(part))):
         real = path.resolve()
         if real == here or here in real.parents or (path.is_dir() and real in here.parents):
-            raise UserError(f"{target}: the dataset and its source {path} must not lie in each other: move one")
+            raise UserError(
+                f"{target}: the dataset and its source {path} must not lie inside each other: move one of them"
+            )
     if target.is_symlink():
         raise UserError(f"{target}: is a link: remove it, or choose another number with -d")
 
 
 def stamp(case: Case, part: str, source: Path) -> list:
-    """Sizes and times of the files of a case, or of the archive that they come from."""
+    """The sizes and times of the files of a case, or of the archive that contains them."""
     label = () if part == "unlabeled" else (case.label,)
     files = [path for image in (*case.images, *label) for path in paths_of(image)]
     if source.is_file():
@@ -200,7 +207,7 @@ def stamp(case: Case, part: str, source: Path) -> list:
 
 
 def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
-    """The options of this conversion if it was begun and is not finished. None: begin.
+    """The options of an earlier conversion that is not finished. None if a new conversion begins.
 
     Raises:
         UserError: the number or the folder is in use.
@@ -208,7 +215,8 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
     others = [p.name for p in target.parent.glob(f"{target.name.partition('_')[0]}_*") if p.name != target.name]
     if others:
         raise UserError(
-            f"{target.parent / others[0]}: has the same number: choose another with -d, or remove this folder"
+            f"{target.parent / others[0]}: this dataset has the same number: choose another number with -d, or"
+            f" remove this folder"
         )
     if overwrite or not target.exists():
         return None
@@ -224,7 +232,7 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
 
 
 def _take_back(target: Path, begun: Mapping, request: Mapping, ending: str) -> None:
-    """Remove unfinished cases that no longer exist, have changed, or now belong to another part."""
+    """Remove the written files of cases that no longer exist, have changed, or now belong to another part."""
     for name, part in begun.get("parts", {}).items():
         if request["parts"].get(name) != part or begun["stamps"][name] != request["stamps"][name]:
             (target / STATE / f"case_{name}.json").unlink(missing_ok=True)
@@ -264,15 +272,19 @@ def _convert(source: Source, folder: Path, target: Path, request: dict, num_proc
         ) from None
     lines = [f"case {name}: {problems[name]}" for name in sorted(problems)]
     if not {name for name, part in parts.items() if part == "labeled"} - set(problems):
-        raise UserError("\n".join([*lines, f"{target}: no labelled case is complete: fix them and run it again"]))
+        raise UserError(
+            "\n".join([*lines, f"{target}: no labelled case is complete: fix these cases, then run the command again"])
+        )
     _finish(source, target, request, [name for name in parts if name not in problems])
     if problems:
-        raise UserError("\n".join([*lines, f"{target}: made without these: fix them and run the command again"]))
+        raise UserError(
+            "\n".join([*lines, f"{target}: was made without these cases: fix them, then run the command again"])
+        )
     shutil.rmtree(state)
 
 
 def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -> None:
-    """Print the notes; write splits_final.json, texts.json and, last of all, dataset.json."""
+    """Print the notes, then write splits_final.json, texts.json and, last of all, dataset.json."""
     about, state = source.about, target / STATE
     records = {name: json.loads((state / f"case_{name}.json").read_bytes()) for name in whole}
     for name, record in records.items():

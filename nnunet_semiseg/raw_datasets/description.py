@@ -20,7 +20,7 @@ class Crop:
     """A published crop: the bounding box of the label, enlarged to at least `size`, plus a margin.
 
     Args:
-        size, margin: in voxels, x y z. None: the axis is not cropped.
+        size, margin: numbers of voxels along x, y and z. None: the axis is not cropped.
         source: who published it.
     """
 
@@ -29,10 +29,10 @@ class Crop:
     source: str
 
     def __call__(self, label: sitk.Image) -> tuple[slice, ...]:
-        """Slices, x y z, of an image on the label's grid. Raises UserError if the label is empty."""
+        """The part of an image to keep, as slices x y z on the label's grid. Raises UserError if the label is empty."""
         foreground = np.nonzero(sitk.GetArrayViewFromImage(label))[::-1]  # z y x to x y z
         if not len(foreground[0]):
-            raise UserError("the label is empty, so that there is nothing to crop around: --crop none")
+            raise UserError("the label is empty, so there is nothing to crop around: use --crop none")
         slices = []
         for indices, size, margin, extent in zip(foreground, self.size, self.margin, label.GetSize(), strict=True):
             if size is None:
@@ -55,8 +55,8 @@ class About:
         protocol: the published split, in words.
         labeled: the default number of labelled cases. None: all that have a label.
         labels, regions_class_order, file_ending: as in `dataset.json`.
-        dims: the dimensions of every image. None: 2 for pictures, else 3.
-        label_values: from values in the source to values in the dataset. None: the values of `labels`.
+        dims: the number of dimensions of every image. None: 2 for pictures, else 3.
+        label_values: a map from values in the source to values in the dataset. None: the values of `labels`.
         value_hint: how to fix an unknown label value.
         repair: what may be changed in headers and voxels.
         notes: what a user must know before using the data set.
@@ -98,12 +98,12 @@ class About:
 
 @dataclass(frozen=True)
 class Read:
-    """An image that nnU-Net cannot read as it is. `function(*paths, **options)` returns it, in a worker.
+    """An image that nnU-Net cannot read directly. `function(*paths, **options)` reads it, in a worker process.
 
-    The function returns a SimpleITK image, or a pair of it and a note for the report, which may be empty.
+    The function returns a SimpleITK image, or an image and a note for the report, which may be empty.
 
     Args:
-        repairs: the function itself checks the files for problems.
+        repairs: whether the function itself checks the files for problems.
     """
 
     function: Callable[..., sitk.Image | tuple[sitk.Image, str]]
@@ -128,7 +128,7 @@ class Source:
 
     Args:
         left_out: files of the download that belong to no case, with the reason.
-        patients: case to patient, if the scans of one patient must stay together; otherwise empty.
+        patients: the patient of each case, if the scans of one patient must stay together; otherwise empty.
         check: a function that checks the cases whose labels are used, before anything is written. It raises UserError.
     """
 

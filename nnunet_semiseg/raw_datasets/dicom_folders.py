@@ -12,11 +12,11 @@ Folders = tuple[str, ...]
 
 
 def case_folders(names: Iterable[Name], channels: Sequence[str] | None) -> dict[Name, Folders]:
-    """The folder of the case of each file. Empty if the file is in no such folder.
+    """For each file, the folder of the case that it belongs to. Empty if it is in no such folder.
 
-    It is the uppermost folder below those of training and test. If several folders in it have their own label, or are
-    visits, or if it has the name of a wanted channel, each folder in it is a case: `CT/1`, `MR/2/T1` and `MR/2/T2`,
-    `P1/2020-01-05`.
+    The folder of a case is the uppermost folder below those of training and test. Each folder in it is a case of its
+    own in these situations: several of them have their own label; they are visits; it has the name of a wanted channel.
+    Examples: `CT/1`, `MR/2/T1` and `MR/2/T2`, `P1/2020-01-05`.
     """
     names = list(names)
     starts, places = {}, {}
@@ -43,7 +43,7 @@ def _longest(place: Folders, known: set[Folders]) -> Folders:
 
 
 def _split(series: set[Folders], labelled: set[Folders], channels: set[str]) -> set[Folders]:
-    """The folders of cases. It begins with the uppermost folders, and divides them as often as necessary.
+    """The folders of cases. The function begins with the uppermost folders, and divides them as often as necessary.
 
     Args:
         labelled: folders that contain a label beside a series.
@@ -66,7 +66,7 @@ def _split(series: set[Folders], labelled: set[Folders], channels: set[str]) -> 
 
 
 def without_channels(groups: Mapping[Folders, Sequence[Name]], channels: Sequence[str] | None) -> list[Folders]:
-    """The cases without a series in a folder of a wanted channel, if folders have the channels' names (`CT`, `MR`)."""
+    """The cases without a series of a wanted channel, if folders are named after channels (`CT`, `MR`)."""
     words = {
         key: {plain(folder) for name in names if name.ending == SERIES for folder in (*name.folders, name.stem)}
         for key, names in groups.items()

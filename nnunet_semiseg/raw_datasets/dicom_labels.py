@@ -22,24 +22,24 @@ def classes_in(path: Path) -> list[str]:
     """The names of the segments, or of the regions of interest, in a file.
 
     Raises:
-        UserError: the packages that read it are not installed, or it cannot be read.
+        UserError: the file cannot be read, or the packages that read it are not installed.
     """
     try:
         import pydicom
     except ImportError:
-        raise UserError(f"{path}: a DICOM segmentation or structure set: to read it, {INSTALL}") from None
+        raise UserError(f"{path}: is a DICOM segmentation or structure set: to read it, {INSTALL}") from None
     data = pydicom.dcmread(path, stop_before_pixels=True)
     segments = [str(item.SegmentLabel) for item in data.get("SegmentSequence", ())]
     return segments or [str(item.ROIName) for item in data.get("StructureSetROISequence", ())]
 
 
 def read_dicom_labels(*paths: Path, names: Sequence[str], read_image: Callable[..., sitk.Image]):
-    """DICOM segmentations and structure sets on the grid of their image. The named classes get the values 1, 2, ...
+    """Read DICOM segmentations and structure sets on the grid of their image. The named classes become 1, 2, ...
 
     A voxel in several classes belongs to the one that is named last.
 
     Args:
-        paths: one or more files, and then the image.
+        paths: one or more label files, and then the image.
 
     Returns:
         The label, uint8; and a note about classes that are not named or missing, and about overlaps.
@@ -73,7 +73,7 @@ def _open(file: Path):
 
 
 def _segment(data, name: str, image: sitk.Image, note: list[str]) -> np.ndarray:
-    """Where a segment is, z y x."""
+    """Where a segment is: a bool array z, y, x."""
     numbers = [n for n in data.segment_numbers if _same(data.get_segment_description(n).segment_label, name)]
     if not numbers:
         return np.zeros(image.GetSize()[::-1], bool)
@@ -85,7 +85,7 @@ def _segment(data, name: str, image: sitk.Image, note: list[str]) -> np.ndarray:
 
 
 def _outlined(data, name: str, image: sitk.Image, file: Path, grid: Path) -> np.ndarray:
-    """The pixels inside the outlines of each slice, z y x. An outline inside another one is a hole."""
+    """The pixels inside the outlines of each slice, as an array z, y, x. An outline inside another one is a hole."""
     numbers = {int(item.ROINumber): str(item.ROIName) for item in data.StructureSetROISequence}
     mask = np.zeros(image.GetSize()[::-1], bool)
     for roi in data.ROIContourSequence:
@@ -96,7 +96,9 @@ def _outlined(data, name: str, image: sitk.Image, file: Path, grid: Path) -> np.
             index = np.array([image.TransformPhysicalPointToContinuousIndex(point) for point in points.tolist()])
             z = round(index[:, 2].mean())
             if not 0 <= z < len(mask) or np.ptp(index[:, 2]) > 0.5:
-                raise UserError(f"{file}: an outline of {name} is in no slice of {grid}: give the label of this image")
+                raise UserError(
+                    f"{file}: an outline of {name} lies in no slice of {grid}: use the label that belongs to this image"
+                )
             rows, columns = polygon(index[:, 1], index[:, 0], mask.shape[1:])
             mask[z, rows, columns] ^= True
     return mask
@@ -108,7 +110,9 @@ def _compare(files: Sequence[Path], names: Sequence[str]) -> list[str]:
     unused = [other for other in there if not any(_same(name, other) for name in names)]
     where = " and ".join(file.name for file in files)
     if len(missing) == len(names):
-        raise UserError(f"{files[0]}: has none of --labels {' '.join(names)}: {where} has {some(there, 20)}")
+        raise UserError(
+            f"{files[0]}: has no class of --labels {' '.join(names)}: name classes that {where} has: {some(there, 20)}"
+        )
     notes = [f"{where} has no {some(missing)}"] if missing else []
     return notes + ([f"{some(unused)} of {where} is not named with --labels and left out"] if unused else [])
 

@@ -1,4 +1,4 @@
-"""A layout, and functions that add files to it: from a folder for all cases, for some, or for each case."""
+"""Functions that sort files into a `Layout`: from a folder for all cases, for some cases, or for one case."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Layout:
 
     Args:
         kind: how the source is organised, in words.
-        images: the paths by case and channel. A file with all channels has the channel "". A missing channel is left
-            out.
-        labels: the paths by case and class. A file with all classes has the class "".
+        images: the paths by case and channel. A file with all channels has the channel name "". A missing channel has
+            no entry.
+        labels: the paths by case and class. A file with all classes has the class name "".
         channels: the channels in their order. Empty if there is one channel without a name.
-        parts: val, test or unlabeled, by case. All other cases are for training.
+        parts: the part of a case: val, test or unlabeled. All other cases are for training.
         patients: the patients by case, if folders name them.
         left_out: the files that are left out, each with the reason.
         joined: different names of labels that were treated as the same class. Empty if the names do not differ.
@@ -51,7 +51,7 @@ class Layout:
     joined: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line for the user."""
+        """Describe the layout in one line for the user."""
         with_label = f"{len(self.images)} cases, {len(self.labels)} with a label"
         channels = f", channels {' '.join(self.channels)}" if self.channels else ""
         return f"{self.kind}: {with_label}{channels}"
@@ -67,7 +67,7 @@ def is_label(name: Name) -> bool:
 
 
 def by_kind(names: Iterable[Name]) -> tuple[list[Name], list[Name]]:
-    """Images and labels."""
+    """Divide names into images and labels."""
     names = list(names)
     return [name for name in names if not is_label(name)], [name for name in names if is_label(name)]
 
@@ -100,10 +100,10 @@ def fill_flat(
 def fill_groups(
     layout: Layout, groups: Mapping[str, Sequence[Name]], channels: Sequence[str] | None, patients: bool = True
 ) -> None:
-    """Add files of several cases from folders. A name that is not unique gets the name of its folder in front.
+    """Add files of several cases from folders. If a name is not unique, the name of its folder is put before it.
 
     Args:
-        patients: each folder belongs to one patient.
+        patients: whether each folder belongs to one patient.
     """
     found = {}
     suffixes = find_suffixes(*by_kind(name for names in groups.values() for name in names), channels)
@@ -128,8 +128,8 @@ def fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -
         images = [_folder_of(images)]
     elif _are_slices(images) and len({re.sub(r"\d+", "", name.stem) for name in images}) == 1:
         raise UserError(
-            f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures: if they are slices of a volume, give"
-            f" the size of their voxels with --spacing X Y Z (mm)"
+            f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures lie there: if they are slices of a"
+            " volume, give the size of their voxels with --spacing X Y Z (mm)"
         )
     elif len(series) > 1:  # their headers say which is which
         folder = os.path.commonpath([name.path.removesuffix(SERIES) for name in series])
@@ -152,15 +152,17 @@ def _are_slices(names: Sequence[Name]) -> bool:
 
 
 def _folder_of(slices: Sequence[Name]) -> Name:
-    """The path that represents the slices of a volume."""
+    """The path that stands for all slices of a volume."""
     folders = sorted({os.path.dirname(name.path) for name in slices})
     if len(folders) > 1:
-        raise UserError(f"{slices[0]}: slices of one volume in {' and '.join(folders)}: put them into one folder")
+        raise UserError(
+            f"{slices[0]}: the slices of one volume lie in {' and '.join(folders)}: put them into one folder"
+        )
     return replace(slices[0], path=folders[0] + STACK)
 
 
 def _folders_within(name: Name, case: str) -> list[str]:
-    """Folders between that of the case and the file, except those with the name of a kind."""
+    """The folders between that of the case and the file, without folders whose name means images or labels."""
     folders = list(name.folders)
     start = next((i for i in reversed(range(len(folders))) if folders[i] == case), len(folders) - 1)
     return [folder for folder in folders[start + 1 :] if not kind_of(folder)]

@@ -13,18 +13,18 @@ import SimpleITK as sitk
 from nnunet_semiseg.errors import UserError
 
 Value = int | tuple[int, int, int]
-"""a grey value, or the red, green and blue of a colour"""
+"""A grey value, or the red, green and blue parts of a colour."""
 BACKGROUND = "background"
 
 
 @dataclass(frozen=True)
 class LabelValues:
-    """What the user says about values.
+    """What the user says about the values in the labels.
 
     Args:
         names: for each class its value in the dataset, including `background`.
-        grey: from values in the files to values in the dataset.
-        colours: the same for colours, 0 to 255 each.
+        grey: a map from values in the files to values in the dataset.
+        colours: a map from colours in the files (0 to 255 each) to values in the dataset.
     """
 
     names: dict[str, int]
@@ -39,14 +39,14 @@ def parse(words: Sequence[str], labels: Sequence[str] | None = None) -> LabelVal
         labels: the classes in the order of their values 1, 2, ... None: in the order in which `words` name them.
 
     Raises:
-        UserError: another form; a value that is named twice; a name that is not in `labels`.
+        UserError: a word has another form; a value is named twice; a name is not in `labels`.
     """
     pairs: list[tuple[Value, str]] = []
     for word in words:
         values, equals, name = word.partition("=")
         parts = [_value(value) for value in values.split(",")]
         if not (equals and name) or None in parts:
-            raise UserError(f"--label-values {word}: write VALUE=NAME, V,V=NAME or, of a colour, RED/GREEN/BLUE=NAME")
+            raise UserError(f"--label-values {word}: write VALUE=NAME, V,V=NAME or, for a colour, RED/GREEN/BLUE=NAME")
         pairs += [(value, name) for value in parts if value is not None]
     twice = [value for value, n in Counter(value for value, _ in pairs).items() if n > 1]
     if twice:
@@ -74,12 +74,12 @@ def _value(text: str) -> Value | None:
 
 
 def as_text(value: Value | float) -> str:
-    """As it is written with `--label-values`."""
+    """A value as the user types it after `--label-values`."""
     return "/".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
 def count(label: sitk.Image) -> Counter:
-    """Count voxels by value, or pixels by colour (red, green, blue)."""
+    """Count voxels by their value, or pixels by their colour (red, green, blue)."""
     voxels = sitk.GetArrayViewFromImage(label)
     if label.GetNumberOfComponentsPerPixel() >= 3:
         values, counts = np.unique(voxels[..., :3].reshape(-1, 3), axis=0, return_counts=True)
@@ -95,7 +95,7 @@ def _order(value: Value | float) -> tuple:
 
 
 def found_text(counts: Mapping) -> str:
-    """`0 (900 voxels), 205 (80), 420 (20)`: the ten most frequent values at most, in order."""
+    """The ten most frequent values at most, sorted, such as `0 (900 voxels), 205 (80), 420 (20)`."""
     most = dict(Counter(counts).most_common(10))
     parts = [f"{as_text(value)} ({n})" for value, n in sorted(most.items(), key=lambda pair: _order(pair[0]))]
     more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
@@ -103,7 +103,7 @@ def found_text(counts: Mapping) -> str:
 
 
 def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
-    """The option to copy into the command. It uses the given names if their number fits the values."""
+    """The option that the user can copy into the command. It uses the given names if there are as many as values."""
     values = sorted(counts, key=_order)
     zero = next((value for value in values if value in (0, (0, 0, 0))), None)
     others = [value for value in values if value != zero]

@@ -2,7 +2,7 @@
 
 These layouts are known and tried in this order: names in BIDS style; a single case; a folder for each channel; folders
 for images and folders for labels; labels in other folders than images, with their names; a folder for each case. If
-none fits, the source is taken as one folder for all.
+none fits, the source counts as one folder for all cases.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nnunet_semiseg.raw_datasets.names import (
 from nnunet_semiseg.raw_datasets.pairs import choose_channels
 
 MANY_CHANNELS = 8
-"""number of images beside one label: if there are more, they are not channels of one case"""
+"""If more images than this lie beside one label, they are not channels of one case."""
 
 
 def recognise(
@@ -49,8 +49,8 @@ def recognise(
 
     Args:
         paths: the paths of files that can be read, with slashes; see `listing` for the names of DICOM folders.
-        channels: the wanted channels, by name and in this order. None: those that all labelled cases have.
-        stacked: pictures in the folder of a case are the slices of a volume.
+        channels: the names of the wanted channels, in this order. None: the channels that all labelled cases have.
+        stacked: whether pictures in the folder of a case are the slices of a volume.
         source: the folder, for messages.
         classes: the wanted classes. If masks have these names, each is the mask of its class.
 
@@ -119,7 +119,7 @@ def _check_labels(layout: Layout, source: str, classes: Sequence[str] | None) ->
 
 
 def _bids(names: Sequence[Name]) -> Layout | None:
-    """`sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz`, and labels in there or in `derivatives`."""
+    """Recognise BIDS: `sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz`, with labels there or in `derivatives`."""
     files = [name for name in names if re.match(r"sub-[^_]+_", name.stem)]
     if len(files) * 2 < len(names) or not files:
         return None
@@ -142,7 +142,11 @@ def _bids(names: Sequence[Name]) -> Layout | None:
 
 
 def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
-    """`t1.nii.gz`, `t2.nii.gz` and `seg.nii.gz`, or masks in a folder, beside each other; or one DICOM study."""
+    """Recognise a single case, or one DICOM study.
+
+    Its files lie beside each other: `t1.nii.gz`, `t2.nii.gz` and `seg.nii.gz`, or a folder with masks instead of the
+    last.
+    """
     images, labels = by_kind(names)
     if not images or not labels:
         return None
@@ -173,7 +177,10 @@ def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bo
 
 
 def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
-    """`t1/c1.nii.gz`, `t2/c1.nii.gz` and `labels/c1.nii.gz`, also with folders for training and test above."""
+    """Recognise a folder for each channel: `t1/c1.nii.gz`, `t2/c1.nii.gz` and `labels/c1.nii.gz`.
+
+    There may be folders for training and test above.
+    """
     images, labels = by_kind(names)
     places: dict[tuple, dict[str, Name]] = defaultdict(dict)
     for name in images:
@@ -203,7 +210,10 @@ def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
 
 
 def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
-    """`images/c1.nii.gz` and `labels/c1.nii.gz`, with parts (`imagesTs`, `test/images`) or folders of cases."""
+    """Recognise folders for images and for labels: `images/c1.nii.gz` and `labels/c1.nii.gz`.
+
+    There may be parts (`imagesTs`, `test/images`) or folders of cases.
+    """
     above = {name.above for name in names if name.folder_kind and name.folder_kind[1] == IMAGE}
     in_parts = all(not folders or any(map(part_of, folders)) for folders in above)  # images and test/images, too
     if not above or (len(above) > 1 and not in_parts):
@@ -238,7 +248,7 @@ def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, sta
 
 
 def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
-    """Whether files in folders are cases of their own: a folder has several labels, each with the name of an image."""
+    """Whether files in folders are cases of their own: a folder has several labels, each named like an image."""
     images, labels = by_kind(names)
     if not images or (stacked and all(name.ending in PICTURES for name in images)):
         return False
@@ -252,7 +262,7 @@ def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
 
 
 def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | None:
-    """`Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`: labels in other folders, recognised by their names."""
+    """Recognise labels in other folders by their names: `Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`."""
     images, labels = by_kind(names)
     if any(name.ending == SERIES for name in images) or len({name.stem for name in images}) < len(images):
         return None
@@ -268,7 +278,10 @@ def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | No
 
 
 def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
-    """`P1/P1_t1ce.nii.gz`, `P1/P1_seg.nii.gz`, also with subfolders. Some labels may be in `labels/P1.nii.gz`."""
+    """Recognise a folder for each case: `P1/P1_t1ce.nii.gz`, `P1/P1_seg.nii.gz`, also with subfolders.
+
+    Some labels may be in `labels/P1.nii.gz`.
+    """
     dicom = any(name.ending == SERIES for name in names)
     keys = case_folders(names, channels) if dicom else {name: name.above for name in names}
     of_labels = {keys[name] for name in names if is_label(name)}
@@ -305,7 +318,7 @@ def _folders_of_cases(names: Sequence[Name], channels: Sequence[str] | None, sta
 
 
 def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """A name for each case: its last folder. Folders above are added for a session, or if two names would be equal."""
+    """Name each case after its last folder. A folder above is added for a visit, or if two names would be equal."""
     keys = set(keys)
     names = {}
     for key in keys:
@@ -333,7 +346,10 @@ def _several_pairs(groups: Mapping[tuple[str, ...], Sequence[Name]]) -> bool:
 
 
 def _one_folder(names: Sequence[Name], channels: Sequence[str] | None) -> Layout:
-    """`c1.nii.gz` and `c1_seg.nii.gz`, `volume-1.nii` and `segmentation-1.nii`; or images alone."""
+    """Recognise one folder for all cases.
+
+    Examples: `c1.nii.gz` and `c1_seg.nii.gz`; `volume-1.nii` and `segmentation-1.nii`; or images alone.
+    """
     layout = Layout("one folder for images and labels" if any(is_label(n) for n in names) else "a folder of images")
     fill_flat(layout, names, channels)
     return layout

@@ -17,10 +17,11 @@ _KINDS = {b"1.2.840.10008.5.1.4.1.1.66.4": DICOM_SEG, b"1.2.840.10008.5.1.4.1.1.
 
 
 def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """The files that can be read below a folder, at any depth; and the files that are left out, with the reason.
+    """List the files below a folder, at any depth, that can be read, and the files that are left out, with the reason.
 
-    Names are relative, with slashes. The DICOM slices in a folder have one name: that of the folder plus `.dicom`. A
-    segmentation ends with `.dicom-seg`, a structure set with `.dicom-rtstruct`. Links to folders are followed.
+    Names are relative, with slashes. The DICOM slices in a folder share one name: that of the folder plus `.dicom`. The
+    name of a segmentation ends with `.dicom-seg`, that of a structure set with `.dicom-rtstruct`. Links to folders are
+    followed.
     """
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
@@ -51,12 +52,12 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def real_path(name: str, folder: Path, found: dict[str, Path]) -> Path:
-    """The file or folder for a name of `layouts`. For DICOM and stacks it may be one level further up."""
+    """Find the file or folder for a name of `list_files`. For DICOM and stacks it may be one level further up."""
     return found.get(name) or folder / name.removesuffix(SERIES).removesuffix(STACK)
 
 
 def dicom_kind(file: Path) -> str | None:
-    """`.dicom`, `.dicom-seg` or `.dicom-rtstruct`. None if the file is not DICOM."""
+    """The kind of a DICOM file: `.dicom`, `.dicom-seg` or `.dicom-rtstruct`. None if the file is not DICOM."""
     ending = file.suffix.lower()
     by_name = ending in DICOM_FILES
     if not by_name and ending and not ending[1:].isdecimal():

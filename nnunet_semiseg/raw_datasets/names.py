@@ -1,4 +1,4 @@
-"""Find out from the name of a file or folder its kind, its part of the data set, and its case."""
+"""Find out from the name of a file or folder what it is: image or label, its part of the data set, and its case."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from functools import cache, cached_property
 VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
 PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
 SERIES, DICOM_SEG, RTSTRUCT = ".dicom", ".dicom-seg", ".dicom-rtstruct"
-"""endings for a folder of DICOM files, a DICOM segmentation and an RT structure set, see `listing`"""
+"""The endings of names for a folder of DICOM files, for a DICOM segmentation and for an RT structure set, see
+`listing`."""
 STACK = ".stack"
-"""the ending for a folder of pictures that are the slices of one volume"""
+"""The ending of the name for a folder of pictures that are the slices of one volume."""
 ENDINGS = (*VOLUMES, *PICTURES, SERIES, DICOM_SEG, RTSTRUCT, STACK)
 BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".xlsx", ".raw", ".zraw", ".gz", ".cfg", ".bval", ".bvec", ".pdf")
-"""endings of files that are not images and often lie beside them"""
+"""The endings of files that are not images and often lie beside images."""
 
 IMAGE, LABEL = "image", "label"
 IMAGE_WORDS = frozenset("image images img imgs imaging volume volumes scan scans".split())
@@ -48,12 +49,12 @@ _SESSION = re.compile(r"(?i)(?:scan|study|series|t|v)?[-_ ]?[\d._-]+")
 
 @dataclass(frozen=True)
 class Name:
-    """The parts of a path, which is relative to the source and has slashes.
+    """A path, relative to the source and with slashes, and what its parts say.
 
     Args:
-        skip: this number of folders at its beginning say nothing.
+        skip: how many folders at the beginning of the path say nothing.
         source: the folder of the source, for messages.
-        by_folder: folders with a name for images or labels decide which of the two a file is.
+        by_folder: whether the names of folders decide if a file is an image or a label.
     """
 
     path: str
@@ -66,7 +67,7 @@ class Name:
 
     @cached_property
     def ending(self) -> str:
-        """The known ending, in small letters. Empty if it is not in `ENDINGS`."""
+        """The known ending of the file name, in small letters. Empty if it is not in `ENDINGS`."""
         return next((e for e in ENDINGS if self.path.lower().endswith(e)), "")
 
     @cached_property
@@ -75,9 +76,9 @@ class Name:
 
     @cached_property
     def stem(self) -> str:
-        """The file's name without its ending and without a `.nii` before it.
+        """The file's name without its ending.
 
-        ITK would write `a.nii.nii.gz` as `a.nii.gz`.
+        A second `.nii` is removed, too, because ITK would write `a.nii.nii.gz` as `a.nii.gz`.
         """
         name = self.path.rpartition("/")[2]
         stem = name[: len(name) - len(self.ending)].removesuffix(".nii")
@@ -85,7 +86,7 @@ class Name:
 
     @cached_property
     def folder_kind(self) -> tuple[int, str] | None:
-        """The deepest folder with a name for images or labels: its index, and which of the two."""
+        """The deepest folder whose name means images or labels: its index, and which of the two."""
         for i in reversed(range(len(self.folders) if self.by_folder else 0)):
             if kind := kind_of(self.folders[i]):
                 return i, kind
@@ -93,28 +94,31 @@ class Name:
 
     @cached_property
     def above(self) -> tuple[str, ...]:
-        """The folders above that one. All folders if there is none."""
+        """The folders above the one that means images or labels. If there is none, all folders."""
         return self.folders[: self.folder_kind[0]] if self.folder_kind else self.folders
 
     @cached_property
     def below(self) -> tuple[str, ...]:
-        """The folders below that one."""
+        """The folders below the one that means images or labels. Empty if there is none."""
         return self.folders[self.folder_kind[0] + 1 :] if self.folder_kind else ()
 
     @cached_property
     def part(self) -> str | None:
-        """train, val, test or unlabeled, from the deepest folder that has such a name."""
+        """The part of the data set: train, val, test or unlabeled. The deepest folder with such a name decides."""
         return next((part for folder in reversed(self.folders) if (part := part_of(folder))), None)
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name: `TrainingImg` and `training-img` give training, img. A number is a separate word."""
+    """Divide a name into words: `TrainingImg` and `training-img` give training, img. A number is a separate word."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
 
 
 @cache
 def kind_of(folder: str) -> str | None:
-    """Whether a folder's name stands for images or labels. One with a number is that of a case or a data set."""
+    """What a folder's name stands for: images, labels, or neither.
+
+    A name with a number is that of a case or a data set.
+    """
     if match := _SHORT.fullmatch(folder):
         return LABEL if match[1].lower().startswith(("label", "mask")) else IMAGE
     words = set(words_of(folder))
@@ -125,7 +129,10 @@ def kind_of(folder: str) -> str | None:
 
 @cache
 def part_of(folder: str) -> str | None:
-    """The part of a data set that a folder's name stands for. Two letters count only after words like `images`."""
+    """The part of a data set that a folder's name stands for.
+
+    Two letters, as in Tr, count only after words like `images`.
+    """
     if match := _SHORT.fullmatch(folder):
         return PARTS[match[2].lower()]
     return next((PARTS[word] for word in words_of(folder) if len(word) > 2 and word in PARTS), None)
@@ -133,7 +140,10 @@ def part_of(folder: str) -> str | None:
 
 @cache
 def label_core(stem: str) -> str | None:
-    """`c1` for c1_seg, c1-label or mask_c1. Empty if nothing else is left. None if it is not the name of a label."""
+    """Reduce the name of a label: c1_seg, c1-label and mask_c1 give `c1`. Empty if nothing is left.
+
+    None if it is no label.
+    """
     if stem.lower() in LABEL_WORDS:
         return ""
     if match := _SUFFIX.fullmatch(stem):
@@ -144,13 +154,13 @@ def label_core(stem: str) -> str | None:
 
 
 def core(stem: str) -> str:
-    """The common part of the names of an image and its label: `0001` for img0001 and label0001."""
+    """Reduce the names of an image and its label to the part that both share: img0001 and label0001 give `0001`."""
     match = _PREFIX.fullmatch(stem)
     return match[1] if match else stem
 
 
 def without_case(stem: str, case: str) -> str:
-    """A file's stem without the name of its case: `t1ce` for P1_t1ce."""
+    """Take the name of the case out of the stem of a file: P1_t1ce gives `t1ce`."""
     if stem.casefold().startswith(case.casefold()):
         rest = stem[len(case) :]
         if not rest or not rest[0].isalnum():
@@ -164,30 +174,30 @@ def is_visit(folder: str) -> bool:
 
 
 def is_session(folder: str, above: str) -> bool:
-    """Whether a folder is a visit and the folder above it a patient: `P1/2`, but not `CT/2`."""
+    """Whether a folder is a visit and the folder above it is a patient: true for `P1/2`, but not for `CT/2`."""
     return is_visit(folder) or (_SESSION.fullmatch(folder) is not None and any(c.isdecimal() for c in above))
 
 
 def plain(text: str) -> str:
-    """Only letters and digits, in small letters, to compare different spellings: `T1 post` and `t1_post`."""
+    """Keep only letters and digits, in small letters, to compare spellings such as `T1 post` and `t1_post`."""
     return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def natural(name: str) -> list:
-    """A key for sorting: `slice10` comes after `slice9`."""
+    """A key for sorting names by their numbers: `slice10` comes after `slice9`."""
     return [
         (1, int(part), "") if part.isdecimal() else (0, 0, part.casefold()) for part in re.findall(r"\d+|\D+", name)
     ]
 
 
 def some(names: Iterable[str], at_most: int = 5) -> str:
-    """The first of the names, for a message."""
+    """The first of the names, for a message. `...` at the end says that there are more."""
     names = list(names)
     return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
 
 
 def common_root(paths: Sequence[str]) -> int:
-    """The number of first folders that all paths share (often from an archive), without folders that name a kind."""
+    """How many folders at the beginning are the same in all paths. Folders that mean images or labels do not count."""
     names = [Name(path) for path in paths]
     folders = [name.folders for name in names]
     n = 0

@@ -42,11 +42,11 @@ from nnunet_semiseg.raw_datasets.volumes import (
 
 READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
 FEW, MANY = 3, 50
-"""number of labels that are read before anything is made; number that is counted if none of them fits"""
+"""How many labels are read before anything is made, and how many are counted if none of the first ones fits."""
 
 
 def refuse(path: Path, why: str) -> NoReturn:
-    """Used in place of a reader: this case fails, and the others continue."""
+    """Raise an error in place of reading an image, so that this case fails and the others continue."""
     raise UserError(f"{path}: {why}")
 
 
@@ -57,7 +57,7 @@ class Files:
     Args:
         place: a function that takes a name in the layout and returns its file or folder.
         values: what the user says about label values. None: they are 0, 1, 2, ...
-        chosen: the user has named the channels.
+        chosen: whether the user has named the channels.
     """
 
     channels: tuple[str, ...]
@@ -124,14 +124,17 @@ class Files:
             yield f"labels with different names are taken for the same: {some(layout.joined)}{_if_classes(layout)}"
 
     def case(self, case: str, layout: Layout) -> Case:
-        """The case, with a reader for each file that nnU-Net cannot read."""
+        """Describe a case, with a reader for each file that nnU-Net cannot read."""
         files = layout.images[case]
         images = tuple(self._images(files))
         label = layout.labels.get(case)
         return Case(case, images, self._label(label, files) if label else None)
 
     def _refuse_colours(self, layout: Layout) -> None:
-        """Report in one line that the first pictures are all in colour. A single one fails later with its message."""
+        """Raise UserError if the first pictures are all in colour.
+
+        If only one of them is in colour, its case fails later.
+        """
         first = [self.place(next(iter(files.values()))) for files in list(layout.images.values())[:FEW]]
         for path in first:
             if mode_of(path) not in ("RGB", "RGBA"):
@@ -139,10 +142,15 @@ class Files:
             with contextlib.suppress(Exception):  # readers raise of many kinds
                 read_gray(path)
                 return
-        raise UserError(f"{first[0]}: in colour: name its channels with --channels red green blue, or save it in grey")
+        raise UserError(
+            f"{first[0]}: is a colour image: name its channels with --channels red green blue, or save it in grey"
+        )
 
     def _leave_out_4d(self, layout: Layout) -> None:
-        """Leave out images with four dimensions if most have three: a film whose frames are the cases, or an fMRI."""
+        """Leave out images with four dimensions if most images have three.
+
+        Such an image is a film whose frames are the cases, or an fMRI.
+        """
         four = {path for path, size in self.sizes.items() if len(size) == 4 and size[3] > 1}
         if len(four) * 2 > len(self.sizes):
             return
@@ -215,7 +223,7 @@ class Files:
         return Read(read_mask if mode == "LA" else read_gray, (path,))
 
     def _check_channels(self, layout: Layout) -> None:
-        """Check before anything is made whether channels need names."""
+        """Raise UserError if channels need names. This is checked before anything is made."""
         if len(self.channels) > 1:
             return
         path = next(iter(next(iter(layout.images.values())).values()))
@@ -224,7 +232,9 @@ class Files:
         if several * 2 > len(self.sizes):
             file, size = next((file, size) for file, size in self.sizes.items() if len(size) == 4 and size[3] > 1)
             words = " ".join(f"NAME{i + 1}" for i in range(size[3]))
-            raise UserError(f"{file}: is 4D, of {size[3]} volumes: name them as channels with --channels {words}")
+            raise UserError(
+                f"{file}: is a 4D image of {size[3]} volumes: if they are channels, name them with --channels {words}"
+            )
         self._refuse_colours(layout)
         if Name(path).ending == SERIES and place.is_dir() and not layout.channels and len(find_series(place)) > 1:
             read_dicom_series(place)  # says which there are
@@ -237,8 +247,8 @@ class Files:
             cases = Counter(kind for found in kinds.values() for kind in found)
             text = " and ".join(f"{kind} ({n} cases)" for kind, n in sorted(cases.items()))
             raise UserError(
-                f"{Path(os.path.commonpath(folders))}: DICOM images of {text} at once: give the folder of one kind with"
-                f" -i, or what its folders are called with --channels"
+                f"{Path(os.path.commonpath(folders))}: holds DICOM images of different kinds, {text}: give the folder"
+                f" of one kind with -i, or the names of its folders with --channels"
             )
 
     # -------------------------------------------------------------------------------------------------------- labels
@@ -278,19 +288,21 @@ class Files:
         return partial(read_any_mask, colours=self.values.colours if self.values else {}, labels=tuple(self.names))
 
     def _picture_reader(self, path: Path) -> Callable[[Path], sitk.Image] | None:
-        """A reader for a picture. None if SimpleITK can read it."""
+        """Choose the reader for a picture. None if SimpleITK can read it."""
         return self._read_picture if mode_of(path) in ("P", "1", "LA", "PA", "RGB", "RGBA") else None
 
     def _classes(self, layout: Layout, labels, given, folder: Path) -> dict[str, int | tuple[int, ...]]:
-        """The value of each class. Sets `classes` if each class has its own mask."""
+        """Find the value of each class. If each class has its own mask, `classes` is set, too."""
         several = {name for files in layout.labels.values() if set(files) != {""} for name in files}
         several -= {name for name in several if Name(name).ending in (DICOM_SEG, RTSTRUCT)}
         if several and self.values:
-            raise UserError("--label-values: here each class has its own mask: leave it out, and use --labels")
+            raise UserError("--label-values: each class has its own mask here: leave out this option, and use --labels")
         if several:
             lacking = [name for name in labels or () if name.casefold() not in {n.casefold() for n in several}]
             if lacking:
-                raise UserError(f"--labels {lacking[0]}: no mask has this name: there are {some(sorted(several), 20)}")
+                raise UserError(
+                    f"--labels {lacking[0]}: no mask has this name: use names of these: {some(sorted(several), 20)}"
+                )
             self.classes = tuple(labels or sorted(several))
             chosen = {name.casefold() for name in self.classes}
             for files in layout.labels.values():
@@ -332,10 +344,12 @@ class Files:
         return {0: 0, 1: 1, 255: 1} if len(names) == 2 and not self.classes else None
 
     def check_values(self, layout: Layout, about: About, cases: Sequence[str]) -> None:
-        """Raises UserError if the first labels all have unknown values. A single one fails later.
+        """Raise UserError if all of the first labels have unknown values.
+
+        If only one label has unknown values, its case fails later.
 
         Args:
-            cases: their labels are used; others are not opened.
+            cases: the cases whose labels are used. Other labels are not opened.
         """
         plain = self._plain_labels(layout, cases)
         known = set(about.label_map) | (set(self.values.colours) if self.values else set())
@@ -360,7 +374,7 @@ class Files:
         raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
 
     def _say_what_is_missing(self, plain: Sequence[Path], counts: Sequence[Counter]) -> None:
-        """Print a line for each class of `--labels` that no label has, as one name too many is easily given."""
+        """Print a line for each class of `--labels` that no label has, because users often give a name too many."""
         wanted = {value: name for value, name in enumerate(self.names, 1) if name != "ignore"}
         if self.values or self.classes or len(wanted) < 2:
             return
@@ -400,18 +414,21 @@ class Files:
 
 
 def _words(names: Iterable[str]) -> str:
-    """The words as the user types them."""
+    """Join words as the user would type them in a shell."""
     return " ".join(f"'{name}'" if " " in name else name for name in names)
 
 
 def _if_classes(layout: Layout) -> str:
-    """A hint: what to type if labels with different names belong to different classes."""
+    """A hint that says what to type if labels with different names belong to different classes."""
     named = [name for name in layout.joined if name and not any(c.isdecimal() for c in name)]
     return f"; if each is a class of its own, --labels {_words(named)}" if len(named) > 1 else ""
 
 
 def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], labels: Sequence[str] = ()) -> sitk.Image:
-    """A picture of labels. It is read by colour if it has colours (a palette counts if the user names colours)."""
+    """Read a picture of labels. It is read by colour if it has colours.
+
+    A palette counts as colours if the user names colours.
+    """
     mode = mode_of(path)
     if mode in ("RGB", "RGBA") or (mode == "P" and colours):
         return read_colour_mask(path, colours, labels)
@@ -419,7 +436,10 @@ def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], label
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """The sizes of images from their headers. An unreadable file fails later, with its case. A folder is a volume."""
+    """Read the sizes of images from their headers. An unreadable file fails later, with its case.
+
+    A folder counts as a volume.
+    """
     sizes = {}
     for path in paths:
         if path.is_dir():
@@ -435,7 +455,10 @@ def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
 
 
 def _file_ending(paths: Sequence[Path], dims: int) -> str:
-    """The common ending of the images if nnU-Net reads it; otherwise one that keeps every voxel."""
+    """Choose a file ending for the dataset.
+
+    It is the common ending of all images if nnU-Net reads it, else one that keeps every voxel.
+    """
     pictures = all(path.name.lower().endswith(PICTURES) for path in paths)
     own = [e for e in READABLE if all(path.name.endswith(e) and not path.is_dir() for path in paths)]
     if dims == 2:

@@ -1,4 +1,4 @@
-"""Files of all cases in one folder: which belong together, and which channels the data set has."""
+"""Find out for files of all cases in one folder which of them belong together, and which channels there are."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.names import Name, core, label_core, natural, some
 
 Placed = list[tuple[str, str, Name]]
-"""case, channel or class, and file"""
+"""A list of files, each with its case and its channel or class."""
 
 
 def pair(images: Sequence[Name], labels: Sequence[Name], suffixes: Sequence[str]) -> tuple[Placed, Placed]:
-    """Images and labels with their cases: from the suffixes of channels, see `find_suffixes`, and from common names."""
+    """Find the case of each image and each label in a folder.
+
+    The suffixes of channels (see `find_suffixes`) and the common parts of names show which files belong together.
+    """
     placed_images: Placed = []
     for name in images:
         match = re.fullmatch(rf"(.+?)[_-]({'|'.join(map(re.escape, suffixes))})", name.stem, re.IGNORECASE)
@@ -36,8 +39,8 @@ def pair(images: Sequence[Name], labels: Sequence[Name], suffixes: Sequence[str]
 def find_suffixes(images: Sequence[Name], labels: Sequence[Name], channels: Sequence[str] | None) -> list[str]:
     """The suffixes of names that stand for channels.
 
-    They are numbers (`_0000`); or the names of the wanted channels after `_` or `-`; or, if no channels are named, what
-    the names of images have in addition to those of labels.
+    They are numbers (`_0000`), or the names of the wanted channels after `_` or `-`. If the user names no channels, a
+    suffix is what the name of an image has in addition to the name of its label.
     """
     stems = [name.stem for name in images]
     if stems and all(stem.endswith("_0000") for stem in stems):
@@ -67,10 +70,10 @@ def _as_written(channel: str, suffixes: Sequence[str]) -> str:
 def choose_channels(
     images: dict[str, dict[str, str]], labels: Mapping[str, object], wanted: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The channels in their order, and what is left out, with the reason. `images` is reduced to these channels.
+    """Choose the channels and their order. Returns them, and what is left out. `images` is reduced to these channels.
 
     Args:
-        wanted: names, or None for the channels that every labelled case has.
+        wanted: the names of the channels. None: the channels that every labelled case has.
 
     Raises:
         UserError: no file has one of the names; or there is no channel that all labelled cases have.
@@ -100,12 +103,17 @@ def _shared(images: Mapping, labels: Mapping, found: Mapping[str, int]) -> dict[
     shared = set.intersection(*labelled) - {""}
     if not shared:
         names = [f"{name} ({n} cases)" for name, n in found.items() if name]
-        raise UserError(f"no channel is in every labelled case: found {some(names, 10)}: name some with --channels")
+        raise UserError(
+            f"no channel is in every labelled case: choose channels with --channels, from {some(names, 10)}"
+        )
     return {name: name for name in sorted(shared, key=natural)}
 
 
 def _match(found: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
-    """For each wanted channel the name in the files: the same word, the last word of it, or its number."""
+    """For each wanted channel, the name in the files.
+
+    The name is the same word, or ends with this word, or is the number of the channel.
+    """
     keys = {}
     for i, channel in enumerate(wanted):
         same = [name for name in found if name.casefold() == channel.casefold()]
@@ -114,6 +122,6 @@ def _match(found: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
         if len(same) != 1:
             known = some([name for name in found if name], 10)
             what = f"fits {' and '.join(same)}" if same else "is not the name of a channel"
-            raise UserError(f"--channels {channel}: {what}: the files' are {known}")
+            raise UserError(f"--channels {channel}: {what}: use names of the channels in the files: {known}")
         keys[channel] = same[0]
     return keys

@@ -1,4 +1,4 @@
-"""Find the cases of the same patient, and make splits that keep them together."""
+"""Find the patient of each case, and make splits that keep all cases of a patient together."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str)
     """The patient of each case.
 
     Args:
-        known: patients that folders name.
-        group_by: `patient`: folders or names say it (`BraTS-GLI-00005-001` is a scan of BraTS-GLI-00005). Or a regular
-            expression: its first group, or the whole match, is the patient in the name of a case.
+        known: the patients of cases, as the names of folders say them.
+        group_by: the word `patient`, if folders or names say it (`BraTS-GLI-00005-001` is a scan of BraTS-GLI-00005).
+            Or a regular expression: its first group, or the whole match, is the patient in the name of a case.
 
     Raises:
-        UserError: the expression is wrong, or fits no name; names do not show patients.
+        UserError: the expression is wrong, or does not match a name; names do not show patients.
     """
     cases = list(cases)
     if group_by == "patient":
@@ -41,10 +41,12 @@ def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str)
     try:
         expression = re.compile(group_by)
     except re.error as e:
-        raise UserError(f"--group-by {group_by}: not a regular expression ({e}): give one, or patient") from None
+        raise UserError(
+            f"--group-by {group_by}: is not a regular expression ({e}): give a valid one, or the word patient"
+        ) from None
     found = {case: expression.search(case) for case in cases}
     if lost := [case for case, match in found.items() if match is None]:
-        raise UserError(f"--group-by {group_by}: does not fit {some(lost)}: correct it")
+        raise UserError(f"--group-by {group_by}: does not match the case name {some(lost)}: correct the expression")
     return {case: match[1] if expression.groups else match[0] for case, match in found.items() if match}
 
 
@@ -55,13 +57,16 @@ def refuse_shared(patients: Mapping[str, str], test: Iterable[str], others: Iter
     if shared:
         patient, case = next(iter(shared.items()))
         raise UserError(
-            f"--group-by: {len(shared)} patients have scans in the test set and in training, {patient} has"
-            f" {of_test[patient]} and {case}: move all scans of a patient to one side"
+            f"--group-by: {len(shared)} patients have scans both in the test set and in training, for example {patient}"
+            f" ({of_test[patient]} and {case}): move all scans of a patient to one of the two"
         )
 
 
 def folds_by_patient(cases: Sequence[str], patients: Mapping[str, str], num_folds: int = 5) -> list[dict]:
-    """Folds as in `splits_final.json`, with all cases of a patient in one fold. Empty if there is only one patient."""
+    """Make folds for `splits_final.json`, with all cases of a patient in one fold.
+
+    Empty if there is only one patient.
+    """
     cases = sorted(cases)
     groups = [patients[case] for case in cases]
     folds = min(num_folds, len(set(groups)))

@@ -1,4 +1,4 @@
-"""Pictures that Pillow reads better than ITK, and masks with colours for classes."""
+"""Read pictures that Pillow reads better than ITK, and masks whose colours stand for classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]
 
 
 def mode_of(path: Path) -> str | None:
-    """Pillow's name for the kind of pixels in a picture. None for anything else. It reads the header only."""
+    """Pillow's name for the kind of pixels in a picture. None if the file is not a picture. Only the header is read."""
     if not path.name.lower().endswith(PICTURES):
         return None
     try:
@@ -29,21 +29,24 @@ def mode_of(path: Path) -> str | None:
 
 
 def read_jpeg(path: Path, channels: int) -> sitk.Image:
-    """Read with Pillow, which reports a truncated file."""
+    """Read a JPEG with Pillow, which reports a truncated file."""
     with Image.open(path) as picture:
         image = sitk.GetImageFromArray(np.asarray(picture), isVector=picture.mode != "L")
     return one_channel(image, str(path)) if channels == 1 else image
 
 
 def read_mask(path: Path) -> sitk.Image:
-    """A label picture that is not grey: its values are indices of a palette, or one bit. Transparency is ignored."""
+    """Read a label picture that is not grey. Its values are the indices of a palette, or one bit.
+
+    Transparency is ignored.
+    """
     with Image.open(path) as picture:
         labels = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
     return sitk.GetImageFromArray(labels.astype(np.uint8))
 
 
 def read_colours(path: Path) -> sitk.Image:
-    """A mask in colour, RGB. A palette is replaced by its colours, and transparency is ignored."""
+    """Read a mask in colour, as RGB. A palette is replaced by its colours, and transparency is ignored."""
     with Image.open(path) as picture:
         return sitk.GetImageFromArray(np.asarray(picture.convert("RGB")), isVector=True)
 
@@ -52,7 +55,7 @@ def read_colour_mask(path: Path, colours: Mapping[Colour, int], labels: Sequence
     """Turn colours into values, uint8.
 
     Raises:
-        UserError: there is another colour. The message counts all and shows the option to use.
+        UserError: there is an unknown colour. The message counts all colours and shows the option to use.
     """
     picture = read_colours(path)
     rgb = sitk.GetArrayViewFromImage(picture)
@@ -61,7 +64,7 @@ def read_colour_mask(path: Path, colours: Mapping[Colour, int], labels: Sequence
     found = count(picture)
     if unknown := found.keys() - colours.keys():
         new = found if len(unknown) == len(found) else {colour: found[colour] for colour in unknown}
-        raise UserError(f"{path}: a label in colour: {found_text(found)}: {offer(new, labels)}")
+        raise UserError(f"{path}: is a label in colour, with {found_text(found)}: {offer(new, labels)}")
     values = np.zeros(rgb.shape[:-1], np.uint8)
     for colour, value in colours.items():
         values[(rgb == colour).all(-1)] = value

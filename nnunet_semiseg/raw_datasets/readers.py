@@ -1,4 +1,4 @@
-"""Readers of images that nnU-Net cannot read as they are."""
+"""Read images that nnU-Net cannot read directly: DICOM series, and images with colour channels."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
     """Read a DICOM series below a folder. Its files may be in one folder or in several.
 
     Args:
-        channel: the series' description or its folder, if there are several series.
+        channel: the description of the wanted series, or its folder, if there are several series.
 
     Raises:
-        UserError: no series fits, or several do; slices are missing or appear twice.
+        UserError: no series or several series fit the channel; slices are missing or appear twice.
     """
     return sitk.ReadImage(series_files(folder, channel))
 
 
 def read_dicom_channel(folder: Path, channel: str, channels: Sequence[str]) -> tuple[sitk.Image, str]:
-    """The same for a case that has a series for each of several channels. With the first, a note of what is left out.
+    """Read the series of one channel, for a case with several channels.
+
+    Also returns a note on series that are left out.
 
     Raises:
-        UserError: also if the only series belongs to another channel.
+        UserError: as `read_dicom_series`; also if the only series belongs to another channel.
     """
     series = find_series(folder)
     image = sitk.ReadImage(_choose(series, folder, channel, len(channels) > 1))
@@ -43,15 +45,15 @@ def read_dicom_channel(folder: Path, channel: str, channels: Sequence[str]) -> t
 
 
 def series_files(folder: Path, channel: str | None = None) -> list[str]:
-    """The files of the slices of a series, by their position; see `read_dicom_series`."""
+    """The files of the slices of a series, sorted by their position; see `read_dicom_series`."""
     return _choose(find_series(folder), folder, channel, False)
 
 
 def _choose(series: Mapping[str, list[str]], folder: Path, channel: str | None, several: bool) -> list[str]:
-    """The files of the series that fits.
+    """Choose the series that fits the channel. Returns its files.
 
     Args:
-        several: cases have several series, so that even a single series must have the name of its channel.
+        several: whether the cases have several series. Then even a single series must have the name of its channel.
     """
     by_name = channel is not None and (several or len(series) > 1)
     fitting = _fitting(series, folder, channel) if by_name and channel is not None else list(series)
@@ -67,7 +69,10 @@ def _choose(series: Mapping[str, list[str]], folder: Path, channel: str | None, 
 
 
 def _fitting(series: Mapping[str, list[str]], folder: Path, channel: str) -> list[str]:
-    """The series whose description or folder is this channel; if there is none, those that have its words."""
+    """The series whose description or folder equals the channel.
+
+    If there is none, the series that contain its words.
+    """
     words = {
         uid: [plain(describe(files[0])), *(plain(p) for p in _below(files[0], folder))] for uid, files in series.items()
     }
@@ -80,7 +85,7 @@ def _text(files: Sequence[str]) -> str:
 
 
 def find_series(folder: Path) -> dict[str, list[str]]:
-    """The files of each series below a folder, by its UID."""
+    """The files of each series below a folder. The keys are the UIDs of the series."""
     series: dict[str, list[str]] = {}
     for directory in sorted(_dicom_folders(folder)):
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(directory)):
@@ -91,13 +96,13 @@ def find_series(folder: Path) -> dict[str, list[str]]:
 
 
 def _dicom_folders(folder: Path) -> dict[Path, Path]:
-    """Folders with DICOM images, at any depth, with the first image of each."""
+    """Find folders with DICOM images, at any depth, and the first image of each."""
     files = (file for file in find_files(folder, "*") if file.is_file() and dicom_kind(file) == SERIES)
     return {file.parent: file for file in reversed(list(files))}
 
 
 def find_modalities(folder: Path) -> set[str]:
-    """`CT`, `MR`, ... of the first DICOM file in each folder. Unreadable files are reported later."""
+    """The modality (`CT`, `MR`, ...) of the first DICOM file in each folder. Unreadable files are reported later."""
     found = set()
     for file in _dicom_folders(folder).values():
         with contextlib.suppress(RuntimeError):
@@ -106,7 +111,7 @@ def find_modalities(folder: Path) -> set[str]:
 
 
 def describe(file: str) -> str:
-    """The description of a DICOM file's series."""
+    """The description of the series of a DICOM file."""
     return _tag(file, "0008|103e")
 
 
@@ -122,12 +127,12 @@ def _below(file: str, folder: Path) -> tuple[str, ...]:
 
 
 def read_grid(path: Path, channel: str | None = None) -> sitk.Image:
-    """Read an image for its grid: a file, or a DICOM series."""
+    """Read an image, a file or a DICOM series, to get its grid."""
     return sitk.ReadImage(series_files(path, channel)) if path.is_dir() else sitk.ReadImage(path)
 
 
 def read_dicom_picture(path: Path) -> sitk.Image:
-    """A single DICOM file: an X-ray is a picture; an image of several frames is a volume."""
+    """Read a single DICOM file. An X-ray is a picture; an image of several frames is a volume."""
     image = sitk.ReadImage(path)
     return image[:, :, 0] if image.GetDimension() == 3 and image.GetSize()[2] == 1 else image
 
@@ -148,20 +153,22 @@ def _in_order(files: Sequence[str], folder: Path) -> list[str]:
     gaps = np.diff([heights[file] for file in ordered])
     usual = float(np.median(gaps))
     if gaps.min() < 1e-3:
-        raise UserError(f"{folder}: slices appear twice, at {heights[ordered[gaps.argmin()]]:g} mm: remove copies")
+        raise UserError(f"{folder}: slices appear twice, at {heights[ordered[gaps.argmin()]]:g} mm: remove the copies")
     odd = np.abs(gaps - usual).argmax()
     if abs(gaps[odd] - usual) > max(0.1 * usual, 0.11):  # positions are often rounded to 0.1 mm
         raise UserError(
-            f"{folder}: slices are {usual:g} mm apart, but {gaps[odd]:g} mm at {heights[ordered[odd]]:g} mm: some are"
-            f" missing, or of another series"
+            f"{folder}: slices are {usual:g} mm apart, but {gaps[odd]:g} mm at {heights[ordered[odd]]:g} mm: slices"
+            f" are missing or belong to another series: add or remove them"
         )
     if np.ptp(list(origins.values()), axis=0).max() > 1:
-        raise UserError(f"{folder}: slices are shifted against each other (a tilted gantry): resample the volume first")
+        raise UserError(
+            f"{folder}: its slices are shifted against each other, as with a tilted gantry: resample the volume first"
+        )
     return ordered
 
 
 def read_gray(path: Path) -> sitk.Image:
-    """A 2d image with equal colour channels, as one channel."""
+    """Read a 2d image whose colour channels are equal, as one channel."""
     return one_channel(sitk.ReadImage(path), str(path))
 
 
@@ -175,5 +182,8 @@ def one_channel(image: sitk.Image, name: str) -> sitk.Image:
         raise UserError(f"{name}: has {number} values in a voxel instead of one: save it as one volume, without layers")
     colours = 3 if number >= 3 else 1  # grey and alpha
     if not (voxels[..., :colours] == voxels[..., :1]).all():
-        raise UserError(f"{name}: a colour image instead of a grey one: save it in grey, or name all --channels")
+        raise UserError(
+            f"{name}: is a colour image instead of a grey one: save it in grey, or name all its channels with"
+            f" --channels"
+        )
     return sitk.VectorIndexSelectionCast(image, 0)

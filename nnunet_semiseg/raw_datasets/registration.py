@@ -1,4 +1,4 @@
-"""Measure whether the channels of a case are aligned, and register them rigidly if they are not."""
+"""Measure whether the channels of a case are aligned, and align them rigidly if they are not."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.repair import corners_of
 
 REGISTER = ("off", "check", "rigid")
-"""leave channels as they are; report their displacement; move displaced channels"""
+"""What to do with channels: leave them as they are, report their displacement, or move displaced ones."""
 BINS, SHARE, STEPS = 50, 0.2, 200
-"""bins of Mattes' histogram; share of the voxels that a step uses; largest number of steps at each resolution"""
+"""Numbers for the registration: bins of Mattes' histogram, share of the voxels in a step, largest number of steps at
+each resolution."""
 SMALLEST = 16
-"""an axis with fewer voxels than this is not shrunk"""
+"""An axis with fewer voxels than this is not shrunk."""
 
 
 def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: str) -> tuple[sitk.Image, str]:
-    """A channel on the grid of the first one, aligned with it if necessary; and a note on its displacement.
+    """Resample a channel to the grid of the first one, and align it if necessary.
+
+    Also returns a note on its displacement.
 
     A channel is displaced if a corner of the first channel's image must move by more than one voxel (of the smallest
-    spacing). This is about the accuracy of the registration. A channel that is not moved and has the same grid keeps
-    its voxels.
+    spacing). Smaller displacements cannot be told from the error of the registration. A channel that is not moved and
+    has the same grid keeps its voxels.
 
     Args:
         moving, fixed: volumes with one value for each voxel.
         channel, first: the names of both channels.
-        how: one of `REGISTER`; with `check` nothing is moved.
+        how: a value of `REGISTER`; with `check` nothing is moved.
 
     Raises:
         UserError: the channel cannot be registered.
@@ -52,8 +55,8 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
     It starts from the positions in the headers.
 
     Returns:
-        The transform from points of the fixed image to points of the moving one, or the identity if that is not worse.
-        And the largest distance, in mm, by which it moves a corner of the fixed image.
+        The transform from points of the fixed image to points of the moving one, or the identity if that is as good.
+        And the largest distance, in mm, by which the transform moves a corner of the fixed image.
 
     Raises:
         UserError: the volumes do not overlap.
@@ -77,7 +80,9 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
         before, after = (evaluate(fixed, moving, x) for x in (identity, transform))
     except RuntimeError as error:
         why = one_line_of(error).rpartition("): ")[2].partition(". ")[0]
-        raise UserError(f"cannot be registered ({why}): remove the case, or align it by hand") from None
+        raise UserError(
+            f"cannot be registered to the first channel ({why}): remove the case, or align it by hand"
+        ) from None
     if before <= after:  # what is measured is to be small
         return identity, 0.0
     corners = corners_of(fixed)
@@ -86,7 +91,10 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
 
 
 def measure() -> sitk.ImageRegistrationMethod:
-    """SimpleITK's mutual information of two images. It uses one thread, because converters have many processes."""
+    """Set up SimpleITK's mutual information of two images.
+
+    It uses one thread, because converters have many processes.
+    """
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(BINS)
@@ -95,7 +103,7 @@ def measure() -> sitk.ImageRegistrationMethod:
 
 
 def evaluate(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> float:
-    """Minus the mutual information over all voxels."""
+    """The negative mutual information of two images, over all voxels."""
     method = measure()
     method.SetInitialTransform(transform)
     return method.MetricEvaluate(fixed, moving)

@@ -1,4 +1,4 @@
-"""Problems of headers and voxels. They are fixed only if the user asks for it, and never without a note."""
+"""Find problems of headers and voxels. They are fixed only if the user asks for it, and a note always says so."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from nnunet_semiseg.data.image_problems import geometry_difference, nifti_damage
 from nnunet_semiseg.errors import UserError
 
 TOLERANCE = 0.1
-"""share of the smallest spacing by which the corners of two equal grids may differ, because headers are rounded"""
+"""Two grids are equal if their corners differ by at most this share of the smallest spacing, because headers are
+rounded."""
 NRRD = (b"\n\n", (b"spacings",), b"sizes")
 META_IMAGE = (b"ElementDataFile", (b"elementspacing", b"elementsize"), b"dimsize")
-"""where a header ends, and its lines with the size of voxels and of the image"""
+"""What a MetaImage header ends with, and the names of its lines with the voxel size and with the image size."""
 FILL = "choose a value for them with --nan fill"
 
 
@@ -29,9 +30,10 @@ class Repair:
     """What the user allows to change.
 
     Args:
-        spacing: x y z in mm, if a header has none (0, less, or NaN).
-        nan: replaces NaN and infinity: a number, or `fill` for the smallest finite value of an image.
-        reorient: axes that are not at right angles are turned to the nearest ones that are. Voxels do not change.
+        spacing: the voxel size x y z in mm, used if a header has none (0, less, or NaN).
+        nan: what replaces NaN and infinity: a number, or `fill` for the smallest finite value of the image.
+        reorient: whether axes that are not at right angles are replaced by the nearest axes that are. Voxels do not
+            change.
     """
 
     spacing: tuple[float, ...] | None = None
@@ -43,7 +45,7 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
     """Read an image from a file, with notes on what was changed. Without a note the image is exactly that of the file.
 
     Raises:
-        UserError: it cannot be read, or has a problem that `repair` does not allow to fix.
+        UserError: the image cannot be read, or has a problem that `repair` does not allow to fix.
     """
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     notes: list[str] = []
@@ -62,7 +64,7 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
         image = sitk.ReadImage(path)
     except Exception as e:
         if not (is_nifti and "orthonormal" in str(e)):
-            raise UserError(f"{path}: cannot be read ({one_line_of(e)})") from None
+            raise UserError(f"{path}: cannot be read ({one_line_of(e)}): save or download it again") from None
         image, note = _at_right_angles(path, repair.reorient)
         notes.append(note)
     if wrong is not None and repair.spacing is not None:
@@ -97,7 +99,7 @@ def _fill(image: sitk.Image, finite: np.ndarray, path: Path, value: float | str 
 
 
 def _nifti_spacing(path: Path) -> list[float] | None:
-    """The spacing in the file, if it is not valid. Readers replace 0 by 1, and ITK also replaces NaN."""
+    """The spacing in a NIfTI file if it is not valid, else None. Readers replace 0 by 1, and ITK also replaces NaN."""
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
             header = nibabel.Nifti1Header.from_fileobj(stream, check=False)
@@ -108,7 +110,7 @@ def _nifti_spacing(path: Path) -> list[float] | None:
 
 
 def _text_spacing(path: Path) -> list[float] | None:
-    """The same for NRRD and MetaImage, whose headers are text. None if there is no such line.
+    """The spacing in the header of an NRRD or MetaImage file if it is not valid, else None. These headers are text.
 
     ITK replaces a missing spacing and NaN by 1. For pictures no spacing is used.
     """
@@ -133,12 +135,12 @@ def _text_spacing(path: Path) -> list[float] | None:
 
 
 def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
-    """The image with the nearest axes at right angles. ITK refuses to read other ones."""
+    """Read an image with the nearest axes that are at right angles, because ITK refuses to read other axes."""
     nifti = nibabel.load(path)
     affine = np.diag([-1, -1, 1, 1]) @ nifti.affine  # type: ignore  # RAS to LPS
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and spacing.all() and len(nifti.shape) == 3):  # type: ignore
-        raise UserError(f"{path}: the header's axes are not the directions of a volume: write the file again")
+        raise UserError(f"{path}: its header has no valid axes of a volume: save the file again with another program")
     left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
     direction = left @ right
     corner = np.array(nifti.shape[:3]) - 1  # type: ignore
@@ -157,7 +159,7 @@ def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
 
 
 def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None, str | None]:
-    """Compare two grids. Returns the difference as an error; or, if it is only rounding, as a note.
+    """Compare two grids. Returns their difference as an error; if it is only rounding, as a note instead.
 
     Two grids are equal if all their corners differ by at most `TOLERANCE` of the smallest spacing.
     """
@@ -171,7 +173,7 @@ def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None
 
 
 def corners_of(image: sitk.Image) -> np.ndarray:
-    """The centres of the voxels at the corners, in mm, (2 ** dimensions, dimensions)."""
+    """The centres of the corner voxels, in mm, as an array (2 ** dimensions, dimensions)."""
     ends = [(0, n - 1) for n in image.GetSize()]
     corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, len(ends))
     return np.array([image.TransformIndexToPhysicalPoint([int(i) for i in corner]) for corner in corners])

@@ -12,17 +12,17 @@ from nnunet_semiseg.raw_datasets.description import Case, Source
 from nnunet_semiseg.raw_datasets.names import some
 
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
-"""for each part nnU-Net's name of it"""
+"""nnU-Net's short name for each part of the data."""
 PROSE = {"labeled": "labelled", "unlabeled": "unlabelled"}
-"""how a part is written in a sentence, if not by its name"""
+"""How a part is written in a sentence, if it differs from its name."""
 FIRST = 3
 
 
 def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, whole: bool) -> None:
-    """Print everything.
+    """Print the report of a conversion: the data set, the cases of each part, what is left out.
 
     Args:
-        whole: for a dry run: also the first cases of each part, file by file, and all files that are left out.
+        whole: also print the first cases of each part, file by file, and all files that are left out, as for a dry run.
     """
     about = source.about
     print(about.title)
@@ -65,7 +65,7 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, wh
 
 
 def describe(case: Case, part: str, ending: str) -> str:
-    """Where each file of a case is written."""
+    """Say for each file of a case where it is written."""
     subset = SUBSETS[part]
     lines = [f"{_short(image)} -> images{subset}/{case.name}_{i:04d}{ending}" for i, image in enumerate(case.images)]
     if case.label is not None and part != "unlabeled":

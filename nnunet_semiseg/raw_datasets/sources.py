@@ -1,4 +1,4 @@
-"""Helpers with which modules of data sets find their cases: files, published lists and random lists."""
+"""Functions with which the modules of data sets find their cases: files, published lists and random lists."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ JUNK = (".", "__MACOSX", "~$")
 
 
 def published_split(name: str) -> dict:
-    """A published list of case names, from `dataset_conversion/splits`."""
+    """Read a published list of case names from `dataset_conversion/splits`."""
     file = resources.files("nnunet_semiseg.dataset_conversion") / "splits" / f"{name}.json"
     return json.loads(file.read_bytes())
 
 
 def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Training cases in a fixed random order, and a share for testing, for data without a published list.
+    """Put the training cases into a fixed random order, and take a share for testing, if there is no published list.
 
-    The order is that of a hash of each name, so that a missing case does not change the order of the others.
+    Cases are sorted by a hash of their name. So a missing case does not change the order of the others.
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     n = round(test * len(order))
@@ -31,10 +31,10 @@ def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
-    """Files and folders below a folder, at any depth, whose path ends as the pattern says. They are sorted.
+    """Find files and folders below a folder, at any depth, whose path ends as the pattern says. They are sorted.
 
     Args:
-        pattern: such as `*.tif`, or with folders, such as `imagesTr/lung_*.nii.gz`.
+        pattern: a pattern such as `*.tif`, or with folders, such as `imagesTr/lung_*.nii.gz`.
 
     Links to folders are followed. Files that a Mac or an office program adds are ignored: `__MACOSX`, `._x`, `~$x`, and
     hidden files.
@@ -50,7 +50,7 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Paths by case name, sorted.
+    """The paths by the names of their cases, sorted.
 
     Raises:
         UserError: a case appears twice. The message names both paths.

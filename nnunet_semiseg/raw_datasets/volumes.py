@@ -1,4 +1,4 @@
-"""Volumes that are not one file with one channel: stacks of pictures, files of all channels, masks of classes."""
+"""Read volumes that are not one file with one channel: stacks of pictures, files of all channels, masks of classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 
 def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
-    """Read a TIFF stack. The voxel size is in the file CASE.json beside it, as in nnU-Net (z y x), or in `spacing`.
+    """Read a TIFF stack. Its voxel size is in the file CASE.json beside it, as in nnU-Net (z y x), or in `spacing`.
 
     Raises:
         UserError: there is no voxel size.
@@ -26,17 +26,20 @@ def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
     if beside:
         spacing = read_json(beside, 'write {"spacing": [z, y, x]}, in mm')["spacing"][::-1]
     if not spacing:
-        raise UserError(f"{path}: a volume without a voxel size: give it with --spacing X Y Z (mm)")
+        raise UserError(f"{path}: this volume has no voxel size: give it with --spacing X Y Z (mm)")
     volume.SetSpacing([float(s) for s in spacing])
     return volume
 
 
 def read_channel(path: Path, channel: int, repair: Repair) -> tuple[sitk.Image, str]:
-    """One channel, counted from 0, of a file with four dimensions x y z c."""
+    """Read one channel, counted from 0, of a file with four dimensions x y z c."""
     image, notes = read(path, repair)
     size = image.GetSize()
     if len(size) != 4 or channel >= size[3]:
-        raise UserError(f"{path}: has no channel {channel + 1}: its size is {' x '.join(map(str, size))}")
+        raise UserError(
+            f"{path}: has no channel {channel + 1}, because its size is {' x '.join(map(str, size))}: save all"
+            f" channels in the file"
+        )
     return image[:, :, :, channel], "; ".join([
         *notes,
         f"channel {channel + 1} of {size[3]} of a 4D file ({path.name})",
@@ -44,16 +47,16 @@ def read_channel(path: Path, channel: int, repair: Repair) -> tuple[sitk.Image, 
 
 
 def slices_of(folder: Path) -> list[Path]:
-    """The pictures in a folder, `2.png` before `10.png`."""
+    """The pictures in a folder in the order of their numbers, so that `2.png` comes before `10.png`."""
     files = (f for f in folder.iterdir() if f.name.lower().endswith(PICTURES) and not f.name.startswith("."))
     return sorted(files, key=lambda file: natural(file.name))
 
 
 def read_stack(folder: Path, spacing: Sequence[float] | None) -> tuple[sitk.Image, str]:
-    """The pictures in a folder as slices of a volume, in the order of their names. `spacing` is x y z in mm."""
+    """Read the pictures in a folder as slices of a volume, in the order of their names. `spacing` is x y z in mm."""
     if not spacing:
         raise UserError(
-            f"{folder}: pictures are slices of a volume: give the size of a voxel with --spacing X Y Z (mm)"
+            f"{folder}: the pictures in it are slices of a volume: give the size of a voxel with --spacing X Y Z (mm)"
         )
     volume = _stacked(folder, sitk.ReadImage)
     volume.SetSpacing([float(s) for s in spacing])
@@ -67,20 +70,22 @@ def read_mask_stack(
     channel: str | None = None,
     spacing: Sequence[float] | None = None,
 ) -> tuple[sitk.Image, str]:
-    """The masks in a folder on the grid of their image.
+    """Read the masks in a folder on the grid of their image.
 
-    The slices have the order of the image's slices: that of the names of its DICOM files, else that of its own slices.
+    The slices have the same order as those of the image. If the image is DICOM, this is the order of the names of its
+    files, else the order of its slices.
 
     Args:
-        image: the image's file, or the folder of its DICOM files or pictures.
+        image: the file of the image, or the folder of its DICOM files or pictures.
         channel: the series, if there are several.
-        spacing: that of an image that consists of pictures, else None.
+        spacing: the spacing of an image that consists of pictures, else None.
     """
     mask = _stacked(folder, read_slice)
     grid = read_stack(image, spacing)[0] if spacing else read_grid(image, channel)
     if mask.GetSize() != grid.GetSize():
         raise UserError(
-            f"{folder}: masks of size {mask.GetSize()}, but {image} has {grid.GetSize()}: give the masks of this image"
+            f"{folder}: its masks have the size {mask.GetSize()}, but {image} has {grid.GetSize()}: use the"
+            f" masks that belong to this image"
         )
     note = f"{mask.GetSize()[2]} pictures are the slices of the label, in the order of their names"
     voxels = sitk.GetArrayFromImage(mask)
@@ -107,7 +112,7 @@ def _stacked(folder: Path, read_slice: Callable[[Path], sitk.Image]) -> sitk.Ima
 
 
 def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], missing: Sequence[str], repair: Repair):
-    """Join several binary masks to one label. Where two overlap, the later one counts, and the note says so.
+    """Join several binary masks to one label. Where two overlap, the later one is taken, and a note says so.
 
     Args:
         values: the value of each mask in the label.
@@ -123,11 +128,11 @@ def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], 
         notes += found
         voxels = sitk.GetArrayViewFromImage(mask)
         if len(present := np.unique(voxels)) > 2:
-            raise UserError(f"{path}: has {len(present)} values, but a mask of {name} has two: correct it")
+            raise UserError(f"{path}: has {len(present)} values, but a mask of {name} must have two: correct it")
         if label is None or first is None:
             first, label = mask, np.zeros(voxels.shape, np.uint8)
         elif difference := grid_difference(mask, first)[0]:
-            raise UserError(f"{path}: {difference} in {paths[0].name}")
+            raise UserError(f"{path}: {difference} in {paths[0].name}: give all masks of a case the same grid")
         if n := np.count_nonzero(label[voxels > 0]):
             notes.append(f"{n} voxels of {name} are in another mask, too: they are {name}")
         label[voxels > 0] = value

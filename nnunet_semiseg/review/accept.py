@@ -1,4 +1,4 @@
-"""`nnunet_semiseg accept`: turn unlabelled cases into labelled ones, completely or not at all; and undo it."""
+"""`nnunet_semiseg accept`: turn unlabelled cases into labelled ones, completely or not at all. It can be undone."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from nnunet_semiseg.review.preprocessing import find_preprocessed, stage, stage_
 from nnunet_semiseg.schema import DATASET_SECTION, read_dataset_json, read_splits
 
 ACCEPTED = "accepted"
-"""in the `semiseg` section of dataset.json: where the label of each accepted case comes from"""
+"""A key in the section `semiseg` of dataset.json: it says for each accepted case where its label comes from."""
 SPLITS = "splits_final.json"
 REVIEWS = "review"
-"""the folder below a data set's results that holds its reviews"""
+"""The name of the folder below the results of a data set that holds its reviews."""
 
 
 def accept(
     dataset: int | str, given: str | Path | None = None, all_of: str | Path | None = None, show_progress: bool = True
 ) -> list[NewLabel]:
-    """Move unlabelled cases, with these labels, to the labelled ones, and preprocess them.
+    """Make labelled cases of unlabelled ones: move them, add their labels, and preprocess them.
 
-    If an earlier call was interrupted, it is finished first. Without any folder, that is all that is done.
+    If an earlier call was interrupted, it is finished first. If no folder is given, nothing else is done.
 
     Args:
         given: a folder of labels, named CASE.nii.gz, or with the file ending of the data set.
@@ -83,7 +83,7 @@ def undo(dataset: int | str) -> list[str]:
     """Undo the last call of `accept`. Returns the cases, which are unlabelled again.
 
     Raises:
-        UserError: nothing was accepted; or a label or dataset.json was changed since.
+        UserError: nothing was accepted; or a label or dataset.json was changed after that.
     """
     with _alone(dataset) as (roots, _):
         there = journals(roots["raw"])
@@ -98,7 +98,7 @@ def undo(dataset: int | str) -> list[str]:
 def _alone(dataset: int | str) -> Iterator[tuple[Roots, bool]]:
     """Lock the data set and finish an interrupted change.
 
-    Returns its folders, and whether something had to be finished.
+    Returns the folders of the data set, and whether there was something to finish.
     """
     roots = {root: dataset_folder(f"nnUNet_{root}", dataset) for root in ("raw", "preprocessed")}
     raw = roots["raw"]
@@ -164,12 +164,12 @@ def stage_change(
 
 
 def extended(folds: list[dict], cases: Sequence[str]) -> list[dict]:
-    """The folds with the new cases as training cases in each. The validation cases stay the same."""
+    """The folds with the new cases as training cases in each fold. The validation cases stay the same."""
     return [fold | {"train": sorted({*fold["train"], *cases} - {*fold["val"]})} for fold in folds]
 
 
 def _described(dataset_json: dict, labels: Sequence[NewLabel], files: Mapping[str, list[str]]) -> dict:
-    """The description with the new number of labelled cases, and with the origin of the new labels."""
+    """The content of dataset.json with the new number of labelled cases, and with the origin of the new labels."""
     ending = dataset_json["file_ending"]
     section = dataset_json.get(DATASET_SECTION, {})
     accepted = section.get(ACCEPTED, {}) | {label.case: label.about for label in labels}

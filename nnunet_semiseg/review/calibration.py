@@ -1,4 +1,4 @@
-"""Turn agreement into Dice, with labelled cases that the model has not seen."""
+"""Turn agreement into an estimate of Dice, with labelled cases that the model has not seen."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 FEWEST = 4
-"""number of cases: a line through fewer cases says nothing"""
+"""The smallest number of cases: a line through fewer cases says nothing."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Dice = offset + slope * estimate, limited to 0 to 1. The slope is 0 or more."""
+    """A line: Dice = offset + slope * estimate, limited to 0 to 1. The slope is 0 or more."""
 
     offset: float
     slope: float
 
     @classmethod
     def fit(cls, estimates: Sequence[float], dices: Sequence[float]) -> Line:
-        """Fit by least squares. If all estimates are equal, or the slope would be negative, the slope is 0."""
+        """Fit a line by least squares. If all estimates are equal, or the slope would be negative, the slope is 0."""
         x, y = np.asarray(estimates, float), np.asarray(dices, float)
         spread = ((x - x.mean()) ** 2).sum()
         slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread)) if spread > 1e-12 else 0.0
@@ -35,10 +35,10 @@ class Calibration:
     """A line for each class, and the error of the lines.
 
     Attributes:
-        lines: by class.
+        lines: the line of each class.
         cases: the number of labelled cases that they were fitted to.
-        error: the mean absolute error of the Dice of a class. The error of a case is that of a line through the other
-            cases.
+        error: the mean absolute error of the estimated Dice of a class. For each case it is measured with a line
+            through the other cases.
     """
 
     lines: dict[str, Line]
@@ -52,7 +52,9 @@ class Calibration:
 def calibrate(
     estimates: Sequence[dict[str, float]], dices: Sequence[dict[str, float]]
 ) -> tuple[Calibration | None, str]:
-    """Make a calibration, and test it by leaving out one case at a time. Returns it (or None) and a sentence about it.
+    """Make a calibration, and test it by leaving out one case at a time.
+
+    Returns it, or None, and a sentence for the page.
 
     Args:
         estimates, dices: the values by class, for each labelled case that the model has not seen.

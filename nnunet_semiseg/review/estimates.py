@@ -16,7 +16,7 @@ ESTIMATES = {
     "expected": "Dice that is expected from the probabilities",
     "certainty": "mean probability of the class where it was predicted",
 }
-"""each estimate's key and meaning; if there are several members, cases are ranked by the first one"""
+"""The key of each estimate and what it means. If there are several members, the first estimate ranks the cases."""
 
 
 def classes_of(labels: Labels) -> dict[str, int | Sequence[int]]:
@@ -39,7 +39,9 @@ def agreement(masks: Sequence[np.ndarray], labels: Labels) -> dict[str, float]:
 
 
 def expected_dice(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], labels: Labels) -> dict[str, float]:
-    """For each class 2 sum(p m) / (sum(p) + sum(m)): the Dice of mask m if the probabilities p were the truth.
+    """For each class 2 sum(p m) / (sum(p) + sum(m)).
+
+    This is the Dice of the mask m if the probabilities p were the truth.
 
     If a class was not predicted, it is 1 minus the largest probability of the class.
     """
@@ -51,7 +53,7 @@ def expected_dice(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], lab
 
 
 def certainty(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], labels: Labels) -> dict[str, float]:
-    """For each class the mean probability where it was predicted. If it was not, 1 minus the largest probability."""
+    """For each class, the mean probability where it was predicted. If it was not, 1 minus its largest probability."""
     found = {}
     for name, label in classes_of(labels).items():
         m, p = np.isin(mask, label), probabilities[name]
@@ -63,7 +65,8 @@ def uncertainty_map(probabilities: np.ndarray, regions: bool) -> np.ndarray:
     """The entropy in per cent of the largest possible entropy, (*S), uint8.
 
     Args:
-        probabilities: (K, *S), of classes with the background; or of regions, where the most uncertain one counts.
+        probabilities: (K, *S), of all classes with the background; or of regions, where the most uncertain region
+            counts.
     """
     p = np.clip(probabilities, 1e-7, 1)
     if regions:

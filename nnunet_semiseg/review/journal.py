@@ -1,8 +1,8 @@
 """Change many files as one. A journal lists all steps before the first file is changed.
 
 Each step of a journal can be repeated, or undone, without harm. A process that is killed leaves the journal; the next
-process continues in the same direction. Paths are written as `raw/...` and `preprocessed/...`, so that nnU-Net's
-folders can be moved.
+process continues the work, or the undoing, from there. Paths are written as `raw/...` and `preprocessed/...`, so that
+nnU-Net's folders can be moved.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from nnunet_semiseg.schema import check
 GOING, UNDOING = "going", "undoing"
 SHAPE = {"state": str, "steps": list[list[str]], "cases": dict[str, str]}
 BEFORE, AFTER = "before", "after"
-"""folders beside a journal: the content of written files before and after the change"""
+"""Folders beside a journal, for the content of the written files before and after the change."""
 
 Roots = Mapping[str, Path]
-"""the data set's folders by the names `raw` and `preprocessed`"""
+"""The folders of the data set: the raw one under the name `raw`, the preprocessed one under `preprocessed`."""
 
 
 def resolve(place: str, roots: Roots) -> Path:
-    """The path of `raw/...` or `preprocessed/...`."""
+    """Turn `raw/...` or `preprocessed/...` into a path."""
     root, _, rest = place.partition("/")
     return roots[root] / rest
 
 
 @dataclass
 class Staging:
-    """Everything that is made before the change. It has no effect until `commit`.
+    """All that is prepared before a change. It has no effect until `commit` is called.
 
     Attributes:
-        number: four digits; the name of this change's folder in both roots.
+        number: four digits. They are the name of the folder of this change in both roots.
         steps: `move SOURCE TARGET` and `write FILE`, in the order in which they are done.
     """
 
@@ -49,7 +49,7 @@ class Staging:
 
     @classmethod
     def begin(cls, roots: Roots) -> Staging:
-        """Start an empty change with the next number."""
+        """Start an empty change. It has the next free number."""
         last = max((int(file.parent.name) for file in journals(roots["raw"])), default=0)
         staging = cls(roots, f"{last + 1:04d}")
         for root in ("raw", "preprocessed"):
@@ -59,7 +59,7 @@ class Staging:
         return staging
 
     def folder(self, root: str) -> Path:
-        """The folder for new files. In `raw` it gets its final name by `commit`."""
+        """The folder for the new files of this change. In `raw` it gets its final name by `commit`."""
         return self.roots[root] / FOLDER / (f"{self.number}.tmp" if root == "raw" else self.number)
 
     def move(self, source: str, target: str) -> None:
@@ -67,18 +67,18 @@ class Staging:
         self.steps.append(["move", source, target])
 
     def take_in(self, root: str, name: str, target: str) -> Path:
-        """The place for a new file below `folder(root)`, which will be moved to `target`."""
+        """The path at which to make a new file below `folder(root)`. The change will move it to `target`."""
         file = self.folder(root) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         self.move(f"{root}/{FOLDER}/{self.number}/{name}", target)
         return file
 
     def put_away(self, root: str, name: str, source: str) -> None:
-        """Plan to move a file away, to `name` below this change's folder."""
+        """Plan to move a file into the folder of this change, under `name`."""
         self.move(source, f"{root}/{FOLDER}/{self.number}/{name}")
 
     def new_content(self, place: str) -> Path:
-        """The place for the new content of the file at `place`."""
+        """The path at which to write the new content of the file `place`."""
         before, after = (self.folder("raw") / kind / place for kind in (BEFORE, AFTER))
         for file in (before, after):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class Staging:
         write_json(content, self.new_content(place))
 
     def commit(self, cases: Mapping[str, str]) -> Path:
-        """Make the change valid, and return its journal. From now on this process or the next one will carry it out."""
+        """Make the change valid, and return its journal. From now on this process or a later one will carry it out."""
         journal = {"state": GOING, "steps": self.steps, "cases": dict(cases)}
         write_json(journal, self.folder("raw") / JOURNAL)
         final = self.roots["raw"] / FOLDER / self.number
@@ -101,7 +101,7 @@ class Staging:
 
 
 def finish(journal: Path, roots: Roots) -> str:
-    """Complete a change, or its undoing, as its state says. Returns the state.
+    """Complete a change, or the undoing of it, as its state says. Returns the state.
 
     Raises:
         UserError: a file is neither at its old place nor at its new one.
@@ -146,7 +146,7 @@ def undo(journal: Path, roots: Roots, say: Callable[[str], None] = print) -> Non
     """Undo a change.
 
     Raises:
-        UserError: a file of the raw data set was changed since.
+        UserError: a file of the raw data set was changed after that.
     """
     content = read_journal(journal)
     stale = [step for step in content["steps"] if not _is_as_done(step, journal.parent, roots)]
@@ -202,7 +202,10 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, place: str, number: str, roots: Roots) -> None:
-    """Give a file this content. An incomplete file lies where nobody reads it, in case the process is killed."""
+    """Replace the content of a file by that of another.
+
+    An incomplete copy has another name, in case the process is killed.
+    """
     half, target = resolve(f"{place.partition('/')[0]}/{FOLDER}/{number}/half", roots), resolve(place, roots)
     for file in (half, target):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +222,7 @@ def _is_as_done(step: list[str], folder: Path, roots: Roots) -> bool:
 
 
 def _says_the_same(now: bytes, then: bytes) -> bool:
-    """Whether a file still has the written content.
+    """Whether a file still has the content that was written.
 
     In a record of cases the times may differ, because a training updates them.
     """
@@ -234,7 +237,7 @@ def _says_the_same(now: bytes, then: bytes) -> bool:
 
 
 def _remove(journal: Path, roots: Roots) -> None:
-    """Remove the folders of an undone change. The journal's folder first gets a name that nobody reads."""
+    """Remove the folders of an undone change. First the folder of the journal is renamed, so that nobody reads it."""
     number = journal.parent.name
     shutil.rmtree(roots["preprocessed"] / FOLDER / number, ignore_errors=True)
     gone = journal.parent.with_name(f"{number}.tmp")

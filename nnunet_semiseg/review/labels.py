@@ -1,4 +1,4 @@
-"""Labels that the user gives to `accept`: their cases, whether they fit, and where they come from."""
+"""Labels that the user gives to `accept`: which cases they belong to, whether they fit, and where they come from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nnunet_semiseg.files import read_json
 from nnunet_semiseg.raw_datasets.repair import grid_difference
 
 MASKS, UNCERTAINTY, CASES = "masks", "uncertainty", "cases"
-"""folders of a review: predictions, uncertainty maps, and a record for each case"""
+"""Folders of a review: the predicted masks, the uncertainty maps, and a record for each case."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class NewLabel:
     """A label to accept.
 
     Attributes:
-        origin: `human`: there is no prediction; `corrected`: it differs from the prediction; `prediction`: it equals
-            it.
+        origin: `human`: there is no prediction. `corrected`: the label differs from the prediction. `prediction`: both
+            are equal.
         review: the name of the review that predicted the case.
     """
 
@@ -42,16 +42,16 @@ class NewLabel:
 
     @property
     def about(self) -> dict:
-        """The entry of this label in dataset.json."""
+        """The entry for this label in dataset.json."""
         return {"from": self.origin} | ({"review": self.review} if self.review else {})
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """A review's prediction of a case.
+    """The prediction of a case by a review.
 
     Attributes:
-        digest: a hash of the mask's voxels, see `digest_of`.
+        digest: a hash of the voxels of the mask, see `digest_of`.
     """
 
     review: Path
@@ -84,7 +84,7 @@ def choose(
     dataset_json: dict,
     reader: Any,
 ) -> tuple[list[NewLabel], list[str]]:
-    """The labels in a folder and, with `all_of`, the other masks of a review.
+    """Choose the labels to accept: those in a folder and, with `all_of`, the other masks of a review.
 
     Args:
         known: the predictions of all reviews, including those of `all_of`.
@@ -102,7 +102,7 @@ def choose(
         masks = [f for f in sorted((all_of / MASKS).glob(f"*{ending}")) if f.name[: -len(ending)] in unlabeled]
         if not masks:
             fix = f"name the folder of a review, which holds {MASKS}"
-            raise UserError(f"{all_of / MASKS}: no CASE{ending} of an unlabelled case: {fix}")
+            raise UserError(f"{all_of / MASKS}: has no mask CASE{ending} of an unlabelled case: {fix}")
         for mask in masks:
             case = mask.name[: -len(ending)]
             own = [p for p in known.get(case, ()) if p.review == all_of]
@@ -138,7 +138,7 @@ def _label(case: str, file: Path, predicted: list[Predicted], reader: Any) -> Ne
 
 
 def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: Any) -> list[str]:
-    """What is wrong with a label for these images, one line each: unreadable, another grid, an unknown value."""
+    """Find what is wrong with a label for these images, one line each: unreadable, another grid, an unknown value."""
     file = str(label.file)
     if damage := nifti_damage(file):
         return [f"{file}: {damage}: save it again"]
@@ -157,9 +157,10 @@ def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: 
 
 
 def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, sitk.Image | None]:
-    """Compare the grids of label and image.
+    """Compare the grids of a label and its image.
 
-    Returns the difference if it is an error, the difference if it is only rounding, and the image. None for pictures.
+    Returns the difference if it is an error, the difference if it is only rounding, and the image. What does not apply
+    is None; for a picture all three are None.
     """
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None, None, None
@@ -173,7 +174,10 @@ def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, 
 
 
 def write_label(label: NewLabel, image: str, target: Path, reader: Any) -> None:
-    """Copy a label. If its header is rounded, or its numbers are not integers, it gets the image's header."""
+    """Copy a label.
+
+    If its header is rounded or its numbers are not integers, it is written with the header of the image.
+    """
     _, rounded, expected = _grid(label.file, image, reader)
     if expected is not None:
         mask = sitk.ReadImage(label.file)

@@ -1,4 +1,4 @@
-"""The order of cases: for correction the likely wrong ones first, for labelling those that teach the most."""
+"""Sort cases. For correction, those that are probably wrong come first; for labelling, those that teach the most."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def for_correction(dices: Mapping[str, float], reasons: Mapping[str, Sequence[str]]) -> list[str]:
-    """Order by the estimated Dice, the lowest first. Of two equal ones the case with more reasons comes first."""
+    """Sort by the estimated Dice, the lowest first. Of two equal cases, the one with more reasons comes first."""
     return sorted(dices, key=lambda case: (dices[case], -len(reasons[case]), case))
 
 
 def for_labelling(
     dices: Mapping[str, float], features: Mapping[str, Sequence[float]], labeled_features: Sequence[Sequence[float]]
 ) -> list[str]:
-    """Choose again and again the case with the largest product of uncertainty and distance to everything chosen.
+    """Choose one case after the other: the one with the largest product of uncertainty and distance to earlier ones.
 
     The uncertainty is 1 minus the estimated Dice. The distance is that to the nearest labelled case or earlier case of
     the list, between features that are standardised over all cases. So the first cases are neither many of one kind nor
@@ -44,5 +44,5 @@ def for_labelling(
 
 
 def at_random(cases: Sequence[str], seed: int = 0) -> list[str]:
-    """All cases in a random order, which depends only on their names and the seed."""
+    """All cases in a random order that depends only on their names and the seed."""
     return [str(case) for case in np.random.default_rng(seed).permutation(sorted(cases))]

@@ -31,8 +31,8 @@ TITLES = {
     "snapshots": "last and best checkpoint of the model",
     "single": "one prediction",
 }
-"""the kinds of ensembles; those that ranked cases better by their agreement come first (docs/review.md); mirrored
-predictions cost half as much as the two kinds below"""
+"""The kinds of ensembles. Those that ranked cases better by their agreement come first (docs/review.md). Mirrored
+predictions cost half as much as the two kinds below them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Member:
     Attributes:
         name: the name of the model.
         checkpoint: the file with its weights.
-        part: which weights in the file are used: `deployed`, `student` or `teacher`.
+        part: which weights of the file are used: `deployed`, `student` or `teacher`.
         flips: the axes along which the image is mirrored for this member.
     """
 
@@ -54,13 +54,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An ensemble's prediction of a case, on the grid of the image.
+    """The prediction of a case by an ensemble, on the grid of the image.
 
     Attributes:
         mask: the mask from the mean of all members, (*S).
-        members: the mask of each member, on the grid of the network, so that no resampling is needed.
+        members: the mask of each member. It is on the grid of the network, so that no resampling is needed.
         probabilities: the mean probabilities of all members, (K, *S).
-        features: the deepest features of the first member's encoder, averaged over the image. Empty for other networks.
+        features: the deepest features of the encoder of the first member, averaged over the image. Empty if the network
+            has no encoder.
         image, properties: as nnU-Net's reader returns them.
     """
 
@@ -73,12 +74,12 @@ class Prediction:
 
 
 def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member]]:
-    """The members of an ensemble of this kind, or of the first kind with several members.
+    """Find the members of an ensemble of this kind. For `auto`, take the first kind that has several members.
 
     Args:
         run: a finished training.
         kind: a key of `TITLES`, or `auto`.
-        mirroring: each mirrored prediction of a model is a member. If False, a model is one member.
+        mirroring: whether each mirrored prediction of a model is a member. If False, a model is one member.
 
     Raises:
         UserError: there is no such ensemble.
@@ -91,7 +92,7 @@ def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member
             return each, members
     fix = {"folds": "train further folds", "seeds": "train with compare --seeds"}
     how = fix.get(kind, "use --ensemble auto")
-    raise UserError(f"{run.model_folder}: --ensemble {kind}: it has fewer than two members: {how}")
+    raise UserError(f"{run.model_folder}: --ensemble {kind}: this ensemble has fewer than two members: {how}")
 
 
 def _mirrored(models: Sequence[Member], run: Run) -> Iterator[Member]:
@@ -146,7 +147,7 @@ class Ensemble:
     Args:
         run: a model with the same network as all members.
         device: cuda, cpu or mps.
-        mirroring: average each member over mirrored images, as nnU-Net does.
+        mirroring: whether each member is averaged over mirrored images, as nnU-Net does.
     """
 
     def __init__(self, run: Run, members: Sequence[Member], device: str, mirroring: bool):
@@ -174,7 +175,7 @@ class Ensemble:
         return {name: probabilities[self.labels[name]] for name in names}
 
     def predict(self, images: list[str]) -> Prediction:
-        """The members' prediction of the case in these files. Nothing is written."""
+        """Predict the case in these files with all members. Nothing is written."""
         preprocessor = self.configuration.preprocessor_class(verbose=False)
         with contextlib.redirect_stdout(io.StringIO()):
             image, properties = self.reader().read_images(images)
@@ -207,7 +208,7 @@ class Ensemble:
 
     @contextlib.contextmanager
     def _watched(self, features: list[Tensor]) -> Iterator[None]:
-        """Collect the deepest features of every patch that the network sees in this block."""
+        """Collect the deepest features of every patch that the network sees in this `with` block."""
         encoder = getattr(self.predictor.network, "encoder", None)
         if encoder is None:
             yield

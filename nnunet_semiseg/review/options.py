@@ -16,7 +16,7 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
         trainer: the trainer of the model. None: the only trained one.
         length: the length of the list.
         estimate: the estimate by which cases are ranked. None: the first one that is available.
-        part, parts: this command predicts part number `part` of `parts`.
+        part, parts: the number of this command, and how many commands share the work.
         output: the folder of the review. None: a folder below the dataset's results.
     """
 
@@ -27,21 +27,22 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
     length: int = option("-n", metavar="N", default=20, help="number of cases on the list")
     purpose: Literal["correction", "labelling", "random"] = option(
         "--for", default="correction",
-        help="what the list is for. correction: masks that are likely wrong. labelling: cases that are uncertain, and"
-        " differ from each other and from the labelled ones. random: a list to compare with; default: %(default)s",
+        help="what the list is for. correction: it shows masks that are probably wrong. labelling: it shows"
+        " uncertain cases that differ from each other and from the labelled ones. random: it shows random cases, to"
+        " compare other lists with; default: %(default)s",
     )  # fmt: skip
     ensemble: Literal["auto", "folds", "seeds", "mirroring", "teacher", "snapshots", "single"] = option(
         "--ensemble", metavar="KIND", default="auto",
-        help="which predictions are compared with each other: folds, seeds, mirroring, teacher, snapshots or single;"
-        " auto takes the first of these that exists; default: %(default)s",
+        help="which predictions are compared with each other: folds, seeds, mirroring, teacher, snapshots or single"
+        " (docs/review.md explains them); auto takes the first of these that exists; default: %(default)s",
     )  # fmt: skip
     estimate: Literal["combined", "agreement", "expected", "certainty"] | None = option(
         "--estimate", metavar="KIND", default=None,
-        help="what the cases are ranked by: combined, agreement, expected or certainty; default: combined, or expected"
-        " where there is one prediction",
+        help="the estimate of quality that ranks the cases: combined, agreement, expected or certainty (docs/review.md"
+        " explains them); default: combined, or expected if there is only one prediction",
     )  # fmt: skip
-    parts: int = option("--num_parts", metavar="N", default=1, help="number of commands that share the work")
-    part: int = option("--part_id", metavar="K", default=0, help="number of this command among them, from 0")
+    parts: int = option("--num_parts", metavar="N", default=1, help="share the work among N commands")
+    part: int = option("--part_id", metavar="K", default=0, help="which of the N commands this is, from 0 to N - 1")
     show_progress: bool = option("--no_pbar", default=True, help="show no progress bar")
     output: str | None = option(
         "-o",

@@ -1,4 +1,4 @@
-"""The page of a review, which needs no other file, and its `cases.csv`."""
+"""The page of a review, which needs no other file, and its table `cases.csv`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nnunet_semiseg.review.request import Request
 from nnunet_semiseg.review.table import Table
 
 BRIGHT = [COLORS[i] for i in (5, 4, 3, 2, 1)]
-"""colours that can be seen on a grey image; from the sixth class on they repeat"""
+"""Colours that can be seen on a grey image. From the sixth class on they repeat."""
 PURPOSES = {
     "correction": "For correction: the cases that are most likely wrong come first.",
     "labelling": "For labelling: uncertain cases that differ from the labelled ones and from each other come first.",
@@ -30,7 +30,7 @@ PURPOSES = {
 
 
 def write_page(table: Table, request: Request, facts: Mapping[str, str], raw: Path, dataset_json: dict) -> Path:
-    """`review.html` with the first cases of the list and their pictures, and `cases.csv` with all cases."""
+    """Write `review.html` with the first cases of the list and their pictures, and `cases.csv` with all cases."""
     images, ending = find_unlabeled_cases(raw, dataset_json), dataset_json["file_ending"]
     output, rows = request.folder, table.rows
     for name, folder in (("mask", MASKS), ("uncertainty", UNCERTAINTY)):
@@ -67,7 +67,10 @@ def _listed(reasons: str) -> list[str]:
 
 
 def thumbnail(image: str, mask: Path, dataset_json: dict, colors: Mapping[str, str]) -> tuple[str, str]:
-    """The slice with the largest prediction, with a contour for each class, as a data URI; and the slice's name."""
+    """Draw the slice with the largest prediction, with a contour for each class.
+
+    Returns a data URI and the name of the slice.
+    """
     reader = determine_reader_writer_from_dataset_json(dataset_json, image, verbose=False)()
     volume, properties = reader.read_images([image])
     predicted, spacing = reader.read_seg(str(mask))[0][0], properties["spacing"]

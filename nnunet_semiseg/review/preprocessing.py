@@ -26,10 +26,10 @@ from nnunet_semiseg.schema import check, load_plans
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """A folder of preprocessed labelled cases, with the plans it is made with.
+    """A folder of preprocessed labelled cases, and the plans that it was made with.
 
     Attributes:
-        name: nnU-Net's data identifier.
+        name: nnU-Net's data identifier, which is the name of the folder.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Preprocessed:
 
 
 def find_preprocessed(preprocessed: Path) -> Iterator[Preprocessed]:
-    """Each folder once, with the plans that it was made for.
+    """Find all folders of preprocessed labelled cases, each with the plans that it was made for.
 
     Raises:
         UserError: plans are damaged, or have changed since the folder was made.
@@ -57,8 +57,9 @@ def find_preprocessed(preprocessed: Path) -> Iterator[Preprocessed]:
         fitting = [p for p in several if digest in (None, plans_hash(p.plans, p.configuration))]
         if not fitting:
             raise UserError(
-                f"{preprocessed / name}: preprocessed for other plans: {several[0].plans['plans_name']} have changed"
-                " since: run nnunet_semiseg plan_and_preprocess first"
+                f"{preprocessed / name}: was preprocessed with other plans: {several[0].plans['plans_name']}"
+                f" have changed"
+                " since then: run nnunet_semiseg plan_and_preprocess first"
             )
         yield fitting[0]
 
@@ -70,7 +71,7 @@ def stage(
 
     Args:
         cases: the files of each case: its images, then its label.
-        dataset_json: the one with which the other cases were preprocessed.
+        dataset_json: the dataset.json with which the other cases were preprocessed.
 
     Returns:
         The properties of each case, as nnU-Net stores them.
@@ -97,7 +98,10 @@ def stage(
 def _preprocess(
     folder: Path, case: str, files: list[str], about: Preprocessed, dataset_json: dict, verbose: bool
 ) -> tuple[dict, dict]:
-    """Write nnU-Net's files of a case into a folder. Returns the record's entry and nnU-Net's properties."""
+    """Write the preprocessed files of a case into a folder.
+
+    Returns its entry in the record, and nnU-Net's properties.
+    """
     manager = PlansManager(about.plans)
     configuration = manager.get_configuration(about.configuration)
     stamps = [stamp(file) for file in files]
@@ -130,10 +134,10 @@ def _take_from_unlabeled(staging: Staging, name: str, cases: Mapping[str, list[s
 
 
 def stage_fingerprint(staging: Staging, plans: dict, properties: list[dict]) -> None:
-    """Add the sizes of new cases to nnU-Net's fingerprint: a training compares their number with that of the cases.
+    """Add the sizes of new cases to nnU-Net's fingerprint. A training compares their number with that of the cases.
 
     The intensities stay as they are, like the plans and the preprocessed cases. The next planning measures them again,
-    because its own record says that the fingerprint belongs to other cases.
+    because the record of the fingerprint says that it belongs to other cases.
     """
     file = staging.roots["preprocessed"] / f"{FINGERPRINT}.json"
     if not (file.is_file() and properties):

@@ -1,4 +1,4 @@
-"""Find what a review needs. Wrong options are refused before any work."""
+"""Find what a review needs. Wrong options are refused before any work begins."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from nnunet_semiseg.schema import check_configuration
 
 FINAL = "checkpoint_final.pth"
 RECIPE = "SemiSegTrainer"
-"""the trainer whose model is reviewed if several models are trained"""
+"""If several models are trained, the model of this trainer is reviewed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ReviewOptions):
-    """A review of a trained model.
+    """What a review of a trained model needs.
 
     Attributes:
-        run: the model.
+        run: the training of the model.
         folder: the folder of the review.
     """
 
@@ -34,10 +34,11 @@ class Request(ReviewOptions):
 
 
 def make_request(options: ReviewOptions) -> Request:
-    """The request of a command line.
+    """Make the request from the options of a command line.
 
     Raises:
-        UserError: no such data set, plans, configuration, trainer, model or device; or a number is out of range.
+        UserError: there is no such data set, plans, configuration, trainer, model or device; or a number is out of
+            range.
     """
     if options.length < 1:
         raise UserError(f"-n {options.length}: give a number of cases, 1 or more")
@@ -64,12 +65,14 @@ def make_request(options: ReviewOptions) -> Request:
 
 
 def _only_trainer(results: Path, plans: str, configuration: str, fold: str) -> str:
-    """The trainer of the only trained model, or the recommended one. Raises UserError if this is not clear."""
+    """The trainer of the only trained model, or the recommended trainer. Raises UserError if neither is clear."""
     ending = f"__{plans}__{configuration}"
     models = sorted(results.glob(f"*{ending}/fold_{fold}/{FINAL}"))
     trainers = [model.parents[1].name.removesuffix(ending) for model in models]
     if len(trainers) == 1 or RECIPE in trainers:
         return RECIPE if RECIPE in trainers else trainers[0]
     if trainers:
-        raise UserError(f"{results}: several models are trained: choose with -tr {' or -tr '.join(trainers)}")
-    raise UserError(f"{results}: no trained model *{ending}/fold_{fold}: train one first, or choose with -p and -f")
+        raise UserError(f"{results}: several models are trained: choose one with -tr {' or -tr '.join(trainers)}")
+    raise UserError(
+        f"{results}: has no trained model *{ending}/fold_{fold}: train one first, or choose another with -p and -f"
+    )

@@ -24,17 +24,17 @@ from nnunet_semiseg.review.table import Reviewed, tabulate
 from nnunet_semiseg.schema import read_dataset_json
 
 LABELED = "labelled"
-"""the folder with the records of the labelled cases"""
+"""The name of the folder with the records of the labelled cases."""
 OF_SEVERAL = ("combined", "agreement")
-"""estimates that need several members"""
+"""The estimates that need several members."""
 AT_MOST = 40
-"""number of labelled cases that are looked at, to find out what is usual"""
+"""The largest number of labelled cases that are measured, to find out which values are usual."""
 AGAIN = "remove it and run nnunet_semiseg review again"
 
 
 @dataclass(frozen=True)
 class Work:
-    """The records of a review: their place, and the model and settings that they must have been made with."""
+    """The records of a review: where they are, and with which model and settings they must have been made."""
 
     request: Request
     kind: str
@@ -43,19 +43,19 @@ class Work:
     labeled_cases: dict[str, list[str]]
 
     def signature(self, files: Sequence[str]) -> list:
-        """What a record was made from: names, sizes and times of files."""
+        """What a record is made from: the names, sizes and times of files."""
         stats = [(Path(file).name, Path(file).stat()) for file in files]
         models = [(f"{m.name} {m.flips}", m.checkpoint.stat()) for m in self.members]
         about = [[name, s.st_size, s.st_mtime_ns] for name, s in (*models, *stats)]
         return [self.kind, self.request.mirroring, *about]
 
     def record(self, case: str) -> Path:
-        """The file of a case's record."""
+        """The path of the record of a case."""
         folder = CASES if case in self.unlabeled_cases else LABELED
         return self.request.folder / folder / f"{case}.json"
 
     def files(self, case: str) -> list[str]:
-        """A case's images, and its label if it has one."""
+        """The image files of a case, and its label if it has one."""
         return self.unlabeled_cases.get(case) or self.labeled_cases[case]
 
     def is_done(self, case: str) -> bool:
@@ -75,7 +75,7 @@ def review(request: Request) -> Path | None:
         The page. None if other parts have not finished.
 
     Raises:
-        UserError: no such ensemble; no unlabelled cases; a damaged checkpoint; a full disk.
+        UserError: there is no such ensemble; there are no unlabelled cases; a checkpoint is damaged; the disk is full.
     """
     raw, preprocessed = (dataset_folder(f"nnUNet_{p}", request.run.dataset) for p in ("raw", "preprocessed"))
     dataset_json = read_dataset_json(raw)
@@ -159,16 +159,17 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
 
 
 def _counted(label: np.ndarray, prediction: Prediction, ensemble: Ensemble) -> np.ndarray:
-    """The label. Voxels with the ignore label are replaced by the prediction."""
+    """The label, but voxels with the ignore label are replaced by the prediction, so that they count as right."""
     ignored = label == ensemble.labels.get("ignore", -1)
     return np.where(ignored, prediction.mask, label)
 
 
 def describe(prediction: Prediction, mask: np.ndarray, ensemble: Ensemble) -> dict:
-    """What is stored about a case.
+    """Measure what is stored about a case.
 
     Args:
-        mask: the mask whose volumes and islands are measured. It is the label if there is one.
+        mask: the mask whose volumes and islands (parts that do not touch) are measured. It is the label if there is
+            one.
     """
     labels, probabilities = ensemble.labels, ensemble.of_classes(prediction.probabilities)
     found = {

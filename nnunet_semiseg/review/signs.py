@@ -1,4 +1,4 @@
-"""Signs of a case that need no label: volumes, islands, intensities; and how they differ from labelled cases."""
+"""Signs of a wrong prediction that need no label: volumes, islands (parts that do not touch), intensities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nnunet_semiseg.review.estimates import Labels, classes_of
 
 QUANTILES = (0.05, 0.5, 0.95)
 FAR = 1.5
-"""a volume is unusual if it is this factor above the largest, or below the smallest, of the labelled ones"""
+"""A volume is unusual if it is this many times larger than the largest of the labelled cases, or smaller than the
+smallest."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[f
 
 @dataclass(frozen=True)
 class Usual:
-    """The signs of labelled cases: the smallest and the largest value of each."""
+    """The usual signs: for each, the smallest and the largest value in labelled cases."""
 
     volumes: dict[str, tuple[float, float]]
     islands: dict[str, int]
@@ -63,7 +64,7 @@ class Usual:
 
     @classmethod
     def of(cls, cases: Sequence[Signs], unit: str) -> Usual:
-        """Find the usual signs from at least one case."""
+        """Find the usual signs in labelled cases. There must be at least one case."""
         names = cases[0].volumes
         there = {name: [c.volumes[name] for c in cases if c.volumes[name]] for name in names}
         quantiles = np.array([c.intensities for c in cases])
@@ -76,12 +77,12 @@ class Usual:
         )
 
     def missing(self, signs: Signs) -> list[str]:
-        """Classes that all labelled cases have but this one does not."""
+        """The classes that all labelled cases have but this case does not."""
         return [name for name, volume in signs.volumes.items() if name in self.always and not volume]
 
 
 def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
-    """How a case differs from the labelled ones, a short sentence for each difference."""
+    """Say how a case differs from the labelled ones: a short sentence for each difference."""
     found = [f"{name} is missing, but all labelled cases have it" for name in usual.missing(signs)]
     for name, volume in signs.volumes.items():
         low, high = usual.volumes.get(name, (volume, volume))
@@ -100,11 +101,11 @@ def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
 
 
 def least_agreed(estimates: Mapping[str, Mapping[str, float]], share: float = 0.25) -> dict[str, list[str]]:
-    """For each case the classes on which members agree less than in most other cases.
+    """Name for each case the classes on which the members agree less than on most other cases.
 
     Args:
         estimates: the agreement by case and class. There are no classes if there is one member.
-        share: the share of the cases that is named for each class.
+        share: for each class, the share of the cases in which the class is named.
     """
     found: dict[str, list[str]] = {case: [] for case in estimates}
     for name in next(iter(estimates.values()), {}):

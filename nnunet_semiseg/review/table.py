@@ -17,9 +17,9 @@ class Reviewed:
     """What is known about a case.
 
     Attributes:
-        estimates: values by the estimate's name and by class, see `estimates.ESTIMATES`.
+        estimates: for each estimate (see `estimates.ESTIMATES`) its value for each class.
         features: the features of the encoder.
-        dice: the true Dice by class, for a labelled case that no member has seen.
+        dice: for each class the true Dice, if the case is labelled and no member has seen it.
     """
 
     case: str
@@ -29,7 +29,7 @@ class Reviewed:
     is_volume: bool
     dice: dict[str, float] | None = None
     ranked_by: dict[str, float] = field(default_factory=dict)
-    """the estimate by which cases are ranked, by class"""
+    """For each class, the value of the estimate by which cases are ranked."""
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Table:
 
     Attributes:
         rows: columns `rank`, `case`, `dice` (estimated), `dice CLASS`, `reasons`, and the mean of every estimate.
-        sentence: it says whether the estimates are calibrated, and how well.
-        purpose: the purpose of the list.
+        sentence: a sentence that says whether the estimates are calibrated, and how well.
+        purpose: what the list is for (`--for`).
     """
 
     rows: pd.DataFrame
@@ -99,7 +99,7 @@ def _dices(case: Reviewed, usual: signs.Usual, calibration: Calibration | None) 
 
 
 def _features(case: Reviewed) -> list[float]:
-    """The features of the encoder. If there are none, volumes and intensities."""
+    """The features of the encoder. If there are none, the volumes and the intensities of the case."""
     if case.features:
         return case.features
     return [*np.log1p(list(case.signs.volumes.values())), *np.ravel(case.signs.intensities)]

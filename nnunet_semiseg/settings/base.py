@@ -17,21 +17,21 @@ from nnunet_semiseg.json_types import Bounds, in_words, matches
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 
 EMA_LENGTHS = {200: 10, 2_000: 100, 50_000: 1_000}
-"""number of iterations of a training, and the length of its EMA: a twentieth of them, and less in long trainings"""
+"""For some numbers of iterations, the length of the EMA: a twentieth of the number, and less in long trainings."""
 
 
 Share = Annotated[float, Bounds(0, 1)]
-"""a part of a whole, or a probability"""
+"""A part of a whole, or a probability, from 0 to 1."""
 Dropout = Annotated[float, Bounds(0, 0.99)]
-"""the probability that a value is dropped"""
+"""The probability that a value is dropped, from 0 to 0.99."""
 Weight = Annotated[float, Bounds(0)]
-"""a factor of a term of the loss; 0 switches the term off"""
+"""The factor of a term of the loss; 0 switches the term off."""
 Count = Annotated[int, Bounds(1)]
 
 
 @cache
 def types_of(settings_class: type) -> dict[str, Any]:
-    """Every setting's name and its type, with the bounds in it."""
+    """The name of every setting and its type, with the bounds in it."""
     hints = get_type_hints(settings_class, include_extras=True)
     return {f.name: hints[f.name] for f in fields(settings_class)}
 
@@ -58,7 +58,7 @@ class TrainingSettings:
     num_val_iterations_per_epoch: Count = 50
     """The number of batches on which an epoch's validation loss and pseudo Dice are measured."""
     save_every: Count = 50
-    """The number of epochs after which `checkpoint_latest.pth` is written again."""
+    """How many epochs pass before `checkpoint_latest.pth` is written again."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] | None = None
     """The seed of the initial weights and of the augmentation. On a CPU, `nnUNet_n_proc_DA=0` then makes the whole
     training repeatable. By default every training differs."""
@@ -83,9 +83,9 @@ class SemiSupervisedSettings(TrainingSettings):
     unlabeled_batch_size: Count | None = None
     """The number of unlabelled samples in a batch. By default it is the number of labelled samples."""
     memory: Literal["stock", "fast", "small"] = "stock"
-    """How much memory a training step may use. `stock` stays within 1.15 times the memory of nnU-Net. `fast` runs
+    """How much memory a training step may use. `stock` needs at most 1.15 times the memory of nnU-Net. `fast` runs
     labelled and unlabelled samples together where the method allows it, and needs several times the memory. `small`
-    runs one sample at a time and computes each twice."""
+    runs one sample at a time and computes its features twice."""
     strong_probability: Annotated[float, Bounds(0.01, 1)] | None = 0.8
     """The probability of each of nnU-Net's intensity transforms in a strong view. At least one of them is always
     applied. `null` keeps the probabilities of nnU-Net."""
@@ -105,10 +105,11 @@ class ExternalMaskSettings(SemiSupervisedSettings):
     """Settings of a method that learns from other models' masks, too."""
 
     external_masks: str | tuple[str, ...] | None = None
-    """The masks of other models that teach, too: the name that `add_masks` gave them, or a list of names."""
+    """Other models whose masks also teach the network: the name that `add_masks` gave to their masks, or a list of
+    names."""
     external_unsure: Share = 0.9
-    """Where the probability of the teacher's decision is below this, these masks replace it. Elsewhere they can only
-    confirm it."""
+    """The teacher is unsure where the probability of its decision is below this. There the masks of other models
+    replace its decision. Elsewhere they can only confirm it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +141,9 @@ class TeacherSettings(SemiSupervisedSettings):
 
     @property
     def decay(self) -> float:
-        """The decay of the EMA.
+        """The decay of the EMA for a training of this number of steps.
 
-        The length 1 / (1 - decay) is interpolated between `EMA_LENGTHS` on a logarithmic scale.
+        The length of the EMA, 1 / (1 - decay), is interpolated between `EMA_LENGTHS` on a logarithmic scale.
         """
         if self.ema_decay is not None:
             return self.ema_decay
@@ -156,17 +157,18 @@ class WarmUpSettings(SemiSupervisedSettings):
     """Settings of a method that begins with labels only."""
 
     warm_up: Share | None = None
-    """The share of the training that uses labels only. By default it ends when the network has learnt every class: a
-    Dice of 0.5 on the labelled patches of an epoch. It takes at least 0.1 and at most 0.4 of the training."""
+    """The share of the training that uses labels only. By default this part ends when the network has learnt every
+    class, that is when each Dice on the labelled patches of an epoch is 0.5 or more. It takes at least 0.1 and at most
+    0.4 of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencySettings(SemiSupervisedSettings):
     """Settings of a method with one consistency term under a Gaussian ramp.
 
-    The distances and weights of the papers were chosen for code with another supervised loss, half as large as
-    nnU-Net's. Here they teach almost nothing: where probabilities differ by 0.3, 0.1 MSE of a voxel has 1/254 of the
-    gradient of Dice.
+    The losses and weights of the papers were chosen for code whose supervised loss is half as large as nnU-Net's. With
+    nnU-Net's loss they teach almost nothing: where probabilities differ by 0.3, the gradient of 0.1 MSE for a voxel is
+    1/254 of that of Dice.
 
     Class attributes:
         paper_weight, paper_ramp: the weight and the ramp with `consistency=paper`.
@@ -179,28 +181,30 @@ class ConsistencySettings(SemiSupervisedSettings):
     """The loss on unlabelled samples. `dice_ce` is nnU-Net's loss towards pseudo-labels, with deep supervision.
     `paper` is the loss of the paper, with its weight and ramp where you do not set these."""
     consistency_weight: Weight | None = None
-    """The weight of this loss at the end of its ramp. By default it is 1, or the paper's with `consistency=paper`."""
+    """The weight of the loss on unlabelled samples at the end of its ramp. By default it is 1, or the weight of the
+    paper with `consistency=paper`."""
     ramp_length: Annotated[float, Bounds(1e-6, 1)] | None = None
-    """The share of the training over which this weight grows. By default it is 0.4, or the paper's with
-    `consistency=paper`."""
+    """The share of the training over which the weight of the loss on unlabelled samples grows. By default it is 0.4, or
+    the length in the paper with `consistency=paper`."""
 
     def ramp(self, progress: float) -> float:
-        """The factor of the consistency's weight at this share of the training."""
+        """The factor of the weight of the consistency, after this share of the training."""
         default = self.paper_ramp if self.consistency == "paper" else 0.4
         return gaussian_ramp(progress / (default if self.ramp_length is None else self.ramp_length))
 
     def weight(self, progress: float) -> float:
-        """The weight of the consistency at this share of the training."""
+        """The weight of the consistency, after this share of the training."""
         default = self.paper_weight if self.consistency == "paper" else 1.0
         return (default if self.consistency_weight is None else self.consistency_weight) * self.ramp(progress)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharpeningSettings(ConsistencySettings):
-    """Settings of a method whose paper sharpens pseudo-labels by p^(1/T)."""
+    """Settings of a method whose paper sharpens pseudo-labels p to p^(1/T)."""
 
     sharpening: Annotated[float, Bounds(1e-3, 1)] = 0.1
-    """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the harder they are."""
+    """The temperature that sharpens pseudo-labels with `consistency=paper`. The smaller it is, the closer they are to 0
+    and 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,23 +224,24 @@ class TextSettings(SemiSupervisedSettings):
 
     text_model: str = "ViT-B-32"
     """The text encoder: the name of an open_clip model, `hf-hub:NAME`, a folder with `open_clip_config.json`, or
-    `wordllama`. The last needs no download; its texts are means of word embeddings, without the order of the words."""
+    `wordllama`. `wordllama` needs no download. It averages the embeddings of the words, so it does not know their
+    order."""
     text_pretrained: str = "openai"
     """The weights of the text encoder: a tag of open_clip, the path of a checkpoint, or `none` for an untrained one."""
     text_cache_dir: str | None = None
-    """The folder in which open_clip keeps its downloads. By default it is open_clip's own."""
+    """The folder in which open_clip keeps its downloads. By default open_clip chooses it."""
     text_embeddings: str | None = None
     """The path of a file of `nnunet_semiseg embed_prompts`. It replaces the text encoder, for example where there is
     no internet."""
     n_ctx: Annotated[int, Bounds(0)] = 4
-    """The number of context tokens that are learned for each class. With 0 nothing of the text is learned."""
+    """The number of context tokens that are learned for each class. With 0 the prompts stay as they are."""
     tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
-    """How text changes the features of the image (TMR in the paper). `multiplanar` is attention in three planes,
-    `copy` adds the same text to every voxel, `off` leaves it out."""
+    """How text changes the features of the image (TMR in the paper). `multiplanar` is attention in three planes, `copy`
+    adds the same text to every voxel, `off` means no change."""
     csa: bool = True
     """Whether a loss aligns the features of each class with its text (CSA in the paper)."""
     csa_weight: Weight = 1.0
-    """The weight of the loss of `csa`."""
+    """The weight of the loss that `csa` switches on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +258,12 @@ class OptionalTextSettings(TextSettings):
 
 
 def uses_text(settings: TrainingSettings) -> bool:
-    """Whether a method with these settings is guided by class prompts; with `OptionalTextSettings` the user decides."""
+    """Whether class prompts guide a method with these settings. With `OptionalTextSettings` the user decides."""
     return getattr(settings, "text", isinstance(settings, TextSettings))
 
 
 def _example(hint: Any) -> str:
-    """A value to type after the equals sign, in quotes if the shell would remove the quotes of JSON."""
+    """A value as the user types it after the equals sign, in quotes if the shell would remove the quotes of JSON."""
     lists = [h for h in (hint, *get_args(hint)) if get_origin(h) is tuple]
     if not lists:
         return "VALUE"

@@ -24,7 +24,7 @@ OF_COMMANDS = {
     "distill": ("deployment/distillation.py", "DistillationSettings"),
     "pretrain_vlm": ("vlm/task.py", "PretrainingSettings"),
 }
-"""commands that have their own settings (`--set`): the file below the package, and the class"""
+"""The commands that have settings (`--set`) of their own: for each the file in the package, and the class."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Setting:
 
     Attributes:
         type: the type in words, such as `a whole number of 1 or more`.
-        default: the default as it is typed after `--set NAME=`. A number has three digits.
+        default: the default as the user types it after `--set NAME=`. A number has three digits.
         meaning: what the setting does, in sentences.
         group: the settings class that declares it, such as `TeacherSettings`.
     """
@@ -50,7 +50,7 @@ class Trainer:
     """The description of one trainer of this package.
 
     Attributes:
-        title: the name of the method, and maybe what it does, without a full stop.
+        title: the name of the method, often with what it does, without a full stop.
         settings: its settings by name.
         source: the file that defines the trainer.
     """
@@ -62,12 +62,12 @@ class Trainer:
 
     @property
     def text(self) -> str:
-        """Whether class prompts guide it: `always`, `optional` (with `--set text=true`) or `no`."""
+        """Whether class prompts guide the trainer: `always`, `optional` (with `--set text=true`) or `no`."""
         return "optional" if "text" in self.settings else "always" if "text_model" in self.settings else "no"
 
     @property
     def has_teacher(self) -> bool:
-        """Whether it has an EMA teacher."""
+        """Whether the trainer has an EMA teacher."""
         return "ema_decay" in self.settings
 
 
@@ -89,14 +89,14 @@ def trainers() -> dict[str, Trainer]:
 
 
 def settings_of_command(command: str) -> dict[str, Setting]:
-    """The settings of a command of `OF_COMMANDS`, by name."""
+    """The settings of a command in `OF_COMMANDS`, by name."""
     file, name = OF_COMMANDS[command]
     source = Path(__file__).parents[1].joinpath(file).read_text(encoding="utf-8")
     return _settings(name, _classes(ast.parse(source)))
 
 
 def settings_named(name: str) -> dict[str, Setting]:
-    """The settings of a trainer or of a command of `OF_COMMANDS`.
+    """The settings of a trainer or of a command in `OF_COMMANDS`, by name.
 
     Raises:
         UserError: there is no such trainer or command. The error names similar ones.
@@ -142,9 +142,9 @@ def _settings(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Setting]
 
 
 def _value(node: ast.expr) -> Any:
-    """Evaluate an annotation or a default with the names of the module that defines the settings.
+    """Evaluate an annotation or a default, with the names of the module that defines the settings.
 
-    Only our own source is used.
+    Only source code of this package is evaluated.
     """
     return eval(ast.unparse(node), {**vars(base)})
 

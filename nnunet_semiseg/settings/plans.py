@@ -4,8 +4,9 @@
 
 A setting that `settings.base` declares has the same meaning for all trainers. It is stored once, for all trainers that
 use the plans. A setting that a trainer's own file declares is stored under the trainer's name, because it may mean
-something else for another trainer. Older plans have all settings in the first place; they are still read, and a value
-under the trainer's name comes first. A trainer ignores the settings of other trainers, and refuses those that no
+something else for another trainer. Older plans have all settings side by side. They are still read. If a value is also
+under the trainer's name, that value is taken. A trainer ignores the settings of other trainers, and refuses'
+    ' those that no
 trainer has.
 """
 
@@ -28,10 +29,14 @@ from nnunet_semiseg.settings.base import TrainingSettings, types_of
 
 PLANS_KEY = "semiseg"
 FOUND_KEY = "semiseg_found"
-"""a key of the plans in a trained model: facts about the data that the predictor needs to build the network"""
+"""A key of the plans in a trained model.
+
+It holds facts about the data that the predictor needs to build the network.
+"""
 
 GIVEN, ACCEPT_CHANGES = "nnUNet_semiseg_set", "nnUNet_semiseg_accept_changes"
-"""environment variables: the settings of one command, as JSON; whether `--c` may continue with other settings"""
+"""Environment variables: one holds the settings of a command, as JSON; the other says whether `--c` may continue with
+other settings."""
 
 S = TypeVar("S", bound=TrainingSettings)
 
@@ -45,7 +50,8 @@ def read_settings(settings_class: type[S], plans: dict, trainer: type | None = N
     """Read the settings of one trainer from ``plans['semiseg']``.
 
     Args:
-        trainer: values under its name, and under those of its base classes, are used. None: only values for all.
+        trainer: the trainer. Values under its name, and under the names of its base classes, are used. None: only the
+            values for all trainers.
 
     Raises:
         UserError: no trainer has such a setting (the message names the nearest one); a value has the wrong type or is
@@ -59,7 +65,7 @@ def read_settings(settings_class: type[S], plans: dict, trainer: type | None = N
 
 
 def _given(settings_class: type, plans: dict, trainer: type | None) -> dict[str, Any]:
-    """The values for all trainers that this one has, and the values under its own name."""
+    """The values that the plans give to this trainer: those for all trainers, and those under its own name."""
     section = plans.get(PLANS_KEY, {})
     given = {k: v for k, v in section.items() if k in types_of(settings_class)}
     for cls in reversed(trainer.__mro__ if trainer else ()):
@@ -68,10 +74,11 @@ def _given(settings_class: type, plans: dict, trainer: type | None) -> dict[str,
 
 
 def settings_from(settings_class: type[S], given: dict[str, Any]) -> S:
-    """Make settings from a dictionary that has nothing else.
+    """Make settings from a dictionary that holds only settings.
 
     Raises:
-        UserError: an unknown key (the message names the nearest one); a value has the wrong type or is out of range.
+        UserError: a key is unknown (the message names the most similar one); a value has the wrong type or is out of
+            range.
     """
     own = _hints(settings_class)
     _refuse_unknown(given, own)
@@ -95,14 +102,15 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def update_settings(plans: dict, changes: dict[str, Any], trainer: type | None = None) -> dict:
-    """A copy of the plans with these settings, each in its place. Each is checked against all trainers that have it.
+    """Make a copy of the plans with these settings. Each is checked against all trainers that have it.
 
     Args:
         changes: values by name, or by `TRAINER.NAME`.
         trainer: the settings are for this trainer. None: for all trainers that have them.
 
     Raises:
-        UserError: no trainer has such a setting; without `trainer` it has several meanings; a value is wrong.
+        UserError: no trainer has such a setting; no `trainer` is given, but the setting has several meanings; a value
+            is wrong.
     """
     section = dict(plans.get(PLANS_KEY, {}))
     for key, value in changes.items():
@@ -114,7 +122,11 @@ def update_settings(plans: dict, changes: dict[str, Any], trainer: type | None =
 
 
 def _place(key: str, trainer: type | None) -> tuple[str, str, list[type]]:
-    """The trainer under whose name a setting is stored ('' for all), its name, and the classes that have it."""
+    """Find out where a setting is stored.
+
+    Returns the trainer under whose name it is stored ('' for all trainers), the name of the setting, and the classes
+    that have it.
+    """
     known = known_settings()
     if trainer is not None and hasattr(trainer, "settings_class"):
         for name in types_of(trainer.settings_class):
@@ -142,7 +154,7 @@ def _is_shared(settings_class: type, name: str) -> bool:
 
 @contextmanager
 def given_settings(changes: dict[str, Any], accept_changes: bool = False) -> Iterator[None]:
-    """Hand settings to the trainer that nnU-Net's command makes. It puts them into the plans when training has begun.
+    """Pass settings to the trainer that nnU-Net's command makes. It puts them into the plans when training has begun.
 
     So nothing is written if the trainer refuses to train. Environment variables also reach nnU-Net's own processes.
     """
@@ -188,7 +200,7 @@ def store_settings(plans_file: Path, changes: dict[str, Any], trainer: type | No
         changes, trainer: see `update_settings`.
 
     Raises:
-        UserError: no such plans; or what `update_settings` refuses. Then nothing is written.
+        UserError: there are no such plans; or see `update_settings`. Then nothing is written.
     """
     if not changes:
         return
@@ -204,13 +216,13 @@ def store_settings(plans_file: Path, changes: dict[str, Any], trainer: type | No
 
 
 def settings_of(settings_class: type, plans: dict, trainer: type | None = None) -> dict[str, Any]:
-    """A trainer's settings from the plans, as JSON values. They are not checked. Missing ones have their defaults."""
+    """The settings of a trainer in the plans, as JSON values, not checked. A missing setting has its default."""
     given = _given(settings_class, plans, trainer)
     return json.loads(json.dumps({f.name: given.get(f.name, f.default) for f in fields(settings_class)}))
 
 
 def changed_settings(trainer: Any, before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """The settings of a trainer that differ between two plans: for each name both values, as in JSON."""
+    """The settings of a trainer that differ between two plans: for each name both values, as JSON values."""
     old, new = (settings_of(trainer.settings_class, plans, trainer) for plans in (before, now))
     return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
@@ -233,7 +245,7 @@ def refuse_foreign(trainer: type, changes: Iterable[str]) -> None:
 
 
 def known_settings() -> dict[str, dict[str, type[TrainingSettings]]]:
-    """For every setting's name the installed trainers that have it, with their settings classes."""
+    """For the name of every setting, the installed trainers that have it, with their settings classes."""
     from nnunet_semiseg.discovery import iter_classes  # here: discovery imports trainers, which import this module
 
     known: dict[str, dict[str, type[TrainingSettings]]] = {}
@@ -257,7 +269,7 @@ def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Convert what JSON has no type for: tuples, and whole numbers where any number is allowed."""
+    """Convert values that JSON cannot express: tuples, and whole numbers where any number is allowed."""
     if isinstance(value, list):
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
     return float(value) if hint is float and type(value) is int else value

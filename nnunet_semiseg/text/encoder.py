@@ -1,4 +1,4 @@
-"""The frozen text half of an open_clip model. Its input are token embeddings instead of token ids."""
+"""The frozen text half of an open_clip model. Its input is token embeddings instead of token ids."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TextTower(nn.Module):
     Args:
         text: the ``.text`` of an open_clip model: ``TextTransformer`` (CLIP, CoCa, SigLIP) or
             ``HFTextEncoder`` (BiomedCLIP). With ``force_custom_text=True`` every model has one.
-        tokenizer: from ``open_clip.get_tokenizer``; kept as `tokenize`, a `Tokenizer`.
-        trained: False for random weights.
+        tokenizer: the result of ``open_clip.get_tokenizer``. It becomes `tokenize`, a `Tokenizer`.
+        trained: whether the weights are trained. False: they are random.
     """
 
     knows_order = True
@@ -80,9 +80,10 @@ def is_hf(text: nn.Module) -> bool:
 
 
 def ignores_padding(text: nn.Module) -> bool:
-    """Whether padding has no effect. It has none in a causal tower that pools at the end token, and in Hugging Face's.
+    """Whether padding has no effect on the features.
 
-    CoCa appends a class token after the padding. SigLIP uses all tokens and pools at the last place.
+    It has none in a causal tower that pools at the end token, and none in the towers of Hugging Face. CoCa appends a
+    class token after the padding. SigLIP uses all tokens and pools at the last place.
     """
     if is_hf(text):
         return True
@@ -93,7 +94,7 @@ def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = 
     """Load the text half of an open_clip model (`load_clip`) without its image half, or WordLlama's embeddings.
 
     Raises:
-        UserError: what `load_clip` and `load_word_tower` raise; or weights are given for WordLlama, which has its own.
+        UserError: see `load_clip` and `load_word_tower`; or weights are given for WordLlama, which has its own.
     """
     if model == WORDLLAMA:
         if pretrained and Path(pretrained).is_file():

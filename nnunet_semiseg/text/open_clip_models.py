@@ -1,4 +1,4 @@
-"""Load open_clip's models: by name and tag, from the hub, from a folder, from a file, or untrained."""
+"""Load models of open_clip: by name and tag, from the hub, from a folder, from a file, or untrained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nnunet_semiseg.errors import UserError
 
 HF_CONFIG = "config.json"
 UNTRAINED = "none"
-"""the value of `pretrained` for random weights, which are always the same"""
+"""The value of `pretrained` for random weights. They are the same every time."""
 
 TEXT_OPTIONS = {
     "model": "--set text_model=",
@@ -36,22 +36,22 @@ def load_clip(
     options: Mapping[str, str] = TEXT_OPTIONS,
     pretrained_image: bool = False,
 ) -> tuple[nn.Module, Callable]:
-    """Load a model of open_clip's, with `.visual` and `.text`, and its tokenizer.
+    """Load a model of open_clip, with `.visual` and `.text`, and its tokenizer.
 
     Args:
-        model: a name of open_clip's (``ViT-B-32``), ``hf-hub:OWNER/NAME``, or a folder (``local-dir:PATH`` or
-            only the path) with an ``open_clip_config.json`` and the weights.
-        pretrained: a tag of open_clip's (``openai``), the path of a checkpoint, or ``"none"`` for random
-            weights from a fixed seed. ``hf-hub:`` models and folders have their own weights and ignore a tag. A
-            checkpoint does not say which activation it was trained with: if it was trained with QuickGELU, name
-            a model that has it (``ViT-B-32-quickgelu``). For tags, and for OpenAI's own ``.pt`` files (TorchScript
-            archives), the activation is known.
+        model: the name of a model of open_clip (``ViT-B-32``), ``hf-hub:OWNER/NAME``, or a folder (``local-dir:PATH``
+            or only the path) with an ``open_clip_config.json`` and the weights.
+        pretrained: a tag of open_clip (``openai``), the path of a checkpoint, or ``"none"`` for random weights from a
+            fixed seed. ``hf-hub:`` models and folders have their own weights and ignore a tag. A checkpoint does not
+            say which activation it was trained with: if it was trained with QuickGELU, name a model that has it
+            (``ViT-B-32-quickgelu``). For tags, and for OpenAI's own ``.pt`` files (TorchScript archives), the
+            activation is known.
         cache_dir: the folder for downloaded weights. Default: the hub's own cache.
-        options: the names of the options for model, pretrained and cache_dir in messages, and further help.
-        pretrained_image: an image half from timm has timm's weights, even if the rest is random.
+        options: how messages name the options for model, pretrained and cache_dir, and a further hint.
+        pretrained_image: whether an image half from timm gets timm's weights, even if the rest is random.
 
     Raises:
-        UserError: unknown model or tag; a checkpoint of another model; weights cannot be loaded.
+        UserError: the model or the tag is unknown; the checkpoint is of another model; the weights cannot be loaded.
     """
     import open_clip  # a prediction never comes here and does not need it
 
@@ -90,7 +90,7 @@ def load_clip(
 
 
 def model_config(model: str, clip: nn.Module) -> dict:
-    """The content of `open_clip_config.json` for a model from `load_clip`. With it a folder gives the model again."""
+    """The content of `open_clip_config.json` for a model from `load_clip`. A folder with it is the same model."""
     import open_clip
     from open_clip.transformer import QuickGELU
 
@@ -101,7 +101,10 @@ def model_config(model: str, clip: nn.Module) -> dict:
 
 
 def save_text_config(clip: nn.Module, tokenizer: Callable, folder: Path) -> None:
-    """Save what a Hugging Face text tower needs, beside `open_clip_config.json`, to be built without the hub."""
+    """Save the files with which a Hugging Face text tower can be built without the hub.
+
+    They lie beside `open_clip_config.json`.
+    """
     clip.text.transformer.config.save_pretrained(folder)
     tokenizer.tokenizer.save_pretrained(folder)
 
@@ -122,7 +125,7 @@ def _model_name(model: str, options: Mapping[str, str]) -> str:
         raise UserError(f"{about}{model}: the folder has no open_clip_config.json: name a folder that has one")
     near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists the names"
-    raise UserError(f"{_named(options, 'model')}{model}: neither a model of open_clip's nor a folder: {hint}")
+    raise UserError(f"{_named(options, 'model')}{model}: is neither a model of open_clip nor a folder: {hint}")
 
 
 def _tag(model: str, tag: str | None, options: Mapping[str, str]) -> str:
@@ -131,7 +134,9 @@ def _tag(model: str, tag: str | None, options: Mapping[str, str]) -> str:
     if tag and open_clip.is_pretrained_cfg(model, tag):
         return tag
     tags = ", ".join([*open_clip.list_pretrained_tags_by_model(model), UNTRAINED])
-    raise UserError(f"{_named(options, 'pretrained')}{tag}: neither a file nor a tag of {model}: its tags are {tags}")
+    raise UserError(
+        f"{_named(options, 'pretrained')}{tag}: is neither a file nor a tag of {model}: use one of its tags: {tags}"
+    )
 
 
 def _has_hf_text(model: str) -> bool:
@@ -149,7 +154,7 @@ def _is_torchscript(file: str) -> bool:
 
 
 def _archived(file: str, wanted: Iterable[str]) -> dict[str, Tensor]:
-    """The weights in a TorchScript archive. open_clip itself would let torch.load run code in it."""
+    """Load the weights in a TorchScript archive. open_clip itself would let torch.load run code in it."""
     from open_clip.model import convert_to_custom_text_state_dict
 
     state = convert_to_custom_text_state_dict(torch.jit.load(file, map_location="cpu").state_dict())

@@ -1,4 +1,4 @@
-"""Learnable class embeddings F_t (K, d), from prompts and a frozen text tower, or from a file."""
+"""Class embeddings F_t (K, d) that can be learned. They come from prompts and a frozen text tower, or from a file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class PromptLearner(nn.Module):
     tower, because the tower's weights can be loaded again. If this module is moved to a device, the tower moves, too.
 
     Args:
-        tower: the frozen text tower. A `WordTower` averages context and words, so that the context is an offset there.
+        tower: the frozen text tower. A `WordTower` averages context and words, so there the context only adds an
+            offset.
         prompts: for each class its prompts, in the order of the K classes.
-        n_ctx: the number of context tokens of a class; 0 for the plain prompts.
+        n_ctx: the number of context tokens of a class. With 0 the prompts are used as they are.
         source: how messages name the file with the prompts.
 
     Raises:
@@ -87,7 +88,7 @@ class EmbeddingLearner(nn.Module):
     Args:
         embeddings: E, (K, d). Its rows are normalised first, so that a step of the offset has the same effect for all
             files.
-        trained: False if the tower that made them had random weights.
+        trained: False if the embeddings were made by a tower with random weights.
     """
 
     def __init__(self, embeddings: Tensor, trained: bool = True):
@@ -114,7 +115,7 @@ def build_prompt_learner(
         source: how messages name that file.
 
     Raises:
-        UserError: wrong prompts; weights or embeddings cannot be loaded.
+        UserError: the prompts are wrong, or weights or embeddings cannot be loaded.
     """
     prompts = read_prompts(dataset_json, source)
     if settings.text_embeddings:
@@ -125,7 +126,7 @@ def build_prompt_learner(
 
 
 def refuse_same_words(tower: TextTower | WordTower, prompts: dict[str, tuple[str, ...]], source: str) -> None:
-    """Refuse two classes with the same words in another order, if the encoder does not see the order.
+    """Refuse two classes whose prompts have the same words in another order, if the encoder ignores the order.
 
     Raises:
         UserError: there are two such classes. The message names them.
@@ -160,7 +161,7 @@ def embed_prompts(
         Whether the tower's weights are trained.
 
     Raises:
-        UserError: wrong prompts; weights cannot be loaded; the output cannot be written.
+        UserError: the prompts are wrong; weights cannot be loaded; the output cannot be written.
     """
     prompts = read_prompts(dataset_json, source)
     _check_folder(output)  # before the download
@@ -179,9 +180,9 @@ def save_embeddings(
     model: str,
     trained: bool = True,
 ) -> None:
-    """Write (K, d) embeddings to a safetensors file. Its metadata, as JSON, are classes, prompts, model and trained.
+    """Write (K, d) embeddings to a safetensors file. Its metadata, as JSON, has classes, prompts, model and trained.
 
-    The file is complete, or does not appear at all.
+    The file is written completely or not at all.
 
     Raises:
         UserError: the folder does not exist, or cannot be written to.

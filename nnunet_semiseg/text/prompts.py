@@ -12,7 +12,7 @@ from nnunet_semiseg.schema import DATASET_SECTION, read_dataset_json
 
 
 def class_names(dataset_json: dict, source: str = "dataset.json") -> list[str]:
-    """The names of the K classes: the background first, then the order of nnU-Net's segmentation heads.
+    """The names of the K classes: first the background, then the classes in the order of nnU-Net's heads.
 
     Heads are in the order of the label values or, for regions, in the order of the regions in ``dataset.json``
     (nnunetv2 ``LabelManager``). The ignore label has no head. For regions the background has no head either, but its
@@ -40,15 +40,15 @@ def read_prompts(dataset_json: dict, source: str = "dataset.json") -> dict[str, 
     """The prompts of every class, in the order of :func:`class_names`.
 
     They are in the optional key ``"semiseg": {"prompts": {class: text or [text, ...]}}`` of ``dataset.json``. Without
-    it the name of a class is its prompt. With it only the background may be left out.
+    this key, the name of a class is its prompt. With it, every class but the background needs a prompt.
 
     Args:
         dataset_json: the content of ``dataset.json``.
         source: how messages name the file.
 
     Raises:
-        UserError: a prompt for a class that does not exist (the message names the nearest class), a foreground class
-            without a prompt, an empty prompt, or a value of the wrong type.
+        UserError: there is a prompt for a class that does not exist (the message names the most similar class); a
+            foreground class has no prompt; a prompt is empty; a value has the wrong type.
     """
     names = class_names(dataset_json, source)
     given = _given_prompts(dataset_json, source)
@@ -66,7 +66,7 @@ def check_prompts_are_current(dataset_name: str, dataset_json: dict) -> None:
     """Refuse prompts in the raw dataset that were changed after nnU-Net's planning copied its `dataset.json`.
 
     Raises:
-        UserError: the prompts differ, or those of the raw dataset are wrong. Without raw data nothing is checked.
+        UserError: the prompts differ, or the prompts of the raw dataset are wrong. Without raw data nothing is checked.
     """
     raw = Path(os.environ.get("nnUNet_raw") or "", dataset_name, "dataset.json")
     if not os.environ.get("nnUNet_raw") or not raw.is_file():

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from nnunet_semiseg.errors import UserError
 
 WORDLLAMA = "wordllama"
-"""the value of the setting `text_model`"""
+"""The value of the setting `text_model` that chooses WordLlama."""
 FILES = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
-"""files of its package: embeddings and vocabulary"""
+"""Files of the package WordLlama: the embeddings and the vocabulary."""
 SIZE = 32000, 256
 PAD = 0
-"""<unk> in its vocabulary. No text contains it, because words without a token are written as bytes."""
+"""The id of <unk> in the vocabulary of WordLlama. No text contains it, because words without a token are written as
+bytes."""
 
 
 class WordTower(nn.Module):
@@ -33,9 +34,9 @@ class WordTower(nn.Module):
     their place does not matter. The table is not part of the state: a checkpoint holds only the name of the model.
 
     Args:
-        table: (V, d), the embeddings of the vocabulary.
+        table: the embeddings (V, d) of the vocabulary.
         tokenizer: a tokenizer of the package `tokenizers`.
-        trained: False for random embeddings.
+        trained: whether the embeddings are trained. False: they are random.
     """
 
     knows_order = False
@@ -51,20 +52,23 @@ class WordTower(nn.Module):
         return self.table.shape[1]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        """(N, L) ids to (N, L, d)."""
+        """Look up the embeddings of token ids: (N, L) to (N, L, d)."""
         return self.table[ids.to(self.table.device)]
 
     def forward(self, embeddings: Tensor, ids: Tensor) -> Tensor:
-        """The mean (N, d) of embeddings (N, L, d) without padding (ids (N, L)), not normalised. 0 without a word."""
+        """The mean (N, d) of the embeddings (N, L, d) of all words, not normalised.
+
+        `ids` (N, L) say what is padding.
+        """
         words = self.tokenize.words(ids.to(embeddings.device))[..., None]
         return (embeddings * words).sum(1) / words.sum(1).clamp_min(1)
 
 
 class WordTokenizer:
-    """Token ids of texts, with places for context tokens. A text may have any length."""
+    """Turns texts into token ids, with places for context tokens. A text may have any length."""
 
     start = 0
-    """the place of the first word or context token"""
+    """The place of the first word or context token."""
 
     def __init__(self, tokenizer):
         tokenizer.enable_padding(pad_id=PAD)
@@ -72,13 +76,13 @@ class WordTokenizer:
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str], n_ctx: int = 0) -> Tensor:
-        """Token ids (N, L), int64. The first `n_ctx` are placeholders for context. `PAD` fills the end."""
+        """Token ids (N, L), int64, of N texts. The first `n_ctx` are placeholders for context. `PAD` fills the end."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).reshape(len(encoded), -1)
         return torch.cat((ids.new_full((len(ids), n_ctx), PAD + 1), ids), 1)
 
     def words(self, ids: Tensor) -> Tensor:
-        """A mask of the tokens (N, L), bool: False at padding."""
+        """Which ids (N, L) are words: a bool tensor, False at padding."""
         return ids != PAD
 
 
@@ -86,7 +90,7 @@ def load_word_tower(trained: bool = True) -> WordTower:
     """Load WordLlama's embeddings from the files of its package. Its own loader would ask the internet for a file.
 
     Args:
-        trained: False: random embeddings of the same tokens, always the same.
+        trained: False: the same tokens have random embeddings, which are the same every time.
 
     Raises:
         UserError: the package is not installed, or these files are missing.
@@ -105,10 +109,10 @@ def load_word_tower(trained: bool = True) -> WordTower:
 
 
 def wordllama_folder() -> Path:
-    """The folder of the package.
+    """The folder of the package WordLlama.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     spec = importlib.util.find_spec(WORDLLAMA)  # without an import, which would change Python's logging
     if spec is None or spec.origin is None:

@@ -11,10 +11,10 @@ from nnunet_semiseg.errors import UserError
 
 
 class Tokenizer:
-    """Token ids of texts with places for context tokens. It also knows which ids are words.
+    """Turns texts into token ids, with places for context tokens. It also knows which ids are words.
 
     Args:
-        tokenizer: from `open_clip.get_tokenizer`.
+        tokenizer: the result of `open_clip.get_tokenizer`.
         may_cut: whether the padding after the longest text may be cut off without changing a feature.
     """
 
@@ -23,7 +23,7 @@ class Tokenizer:
         self._tokenizer, self._may_cut = tokenizer, may_cut
         empty, a, b = tokenizer(["", "a", "b"], context_length=self.context_length + 1)
         self.start = int(a[0] == b[0])
-        """the place of the first word or context token: 1 after a start token, else 0"""
+        """The place of the first word or context token. It is 1 if there is a start token, else 0."""
         self._word = int(a[self.start])
         self._pad = int(empty[-1])
         # SigLIP pads with its end token, so that the two look the same, but the end token takes one place
@@ -31,7 +31,7 @@ class Tokenizer:
         self._has_end = int(int((a != self._pad).sum()) > self.start + 1)
 
     def __call__(self, texts: Sequence[str], n_ctx: int = 0) -> Tensor:
-        """The tokens of texts, with places for learnt context.
+        """Turn texts into token ids, with places for context tokens.
 
         Args:
             texts: N texts.
@@ -60,7 +60,7 @@ class Tokenizer:
         return ids[:, : int(lengths.max()) if self._may_cut else self.context_length]
 
     def words(self, ids: Tensor) -> Tensor:
-        """(N, L) bool: which ids are words, not start, end or padding."""
+        """Which ids (N, L) are words, and not start, end or padding: a bool tensor."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         return (positions >= self.start) & (positions < (self._lengths(ids) - self._has_end)[:, None])
 

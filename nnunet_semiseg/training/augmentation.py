@@ -1,4 +1,4 @@
-"""Changes to nnU-Net's augmentation."""
+"""Changes to nnU-Net's augmentation: limited rotations, repeatable blur."""
 
 from math import radians
 
@@ -9,15 +9,15 @@ MOST = radians(15)
 
 
 def limited(rotation: tuple[float, float]) -> tuple[float, float]:
-    """nnU-Net's range of rotations, in radians, limited so that left, right, top and bottom keep their sides."""
+    """Limit nnU-Net's range of rotations, in radians, so that left, right, top and bottom keep their sides."""
     return max(rotation[0], -MOST), min(rotation[1], MOST)
 
 
 def repeatable(transform: BasicTransform) -> BasicTransform:
     """Make a transform, and all transforms inside it, give the same result for the same seed. It is changed in place.
 
-    Blur measures which of two algorithms is faster and takes that one. The choice differs between runs, and the last
-    digits of the result differ with it. Here the measurement is turned off.
+    The blur transform measures which of two algorithms is faster and takes that one. The choice differs between runs,
+    and so the last digits of the result differ, too. Here the measurement is switched off.
     """
     if isinstance(transform, GaussianBlurTransform):
         transform.benchmark = False

@@ -19,7 +19,7 @@ class Batch:
             these, from fine to coarse.
         views: the views of the unlabelled patches by name, each (B_u, C, *S). A voxel shows the same place in
             all views.
-        extra: what the method's `target_maker` makes, by name.
+        extra: tensors that the `target_maker` of the method makes, by name.
         cases: the names of the unlabelled cases.
     """
 
@@ -37,9 +37,9 @@ class Batch:
         return cls(images=tensors.pop("data"), cases=batch["cases"], **tensors)
 
     def streams(self, view: str) -> list[tuple[Tensor, Tensor | list[Tensor] | None, float]]:
-        """For the labelled stream and for one view: images, target (None if unlabelled) and share of all samples.
+        """The labelled stream, and one view of the unlabelled one: images, target (or None), and share of all samples.
 
-        The mean over all samples is the sum over the streams of share times the stream's mean.
+        The mean over all samples is a sum over both streams: the share of the stream times the mean of the stream.
         """
         unlabeled = self.views[view]
         share = len(unlabeled) / (len(self.images) + len(unlabeled))

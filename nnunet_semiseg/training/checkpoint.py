@@ -21,10 +21,10 @@ from nnunet_semiseg.schema import TRUST, is_trusted
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES
 
 CONTINUE_FROM = "nnUNet_semiseg_continue_from"
-"""an environment variable: a new training begins with the weights of this checkpoint"""
+"""An environment variable. It names the checkpoint with whose weights a new training begins."""
 
 _NUMPY: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
-"""the functions with which NumPy unpickles numbers and arrays; their module is named differently in NumPy 1 and 2"""
+"""The functions with which NumPy unpickles numbers and arrays. Their module has different names in NumPy 1 and 2."""
 
 HARMLESS = [
     np.ndarray,
@@ -32,7 +32,8 @@ HARMLESS = [
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool")),
     *((function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core") for function in _NUMPY),
 ]
-"""other classes that a checkpoint may hold: nnU-Net's log and the states of random generators consist of them"""
+"""Further classes, in addition to those that torch allows, that a checkpoint may hold. nnU-Net's log and the states of
+random generators consist of them."""
 
 
 KEYS = ("network_weights", "init_args", "logging")
@@ -43,7 +44,7 @@ def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, key
 
     Args:
         fix: how to fix a missing or damaged file, for the message.
-        mmap: leave the tensors on the disk until they are used.
+        mmap: whether the tensors stay on the disk until they are used.
         keys: the checkpoint must have these keys, and each must be a dictionary.
 
     Raises:
@@ -66,7 +67,7 @@ def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, key
 
 
 def _check_sums(file: str | os.PathLike) -> None:
-    """Raises BadZipFile if a part of the file has a wrong checksum. torch does not look at the checksums."""
+    """Raise BadZipFile if a part of the file has a wrong checksum. torch itself does not check this."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as parts:
             if damaged := parts.testzip():
@@ -90,10 +91,10 @@ def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:
 
 
 def collect(save: Callable[[Any], None]) -> dict:
-    """The dictionary that nnU-Net's `save_checkpoint` would write. That method cannot make it without writing it.
+    """The dictionary that nnU-Net's `save_checkpoint` writes. That method cannot make it without writing it.
 
     Args:
-        save: nnU-Net's method. It takes a file name; as `torch.save` does, it takes an open file, too.
+        save: the method of nnU-Net. It takes a file name, but also an open file, as `torch.save` does.
     """
     buffer = io.BytesIO()
     save(buffer)
@@ -102,10 +103,10 @@ def collect(save: Callable[[Any], None]) -> dict:
 
 
 def write(checkpoint: dict, filename: str | os.PathLike) -> None:
-    """Write a checkpoint so that the file is complete or does not appear at all.
+    """Write a checkpoint completely or not at all.
 
     Raises:
-        DiskError: the disk is full or read-only. An older file of this name is unchanged.
+        DiskError: the disk is full or read-only. An older file with this name is unchanged.
     """
     buffer = io.BytesIO()  # torch.save does not report a full disk well
     torch.save(checkpoint, buffer)
@@ -136,7 +137,7 @@ def refuse_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> Non
 
 @contextmanager
 def fitting(changed: dict[str, tuple[Any, Any]], name: str, fix: str) -> Iterator[None]:
-    """If the checkpoint that is loaded in this block does not fit, raise an error that says why.
+    """If the checkpoint that this `with` block loads does not fit, raise an error of one line that says why.
 
     Args:
         changed: the result of `changed_settings`.

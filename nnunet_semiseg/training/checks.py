@@ -20,8 +20,8 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
     """Refuse a fold without a labelled training case. The folds are those of nnU-Net's `do_split`.
 
     Raises:
-        UserError: the labelled data is not preprocessed; the fold is empty, or its cases do not exist; or what
-            `check_labeled_data` refuses.
+        UserError: the labelled data is not preprocessed; the fold is empty, or its cases do not exist; or see
+            `check_labeled_data`.
     """
     name = plans["dataset_name"]
     folder = join(preprocessed_folder_base, PlansManager(plans).get_configuration(configuration).data_identifier)
@@ -63,7 +63,7 @@ def check_batch_fits(plans: dict, configuration: str, samples: int, dataset_json
 
     Args:
         samples: the number of patches in the batch.
-        what: what is too large, and how to fix it, for the message.
+        what: the beginning of the message: what is too large, and how to fix it.
 
     Raises:
         UserError: the batch does not fit. The message says how much memory it needs.
@@ -95,7 +95,7 @@ def _id(dataset_name: str) -> int:
 
 
 def check_there_are_pairs(settings, plans: dict, configuration: str, what: str, or_else: str = "") -> None:
-    """Refuse a batch with fewer unlabelled than labelled samples, for a method that mixes them in pairs.
+    """Refuse a batch with fewer unlabelled than labelled samples, if the method mixes them in pairs.
 
     Raises:
         UserError: there are fewer unlabelled samples.

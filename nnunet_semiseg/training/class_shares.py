@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 VANISHING = 0.05
-"""a class is vanishing if its share of the pseudo-labels is less than this part of its share of the labels"""
+"""A class is vanishing if its share of the pseudo-labels is less than this part of its share of the labels."""
 SETTLED = 0.1
-"""no class is reported as vanishing before this share of the training"""
+"""Before this share of the training, no class is reported as vanishing."""
 
 
 class ClassShares:
@@ -30,11 +30,11 @@ class ClassShares:
         self.missing: set[str] = set()
 
     def add_labels(self, shares: Tensor) -> None:
-        """Add the shares (heads,) of a labelled batch, see `shares_of`."""
+        """Add the shares (heads,) of the classes in the labels of a batch, see `shares_of`."""
         self._add(0, shares)
 
     def add_pseudo_labels(self, shares: Tensor) -> None:
-        """Add the shares (heads,) of the pseudo-labels of an unlabelled batch, see `shares_of`."""
+        """Add the shares (heads,) of the classes in the pseudo-labels of a batch, see `shares_of`."""
         self._add(1, shares)
 
     def _add(self, row: int, shares: Tensor) -> None:
@@ -42,7 +42,7 @@ class ClassShares:
         self.counts[row] += 1
 
     def end_epoch(self, progress: float) -> list[str]:
-        """The lines for the log. The sums are set to 0.
+        """Compare the shares of the epoch. Returns the lines for the log, and sets the sums to 0.
 
         Args:
             progress: the progress of the training, 0 to 1.
@@ -75,8 +75,8 @@ def shares_of(target: Tensor, heads: int, regions: bool, known: Tensor | None = 
     Args:
         target: as nnU-Net's losses take it: classes (B, 1, *S), or regions (B, heads or more, *S).
         heads: the number of classes or regions.
-        regions: whether the target is one of regions, with one channel for each.
-        known: (B, 1, *S), bool: the voxels that are counted. None: all.
+        regions: whether the target has a channel for each region.
+        known: the voxels that are counted, (B, 1, *S), bool. None: all.
     """
     masks = [target[:, i : i + 1].bool() if regions else target == i for i in range(heads)]
     if known is None:

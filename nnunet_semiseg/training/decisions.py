@@ -1,4 +1,4 @@
-"""Pseudo-labels from the output of a network."""
+"""Make pseudo-labels from the output of a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Decisions:
     """Makes pseudo-labels from logits, and counts the voxels of each class.
 
     Args:
-        label_manager: nnU-Net's.
+        label_manager: the `LabelManager` of nnU-Net.
         names: the names of the classes or regions, in the order of the heads, without the background.
         device: the device of the training.
 
@@ -31,17 +31,18 @@ class Decisions:
 
     @property
     def one_piece(self) -> str:
-        """The names that belong to `heads`, for the log."""
+        """The names of the classes or regions in `heads`, for the log."""
         first = 0 if self.label_manager.has_regions else 1
         return ", ".join(self.shares.names[head - first] for head in self.heads) or "none"
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, counts: bool = True) -> Tensor:
-        """The pseudo-label of logits (B, heads, *S), in the form of `hard_pseudo_label`.
+        """Make the pseudo-label of logits (B, heads, *S), in the form of `hard_pseudo_label`.
 
         Args:
-            counts: count its classes. Set it to False for labelled samples: the count is there to show that a class
-                vanishes from the unlabelled ones.
+            logits: the output of a network.
+            counts: whether its voxels are counted by class. Set it to False for labelled samples. The count is there to
+                show that a class vanishes from the unlabelled ones.
         """
         label = hard_pseudo_label(logits, self.label_manager)
         label = keep_largest_components(label, self.heads, self.label_manager.has_regions)
@@ -51,12 +52,12 @@ class Decisions:
 
     @torch.no_grad()
     def count(self, label: Tensor) -> None:
-        """Count the classes of a pseudo-label that was made in another way."""
+        """Count the voxels of each class in a pseudo-label that was made in another way."""
         self.shares.add_pseudo_labels(self._shares(label))
 
     @torch.no_grad()
     def count_labels(self, target: Tensor) -> None:
-        """Count the classes in the target of a labelled batch, at full resolution. Ignored voxels do not count."""
+        """Count the voxels of each class in the labels of a batch, at full resolution. Ignored voxels do not count."""
         self.shares.add_labels(self._shares(target, has_label(target, self.label_manager)))
 
     def _shares(self, target: Tensor, known: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """One training in several processes (ranks): they average gradients, exchange values, and wait for each other.
 
 Each rank has a part of every batch. All ranks have the same weights, because all take the same step. nnU-Net uses
-torch's `DistributedDataParallel` for this. That class expects one network and one backward pass; here there are several
-of both. So all gradients are averaged at once, after the last backward pass.
+torch's `DistributedDataParallel` for this. That class expects one network and one backward pass. Here there are often
+several of both. So all gradients are averaged at once, after the last backward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 from nnunet_semiseg.errors import UserError
 
 PATIENCE = timedelta(days=7)
-"""how long a rank waits for ranks that are busy with whole cases; a rank that died is noticed at once"""
+"""How long a rank waits for other ranks that are busy with whole cases. The death of a rank is noticed at once."""
 
 
 class Ranks:
@@ -33,7 +33,7 @@ class Ranks:
     All ranks must call the methods that exchange data, in the same order.
 
     Attributes:
-        number, of: this is process `number` (from 0) of `of` processes.
+        number, of: the number of this process, from 0, and how many processes there are.
     """
 
     def __init__(self):
@@ -44,24 +44,30 @@ class Ranks:
     # ------------------------------------------------------------------------------------------------- what each has
 
     def part(self, batch_size: int | None) -> int | None:
-        """The number of samples of a batch that this rank has."""
+        """The number of samples of a batch that this rank gets."""
         return None if batch_size is None else batch_size // self.of
 
     def check_even(self, what: str, batch_size: int | None) -> None:
-        """Raises UserError if a batch cannot be divided evenly. The mean over ranks would not be that over samples."""
+        """Raise UserError if a batch cannot be divided evenly.
+
+        The mean over ranks would then not be the mean over samples.
+        """
         if batch_size is not None and batch_size % self.of:
             fits = " or ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
             raise UserError(f"{what}={batch_size}: cannot be divided evenly by {self.of} processes: use {fits} of them")
 
     def seed(self, seed: int | None) -> int | None:
-        """The seed of this rank. The first rank has that of the training. None stays None if there is one rank."""
+        """The seed of this rank. The first rank has the seed of the training.
+
+        None stays None if there is only one rank.
+        """
         if not self.number:
             return seed
         entropy = None if seed is None else (seed, self.number)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def device(self, device: torch.device) -> torch.device:
-        """The GPU of this rank on its computer. On a CPU the ranks share the cores."""
+        """The device of this rank: its own GPU, or the CPU, whose cores the ranks share."""
         if self.of > 1 and device.type == "cuda":
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.number)))
         if self.of > 1:
@@ -90,11 +96,11 @@ class Ranks:
             p.grad = part.view_as(p).to(p.dtype)
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over all ranks."""
+        """The mean of a tensor over all ranks."""
         return self.sum(x) / self.of
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """The sum of a tensor over all ranks."""
         if self.of == 1:
             return x
         total = x.detach().clone()
@@ -110,7 +116,7 @@ class Ranks:
         return things
 
     def copy_first(self, *modules: nn.Module) -> None:
-        """Copy the first rank's weights and buffers to all ranks: each rank has initialised its own at random."""
+        """Copy the weights and buffers of the first rank to all ranks, because each rank has random initial ones."""
         if self.of == 1:
             return
         for module in modules:
@@ -120,13 +126,13 @@ class Ranks:
                 x.detach().copy_(first)
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have come to this call."""
         if self.of > 1:
             distributed.barrier(group=cpu_group())
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """The first rank runs the block, then the others do: for a file that the first makes and the others read."""
+        """Let the first rank run the `with` block, then the others. The first makes a file, and the others read it."""
         if self.number:
             self.wait()
         yield
@@ -134,12 +140,12 @@ class Ranks:
             self.wait()
 
     def _group(self, x: Tensor) -> Any:
-        """The group that can send this tensor. NCCL cannot send tensors of a CPU."""
+        """The group of processes through which this tensor can be sent. NCCL cannot send tensors on a CPU."""
         return cpu_group() if x.device.type == "cpu" else None
 
 
 def several_processes() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process has joined other processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -157,7 +163,8 @@ def _cpu_group(world: Any) -> Any:
 def told(trainer: Any, several: bool) -> Iterator[None]:
     """Let a method of nnU-Net run as if there were several processes, or only one.
 
-    If there are several, some of its methods expect the network in torch's wrapper. Ours is not in one.
+    With several processes, some methods of nnU-Net expect the network in torch's wrapper. Our network is not in a
+    wrapper.
     """
     before, trainer.is_ddp = trainer.is_ddp, several
     try:
@@ -170,7 +177,10 @@ def told(trainer: Any, several: bool) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes for all. It can be called before the processes have joined."""
+    """Whether this process is the one that prints and writes for all.
+
+    It can be called before the processes have joined.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -190,12 +200,12 @@ def join(device: str) -> None:
 
 
 def wait() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have come to this call."""
     Ranks().wait()
 
 
 def part() -> None:
-    """Leave the group of processes. Call it when all have finished their work."""
+    """Leave the group of processes. It must be called when all have finished their work."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -235,7 +245,7 @@ def launch(number: int, words: Iterable[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this rank when torchrun is killed. Otherwise it would train on. Its loader processes end with it."""
+    """End this rank, with its loader processes, when torchrun is killed. Otherwise it would continue to train."""
     parent = os.getppid()
 
     def watch():

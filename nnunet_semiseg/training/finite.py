@@ -12,7 +12,7 @@ from nnunet_semiseg.training.loss_term_logger import PREFIX
 
 
 def what_is_not_finite(log: Mapping[str, Sequence], weights: Iterable[Tensor]) -> str | None:
-    """What is NaN or infinite at the end of an epoch, in words. None if everything is finite.
+    """Say what is NaN or infinite at the end of an epoch. None if everything is finite.
 
     Args:
         log: nnU-Net's log, with one value for each epoch: `train_losses`, and terms that begin with `loss/`.

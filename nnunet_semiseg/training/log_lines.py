@@ -1,4 +1,4 @@
-"""Lines of the training log: what is trained on, with which settings, and when it will end."""
+"""Lines of the training log: the cases, the settings, and the time when the training will end."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from statistics import median
 
 
 def cases_line(labeled: int, unlabeled: int, validation: int) -> str:
-    """The numbers of labelled, unlabelled and validation cases."""
+    """The line with the numbers of labelled, unlabelled and validation cases."""
     return f"training cases: {labeled} labelled, {unlabeled} unlabelled; validation cases: {validation}"
 
 
 def settings_line(settings) -> str:
-    """The settings that differ from their defaults."""
+    """The line with the settings that differ from their defaults."""
     changed = {f.name: v for f in fields(settings) if (v := getattr(settings, f.name)) != f.default}
     listed = ", ".join(f"{name}={value}" for name, value in changed.items())
     return f"settings that differ from the defaults: {listed or 'none'}"
 
 
 def expected_end(durations: Sequence[float], left: int, now: datetime) -> str:
-    """When the training will end, if its epochs take as long as the last ten did.
+    """Predict when the training will end, if its epochs take as long as the last ten did.
 
     Args:
         durations: the durations of the epochs until now, in seconds.

@@ -14,7 +14,10 @@ PREFIX = "loss/"
 
 
 class LossTermLogger(LocalLogger):
-    """A key that begins with `loss/` may first appear in any epoch. The epochs before are filled with NaN."""
+    """nnU-Net's logger, which also keeps loss terms.
+
+    A key that begins with `loss/` may first appear in any epoch. The epochs before are filled with NaN.
+    """
 
     @property
     def terms(self) -> list[str]:
@@ -26,7 +29,7 @@ class LossTermLogger(LocalLogger):
         super().log(key, value, epoch)
 
     def plot_progress_png(self, output_folder):
-        """nnU-Net's `progress.png` with one more panel for the loss terms."""
+        """Draw nnU-Net's `progress.png`, with one more panel for the loss terms."""
         super().plot_progress_png(output_folder)
         if not self.terms:
             return

@@ -1,4 +1,4 @@
-"""The masks of other models in a training: which ones it reads, and how much their votes count."""
+"""The masks of other models in a training: which masks it reads, and how much their votes count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nnunet_semiseg.settings.base import SemiSupervisedSettings
 def find_masks(
     settings: SemiSupervisedSettings, plans: dict, configuration: str, fold, dataset_json: dict
 ) -> PreparedMasks | None:
-    """The masks that the setting `external_masks` names. None if it names none, or if the trainer does not have it.
+    """Load the masks that the setting `external_masks` names. None if it names none or the trainer does not have it.
 
     Raises:
         UserError: see `load_masks`.
@@ -43,7 +43,7 @@ def find_masks(
 
 
 class MaskVotes:
-    """`join_masks` with the arguments that do not change in a training.
+    """Calls `join_masks`, and remembers the arguments that do not change in a training.
 
     Args:
         masks: the result of `find_masks`.
@@ -62,7 +62,9 @@ class MaskVotes:
             self.regions = [torch.tensor(v, device=device) for v in values]
 
     def __call__(self, decision: Tensor, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The label, and the weights of its voxels. Their mean is 1, so that masks do not make the loss larger.
+        """Make the pseudo-label and the weights of its voxels.
+
+        The mean of the weights is 1, so that masks do not make the loss larger.
 
         Args:
             decision, logits: the decision and the logits of a teacher.

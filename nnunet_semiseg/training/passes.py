@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 PASSES = ("encode", "decode")
-"""methods of a network that runs in two halves; its `forward` calls them. Other networks have `forward` only."""
+"""The methods of a network that runs in two halves. Its `forward` calls them. Other networks have only `forward`."""
 PAIRED = ("paired",)
-"""a method of a network in which the samples of a batch influence each other"""
+"""The method of a network in which the samples of a batch influence each other."""
 
 
 def run_in_bfloat16(network: nn.Module) -> None:
-    """Run this network on a CPU under autocast to bfloat16 from now on. The logits are float32.
+    """Make a network on a CPU run under autocast to bfloat16 from now on. Its logits are float32.
 
     Losses stay in float32, as under nnU-Net's mixed precision on a GPU. bfloat16 has the range of float32, so gradients
     need no scaling. A deep copy of the network (a teacher) runs in the same way with its own weights.
@@ -27,7 +27,7 @@ def run_in_bfloat16(network: nn.Module) -> None:
 
 
 def run_sample_by_sample(network: nn.Module) -> None:
-    """Run this network on one sample after the other when gradients are needed. Feature maps are not kept.
+    """Make a network run on one sample after the other if gradients are needed. Its feature maps are not kept.
 
     The backward pass computes them again (`torch.utils.checkpoint`). Samples must not influence each other; with
     instance normalisation they do not.
@@ -36,7 +36,10 @@ def run_sample_by_sample(network: nn.Module) -> None:
 
 
 def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable], more: Sequence[str] = ()) -> None:
-    """Replace the methods that run the network, in place. A compiled `forward` is wrapped from outside."""
+    """Replace the methods that run the network. The network is changed in place.
+
+    A compiled `forward` stays compiled inside.
+    """
     inner = getattr(network, "_orig_mod", network)
     for name in (*(PASSES if hasattr(inner, PASSES[0]) else ("forward",)), *more):
         owner = network if name == "forward" else inner
@@ -45,14 +48,17 @@ def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable], more: 
 
 
 def as_method(function: Callable) -> Callable:
-    """Turn a method, or what torch.compile put in its place, into a function whose first argument is the module."""
+    """Turn a method, or its replacement by torch.compile, into a function whose first argument is the module."""
     if hasattr(function, "__func__"):
         return function.__func__
     return lambda self, *args, **kwargs: function(*args, **kwargs)
 
 
 def in_bfloat16(function: Callable) -> Callable:
-    """Run a function under autocast to bfloat16 on the CPU. It returns float32, except features for a decoder."""
+    """Wrap a function so that it runs under autocast to bfloat16.
+
+    Its result is float32, except features for a decoder.
+    """
 
     @wraps(function)
     def run(self, *args, **kwargs):
@@ -65,7 +71,10 @@ def in_bfloat16(function: Callable) -> Callable:
 
 
 def sample_by_sample(function: Callable) -> Callable:
-    """When gradients are on, run a function on (1, C, *S) at a time. The backward pass computes it again."""
+    """Wrap a function so that, if gradients are on, it gets one sample at a time.
+
+    The backward pass computes it again.
+    """
 
     @wraps(function)
     def run(self, x, *args, **kwargs):

@@ -54,10 +54,11 @@ LAST = ("checkpoint_latest.pth", "checkpoint_best.pth")
 
 
 class PlansTrainer(nnUNetTrainer, Generic[S]):
-    """nnU-Net's trainer. The settings in the plans give the length, the seed, the number of labels and more.
+    """nnU-Net's trainer with settings from the plans: the length, the seed, the number of labels and more.
 
     Class attributes:
-        settings_class: taken from the type argument of the base class, `PlansTrainer[MySettings]`.
+        settings_class: the class of the settings. It comes from the type argument of the base class,
+            `PlansTrainer[MySettings]`.
     """
 
     settings_class: type[TrainingSettings] = TrainingSettings
@@ -72,7 +73,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     preprocessed_dataset_folder: Any
     grad_scaler: Any
     ranks = Ranks()
-    """this process among those that train together"""
+    """The processes that train together, and the number of this process."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -121,15 +122,15 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.reasons = multiprocessing.SimpleQueue()  # messages of loader processes that could not read a case
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
-        """Refuse what cannot be trained, before anything is written.
+        """Raise an error if this cannot be trained, before anything is written.
 
         Returns:
             The plans, or a copy that also holds what was found in the data (`with_found`). They are stored in the
             checkpoint, and the predictor reads them.
 
         Raises:
-            UserError: plans or `dataset.json` are damaged; the configuration does not exist; or what
-                `check_labeled_cases` and `check_depth` refuse.
+            UserError: plans or `dataset.json` are damaged; the configuration does not exist; or see
+                `check_labeled_cases` and `check_depth`.
         """
         about, file, fix = Path(dataset_json_file(plans)), plans_file(plans), PLAN_AGAIN
         check(plans, PLANS, file, fix)
@@ -164,7 +165,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """nnU-Net's network. The predictor calls this, too, with the plans of a model; see `check_architecture`."""
+        """Build nnU-Net's network.
+
+        The predictor calls this, too, with the plans of a model; see `check_architecture`.
+        """
         check_architecture(configuration_manager.configuration, plans_manager.plans["plans_name"], OTHER_PLANS)
         return nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
@@ -172,7 +176,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     @property
     def bare_network(self) -> Any:
-        """The network without the wrapper of torch.compile."""
+        """The network inside the wrapper of torch.compile, or the network itself."""
         return bare(self.network)
 
     def initialize(self):
@@ -193,7 +197,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             run_in_bfloat16(self.network)
 
     def fixes(self) -> dict[str, str]:
-        """For each folder of preprocessed cases, what to do if one of them cannot be read."""
+        """For each folder of preprocessed cases, what to do if a case in it cannot be read."""
         fix = preprocess_again(self.plans_manager.plans, self.configuration_name)
         return {self.preprocessed_dataset_folder: f"{fix}, then continue with --c"}
 
@@ -206,7 +210,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return [self.network]
 
     def configure_optimizers(self):
-        """nnU-Net's SGD and schedule.
+        """Make nnU-Net's SGD and its learning rate schedule.
 
         On CUDA the SGD is fused, so that the gradient scaler does not wait for the GPU.
         """
@@ -235,7 +239,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     @property
     def num_unlabeled(self) -> int:
-        """The number of cases that are trained on without a label."""
+        """The number of cases that are used without a label."""
         return 0
 
     def get_dataloaders(self):
@@ -257,7 +261,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     @contextmanager
     def alone(self, does: str) -> Iterator[None]:
-        """Keep other processes from this training's folder and from rewriting its data. Report a full disk.
+        """Keep other processes out of the folder of this training, and from rewriting its data. Report a full disk.
 
         Raises:
             BusyError: another process uses the folder, or rewrites the preprocessed data.
@@ -272,7 +276,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 yield
 
     def refuse_a_second(self, plans: dict, configuration: str, fold) -> None:
-        """Raises BusyError if this training runs already. Otherwise nnU-Net would begin a second log in its folder."""
+        """Raise BusyError if another process runs this training already.
+
+        Otherwise nnU-Net would begin a second log in the same folder.
+        """
         name = f"{type(self).__name__}__{plans['plans_name']}__{configuration}"
         lock = Path(str(nnUNet_results), plans["dataset_name"], name, f"fold_{fold}", LOCK)
         if lock.exists() and not (distributed.is_available() and distributed.is_initialized()):
@@ -280,7 +287,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 pass
 
     def run_training(self):
-        """nnU-Net's training. At its end, no process or thread of the loaders is left that could print more."""
+        """Run nnU-Net's training. At its end, no process or thread of the loaders is left, which could still print."""
         with self.alone("trains this model"), quiet_loaders(self.reasons):
             if not self.local_rank:
                 for half in Path(self.output_folder).glob("*.tmp"):  # from a training that was killed
@@ -309,7 +316,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.print_to_log_file(log_lines.settings_line(self.settings))
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's step. Several processes take the mean of their gradients."""
+        """Run nnU-Net's training step. Several processes take the mean of their gradients."""
         if self.ranks.of == 1:
             return super().train_step(batch)
         data, target = tree_map(lambda x: x.to(self.device, non_blocking=True), (batch["data"], batch["target"]))
@@ -321,7 +328,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return {"loss": loss.detach().cpu().numpy()}
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss, scaled for the backward pass under mixed precision."""
+        """Scale the loss for the backward pass under mixed precision."""
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
     def take_step(self, parameters: list[nn.Parameter]) -> None:
@@ -373,12 +380,12 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def collect_checkpoint(self) -> dict:
-        """Everything that a checkpoint holds."""
+        """Make the dictionary with everything that a checkpoint holds."""
         with told(self, several=False):
             return checkpoints.collect(super().save_checkpoint)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint. The file is complete, or does not appear at all.
+        """Write nnU-Net's checkpoint completely or not at all.
 
         Raises:
             DiskError: the disk is full or read-only.
@@ -396,7 +403,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
         Raises:
             UserError: the file is damaged; the checkpoint does not fit; or, with `--c`, it was trained with other
-                settings and the user has not accepted that.
+                settings, and the user has not accepted the new ones.
         """
         plans = self.plans_manager
         command = f"nnUNetv2_train {plans.dataset_name} {self.configuration_name} {self.fold}"
@@ -426,26 +433,26 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             self.print_to_log_file(f"continuing with another setting: {setting} was {old} and is {new}")
 
     def begin_with(self, checkpoint: dict) -> None:
-        """Take the weights of another training and nothing else. This training begins at epoch 0."""
+        """Take the weights of another training, and nothing else. This training begins at epoch 0."""
         self.bare_network.load_state_dict(checkpoint["network_weights"])
 
     def check_checkpoint(self, checkpoint: dict, name: str) -> None:
         """Raises UserError if the checkpoint is of another kind of training."""
 
     def restore(self, checkpoint: dict) -> None:
-        """Take from a checkpoint what nnU-Net itself does not restore."""
+        """Restore from a checkpoint what nnU-Net itself does not restore."""
 
 
 def dataset_json_file(plans: dict) -> str:
-    """The file of a trainer's `dataset_json`, for messages."""
+    """The path of the `dataset.json` that a trainer reads, for messages."""
     return str(base_folder("nnUNet_preprocessed") / str(plans.get("dataset_name")) / "dataset.json")
 
 
 def plans_file(plans: dict) -> Path:
-    """The file of a trainer's plans, for messages."""
+    """The path of the plans that a trainer reads, for messages."""
     return Path(dataset_json_file(plans)).with_name(f"{plans.get('plans_name')}.json")
 
 
 def bare(module: nn.Module) -> Any:
-    """The module without the wrapper of torch.compile."""
+    """The module inside the wrapper of torch.compile, or the module itself."""
     return module._orig_mod if isinstance(module, OptimizedModule) else module

@@ -15,9 +15,9 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 PLAN = "nnssl_adaptation_plan"
 FIX = "give a checkpoint of nnssl (for example an OpenMind model) with --set pretrained_encoder=FILE"
 ENCODER, STEM = "encoder.stages", "encoder.stem"
-"""the names of the weights in nnU-Net's residual encoders; plain encoders have no separate stem"""
+"""The names of the weights in nnU-Net's residual encoders. Plain encoders have no separate stem."""
 NAMED = 5
-"""a message names at most this number of weights that do not fit"""
+"""A message names at most this number of weights that do not fit."""
 
 
 def check_is_there(file: str | None) -> None:
@@ -33,14 +33,15 @@ def load_pretrained_encoder(network: Any, file: str) -> str:
     its size.
 
     Args:
-        network: with nnU-Net's encoder, not compiled.
+        network: a network with nnU-Net's encoder, not compiled.
         file: a checkpoint with `network_weights` and `nnssl_adaptation_plan`, which says where the weights are.
 
     Returns:
         A line for the log: how many weights were loaded, and which were not.
 
     Raises:
-        UserError: no such checkpoint; the stem, or more than half of the encoder's weights, do not fit the network.
+        UserError: there is no such checkpoint; the stem or more than half of the encoder's weights do not fit the
+            network.
     """
     content = checkpoints.read(str(Path(file).expanduser()), FIX, keys=("network_weights", PLAN))
     taken, left = fitting_weights(network.state_dict(), content["network_weights"], content[PLAN])
@@ -61,13 +62,15 @@ def load_pretrained_encoder(network: Any, file: str) -> str:
 def fitting_weights(
     own: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], plan: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The pre-trained weights by the names in our network, and for each other weight why it does not fit.
+    """Find the pre-trained weights that fit, by their names in our network.
+
+    For each other weight, say why it does not fit.
 
     Args:
         own: the weights of our network.
         pretrained: the pre-trained weights, by their own names.
-        plan: `nnssl_adaptation_plan`: the names of the encoder, the stem and the layers that read the image, and the
-            number of channels.
+        plan: the value of `nnssl_adaptation_plan`. It has the names of the encoder, the stem and the layers that read
+            the image, and the number of channels.
     """
     encoder, stem = plan.get("key_to_encoder", ENCODER), plan.get("key_to_stem", STEM)
     places = {encoder: ENCODER} | ({} if stem.startswith(encoder) else {stem: STEM})  # plain: the stem is in a stage

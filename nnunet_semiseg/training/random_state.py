@@ -9,7 +9,7 @@ import torch
 
 
 def get_random_state() -> dict:
-    """The states of the generators of Python, NumPy, torch and every GPU; for `set_random_state`."""
+    """The states of the random generators of Python, NumPy, torch and every GPU; for `set_random_state`."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -19,7 +19,7 @@ def get_random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Restore what `get_random_state` returned. States of GPUs that this computer lacks are ignored."""
+    """Restore the states that `get_random_state` returned. States of GPUs that this computer lacks are ignored."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -4,7 +4,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 
 class RestartingPolyLR(PolyLRScheduler):
-    """nnU-Net's schedule, which starts again for each of several trainings.
+    """nnU-Net's learning rate schedule, which starts again for each of several trainings.
 
     Args:
         starts: the first epoch of each training, and then the end of the last one.

@@ -59,7 +59,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     views: tuple[str, ...] = ("strong",)
     decide: Decisions  # from `initialize` on
     masks: PreparedMasks | None = None
-    """the masks of other models, if the settings ask for them"""
+    """The masks of other models, if the settings ask for them."""
     warm_up: Any = None  # a `WarmUp`, if the settings ask for one
     votes: MaskVotes  # from `initialize` on, where there are such masks
 
@@ -96,11 +96,11 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         raise NotImplementedError
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
-        """Refuse what cannot be trained, before anything is written.
+        """Raise an error if this cannot be trained, before anything is written.
 
         Raises:
-            UserError: the configuration does not exist; the labelled or unlabelled data does not fit; or a feature of
-                nnU-Net is not supported.
+            UserError: the configuration does not exist; the labelled or unlabelled data do not fit the plans; or a
+                feature of nnU-Net is not supported.
         """
         plans = super().prepare(plans, configuration, fold, dataset_json)
         if samples := self.settings.unlabeled_batch_size:
@@ -118,14 +118,17 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         """Turn the plans' network into the method's network.
 
         Args:
-            network: nnU-Net's.
+            network: the network of nnU-Net.
             arch_kwargs: the arguments that it was made with, from the plans.
             deep_supervision: whether decoders have several outputs.
         """
         return network
 
     def build_auxiliary(self) -> dict[str, nn.Module]:
-        """Modules, by name, that are trained together with the network but not deployed."""
+        """Make modules that are trained together with the network, but not needed for prediction.
+
+        Returns them by name.
+        """
         return {}
 
     @classmethod
@@ -145,17 +148,23 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return cls.adapt_network(network, settings, kwargs, enable_deep_supervision)
 
     def target_maker(self) -> Callable[[dict, dict], dict[str, Tensor]]:
-        """A function that makes `Batch.extra` from the batches of both loaders. It runs in the loader's processes."""
+        """Return a function that makes `Batch.extra` from the batches of both loaders.
+
+        It runs in the processes of the loader.
+        """
         return take_masks if self.masks else no_targets
 
     def refresh_network(self) -> None:
-        """Update what the network stores beside its weights. It is called before the network is used or saved."""
+        """Update what the network stores in addition to its weights.
+
+        It is called before the network is used or saved.
+        """
 
     # ------------------------------------------------------------------------------------- what a method can use
 
     @property
     def progress(self) -> float:
-        """The share of the training that is done: 0 at the first step, 1 at the end."""
+        """The share of the training that is done. It is 0 at the first step and 1 at the end."""
         return self.step / (self.num_epochs * self.num_iterations_per_epoch)
 
     @property
@@ -164,12 +173,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return self.warm_up is not None and self.step < self.warm_up.first_step
 
     def finest(self, output) -> Tensor:
-        """The logits at full resolution, from an output with or without deep supervision."""
+        """Take the logits at full resolution from an output with or without deep supervision."""
         return output[0] if isinstance(output, (list, tuple)) else output
 
     @property
     def finest_loss(self) -> nn.Module:
-        """nnU-Net's loss for the full resolution only."""
+        """nnU-Net's loss for the output at full resolution only."""
         return finest_of(self.loss)
 
     def pseudo_loss(self, output, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -181,12 +190,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return loss_where(self.loss, output, target, mask, self.label_manager)
 
     def decide_with_masks(self, logits: Tensor, batch: Batch, turn: Turn = NO_TURN) -> tuple[Tensor, Tensor | None]:
-        """The pseudo-label from a teacher's logits, and the weights of its voxels, (B, 1, *S). None: all weights are 1.
+        """Make the pseudo-label from a teacher's logits, and its weights (B, 1, *S), or None if all weights are 1.
 
         With the setting `external_masks`, the masks of other models change both; see `join_masks`.
 
         Args:
-            turn: the turn of the logits. The masks in the batch are not turned yet.
+            turn: how the logits are turned. The masks in the batch are not turned yet.
         """
         decision = self.decide(logits, counts=self.masks is None)
         if self.masks is None:
@@ -196,7 +205,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return label, counts
 
     def draw_turn(self) -> Turn:
-        """Draw flips and a turn for the student's view. None if the setting is off, or if nnU-Net does not mirror."""
+        """Draw flips and a turn for the student's view.
+
+        None if the setting `turns` is off, or if nnU-Net does not mirror.
+        """
         axes = self.inference_allowed_mirroring_axes or ()
         if not getattr(self.settings, "turns", False):
             return Turn()
@@ -210,7 +222,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         With `memory=fast` the function runs once, on all batches together.
 
         Args:
-            function: (B, C, *S) to tensors with the same B. Samples must not influence each other.
+            function: a function of images (B, C, *S) that returns tensors with the same B. Samples must not influence
+                each other.
         """
         if self.settings.memory != "fast":
             yield from map(function, images)
@@ -223,14 +236,17 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     @contextmanager
     def shared(self, tensors) -> Iterator[Any]:
-        """Tensors that several groups of terms use. The graph before them is used once, at the end of the block.
+        """Let several groups of terms use the same tensors, within a `with` block.
 
-        The first group's backward pass would free the graph that the next group needs. So each group's backward pass
-        ends at copies of the tensors, where gradients add up; then one backward pass continues from there. The result
-        is the same. With `memory=fast` there is only one backward pass anyway.
+        The backward pass of the first group would free the graph that the next group needs. So the backward pass of
+        each group ends at copies of the tensors, where gradients add up. At the end of the block one backward pass
+        continues from there. The result is the same. With `memory=fast` there is only one backward pass anyway.
 
         Args:
             tensors: tensors in any nested lists, tuples and dictionaries. None stays None.
+
+        Yields:
+            The copies, in the same lists, tuples and dictionaries.
         """
         if self.settings.memory == "fast":
             yield tensors
@@ -347,7 +363,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             update_teacher(self.teacher, self.network, 0, cast(TeacherSettings, self.settings).decay)
 
     def decisions(self) -> list[str]:
-        """What was chosen from the data, and in brackets the setting that changes it, for the log."""
+        """What was chosen from the data, for the log. In brackets stands the setting that changes it."""
         keep = getattr(self.settings, "largest_component", None)
         lines = [f"largest component kept of: {self.decide.one_piece} (largest_component={keep})"] if keep else []
         return [*lines, *(self.masks.lines() if self.masks else ())]
@@ -358,7 +374,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return list(labels) if self.label_manager.has_regions else sorted(labels, key=labels.__getitem__)
 
     def heads_with_one_component(self) -> Sequence[int]:
-        """The classes or regions of which pseudo-labels keep the largest component (setting `largest_component`)."""
+        """The classes or regions that keep only their largest component in pseudo-labels (`largest_component`)."""
         keep = getattr(self.settings, "largest_component", "off")
         if keep == "off":
             return ()
@@ -379,13 +395,13 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return loaders
 
     def unlabeled_dataset(self) -> Any:
-        """The preprocessed unlabelled cases, and the labelled cases whose labels must not be used."""
+        """The preprocessed unlabelled cases, and those labelled cases whose labels must not be used."""
         sources = {self.unlabeled_folder: self.unlabeled_cases, self.preprocessed_dataset_folder: self.hidden_cases}
         cases = JoinedDataset(*(self.dataset_class(folder, list(cases)) for folder, cases in sources.items()))
         return MaskedDataset(cases, self.masks.folders) if self.masks else cases
 
     foreground_share = 0.0
-    """the share of unlabelled samples that are taken around locations that `unlabeled_dataset` knows"""
+    """The share of unlabelled samples that are taken around foreground, if `unlabeled_dataset` knows where it is."""
 
     def make_unlabeled_loader(self, labeled_loader) -> UnlabeledDataLoader | None:
         return UnlabeledDataLoader(
@@ -398,7 +414,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         )
 
     def train_step(self, batch: dict) -> dict:
-        """Do one step. All loss terms are returned as tensors on the device, so that nothing waits for the GPU."""
+        """Run one training step. Returns all loss terms as tensors on the device, so that nothing waits for the GPU."""
         self.optimizer.zero_grad(set_to_none=True)
         on_device = Batch.from_loader(batch, self.device)
         self.decide.count_labels(self.finest(on_device.target))
@@ -415,7 +431,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             update_teacher(self.teacher, self.network, self.step, cast(TeacherSettings, self.settings).decay)
 
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One backward pass for each group of terms; with `memory=fast` one for all. Returns the detached terms."""
+        """Run a backward pass for each group of terms; with `memory=fast` one pass for all.
+
+        Returns the detached terms.
+        """
         terms: dict[str, Tensor] = {}
         total: Any = None
         while True:
@@ -437,7 +456,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return terms
 
     def autocast(self, enabled: bool = True):
-        """nnU-Net's mixed precision on a GPU; nothing on other devices."""
+        """A context with nnU-Net's mixed precision on a GPU. On other devices it does nothing."""
         return autocast(self.device.type, enabled=enabled) if self.device.type == "cuda" else dummy_context()
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
@@ -465,7 +484,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self._load_deployed_weights()
 
     def _load_deployed_weights(self):
-        """Validate what is deployed: after the last epoch the teacher's weights may go into `self.network`."""
+        """Put the weights that are deployed into `self.network` before the validation.
+
+        They may be those of the teacher.
+        """
         if self.teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher":
             self.bare_network.load_state_dict(bare(self.teacher).state_dict())
 
@@ -500,12 +522,15 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if "semiseg" not in checkpoint:
             trainer = checkpoint.get("trainer_name", "another trainer")
             raise UserError(
-                f"{name}: was made by {trainer}, which is not semi-supervised: this training cannot continue from it:"
-                " give it with -pretrained_weights instead"
+                f"{name}: was made by {trainer}, which is not semi-supervised, so this training cannot continue from"
+                " it: give it with -pretrained_weights instead"
             )
 
     def begin_with(self, checkpoint: dict) -> None:
-        """Take the network's weights and, if the method is the same, those of the auxiliary modules."""
+        """Take the weights of the network from another training.
+
+        If the method is the same, also take the auxiliary modules.
+        """
         super().begin_with(checkpoint)
         if checkpoint["trainer_name"] == type(self).__name__:
             self.auxiliary.load_state_dict(checkpoint["semiseg"]["auxiliary"])
@@ -529,12 +554,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
 
 def no_targets(labeled_batch: dict, unlabeled_batch: dict) -> dict[str, Tensor]:
-    """The default of `target_maker`: `Batch.extra` is empty."""
+    """Make no further targets: `Batch.extra` is empty. This is the default of `target_maker`."""
     return {}
 
 
 def gradient_edge(x: Tensor):
-    """The place in the graph where a backward pass into x begins. It does not keep the memory of x."""
+    """The place in the graph where a backward pass into the tensor x begins. It does not keep x in memory."""
     recent = torch.__version__ >= (2, 6)  # pyright: ignore[reportOperatorIssue]: a TorchVersion, not a str
     return get_gradient_edge(x) if recent else x
 

@@ -10,7 +10,10 @@ from torch import nn
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A frozen copy in eval mode. It outputs the full resolution only, because nothing is learnt from the others."""
+    """Make a frozen copy in eval mode.
+
+    It has only the output at full resolution, because nothing is learnt from the others.
+    """
     teacher: Any = deepcopy(student).requires_grad_(False).eval()
     teacher.decoder.deep_supervision = False
     return teacher
@@ -18,10 +21,11 @@ def make_teacher(student: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: float) -> None:
-    """theta' = a theta' + (1 - a) theta with a = min(1 - 1 / (step + 1), decay), in one fused call.
+    """Move the teacher: theta' = a theta' + (1 - a) theta with a = min(1 - 1 / (step + 1), decay), in one fused call.
 
-    At first this is the average over all steps so far (section 3 of the paper), so that the random initialisation is
-    soon forgotten. Buffers are copied. It uses `parameters()`, because `state_dict()` lists nnU-Net's modules twice.
+    theta are the weights of the student, and theta' those of the teacher. At first theta' is the average over all steps
+    so far (section 3 of the paper), so that the random initialisation is soon forgotten. Buffers are copied. It uses
+    `parameters()`, because `state_dict()` lists nnU-Net's modules twice.
     """
     alpha = min(1 - 1 / (step + 1), decay)
     lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]: there is no public name

@@ -13,10 +13,10 @@ VARIABLE = "nnUNet_semiseg_tensorboard"
 
 
 def is_wanted() -> bool:
-    """Whether the user wants it.
+    """Whether the user wants a log for TensorBoard.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the user wants it, but the package is not installed.
     """
     if os.environ.get(VARIABLE, "0") in ("", "0"):
         return False
@@ -26,7 +26,7 @@ def is_wanted() -> bool:
 
 
 class TensorBoardLogger:
-    """One of the loggers of nnU-Net's `MetaLogger`: it writes into the folder `tensorboard` of the training.
+    """A logger for nnU-Net's `MetaLogger`. It writes into the folder `tensorboard` of the training.
 
     The step of a value is its epoch. After `--c`, older values of later epochs are not shown.
     """
@@ -36,10 +36,10 @@ class TensorBoardLogger:
         self.writer: Any = None
 
     def update_config(self, config: dict) -> None:
-        """Do nothing: plans and settings are in files beside it."""
+        """Do nothing, because plans and settings are in files in the same folder."""
 
     def log(self, key: str, value: float, step: int) -> None:
-        """Write one number of an epoch. Times of day are left out."""
+        """Write one number of an epoch. Numbers that are times of day are not written."""
         if key.endswith("_timestamps"):
             return
         self._write(key, value, step, purge_step=step)

@@ -1,4 +1,4 @@
-"""The base of methods that class prompts guide."""
+"""The base of all methods that class prompts guide."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
 
     A subclass defines `guided_losses`. Its `adapt_network` returns a `MultiDecoderUNet`.
 
-    The learnt text features (K, d), with the background first, guide the network at its bottleneck. They are also
-    stored in the network, so that prediction needs no text encoder.
+    The text features (K, d), with the background first, are learnt. They guide the network at its bottleneck. They are
+    also stored in the network, so that prediction needs no text encoder.
     """
 
     settings_class: type[TextSettings] = TextSettings
     prompt_learner: nn.Module | None = None
 
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        """As `losses`, with the text features (K, d) of this step; None if the method runs without text."""
+        """The same as `losses`, with the text features (K, d) of this step.
+
+        They are None if the method runs without text.
+        """
         raise NotImplementedError
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
@@ -78,14 +81,14 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
             yield from self.guided_losses(batch, text)
 
     def predict(self, images: Tensor, text: Tensor | None):
-        """The network's output, and the features that are aligned with the text (None without text)."""
+        """The output of the network, and the features that the loss CSA aligns with the text (None without text)."""
         if text is None:
             return self.network(images), None
         skips, aligned = self.bare_network.encode(images, text)
         return self.bare_network.decode(skips), aligned
 
     def alignment(self, aligned: Tensor, logits: Tensor, text: Tensor) -> Tensor:
-        """The weighted CSA of features (B, d, *s) and logits (B, heads, *S) with the text (K, d) of this step."""
+        """The weighted loss CSA of features (B, d, *s) and logits (B, heads, *S) with the text (K, d) of this step."""
         if self.label_manager.has_regions:
             text = text[1:]  # regions have no background head
         logits = logits[:, : self.label_manager.num_segmentation_heads]  # heads of another task come after these
@@ -93,10 +96,12 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
         return self.settings.csa_weight * loss
 
     def cog(self, aligned: Tensor | None, logits: Tensor, text: Tensor | None, share: float) -> dict[str, Tensor]:
-        """The term `cog` (CSA) of the predictions of one stream. Empty without text or without CSA.
+        """The loss term `cog`, which is the loss CSA for the predictions of one stream.
+
+        Empty without text or without CSA.
 
         Args:
-            share: the stream's share of all samples, because the term is a mean over both streams.
+            share: the share of the stream among all samples, because the term is a mean over both streams.
         """
         if text is None or not self.settings.csa:
             return {}

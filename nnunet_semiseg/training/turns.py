@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SAME_SPACING = 0.1
-"""axes whose spacings differ by at most this share can be turned into each other"""
+"""Two axes can be turned into each other if their spacings differ by at most this share."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Turn:
     """Flips along some axes, then quarter turns in one plane. The shape does not change.
 
     Attributes:
-        flips: spatial axes, counted from 0.
+        flips: the spatial axes that are flipped, counted from 0.
         plane: the two spatial axes of the turn. They have the same size.
         quarters: the number of turns by 90 degrees.
     """
@@ -56,7 +56,7 @@ def planes_to_turn_in(
     """The pairs of axes along which a patch has the same number of voxels and (nearly) the same spacing.
 
     Args:
-        axes: the axes that may be flipped. If texts name sides, there are none, and nothing is turned either.
+        axes: the axes that may be flipped. If texts name sides (left, upper), there are none, and nothing is turned.
         patch_size, spacing: the values of the plans, in the same order of axes.
     """
     return [

@@ -16,10 +16,10 @@ S = TypeVar("S", bound=SemiSupervisedSettings)
 
 
 class TwoNetworkTrainer(SemiSupervisedTrainer[S]):
-    """The plans' network twice, with different initial weights.
+    """The base class of methods with two networks. Both are the network of the plans, with different initial weights.
 
     The first network is deployed. The second one is trained beside it and saved, so that the training can be resumed.
-    nnU-Net's `-pretrained_weights` go into the first one only, because the two have to differ.
+    nnU-Net's `-pretrained_weights` go into the first network only, because the two have to differ.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The beginning of a training, which uses labels only: it ends when every class is learnt."""
+"""The beginning of a training, which uses labels only. It ends when every class is learnt."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from nnunet_semiseg.losses.segmentation import hard_pseudo_label, has_label
 from nnunet_semiseg.training.distributed import Ranks
 
 SHORTEST, LONGEST = 0.1, 0.4
-"""the least and the greatest length of a warm-up, as a share of the training"""
+"""The smallest and the largest length of a warm-up, as shares of the training."""
 LEARNT = 0.5
-"""a class is learnt if its Dice on the labelled patches of an epoch, with boxes pasted into them, reaches this"""
+"""A class is learnt if its Dice on the labelled patches of an epoch reaches this. Boxes may be pasted into these
+patches."""
 
 
 class WarmUp:
-    """Decides when unlabelled images are used: a teacher that does not know a class would teach that there is none.
+    """Decides when unlabelled images are used. A teacher that does not know a class would teach that it does not exist.
 
     Args:
-        share: the length of the warm-up as a share of the training. None: it ends after the first epoch in which every
-            class was learnt, but not before `SHORTEST` and not after `LONGEST`.
+        share: the length of the warm-up as a share of the training. None: the warm-up ends after the first epoch in
+            which every class was learnt, but not before `SHORTEST` and not after `LONGEST`.
         steps: the number of steps of the training.
-        label_manager: nnU-Net's.
+        label_manager: the `LabelManager` of nnU-Net.
         names: the names of the classes or regions, without the background.
         device: the device of the training.
 
     Attributes:
-        state: what a resumed training needs.
+        state: what a resumed training needs to continue the warm-up.
     """
 
     def __init__(self, share: float | None, steps: int, label_manager, names: Sequence[str], device: torch.device):
@@ -46,12 +47,12 @@ class WarmUp:
 
     @property
     def first_step(self) -> int:
-        """The first step with unlabelled images. It is on the CPU, so that nothing waits for the GPU."""
+        """The number of the first step that uses unlabelled images."""
         return int(self.state["first_step"])
 
     @torch.no_grad()
     def add(self, logits: Tensor, target: Tensor) -> None:
-        """Compare logits (B, heads, *S) with the target of labelled patches, as nnU-Net's losses take it."""
+        """Compare logits (B, heads, *S) of labelled patches with their target, as nnU-Net's losses take it."""
         if not self.waits:
             return
         manager, count = self.label_manager, torch.count_nonzero

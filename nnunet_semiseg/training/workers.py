@@ -11,10 +11,10 @@ from typing import Any
 from nnunet_semiseg.errors import UserError
 
 DEAD = "background workers are no longer alive"
-"""from the message of batchgenerators about a process that was killed, or could not load a case"""
+"""A part of the message that batchgenerators prints when one of its processes was killed or could not load a case."""
 
 THREAD = "results_loop"
-"""the thread of batchgenerators that fails when one of its processes does; the main thread reports this, too"""
+"""The thread of batchgenerators that fails when one of its processes fails. The main thread reports this error, too."""
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def quiet_loaders(reasons: Any) -> Iterator[None]:
     """Replace the tracebacks of batchgenerators by one line when a process that loads data has ended.
 
     Args:
-        reasons: a queue with what these processes could not read, see `ReadableCases`.
+        reasons: a queue with the errors of these processes, see `ReadableCases`.
 
     Raises:
         UserError: a process was killed, or failed.

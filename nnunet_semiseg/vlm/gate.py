@@ -14,13 +14,13 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 CANDIDATES = 50
-"""number of thresholds that are tried at equal distances; as many quantiles are tried, too"""
+"""How many thresholds are tried at equal distances. As many quantiles of the masks are tried, too."""
 STEPS = 65
-"""number of mask values, from 0 to 1, for which the evidence is kept"""
+"""The number of mask values, from 0 to 1, for which the evidence is stored."""
 SUREST = 0.01
-"""no mask value makes a class less probable than this, and none makes it more probable than 1 less this"""
+"""With any mask value, a class has at least this probability, and at most 1 minus this."""
 MOST = 16
-"""number of cases that are looked at"""
+"""The largest number of cases that are measured."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Example:
 
 
 def examples_of(data, cases: Sequence[str], labels: Sequence, ignore_label: int | None) -> list[Example]:
-    """Up to 16 of the cases, at equal distances in the list.
+    """Up to 16 labelled images, of cases at equal distances in the list.
 
     Args:
         data: nnU-Net's preprocessed cases.
@@ -62,8 +62,9 @@ class Quality:
     """The quality of the masks of one class.
 
     Attributes:
-        area: under the ROC curve, a mean over cases; 0.5 is chance, nan if no case shows the class.
-        threshold: the threshold of the masks with the highest mean Dice; `dice` is that Dice.
+        area: the area under the ROC curve, a mean over cases. 0.5 is chance; nan if no case shows the class.
+        threshold: the threshold of the masks that has the highest mean Dice.
+        dice: the highest mean Dice.
     """
 
     area: float
@@ -75,9 +76,10 @@ def measure(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Se
     """Measure how well the masks of one class find its labels.
 
     Args:
-        masks: for each case (*S), in 0 to 1.
-        labels: for each case (*S), bool. A case does not count if no pixel has the class, or if all pixels have it.
-        known: for each case (*S), False where the label is not known.
+        masks: the mask of each case, (*S), in 0 to 1.
+        labels: the label of each case, (*S), bool. A case does not count if no pixel has the class, or if all pixels
+            have it.
+        known: a mask for each case, (*S), False where the label is not known.
     """
     pairs = [(m[k].ravel(), y[k].ravel()) for m, y, k in zip(masks, labels, known, strict=True)]
     pairs = [(m, y) for m, y in pairs if y.any() and not y.all()]
@@ -93,10 +95,11 @@ def measure(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Se
 
 
 def evidence(masks: Sequence[np.ndarray], labels: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> np.ndarray:
-    """The evidence that a mask value gives for its class, (65,) for values from 0 to 1; see `with_evidence`.
+    """The evidence (65,) that mask values from 0 to 1 give for their class; see `with_evidence`.
 
     It is the logit of the class's share among the pixels with this value, minus the logit of its share among all
-    pixels. By isotonic regression, a higher value never has less evidence. For masks without information it is 0.
+    pixels. By isotonic regression, a higher value never has less evidence. For masks without information the evidence
+    is 0.
 
     Args:
         masks, labels, known: as in `measure`. All cases count.
@@ -125,5 +128,5 @@ def with_evidence(p: Tensor, masks: Tensor, table: Tensor) -> Tensor:
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """2 |a and b| / (|a| + |b|) of bool arrays. b must not be empty."""
+    """The Dice 2 |a and b| / (|a| + |b|) of two bool arrays. b must not be empty."""
     return float(2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b)))

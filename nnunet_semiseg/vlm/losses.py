@@ -1,6 +1,6 @@
 """The losses of AMVLM's pre-training (IEEE TMI 2025, 10.1109/TMI.2025.3573018): pure functions, in float32.
 
-There are B samples, each with L tokens (words or patches) of d features. `valid` (B, L) is False at padding. A
+A batch has B samples. Each has L tokens (words or patches) of d features. `valid` (B, L) is False at padding. A
 distribution is a pair: the means and the standard deviations of independent normal variables, (..., d) each.
 """
 
@@ -14,23 +14,23 @@ EPS = 1e-6
 
 
 def info_nce(similarity: Tensor, temperature: float) -> Tensor:
-    """The mean of the cross-entropies in both directions. The right pairs are on the diagonal.
+    """InfoNCE: the mean of the cross-entropies from images to texts and from texts to images.
 
     Args:
-        similarity: (B, B), of images to texts.
+        similarity: (B, B), of images to texts. The right pairs are on the diagonal.
     """
     return (one_way(similarity, temperature) + one_way(similarity.T, temperature)) / 2
 
 
 def one_way(similarity: Tensor, temperature: float) -> Tensor:
-    """The cross-entropy of each row (B, B). The diagonal is right."""
+    """The cross-entropy of each row of (B, B). The diagonal has the right pairs."""
     return F.cross_entropy(similarity / temperature, torch.arange(len(similarity), device=similarity.device))
 
 
 def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """W2^2 = ||mu_a - mu_b||^2 + ||sigma_a - sigma_b||^2 between all pairs, and the first of the two terms.
+    """The squared Wasserstein distance W2^2 = ||mu_a - mu_b||^2 + ||sigma_a - sigma_b||^2 of all pairs.
 
-    The public code compares each token with itself only.
+    The first of the two terms is returned, too. The public code compares each token with itself only.
 
     Args:
         a, b: distributions (..., M, d) and (..., N, d).
@@ -43,7 +43,7 @@ def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def constrained_similarity(similarity: Tensor, w2: Tensor, means: Tensor) -> Tensor:
-    """s' = 1 - (1 - s) c with c = sigmoid(W2^2 / max(||mu - mu'||^2, eps)).
+    """Make a similarity s larger: s' = 1 - (1 - s) c with c = sigmoid(W2^2 / max(||mu - mu'||^2, eps)).
 
     If distributions differ only in their means, c is sigmoid(1) = 0.73. If they differ in more, c is closer to 1.
 
@@ -55,7 +55,9 @@ def constrained_similarity(similarity: Tensor, w2: Tensor, means: Tensor) -> Ten
 
 
 def token_weights(attention: Tensor, valid: Tensor) -> Tensor:
-    """Attention from CLS, clipped to the 10th and 90th percentile of the valid tokens. The sum in each sample is 1.
+    """The weight of each token: the attention from CLS, clipped to the 10th and 90th percentile of the valid tokens.
+
+    The sum in each sample is 1.
 
     Args:
         attention: (B, L), at least 0.
@@ -70,7 +72,9 @@ def token_weights(attention: Tensor, valid: Tensor) -> Tensor:
 
 
 def counterparts(tokens: Tensor, others: Tensor, others_valid: Tensor, temperature: float) -> Tensor:
-    """The counterpart of each token in the other modality: sum_i softmax_i(token . other_i / T) other_i, normalised.
+    """The counterpart of each token: a mean over the tokens of the other modality, weighted by their similarity.
+
+    The counterpart is sum_i softmax_i(token . other_i / T) other_i, normalised.
 
     Args:
         tokens: (B, L, d); others: (B, M, d); both normalised over d.
@@ -92,7 +96,7 @@ def similarity_supervision(
     valid: Tensor,
     temperature: float,
 ) -> Tensor:
-    """L_CSS: cross-entropy for finding each token's own counterpart among those of its sample, and the reverse.
+    """L_CSS: find the counterpart of each token among those of its sample, and the reverse (cross-entropy).
 
     The logits are s' / tau.
 
@@ -111,7 +115,7 @@ def similarity_supervision(
 
 
 def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature: float) -> Tensor:
-    """L_local of one direction: each token finds the global feature of its own sample in the other modality.
+    """L_local in one direction: each token must find the global feature of its own sample in the other modality.
 
     The weight of a token is the inverse variance of its similarity to the *other* samples: a token that is similar to
     some of them and not to others says little about its own sample. The weights have the sum 1 in each sample, and no
@@ -140,11 +144,11 @@ def distribution_contrast(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], te
 
 
 def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """Contrast each token, a random sample of its distribution, with the CLS of its own sample.
+    """Pull each token towards the CLS of its own sample. A token is drawn from its distribution.
 
-    The negatives are the tokens of other samples. It is the mean over tokens of
-    -log(exp(c_b . z_bi / T) / (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))). Other tokens of the same
-    sample and padding do not take part. (In the public code "all but self" includes the token itself.)
+    The negatives are the tokens of other samples. The loss is the mean over tokens of -log(exp(c_b . z_bi / T) /
+    (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))). Other tokens of the same sample and padding do not
+    take part. (In the public code "all but self" includes the token itself.)
 
     Args:
         cls: (B, d); samples: (B, L, d). Both are normalised here.
@@ -159,19 +163,19 @@ def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperatur
 
 
 def sample_token(distribution: tuple[Tensor, Tensor]) -> Tensor:
-    """mu + sigma e, with e a standard normal number for every element. Gradients reach mu and sigma."""
+    """Draw a token: mu + sigma e, with e a standard normal number for every element. Gradients reach mu and sigma."""
     mean, std = distribution
     return mean + std * torch.randn_like(mean)
 
 
 def mask_supervision(tokens: Tensor, text: Tensor, areas: Tensor) -> Tensor:
-    """Learn from labels where the text is: binary cross-entropy and Dice of sigmoid(10 (cos - 0.25)), as in text masks.
+    """Learn from labels where an image shows its text: binary cross-entropy and Dice of sigmoid(10 (cos - 0.25)).
 
-    This loss is ours; the paper's pre-training uses no labels.
+    The text masks use the same formula. This loss is ours; the paper's pre-training uses no labels.
 
     Args:
         tokens: patches (B, P, d); text: (B, d); both normalised.
-        areas: the labelled share of each patch, (B, P), in 0 to 1. A sample with -1 does not count.
+        areas: the labelled share of each patch, (B, P), in 0 to 1. A sample whose shares are -1 does not count.
 
     Returns:
         A mean over the samples that count. 0 if there is none.

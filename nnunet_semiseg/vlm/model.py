@@ -18,7 +18,7 @@ from nnunet_semiseg.text.tokenizer import Tokenizer
 HEADS = 4  # of the attention before the distributions
 LOG_STD_RANGE = (-5.0, 2.0)
 PLACE = 64
-"""numbers that say where a patch is"""
+"""How many numbers say where a patch is."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Encoding:
     """The features of one modality.
 
     Attributes:
-        cls: (B, d), normalised.
-        tokens: (B, L, d), normalised: words or patches.
+        cls: the features of the whole image or text, (B, d), normalised.
+        tokens: the features of words or patches, (B, L, d), normalised.
         valid: (B, L), False at padding.
     """
 
@@ -37,11 +37,11 @@ class Encoding:
 
 
 class AMVLM(nn.Module):
-    """Both towers, a head of two layers for each of their outputs, and a distribution transformer for each modality.
+    """Two towers, a head of two layers for each of their outputs, and a distribution transformer for each modality.
 
     Args:
         clip: a model of open_clip, with `.visual` (from open_clip or timm) and `.text`, which may be a `WordTower`.
-        tokenizer: from `open_clip.get_tokenizer`; a `WordTower` has its own.
+        tokenizer: the result of `open_clip.get_tokenizer`. A `WordTower` has its own tokenizer.
         dim: d, the dimension of the joint space.
         hidden: the width of the heads.
     """
@@ -74,9 +74,9 @@ class AMVLM(nn.Module):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def _choose_patches(self) -> tuple[int, tuple[int, int]]:
-        """Choose one of the image tower's last two outputs: 1 or 2 from its end, and its rows and columns.
+        """Choose the last output of the image tower (1) or the one before it (2). Also returns its rows and columns.
 
-        For a ViT it is the last one; for a convolutional tower the deepest one with patches of at most 16 pixels.
+        For a ViT it is the last one. For a convolutional tower it is the deepest one with patches of at most 16 pixels.
         """
         sizes = []
         for depth in (1, 2):
@@ -87,28 +87,30 @@ class AMVLM(nn.Module):
                 break
             sizes.append(tuple(output["image_intermediates"][0].shape[2:]))
         if not sizes:
-            raise UserError("the model's image half gives no features of patches: choose another")
+            raise UserError(
+                "the image network of this model gives no features of patches: choose another model with --model"
+            )
         small = [16 * size[0] >= self.image_size[0] for size in sizes]
         return (2, sizes[1]) if small == [False, True] else (1, sizes[0])
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features of the whole image (B, C + C') and of its patches (B, P, C'), for images from `to_tower`.
 
-        The features of the whole image are the tower's pooled features and a mean of the patches, weighted by `look`.
-        Texts say where something is; a convolutional tower pools by a plain mean, which loses the place.
+        The features of the whole image are the pooled features of the tower, and a mean of the patches, weighted by
+        `look`. Texts say where something is, but a convolutional tower pools by a plain mean, which loses the place.
         """
         pooled, patches = self.placed_patches(images)
         seen = (self.look(patches).softmax(1) * patches).sum(1)
         return torch.cat((pooled, seen), 1), patches
 
     def placed_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The tower's pooled features, and its patches, each with sines and cosines of its place."""
+        """The pooled features of the tower, and its patches. Each patch also has sines and cosines of its place."""
         output = self.visual.forward_intermediates(images, indices=self.depth, normalize_intermediates=True)
         patches = output["image_intermediates"][0].flatten(2).transpose(1, 2)
         return output["image_features"], torch.cat((patches, self.places.expand(len(patches), -1, -1)), 2)
 
     def text_features(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The tower's pooled features (B, C) and token features (B, L, C') of ids from `tokenize`."""
+        """The pooled features (B, C) and the token features (B, L, C') of the text tower, for ids from `tokenize`."""
         if self.words_alone:
             tokens = self.text.embed_tokens(ids)
             return self.text(tokens, ids), tokens
@@ -133,7 +135,7 @@ class AMVLM(nn.Module):
         return self.encode_image(images), self.encode_text(ids)
 
     def project(self, head: str, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """A head's output, normalised: (B, C) to (B, d), or (B, L, C) to (B, L, d).
+        """Project features with a head and normalise them: (B, C) to (B, d), or (B, L, C) to (B, L, d).
 
         Args:
             valid: (B, L), False at padding. There the output is 0, and the batch norm of the head ignores it.
@@ -145,14 +147,14 @@ class AMVLM(nn.Module):
         return found if valid is None else found * valid[..., None]
 
     def distribution(self, modality: str, cls: Tensor, tokens: Tensor, valid: Tensor):
-        """Means and standard deviations of CLS, (B, d) each, and of the tokens, (B, L, d) each."""
+        """The distributions of CLS and of the tokens: means and standard deviations, (B, d) and (B, L, d)."""
         sequence = torch.cat((cls[:, None], tokens), 1)
         mean, std = self.distributions[modality](sequence, F.pad(valid, (1, 0), value=True))
         return (mean[:, 0], std[:, 0]), (mean[:, 1:], std[:, 1:])
 
 
 def repeat_words(features: Tensor, valid: Tensor) -> Tensor:
-    """Fill the padding of each text with copies of its words. So all texts have the same weight in a batch norm.
+    """Fill the padding of each text with copies of its words, so that all texts have the same weight in a batch norm.
 
     Args:
         features: (B, L, C); valid: (B, L).
@@ -167,7 +169,7 @@ def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
     """An MLP from (N, width) to (N, dim) with one hidden layer.
 
     It ends with a batch norm without weights, as in the public code, so that the mean of all outputs is 0 in every
-    dimension. Otherwise all cosines would be similar, and far from the range that the text masks need.
+    dimension. Otherwise all cosines would be similar, and would not have the values that the text masks need.
     """
     return nn.Sequential(
         nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim),
@@ -176,9 +178,10 @@ def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
 
 
 class DistributionTransformer(nn.Module):
-    """PDT: shared self-attention. The two halves of its values go to two MLPs: for the mean, and for log sigma.
+    """PDT: self-attention turns each token into a distribution. One MLP gives its mean, another one log sigma.
 
-    The mean is residual: at first it is close to the token itself.
+    The two MLPs read different halves of the values of the attention. The mean is residual: at first it is close to the
+    token itself.
 
     Shape: tokens (B, L, d), valid (B, L) -> means and standard deviations (B, L, d)
     """
@@ -209,8 +212,8 @@ def to_tower(images: Tensor, about: dict, size: tuple[int, int]) -> Tensor:
 
     Args:
         images: (B, C, H, W).
-        about: the tower's `preprocess_cfg`: mean and standard deviation of RGB values.
-        size: H, W of the tower's input.
+        about: the `preprocess_cfg` of the tower: mean and standard deviation of RGB values.
+        size: height and width of the input of the tower.
     """
     images = images.float()
     if images.shape[1] != 3:

@@ -30,18 +30,17 @@ from nnunet_semiseg.vlm.sides import HORIZONTAL_WORDS, exchange, is_flat
 
 
 class Pairs(Dataset):
-    """Images in the form of the tower's input, each with its token ids and its labelled area.
+    """A dataset of images in the form that the tower takes, each with its token ids and its labelled area.
 
-    From a volume one slice is used.
-
-    The labelled area is a share for each patch of the tower, (rows, columns); -1 if it is not known.
+    One slice of each volume is used. The labelled area has a share for each patch of the tower, (rows, columns). It is
+    -1 if it is not known.
 
     Args:
         data: nnU-Net's preprocessed cases.
         masks: the cases whose labels may be used.
-        ignore_label: its voxels count as not labelled.
-        crop: the smallest share of height and width that a random crop keeps; then any slice of a volume may be taken.
-            None: the whole image, and the middle slice.
+        ignore_label: voxels with this label count as not labelled.
+        crop: the smallest share of height and width that a random crop keeps. With a crop, any slice of a volume may be
+            taken. None: the whole image, and the middle slice.
         mirror: whether half of the images are flipped along their last axis, with left and right exchanged in the text.
     """
 
@@ -96,7 +95,7 @@ class Pairs(Dataset):
 
 
 def random_crop(image: Tensor, least: float) -> Tensor:
-    """Crop (C, H, W) to a random share of both sides, from `least` to 1. The crop is so large that texts stay true."""
+    """Crop (C, H, W) to a random share of both sides, from `least` to 1. The crop is large, so that texts stay true."""
     share, *places = (least + (1 - least) * torch.rand(1), *torch.rand(2))
     for dim, place in zip((1, 2), places, strict=True):
         kept = max(1, round(float(share) * image.shape[dim]))
@@ -105,7 +104,7 @@ def random_crop(image: Tensor, least: float) -> Tensor:
 
 
 def may_be_mirrored(plans: dict, slice_axis: int) -> bool:
-    """Whether the last axis of slices is that from left to right."""
+    """Whether the last axis of slices goes from left to right."""
     return list(plans["transpose_forward"]) == [0, 1, 2] and (is_flat(plans) or slice_axis != 2)
 
 

@@ -1,4 +1,4 @@
-"""PAMR: fit masks to the edges in an image. Nothing is learnt."""
+"""PAMR: fit masks to the edges in an image, without any learning."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def refine(masks: Tensor, images: Tensor, iterations: int = 10, dilations: Seque
     """Pixel-adaptive mask refinement: replace each pixel by a mean of its similar neighbours, several times.
 
     Araslanov and Roth, "Single-stage semantic segmentation from image labels" (CVPR 2020), section 3.2. The weight of
-    neighbour n is softmax_n of -mean_c |x - x_n| / (0.1 sigma), with n over the 8 neighbours at each dilation and sigma
-    the standard deviation over them.
+    neighbour n is softmax_n of -mean_c |x - x_n| / (0.1 sigma). Here n runs over the 8 neighbours at each dilation, and
+    sigma is the standard deviation over them.
 
     Args:
         masks: (B, K, H, W), probabilities.
@@ -36,7 +36,10 @@ def refine(masks: Tensor, images: Tensor, iterations: int = 10, dilations: Seque
 
 
 def neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
-    """(B, C, H, W) to (B, C, 8 D, H, W): the 8 neighbours at each of D dilations. The border is repeated."""
+    """For each pixel, its 8 neighbours at each of D distances: (B, C, H, W) to (B, C, 8 D, H, W).
+
+    The border is repeated.
+    """
     found = []
     for d in dilations:
         padded = F.pad(x, (d, d, d, d), mode="replicate")

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
-from nnunet_semiseg.data.texts import read_texts
+from nnunet_semiseg.data.texts import read_texts, texts_file
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import (
@@ -56,7 +56,7 @@ DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224
 OPTIONS = {"model": "--model ", "pretrained": "--model MODEL:", "cache_dir": "--set cache_dir="}
 LOCK = "training.lock"
 HARMLESS = ("num_workers", "cache_dir")
-"""settings that do not change the result"""
+"""The settings that do not change the result."""
 
 
 def pretrain(
@@ -69,20 +69,20 @@ def pretrain(
     plans: str = "nnUNetPlans",
     device: str = "cuda",
 ) -> Path:
-    """Pre-train on the images and texts of a dataset; under torchrun on several GPUs. It continues after interruptions.
+    """Pre-train on the images and texts of a dataset, with torchrun on several GPUs. A repeated call continues.
 
     Args:
-        model: `hf-hub:OWNER/NAME`, `NAME:TAG` of open_clip's, a folder, or `timm:NAME`, an image network of timm's with
-            WordLlama's words. With `:none` at its end the model is untrained.
-        output: default `vlm/CONFIGURATION` in the dataset's results.
-        settings: `KEY=VALUE`, of `PretrainingSettings`.
+        model: `hf-hub:OWNER/NAME`; `NAME:TAG` of open_clip; a folder; or `timm:NAME`, an image network of timm together
+            with WordLlama. With `:none` at its end the model is untrained.
+        output: the folder to write. None: `vlm/CONFIGURATION` in the results of the dataset.
+        settings: settings `KEY=VALUE` of `PretrainingSettings`.
 
     Returns:
-        The folder: `vlm.safetensors` and `vlm.json` (which `AMVLMTrainer` loads), the state of the training,
+        The folder. It has `vlm.safetensors` and `vlm.json`, which `AMVLMTrainer` loads, the state of the training, and
         `progress.png`.
 
     Raises:
-        UserError: wrong settings, texts or model; the folder holds another pre-training.
+        UserError: settings, texts or model are wrong; the folder holds another pre-training.
     """
     chosen = settings_from(PretrainingSettings, parse_assignments(settings))
     name = dataset_folder("nnUNet_preprocessed", dataset).name
@@ -109,7 +109,7 @@ def pretrain(
     held_out, training = cases[:n_held_out], cases[n_held_out:]
     if len(training) // int(os.environ.get("WORLD_SIZE", 1)) < chosen.batch_size:
         few = f"{len(training)} pairs are too few for batches of {chosen.batch_size}"
-        raise UserError(f"{few}: --set batch_size=NUMBER")
+        raise UserError(f"{few}: choose a smaller number with --set batch_size=NUMBER")
     plans_of_it = load_plans(dataset_folder("nnUNet_preprocessed", dataset) / f"{plans}.json", "plan again")
     mirror = chosen.mirror and may_be_mirrored(plans_of_it, chosen.slice_axis)
     parts = [(training, chosen.crop, mirror), (held_out, None, False)]
@@ -118,7 +118,7 @@ def pretrain(
             Pairs(data, texts, p, vlm, chosen.slice_axis, crop, masks, ignore_label, flip) for p, crop, flip in parts
         )
     except UserError as error:
-        raise UserError(f"texts.json of {name}: {error}") from None
+        raise UserError(f"{texts_file(name)}: {error}") from None
     about |= {"trained": weights != UNTRAINED, "held_out": held_out, "mask_cases": sorted(set(masks) & set(training))}
     with alone(output, rank), reading(Path(data.folders[0])):
         if rank == 0:
@@ -145,7 +145,7 @@ def cases_with_masks(
 
 
 def what_it_saw(output: Path) -> str:
-    """Say whose labels a pre-training used, and which trainings may use it."""
+    """A sentence that says whose labels a pre-training used, and which trainings may use it."""
     about = read_about(output, f"remove {output} to begin again")
     if not (seen := about.get("mask_cases")):
         return "It used no label: a training of any fold may use it."
@@ -179,12 +179,12 @@ def check_goes_on(about: dict, output: Path) -> None:
     flat = [{**a, **a.get("settings", {})} for a in (before, about)]
     keys = (about.keys() | about["settings"].keys()) - {"settings", *HARMLESS}
     if changed := sorted(key for key in keys if flat[0].get(key) != flat[1].get(key)):
-        other = f"holds a pre-training from before {', '.join(changed)} changed"
-        raise UserError(f"{output}: {other}: remove it, or choose another folder with -o")
+        other = f"holds a pre-training with other values of {', '.join(changed)}"
+        raise UserError(f"{output}: {other}: remove this folder, or choose another folder with -o")
 
 
 def set_up(device: str) -> tuple[int, torch.device]:
-    """The rank and device of this process. It joins the group that torchrun made."""
+    """The rank and the device of this process. It joins the group of processes that torchrun made."""
     check_device(device)
     join(device)
     return Ranks().number, torch.device(device)
@@ -234,9 +234,9 @@ class Pretraining:
             if not math.isfinite(means["loss"]):
                 terms = ", ".join(name for name, value in means.items() if not math.isfinite(value) and name != "loss")
                 raise UserError(
-                    f"{self.output}: epoch {self.epoch + 1}: the loss is {means['loss']} (of {terms}): the pre-training"
-                    f" ends here; the model after {self.epoch} epochs is kept: look for images with extreme"
-                    " intensities, or set a smaller learning_rate or weight of a loss term"
+                    f"{self.output}: epoch {self.epoch + 1}: the loss is {means['loss']} (of {terms}): the"
+                    f" pre-training ends here; the model after {self.epoch} epochs is kept: look for images with"
+                    " extreme intensities, or set a smaller learning_rate or weight of a loss term"
                 )
             self.epoch += 1
             if self.rank == 0:
@@ -293,9 +293,9 @@ class Pretraining:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Save the state.
+        """Save the state of the pre-training.
 
-        After the last epoch the model is written first. A model is written only when it is finished.
+        After the last epoch the model is written before it. A model is written only when it is finished.
         """
         if self.epoch == self.settings.num_epochs:
             save_whole(self.task.model.state_dict(), self.output / WEIGHTS)
@@ -329,7 +329,7 @@ class Pretraining:
             raise UserError(f"{file}: cannot be read ({what}): remove {self.output} to begin again") from None
 
     def restore(self, content: dict, tensors: dict[str, Tensor]) -> None:
-        """Continue from a state. Raises errors of many kinds if it is damaged or belongs to another training."""
+        """Continue from a saved state. A damaged state, or one of another training, raises errors of many kinds."""
         self.task.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("task.")})
         state: dict[int, dict] = {}
         for key, value in tensors.items():
@@ -353,14 +353,14 @@ class Pretraining:
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file completely, or not at all."""
+    """Write a safetensors file completely or not at all."""
     content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
     with written_whole(file) as temporary:
         temporary.write_bytes(content)
 
 
 def plot_progress(history: dict[str, list[float]], file: Path) -> None:
-    """Plot two panels over the epochs: the loss with its terms, and the recall of retrieval."""
+    """Plot two panels over the epochs: the loss with its terms, and how well images and texts find each other."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for ax, title in zip(figure.subplots(1, 2), ("loss", "recall"), strict=True):
         for name, values in history.items():

@@ -9,13 +9,13 @@ from itertools import chain
 VERTICAL, HORIZONTAL = SIDES = (0, 1)
 
 HORIZONTAL_WORDS = ("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward")
-"""the words of the pre-training; `AMVLMTrainer` has settings for them"""
+"""The words for left and right that the pre-training exchanges. `AMVLMTrainer` has settings for them."""
 
 WORD = r"[^\W_]+"
-"""a word; it also finds the parts of kidney_left"""
+"""A pattern for a word. It also finds the parts of kidney_left."""
 
 SidePairs = tuple[Sequence[tuple[str, ...]], Sequence[tuple[str, ...]]]
-"""pairs of words that are exchanged when an image is flipped: the vertical pairs, and the horizontal pairs"""
+"""Pairs of words that are exchanged when an image is flipped: first the vertical pairs, then the horizontal pairs."""
 
 
 def named_sides(texts: Iterable[str], pairs: SidePairs) -> list[int]:
@@ -30,11 +30,11 @@ def is_flat(plans: dict) -> bool:
 
 
 def axes_of_sides(plans: dict, n_dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of a patch that vertical words are about, and those that horizontal words are about.
+    """The axes of a patch that vertical words mean, and the axes that horizontal words mean.
 
     nnU-Net reads images as (z, y, x) and then transposes them as the plans say. Left and right are along x. Upper and
-    lower are along y in a 2d image. In a volume they are along z, or (anterior, posterior) along y; the words do not
-    say which.
+    lower are along y in a 2d image. In a volume they may be along z, or along y (anterior and posterior); the words do
+    not say which.
     """
     order = list(plans["transpose_forward"])
     first = len(order) - n_dims  # a 2d patch does not have the first axis of a volume
@@ -43,7 +43,7 @@ def axes_of_sides(plans: dict, n_dims: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 def exchange(text: str, flip: Sequence[bool], pairs: SidePairs) -> str:
-    """The text for a flipped image: along a flipped axis the words of each pair are exchanged."""
+    """Change a text for a flipped image: for each flipped axis, the words of each pair are exchanged."""
     other = {}
     for flipped, words in zip(flip, pairs, strict=True):
         if flipped:

@@ -1,4 +1,4 @@
-"""AMVLM's pre-training: its settings, what a step computes, and how well images and texts find each other."""
+"""The pre-training of AMVLM: its settings, what a step computes, and how well images and texts find each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PretrainingSettings:
     num_epochs: Count = 30
     """The length of the pre-training, in epochs."""
     batch_size: Annotated[int, Bounds(2)] = 32
-    """The number of pairs of image and text in a batch of one process. Each is compared with all others."""
+    """The number of pairs of image and text in a batch of one process. Each pair is compared with all others."""
     accumulation: Count = 1
     """The number of batches whose gradients are added up for one step."""
     learning_rate: Annotated[float, Bounds(1e-12)] = 1e-4
@@ -38,45 +38,50 @@ class PretrainingSettings:
     warmup: Share = 0.05
     """The share of the pre-training over which the learning rate rises."""
     temperature: Annotated[float, Bounds(1e-12)] = 0.07
-    """The first value of the temperature of the contrast. Training changes it."""
+    """The first value of the temperature of the contrastive losses. The pre-training changes it."""
     momentum: Share = 0.995
     """The decay of the moving average that makes the momentum model."""
     dim: Annotated[int, Bounds(2)] = 128
     """The number of values in the joint embedding of images and texts. It must be even."""
     hidden: Count = 2048
-    """The width of the hidden layer that leads to this embedding."""
+    """The width of the hidden layers before the joint embedding of images and texts."""
     itc_weight: Weight = 1.0
-    """The weight of the contrast of whole images and whole texts (L_itc in the paper). 0 switches it off."""
+    """The weight of the loss that compares whole images with whole texts (L_itc in the paper). 0 switches it off."""
     css_weight: Weight = 0.5
-    """The weight of the similarity of image regions and words (L_CSS in the paper). 0 switches it off."""
+    """The weight of the loss that makes image regions and words similar (L_CSS in the paper). 0 switches it off."""
     local_weight: Weight = 0.1
-    """The weight of the contrast of regions and words with whole texts and images (L_local). 0 switches it off."""
+    """The weight of the loss that compares image regions with whole texts, and words with whole images (L_local in the
+    paper). 0 switches it off."""
     icl_weight: Weight = 0.1
-    """The weight of the contrast of distributions, between and within images and texts (L_ICL). 0 switches it off."""
+    """The weight of the loss that compares distributions, between and within images and texts (L_ICL in the paper). 0
+    switches it off."""
     mask_weight: Weight = 1.0
-    """The weight of the loss that learns from labels where the objects of a text are. With 0 the pre-training reads no
+    """The weight of the loss that learns from labels where the objects in a text are. With 0 the pre-training reads no
     label."""
     mask_held_out: Annotated[float, Bounds(0, 0.9)] = 0.25
-    """The share of the labelled cases whose labels are not read. `AMVLMTrainer` measures its text masks on them."""
+    """The share of the labelled cases whose labels the pre-training does not read. `AMVLMTrainer` measures its text
+    masks on these cases."""
     fold: Annotated[int, Bounds(0)] | None = None
     """The fold whose training labels may be used. It must be the fold of the later training. By default all labels are
     used, for trainings with fold `all`."""
     num_labeled: Count | None = None
-    """How many of these cases keep their labels, as the trainers' setting `num_labeled`."""
+    """How many of the training cases keep their labels. Give the same value as for the later training."""
     text_model: str | None = None
     """`wordllama` replaces the text half of the model by frozen word embeddings, which need no download."""
     held_out: Annotated[float, Bounds(0, 0.9)] = 0.1
-    """The share of the cases on which retrieval is measured."""
+    """The share of the cases that are kept for a test: whether the model finds the text of an image, and the
+    reverse."""
     crop: Share = 0.9
     """The smallest share of height and width that the random crop of an image keeps. With 1 there is no crop."""
     mirror: bool = True
-    """Whether half of the images are flipped from left to right, with these words exchanged in their texts."""
+    """Whether half of the images are flipped from left to right. The words left and right are then exchanged in their
+    texts."""
     slice_axis: Annotated[int, Bounds(0, 2)] = 0
-    """The axis along which volumes are cut into slices, after the transposition by nnU-Net."""
+    """The axis along which volumes are cut into slices, in the order of axes after the transposition by nnU-Net."""
     missing_texts: Literal["error", "skip"] = "error"
     """What happens if a case has no text. `error` refuses to train, `skip` leaves the case out."""
     cache_dir: str | None = None
-    """The folder in which open_clip keeps its downloads. By default it is open_clip's own."""
+    """The folder in which open_clip keeps its downloads. By default open_clip chooses it."""
     num_workers: Annotated[int, Bounds(0)] = 4
     """The number of processes that load images."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
@@ -112,7 +117,7 @@ class PretrainingTask(nn.Module):
         return self
 
     def forward(self, images: Tensor, ids: Tensor, areas: Tensor | None = None) -> dict[str, Tensor]:
-        """The terms by name.
+        """Compute the terms of the loss, by name.
 
         Args:
             images, ids: as `Pairs` returns them.
@@ -150,7 +155,7 @@ class PretrainingTask(nn.Module):
         return terms
 
     def supervision(self, name: str, own, other, distribution) -> Tensor:
-        """L_CSS of the tokens of one modality and their counterparts in the other."""
+        """The term L_CSS for the tokens of one modality and their counterparts in the other modality."""
         t = self.settings.temperature
         found = losses.counterparts(own.tokens, other.tokens, other.valid, t)
         found_of = self.model.distribution(name, other.cls, found, own.valid)[1]
@@ -168,7 +173,7 @@ class PretrainingTask(nn.Module):
 
 
 def gather(x: Tensor) -> Tensor:
-    """The tensors of all processes, with gradients."""
+    """Collect the tensors of all processes, with gradients."""
     if not distributed.is_initialized():
         return x
     from torch.distributed.nn.functional import all_gather
@@ -178,11 +183,11 @@ def gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval(image: Tensor, text: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """The share of queries whose partner is among the first k results, image to text and text to image.
+    """How often the partner is among the first k results, when images look for texts and texts for images.
 
     Args:
-        image, text: CLS (N, d), normalised, of N pairs.
-        texts: if another pair has the same text as the query, it counts as right, too.
+        image, text: the CLS features (N, d) of N pairs, normalised.
+        texts: the N texts. If another pair has the same text as the query, it counts as right, too.
     """
     similarity = image @ text.T
     number = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(image.device)

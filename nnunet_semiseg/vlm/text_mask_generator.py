@@ -23,20 +23,20 @@ from nnunet_semiseg.vlm.towers import with_words
 
 ABOUT, WEIGHTS, STATE = "vlm.json", "vlm.safetensors", "training_state.safetensors"
 RAW_SHARE = 0.3
-"""share of the mask before PAMR in the final mask"""
+"""The share of the raw mask, before PAMR, in the final mask."""
 AREA = 0.4
-"""TCL's prior: the share of an image that its own text is about"""
+"""The prior of TCL for the share of an image that its own text is about."""
 PRIORS = 0.1
-"""weight of the priors for area and variation"""
+"""The weight of the priors for the area and for the variation of masks."""
 LARGEST_SCALE = 100.0
-"""largest factor of similarities, as in CLIP"""
+"""The largest factor of similarities, as in CLIP."""
 
 
 def load_vlm(folder: str | Path) -> AMVLM:
     """Load a pre-trained model from a folder of `pretrain_vlm`, frozen and in eval mode. It needs no internet.
 
     Raises:
-        UserError: no such folder; it is not from `pretrain_vlm`; or the pre-training is not finished.
+        UserError: there is no such folder; `pretrain_vlm` has not written it; or the pre-training is not finished.
     """
     folder = Path(folder)
     fix = "name the folder that nnunet_semiseg pretrain_vlm made"
@@ -64,7 +64,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
 
 
 def read_state(folder: Path) -> dict:
-    """Read the metadata of a pre-training's state: `epoch` (the number of finished epochs) and more.
+    """Read the metadata of the state of a pre-training: `epoch` (the number of finished epochs) and more.
 
     Raises:
         UserError: the file is damaged.
@@ -94,7 +94,7 @@ def seen_cases(about: dict, dataset: str) -> set[str]:
 
 
 class UpBlock(nn.Module):
-    """(B, d, h, w) to twice the size: interpolation, plus a gated convolution.
+    """Double the size of features (B, d, h, w): by interpolation, plus a gated convolution.
 
     The convolution is 0 at first, so that random weights do not blur the first masks.
     """
@@ -111,9 +111,9 @@ class UpBlock(nn.Module):
 
 
 class TextMaskGenerator(nn.Module):
-    """Patch features of a frozen AMVLM, upsampled by 4, and their cosine with texts.
+    """Makes text masks: upsamples the patch features of a frozen AMVLM by 4, and compares them with texts.
 
-    The mask is 0.3 raw + 0.7 PAMR(raw), with `raw_masks`: probabilities in 0 to 1, without a further sigmoid. Only the
+    The mask is 0.3 raw + 0.7 PAMR(raw), where raw is the result of `raw_masks`: probabilities in 0 to 1. Only the
     up-blocks and the temperature of their loss are trained and saved in a checkpoint.
 
     Args:
@@ -131,7 +131,7 @@ class TextMaskGenerator(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """1 / temperature, (1,)."""
+        """The factor of similarities, 1 / temperature, (1,)."""
         return self.log_scale.exp().clamp_max(LARGEST_SCALE)
 
     @property
@@ -144,13 +144,16 @@ class TextMaskGenerator(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Text features (N, d), normalised."""
+        """The features (N, d) of N texts, normalised."""
         device = next(self.parameters()).device
         batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
         return torch.cat([self.tower.encode_text(self.tower.tokenize(b).to(device)).cls for b in batches])
 
     def features(self, images: Tensor) -> Tensor:
-        """Image features (B, d, 4 h, 4 w), normalised, of images (B, C, H, W) as nnU-Net has normalised them."""
+        """The features (B, d, 4 h, 4 w) of images (B, C, H, W) that nnU-Net has normalised.
+
+        The features of a place have length 1.
+        """
         tower = self.tower
         with torch.no_grad():
             taken = to_tower(images, tower.visual.preprocess_cfg, tower.image_size)
@@ -159,19 +162,22 @@ class TextMaskGenerator(nn.Module):
             return F.normalize(self.up(patches.float()), dim=1)
 
     def loss_between_images(self, features: Tensor, texts: Tensor, own: Tensor) -> Tensor:
-        """`contrast_between_images`, with TCL's priors: for the areas, and for little variation of the own masks."""
+        """`contrast_between_images`, with two priors of TCL: one for areas, one for little variation of own masks."""
         with torch.autocast(features.device.type, enabled=False):
             raw = raw_masks(torch.einsum("bdhw,nd->bnhw", features, texts), self.relative)
             priors = area_prior(raw, own) + variation(raw[torch.arange(len(own), device=own.device), own])
             return contrast_between_images(raw, features, texts, own, self.scale) + PRIORS * priors
 
     def loss_between_classes(self, features: Tensor, raw: Tensor, texts: Tensor, background: Tensor) -> Tensor:
-        """`contrast_between_classes` and little variation. There is no area prior, because a class may be missing."""
+        """`contrast_between_classes`, and a prior for little variation.
+
+        A prior for areas is wrong: a class may be missing.
+        """
         with torch.autocast(features.device.type, enabled=False):
             return contrast_between_classes(raw, features, texts, background, self.scale) + PRIORS * variation(raw)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Find where each image shows what each of its texts says.
+        """Find where each image shows what its texts say.
 
         Args:
             images: (B, C, H, W).
@@ -193,7 +199,7 @@ class TextMaskGenerator(nn.Module):
 
 
 def raw_masks(cosine: Tensor, relative: bool) -> Tensor:
-    """The paper's sigmoid(10 (cos - 0.25)); or sigmoid(z), with z the cosine's z-score within its image.
+    """Turn cosines into masks: sigmoid(10 (cos - 0.25)) as in the paper, or sigmoid(z) with z-scores within an image.
 
     The paper's formula expects cosines around 0.25. The cosines of other towers are elsewhere, and their masks are
     nearly flat. Relative masks range from 0 to 1 for all towers, but also if the image shows nothing of the text.
@@ -211,7 +217,7 @@ def raw_masks(cosine: Tensor, relative: bool) -> Tensor:
 
 
 def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, own: Tensor, scale: Tensor | float) -> Tensor:
-    """TCL's extended InfoNCE: image i, pooled under the mask of text j, against text j, for all i and j.
+    """TCL's extended InfoNCE. It compares image i, pooled under the mask of text j, with text j, for all i and j.
 
     It has both directions: each image must find its own text among all texts, and each text its own image among all
     images. Another image with the same text is no negative there. (Cha et al., "Learning to generate text-grounded mask
@@ -234,9 +240,9 @@ def contrast_between_images(raw: Tensor, features: Tensor, texts: Tensor, own: T
 def contrast_between_classes(
     raw: Tensor, features: Tensor, texts: Tensor, background: Tensor, scale: Tensor | float
 ) -> Tensor:
-    """InfoNCE in both directions between the features under each class's mask and the texts.
+    """InfoNCE, in both directions, between the features under the mask of each class and the texts.
 
-    The background is where no mask is.
+    The background is the place without any mask.
 
     Args:
         raw: masks (B, K, h, w); features: (B, d, h, w); texts: (K, d) and background: (d,), normalised.
@@ -248,7 +254,7 @@ def contrast_between_classes(
 
 
 def area_prior(raw: Tensor, own: Tensor, prior: float = AREA) -> Tensor:
-    """TCL's area loss: |mean area of the own texts' masks - prior| + mean area of the other texts' masks.
+    """The area loss of TCL: |mean area of masks of own texts - prior| + mean area of masks of other texts.
 
     Args:
         raw: masks (B, N, h, w); own: (B,), the number of each image's text.
@@ -261,11 +267,11 @@ def area_prior(raw: Tensor, own: Tensor, prior: float = AREA) -> Tensor:
 
 
 def variation(masks: Tensor) -> Tensor:
-    """Total variation of masks (..., h, w): the mean difference between neighbours, down and across."""
+    """The total variation of masks (..., h, w): the mean difference between neighbours, down and across."""
     return masks.diff(dim=-2).abs().mean() + masks.diff(dim=-1).abs().mean()
 
 
 def collect(masks: Tensor, features: Tensor) -> Tensor:
-    """The mean feature under each mask, normalised: (B, K, h, w) and (B, d, h, w) to (B, K, d)."""
+    """The mean feature under each mask, normalised: masks (B, K, h, w) and features (B, d, h, w) give (B, K, d)."""
     pooled = torch.einsum("bkhw,bdhw->bkd", masks, features) / masks.sum((2, 3))[..., None].clamp_min(1e-6)
     return F.normalize(pooled, dim=2)

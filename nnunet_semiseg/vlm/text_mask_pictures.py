@@ -27,17 +27,18 @@ from nnunet_semiseg.vlm.pairs import open_cases
 from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, seen_cases
 
 PREFIX = "text_masks."
-"""beginning of the names of the generator's weights in a checkpoint"""
+"""The beginning of the names of the weights of the text mask generator in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class TrainedMasks:
-    """A trained generator, with the cases and texts of its dataset.
+    """A trained text mask generator, with the cases and the texts of its dataset.
 
     Attributes:
         data: nnU-Net's preprocessed cases, labelled and unlabelled.
-        labeled_cases: the labelled cases whose labels the pre-training did not see. If it saw all labels: all cases.
-        texts: the texts by case and by the name of the mask. Cases without texts are left out.
+        labeled_cases: the labelled cases whose labels the pre-training did not see. If it saw all labels: all labelled
+            cases.
+        texts: for each case the text of each mask, by its name. Cases without texts are left out.
         labels: for every mask the value of its label, or the values of its region.
     """
 
@@ -50,7 +51,7 @@ class TrainedMasks:
     ignore_label: int | None
 
     def of(self, image: Tensor, texts: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
-        """Masks (K, H, W) of an image (C, H, W), before and after PAMR."""
+        """The masks (K, H, W) of an image (C, H, W), before and after PAMR."""
         features = torch.stack([self.generator.encode_texts(t).mean(0) for t in texts.values()])
         with torch.no_grad():
             raw, masks, _ = self.generator(image[None], F.normalize(features, dim=1)[None])
@@ -58,7 +59,7 @@ class TrainedMasks:
 
 
 def load_text_masks(run: Run) -> TrainedMasks:
-    """The text masks of a trained model.
+    """Load the text masks of a trained model.
 
     Args:
         run: a finished training with a text mask generator.
@@ -111,10 +112,10 @@ def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 2
 
 
 def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[str, float]:
-    """How well masks tell the pixels of a label from others: the area under the ROC curve, mean over cases and classes.
+    """Measure how well masks find a label: the area under the ROC curve, as a mean over cases and classes.
 
-    0.5 is chance. With the text of another case it should be lower; what remains comes from the image only. Of a volume
-    the slice with the most labelled voxels is used.
+    0.5 is chance. With the text of another case the area should be smaller; what remains comes from the image only. For
+    a volume, the slice with the most labelled voxels is used.
 
     Returns:
         "before PAMR", "after it" and, if each case has its own text, "with the next case's text". Empty if no labelled
@@ -139,7 +140,7 @@ def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[
 
 
 def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[str, dict[str, list[str]]]:
-    """For each case the texts of every mask, by the mask's name."""
+    """For each case, the text of every mask, by the name of the mask."""
     source = str(run.checkpoint)
     names, prompts = class_names(dataset_json, source), read_prompts(dataset_json, source)
     if settings.texts == "cases" or settings.texts == "auto" and len(names) == 2 and has_texts(run.dataset):
@@ -148,7 +149,7 @@ def texts_of(run: Run, cases: list[str], settings, dataset_json: dict) -> dict[s
 
 
 def plot_masks(image: Tensor, raw: Tensor, masks: Tensor, texts: list[str]) -> Figure:
-    """One row for each mask: the image (H, W), then the mask on it before and after PAMR, (K, H, W) each, in 0 to 1."""
+    """Draw a row for each mask: the image (H, W), then the mask (K, H, W), in 0 to 1, before and after PAMR."""
     figure = Figure(figsize=(9, 3.4 * len(texts)), layout="constrained")
     axes = figure.subplots(len(texts), 3, squeeze=False)
     for row, before, after, text in zip(axes, raw, masks, texts, strict=True):

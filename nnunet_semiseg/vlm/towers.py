@@ -1,4 +1,4 @@
-"""The towers for a pre-training: open_clip's, any image network of timm's, and WordLlama's words."""
+"""Load the towers for a pre-training: from open_clip, from timm (image networks only), or WordLlama."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nnunet_semiseg.text.static_words import WORDLLAMA, load_word_tower
 
 TIMM = "timm:"
 NO_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
-"""open_clip cannot make a model without a text half; this one is deleted"""
+"""A tiny text half. open_clip cannot make a model without one; this one is deleted afterwards."""
 
 
 def split_model(model: str) -> tuple[str, str | None]:
@@ -32,15 +32,15 @@ def split_model(model: str) -> tuple[str, str | None]:
 def load_towers(
     model: str, weights: str | None, text_model: str | None, cache_dir: str | None, options: Mapping[str, str]
 ) -> tuple[nn.Module, Callable, dict]:
-    """A model with `.visual` and `.text`, its tokenizer, and its content of `open_clip_config.json`.
+    """Load a model with `.visual` and `.text`. Also returns its tokenizer, and the content of `open_clip_config.json`.
 
     Args:
         model: a model of open_clip (`load_clip`), or `timm:NAME`, an image network of timm.
-        weights: as `pretrained` in `load_clip`. For timm: `none` for random weights, or None for timm's own.
+        weights: see `pretrained` in `load_clip`. For timm: `none` for random weights, or None for the weights of timm.
         text_model: `wordllama` replaces the model's text half. A `timm:NAME` needs it.
 
     Raises:
-        UserError: unknown models; weights cannot be loaded.
+        UserError: there is no such model, or its weights cannot be loaded.
     """
     if text_model not in (None, WORDLLAMA):
         raise UserError(f"setting text_model={text_model}: must be {WORDLLAMA}, or be left out")
@@ -60,7 +60,7 @@ def load_towers(
 
 
 def with_words(clip: nn.Module) -> None:
-    """Replace a model's text half by WordLlama's embeddings, frozen."""
+    """Replace the text half of a model by the frozen word embeddings of WordLlama."""
     clip.text = load_word_tower()
 
 
@@ -70,7 +70,7 @@ def _write_config(name: str, folder: Path) -> None:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
-        raise UserError(f"--model {TIMM}{name}: not a model of timm's: {hint}")
+        raise UserError(f"--model {TIMM}{name}: is not a model of timm: {hint}")
     size = timm.get_pretrained_cfg(name, allow_unregistered=True)
     image_size = size.input_size[-1] if size else 224
     vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": image_size}
