@@ -206,7 +206,7 @@ BROKEN = {
     "no validation case": (split, "splits_final.json: fold 0 has no validation case"),
     "emptied folder": (
         empty_folder,
-        f"{PLANS}_3d_fullres: has no preprocessed labelled cases, .*: run nnunet_semiseg plan.* -pl SemiSegPlannerSmall",
+        f"{PLANS}_3d_fullres: has no preprocessed labelled.*: run nnunet_semiseg plan.* -pl SemiSegPlannerSmall",
     ),
     "huge patch": (
         in_configuration(patch_size=[10**6] * 3),
