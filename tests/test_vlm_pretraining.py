@@ -514,7 +514,7 @@ def test_wrong_use_is_one_line_before_anything_is_written(dataset, towers, tmp_p
         (["--model", f"{towers}:none", "--set", "dim=5"], "setting dim=5: must be even"),
         (["--model", f"{towers}:none", "--set", "seed=5000000000"], "seed=5000000000: must be"),
         (["--model", f"{towers}:none", "--set", *(f"{n}_weight=0" for n in ("itc", "css", "local", "icl"))], "above 0"),
-        (["--model", "timm:resnet1"], "--model timm:resnet1: not a model of timm's: did you mean resnet1"),
+        (["--model", "timm:resnet1"], "--model timm:resnet1: is not a model of timm: did you mean resnet1"),
         (["--model", f"{towers}:none", "--set", "text_model=bert"], "text_model=bert: must be wordllama, or"),
         (["--model", f"{towers}:none", "--set", "fold=7"], "splits_final.json: has no fold 7"),
         (["--model", f"{towers}:none", "--set", "num_labeled=9"], "the fold has 4 labelled training cases"),
