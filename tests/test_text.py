@@ -343,7 +343,7 @@ def test_bad_sources_are_refused(tmp_path, clip_folder):
         ("ViT-B-33", "openai", "text_model=ViT-B-33.*did you mean ViT-B-32"),
         (str(tmp_path), "openai", "no open_clip_config.json"),
         ("ViT-B-32", "opnai", "text_pretrained=opnai: is neither a file nor a tag.*openai"),
-        ("ViT-B-32", None, "its tags are openai"),
+        ("ViT-B-32", None, "one of its tags: openai"),
         (clip_folder, "openai", "weights cannot be loaded"),  # a folder without weights
         (clip_folder, str(tmp_path / "broken.pt"), "broken.pt: not a readable checkpoint"),
     ]:
