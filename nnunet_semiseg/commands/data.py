@@ -125,7 +125,7 @@ def _labeled(text: str) -> int | float | str:
 
 
 class PlanAndPreprocess(Command):
-    """Make plans, and preprocess labelled and unlabelled cases."""
+    """Make plans, then preprocess all cases, labelled or not."""
 
     name = "plan_and_preprocess"
     examples = (
