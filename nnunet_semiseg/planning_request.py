@@ -21,7 +21,8 @@ class PreprocessingRequest:
 
     Attributes:
         dataset_ids: the numbers of the data sets.
-        num_processes: one number of processes, or one for each configuration. Empty: see `processes`.
+        num_processes: one number of processes, or one for each configuration. Empty: the
+            defaults of nnU-Net (`processes`).
         clean: compute the fingerprint and preprocess unlabelled cases again, even if nothing has changed.
     """
 

@@ -187,7 +187,7 @@ def round_of(run: Run, i: int) -> Run:
 
 
 def score(root: Path, output: Path, run: Run, args: argparse.Namespace, start: Path | None = None) -> float:
-    """Train if this was not done yet, predict `dev_test`, and return the mean Dice.
+    """Train if this was not done yet. Then predict the test cases (`dev_test`), and return their mean Dice.
 
     Args:
         start: the model whose weights the training starts from. None: it starts from random weights.

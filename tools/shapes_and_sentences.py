@@ -55,7 +55,12 @@ def make_pair(rng: np.random.Generator, faint: bool = False) -> tuple[np.ndarray
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, metavar="WORK", help="folder for the data set and the towers")
+    parser.add_argument(
+        "work",
+        type=Path,
+        metavar="WORK",
+        help="folder to write: the data set, and the configuration of a small untrained open_clip model",
+    )
     parser.add_argument("--pairs", type=int, default=400, help="number of training images; default: %(default)s")
     parser.add_argument(
         "--labeled", type=int, default=40, help="number of training images that keep their labels; default: %(default)s"

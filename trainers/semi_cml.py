@@ -350,9 +350,11 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     @torch.no_grad()
     def predict_with_pool(self, images: Tensor):
-        """Do what `predict` does with the networks in the pool. None if the pool is empty.
+        """Predict with the pool, the networks of the best epochs. Returns None if the pool is empty.
 
-        It returns the mean of each decoder over the pool, and the mean of the better decoders.
+        Returns:
+            Means of logits over these networks: for each of the two decoders; of the decoder that validated better in
+            each network; over passes with dropout (None without `mc_passes`).
         """
         predictions = [
             (self.predict(network, images, self.settings.mc_passes), int(branch))

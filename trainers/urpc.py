@@ -131,10 +131,10 @@ def at_full_size(logits: Tensor, size: Sequence[int], label_manager) -> Tensor:
 
 
 def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
-    """The loss of eq. 4. A region and its complement are treated as two classes with their own D_s.
+    """The loss L_unsup, eq. 4 of the paper. For each region, the uncertainty D_s (eq. 3) has two classes: in and out.
 
-    Only one slab of one scale of one sample is computed at a time. The backward pass computes it again. With many
-    classes, the probabilities of all scales at full size would need more memory than the network.
+    With many classes, the probabilities of all scales at full size would need more memory than the network. So only
+    `SLAB` voxels along the first axis are computed at a time, and once more in the backward pass.
 
     Args:
         scales: the logits (B, heads, *s) of S scales, from fine to coarse. The first has full resolution.

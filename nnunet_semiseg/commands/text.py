@@ -62,8 +62,9 @@ class PretrainVLM(Command):
         parser.add_argument("-p", default=PLANS, metavar="PLANS", help="name of the plans; default: %(default)s")
         parser.add_argument(
             "--model", metavar="MODEL",
-            help="hf-hub:OWNER/NAME, NAME:TAG of open_clip, a folder, or timm:NAME (an image network of timm, with"
-            " WordLlama as the text tower); add :none for random weights; default: BiomedCLIP",
+            help="the model to start from: hf-hub:OWNER/NAME, NAME:TAG of open_clip, a folder of open_clip's, or"
+            " timm:NAME (an image network of timm; WordLlama reads the texts); add :none for random weights; default:"
+            " BiomedCLIP",
         )  # fmt: skip
         parser.add_argument(
             "-o", metavar="FOLDER", help="folder to write; default: vlm/CONFIGURATION in the dataset's results"

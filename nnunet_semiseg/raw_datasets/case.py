@@ -151,7 +151,7 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
         image.SetSpacing((1, 1))
         image.SetOrigin((0, 0))
     if not is_spacing(image.GetSpacing()):
-        raise UserError(f"{_name(source)}: its spacing is {image.GetSpacing()} mm: correct its header")
+        raise UserError(f"{_name(source)}: its spacing, {image.GetSpacing()} mm, is impossible: correct its header")
     return image, link
 
 

@@ -151,7 +151,9 @@ def assign(source: Source, labeled: int | float | str | None, protocol: str) -> 
         lists = {"train": [*listed, *(name for name in present if name not in listed)], "val": [], "test": []}
     train = [name for name in lists["train"] if name in present]
     if not train:
-        raise UserError("none of the listed training cases exists: use --protocol all, or check -i")
+        raise UserError(
+            "no case of the training list is in the folder: give the whole download with -i, or use --protocol all"
+        )
     candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
     n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
     keep = set(candidates[:n]) & present

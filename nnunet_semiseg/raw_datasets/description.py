@@ -124,9 +124,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Source:
-    """The cases of a download, and their published lists. The first cases of `train` are the labelled ones.
+    """The cases of a download, and its lists of training, validation and test cases.
 
     Args:
+        train: the training cases. If only some keep their labels, these are the first.
         left_out: files of the download that belong to no case, with the reason.
         patients: the patient of each case, if the scans of one patient must stay together; otherwise empty.
         check: a function that checks the cases whose labels are used, before anything is written. It raises UserError.

@@ -261,7 +261,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     @contextmanager
     def alone(self, does: str) -> Iterator[None]:
-        """Keep other processes out of the folder of this training, and from rewriting its data. Report a full disk.
+        """While this block runs, no other process can use the folder of this training or preprocess its data again.
 
         Raises:
             BusyError: another process uses the folder, or rewrites the preprocessed data.
