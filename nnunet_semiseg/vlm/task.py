@@ -53,8 +53,8 @@ class PretrainingSettings:
     """The weight of the loss that compares image regions with whole texts, and words with whole images (L_local in the
     paper). 0 switches it off."""
     icl_weight: Weight = 0.1
-    """The weight of the loss L_ICL in the paper, where images, texts and their parts are normal distributions. It pulls an
-    image and its text together, and each part towards its whole. 0 switches it off."""
+    """The weight of the loss L_ICL in the paper, where images, texts and their parts are normal distributions. It pulls
+    an image and its text together, and each part towards its whole. 0 switches it off."""
     mask_weight: Weight = 1.0
     """The weight of the loss that learns from labels where the objects in a text are. With 0 the pre-training reads no
     label."""
