@@ -64,9 +64,13 @@ def find_trainer(name: str) -> type:
         # not nnU-Net's own: a module of the user's cannot be loaded
         if isinstance(error, RuntimeError) and name not in str(error):
             raise
-        ours = sorted(trainer.__name__ for trainer in iter_classes("trainers"))
-        near = difflib.get_close_matches(name, ours, n=3, cutoff=0.6) or ours
+        near = similar_trainers(name) or sorted(trainer.__name__ for trainer in iter_classes("trainers"))
         raise UserError(f"{name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's") from None
+
+
+def similar_trainers(name: str) -> list[str]:
+    """Up to three names of trainers of this package that are spelt nearly like this one, the most similar first."""
+    return difflib.get_close_matches(name, sorted(trainer.__name__ for trainer in iter_classes("trainers")), n=3)
 
 
 def module_names(package: str) -> list[str]:

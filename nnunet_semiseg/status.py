@@ -71,6 +71,7 @@ class Training:
     def __str__(self) -> str:
         state = "running" if self.is_running else "done" if self.run.is_trained else "interrupted"
         how_far = "" if self.run.is_trained else f", epoch {self.epoch} of {self.epochs}"
+        how_far += ", no checkpoint" if state == "interrupted" and not self.run.is_begun else ""
         run = self.run
         return f"{run.trainer}, {run.base_plans}, {run.configuration}, fold {run.fold}: {state}{how_far}"
 
@@ -151,8 +152,9 @@ def what_is_next(
     """The next command to type. If there is none, a sentence that says what to do."""
     number = number_of(raw.name)
     usable = sorted((p for p in prepared if p.is_there and not p.problem), key=lambda p: p.configuration != FIRST)
-    stopped = [t.run for t in trained if not (t.is_running or t.run.is_trained)]
     done = [t.run for t in trained if t.run.is_trained]
+    # beside a finished training, one without a checkpoint is probably a false start
+    stopped = [t.run for t in trained if not t.is_running and not t.run.is_trained and (t.run.is_begun or not done)]
     if not cases.unlabeled:
         return f"put the images without labels into {raw / 'imagesUn'}"
     if not any(p.is_there for p in prepared):

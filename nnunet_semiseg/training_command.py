@@ -63,14 +63,36 @@ def check_running_command() -> None:
     from nnunet_semiseg.files import dataset_folder
     from nnunet_semiseg.planning import check_plans_name
 
-    parser = ArgumentParser(COMMAND)
-    add_training_arguments(parser)
-    args = parser.parse_known_args(sys.argv[1:])[0]
+    args = _running_arguments()
     check_training(args)
     if int(args.num_gpus or 1) > 1 and args.device not in (None, "cuda"):
         where = f"{COMMAND} starts several processes on GPUs only: use nnunet_semiseg train for -device {args.device}"
         raise UserError(f"-num_gpus {args.num_gpus}: {where}")
     check_plans_name(dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id) / f"{args.p}.json")
+
+
+def check_spelling(name: str) -> None:
+    """Refuse the trainer of `nnUNetv2_train` if it is probably one of ours, misspelt.
+
+    It is called when nnU-Net has found no such trainer in its own folder and in ours. nnU-Net then ends with a traceback
+    that speaks of `nnUNet_extTrainer`. If other folders follow ours in this variable, the trainer may be there.
+
+    Raises:
+        UserError: no trainer has this name, but some of ours have a similar one.
+    """
+    from nnunet_semiseg.discovery import ext_folder, similar_trainers
+
+    last = os.environ.get("nnUNet_extTrainer", "").split(os.pathsep)[-1]
+    if Path(sys.argv[0]).stem != COMMAND or last != ext_folder() or _running_arguments().tr != name:
+        return
+    if near := similar_trainers(name):
+        raise UserError(f"{name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's")
+
+
+def _running_arguments() -> Namespace:
+    parser = ArgumentParser(COMMAND)
+    add_training_arguments(parser)
+    return parser.parse_known_args(sys.argv[1:])[0]
 
 
 def check_training(args: Namespace, plans_name: str | None = None) -> None:

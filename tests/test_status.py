@@ -17,6 +17,7 @@ def begin(dataset, trainer: str):
     folder.mkdir(parents=True)
     (folder / "training_log_1.txt").write_text("Epoch 0\nEpoch 1\nEpoch 2\nEpoch time: 7 s\n")
     (folder / "debug.json").write_text(json.dumps({"num_epochs": "8"}))
+    (folder / "checkpoint_latest.pth").touch()
     return folder
 
 
@@ -49,8 +50,12 @@ def test_from_plans_to_a_review(ready, monkeypatch):
     assert f"  MeanTeacherTrainer, {where}, fold 0: running, epoch 3 of 8" in lines
     assert lines[-1] == "next: wait until the training has ended"
 
+    false_start = begin(dataset, "CPSTrainer")
+    assert "-tr CPSTrainer" in status(901)[-1]
     (stopped / "checkpoint_final.pth").touch()
+    (false_start / "checkpoint_latest.pth").unlink()  # with it, this training would be continued first
     lines = status(901)
+    assert f"  CPSTrainer, {where}, fold 0: interrupted, epoch 3 of 8, no checkpoint" in lines
     assert f"  MeanTeacherTrainer, {where}, fold 0: done" in lines
     assert lines[-1] == f"next: nnunet_semiseg compare {model} --run -device cpu"
     for place, command in {

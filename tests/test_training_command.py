@@ -10,10 +10,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from training import PLANS, make_trainer, save_untrained, write_settings
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.discovery import ext_folder
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -74,6 +76,18 @@ def test_nnunets_command_refuses(words, message, dataset, monkeypatch):
         run_training_entry()
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert nothing_is_left(dataset)
+
+
+@pytest.mark.parametrize("name, folder, error", [
+    ("MeanTeachrTrainer", "", "^MeanTeachrTrainer: no such trainer: use MeanTeacherTrainer or "),
+    ("nothing_like_ours", "", "^Could not find requested nnunet trainer"),
+    ("MeanTeachrTrainer", f"{os.pathsep}/others", "^Could not find requested nnunet trainer"),  # it may be there
+])  # fmt: skip
+def test_nnunets_command_refuses_a_misspelt_trainer(name, folder, error, monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", ext_folder() + folder)
+    monkeypatch.setattr(sys, "argv", f"/bin/nnUNetv2_train 901 3d_fullres 0 -tr {name} -device cpu".split())
+    with pytest.raises((UserError, RuntimeError), match=error):
+        recursive_find_trainer_class_by_name(name)
 
 
 def test_nnunets_command_has_one_process_on_a_cpu(dataset, monkeypatch):

@@ -6,12 +6,13 @@ that each class exists once and can be pickled. An ImportError is passed on; it 
 
 from nnunet_semiseg.discovery import find_class
 from nnunet_semiseg.quiet import hide_foreign_warnings
-from nnunet_semiseg.training_command import check_running_command
+from nnunet_semiseg.training_command import check_running_command, check_spelling
 
 
 def __getattr__(name: str) -> type:
     trainer = find_class("trainers", name)
     if trainer is None:
+        check_spelling(name)
         raise AttributeError(f"nnunet_semiseg has no trainer {name}")
     hide_foreign_warnings()
     check_running_command()

@@ -82,7 +82,7 @@ def convert_dataset(
             folder = stack.enter_context(unpacked(source, place, f"for_{dataset_id}", max_size and max_size * 1e9))
         elif not source.is_dir():
             kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
-            raise UserError(f"{source}: {kind}: give the download with -i")
+            raise UserError(f"{source}: {kind}: give your folder or the download with -i")
         if source.resolve() in (raw.resolve(), *raw.resolve().parents):
             raise UserError(
                 f"{raw}: datasets and their source {source} must not lie inside each other: move one of them"
