@@ -74,8 +74,8 @@ def check_running_command() -> None:
 def check_spelling(name: str) -> None:
     """Refuse the trainer of `nnUNetv2_train` if it is probably one of ours, misspelt.
 
-    It is called when nnU-Net has found no such trainer in its own folder and in ours. nnU-Net then ends with a traceback
-    that speaks of `nnUNet_extTrainer`. If other folders follow ours in this variable, the trainer may be there.
+    It is called when nnU-Net has found no such trainer in its own folder and in ours. nnU-Net then ends with a
+    traceback that speaks of `nnUNet_extTrainer`. If other folders follow ours in this variable, it may be there.
 
     Raises:
         UserError: no trainer has this name, but some of ours have a similar one.
