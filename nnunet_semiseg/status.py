@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_semiseg.data.half_accepted import journals
 from nnunet_semiseg.data.labeled_cases import labeled_images
 from nnunet_semiseg.data.preprocessed import check_labeled_data, number_of, preprocess_again
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest, output_of
@@ -90,7 +92,7 @@ def status(dataset: int | str) -> list[str]:
     lines += ["trainings:", *(f"  {t}" for t in trained or ["none"])]
     lines += ["reports:", *(f"  {file}" for files in reports.values() for file in files)]
     lines += [] if any(reports.values()) else ["  none"]
-    todo = what_is_next(raw, cases, prepared, trained, bool(reports[COMPARISONS]), bool(reports[REVIEWS]))
+    todo = what_is_next(raw, cases, prepared, trained, bool(reports[COMPARISONS]), reports[REVIEWS])
     return [*lines, f"next: {todo}"]
 
 
@@ -147,7 +149,7 @@ def _is_held(lock: Path) -> bool:
 
 
 def what_is_next(
-    raw: Path, cases: Cases, prepared: list[Prepared], trained: list[Training], compared: bool, reviewed: bool
+    raw: Path, cases: Cases, prepared: list[Prepared], trained: list[Training], compared: bool, reviews: list[Path]
 ) -> str:
     """The next command to type. If there is none, a sentence that says what to do."""
     number = number_of(raw.name)
@@ -169,8 +171,31 @@ def what_is_next(
         return f"{train} {usable[0].configuration} 0 -tr SemiSegTrainer -p {usable[0].plans}{device}"
     if not done:
         return "wait until the training has ended"
-    run = done[0]
+    accepted, newest = journals(raw), max(done, key=lambda run: _time(run.checkpoint))
+    if accepted and _time(accepted[-1]) > _time(newest.checkpoint):
+        return _train_on(number, _reviewed(reviews, done), len(accepted))
+    run = newest if accepted else done[0]
     model = f"-d {number} -c {run.configuration} -f {run.fold} -p {run.base_plans}"
     if not compared:
         return f"nnunet_semiseg compare {model} --run{device}"
-    return f"nnunet_semiseg accept -d {number} -i FOLDER" if reviewed else f"nnunet_semiseg review {model}{device}"
+    if reviews and (not accepted or max(map(_time, reviews)) > _time(accepted[-1])):
+        return f"nnunet_semiseg accept -d {number} -i FOLDER"
+    return f"nnunet_semiseg review {model}{device}"
+
+
+def _train_on(number: int | str, run: Run, rounds: int) -> str:
+    """The command that trains on from a model, after this many calls of `accept`."""
+    return (
+        f"nnunet_semiseg train {number} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans}"
+        f" --as round{rounds + 1} --continue_from {shlex.quote(str(run.model_folder))}{device_option()}"
+    )
+
+
+def _reviewed(reviews: list[Path], done: list[Run]) -> Run:
+    """The trained model that was reviewed last. Without a review, the first one."""
+    folder = max(reviews, key=_time).parent.name if reviews else ""
+    return next((run for run in done if folder == f"{run.model_folder.name}__fold_{run.fold}"), done[0])
+
+
+def _time(file: Path) -> int:
+    return file.stat().st_mtime_ns

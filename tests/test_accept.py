@@ -253,7 +253,8 @@ def test_validation_cases_stay_where_they_are():
 def test_the_command_accepts_and_takes_back(raw_only, capsys):
     _, folder = raw_only
     assert cli.main(["accept", "-d", "901", "-i", str(folder)]) == 0
-    assert "un_000: human\nnewly labelled cases: 1;" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "un_000: human\nnewly labelled cases: 1;" in said and "\nnext: nnunet_semiseg plan_and_preprocess" in said
     assert cli.main(["accept", "-d", "901", "--undo", "-i", "x"]) == 1
     assert cli.main(["accept", "-d", "901", "--undo"]) == 0
     assert "unlabelled again: un_000" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """What `nnunet_semiseg status` finds at each step, and the command that it names."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from training import PLANS
 
@@ -67,6 +69,34 @@ def test_from_plans_to_a_review(ready, monkeypatch):
         file.touch()
         lines = status(901)
         assert f"  {file}" in lines and lines[-1] == f"next: nnunet_semiseg {command}"
+
+
+def test_after_an_acceptance_the_reviewed_model_trains_on_and_is_reviewed_again(ready, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    dataset = ready(labeled=2, unlabeled=2)
+
+    def happens(time: int, file: Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"state": "done"}')  # of accept's journal; nobody reads the other files here
+        os.utime(file, (time, time))
+        return status(901)[-1].removeprefix("next: nnunet_semiseg ").removesuffix(" -device cpu")
+
+    def model(trainer: str, plans: str = PLANS) -> Path:
+        return dataset.results / f"{trainer}__{plans}__3d_fullres"
+
+    def page(model: Path) -> Path:
+        return dataset.results / "review" / f"{model.name}__fold_0" / "review.html"
+
+    first, final = model("UAMTTrainer"), Path("fold_0", "checkpoint_final.pth")
+    for trainer in ("CPSTrainer", "UAMTTrainer"):
+        happens(1, model(trainer) / final)
+    happens(2, dataset.results / "comparison" / "x" / "report.html")
+    assert happens(3, page(first)) == "accept -d 901 -i FOLDER"
+    begun = f"train 901 3d_fullres 0 -tr UAMTTrainer -p {PLANS} --as round2 --continue_from {first}"
+    assert happens(4, dataset.raw / ".accepted" / "0001" / "journal.json") == begun
+    second = model("UAMTTrainer", "round2")
+    assert happens(5, second / final) == "review -d 901 -c 3d_fullres -f 0 -p round2"
+    assert happens(6, page(second)) == "accept -d 901 -i FOLDER"
 
 
 def test_what_is_not_up_to_date_is_said_with_the_command_that_helps(ready):

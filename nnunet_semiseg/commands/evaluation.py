@@ -131,8 +131,8 @@ class Accept(Command):
         parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")
 
     def run(self, args: Namespace) -> None:
-        from nnunet_semiseg.devices import device_option
         from nnunet_semiseg.review.accept import accept, undo
+        from nnunet_semiseg.status import status
 
         if args.undo:
             if args.i or args.all_of:
@@ -144,8 +144,7 @@ class Accept(Command):
             print(f"{label.case}: {label.origin}")
         if labels:
             print(f"newly labelled cases: {len(labels)}; to take that back: nnunet_semiseg accept -d {args.d} --undo")
-            line = f"nnunet_semiseg train {args.d} CONFIGURATION FOLD -tr TRAINER --continue_from MODEL --as NAME"
-            say_next(line + device_option())
+            print(status(args.d)[-1])
 
 
 COMMANDS = (Compare(), TextEffect(), Review(), Accept())
