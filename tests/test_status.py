@@ -77,7 +77,7 @@ def test_after_an_acceptance_the_reviewed_model_trains_on_and_is_reviewed_again(
 
     def happens(time: int, file: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text('{"state": "done"}')  # of accept's journal; nobody reads the other files here
+        file.write_text('{"state": "done"}', encoding="utf-8")  # of accept's journal; the other files are not read
         os.utime(file, (time, time))
         return status(901)[-1].removeprefix("next: nnunet_semiseg ").removesuffix(" -device cpu")
 

@@ -298,7 +298,7 @@ def test_no_loader_speaks_after_the_reason(what, dataset, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("given, epochs", [("", 2), (" --set num_epochs=7", 7)])
-def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epochs, dataset, monkeypatch):
+def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epochs, dataset, monkeypatch, capsys):
     run, trained = save_untrained(MeanTeacherTrainer, dataset)
     trained.settings_class(num_epochs=8)
     content = torch.load(run.checkpoint, weights_only=False)
@@ -317,6 +317,8 @@ def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epo
     assert cli.main(f"{words} --continue_from {run.model_folder}{given}".split()) == 0
     new, found_epochs = found
     assert found_epochs == epochs and "nnUNet_semiseg_continue_from" not in os.environ
+    then = "review -d 901 -c 3d_fullres -f all -p again -tr MeanTeacherTrainer -device cpu"
+    assert capsys.readouterr().out.endswith(f"next: nnunet_semiseg {then}\n")
     weights = new.network.state_dict()
     assert weights.keys() == trained.network.state_dict().keys()  # the last layers, too
     assert all(torch.equal(w, weights[name]) for name, w in trained.network.state_dict().items())

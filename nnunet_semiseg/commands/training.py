@@ -80,8 +80,11 @@ class Train(Command):
             distributed.part()
             if distributed.is_first() and not args.tr.startswith(("nnUNetTrainer", "Supervised")):
                 where = f"-d {args.dataset_name_or_id} -c {args.configuration} -f {args.fold} -p {args.p}"
-                line = f"nnunet_semiseg compare {where} --trainers SupervisedTrainer {args.tr} --run"
-                say_next(line + device_option(args.device))
+                # a comparison of a model that trained on with one from the beginning would not be fair
+                then = f"review {where} -tr {args.tr}"
+                if not args.continue_from:
+                    then = f"compare {where} --trainers SupervisedTrainer {args.tr} --run"
+                say_next(f"nnunet_semiseg {then}{device_option(args.device)}")
         except UserError:
             if (
                 args.copy
