@@ -171,7 +171,9 @@ def what_is_next(
         return f"{train} {usable[0].configuration} 0 -tr SemiSegTrainer -p {usable[0].plans}{device}"
     if not done:
         return "wait until the training has ended"
-    accepted, newest = journals(raw), max(done, key=lambda run: _time(run.checkpoint))
+    accepted = journals(raw)
+    # `share` and `distill` make models of others, PLANS_from_TRAINER
+    newest = max(done, key=lambda run: ("_from_" not in run.base_plans, _time(run.checkpoint)))
     if accepted and _time(accepted[-1]) > _time(newest.checkpoint):
         return _train_on(number, _reviewed(reviews, done), len(accepted))
     run = newest if accepted else done[0]

@@ -95,8 +95,12 @@ def test_after_an_acceptance_the_reviewed_model_trains_on_and_is_reviewed_again(
     begun = f"train 901 3d_fullres 0 -tr UAMTTrainer -p {PLANS} --as round2 --continue_from {first}"
     assert happens(4, dataset.raw / ".accepted" / "0001" / "journal.json") == begun
     second = model("UAMTTrainer", "round2")
-    assert happens(5, second / final) == "review -d 901 -c 3d_fullres -f 0 -p round2"
-    assert happens(6, page(second)) == "accept -d 901 -i FOLDER"
+    happens(5, second / final)
+    assert (
+        happens(6, model("nnUNetTrainer", "round2_from_UAMTTrainer") / final)
+        == "review -d 901 -c 3d_fullres -f 0 -p round2"
+    )
+    assert happens(7, page(second)) == "accept -d 901 -i FOLDER"
 
 
 def test_what_is_not_up_to_date_is_said_with_the_command_that_helps(ready):
