@@ -355,7 +355,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, trainers=["SupervizedTrainer"]), "no such trainer: use SupervisedTrainer", out)
     refused(request(planned, trainers=2 * TRAINERS[:1]), "--trainers: .*name each once", out)
     refused(request(planned, curve=TRAINERS[:1]), "--curve SupervisedTrainer: .* several sizes with --labeled", out)
-    refused(request(planned, labeled=(1, 2), curve=["nnUNetTrainer"]), "--curve nnUNetTrainer: name some", out)
+    refused(request(planned, labeled=(1, 2), curve=["nnUNetTrainer"]), "--curve nnUNetTrainer: name only", out)
     refused(request(planned, seeds=0), "--seeds 0: give at least 1", out)
     refused(request(planned, noise=[0.1, 0.0]), "--noise 0: give numbers above 0", out)
     refused(request(planned, noise=[float("nan")]), "--noise nan: give numbers above 0", out)
@@ -383,7 +383,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, device="cuda"), "-device cuda: there is no GPU: use -device cpu", out)
     refused(request(planned, gpus=[0]), "--gpus 0: needs -device cuda", out)
     stock = request(planned, trainers=["nnUNetTrainer"], labeled=[2])
-    refused(stock, "nnUNetTrainer: cannot leave labels out; use SupervisedTrainer", out, run=True)
+    refused(stock, "nnUNetTrainer: this trainer cannot leave labels out: use SupervisedTrainer", out, run=True)
 
 
 def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
@@ -399,7 +399,7 @@ def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
 def test_no_test_set_and_no_validation_fold(planned, tmp_path):
     shutil.rmtree(planned.raw / "labelsTs")
     out = tmp_path / "out"
-    refused(request(planned), "labelsTs: no .*, and fold all has no validation cases", out)
+    refused(request(planned), "labelsTs: has no .*, and fold all has no validation cases", out)
     refused(request(planned, fold="0", noise=[0.1]), "--noise: needs a test set", out)
     refused(request(planned, fold="7"), "-f 7: .*splits_final.json has the folds 0 to 2", out)
 

@@ -180,7 +180,7 @@ def test_a_class_is_weighed_by_the_labels_of_this_training_alone(ready, tmp_path
 
 
 def test_a_loss_that_masks_cannot_teach_is_refused():
-    with pytest.raises(UserError, match="external_masks, consistency=paper: .* use consistency=dice_ce"):
+    with pytest.raises(UserError, match="external_masks and consistency=paper: .* need consistency=dice_ce"):
         MeanTeacherTrainer.settings_class(external_masks="other", consistency="paper")
 
 
