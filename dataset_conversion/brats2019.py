@@ -49,7 +49,7 @@ TASKS = {"whole_tumor": {}, "regions": REGIONS}
 
 
 def find_sequences(folder: Path, about: About, odd_labels: Mapping[str, str] | None = None) -> dict[str, Case]:
-    """Cases by the name of their folder. `odd_labels` lists label files with unusual names."""
+    """The cases by the names of their folders. `odd_labels` has the label files of cases with other file names."""
     found = (p for p in find_files(folder, "*_flair.nii*") if p.name.endswith((".nii", ".nii.gz")))
     cases = {}
     for name, flair in by_name((path.parent.name, path) for path in found).items():

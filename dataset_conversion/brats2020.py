@@ -17,8 +17,9 @@ ABOUT = replace(
     layout="MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz, ..._t1.nii.gz,\n"
     "  ..._t1ce.nii.gz, ..._t2.nii.gz, ..._seg.nii.gz; .nii is read as well; beside it, if it is there,\n"
     "MICCAI_BraTS2020_ValidationData/BraTS20_Validation_001/..., without labels",
-    protocol="none is published for semi-supervised training: a seeded list, a fifth of the training data for testing, "
-    "10 % of the rest labelled; the challenge's validation data, which have no labels, are unlabelled training images",
+    protocol="none is published for semi-supervised training: a fixed random list, a fifth of the training data for "
+    "testing, 10 % of the rest labelled; the challenge's validation data, which have no labels, are unlabelled "
+    "training images",
     labeled=0.1,
     **brats2019.REGIONS,
 )

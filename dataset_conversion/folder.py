@@ -31,7 +31,7 @@ ABOUT = About(
     licence="",
     citation="",
     layout="images/CASE.nii.gz and labels/CASE.nii.gz, or CASE/t1.nii.gz, CASE/t2.nii.gz and CASE/seg.nii.gz, or\n"
-    "  one of many others (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM and more;\n"
+    "  one of many other forms (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM and more;\n"
     "  a case without a label is an unlabelled one",
     protocol="cases with a label are labelled; --split or folders say which are for validation or a test",
     channels=("image",),
@@ -140,7 +140,7 @@ def find_cases(
 
 @dataclass(frozen=True)
 class Given:
-    """The content of a `dataset.json` beside the folders: nnU-Net 1 or 2, or the Decathlon."""
+    """The content of a `dataset.json` beside the folders: of nnU-Net 1 or 2, or of the Decathlon (MSD)."""
 
     labels: Mapping[str, int | tuple[int, ...]] | None = None
     channels: tuple[str, ...] | None = None
@@ -194,7 +194,7 @@ def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -
 def _lists(layout: Layout) -> list[list[str]]:
     """The training cases, first those with a label; then the validation and the test cases.
 
-    The folders say the part.
+    The names of folders say to which part a case belongs.
     """
     train = [case for case in layout.images if layout.parts.get(case, "unlabeled") == "unlabeled"]
     train = sorted(train, key=lambda case: (case not in layout.labels, case))
@@ -283,7 +283,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def _millimetres(text: str) -> float:
-    """Read a length in mm. Raises ValueError, which argparse shows, if it is none."""
+    """Read a length in mm. Raises ValueError, which argparse shows, if it is not above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError
@@ -291,7 +291,7 @@ def _millimetres(text: str) -> float:
 
 
 def _share(text: str) -> float:
-    """Read a share. Raises ValueError, which argparse shows, if it is none."""
+    """Read a share. Raises ValueError, which argparse shows, if it is not between 0 and 1."""
     value = float(text)
     if not 0 < value < 1:
         raise ValueError

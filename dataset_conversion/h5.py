@@ -112,7 +112,7 @@ def find_known(files: Mapping[str, Path]) -> Known | None:
 
 
 def describe(known: Known | None, labels: Sequence[str] | None) -> About:
-    """What is known about the set. `labels` replaces the names of its values. With neither, there are no labels."""
+    """Describe the data set. `labels` replaces the names of the known set. If both are None, no class has a name."""
     about = ABOUT
     if known:
         changes = {"name": f"{known.about.name}H5", "file_ending": ".nii.gz", "label_values": None, "crop": None}

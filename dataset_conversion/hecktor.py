@@ -18,8 +18,8 @@ ABOUT = About(
     "13626 (2023)",
     layout="imagesTr/CHUM-001__CT.nii.gz, imagesTr/CHUM-001__PT.nii.gz, labelsTr/CHUM-001.nii.gz,\n"
     "or, since 2025, the three in one folder CHUM-001",
-    protocol="none is published for semi-supervised training: a seeded list, a fifth of the cases for testing, 10 % of "
-    "the others labelled",
+    protocol="none is published for semi-supervised training: a fixed random list, a fifth of the cases for testing, "
+    "10 % of the others labelled",
     channels=("CT", "PET"),
     labels={"background": 0, "primary tumor": 1, "lymph nodes": 2},
     prompts={
@@ -46,7 +46,7 @@ def find_cases(folder: Path) -> Source:
 
 
 def resample_to(moving: Path, fixed: Path) -> sitk.Image:
-    """Resample the first image to the grid of the second one, linearly. Outside of it the result is 0."""
+    """Resample the first image to the grid of the second one, linearly. Outside of the first one the result is 0."""
     return sitk.Resample(sitk.ReadImage(moving), sitk.ReadImage(fixed))
 
 

@@ -29,8 +29,8 @@ ABOUT = About(
     crop=Crop(
         size=(112, 112, None),
         margin=(15, 15, None),
-        source="UA-MT's preprocessing: at least 112 x 112 voxels, round that a margin of 15, the middle of its random "
-        "10 to 20; whole along z",
+        source="as UA-MT: a box of at least 112 x 112 voxels, with a margin of 15 around it (UA-MT draws 10 to 20); "
+        "z is not cropped",
     ),
 )
 

@@ -14,9 +14,9 @@ ABOUT = About(
     url="https://competitions.codalab.org/competitions/17094",
     licence="CC BY-NC-ND 4.0",
     citation="Bilic et al., The Liver Tumor Segmentation Benchmark (LiTS), Medical Image Analysis 84 (2023)",
-    layout="volume-0.nii, segmentation-0.nii, ..., in one folder or in the two batches' (Training Batch 1, 2)",
-    protocol="none is published for semi-supervised training: a seeded list, a fifth of the volumes for testing, 10 % "
-    "of the others labelled",
+    layout="volume-0.nii, segmentation-0.nii, ..., in one folder or in two (Training Batch 1, 2)",
+    protocol="none is published for semi-supervised training: a fixed random list, a fifth of the volumes for testing, "
+    "10 % of the others labelled",
     channels=("CT",),
     labels={"background": 0, "liver": 1, "liver tumor": 2},
     prompts={

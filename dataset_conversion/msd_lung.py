@@ -14,8 +14,8 @@ ABOUT = About(
     licence="CC BY-SA 4.0",
     citation="Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 13 (2022)",
     layout="Task06_Lung/imagesTr/lung_001.nii.gz\nTask06_Lung/labelsTr/lung_001.nii.gz",
-    protocol="48 training and 15 test volumes; the published list is not public, so that this is a seeded one; 20 % "
-    "labelled",
+    protocol="48 training and 15 test volumes; the list of the papers is not public, so this is a fixed random one; "
+    "20 % labelled",
     channels=("CT",),
     labels={"background": 0, "lung tumor": 1},
     prompts={"background": "the chest without a tumor", "lung tumor": "a tumor in the lung in a computed tomography"},

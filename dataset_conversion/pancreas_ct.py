@@ -40,7 +40,7 @@ ABOUT = About(
     crop=Crop(
         size=(96, 96, 96),
         margin=(25, 25, 25),
-        source="CoraNet's: 96 voxels at least, round that a margin of 25, here of the original grid",
+        source="as CoraNet: a box of at least 96 voxels, with a margin of 25 around it, here on the original grid",
     ),
 )
 CLEAR_STEP = 20  # HU; in a wrong place the step is near 0; chosen on phantoms, because no real scan was available

@@ -41,7 +41,7 @@ IMAGES, MASKS = ("Images", "img"), ("Ground-truths", "labelcol")
 
 
 def find_images(folder: Path, about: About) -> Source:
-    """Cases by their folder, with the texts of all tables below the folder."""
+    """The cases of each part, by the names of folders. Their texts are from all tables below the folder."""
     images, masks, parts = [], [], {}
     for path in find_files(folder, "*.png"):
         kind, part = path.parent.name, PARTS.get(path.parent.parent.name)

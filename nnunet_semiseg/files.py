@@ -111,7 +111,7 @@ def read_json(file: Path, fix: str, kind: type = dict) -> Any:
 
 
 def _utf8(content: bytes) -> str:
-    """Refuse a mark that editors on Windows may put before a text. nnU-Net refuses it, too, but this error says why."""
+    """Refuse the byte order mark that editors on Windows may put before a text. Unlike nnU-Net, say why."""
     if content.startswith(codecs.BOM_UTF8):
         raise ValueError("it begins with a byte order mark: save it as UTF-8 without BOM")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -192,7 +192,7 @@ def disk_error(place: Path | str, cause: str) -> DiskError:
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Give a temporary path to write to. At the end this file replaces `file`. If writing failed, it is removed.
+    """Give a temporary path to write to. At the end, the file there replaces `file`. If writing failed, it is removed.
 
     The temporary name is new each time, so that two processes do not write into the same file.
 
@@ -214,7 +214,7 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def put_back(file: Path) -> Iterator[None]:
-    """Restore a file if the `with` block fails. It is for code that does not write files completely or not at all."""
+    """Restore a file if the `with` block fails. It is for code that may leave a half-written file."""
     before = file.with_name(f"{file.name}.before.tmp")
     if file.is_file():
         with written_whole(before) as temporary:
@@ -277,8 +277,8 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
 def reading(folder: Path) -> Iterator[None]:
     """Use preprocessed data while no process rewrites it. Any number of processes may use it at the same time.
 
-    Each process has its own lock file beside the folder. It is made while `rewriting` is kept out. If no file can be
-    written, nobody can rewrite the data either, and there is no lock.
+    Each process has its own lock file beside the folder. It is made while no process can begin with `rewriting`. If no
+    file can be written, nobody can rewrite the data either, and there is no lock.
 
     Raises:
         BusyError: another process rewrites the data.

@@ -1,4 +1,4 @@
-"""Planning for semi-supervised training, with nnU-Net's planners or with our own. Ours differ in one rule."""
+"""Planning for semi-supervised training, with nnU-Net's planners or ours, which have other rules for batch or patch."""
 
 from __future__ import annotations
 
@@ -94,11 +94,12 @@ class CountUnlabeled(SemiSegPlans):
 
 
 class SemiSegMemory(SemiSegPlans):
-    """Mixin for nnU-Net's planners. It makes patch and batch so small that all streams fit into memory at once.
+    """Mixin for nnU-Net's planners. It makes patch and batch so small that a step fits into memory as a whole.
 
     The batch size in the plans is that of the labelled stream. All trainers use the same plans. So the estimate is for
     the method that needs most memory: TextSemiSegTrainer, with a teacher and with one backward pass for a whole step.
-    Trainers do not have to work like that: with nnU-Net's own patch they need about as much memory as nnU-Net.
+    Trainers work like that with `memory=fast`. By default they need less: with nnU-Net's own patch about as much
+    memory as nnU-Net.
     """
 
     num_decoders = 2

@@ -20,7 +20,7 @@ from nnunet_semiseg.schema import check, load_plans, read_dataset_json, resolved
 from nnunet_semiseg.settings.plans import locked, settings_of, update_settings
 
 RESOURCES = "resources.json"
-"""A file in the folder of a run: the memory that the training needed.
+"""A file in the folder of a run: the peak of the memory that the training needed.
 
 It exists if this package started the training.
 """
@@ -123,7 +123,7 @@ class Run:
         command = (
             f"nnUNetv2_train {self.dataset} {self.configuration} {self.fold} -tr {self.trainer} -p {self.plans} --c"
         )
-        return checkpoints.read(self.checkpoint, f"remove it and train on: {command}", mmap=True)
+        return checkpoints.read(self.checkpoint, f"remove it and continue the training: {command}", mmap=True)
 
     @property
     def is_begun(self) -> bool:

@@ -168,7 +168,7 @@ def add_continue_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--continue_from", metavar="MODEL",
         help="start with the weights of this model: its folder, the folder of its fold, or a checkpoint. The training"
-        f" has 1/{SHORTER} as many epochs, if --set num_epochs does not say otherwise. Use it together with --as",
+        f" has 1/{SHORTER} as many epochs, unless --set num_epochs gives a number. Use it together with --as",
     )  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def test_what_is_in_the_queue_is_waited_for_and_not_put_there_again(slurm, tmp_p
     go.touch()
     do_all_in_queue([job], executor, tmp_path)
     assert (slurm / "submitted").read_text() == "x\n"
-    assert f"title of a_job: job {first.job_id} is there already" in capsys.readouterr().out
+    assert f"title of a_job: job {first.job_id} is in the queue already" in capsys.readouterr().out
     assert known_job(job, executor, tmp_path) is None
 
 

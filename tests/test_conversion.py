@@ -308,7 +308,7 @@ def test_a_bad_case_is_named_and_the_rest_goes_on(kind, two_channels, raw, capsy
         save(image, two_channels / "images" / f"c1_000{c}.nii.gz")
     save(label, two_channels / "labels" / "c1.nii.gz")
     assert cli.main(arguments) == 0
-    assert "going on: 3 cases are there" in capsys.readouterr().out
+    assert "continuing: 3 cases are complete already" in capsys.readouterr().out
     assert json.loads((raw / "dataset.json").read_text())["numTraining"] == 3
     assert (raw / "labelsTr" / "c1.nii.gz").exists() and not (raw / ".conversion").exists()
 
@@ -335,7 +335,7 @@ def test_a_case_that_is_there_twice(download):
 
 def test_a_label_without_an_image(download):
     save(cuboid(0)[1], download / "labels" / "c9.nii.gz")
-    with pytest.raises(ValueError, match="download/labels/c9.nii.gz: no image of case c9: rename it"):
+    with pytest.raises(ValueError, match="download/labels/c9.nii.gz: no image of case c9: rename this label"):
         convert(download, 801, **OPTIONS)
 
 
@@ -957,7 +957,7 @@ def test_options_of_a_data_set_are_its_own(capsys):
 
 def test_a_second_conversion_is_told_who_is_at_it(download, raw):
     with only_one(raw.parent / ".Dataset801.lock", "converts"):
-        with pytest.raises(BusyError, match=f"process {os.getpid()} on .* converts to dataset 801: wait"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on .* makes dataset 801: wait"):
             convert(download, 801, **OPTIONS)
         assert not raw.exists()
         convert(download, 801, **OPTIONS, dry_run=True)

@@ -376,7 +376,9 @@ def test_a_damaged_checkpoint_is_said_to_be_one(trained, tmp_path):
         run.checkpoint.write_bytes(damaged)
         onnx = partial(onnx_export.export_onnx, run, tmp_path / "model.onnx")
         for use in (onnx, partial(distill, run, [], "cpu"), partial(share, run)):
-            with pytest.raises(UserError, match="checkpoint_final.pth: cannot be read .*: remove it and train on"):
+            with pytest.raises(
+                UserError, match="checkpoint_final.pth: cannot be read .*: remove it and continue the training"
+            ):
                 use()
 
 

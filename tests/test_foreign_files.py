@@ -290,7 +290,9 @@ def test_every_message_on_prompts_has_the_path():
 def test_a_damaged_checkpoint_is_named_where_it_predicts(tmp_path):
     (tmp_path / "model" / "fold_0").mkdir(parents=True)
     (tmp_path / "model" / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK")
-    with pytest.raises(UserError, match="fold_0/checkpoint_final.pth: cannot be read .*: remove it and train on"):
+    with pytest.raises(
+        UserError, match="fold_0/checkpoint_final.pth: cannot be read .*: remove it and continue the training"
+    ):
         worker.predict(str(tmp_path / "model"), "0", [], str(tmp_path / "out"), "cpu", False, 0.0, {})
 
 

@@ -399,7 +399,7 @@ def test_channels_are_chosen_and_put_in_order():
         (PATIENTS, ["t1", "pet"], "--channels pet: is not the name of a channel: use names of the channels"),
         (tree("P1/{a_t1,b_t1,x,seg}.nii.gz P2/x.nii.gz"), ["t1", "x"], "--channels t1: fits a_t1 and b_t1"),
         (tree("P1/{a,b,seg}.nii.gz P2/{c,d,seg}.nii.gz"), None, "no channel is in every labelled case: choose"),
-        (tree("images/{a,b}.png labels/c.png"), None, "/d/labels/c.png: no image of case c: rename it"),
+        (tree("images/{a,b}.png labels/c.png"), None, "/d/labels/c.png: no image of case c: rename this label"),
         (tree("images/a.png images/a.bmp"), None, "/d/images/a.png: case a appears twice, also as /d/images/a.bmp"),
         (tree("images/P1.nii.gz labels/P1/{a,b}/1.png"), None, "slices of one volume lie in labels/P1/a and labels"),
         (tree("images/P1/{01,02}.png labels/P1.nii.gz"), None, "/d/images/P1: 2 numbered pictures lie there: if"),

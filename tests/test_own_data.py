@@ -264,7 +264,9 @@ def test_a_rounded_header_is_the_same_grid_and_a_flip_is_not(source, raw, capsys
     nii(ORGAN, source / "labels" / "c1.nii.gz", spacing)
     convert(source)
     printed = capsys.readouterr().out
-    assert re.search(r"case c0: origin \(-0.002, -?0, 0\) differs from .*: rounded, the image's is taken", printed)
+    assert re.search(
+        r"case c0: origin \(-0.002, -?0, 0\) differs from .*: a rounding error of .* mm, the image's is taken", printed
+    )
     assert sitk.ReadImage(str(raw / "labelsTr" / "c0.nii.gz")).GetOrigin() == (0, 0, 0)
     for wrong, word in ((lost, "origin"), (flipped, "origin|direction")):
         nii(ORGAN, source / "labels" / "c0.nii.gz", wrong)
@@ -552,7 +554,7 @@ def test_system_files_are_passed_over(source, raw, capsys):
     for name in ("._c0.nii.gz", ".DS_Store", "Thumbs.db"):
         (source / "images" / name).write_bytes(b"x")
     convert(source)
-    assert "left out, a system's file: 3 files" in capsys.readouterr().out
+    assert "left out, a file of the operating system: 3 files" in capsys.readouterr().out
 
 
 def test_archives_from_windows(source, raw, tmp_path):
@@ -718,7 +720,7 @@ def test_structure_sets(tmp_path, raw, capsys):
     for i in (1, 2):
         dicom(tmp_path / "d" / f"P{i}" / "mr", image(i), "t1", f"1.2.{i}.1")
     save_structure_set(tmp_path / "d" / "P1" / "mr", tmp_path / "d" / "P1" / "rt.dcm")
-    with pytest.raises(ValueError, match="rt.dcm: say which classes you want: --labels Heart Couch"):
+    with pytest.raises(ValueError, match="rt.dcm: its classes have names: .* --labels Heart Couch"):
         convert(tmp_path / "d", labels=None)
     found = own.find_cases(tmp_path / "d", labels=["heart"])
     assert pickle.loads(pickle.dumps(found.cases)).keys() == {"P1", "P2"}  # workers get them

@@ -52,7 +52,7 @@ def add_settings(parser: ArgumentParser, of: str) -> None:
 
 
 def say_next(command: str) -> None:
-    """Print the command that the user types next. If it has the option `-device`, the right device is added."""
+    """Print the command that the user types next."""
     print(f"next: {command}")
 
 

@@ -125,7 +125,9 @@ class Accept(Command):
         parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
         parser.add_argument("-i", metavar="FOLDER", help="folder of labels, named like their cases: CASE.nii.gz")
         parser.add_argument(
-            "--all-of", metavar="REVIEW", help="folder of a review: also accept all its other masks without a change"
+            "--all-of",
+            metavar="REVIEW",
+            help="folder of a review: also accept the masks of all cases that are not in -i, as they are",
         )
         parser.add_argument("--undo", action="store_true", help="undo the last acceptance")
         parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")

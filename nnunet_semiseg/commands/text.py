@@ -116,7 +116,7 @@ class TextMasks(Command):
         print(f"{args.o}: {len(write_text_masks(trained, args.o, args.n))} pictures")
         found = how_well_labels_are_found(trained, args.n)
         areas = ", ".join(f"{area:.3f} {name}" for name, area in found.items())
-        print(f"the labels' pixels above others (ROC AUC; 0.5 is chance): {areas or 'no labelled case has a text'}")
+        print(f"ROC AUC of the masks against the labels (0.5 is chance): {areas or 'no labelled case has a text'}")
 
 
 COMMANDS = (EmbedPrompts(), PretrainVLM(), TextMasks())

@@ -1,4 +1,4 @@
-"""How much several label maps of one image agree. A training leaves out cases by this; a review ranks cases by it."""
+"""How much several label maps of one image agree. A training uses this to leave out cases, a review to rank them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def shares_of(segmentation: np.ndarray, values: Iterable[np.ndarray], planar: bo
 
 
 def share_in_one_piece(mask: np.ndarray, planar: bool) -> float:
-    """The share of a mask's voxels in its largest component, or in those of its slices. NaN for an empty mask."""
+    """The share of a mask's voxels in its largest component (`planar`: in those of its slices). NaN if it is empty."""
     box = find_objects(mask.astype(np.uint8))
     if not box:
         return float("nan")

@@ -18,7 +18,7 @@ from nnunet_semiseg.data.image_problems import TOLERANCE
 def values_of_nothing(plans_manager, configuration_manager) -> list[float]:
     """For each channel, the value of an empty channel after nnU-Net's normalisation. An empty channel is 0 everywhere.
 
-    The value is 0. For CT it differs, because it depends on the statistics of the dataset instead of those of the
+    The value is 0, except for CT: there the normalisation uses the statistics of the dataset instead of those of the
     image.
     """
     nothing = np.zeros((len(configuration_manager.normalization_schemes), 1, 1, 1), np.float32)

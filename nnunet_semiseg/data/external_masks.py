@@ -1,4 +1,4 @@
-"""Masks that another model made of a dataset's images: check them, convert their values, measure them on labels."""
+"""Masks that another model made of a dataset's images: check them, convert their values, compare them with labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def add_masks(
             are those of dataset.json.
 
     Returns:
-        For each class its `dice`, a mean over the labelled cases that show it (None if none does), and its `weight`.
+        For each class its `dice`, a mean over the labelled cases that show it (None if none does), and its `weight`
+        (see `prepared_masks.weigh`).
 
     Raises:
         UserError: a name or a value is wrong; a file belongs to no case; a mask has another grid than its image. There

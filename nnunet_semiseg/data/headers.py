@@ -33,7 +33,9 @@ def header_problem(image: Path, root: Path) -> str | None:
     for name in data_files(image):
         file = os.path.normpath(os.path.join(image.parent.absolute(), name))
         if not Path(file).is_relative_to(os.path.normpath(root.absolute())):
-            return f"its voxels are in {file}, outside of {root}: do not trust it, or move that file into the folder"
+            return (
+                f"its voxels are in {file}, outside of {root}: do not use this image, or move that file into the folder"
+            )
     header = read_header(image)
     if header is None:
         return None  # the reader will report the reason
@@ -45,7 +47,7 @@ def header_problem(image: Path, root: Path) -> str | None:
         size = " x ".join(map(str, header.GetSize()))
         return (
             f"its header claims {size} voxels, {claimed / 2**30:.0f} GiB, but this machine has {memory / 2**30:.0f}: "
-            "do not trust it, or crop it elsewhere"
+            "do not use it, or crop it on a larger machine"
         )
     return None
 

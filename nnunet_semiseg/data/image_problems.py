@@ -140,7 +140,7 @@ def preprocessed_problems(
 
 
 def spread(data: np.ndarray) -> list[float]:
-    """The mean distance from the mean, for each channel (C, *S). 0 if it is only a rounding error.
+    """For each channel of (C, *S), the mean distance of the voxels from their mean. 0 if it is only a rounding error.
 
     The standard deviation cannot be used: z-scores make it 1, even if all voxels but one are equal.
     """

@@ -345,7 +345,8 @@ def _check_raw(
     """Check that images and labels are those of the record. The record then has their new times.
 
     Args:
-        look: the command that compares contents. It may be enough; a training itself must not read labels for this.
+        look: the command that compares contents. It is named if only times have changed, because a training must not
+            open labels.
     """
     for case in sorted(files.keys() ^ set(cases)):
         what = "is new and not preprocessed" if case in files else "was preprocessed but is missing now"

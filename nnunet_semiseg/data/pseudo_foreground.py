@@ -75,8 +75,8 @@ def look_at_cases(
 
     The class locations have the form that nnU-Net's preprocessing gives to those of labels. The score of a case
     (`SCORES`) says how much two predictions of it agree: the mean Dice between that of the image and that of the
-    mirrored image. If nnU-Net does not mirror, the second one is the prediction of the last search. Scores of the two
-    kinds cannot be compared, as the teacher changes between searches. To be fast, neighbouring windows do not overlap,
+    mirrored image. If nnU-Net does not mirror, the second one is the prediction of the last call. Scores of the two
+    kinds cannot be compared, as the network changes between calls. To be fast, neighbouring windows do not overlap,
     so the result is not exact.
 
     Args:
@@ -84,7 +84,7 @@ def look_at_cases(
             (`ranks`), each predicts a part of the cases.
         network: the network, without deep supervision.
         dataset: a dataset of preprocessed cases.
-        cases: the cases to look at. Their files are replaced, unless an interrupted search of the same epoch has
+        cases: the cases to look at. Their files are replaced, unless an interrupted call in the same epoch has
             written them.
         folder: the folder for the files. It is made if necessary.
         expected: the classes or regions that every case must have. If one is not found, its Dice counts as 0.
@@ -173,8 +173,8 @@ def leave_out(folder: Path, at_most: float, later: float = 0.0) -> tuple[list[st
 
     Args:
         at_most: the largest share of the cases that is left out as `outliers`.
-        later: the share of the cases that is not used before the next search: the `least_reliable` ones, which include
-            outliers.
+        later: the share of the cases that is not used until `look_at_cases` is called again: the `least_reliable` ones,
+            which include outliers.
 
     Returns:
         The names of the outliers, and the names of all cases that are not used.

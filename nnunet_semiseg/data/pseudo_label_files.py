@@ -87,7 +87,7 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
 
 
 def label_case(predictor: Any, dataset, case: str, folder: Path, heads: Sequence[int]) -> None:
-    """Write the pseudo-label of a case twice: in the geometry of the image, for the user, and for the loader.
+    """Write the pseudo-label of a case twice: on the grid of the image for the user, and for the loader.
 
     Args:
         predictor: an initialised `nnUNetPredictor`.

@@ -69,7 +69,9 @@ def contents(stamps: list[Stamp]) -> list[str]:
 
 
 def usual_spread(record: dict) -> list[float] | None:
-    """For each channel, the median spread over the labelled cases that have it, or 0. None if no spread is known.
+    """For each channel, the median spread over the labelled cases that have the channel; 0 if none has it.
+
+    None if no spread is known.
 
     If there are two middle values, the larger one is taken. A wrong spread is mostly too small, because one voxel is
     much larger than the others.

@@ -20,7 +20,7 @@ _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 
 def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """The image files of each unlabelled case, by its name. There are as many as labelled cases have.
+    """The image files of each unlabelled case, by its name. Each case has as many files as a labelled case.
 
     Raises:
         UserError: ``imagesUn`` is missing or has no images; the name of a file has no channel; a case has too few or

@@ -131,7 +131,9 @@ def preprocess_unlabeled(
 
 @contextlib.contextmanager
 def alone_or_part(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
-    """Keep other calls away from these cases. A whole call excludes all others; a part excludes itself and whole calls.
+    """Keep other calls away from these cases. One without a part excludes all others.
+
+    A call for a part excludes calls for the same part, and calls without a part.
 
     Each call takes its own lock first and then looks at the locks of the others. So of two calls at the same time, at
     least one sees the other.
@@ -201,7 +203,7 @@ def _preprocess_configuration(
         for file in () if part else records[1:]:
             file.unlink(missing_ok=True)
     if part:
-        print(f"{configuration}: this part is done; when all are done, the same call without -num_parts ends the work")
+        print(f"{configuration}: this part is done; when all are done, run the command once more without parts")
 
 
 def _preprocess_cases(

@@ -54,9 +54,9 @@ class DistillationSettings(SemiSupervisedSettings):
 class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
     """Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (arXiv 1503.02531).
 
-    L = nnU-Net's loss on the labelled patches + w `soft_target_loss` on both streams, at full resolution. The model
-    that teaches sees the weak view of an unlabelled patch; the stock network sees the strong view. This trainer is not
-    in `trainers/`, because it cannot be trained by name: it needs a model.
+    L = nnU-Net's loss on the labelled patches + w `soft_target_loss` on all patches, at full resolution. Of an
+    unlabelled patch, the model that teaches sees the weak view, and the network that is trained sees the strong view.
+    This trainer is not in `trainers/`, because it cannot be trained by name: it needs a model.
     """
 
     views = ("weak", "strong")
@@ -116,7 +116,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float, regio
 
 
 def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Path:
-    """Train the plans' stock network on the output of a model, and save it as a model of `nnUNetTrainer`.
+    """Train nnU-Net's own network on the output of a model, and save it as a model of `nnUNetTrainer`.
 
     An interrupted distillation is continued; a finished one is not repeated. The plans get the name PLANS_from_TRAINER.
 
@@ -125,7 +125,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
         settings: `KEY=VALUE`, settings of the distillation (`DistillationSettings`). The plans give all other settings.
 
     Returns:
-        The folder of the stock model.
+        The folder of the new model.
 
     Raises:
         UserError: the model is not trained, or its checkpoint is damaged; a setting does not belong to the
@@ -210,7 +210,7 @@ def with_settings(plans: dict, changes: dict) -> dict:
 
 
 def publish(trained: Path, stock: Path, plans_name: str) -> None:
-    """Make a stock model from a trained fold. Its checkpoint is written last, as a sign that all is complete.
+    """Make a model of `nnUNetTrainer` (a stock model) from a trained fold. Its checkpoint is written last.
 
     Args:
         trained: the folder of a trained fold, whose network is that of the plans.
@@ -236,5 +236,5 @@ def publish(trained: Path, stock: Path, plans_name: str) -> None:
 
 
 def without_settings(plans: dict) -> dict:
-    """The plans as nnU-Net's own trainers have them, without this package's settings and findings."""
+    """The plans as nnU-Net's own trainers have them, without the settings and results that this package adds."""
     return {key: value for key, value in plans.items() if key not in (PLANS_KEY, FOUND_KEY)}

@@ -25,7 +25,7 @@ def share(run: Run) -> Path:
         run: a finished training.
 
     Returns:
-        The stock model's folder.
+        The folder of the written model.
 
     Raises:
         UserError: the training is not finished, its checkpoint is damaged, or its network is not that of the plans.

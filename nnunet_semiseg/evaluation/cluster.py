@@ -103,7 +103,7 @@ def starter(logs: Path):
 
 
 class InQueue:
-    """A job that submitit has started. It says in one line what went wrong."""
+    """A job that submitit has started. If it fails, `result` says in one line what went wrong."""
 
     def __init__(self, job):
         self.job = job
@@ -113,7 +113,8 @@ class InQueue:
         try:
             return self.job.result()
         except Exception as error:  # from submitit: the job was cancelled, or its time ran out too often
-            return f"job {self.job.job_id} ended without a result ({' '.join(str(error).split())[:200]})"
+            why = " ".join(str(error).split())[:200]
+            return f"job {self.job.job_id} ended without a result ({why}): run the same command again"
 
     def cancel(self) -> None:
         """End the job."""
@@ -121,7 +122,7 @@ class InQueue:
 
 
 def do_all_in_queue(jobs: list[Job], executor, logs: Path) -> None:
-    """Put each job into the queue, unless it is there already, and wait for all.
+    """Put each job into the queue, unless it is already there, and wait for all jobs.
 
     Raises:
         UserError: jobs failed, one line each. It is raised when all other jobs are done.
@@ -152,7 +153,7 @@ def known_job(job: Job, executor, logs: Path):
     with contextlib.suppress(UserError, KeyError):
         in_queue = executor.job_class(executor.folder, read_json(file, "remove it")["id"])
         if not in_queue.done(force_check=True):
-            print(f"{job.title}: job {in_queue.job_id} is there already", flush=True)
+            print(f"{job.title}: job {in_queue.job_id} is in the queue already", flush=True)
             return in_queue
     return None
 

@@ -32,8 +32,8 @@ METRIC_NOTE = (
 TEST_NOTE = (
     "The pairs are the cases; each value is a mean over a method's runs. Wilcoxon's signed-rank test, two-sided,"
     " corrected with Holm's method for the number of methods; bootstrap intervals (95 %, 9,999 resamples of the cases);"
-    " d_z is the mean difference divided by its standard deviation (0.2 small, 0.5 medium, 0.8 large). They are about"
-    " other cases for these trained models; the spread over runs shows what another training would give."
+    " d_z is the mean difference divided by its standard deviation (0.2 small, 0.5 medium, 0.8 large). Tests and"
+    " intervals say how these trained models differ on other cases; the spread over runs, how trainings differ."
 )
 
 
@@ -360,7 +360,10 @@ def overlay_sections(results: Results, compared: pd.DataFrame, size: int | None)
 
 
 def overlays(results: Results, case: str, folders: Mapping[str, Path]) -> dict[str, str]:
-    """The slice with the largest reference and the slice with the most errors, both cut to the interesting part."""
+    """Draw the slice with the largest reference and the one with the most errors, cropped to the foreground.
+
+    Returns each picture by its caption.
+    """
     test, reader = results.test_set, results.test_set.reader()
     volume, properties = reader.read_images(test.images[case][:1])
     reference = reader.read_seg(str(test.references / f"{case}{test.file_ending}"))[0][0]

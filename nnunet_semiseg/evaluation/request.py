@@ -59,7 +59,7 @@ def check_numbers(request: Request) -> None:
 
 
 def check_sizes(request: Request, run: Run) -> None:
-    """Raise UserError if there are fewer labelled cases than `--labeled` asks for, or if `all` would not mean all."""
+    """Raise UserError if `--labeled` asks for too many cases, or for `all` although the plans limit their number."""
     if not request.labeled:
         return
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
@@ -142,8 +142,8 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     """Find the test set. If it has no references, take the validation cases of the fold.
 
     Raises:
-        UserError: there is neither; a reference has no image; noise needs a test set, but there is none; or see
-            `check_labeled_data`, which is called because a label may have been corrected.
+        UserError: there are no references at all; a reference has no image; noise needs a test set, but there is none;
+            the data have changed since they were preprocessed (see `check_labeled_data`).
     """
     raw = dataset_folder("nnUNet_raw", request.dataset)
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)

@@ -113,7 +113,10 @@ def make_variants(run: Run) -> list[Prompts]:
 
 
 def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, str]:
-    """The features of empty texts with the learnt context tokens. If there is no text encoder, the features are 0."""
+    """The features of empty texts, with the learnt context tokens of the prompts; and a sentence about them.
+
+    If there is no text encoder, the features are 0.
+    """
     plans = checkpoint["init_args"]["plans"]
     trainer = find_class("trainers", run.trainer)
     settings = read_settings(trainer.settings_class, plans, trainer)

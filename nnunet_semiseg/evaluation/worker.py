@@ -30,7 +30,7 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 def train(words: list[str], folder: str) -> None:
     """Run `nnUNetv2_train`, then write the peak of memory into the run's folder.
 
-    Earlier, interrupted starts count, too.
+    The peaks of earlier, interrupted starts count, too.
     """
     if not {"--c", "--val"} & set(words) and any(Path(folder).glob("checkpoint_*.pth")):
         words = [*words, "--c"]  # this job has started before; a cluster has interrupted it
@@ -71,7 +71,8 @@ def predict(
     predictor = NoisyPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
     predictor.noise = noise
     checkpoint = Path(model, f"fold_{fold}", "checkpoint_final.pth")
-    checkpoints.read(checkpoint, "remove it and train on", mmap=True)  # nnU-Net itself would run code in the file
+    fix = "remove it and continue the training"
+    checkpoints.read(checkpoint, fix, mmap=True)  # nnU-Net itself would run code in the file
     predictor.initialize_from_trained_model_folder(model, (fold,), "checkpoint_final.pth")
     if features:
         for parameters in predictor.list_of_parameters:

@@ -2,7 +2,8 @@
 
 A module in `dataset_conversion/` describes one data set and finds its cases (`ABOUT`, `find_cases`). All the rest is
 here and is the same for all data sets: choosing labelled, unlabelled and test cases, checking and writing them, and
-continuing after an interruption. The `convert` of a module is `convert_dataset` with its `find_cases`.
+continuing after an interruption. The `convert` of such a module calls `convert_dataset` with the
+module's `find_cases`.
 
 While a dataset is being made, the folder `.conversion` in it holds the options and a record of every complete case. If
 a case failed, the folder stays, so that the same command continues. `dataset.json` is written last.

@@ -24,8 +24,8 @@ from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
 
 STATE = ".conversion"
 LINKED = (".nrrd", ".mha")
-"""The kinds of files that nnU-Net reads, but that may name another file with the voxels. A link would not include that
-file."""
+"""Endings of files that nnU-Net reads, but whose voxels may be in another file that the header names. A link to the
+header would not include that file."""
 
 
 def convert_case(
@@ -37,7 +37,7 @@ def convert_case(
         register: a value of `registration.REGISTER`.
 
     Returns:
-        The name of the case, and what is wrong with it, in one line.
+        The name of the case; and what is wrong with it, in one line, or None.
 
     Raises:
         DiskError: the disk is full or read-only.
@@ -193,7 +193,7 @@ def _registered(
 def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path | Read, notes: list[str]) -> Loaded:
     """Replace the header of an image by the expected one if it differs only by rounding.
 
-    Raises UserError for another grid.
+    Raises UserError if the grids differ by more.
     """
     image, link = loaded
     difference, rounded = grid_difference(image, expected)

@@ -57,13 +57,14 @@ def convert_dataset(
         num_processes: with 0 this process does the work. A script that uses more needs `if __name__ == "__main__":`.
         overwrite: replace a dataset that exists.
         dry_run: print what would be done, and write nothing.
-        max_size: in GB, the largest size of an unpacked archive. None: `archives.RATIO` times its size.
+        max_size: in GB, the largest size of an unpacked archive. None: `archives.RATIO` times the
+            size of the archive.
 
     Returns:
         The dataset's folder.
 
     Raises:
-        BusyError: another process converts to this number.
+        BusyError: another process makes a dataset with this number.
         UserError: there is nothing to convert, or the dataset cannot be written; cases are bad (one line for each,
             after all others are done).
     """
@@ -74,10 +75,10 @@ def convert_dataset(
             if not dry_run:
                 raw.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to a folder") from None
+            raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to another folder") from None
         place = next(path for path in (raw, *raw.parents) if path.is_dir())
         if not dry_run:
-            stack.enter_context(only_one(raw / f".Dataset{dataset_id:03d}.lock", f"converts to dataset {dataset_id}"))
+            stack.enter_context(only_one(raw / f".Dataset{dataset_id:03d}.lock", f"makes dataset {dataset_id}"))
         if source.is_file() and source.name.lower().endswith(ARCHIVES):
             folder = stack.enter_context(unpacked(source, place, f"for_{dataset_id}", max_size and max_size * 1e9))
         elif not source.is_dir():
@@ -177,7 +178,7 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
         return min(n, candidates)
     if not 1 <= n <= candidates:
         raise UserError(
-            f"--labeled {labeled}: {n} labelled cases, but {candidates} of the {cases} training cases have a label: "
+            f"--labeled {labeled}: asks for {n} labels, but {candidates} of the {cases} training cases have one: "
             f"give a number from 1 to {candidates}, a fraction, or all"
         )
     return n
@@ -228,7 +229,9 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
     before = read_json(begun, "begin again with --overwrite")
     asked = ("source", "labeled", "protocol", "crop", "register", "options")
     if any(before.get(key) != request[key] for key in asked):
-        raise UserError(f"{target}: was begun with other options: repeat those, or begin again with --overwrite")
+        raise UserError(
+            f"{target}: was begun with other options: use the same options again, or begin again with --overwrite"
+        )
     # the format of all files may depend on a case that was removed since
     return before if before.get("form") == request["form"] else None
 
@@ -260,7 +263,7 @@ def _convert(source: Source, folder: Path, target: Path, request: dict, num_proc
         if not (state / f"case_{name}.json").exists()
     ]
     if len(jobs) < len(parts):
-        print(f"going on: {len(parts) - len(jobs)} cases are there")
+        print(f"continuing: {len(parts) - len(jobs)} cases are complete already")
     problems = {}
     try:
         with contextlib.closing(run_jobs(convert_case, jobs, num_processes)) as results:

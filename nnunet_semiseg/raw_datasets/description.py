@@ -50,7 +50,7 @@ class About:
     """What is known about a data set before its files are looked at.
 
     Args:
-        name: the name of the dataset, after its number.
+        name: the part of the dataset's name that follows the number.
         layout: what the download looks like; shown if no case is found.
         protocol: the published split, in words.
         labeled: the default number of labelled cases. None: all that have a label.

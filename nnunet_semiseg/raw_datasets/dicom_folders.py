@@ -14,8 +14,9 @@ Folders = tuple[str, ...]
 def case_folders(names: Iterable[Name], channels: Sequence[str] | None) -> dict[Name, Folders]:
     """For each file, the folder of the case that it belongs to. Empty if it is in no such folder.
 
-    The folder of a case is the uppermost folder below those of training and test. Each folder in it is a case of its
-    own in these situations: several of them have their own label; they are visits; it has the name of a wanted channel.
+    The folder of a case is the uppermost folder below those of training and test. But each folder in it is a
+    case of its own if several of these folders have their own label, if these folders are visits, or if the uppermost
+    folder has the name of a wanted channel.
     Examples: `CT/1`, `MR/2/T1` and `MR/2/T2`, `P1/2020-01-05`.
     """
     names = list(names)

@@ -103,12 +103,15 @@ def found_text(counts: Mapping) -> str:
 
 
 def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
-    """The option that the user can copy into the command. It uses the given names if there are as many as values."""
+    """The option that the user can copy into the command.
+
+    It uses the names in `labels` if there are as many as values.
+    """
     values = sorted(counts, key=_order)
     zero = next((value for value in values if value in (0, (0, 0, 0))), None)
     others = [value for value in values if value != zero]
     if any(isinstance(value, float) for value in values) or len(others) > 10:
-        return "save masks as whole numbers, without smoothing or compression with loss"
+        return "save masks as whole numbers, without smoothing or lossy compression"
     names = labels if len(labels) == len(others) else [f"NAME{i}" for i in range(1, len(others) + 1)]
     words = ([f"{as_text(zero)}={BACKGROUND}"] if zero is not None else []) + [
         _quoted(f"{as_text(value)}={name}") for value, name in zip(others, names, strict=True)
@@ -117,6 +120,6 @@ def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
 
 
 def _quoted(word: str) -> str:
-    """Quote a word for the shell. Since it has no spaces, the command does not take -1 for an option."""
+    """Quote a word for the shell. A space before a minus sign tells the command that -1 is not an option."""
     word = f" {word}" if word.startswith("-") else word
     return word if re.fullmatch(r"[\w./=-]+", word) else f"'{word}'"

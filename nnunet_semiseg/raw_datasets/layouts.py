@@ -95,7 +95,7 @@ def _unused(paths: Sequence[str], layout: Layout) -> list[str]:
 def _check_labels(layout: Layout, source: str, classes: Sequence[str] | None) -> None:
     alone = {case: files for case, files in layout.labels.items() if case not in layout.images}
     lines = [
-        f"{os.path.join(source, next(iter(files.values())))}: no image of case {case}: rename it, or remove it"
+        f"{os.path.join(source, next(iter(files.values())))}: no image of case {case}: rename this label, or remove it"
         for case, files in list(alone.items())[:5]
     ]
     if lines:
@@ -144,8 +144,8 @@ def _bids(names: Sequence[Name]) -> Layout | None:
 def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bool) -> Layout | None:
     """Recognise a single case, or one DICOM study.
 
-    Its files lie beside each other: `t1.nii.gz`, `t2.nii.gz` and `seg.nii.gz`, or a folder with masks instead of the
-    last.
+    Its files lie beside each other: `t1.nii.gz`, `t2.nii.gz` and `seg.nii.gz`, or a folder with masks instead of
+    `seg.nii.gz`.
     """
     images, labels = by_kind(names)
     if not images or not labels:
@@ -179,7 +179,7 @@ def _one_case(names: Sequence[Name], channels: Sequence[str] | None, stacked: bo
 def _folders_of_channels(names: Sequence[Name]) -> Layout | None:
     """Recognise a folder for each channel: `t1/c1.nii.gz`, `t2/c1.nii.gz` and `labels/c1.nii.gz`.
 
-    There may be folders for training and test above.
+    These folders may be in folders for training and test.
     """
     images, labels = by_kind(names)
     places: dict[tuple, dict[str, Name]] = defaultdict(dict)
@@ -262,7 +262,10 @@ def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
 
 
 def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | None:
-    """Recognise labels in other folders by their names: `Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`."""
+    """Recognise labels that lie in other folders than images, by their names.
+
+    An example: `Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`.
+    """
     images, labels = by_kind(names)
     if any(name.ending == SERIES for name in images) or len({name.stem for name in images}) < len(images):
         return None

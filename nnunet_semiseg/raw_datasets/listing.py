@@ -36,7 +36,7 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
         for file in sorted(files):
             name = prefix + file
             if file.startswith(JUNK) or file.lower() in SYSTEM:
-                left_out[name] = "a system's file"
+                left_out[name] = "a file of the operating system"
             elif file.lower().endswith(ENDINGS):
                 found[name] = here / file
             elif kind := dicom_kind(here / file):
@@ -52,7 +52,7 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def real_path(name: str, folder: Path, found: dict[str, Path]) -> Path:
-    """Find the file or folder for a name of `list_files`. For DICOM and stacks it may be one level further up."""
+    """Find the file or folder for a name of `list_files`. The name of a folder ends with `.dicom` or `.stack`."""
     return found.get(name) or folder / name.removesuffix(SERIES).removesuffix(STACK)
 
 

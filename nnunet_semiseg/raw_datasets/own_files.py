@@ -174,7 +174,7 @@ class Files:
     def _images(self, files: Mapping[str, str]) -> Iterable[Path | Read]:
         if "" in files and self.named:
             why = f"its name ends with none of {', '.join(f'_{channel}' for channel in self.channels)}: rename it"
-            yield Read(refuse, (self.place(files[""]),), {"why": f"{why}, or name all --channels"})
+            yield Read(refuse, (self.place(files[""]),), {"why": f"{why}, or name all channels with --channels"})
             return
         if "" in files or len(self.channels) == 1:
             yield from self._of_one_file(next(iter(files.values())))
@@ -323,7 +323,7 @@ class Files:
         file = next(path for files in layout.labels.values() for path in files.values())
         if Name(file).ending in (DICOM_SEG, RTSTRUCT):
             words = _words(classes_in(self.place(file)))
-            raise UserError(f"{self.place(file)}: say which classes you want: --labels {words}")
+            raise UserError(f"{self.place(file)}: its classes have names: choose some of them with --labels {words}")
         plain = self._plain_labels(layout, layout.labels)[:FEW]
         found = self._count(plain)
         if not found and plain:
@@ -332,8 +332,8 @@ class Files:
         if values == list(range(len(values))):
             words = " ".join(f"NAME{i}" for i in values[1:])
             raise UserError(
-                f"{folder}: what do the label values mean? Found are {found_text(found)}: say it with --labels {words}"
-                f"{_if_classes(layout)}"
+                f"{folder}: what do the label values mean? Found are {found_text(found)}: "
+                f"name them with --labels {words}{_if_classes(layout)}"
             )
         raise UserError(f"{folder}: what do the label values mean? Found are {found_text(found)}: {offer(found)}")
 
@@ -383,7 +383,7 @@ class Files:
             if found >= wanted.keys():
                 break
             found |= self._count([path]).keys()
-        looked = f"of the first {MANY} labels none" if len(plain) > MANY else "no label"
+        looked = f"none of the first {MANY} labels" if len(plain) > MANY else "no label"
         for value in sorted(wanted.keys() - found):
             print(f"note: {looked} has a voxel of {wanted[value]} (value {value}): check --labels")
 
@@ -425,9 +425,9 @@ def _if_classes(layout: Layout) -> str:
 
 
 def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], labels: Sequence[str] = ()) -> sitk.Image:
-    """Read a picture of labels. It is read by colour if it has colours.
+    """Read a picture of labels. If it has colours, they decide which class a pixel has.
 
-    A palette counts as colours if the user names colours.
+    The indices of a palette are read as values, unless the user names colours.
     """
     mode = mode_of(path)
     if mode in ("RGB", "RGBA") or (mode == "P" and colours):
@@ -436,7 +436,7 @@ def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], label
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """Read the sizes of images from their headers. An unreadable file fails later, with its case.
+    """Read the sizes of images from their headers. Unreadable files are left out; their cases fail later.
 
     A folder counts as a volume.
     """

@@ -1,4 +1,4 @@
-"""Find out for files of all cases in one folder which of them belong together, and which channels there are."""
+"""If the files of all cases are in one folder, find out which belong together, and which channels there are."""
 
 from __future__ import annotations
 

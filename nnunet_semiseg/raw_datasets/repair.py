@@ -168,7 +168,7 @@ def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None
         return difference, None
     off = np.linalg.norm(corners_of(image) - corners_of(expected), axis=1).max()
     if off <= TOLERANCE * min(expected.GetSpacing()):
-        return None, f"{difference}: rounded, the image's is taken ({off:.2g} mm)"
+        return None, f"{difference}: a rounding error of {off:.2g} mm, the image's is taken"
     return difference, None
 
 

@@ -48,7 +48,7 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, wh
     if missing:
         print(f"WARNING: {len(missing)} cases of the published lists are not there: {some(missing)}")
     if not by_part["unlabeled"]:
-        print("no unlabelled case: plan it with --labeled_only, or with nnUNetv2_plan_and_preprocess")
+        print("no unlabelled case: plan this dataset with --labeled_only, or with nnUNetv2_plan_and_preprocess")
     if left_out := sorted(set(source.cases) - set(parts)):
         names = some(left_out, len(left_out) if whole else 5)
         print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {names}")
@@ -59,7 +59,7 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, wh
         print(f"left out, {reason}: {len(paths)} files: {some(paths, len(paths) if whole else 5)}")
     if source.patients:
         number = len({source.patients[name] for name in parts})
-        print(f"{number} patients: the scans of each are in one fold, and on one side")
+        print(f"{number} patients: all scans of a patient are in one fold, and in training or test only")
     if about.crop and crop != "none":
         print(f"WARNING: images are cropped round the ground truth, test cases too ({about.crop.source})")
 

@@ -63,8 +63,8 @@ def calibrate(
     if n < FEWEST:
         kept = "one labelled case was" if n == 1 else f"{n or 'no'} labelled cases were"
         return None, (
-            f"Not calibrated: {kept} kept from all members, and {FEWEST} are needed. Estimates rank cases; they are not"
-            " Dice values."
+            f"Not calibrated: {kept} kept out of the training of all members, and {FEWEST} are needed. Estimates rank"
+            " cases; they are not Dice values."
         )
     errors = []
     for name in estimates[0]:

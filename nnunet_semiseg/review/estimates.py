@@ -43,7 +43,7 @@ def expected_dice(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], lab
 
     This is the Dice of the mask m if the probabilities p were the truth.
 
-    If a class was not predicted, it is 1 minus the largest probability of the class.
+    If a class was not predicted, the result is 1 minus the largest probability of the class.
     """
     found = {}
     for name, label in classes_of(labels).items():
@@ -62,11 +62,11 @@ def certainty(mask: np.ndarray, probabilities: Mapping[str, np.ndarray], labels:
 
 
 def uncertainty_map(probabilities: np.ndarray, regions: bool) -> np.ndarray:
-    """The entropy in per cent of the largest possible entropy, (*S), uint8.
+    """For each voxel, the entropy of its probabilities in per cent of the largest possible entropy: (*S), uint8.
 
     Args:
-        probabilities: (K, *S), of all classes with the background; or of regions, where the most uncertain region
-            counts.
+        probabilities: (K, *S), of all classes with the background; or of regions, then the most uncertain region
+            of a voxel counts.
     """
     p = np.clip(probabilities, 1e-7, 1)
     if regions:

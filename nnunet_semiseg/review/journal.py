@@ -204,7 +204,7 @@ def _move(source: Path, target: Path) -> None:
 def _copy(source: Path, place: str, number: str, roots: Roots) -> None:
     """Replace the content of a file by that of another.
 
-    An incomplete copy has another name, in case the process is killed.
+    While the copy is incomplete, it has another name. So a killed process leaves no damaged file.
     """
     half, target = resolve(f"{place.partition('/')[0]}/{FOLDER}/{number}/half", roots), resolve(place, roots)
     for file in (half, target):

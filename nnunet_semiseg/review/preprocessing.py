@@ -134,7 +134,7 @@ def _take_from_unlabeled(staging: Staging, name: str, cases: Mapping[str, list[s
 
 
 def stage_fingerprint(staging: Staging, plans: dict, properties: list[dict]) -> None:
-    """Add the sizes of new cases to nnU-Net's fingerprint. A training compares their number with that of the cases.
+    """Add the sizes of new cases to nnU-Net's fingerprint. A training checks that there are as many sizes as cases.
 
     The intensities stay as they are, like the plans and the preprocessed cases. The next planning measures them again,
     because the record of the fingerprint says that it belongs to other cases.

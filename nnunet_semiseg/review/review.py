@@ -115,7 +115,7 @@ def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
         "members": f"{TITLES[work.kind]}: {', '.join(models)}{mirrored}",
         "cases": f"{len(work.unlabeled_cases)} unlabelled; compared with {len(work.labeled_cases)} labelled ones",
         "ranked by": work.request.estimate or ("combined" if len(work.members) > 1 else "expected"),
-        "kept from all members": ", ".join(unseen) or "no labelled case",
+        "seen by no member": ", ".join(unseen) or "no labelled case",
     }
 
 

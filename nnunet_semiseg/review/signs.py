@@ -13,8 +13,8 @@ from nnunet_semiseg.review.estimates import Labels, classes_of
 
 QUANTILES = (0.05, 0.5, 0.95)
 FAR = 1.5
-"""A volume is unusual if it is this many times larger than the largest of the labelled cases, or smaller than the
-smallest."""
+"""A volume is unusual if it is more than this many times the largest of the labelled cases, or if the smallest is more
+than this many times the volume."""
 
 
 @dataclass(frozen=True)
