@@ -241,13 +241,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--label-values", nargs="+", metavar="VAL=NAME",
-        help="classes of label values other than 1, 2, ...: 205=kidney 420=tumour 0,1=background, or of a colour:"
-        " 255/0/0=kidney",
+        help="class of each label value, if the values are not 1, 2, ...: 205=kidney 420=tumour 0,1=background; for"
+        " colours: 255/0/0=kidney",
     )  # fmt: skip
     parser.add_argument(
         "--channels", nargs="+", metavar="NAME",
         help="names of the channels, in order. Each is a word that the names of files, folders or DICOM series have"
-        " for this channel. Call a CT channel CT. default: the words in these names",
+        " for this channel. Name a CT channel CT: nnU-Net normalises it in its own way. default: as in the names",
     )  # fmt: skip
     parser.add_argument("--name", default=ABOUT.name, help="name of the new dataset; default: %(default)s")
     parser.add_argument(
@@ -262,8 +262,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group-by", metavar="WHAT",
-        help="patient: keep all scans of a patient together; or a regular expression: keep cases with the same match"
-        " together",
+        help="which cases stay together, in the test set and in each fold. patient: all scans of a patient. A regular"
+        " expression: all cases in whose names it matches the same text",
     )  # fmt: skip
     parser.add_argument(
         "--spacing", type=_millimetres, nargs=3, metavar="MM",

@@ -133,7 +133,7 @@ class SemiSegMemory(SemiSegPlans):
 
             num_streams * (E + num_decoders * D) + num_mixed_streams * (E + D) + teacher.
 
-        A pass without gradients frees a feature map when it was used. The teacher needs most memory in the last
+        A pass without gradients frees a feature map as soon as it was used. The teacher needs most memory in the last
         normalisation of the last decoder stage: for all skips; for the output of the stage below, which is as large as
         the second skip; and for five maps as large as the first skip: the concatenation (two), the output of its first
         convolution, and the input and output of the normalisation. Each counts half, because each counted output stands

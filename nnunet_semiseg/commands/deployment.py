@@ -76,7 +76,8 @@ class Share(Command):
 class Export(Command):
     """Write the network of a model as an ONNX file.
 
-    The file is compared with the model. It works with models of nnU-Net's own trainers, too.
+    The command compares the file with the model. Models of nnU-Net's own trainers
+    can be exported, too.
     """
 
     name = "export"

@@ -12,7 +12,7 @@ from nnunet_semiseg.options import PLANS, ModelOptions, add_options, at_least, d
 class EmbedPrompts(Command):
     """Write the embeddings of prompts, for use offline.
 
-    Train with --set text_embeddings=FILE on the other machine.
+    On a machine without internet, train with --set text_embeddings=FILE.
     """
 
     name = "embed_prompts"
@@ -94,9 +94,10 @@ class TextModelOptions(ModelOptions):
 
 
 class TextMasks(Command):
-    """Draw where a trained AMVLM finds the texts.
+    """Draw the image regions that match the texts.
 
-    It also prints the area under the ROC curve on the labelled cases.
+    A trained AMVLM finds them. The command also prints how well they match the
+    labels of the labelled cases (area under the ROC curve).
     """
 
     name = "text_masks"

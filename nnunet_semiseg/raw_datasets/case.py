@@ -87,7 +87,8 @@ def _write_case(
         if image.GetDimension() != about.dimension:
             where = _name(case.images[i])
             raise UserError(
-                f"{where}: has {image.GetDimension()} dimensions, but images of this dataset have {about.dimension}"
+                f"{where}: has {image.GetDimension()} dimensions, but images of this dataset have {about.dimension}: "
+                "remove this case"
             )
         names = about.channels[i], about.channels[0]
         if i and register == "rigid":
@@ -133,9 +134,9 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
     for path in paths_of(source):
         if not path.exists():
             raise UserError(
-                f"{path}: is a link to {path.readlink()}, which does not exist"
+                f"{path}: is a link to {path.readlink()}, which does not exist: fix or remove the link"
                 if path.is_symlink()
-                else f"{path}: no such file"
+                else f"{path}: no such file: add it"
             )
         if path.is_file() and (problem := header_problem(path, root or path.parent)):
             raise UserError(f"{path}: {problem}")
@@ -158,7 +159,7 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
 def _run(source: Read, notes: list[str]) -> sitk.Image:
     for path in source.paths:
         if path.is_file() and (damage := nifti_damage(path)) and not source.repairs:
-            raise UserError(f"{path}: {damage}")
+            raise UserError(f"{path}: {damage}: save or download it again")
     try:
         loaded = source.function(*source.paths, **source.options)
     except UserError:
@@ -170,7 +171,7 @@ def _run(source: Read, notes: list[str]) -> sitk.Image:
         notes.extend([note] if note else [])
     voxels = sitk.GetArrayViewFromImage(loaded)
     if np.issubdtype(voxels.dtype, np.floating) and not np.isfinite(voxels).all():
-        raise UserError(f"{_name(source)}: has voxels that are NaN or infinite")
+        raise UserError(f"{_name(source)}: has voxels that are NaN or infinite: replace them by numbers")
     return loaded
 
 

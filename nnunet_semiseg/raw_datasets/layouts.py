@@ -248,7 +248,7 @@ def _folders_of_kinds(names: Sequence[Name], channels: Sequence[str] | None, sta
 
 
 def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
-    """Whether files in folders are cases of their own: a folder has several labels, each named like an image."""
+    """Whether each image in a folder is a case: then a folder has several labels, each named like an image."""
     images, labels = by_kind(names)
     if not images or (stacked and all(name.ending in PICTURES for name in images)):
         return False

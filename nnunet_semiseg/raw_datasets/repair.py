@@ -57,7 +57,7 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
         raise UserError(f"{path}: {what}: {fix}")
     damage = nifti_damage(path)
     if damage and "NaN" not in damage:
-        raise UserError(f"{path}: {damage}")
+        raise UserError(f"{path}: {damage}: save or download it again")
     if damage and repair.nan is None:
         raise UserError(f"{path}: {damage}: {FILL}")
     try:

@@ -1,4 +1,4 @@
-"""Change many files as one. A journal lists all steps before the first file is changed.
+"""Change many files completely or not at all. A journal lists all steps before the first file is changed.
 
 Each step of a journal can be repeated, or undone, without harm. A process that is killed leaves the journal; the next
 process continues the work, or the undoing, from there. Paths are written as `raw/...` and `preprocessed/...`, so that
