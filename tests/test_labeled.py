@@ -139,7 +139,10 @@ def test_references_that_are_half_or_missing(dataset):
     reference_of(dataset).write_bytes(whole[:100])
     for trainer_class in (MeanTeacherTrainer, SupervisedTrainer):
         refused(
-            "gt_segmentations/tr_000.nii.gz: this copy is not the label that was preprocessed: run", train, dataset, trainer_class
+            "gt_segmentations/tr_000.nii.gz: this copy is not the label that was preprocessed: run",
+            train,
+            dataset,
+            trainer_class,
         )
     preprocess(dataset)
     assert reference_of(dataset).read_bytes() == whole

@@ -178,8 +178,8 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
         return min(n, candidates)
     if not 1 <= n <= candidates:
         raise UserError(
-            f"--labeled {labeled}: asks for {n} labels, but {candidates} of the {cases} training cases have one: "
-            f"give a number from 1 to {candidates}, a fraction, or all"
+            f"--labeled {labeled}: asks for {n} labelled cases, but {candidates} of the {cases} training cases have a "
+            f"label: give a number from 1 to {candidates}, a fraction, or all"
         )
     return n
 
