@@ -59,7 +59,7 @@ class PlanningRequest(PreprocessingRequest):
         overwrite_target_spacing: the spacing of 3d_fullres in mm, in the order z y x.
         verify_dataset_integrity: run nnU-Net's check of the labelled cases, and check the headers of all unlabelled
             ones.
-        preprocess: False: make the plans only.
+        preprocess: whether the cases are preprocessed after planning.
         labeled_only: no unlabelled case is needed or preprocessed. This is for a data set with all labels.
         settings: settings `KEY=VALUE`, which are added to those in the plans.
     """

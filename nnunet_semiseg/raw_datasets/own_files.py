@@ -107,7 +107,7 @@ class Files:
         )  # fmt: skip
 
     def _notes(self, layout: Layout, labels: Sequence[str] | None, ending: str) -> Iterable[str]:
-        """Notes for the user: which files are written in another format, and what the names do not show."""
+        """Notes for the user: which files are written in another format, and how their names were understood."""
         images = [name for files in layout.images.values() for name in files.values()]
         plain = [name for files in layout.labels.values() if set(files) == {""} for name in files.values()]
         plain = [
