@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nnunet_semiseg status shows how to continue", file=sys.stderr)
+        how = ": continue with the same command and --c" if words[0] == "train" else ""
+        print(f"interrupted{how}", file=sys.stderr)
         return 130
     except Exception:
         if os.environ.get("WORLD_SIZE", "1") != "1":  # perhaps because another process failed, and that one is to speak

@@ -149,7 +149,7 @@ def test_several_processes_that_are_told_to_end_leave_no_traceback(number, statu
     with nullcontext() if number == signal.SIGINT else pytest.raises(SystemExit) as ended:
         assert cli.main(words) == status
     assert ended is None or ended.value.code == status
-    assert capsys.readouterr().err.strip() in ("", "interrupted: nnunet_semiseg status shows how to continue")
+    assert capsys.readouterr().err.strip() in ("", "interrupted: continue with the same command and --c")
 
 
 @pytest.mark.parametrize("processes, seconds", [("1", []), ("2", [5])])
