@@ -4,6 +4,6 @@ from nnunet_semiseg.planning import CountUnlabeled
 
 
 class SemiSegPlanner(CountUnlabeled, ExperimentPlanner):
-    """nnU-Net's default planner, with a batch size that counts the unlabelled images, too."""
+    """nnU-Net's default planner, whose upper limit of the batch size counts the unlabelled images, too."""
 
     default_plans_name = "nnUNetSemiSegPlans"

@@ -6,6 +6,6 @@ from nnunet_semiseg.planning import CountUnlabeled
 
 
 class SemiSegPlannerResEncM(CountUnlabeled, nnUNetPlannerResEncM):
-    """nnU-Net's ResEnc M preset, with a batch size that counts the unlabelled images, too."""
+    """nnU-Net's ResEnc M preset, whose upper limit of the batch size counts the unlabelled images, too."""
 
     default_plans_name = "nnUNetSemiSegResEncUNetMPlans"

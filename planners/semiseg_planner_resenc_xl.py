@@ -6,6 +6,6 @@ from nnunet_semiseg.planning import CountUnlabeled
 
 
 class SemiSegPlannerResEncXL(CountUnlabeled, nnUNetPlannerResEncXL):
-    """nnU-Net's ResEnc XL preset, with a batch size that counts the unlabelled images, too."""
+    """nnU-Net's ResEnc XL preset, whose upper limit of the batch size counts the unlabelled images, too."""
 
     default_plans_name = "nnUNetSemiSegResEncUNetXLPlans"

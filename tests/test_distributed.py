@@ -285,7 +285,7 @@ def test_one_process_exchanges_nothing():
         (
             {},
             3,
-            f"plans {PLANS}: 3d_fullres: batch_size=2: cannot be divided evenly by 3 processes: use 1 or 2 of them",
+            f"plans {PLANS}: 3d_fullres: batch_size=2: cannot be divided evenly by 3 processes: use 1 or 2 processes",
         ),
         (
             {"unlabeled_batch_size": 3},

@@ -465,7 +465,7 @@ def test_a_finished_run_is_left_alone_and_its_name_is_taken(tool, tmp_path, caps
     yardstick.append(tmp_path / "runs.csv", done)
     args = argparse.Namespace(work=tmp_path, csv=tmp_path / "runs.csv", set=["bcp_loud=true"])
     yardstick.do(args, done.run, "7654321")
-    assert "left alone, of commit 0123456; now is 7654321" in capsys.readouterr().out
+    assert "not repeated: done with commit 0123456, and the code is now at 7654321" in capsys.readouterr().out
     args.set = ["bcp_loud=false"]
     with pytest.raises(RuntimeError, match="choose another --name"):
         yardstick.do(args, done.run, "0123456")

@@ -7,10 +7,10 @@ the next call. The package must be installed. `--dry-run` does the same on a CPU
 
 Each trainer takes a few steps at the beginning of its training and a few at the end, because methods switch terms on
 later. The timed steps come last, with nnU-Net's mixed precision and gradient scaler. The losses in the table are from
-all these steps. Graph breaks are all that torch.compile found; recompiles are the graphs that it made in the timed
-steps. Memory is that of CUDA's allocator in the timed steps. The time of a step does not include loading. "loading /
-step" is the share of a step that the loader's workers need for a batch: above 100% the GPU waits. Trainers with equal
-loaders share one measurement.
+all these steps. All graph breaks that torch.compile found are counted; recompiles are the graphs that it made in the
+timed steps. Memory is that of CUDA's allocator in the timed steps. The time of a step does not include loading.
+"loading / step" is the share of a step that the loader's workers need for a batch: above 100% the GPU waits. Trainers
+with equal loaders share one measurement.
 
 A worker process does the measuring. If it dies or hangs, another one continues with the next trainer.
 """
@@ -163,7 +163,7 @@ class Watch:
             if self.pending is None or self.pending == before:
                 lines = (self.work / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 print("\n".join(lines[-15:]), file=sys.stderr)
-                raise SystemExit(f"the worker ended ({code}) before its first trainer: the lines above are its last")
+                raise SystemExit(f"the worker ended ({code}) before its first trainer: its last lines, above, say why")
 
     def work_on(self, events: Path) -> str:
         """Run one worker until it ends or takes too long. Returns how it ended."""

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 SHOWN_AS = "/data"
-"""The page shows this in place of the folder, which has another name each time."""
+"""The saved notebook shows this path in place of that of the new folder, whose name differs each time."""
 
 
 def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:

@@ -1,4 +1,4 @@
-"""Measure what `review` is worth, on a CPU: its estimates, by the true Dice, and its lists, in a simulated loop.
+"""Measure on a CPU what `review` is worth. Two commands test its estimates of Dice, and its lists of cases to label.
 
     python tools/review_check.py estimates --data DATA --work WORK --sets acdc_small la_small
     python tools/review_check.py loop --data DATA --work WORK --set acdc_small
@@ -96,7 +96,7 @@ def check_estimates(args: argparse.Namespace) -> None:
 
 
 def check_loop(args: argparse.Namespace) -> None:
-    """Print the Dice of each list after each round."""
+    """Print, for each kind of list, the Dice after each round."""
     run = run_of(args, args.set)
     first = score(args.work, args.work / "review" / f"{run.name}__first", run, args)
     lines = [["list", *[f"{int(run.labels) + i * args.add} labels" for i in range(args.rounds + 1)]]]
@@ -248,7 +248,7 @@ def main() -> None:
         each.add_argument("--name", default="default", help="name of the variant in tools/yardstick.py")
         each.add_argument("--seed", type=int, default=0, help="seed of the model; default: %(default)s")
         each.add_argument(
-            "--iterations", type=int, help="iterations of the model's training; default: the number of the data set"
+            "--iterations", type=int, help="iterations of the model's training; default: as the data set defines"
         )
     estimates.add_argument(
         "--sets",

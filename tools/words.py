@@ -1,4 +1,4 @@
-"""Measure what texts are worth on busi_small, with towers trained on true or on shuffled texts, and random towers.
+"""Measure what texts are worth on the set busi_small. Towers (image and text networks) learn true or shuffled texts.
 
     python tools/words.py pretrain --data DATA --work WORK --towers true
     python tools/words.py measure --data DATA --work WORK --towers true

@@ -17,9 +17,9 @@ measure new code, give a --name. The text encoder is untrained (`tower_config`),
 Some sets are made of others: `la_foreign` (half of the unlabelled images are those of acdc_small), `acdc_10` and
 `acdc_30` (so many unlabelled volumes), and `busi_shuffled` (each case has the text of another).
 
-A step's time is processor time, so other work on the machine counts little. With --equal-time, labelled only is trained
-for as many seconds as the method: its iterations are multiplied by the ratio of the step times. This ratio is rounded
-to a multiple of 0.5, so that several methods share a run.
+A step's time is processor time, so other work on the machine counts little. With --equal-time, the first baseline is
+trained for as many seconds as the method: its iterations are multiplied by the ratio of the step times. This ratio is
+rounded to a multiple of 0.5, so that several methods share a run.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def command(log: Path, *words: str) -> None:
         ) as process:
             process.wait()  # within: leaving the block closes stdin, and a process that watches it ends
     if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}; all it printed: {log}")
+        raise RuntimeError(f"exit status {process.returncode}; read its output in {log}")
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -362,7 +362,10 @@ def do(args: argparse.Namespace, run: Run, commit: str) -> None:
                 if there.settings != settings:
                     raise RuntimeError(f"was made with other settings ({there.settings}): choose another --name")
                 if there.commit != commit:
-                    print(f"{run.name}: left alone, of commit {there.commit}; now is {commit}", flush=True)
+                    print(
+                        f"{run.name}: not repeated: done with commit {there.commit}, and the code is now at {commit}",
+                        flush=True,
+                    )
                 return
             print(f"{run.name} ...", flush=True)
             write_plans(work, run, args.given)
@@ -386,7 +389,7 @@ def do(args: argparse.Namespace, run: Run, commit: str) -> None:
             made = {"settings": settings, "date": date.today().isoformat(), "commit": commit}
             append(args.csv, Result(**asdict(run), **made, **timing(times, run.iterations), **scores_of(rows)))
     except Timeout:
-        raise RuntimeError("another command is at it") from None
+        raise RuntimeError("another command works on this run: wait until it has ended") from None
 
 
 def reader_of(raw: Path) -> type:
@@ -503,16 +506,16 @@ def append(file: Path, result: Result) -> None:
 
 
 def equal_time(iterations: int, ratio: float) -> int:
-    """The number of iterations in which labelled only takes as long as another method.
+    """The number of iterations in which the baseline "labelled only" takes as long as another method.
 
-    `ratio` is the time of a step of the method, divided by that of labelled only.
+    `ratio` is the time of a step of the method, divided by that of the baseline "labelled only".
     """
     half = max(ITERATIONS_PER_EPOCH, iterations // 2 // ITERATIONS_PER_EPOCH * ITERATIONS_PER_EPOCH)
     return max(iterations, half * round(ratio * iterations / half))
 
 
 def step_ratio(results: Sequence[Result], rows: Sequence[Result]) -> float | None:
-    """The time of a step in these rows, divided by that of labelled only. None if labelled only was not trained yet."""
+    """The time of a step in these rows, divided by that of the baseline. None if the baseline was not trained yet."""
     baseline = [r.step_ms for r in results if r.is_plain and r.fits(set=rows[0].set, labels=rows[0].labels)]
     return median(r.step_ms for r in rows) / median(baseline) if baseline else None
 
@@ -610,7 +613,7 @@ def wanted(args: argparse.Namespace) -> list[Run]:
 
 
 def equal_time_runs(results: Sequence[Result], asked: Sequence[Run]) -> list[Run]:
-    """The longer runs of labelled only that these runs are compared with."""
+    """The longer runs of the baseline "labelled only" that these runs are compared with."""
     longer = []
     for run in asked:
         rows = [r for r in results if replace(r.run, seed=run.seed) == run]
@@ -665,7 +668,7 @@ def main() -> None:
     parser.add_argument(
         "--iterations",
         type=int,
-        help="iterations of a training, a multiple of 100; default: the number of the data set",
+        help="iterations of a training, a multiple of 100; default: as the data set defines",
     )
     parser.add_argument("--name", default="", help="name of a variant, for runs with other settings or with other code")
     parser.add_argument(

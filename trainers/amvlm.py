@@ -58,7 +58,7 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     teacher_supervision: bool = True
     """Whether the student learns from the teacher's pseudo-labels."""
     text_supervision: bool = True
-    """Whether the student learns from the text masks."""
+    """Whether the student learns from the text masks, which show where an image has what its text says."""
     average_supervision: bool = True
     """Whether the student learns from the average of the teacher's pseudo-label and the text mask."""
     pseudo_weight: Weight = 1.0
@@ -106,12 +106,15 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
         super().__post_init__()
         for name in ("vertical_sides", "horizontal_sides"):
             if any(len(pair) != 2 for pair in getattr(self, name)):
-                raise UserError(f"setting {name}={getattr(self, name)}: must be a list of pairs of words")
+                raise UserError(
+                    f"setting {name}={getattr(self, name)}: must be a list of pairs of words, such as"
+                    ' [["left", "right"]]'
+                )
 
 
 RAMP = 0.4
-"""The share of the training over which the weight of the teacher rises, as in `MeanTeacherTrainer`. It is used with
-`evidence` only."""
+"""The share of the training over which the weight of the teacher rises, as in `MeanTeacherTrainer`. It is used only
+with `mask_labels=evidence`."""
 
 
 class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
@@ -216,7 +219,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     def read_case_texts(self, plans: dict, configuration: str) -> tuple[dict[str, str], dict[str, str]]:
         """Read the texts of the unlabelled cases, and of the labelled cases that have one.
 
-        With prompts, both are empty.
+        If the texts are prompts of the classes, both results are empty.
         """
         name, one_class = plans["dataset_name"], len(self.prompts) == 2
         if self.settings.texts == "classes" or self.settings.texts == "auto" and not (one_class and has_texts(name)):

@@ -37,7 +37,7 @@ class DTCSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings
 
 
 class DualTaskUNet(MultiDecoderUNet):
-    """A U-Net whose decoder has twice the heads: a level set for each head.
+    """A U-Net with twice as many heads: each class or region has one for the segmentation and one for the level set.
 
     `forward(x)` gives the segmentation only.
     """
@@ -140,11 +140,11 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         return known / known.sum().clamp_min(1)
 
     def level_set_loss(self, logits: Tensor, true: Tensor) -> Tensor:
-        """The loss beta L_LSF, from the output for one patch (1, 2 heads, *S) and its level sets T(y), (heads, *S)."""
+        """The loss beta L_LSF (see `DTCTrainer`) of one patch: output (1, 2 heads, *S), level sets T(y) (heads, *S)."""
         return self.settings.level_set_weight * F.mse_loss(self.split(logits)[1][0].float().tanh(), true.float())
 
     def dtc_loss(self, logits: Tensor, decision: Tensor) -> Tensor:
-        """The loss L_DTC of an output (B, 2 heads, *S).
+        """The loss L_DTC (see `DTCTrainer`) of an output (B, 2 heads, *S).
 
         With `consistency=paper` it is eq. 4, else the loss with which the level sets learn the decision.
         """

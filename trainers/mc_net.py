@@ -78,13 +78,13 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
                 del taught, terms  # else they would keep this stream's memory
 
     def taught(self, output, counts: bool) -> Tensor:
-        """What the other decoders learn from a decoder: its decision, or with `paper` its logits."""
+        """What the other decoders learn from a decoder: its decision, or with `consistency=paper` its logits."""
         logits = self.finest(output)
         decision = self.decide(logits, counts)
         return logits.detach() if self.settings.consistency == "paper" else decision
 
     def mutual_loss(self, output, others: Sequence[Tensor]) -> Tensor:
-        """The part of L_mc for one decoder, from its output and from what the others teach, which gets no gradient."""
+        """The part of the loss L_mc (see `MCNetTrainer`) for one decoder. What the others teach gets no gradient."""
         if self.settings.consistency == "paper":
             p, T = probabilities(self.finest(output), self.label_manager), self.settings.sharpening
             sharpened = (probabilities(x.detach().float() / T, self.label_manager) for x in others)

@@ -78,7 +78,7 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
         return self.decide(self.finest(output), counts=False)
 
     def review(self, differ: Tensor, output, target) -> Tensor:
-        """The loss L_review of one network, over the voxels of the mask `differ`, (B, 1, *S), bool."""
+        """The loss L_review (see `MCFTrainer`) of a network, over the voxels of a mask (B, 1, *S), bool."""
         if self.settings.consistency != "paper":
             return self.loss_where(differ, output, target)
         target, p = self.finest(target), probabilities(self.finest(output), self.label_manager)
@@ -94,7 +94,7 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
         return torch.cat([target == head for head in range(heads)], 1).float()
 
     def rectification(self, output, logits: Tensor, decision: Tensor) -> Tensor:
-        """The loss L_rect, from the output of the worse network and the logits and the decision of the better one."""
+        """The loss L_rect (see `MCFTrainer`): output of the worse network, logits and decision of the better one."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision)
         taught = probabilities(logits.float() / self.settings.sharpening, self.label_manager)

@@ -54,7 +54,11 @@ recomputed: Any = partial(checkpoint, use_reentrant=False)
 
 @dataclass(frozen=True, kw_only=True)
 class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings):
-    """Settings of `SemiCMLTrainer`. `consistency_weight` is the weight of the term `intra`; 0 switches it off."""
+    """Settings of `SemiCMLTrainer`.
+
+    `consistency_weight` is the weight of the term `intra`, in which each decoder learns from the same decoder of the
+    teacher. 0 switches it off.
+    """
 
     paper_weight: ClassVar[float] = 0.1
 
@@ -72,7 +76,8 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     width: Literal["half", "full"] = "half"
     """The width of the encoder and decoder of each modality, compared with the network in the plans."""
     fusion: Literal["attention", "off"] = "attention"
-    """Whether attention connects the two bottlenecks. With `off` the networks are separate, as in the paper."""
+    """Whether attention connects the bottlenecks of the two modalities. With `off` the networks are
+    separate, as in the paper."""
     modality_dropout: Share = 0.0
     """The probability that the student sees a sample without one of its modalities."""
     inter_weight: Weight = 0.5
@@ -85,12 +90,13 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     relearning_weight: Weight = 1.0
     """The weight, at the end of the ramp, of the loss on pseudo-labels (re-learning). 0 switches it off."""
     relearning: Literal["soft", "hard"] = "soft"
-    """What the re-learning learns: the probabilities of the teacher (`soft`) or its decision (`hard`)."""
+    """What the loss on pseudo-labels (re-learning) learns: the probabilities of the teacher (`soft`) or
+    its decision (`hard`)."""
     relearning_start: Share = 0.5
-    """The share of the training after which the re-learning begins."""
+    """The share of the training after which the loss on pseudo-labels (re-learning) begins."""
     threshold: Share = 0.7
-    """Pseudo-labels with a probability below this do not count. The threshold has this value when the re-learning
-    begins (tau0 in the paper), and rises after that."""
+    """Pseudo-labels with a probability below this do not count. The threshold has this value when the loss on
+    pseudo-labels (re-learning) begins (tau0 in the paper), and rises after that."""
     threshold_warmup: Share = 0.02
     """The share of the training over which the threshold of the pseudo-labels rises."""
     mc_passes: Annotated[int, Bounds(0)] = 4
@@ -99,7 +105,8 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     mc_dropout: Dropout = 0.2
     """The probability of dropout in the passes that measure the uncertainty."""
     disagreement_weight: Share = 0.3
-    """The weight of a voxel's loss where the decisions of the two modalities differ. Elsewhere it is 1."""
+    """The factor of a voxel's weight in the loss on pseudo-labels (re-learning) where the decisions of the two
+    modalities differ. Elsewhere it is 1."""
     teacher: Literal["ema", "best_pool"] = "ema"
     """Which network labels the unlabelled images. `ema` is the EMA of the student. `best_pool` is the mean of the
     networks from the epochs with the best validation, each with the better of its two modalities."""
@@ -299,7 +306,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return [self.finest(output) for output in outputs]
 
     def contrast(self, unlabeled_logits: list[Tensor], labeled_logits: list[Tensor]) -> Tensor:
-        """The contrast of the unlabelled samples with all samples. The arguments are the logits of both decoders."""
+        """The loss `area_similarity_contrast` of the unlabelled samples, from the logits of both decoders."""
         logits = [x for branch in zip(unlabeled_logits, labeled_logits, strict=True) for x in branch]
         similarity = self.similarity(logits, squared=True)
         return area_similarity_contrast(*similarity, len(unlabeled_logits[0]), self.settings.contrast_temperature)
@@ -372,7 +379,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return branches, mean, sampled
 
     def validation_step(self, batch: dict) -> dict:
-        """Run nnU-Net's validation step. If there is a pool, it is repeated for each decoder."""
+        """Run nnU-Net's validation step. With `teacher=best_pool`, repeat it for each decoder."""
         if self.settings.teacher != "best_pool":
             return super().validation_step(batch)
         network, results = self.network, []
@@ -396,7 +403,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             self.offer_to_pool(max(dice), dice.index(max(dice)))
 
     def offer_to_pool(self, dice: float, branch: int) -> None:
-        """Put the weights of this epoch into the pool, in place of the worst ones, if this epoch is better."""
+        """If this epoch is better than the worst in the pool of the best epochs, put its weights in that place."""
         worst = int(self.method_state["pool_dice"].argmin())
         if dice > self.method_state["pool_dice"][worst]:
             self.auxiliary["pool"][worst].load_state_dict(self.bare_network.state_dict())
@@ -462,7 +469,7 @@ def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], s
 
 
 def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, temperature: float) -> Tensor:
-    """A contrast: each prediction must find the other modality of its sample among all predictions of the batch.
+    """A contrastive loss: a prediction must find the other modality of its sample among all predictions of the batch.
 
     The loss is the mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), with j the partner of i. A
     negative k with s_ik >= s_ij gets no gradient.

@@ -63,8 +63,8 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     pseudo_weight: Weight = 0.5
     """The weight of voxels with pseudo-labels; a voxel with a true label has the weight 1."""
     match_threshold: Share = 0.0
-    """A voxel does not count if the probability of the teacher's decision is below this. Exception: the masks of other
-    models have replaced the decision."""
+    """A voxel does not count if the probability of the teacher's decision is below this. This does not
+    hold where the masks of other models have replaced the decision."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
     unlabeled_foreground: Share | None = None
@@ -76,7 +76,7 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     mirrored image. With 0 no case is left out."""
     reliable_first: Annotated[float, Bounds(0.01, 1)] = 1.0
     """The share of unlabelled cases that is used at first: those on which the teacher agrees best with itself. The
-    share grows to 1 with the last of the three searches."""
+    share grows to 1 with the last of the three times that the teacher predicts whole cases."""
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
@@ -183,7 +183,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     @property
     def used_share(self) -> float:
-        """The share of the cases that is used after the search of this epoch. It grows to 1 with the last search."""
+        """The share of the cases that is used after the search of this epoch (see `searches`). In the end it is 1."""
         done = sum(epoch <= self.current_epoch for epoch in self.searches)
         return 1 - (1 - self.settings.reliable_first) * (REFRESHES - done) / (REFRESHES - 1)
 
@@ -205,7 +205,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
                 names = ", ".join(far) or "none"
                 self.print_to_log_file(f"left out, because the teacher is not sure of them: {names}")
                 if self.used_share < 1:
-                    self.print_to_log_file(f"{len(unused)} of {len(cases)} cases are not used before the next search")
+                    self.print_to_log_file(f"{len(unused)} of {len(cases)} cases are not used until the next search")
             self.ranks.wait()
 
     # ---------------------------------------------------------------------------------------------------- a step

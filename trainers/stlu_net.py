@@ -52,8 +52,8 @@ class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
     """Which features the skip connections carry while features are mixed: `own` are those of the sample itself, `mixed`
     are the mixed ones. The bottleneck is always mixed."""
     channel_dropout: Dropout = 0.5
-    """The probability that a channel is dropped in the semantic enhancement stream. With `mixing=dropblock` it is the
-    probability that a block is dropped. 0 switches it off."""
+    """The probability that a channel is dropped in the stream without mixing (semantic enhancement). With
+    `mixing=dropblock` it is the probability that a block is dropped. 0 switches it off."""
     supervision: Literal["symmetric", "mixing", "enhancement"] = "symmetric"
     """Which of the two streams (feature mixing, semantic enhancement) learn from pseudo-labels: both (`symmetric`) or
     one."""
@@ -157,7 +157,8 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     def draw_mixing(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
         """Draw where features are mixed, and how much.
 
-        Returns the stages after which they are mixed (None: all points), and the weight (None: the features give it).
+        Returns the stages after which they are mixed (None: all in `mixing_groups`), and the weight (None: computed
+        from the features).
         """
         mixing, beta = self.settings.mixing, self.settings.mixing_beta
         if mixing == "mixup":

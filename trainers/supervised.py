@@ -7,5 +7,5 @@ from nnunet_semiseg.training.plans_trainer import PlansTrainer
 class SupervisedTrainer(PlansTrainer[TrainingSettings]):
     """nnU-Net's own trainer, but the settings in the plans give its length.
 
-    It is the baseline with equal training time.
+    It is the baseline that trains as long as the other methods.
     """

@@ -25,8 +25,9 @@ class TextSemiSegSettings(ConsistencySettings, TextSettings, PseudoLabelSettings
     """
 
     dca: Literal["complementary", "foreground", "off"] = "complementary"
-    """How two images are mixed (DCA in the paper). `complementary` uses one mask and its complement, `foreground` uses
-    the foreground of each image, as the paper does, and `off` mixes none."""
+    """How two images are mixed (DCA in the paper). `complementary` exchanges the foreground of the labelled image with
+    the same voxels of the unlabelled image. `foreground` pastes the foreground of each image into the other, as the
+    paper does. `off` mixes none."""
     dca_start: Share = 0.2
     """The share of the training after which images are mixed."""
     dca_weight: Weight = 1.0
@@ -123,13 +124,13 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
         return self.bare_network.decode(skips, decoder), aligned
 
     def taught_loss(self, output, target: Tensor) -> Tensor:
-        """The Dice + CE towards a target with pseudo-labels. With `paper` it is at full resolution only."""
+        """The Dice + CE towards a target with pseudo-labels. With `consistency=paper` it is at full resolution only."""
         if self.settings.consistency == "paper":
             return self.finest_loss(self.finest(output), target)
         return self.pseudo_loss(output, target)
 
     def mixes(self, batch: Batch, pseudo_label: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The images and targets of DCA: labelled foreground in unlabelled images, and the reverse."""
+        """The images and targets of the mixes that the setting `dca` asks for, in the two directions."""
         x_l, y_l = batch.images, self.finest(batch.target)
         x_u, y_u = batch.views["strong"][: len(x_l)], pseudo_label[: len(x_l)]
         mask_l = self.foreground(y_l)

@@ -110,7 +110,7 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
         return self.decide(logits), q
 
     def cross_loss(self, output, decision: Tensor, q: Tensor) -> Tensor:
-        """The loss L_CRC of the output of a network, towards the pseudo-labels of the other network."""
+        """The loss L_CRC (see `TraCoCoTrainer`) of the output of a network towards pseudo-labels of the other one."""
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision, q)
         p = probabilities(self.finest(output), self.label_manager)
@@ -120,7 +120,7 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
         return torch.stack([regional_cross_entropy(a, b, self.settings.match_threshold) for a, b in pairs]).mean()
 
     def translation_loss(self, output, whole: Tensor) -> Tensor:
-        """The loss L_tra between two predictions of a network for the same voxels: in a crop, and in the whole patch.
+        """The loss L_tra (see `TraCoCoTrainer`) between predictions of the same voxels in a crop and in the patch.
 
         Args:
             output: the output of the network for the crop.
@@ -134,7 +134,7 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
 
 def regional_cross_entropy(p: Tensor, q: Tensor, threshold: float) -> Tensor:
-    """The two parts of the loss L_CRC. A part is 0 if no voxel counts in it.
+    """The two parts of the loss L_CRC (see `TraCoCoTrainer`). A part is 0 if no voxel counts in it.
 
     Args:
         p, q: the class probabilities (B, K, *S) of the network that learns (p) and of the network that teaches (q).

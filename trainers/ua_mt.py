@@ -29,7 +29,7 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings, PseudoLabelSettings, TurnSettings):
-    """Settings of `UAMTTrainer`. The weight and the threshold have the same ramp."""
+    """Settings of `UAMTTrainer`. The weight of the loss and the threshold of uncertainty have the same ramp."""
 
     mc_passes: Annotated[int, Bounds(0)] = 8
     """The number of passes with dropout that measure where the teacher is certain. With 0 the teacher counts as certain

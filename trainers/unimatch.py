@@ -73,7 +73,7 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
             yield {name: 0.25 * loss}
 
     def pseudo_label(self, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The decision on these features, and a mask of 0 and 1, (B, 1, *S), that says where it is certain."""
+        """The decision for the features `skips`, and a mask of 0 and 1, (B, 1, *S), that says where it is certain."""
         with self.without_gradients():
             logits = self.finest(self.bare_network.decode(skips))
             certain = confidence(probabilities(logits, self.label_manager), self.label_manager)

@@ -23,7 +23,7 @@ from nnunet_semiseg.training.text_guided import TextGuidedTrainer
 HEAD_DROPOUT = (0.1, 0.2, 0.3, 0.5)
 """The probability of dropout before each output, from the finest to the fourth. Coarser outputs have the last value."""
 SLAB = 32
-"""How many voxels along the first axis are computed at a time."""
+"""How many voxels along the first axis `pyramid_consistency` computes at a time, to save memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
             yield terms
 
     def pyramid(self, output) -> Tensor:
-        """The loss L_unsup of an output with or without deep supervision."""
+        """The loss L_unsup (see `URPCTrainer`) of an output with or without deep supervision."""
         scales = output if self.enable_deep_supervision else [output]
         decisions, certainties = [], []
         for sample in zip(*(x.split(1) for x in scales), strict=True):  # all at once would need more than the network
@@ -110,7 +110,7 @@ def perturb(p: float, head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 @torch.no_grad()
 def pyramid_certainty(scales: Sequence[Tensor], label_manager) -> tuple[Tensor, list[Tensor]]:
-    """Compute, for one sample, the mean p_c of all scales and the certainty w_s of each scale.
+    """Compute, for one sample, the mean p_c of all scales and the certainty w_s of each (see `URPCTrainer`).
 
     Returns the log of p_c (for regions its logits), (1, heads, *S), and w_s for each scale, (1, 1, *s). For regions w_s
     is that of the least certain region.
@@ -160,7 +160,7 @@ def pyramid_consistency(scales: Sequence[Tensor], label_manager) -> Tensor:
 
 
 def scale_means(p: Tensor, mean: Tensor, regions: bool) -> Tensor:
-    """The means, over voxels and classes, of ||p_s - p_c||^2 w_s, of w_s, and of D_s: (3,).
+    """The means, over voxels and classes, of ||p_s - p_c||^2 w_s, of w_s, and of D_s (see `URPCTrainer`): (3,).
 
     Args:
         p: p_s, the probabilities of one scale at full resolution, (B, heads, *S).

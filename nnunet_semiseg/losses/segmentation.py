@@ -68,7 +68,7 @@ def has_label(target: Tensor, label_manager) -> Tensor:
 def confidence(p: Tensor, label_manager) -> Tensor:
     """The probability of the decision, (B, 1, *S), from probabilities (B, heads, *S).
 
-    For regions the smallest of all.
+    For regions it is the smallest over all regions.
     """
     if label_manager.has_regions:
         return torch.maximum(p, 1 - p).amin(1, keepdim=True)

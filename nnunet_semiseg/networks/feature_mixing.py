@@ -64,7 +64,7 @@ class FeatureMixingUNet(nn.Module):
 
     Args:
         network: a PlainConvUNet or ResidualEncoderUNet.
-        mixing: `similarity` (the features give w), `weight` (w is given), `dropblock` or `off`.
+        mixing: `similarity` (w in `mix` is `similarity_weights`), `weight` (w is given), `dropblock` or `off`.
         dropout: the probability of the channel dropout in the other stream, and of dropblock.
         own_skips: the next stage gets the mixed features, but the decoder gets the features before mixing. Only the
             bottleneck, which has no next stage, gives mixed features to the decoder.

@@ -18,7 +18,8 @@ HEAD_WIDTH = 32
 class CrossModalFusion(nn.Module):
     """The bottleneck voxels of each modality attend to those of the other. A convolution then joins both.
 
-    F_i' = F_i + Attention(query LN(F_i), key and value LN(F_j)); fused = ReLU(norm(conv_1([F_a', F_b']))).
+    F_i' = F_i + Attention(query LN(F_i), key and value LN(F_j)); fused = ReLU(norm(conv_1([F_a', F_b']))). Here
+    F_a and F_b are the bottlenecks of the modalities, and LN is a layer norm.
 
     Args:
         norm: the module that normalises the C channels after the convolution.

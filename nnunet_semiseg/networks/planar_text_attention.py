@@ -92,7 +92,7 @@ class MultiplanarTextAttention(nn.Module):
 
 
 class TextCopy(nn.Module):
-    """Add the same projected text to every voxel. It is there to compare TMR with.
+    """Add the same projected text to every voxel. This shows, by comparison, what the attention of TMR is worth.
 
     Shape: features (B, C, *S), text (K, d) -> (B, C, *S)
     """

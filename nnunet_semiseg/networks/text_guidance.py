@@ -13,14 +13,14 @@ from nnunet_semiseg.networks.planar_text_attention import MultiplanarTextAttenti
 
 
 class TextGuidance(nn.Module):
-    """Text in the forward pass (TMR or copying), and the projection that CSA aligns with the text.
+    """The module by which text changes the bottleneck, and the projection that `category_alignment_loss` trains.
 
     `features` (K, d) is a buffer, so that a trained model predicts without a text encoder.
 
     Args:
         encoder: the plans' encoder. Its last feature map, with C channels, is the bottleneck.
         text_shape: (K, d): a text feature for each class, including the background.
-        tmr: multiplanar, copy or off.
+        tmr: the setting of this name. `multiplanar`: `MultiplanarTextAttention`; `copy`: `TextCopy`; `off`: no change.
     """
 
     def __init__(self, encoder: Any, text_shape: tuple[int, int], tmr: str):

@@ -17,7 +17,7 @@ from nnunet_semiseg.json_types import Bounds, in_words, matches
 from nnunet_semiseg.losses.ramps import gaussian_ramp
 
 EMA_LENGTHS = {200: 10, 2_000: 100, 50_000: 1_000}
-"""For some numbers of iterations, the length of the EMA: a twentieth of the number, and less in long trainings."""
+"""For some lengths of the training, in steps, the length of the EMA, 1 / (1 - decay), in steps."""
 
 
 Share = Annotated[float, Bounds(0, 1)]
@@ -231,10 +231,11 @@ class TextSettings(SemiSupervisedSettings):
     text_cache_dir: str | None = None
     """The folder in which open_clip keeps its downloads. By default open_clip chooses it."""
     text_embeddings: str | None = None
-    """The path of a file of `nnunet_semiseg embed_prompts`. It replaces the text encoder, for example where there is
-    no internet."""
+    """The path of a file that `nnunet_semiseg embed_prompts` wrote. It replaces the text encoder, for example where
+    there is no internet."""
     n_ctx: Annotated[int, Bounds(0)] = 4
-    """The number of context tokens that are learned for each class. With 0 the prompts stay as they are."""
+    """The number of tokens that are learnt for each class and put before its prompts. With 0 the prompts stay as they
+    are."""
     tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
     """How text changes the features of the image (TMR in the paper). `multiplanar` is attention in three planes, `copy`
     adds the same text to every voxel, `off` means no change."""

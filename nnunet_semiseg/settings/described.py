@@ -33,7 +33,7 @@ class Setting:
 
     Attributes:
         type: the type in words, such as `a whole number of 1 or more`.
-        default: the default as the user types it after `--set NAME=`. A number has three digits.
+        default: the default as the user types it after `--set NAME=`. A number is rounded to three digits.
         meaning: what the setting does, in sentences.
         group: the settings class that declares it, such as `TeacherSettings`.
     """

@@ -5,9 +5,8 @@
 A setting that `settings.base` declares has the same meaning for all trainers. It is stored once, for all trainers that
 use the plans. A setting that a trainer's own file declares is stored under the trainer's name, because it may mean
 something else for another trainer. Older plans have all settings side by side. They are still read. If a value is also
-under the trainer's name, that value is taken. A trainer ignores the settings of other trainers, and refuses'
-    ' those that no
-trainer has.
+under the trainer's name, that value is taken. A trainer ignores the settings of other trainers, and refuses those that
+no trainer has.
 """
 
 from __future__ import annotations
@@ -156,7 +155,8 @@ def _is_shared(settings_class: type, name: str) -> bool:
 def given_settings(changes: dict[str, Any], accept_changes: bool = False) -> Iterator[None]:
     """Pass settings to the trainer that nnU-Net's command makes. It puts them into the plans when training has begun.
 
-    So nothing is written if the trainer refuses to train. Environment variables also reach nnU-Net's own processes.
+    So nothing is written if the trainer refuses to train. The settings are passed in environment variables, which also
+    reach nnU-Net's own processes.
     """
     new = {GIVEN: json.dumps(changes)} | ({ACCEPT_CHANGES: "1"} if accept_changes else {})
     before = {name: os.environ.get(name) for name in new}

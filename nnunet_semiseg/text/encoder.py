@@ -99,7 +99,8 @@ def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = 
     if model == WORDLLAMA:
         if pretrained and Path(pretrained).is_file():
             raise UserError(
-                f"text_pretrained={pretrained}: {WORDLLAMA} has its own weights: set text_pretrained=openai"
+                f"text_pretrained={pretrained}: {WORDLLAMA} has its own weights: set text_pretrained=openai (the"
+                " default)"
             )
         return load_word_tower(trained=pretrained != UNTRAINED)
     clip, tokenizer = load_clip(model, pretrained, cache_dir)

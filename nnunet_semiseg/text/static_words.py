@@ -23,8 +23,8 @@ FILES = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer
 """Files of the package WordLlama: the embeddings and the vocabulary."""
 SIZE = 32000, 256
 PAD = 0
-"""The id of <unk> in the vocabulary of WordLlama. No text contains it, because words without a token are written as
-bytes."""
+"""The token id that fills the end of short texts. It is that of <unk> in the vocabulary of WordLlama. No text contains
+it, because words without a token are written as bytes."""
 
 
 class WordTower(nn.Module):

@@ -54,7 +54,9 @@ class Ranks:
         """
         if batch_size is not None and batch_size % self.of:
             fits = " or ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
-            raise UserError(f"{what}={batch_size}: cannot be divided evenly by {self.of} processes: use {fits} of them")
+            raise UserError(
+                f"{what}={batch_size}: cannot be divided evenly by {self.of} processes: use {fits} processes"
+            )
 
     def seed(self, seed: int | None) -> int | None:
         """The seed of this rank. The first rank has the seed of the training.
@@ -150,7 +152,7 @@ def several_processes() -> bool:
 
 
 def cpu_group() -> Any:
-    """A group of all ranks for tensors on the CPU. All ranks must make the first call."""
+    """A group of all ranks for tensors on the CPU. All ranks must call this function the first time."""
     return _cpu_group(distributed.group.WORLD)
 
 

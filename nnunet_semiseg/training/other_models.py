@@ -23,7 +23,7 @@ from nnunet_semiseg.settings.base import SemiSupervisedSettings
 def find_masks(
     settings: SemiSupervisedSettings, plans: dict, configuration: str, fold, dataset_json: dict
 ) -> PreparedMasks | None:
-    """Load the masks that the setting `external_masks` names. None if it names none or the trainer does not have it.
+    """Load the masks that the setting `external_masks` names. None without names or without this setting.
 
     Raises:
         UserError: see `load_masks`.

@@ -287,7 +287,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 pass
 
     def run_training(self):
-        """Run nnU-Net's training. At its end, no process or thread of the loaders is left, which could still print."""
+        """Run nnU-Net's training, and then end all processes and threads of the loaders, so that none prints later."""
         with self.alone("trains this model"), quiet_loaders(self.reasons):
             if not self.local_rank:
                 for half in Path(self.output_folder).glob("*.tmp"):  # from a training that was killed

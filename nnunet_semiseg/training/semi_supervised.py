@@ -86,9 +86,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         """The terms of the method's loss, in groups. The loss is the sum of all terms.
 
         After each yield a backward pass runs and frees the feature maps of the group. So a step needs the memory of its
-        largest group: yield a group as soon as it is complete, and keep no variable that holds its tensors. Whatever a
-        step draws or computes is a local variable. The same name may appear in several groups; these terms are added.
-        Every step must yield the same names. An empty group is ignored.
+        largest group: yield a group as soon as it is complete, and keep no variable that holds its tensors. What a
+        step draws or computes belongs in local variables, not in attributes. The same name may appear in several
+        groups; these terms are added. Every step must yield the same names. An empty group is ignored.
 
         Yields:
             Scalars by name, multiplied by their weights.
@@ -207,7 +207,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def draw_turn(self) -> Turn:
         """Draw flips and a turn for the student's view.
 
-        None if the setting `turns` is off, or if nnU-Net does not mirror.
+        Nothing is flipped or turned if the setting `turns` is off, or if nnU-Net does not mirror.
         """
         axes = self.inference_allowed_mirroring_axes or ()
         if not getattr(self.settings, "turns", False):
@@ -217,9 +217,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return draw_turn(axes, planes_to_turn_in(axes, plans.patch_size, spacing))
 
     def each(self, function: Callable[[Tensor], Any], *images: Tensor) -> Iterator[Any]:
-        """Apply the function to each batch. Each result is computed when it is asked for.
+        """Apply the function to each of the given images. Each result is computed when it is asked for.
 
-        With `memory=fast` the function runs once, on all batches together.
+        With `memory=fast` the function runs once, on all images together.
 
         Args:
             function: a function of images (B, C, *S) that returns tensors with the same B. Samples must not influence

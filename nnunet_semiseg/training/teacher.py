@@ -12,7 +12,7 @@ from torch import nn
 def make_teacher(student: nn.Module) -> nn.Module:
     """Make a frozen copy in eval mode.
 
-    It has only the output at full resolution, because nothing is learnt from the others.
+    It has only the output at full resolution, because nothing is learnt from its coarser outputs.
     """
     teacher: Any = deepcopy(student).requires_grad_(False).eval()
     teacher.decoder.deep_supervision = False

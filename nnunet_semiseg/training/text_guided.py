@@ -27,8 +27,8 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
 
     A subclass defines `guided_losses`. Its `adapt_network` returns a `MultiDecoderUNet`.
 
-    The text features (K, d), with the background first, are learnt. They guide the network at its bottleneck. They are
-    also stored in the network, so that prediction needs no text encoder.
+    The text features (K, d), one row for each class and the background first, are learnt. They guide the network at its
+    bottleneck. They are also stored in the network, so that prediction needs no text encoder.
     """
 
     settings_class: type[TextSettings] = TextSettings
@@ -37,7 +37,7 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
     def guided_losses(self, batch: Batch, text: Tensor | None) -> Iterator[dict[str, Tensor]]:
         """The same as `losses`, with the text features (K, d) of this step.
 
-        They are None if the method runs without text.
+        `text` is None if the method runs without text.
         """
         raise NotImplementedError
 
@@ -81,14 +81,14 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
             yield from self.guided_losses(batch, text)
 
     def predict(self, images: Tensor, text: Tensor | None):
-        """The output of the network, and the features that the loss CSA aligns with the text (None without text)."""
+        """The output of the network, and the features for `category_alignment_loss` (None without text)."""
         if text is None:
             return self.network(images), None
         skips, aligned = self.bare_network.encode(images, text)
         return self.bare_network.decode(skips), aligned
 
     def alignment(self, aligned: Tensor, logits: Tensor, text: Tensor) -> Tensor:
-        """The weighted loss CSA of features (B, d, *s) and logits (B, heads, *S) with the text (K, d) of this step."""
+        """The weighted `category_alignment_loss` of features (B, d, *s), logits (B, heads, *S) and the text (K, d)."""
         if self.label_manager.has_regions:
             text = text[1:]  # regions have no background head
         logits = logits[:, : self.label_manager.num_segmentation_heads]  # heads of another task come after these
@@ -96,9 +96,9 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
         return self.settings.csa_weight * loss
 
     def cog(self, aligned: Tensor | None, logits: Tensor, text: Tensor | None, share: float) -> dict[str, Tensor]:
-        """The loss term `cog`, which is the loss CSA for the predictions of one stream.
+        """The loss term `cog`: `category_alignment_loss` for the predictions of one stream.
 
-        Empty without text or without CSA.
+        The result is empty without text, or if the setting `csa` is off.
 
         Args:
             share: the share of the stream among all samples, because the term is a mean over both streams.

@@ -16,7 +16,7 @@ from torch import Tensor
 CANDIDATES = 50
 """How many thresholds are tried at equal distances. As many quantiles of the masks are tried, too."""
 STEPS = 65
-"""The number of mask values, from 0 to 1, for which the evidence is stored."""
+"""The number of mask values, from 0 to 1, for which the result of `evidence` is stored."""
 SUREST = 0.01
 """With any mask value, a class has at least this probability, and at most 1 minus this."""
 MOST = 16

@@ -98,7 +98,7 @@ def similarity_supervision(
 ) -> Tensor:
     """L_CSS: find the counterpart of each token among those of its sample, and the reverse (cross-entropy).
 
-    The logits are s' / tau.
+    The logits are the result of `constrained_similarity`, divided by the temperature.
 
     Args:
         tokens, found: (B, L, d), tokens and their counterparts, normalised.
@@ -139,7 +139,7 @@ def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature:
 
 
 def distribution_contrast(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], temperature: float) -> Tensor:
-    """InfoNCE of the CLS distributions (B, d) of images and texts. The similarity is (-W2^2 / 200 + 4) / tau."""
+    """InfoNCE of the CLS distributions (B, d) of images and texts. The logits are (4 - W2^2 / 200) / temperature."""
     return info_nce(-wasserstein2(a, b)[0] / 200 + 4, temperature)
 
 
@@ -148,7 +148,8 @@ def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperatur
 
     The negatives are the tokens of other samples. The loss is the mean over tokens of -log(exp(c_b . z_bi / T) /
     (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))). Other tokens of the same sample and padding do not
-    take part. (In the public code "all but self" includes the token itself.)
+    take part. c_b is the CLS of sample b, and z_bi is its token i. (In the public code "all but self" includes the
+    token itself.)
 
     Args:
         cls: (B, d); samples: (B, L, d). Both are normalised here.

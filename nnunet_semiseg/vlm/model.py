@@ -37,7 +37,7 @@ class Encoding:
 
 
 class AMVLM(nn.Module):
-    """Two towers, a head of two layers for each of their outputs, and a distribution transformer for each modality.
+    """Two towers (image and text network), a head for each of their outputs, a distribution transformer for each tower.
 
     Args:
         clip: a model of open_clip, with `.visual` (from open_clip or timm) and `.text`, which may be a `WordTower`.
@@ -96,8 +96,9 @@ class AMVLM(nn.Module):
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features of the whole image (B, C + C') and of its patches (B, P, C'), for images from `to_tower`.
 
-        The features of the whole image are the pooled features of the tower, and a mean of the patches, weighted by
-        `look`. Texts say where something is, but a convolutional tower pools by a plain mean, which loses the place.
+        The features of the whole image are the pooled features of the tower, and a mean of the patches with learnt
+        weights (`look`). Texts say where something is, but a convolutional tower pools by a plain mean, which loses the
+        place.
         """
         pooled, patches = self.placed_patches(images)
         seen = (self.look(patches).softmax(1) * patches).sum(1)

@@ -52,7 +52,7 @@ def load_vlm(folder: str | Path) -> AMVLM:
     try:
         clip, tokenizer = load_clip(str(folder), UNTRAINED)
     except UserError as error:
-        raise UserError(f"{folder}: its towers cannot be built: {fix} [{error}]") from None
+        raise UserError(f"{folder}: its image and text networks cannot be built: {fix} [{error}]") from None
     if settings.get("text_model"):
         with_words(clip)
     vlm = AMVLM(clip, tokenizer, settings["dim"], settings["hidden"])

@@ -1,4 +1,4 @@
-"""Load the towers for a pre-training: from open_clip, from timm (image networks only), or WordLlama."""
+"""Load towers (image and text networks): from open_clip, from timm (images only) or from WordLlama (texts only)."""
 
 from __future__ import annotations
 
