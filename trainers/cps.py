@@ -58,6 +58,6 @@ class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings])
 
 
 def predict(network: MultiDecoderUNet, images: Tensor, text: Tensor | None):
-    """The network's output, and the features that are aligned with the text."""
+    """The network's output, and the features that are aligned with the text (setting `csa`)."""
     skips, aligned = network.encode(images, text)
     return network.decode(skips), aligned

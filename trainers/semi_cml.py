@@ -279,7 +279,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         return self.pseudo_loss(output, target, weight)
 
     def ask_teacher(self, weak: Tensor) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """The logits of the teacher for each decoder, and the target and weight of the re-learning.
+        """The logits of the teacher for each decoder, and the result of `relearning_target`.
 
         A result that is not needed is None.
         """
@@ -403,7 +403,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             self.offer_to_pool(max(dice), dice.index(max(dice)))
 
     def offer_to_pool(self, dice: float, branch: int) -> None:
-        """If this epoch is better than the worst in the pool of the best epochs, put its weights in that place."""
+        """Put the weights of this epoch into the pool of the best epochs, unless it is full of better ones."""
         worst = int(self.method_state["pool_dice"].argmin())
         if dice > self.method_state["pool_dice"][worst]:
             self.auxiliary["pool"][worst].load_state_dict(self.bare_network.state_dict())

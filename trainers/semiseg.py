@@ -97,8 +97,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
       cases often have no foreground, a third of the unlabelled patches are taken around foreground that the teacher
       finds, as nnU-Net does with labelled ones.
     - Some cases are left out: those on which the teacher contradicts itself far more than on others. Its decisions on
-      the image and on the mirrored image are compared; without mirroring, its decisions of two searches. At most a
-      fifth of the cases is left out, and none if there are fewer than ten cases.
+      the image and on the mirrored image are compared; without mirroring, its decisions at two of these times. At
+      most a fifth of the cases is left out, and none if there are fewer than ten cases.
 
     The network is that of the plans. All choices are in the training's log and in `decisions.txt` in its folder.
     """
@@ -205,7 +205,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
                 names = ", ".join(far) or "none"
                 self.print_to_log_file(f"left out, because the teacher is not sure of them: {names}")
                 if self.used_share < 1:
-                    self.print_to_log_file(f"{len(unused)} of {len(cases)} cases are not used until the next search")
+                    self.print_to_log_file(f"{len(unused)} of {len(cases)} cases are not used until it predicts again")
             self.ranks.wait()
 
     # ---------------------------------------------------------------------------------------------------- a step

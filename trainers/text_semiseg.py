@@ -119,7 +119,7 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
                 yield {"mix": share * self.alignment(aligned, self.finest(output), text)} if settings.csa else {}
 
     def decode_one(self, images: Tensor, text: Tensor, decoder: int):
-        """The output of one decoder, and the features that are aligned with the text."""
+        """The output of one decoder, and the features that are aligned with the text (setting `csa`)."""
         skips, aligned = self.bare_network.encode(images, text)
         return self.bare_network.decode(skips, decoder), aligned
 

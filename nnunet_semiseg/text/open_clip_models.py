@@ -176,7 +176,7 @@ def _quiet():
 
 @contextmanager
 def _hub_or_cache(needs_hub: object):
-    """Use the cache at once if the hub does not answer. huggingface_hub itself would retry each file for 23 s."""
+    """If the Hugging Face hub does not answer, use the cache at once. Its own code would retry each file for 23 s."""
     from huggingface_hub import constants, get_session
 
     before = constants.HF_HUB_OFFLINE

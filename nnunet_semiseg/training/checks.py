@@ -95,7 +95,7 @@ def _id(dataset_name: str) -> int:
 
 
 def check_there_are_pairs(settings, plans: dict, configuration: str, what: str, or_else: str = "") -> None:
-    """Refuse a batch with fewer unlabelled than labelled samples, if the method mixes them in pairs.
+    """Refuse a batch with fewer unlabelled than labelled samples, for a method that mixes them in pairs.
 
     Raises:
         UserError: there are fewer unlabelled samples.

@@ -29,8 +29,8 @@ def check_is_there(file: str | None) -> None:
 def load_pretrained_encoder(network: Any, file: str) -> str:
     """Load the weights of a pre-trained encoder and its stem into a network, in place. The decoder is unchanged.
 
-    If the stem was trained on fewer channels, its weights are repeated for the others and divided by the number
-    of repetitions, so that its output keeps its scale.
+    If the stem was trained on fewer channels, its weights are repeated for the further channels and divided by the
+    number of repetitions, so that its output keeps its scale.
 
     Args:
         network: a network with nnU-Net's encoder, not compiled.

@@ -40,8 +40,8 @@ class PretrainingSettings:
     temperature: Annotated[float, Bounds(1e-12)] = 0.07
     """The first value of the temperature of the contrastive losses. The pre-training changes it."""
     momentum: Share = 0.995
-    """The decay of the moving average of the model (momentum model). Its features of images and texts are what those of
-    the model are compared with in L_itc."""
+    """The decay of the moving average of the model's weights. The loss L_itc compares the features of the model with
+    those of this average (the momentum model)."""
     dim: Annotated[int, Bounds(2)] = 128
     """The number of values in the joint embedding of images and texts. It must be even."""
     hidden: Count = 2048

@@ -169,9 +169,9 @@ class TextMaskGenerator(nn.Module):
             return contrast_between_images(raw, features, texts, own, self.scale) + PRIORS * priors
 
     def loss_between_classes(self, features: Tensor, raw: Tensor, texts: Tensor, background: Tensor) -> Tensor:
-        """`contrast_between_classes`, and a prior for little variation.
+        """`contrast_between_classes`, with a prior for little variation.
 
-        A prior for areas is wrong: a class may be missing.
+        There is no prior for areas, because an image may lack a class.
         """
         with torch.autocast(features.device.type, enabled=False):
             return contrast_between_classes(raw, features, texts, background, self.scale) + PRIORS * variation(raw)
