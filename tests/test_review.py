@@ -211,7 +211,7 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
         ),
         (["-c", "nope"], "no configuration nope"),
         (["--ensemble", "folds"], "--ensemble folds: this ensemble has fewer than two members"),
-        (["--ensemble", "single", "--estimate", "agreement"], "--estimate agreement: needs two members"),
+        (["--ensemble", "single", "--estimate", "agreement"], "--estimate agreement: needs several predictions"),
     ],
 )
 def test_what_makes_no_sense_is_refused(more, message, trained, capsys):

@@ -1,12 +1,14 @@
-"""Measure what texts are worth on the set busi_small. Towers (image and text networks) learn true or shuffled texts.
+"""Measure what the texts of busi_small, a set of tools/yardstick.py, are worth.
 
     python tools/words.py pretrain --data DATA --work WORK --towers true
     python tools/words.py measure --data DATA --work WORK --towers true
     python tools/yardstick.py --data DATA --work WORK --sets busi_small --trainers AMVLMTrainer
         --name true --set vlm=WORK/vlm/true
 
-With `shuffled`, each image has the text of another image: pre-train and train on the set busi_shuffled. `random` towers
-are not trained. WORK must be an absolute path in the third command.
+The first command pre-trains an image and a text network (towers), the second measures them, the third trains with them.
+WORK must be an absolute path in the third command. The control is the same with texts of other images: `--towers
+shuffled`, and in the third command `--sets busi_shuffled --name shuffled --set vlm=WORK/vlm/shuffled`. Towers that know
+nothing are another control: `--towers random` does not train them.
 
 The sentences of this set were made from its masks, so they say more than a report would. Each pre-training uses the
 labels of three quarters of the labelled cases. `measure` prints how well held-out images and texts find each other, and

@@ -677,7 +677,7 @@ def main() -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="settings of the trainers; give the variant a --name",
+        help="settings of the trainers; needs --name, the name of these runs in the tables",
     )
     parser.add_argument(
         "--equal-time", action="store_true", help="also train with labels only, for as long as each method takes"
@@ -700,7 +700,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> int:
     """Do the runs that the user asks for. Returns the number of failed runs."""
     if args.set and not args.name:
-        sys.exit("error: --set: give the variant a --name")
+        sys.exit("error: --set: name these runs with --name")
     if args.iterations and args.iterations % ITERATIONS_PER_EPOCH:
         sys.exit(f"error: --iterations {args.iterations}: must be a multiple of {ITERATIONS_PER_EPOCH}")
     args.work, args.csv = args.work.absolute(), args.csv.absolute()

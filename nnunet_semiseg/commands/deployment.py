@@ -24,9 +24,9 @@ class SharedOptions(ModelOptions):
 
 
 class Distill(Command):
-    """Train nnU-Net's own network to predict like a model.
+    """Distil a trained model into nnU-Net's own network.
 
-    The result is a stock model: machines without this package can use it.
+    The result is a model of nnU-Net's own trainer: machines without this package can use it.
     """
 
     name = "distill"

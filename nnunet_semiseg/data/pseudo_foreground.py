@@ -22,7 +22,7 @@ SCORES, LEFT_OUT = "scores.json", "left_out.json"
 """Files in the folder: one has the score of each case that the network predicted, the other lists the cases that are
 left out."""
 LEAST_CASES = 10
-"""If there are fewer unlabelled cases than this, none is left out."""
+"""If fewer unlabelled cases than this have a score, all are used."""
 
 
 class PseudoForegroundDataset:

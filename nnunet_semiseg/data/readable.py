@@ -20,7 +20,7 @@ class ReadableCases:
         dataset_class: nnU-Net's dataset class.
         fixes: for each folder of preprocessed cases, how to fix a damaged case.
         reasons: a queue. A process of batchgenerators puts its error into this queue and ends; the main process reports
-            the error. None if other processes load the data; these pass on errors themselves.
+            the error. None if PyTorch's DataLoader loads the data: it passes on errors itself.
     """
 
     def __init__(self, dataset_class: Any, fixes: Mapping[str, str], reasons: Any = None):

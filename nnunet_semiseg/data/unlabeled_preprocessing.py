@@ -334,7 +334,10 @@ def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
 
 
 def _keep_digests(folder: Path, case: str) -> None:
-    """Add hashes of the arrays of a case to its `.pkl` file. They are needed if the manifest is never written."""
+    """Add hashes of the arrays of a case to its `.pkl` file.
+
+    With these a later run sees that the case is whole, even if this run ends before it writes the manifest.
+    """
     *arrays, properties_file = case_files(folder, case)
     properties = load_pickle(str(properties_file))
     properties[PROPERTIES_KEY]["made"] = [digest(file) for file in arrays]

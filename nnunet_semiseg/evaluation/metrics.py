@@ -144,9 +144,9 @@ def _read(file: Path, reader: type[BaseReaderWriter], fix: str) -> tuple[np.ndar
 
 
 def _same_place(a: dict, b: dict) -> bool:
-    """Whether origins are equal within half a voxel, and axes within about half a degree.
+    """Whether two images have the same origin (within half a voxel) and axes (within about half a degree).
 
-    True if nnU-Net's reader drops them.
+    True if nnU-Net's reader gives no origins and axes, as for PNG.
     """
     if "sitk_stuff" in a and "sitk_stuff" in b:
         a, b = a["sitk_stuff"], b["sitk_stuff"]

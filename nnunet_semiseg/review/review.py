@@ -86,7 +86,8 @@ def review(request: Request) -> Path | None:
     kind, members = find_members(request.run, request.ensemble, request.mirroring)
     if request.estimate in OF_SEVERAL and len(members) == 1:
         raise UserError(
-            f"--estimate {request.estimate}: needs two members, but there is one: choose others with --ensemble"
+            f"--estimate {request.estimate}: needs several predictions, but --ensemble {kind} gives one: choose another"
+            " ensemble"
         )
     if kind == "folds":
         unseen = set()  # each case was seen by all members but one

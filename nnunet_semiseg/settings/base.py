@@ -188,12 +188,12 @@ class ConsistencySettings(SemiSupervisedSettings):
     the length in the paper with `consistency=paper`."""
 
     def ramp(self, progress: float) -> float:
-        """The factor of the weight of the consistency, after this share of the training."""
+        """The factor of the weight of the consistency loss. `progress` is the share of the training that is done, 0 to 1."""
         default = self.paper_ramp if self.consistency == "paper" else 0.4
         return gaussian_ramp(progress / (default if self.ramp_length is None else self.ramp_length))
 
     def weight(self, progress: float) -> float:
-        """The weight of the consistency, after this share of the training."""
+        """The weight of the consistency loss. `progress` is the share of the training that is done, 0 to 1."""
         default = self.paper_weight if self.consistency == "paper" else 1.0
         return (default if self.consistency_weight is None else self.consistency_weight) * self.ramp(progress)
 

@@ -87,9 +87,7 @@ class AMVLM(nn.Module):
                 break
             sizes.append(tuple(output["image_intermediates"][0].shape[2:]))
         if not sizes:
-            raise UserError(
-                "the image network of this model gives no features of patches: choose another model with --model"
-            )
+            raise UserError("the image network of this model gives no feature map: choose another model with --model")
         small = [16 * size[0] >= self.image_size[0] for size in sizes]
         return (2, sizes[1]) if small == [False, True] else (1, sizes[0])
 

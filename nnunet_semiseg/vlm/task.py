@@ -23,7 +23,11 @@ RECALLS = (1, 5)
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingSettings:
-    """Settings of `pretrain_vlm`. The default weights are those of L = L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL."""
+    """Settings of `pretrain_vlm`.
+
+    By default the loss is L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL, as in the paper of AMVLM (below, each weight says
+    what its loss is), plus our loss with `mask_weight`.
+    """
 
     num_epochs: Count = 30
     """The length of the pre-training, in epochs."""
