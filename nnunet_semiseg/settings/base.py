@@ -188,7 +188,7 @@ class ConsistencySettings(SemiSupervisedSettings):
     the length in the paper with `consistency=paper`."""
 
     def ramp(self, progress: float) -> float:
-        """The factor of the weight of the consistency loss. `progress` is the share of the training that is done, 0 to 1."""
+        """The factor of `weight`. `progress` is the share of the training that is done, from 0 to 1."""
         default = self.paper_ramp if self.consistency == "paper" else 0.4
         return gaussian_ramp(progress / (default if self.ramp_length is None else self.ramp_length))
 
