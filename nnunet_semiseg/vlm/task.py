@@ -25,7 +25,7 @@ RECALLS = (1, 5)
 class PretrainingSettings:
     """Settings of `pretrain_vlm`.
 
-    By default the loss is L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL, as in the paper of AMVLM (below, each weight says
+    By default the loss is L_itc + 0.5 L_CSS + 0.1 L_local + 0.1 L_ICL, as in AMVLM (below, each weight says
     what its loss is), plus our loss with `mask_weight`.
     """
 
