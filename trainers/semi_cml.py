@@ -476,7 +476,7 @@ def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, t
 
     Args:
         similarity: s, (2 N, 2 N): the predictions of N samples from one modality, then from the other one.
-        counts: (2 N, 2 N), bool: whether a pair counts. An anchor whose pair with its partner does not count has no loss.
+        counts: (2 N, 2 N), bool: whether a pair counts. Without its pair with its partner, an anchor has no loss.
         anchors: the number of samples whose predictions are anchors. They are the first ones of each modality.
         temperature: T.
     """
