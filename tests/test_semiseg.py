@@ -16,7 +16,6 @@ from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import (
     PseudoForegroundDataset,
     classes_of_all,
-    least_reliable,
     leave_out,
     outliers,
 )
@@ -177,17 +176,7 @@ def test_cases_far_below_the_others_are_left_out_up_to_a_share(tmp_path):
     assert outliers(scores, 0.1) == ["worst"]
     assert outliers(dict(list(scores.items())[3:]), 0.2) == []  # eight known cases are too few
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    assert leave_out(tmp_path, 0.2) == (["worst", "bad"], ["worst", "bad"])
-
-
-def test_the_least_reliable_cases_wait_for_a_later_search(tmp_path):
-    scores = {f"case_{i}": (7 * i % 10) / 10 for i in range(10)} | {"unknown": math.nan}
-    assert least_reliable(scores, 0.35) == ["case_0", "case_3", "case_6"]
-    assert least_reliable(scores, 0) == []
-    assert least_reliable(dict(list(scores.items())[1:]), 0.5) == []  # nine known cases are too few
-    (tmp_path / "scores.json").write_text(json.dumps(scores | {"case_0": -9.0}))
-    assert leave_out(tmp_path, 0.2, 0.25) == (["case_0"], ["case_0", "case_3"])
-    assert json.loads((tmp_path / "left_out.json").read_text()) == ["case_0", "case_3"]
+    assert leave_out(tmp_path, 0.2) == ["worst", "bad"]
 
 
 class NeverListed(np.ndarray):

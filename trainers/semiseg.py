@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 from nnunetv2.configuration import ANISO_THRESHOLD
@@ -27,7 +27,6 @@ from nnunet_semiseg.losses.copy_paste import cut_mix, draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.losses.segmentation import confidence, probabilities
 from nnunet_semiseg.settings.base import (
-    Bounds,
     CertainSettings,
     ExternalMaskSettings,
     Share,
@@ -74,9 +73,6 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     leave_out: Share = 0.2
     """The largest share of unlabelled cases that are left out, because the teacher predicts something else on the
     mirrored image. With 0 no case is left out."""
-    reliable_first: Annotated[float, Bounds(0.01, 1)] = 1.0
-    """The share of unlabelled cases that is used at first: those on which the teacher agrees best with itself. The
-    share grows to 1 with the last of the three times that the teacher predicts whole cases."""
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
@@ -169,7 +165,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     @property
     def looks_at_cases(self) -> bool:
         """Whether the teacher predicts whole cases. It does so only if the settings need it."""
-        scores = (self.settings.leave_out > 0 or self.settings.reliable_first < 1) and self.num_unlabeled >= LEAST_CASES
+        scores = self.settings.leave_out > 0 and self.num_unlabeled >= LEAST_CASES
         return self.foreground_share > 0 or scores
 
     def unlabeled_dataset(self) -> PseudoForegroundDataset:
@@ -180,12 +176,6 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         """The epochs in which the teacher predicts whole cases. They change if the warm-up ends early."""
         first = ceil(self.warm_up.first_step / self.num_iterations_per_epoch)
         return np.linspace(first, self.num_epochs, REFRESHES, endpoint=False).astype(int).tolist()
-
-    @property
-    def used_share(self) -> float:
-        """The share of the cases that is used after the search of this epoch (see `searches`). In the end it is 1."""
-        done = sum(epoch <= self.current_epoch for epoch in self.searches)
-        return 1 - (1 - self.settings.reliable_first) * (REFRESHES - done) / (REFRESHES - 1)
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
@@ -201,11 +191,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             expected = classes_of_all(self.labeled_dataset())
             look_at_cases(self, self.teacher, dataset, cases, self.foreground_folder, expected)
             if not self.ranks.number:
-                far, unused = leave_out(self.foreground_folder, self.settings.leave_out, 1 - self.used_share)
-                names = ", ".join(far) or "none"
+                names = ", ".join(leave_out(self.foreground_folder, self.settings.leave_out)) or "none"
                 self.print_to_log_file(f"left out, because the teacher is not sure of them: {names}")
-                if self.used_share < 1:
-                    self.print_to_log_file(f"{len(unused)} of {len(cases)} cases are not used until it predicts again")
             self.ranks.wait()
 
     # ---------------------------------------------------------------------------------------------------- a step

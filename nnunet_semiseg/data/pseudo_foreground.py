@@ -159,28 +159,8 @@ def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
     return far[: int(at_most * len(known))]
 
 
-def least_reliable(scores: Mapping[str, float], share: float) -> list[str]:
-    """The given share of the cases: those with the lowest scores, the worst first.
-
-    A case without a known score does not count. If fewer than `LEAST_CASES` scores are known, the result is empty.
-    """
-    known = sorted((case for case in scores if np.isfinite(scores[case])), key=scores.__getitem__)
-    return known[: int(share * len(known))] if len(known) >= LEAST_CASES else []
-
-
-def leave_out(folder: Path, at_most: float, later: float = 0.0) -> tuple[list[str], list[str]]:
-    """Tell the loaders not to use some of the cases that have a score in the folder.
-
-    Args:
-        at_most: the largest share of the cases that is left out as `outliers`.
-        later: the share of the cases that is not used until `look_at_cases` is called again: the `least_reliable` ones,
-            which include outliers.
-
-    Returns:
-        The names of the outliers, and the names of all cases that are not used.
-    """
-    scores = load_json(str(folder / SCORES))
-    far = outliers(scores, at_most)
-    unused = far + [case for case in least_reliable(scores, later) if case not in far]
-    write_json(unused, folder / LEFT_OUT)
-    return far, unused
+def leave_out(folder: Path, at_most: float) -> list[str]:
+    """Keep the loaders from using the `outliers` among the scores in the folder. Returns their names."""
+    cases = outliers(load_json(str(folder / SCORES)), at_most)
+    write_json(cases, folder / LEFT_OUT)
+    return cases
