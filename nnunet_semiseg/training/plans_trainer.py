@@ -321,11 +321,15 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             return super().train_step(batch)
         data, target = tree_map(lambda x: x.to(self.device, non_blocking=True), (batch["data"], batch["target"]))
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+        with self.autocast():
             loss = self.loss(self.network(data), target)
         self.scaled(loss).backward()
         self.take_step([p for p in self.network.parameters() if p.requires_grad])
         return {"loss": loss.detach().cpu().numpy()}
+
+    def autocast(self, enabled: bool = True):
+        """A context with nnU-Net's mixed precision on a GPU. On other devices it does nothing."""
+        return autocast(self.device.type, enabled=enabled) if self.device.type == "cuda" else dummy_context()
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Scale the loss for the backward pass under mixed precision."""

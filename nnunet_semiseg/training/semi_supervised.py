@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from os.path import join
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.utilities.helpers import dummy_context
-from torch import Tensor, autocast, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch import Tensor, nn
 
 from nnunet_semiseg.data.components import heads_in_one_piece
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
@@ -33,6 +30,7 @@ from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.checks import check_batch_fits
 from nnunet_semiseg.training.decisions import Decisions
+from nnunet_semiseg.training.groups import backward, in_turn, run_together, shared, without_gradients
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 from nnunet_semiseg.training.other_models import MaskVotes, find_masks
 from nnunet_semiseg.training.passes import run_sample_by_sample
@@ -219,95 +217,27 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def each(self, function: Callable[[Tensor], Any], *images: Tensor) -> Iterator[Any]:
         """Apply the function to each of the given images. Each result is computed when it is asked for.
 
-        With `memory=fast` the function runs once, on all images together.
-
-        Args:
-            function: a function of images (B, C, *S) that returns tensors with the same B. Samples must not influence
-                each other.
+        With `memory=fast` the function runs once, on all images together; see `groups.run_together`.
         """
-        if self.settings.memory != "fast":
-            yield from map(function, images)
-            return
-        start, joint = 0, function(torch.cat(images))
-        for x in images:
-            part = slice(start, start + len(x))
-            yield tree_map_only(Tensor, lambda t, part=part: t[part], joint)
-            start += len(x)
+        return run_together(function, images) if self.settings.memory == "fast" else map(function, images)
 
-    @contextmanager
-    def shared(self, tensors) -> Iterator[Any]:
-        """Let several groups of terms use the same tensors, within a `with` block.
+    def shared(self, tensors) -> AbstractContextManager[Any]:
+        """Let several groups of terms use the same tensors, within a `with` block; see `groups.shared`."""
+        if self.settings.memory == "fast":  # there is only one backward pass anyway
+            return nullcontext(tensors)
+        return shared(tensors, self.autocast(enabled=False))  # what ran in float32 must stay in it
 
-        The backward pass of the first group would free the graph that the next group needs. So the backward pass of
-        each group ends at copies of the tensors, where gradients add up. At the end of the block one backward pass
-        continues from there. The result is the same. With `memory=fast` there is only one backward pass anyway.
-
-        Args:
-            tensors: tensors in any nested lists, tuples and dictionaries. None stays None.
-
-        Yields:
-            The copies, in the same lists, tuples and dictionaries.
-        """
-        if self.settings.memory == "fast":
-            yield tensors
-            return
-        unique = {id(x): x for x in tree_leaves(tensors) if x is not None}  # a tensor that appears twice is one leaf
-        leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in unique.items()}
-        yield tree_map(lambda x: None if x is None else leaves[id(x)], tensors)
-        pairs = [(x, leaves[key]) for key, x in unique.items()]
-        ends = [(gradient_edge(x), leaf.grad) for x, leaf in pairs if leaf.grad is not None]
-        for leaf in leaves.values():  # variables of the method still hold the leaves: free their memory
-            leaf.grad, leaf.data = None, leaf.new_empty(0)
-        del tensors, unique, pairs
-        if ends:
-            with self.autocast(enabled=False):  # as in every backward pass: what ran in float32 must stay in it
-                tensors_and_gradients: Any = zip(*ends, strict=True)
-                torch.autograd.backward(*tensors_and_gradients)
-
-    @contextmanager
-    def without_gradients(self) -> Iterator[None]:
-        """`torch.no_grad` for the network that is trained.
-
-        autocast keeps 16-bit copies of the weights, which then have no gradient. Older versions of torch would use them
-        in the next pass, too. So they are deleted at the end.
-        """
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            torch.clear_autocast_cache()
+    without_gradients = staticmethod(without_gradients)
 
     def in_turn(
         self, passes: Sequence[Callable[[], Any]], keep: Callable[[Any], Any] | None = None
     ) -> Iterator[tuple[int, Any, list[Any]]]:
-        """Run decoders or networks that teach each other, one after the other, so that only one graph is in memory.
-
-        At the beginning all but the first run once more, without gradients, because each needs the outputs of the
-        others. With `memory=fast` each runs only once.
+        """Run decoders or networks that teach each other, one graph at a time; see `groups.in_turn`.
 
         Args:
-            passes: functions without arguments. Each returns an output, and the same one every time.
-            keep: a function that takes from an output what the others need, without gradients. Default: its finest
-                logits.
-
-        Yields:
-            The number of the pass, its output, and the list of what was kept of all passes.
+            keep: default: the finest logits of an output.
         """
-        keep = torch.no_grad()(keep or (lambda output: self.finest(output).detach()))
-        if self.settings.memory == "fast":
-            outputs = [function() for function in passes]
-            kept = [keep(output) for output in outputs]
-            for i, output in enumerate(outputs):
-                yield i, output, kept
-            return
-        with self.without_gradients():
-            kept = [keep(function()) for function in passes[1:]]
-        for i, function in enumerate(passes):
-            output = function()
-            if i == 0:
-                kept.insert(0, keep(output))
-            yield i, output, kept
-            del output
+        return in_turn(passes, keep or (lambda output: self.finest(output).detach()), self.settings.memory == "fast")
 
     # ----------------------------------------------------------------------------------------------- the training
 
@@ -435,29 +365,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
         Returns the detached terms.
         """
-        terms: dict[str, Tensor] = {}
-        total: Any = None
-        while True:
-            # autocast ends before each backward pass, as in nnU-Net; this also deletes its 16-bit copies of weights
-            with self.autocast():
-                group = next(groups, None)
-                loss: Any = None if group is None else sum(group.values())
-            if group is None:
-                break
-            for name, term in group.items():
-                terms[name] = term.detach() + terms[name] if name in terms else term.detach()
-            if self.settings.memory == "fast":
-                total = loss if total is None else total + loss
-            elif isinstance(loss, Tensor) and loss.requires_grad:
-                self.scaled(loss).backward()
-            del group, loss
-        if total is not None:
-            self.scaled(total).backward()
-        return terms
-
-    def autocast(self, enabled: bool = True):
-        """A context with nnU-Net's mixed precision on a GPU. On other devices it does nothing."""
-        return autocast(self.device.type, enabled=enabled) if self.device.type == "cuda" else dummy_context()
+        return backward(groups, self.autocast, self.scaled, self.settings.memory == "fast")
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         self.refresh_network()
@@ -556,12 +464,6 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 def no_targets(labeled_batch: dict, unlabeled_batch: dict) -> dict[str, Tensor]:
     """Make no further targets: `Batch.extra` is empty. This is the default of `target_maker`."""
     return {}
-
-
-def gradient_edge(x: Tensor):
-    """The place in the graph where a backward pass into the tensor x begins. It does not keep x in memory."""
-    recent = torch.__version__ >= (2, 6)  # pyright: ignore[reportOperatorIssue]: a TorchVersion, not a str
-    return get_gradient_edge(x) if recent else x
 
 
 def compile_parts(network: Any) -> None:
