@@ -5,6 +5,7 @@ from training import CLASSES, REGIONS
 
 from nnunet_semiseg.training.class_shares import ClassShares, shares_of
 from nnunet_semiseg.training.decisions import Decisions
+from nnunet_semiseg.training.distributed import Ranks
 
 
 def test_shares_of_classes_and_of_regions():
@@ -18,7 +19,7 @@ def test_shares_of_classes_and_of_regions():
 def epoch(shares: ClassShares, labels: list[float], pseudo: list[float], progress: float = 0.5) -> list[str]:
     shares.add_labels(torch.tensor(labels))
     shares.add_pseudo_labels(torch.tensor(pseudo))
-    return shares.end_epoch(progress)
+    return shares.end_epoch(progress, Ranks())
 
 
 def test_a_class_that_vanishes_is_named_once_until_it_is_back():
@@ -41,7 +42,7 @@ def test_the_mean_is_of_the_epoch_and_nothing_is_missed_at_the_beginning():
     assert epoch(shares, [0.8, 0.2], [0.7, 0.3])[0].endswith("a 20.00 (20.00)")
     assert len(epoch(shares, [0.8, 0.2], [1.0, 0.0], progress=0.05)) == 1
     shares.add_labels(torch.tensor([0.8, 0.2]))
-    assert shares.end_epoch(0.5) == []  # there were no pseudo-labels
+    assert shares.end_epoch(0.5, Ranks()) == []  # there were no pseudo-labels
 
 
 def test_decisions_are_counted():
@@ -54,7 +55,7 @@ def test_decisions_are_counted():
     decide.heads = [1]
     assert decide(logits)[0, 0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
     decide.count_labels(torch.ones(1, 1, 1, 8))
-    assert decide.shares.end_epoch(1.0)[0].endswith("a 43.75 (100.00)")  # (4 + 3) / 16
+    assert decide.shares.end_epoch(1.0, Ranks())[0].endswith("a 43.75 (100.00)")  # (4 + 3) / 16
 
 
 def test_voxels_that_are_ignored_are_not_counted():
@@ -62,11 +63,11 @@ def test_voxels_that_are_ignored_are_not_counted():
     decide = Decisions(manager, ["a"], torch.device("cpu"))
     decide.count_labels(torch.tensor([0, 1, 2, 2]).view(1, 1, 4, 1))
     decide.count(torch.tensor([0, 0, 0, 1]).view(1, 1, 4, 1))
-    assert decide.shares.end_epoch(1.0)[0].endswith("a 25.00 (50.00)")
+    assert decide.shares.end_epoch(1.0, Ranks())[0].endswith("a 25.00 (50.00)")
 
 
 def test_regions_are_counted_each():
     decide = Decisions(REGIONS, ["both", "b"], torch.device("cpu"))
     decide(torch.tensor([[1.0, 1], [-1, 1]]).view(1, 2, 2, 1))
     decide.count_labels(torch.tensor([[1, 1], [1, 0]]).view(1, 2, 2, 1))
-    assert decide.shares.end_epoch(1.0)[0].endswith("both 100.00 (100.00), b 50.00 (50.00)")
+    assert decide.shares.end_epoch(1.0, Ranks())[0].endswith("both 100.00 (100.00), b 50.00 (50.00)")

@@ -17,8 +17,9 @@ from nnunet_semiseg.settings.base import SemiSupervisedSettings, TrainingSetting
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.distributed import Ranks
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
-from nnunet_semiseg.training.random_state import get_random_state, seed_everything, set_random_state
+from nnunet_semiseg.training.random_state import RandomStates, get_random_state, seed_everything, set_random_state
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
 
@@ -69,6 +70,22 @@ def test_random_state_is_restored_in_every_generator():
     assert draw() == first
     seed_everything(1)
     assert draw() == first
+
+
+def test_a_checkpoint_has_the_random_states_of_all_ranks():
+    states = RandomStates(Ranks())
+    states.gather()
+    first = torch.rand(1)
+    assert states.gathered["random_state_of_others"] == []
+    assert states.load(states.gathered) == 1
+    states.restore()
+    assert torch.rand(1) == first
+    states.restore()  # nothing is loaded any more
+    assert torch.rand(1) != first
+    states.ranks.number, states.ranks.of = 1, 2  # a rank that the checkpoint does not know
+    assert states.load(states.gathered) == 1
+    states.restore()
+    assert torch.rand(1) != first
 
 
 def test_a_batch_is_sent_and_knows_its_streams():

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nnunet_semiseg.training.distributed import Ranks
+
 VANISHING = 0.05
 """A class is vanishing if its share of the pseudo-labels is less than this part of its share of the labels."""
 SETTLED = 0.1
@@ -41,13 +43,14 @@ class ClassShares:
         self.sums[row] += shares[-len(self.names) :]  # for classes the first head is the background
         self.counts[row] += 1
 
-    def end_epoch(self, progress: float) -> list[str]:
+    def end_epoch(self, progress: float, ranks: Ranks) -> list[str]:
         """Compare the shares of the epoch. Returns the lines for the log, and sets the sums to 0.
 
         Args:
             progress: the progress of the training, 0 to 1.
         """
-        (labels, pseudo), counts = (self.sums / self.counts[:, None]).tolist(), self.counts.tolist()
+        sums, counts = ranks.sum(self.sums), ranks.sum(self.counts)
+        (labels, pseudo), counts = (sums / counts[:, None]).tolist(), counts.tolist()
         self.sums.zero_()
         self.counts.zero_()
         if not all(counts):

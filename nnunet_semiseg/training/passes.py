@@ -1,10 +1,11 @@
-"""Change how a network runs: in bfloat16 on a CPU, or one sample at a time."""
+"""Change how a network runs: compiled, in bfloat16 on a CPU, or one sample at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,18 @@ PASSES = ("encode", "decode")
 """The methods of a network that runs in two halves. Its `forward` calls them. Other networks have only `forward`."""
 PAIRED = ("paired",)
 """The method of a network in which the samples of a batch influence each other."""
+
+
+def compile_each_size() -> None:
+    """Let torch.compile make one static graph for each batch size, from now on."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.cache_size_limit = 64  # all parts that are compiled separately count together
+
+
+def compile_parts(network: Any) -> None:
+    """Compile, in place, the parts of a network that a method runs separately, if it has such parts."""
+    for part in network.parts() if hasattr(network, "parts") else ():
+        part.compile()
 
 
 def run_in_bfloat16(network: nn.Module) -> None:

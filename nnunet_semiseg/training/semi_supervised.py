@@ -33,9 +33,9 @@ from nnunet_semiseg.training.decisions import Decisions
 from nnunet_semiseg.training.groups import backward, in_turn, run_together, shared, without_gradients
 from nnunet_semiseg.training.loss_term_logger import PREFIX
 from nnunet_semiseg.training.other_models import MaskVotes, find_masks
-from nnunet_semiseg.training.passes import run_sample_by_sample
+from nnunet_semiseg.training.passes import compile_each_size, compile_parts, run_sample_by_sample
 from nnunet_semiseg.training.plans_trainer import PlansTrainer, bare
-from nnunet_semiseg.training.random_state import get_random_state, set_random_state
+from nnunet_semiseg.training.random_state import RandomStates
 from nnunet_semiseg.training.teacher import make_teacher, update_teacher
 from nnunet_semiseg.training.turns import NO_TURN, Turn, draw_turn, planes_to_turn_in
 from nnunet_semiseg.training.warm_up import WarmUp
@@ -74,8 +74,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self.teacher: Any = None  # a network, if the settings ask for one
         self.method_state: dict[str, Tensor] = {}  # what else a resumed training needs; on the CPU
         self.step = 0
-        self._resume_random_state: dict | None = None
-        self._random_states: list[dict] = []  # of all ranks, for a checkpoint
+        self.random_states = RandomStates(self.ranks)
         self._resume_student: dict | None = None
 
     # ---------------------------------------------------------------------------------- what a method overrides
@@ -170,6 +169,11 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         """Whether this step belongs to the warm-up."""
         return self.warm_up is not None and self.step < self.warm_up.first_step
 
+    @property
+    def deploys_teacher(self) -> bool:
+        """Whether the deployed weights are those of the teacher."""
+        return self.teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher"
+
     def finest(self, output) -> Tensor:
         """Take the logits at full resolution from an output with or without deep supervision."""
         return output[0] if isinstance(output, (list, tuple)) else output
@@ -244,11 +248,15 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def initialize(self):
         # before super(), which makes the optimizer
         self.auxiliary = nn.ModuleDict(self.build_auxiliary()).to(self.device)
-        compiled = self._do_i_compile()
-        if compiled:  # one static graph for each batch size
-            torch._dynamo.config.automatic_dynamic_shapes = False
-            torch._dynamo.config.cache_size_limit = 64  # all parts that are compiled separately count together
+        if self._do_i_compile():
+            compile_each_size()
         super().initialize()
+        self._initialize_pseudo_labels()
+        self._initialize_passes()
+        self.trainable = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
+
+    def _initialize_pseudo_labels(self) -> None:
+        """Make what decides about pseudo-labels: where they are used, and how masks of other models change them."""
         self.decide = Decisions(self.label_manager, self.class_names(), self.device)
         if isinstance(self.settings, WarmUpSettings):
             steps, share = self.num_epochs * self.num_iterations_per_epoch, self.settings.warm_up
@@ -257,6 +265,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if self.masks:
             unsure = cast(ExternalMaskSettings, self.settings).external_unsure
             self.votes = MaskVotes(self.masks, self.class_names(), self.label_manager, unsure, self.device)
+
+    def _initialize_passes(self) -> None:
+        """Make the teacher, and change how the networks run."""
+        compiled = self._do_i_compile()
         if compiled:
             compile_parts(self.bare_network)
         if isinstance(self.settings, TeacherSettings):
@@ -266,7 +278,6 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
                 self.teacher = torch.compile(self.teacher)
         if self.settings.memory == "small":
             run_sample_by_sample(self.network)
-        self.trainable = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
 
     def fixes(self) -> dict[str, str]:
         fix = preprocess_unlabeled_again(self.plans_manager.plans, self.configuration_name)
@@ -319,9 +330,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
     def get_dataloaders(self):
         loaders = super().get_dataloaders()
-        if self._resume_random_state is not None:  # only now, because making the loaders uses random numbers
-            set_random_state(self._resume_random_state)
-            self._resume_random_state = None
+        self.random_states.restore()  # only now, because making the loaders uses random numbers
         return loaders
 
     def unlabeled_dataset(self) -> Any:
@@ -378,13 +387,10 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         for name, value in means.items():
             self.logger.log(PREFIX + name, value, self.current_epoch)
         self.print_to_log_file("loss terms:", ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
-        shares = self.decide.shares
-        shares.sums, shares.counts = self.ranks.sum(shares.sums), self.ranks.sum(shares.counts)
-        for line in shares.end_epoch(self.progress):
+        lines = self.decide.shares.end_epoch(self.progress, self.ranks)
+        lines += [] if self.warm_up is None else self.warm_up.end_epoch(self.step, self.ranks)
+        for line in lines:
             self.print_to_log_file(line)
-        if self.warm_up is not None:
-            for line in self.warm_up.end_epoch(self.step, self.ranks):
-                self.print_to_log_file(line)
         super().on_train_epoch_end([{"loss": loss}])
 
     def on_train_end(self):
@@ -396,14 +402,14 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
         They may be those of the teacher.
         """
-        if self.teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher":
+        if self.deploys_teacher:
             self.bare_network.load_state_dict(bare(self.teacher).state_dict())
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self, filename: str) -> None:
         self.refresh_network()
-        self._random_states = self.ranks.gather(get_random_state())
+        self.random_states.gather()
         super().save_checkpoint(filename)
 
     def collect_checkpoint(self) -> dict:
@@ -414,15 +420,14 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         checkpoint = super().collect_checkpoint()
         teacher = None if self.teacher is None else bare(self.teacher).state_dict()
         student = None
-        if teacher is not None and cast(TeacherSettings, self.settings).deploy == "teacher":
+        if self.deploys_teacher:
             student, checkpoint["network_weights"] = checkpoint["network_weights"], teacher
         checkpoint["teacher"] = teacher
         checkpoint["semiseg"] = {
             "student": student,
             "auxiliary": self.auxiliary.state_dict(),
             "method_state": self.method_state,
-            "random_state": self._random_states[0],
-            "random_state_of_others": self._random_states[1:],
+            **self.random_states.gathered,
         }
         return checkpoint
 
@@ -452,21 +457,14 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         if self.teacher is not None:
             bare(self.teacher).load_state_dict(checkpoint["teacher"])
         self._resume_student = state["student"]
-        states = [state["random_state"], *state.get("random_state_of_others", [])]
-        if len(states) != self.ranks.of and self.goes_on:
+        processes = self.random_states.load(state)
+        if processes != self.ranks.of and self.goes_on:
             self.print_to_log_file(
-                f"trained in {len(states)} processes so far, and from now on in {self.ranks.of}: so the random numbers"
+                f"trained in {processes} processes so far, and from now on in {self.ranks.of}: so the random numbers"
                 " differ from those of an uninterrupted training"
             )
-        self._resume_random_state = states[self.ranks.number] if self.ranks.number < len(states) else None
 
 
 def no_targets(labeled_batch: dict, unlabeled_batch: dict) -> dict[str, Tensor]:
     """Make no further targets: `Batch.extra` is empty. This is the default of `target_maker`."""
     return {}
-
-
-def compile_parts(network: Any) -> None:
-    """Compile, in place, the parts of a network that a method runs separately, if it has such parts."""
-    for part in network.parts() if hasattr(network, "parts") else ():
-        part.compile()

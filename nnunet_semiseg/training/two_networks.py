@@ -9,8 +9,8 @@ from torch import nn
 
 from nnunet_semiseg.networks.multi_decoder import MultiDecoderUNet
 from nnunet_semiseg.settings.base import SemiSupervisedSettings
-from nnunet_semiseg.training.passes import run_in_bfloat16, run_sample_by_sample
-from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer, compile_parts
+from nnunet_semiseg.training.passes import compile_parts, run_in_bfloat16, run_sample_by_sample
+from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 
 S = TypeVar("S", bound=SemiSupervisedSettings)
 
