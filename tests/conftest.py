@@ -75,7 +75,7 @@ class TinyDataset:
         with in_threads():
             planning.plan_and_preprocess(PlanningRequest(planner=planner, **asked, **kwargs))
         name = kwargs.get("overwrite_plans_name")
-        return self.plans(name or planning._default_plans_name(planning.find_planner(planner)))
+        return self.plans(name or planning.default_plans_name(planning.find_planner(planner)))
 
     def plans(self, name: str) -> dict:
         return json.loads((self.preprocessed / f"{name}.json").read_text())

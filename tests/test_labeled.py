@@ -673,15 +673,15 @@ def killed(*_, **__):
 
 def test_workers_of_nnunets_that_are_killed(tiny_dataset, monkeypatch):
     dataset = tiny_dataset(labeled=2, unlabeled=1)
-    monkeypatch.setattr("nnunet_semiseg.planning.preprocess_dataset", killed)
+    monkeypatch.setattr("nnunet_semiseg.planning.steps.preprocess_dataset", killed)
     refused(f"{PLANS}_3d_fullres: a preprocessing worker was killed, .* -np", dataset.plan)
-    monkeypatch.setattr("nnunet_semiseg.planning.extract_fingerprint_dataset", killed)
+    monkeypatch.setattr("nnunet_semiseg.planning.steps.extract_fingerprint_dataset", killed)
     refused("Dataset901_Tiny: a preprocessing worker was killed", dataset.plan)
 
 
 @pytest.mark.parametrize("processes", [0, 3])
 def test_nnunet_is_given_at_least_one_process(tiny_dataset, monkeypatch, processes):
     dataset, given = tiny_dataset(labeled=2, unlabeled=1), []
-    monkeypatch.setattr("nnunet_semiseg.planning.preprocess_dataset", lambda *args: given.append(args[3]))
+    monkeypatch.setattr("nnunet_semiseg.planning.steps.preprocess_dataset", lambda *args: given.append(args[3]))
     dataset.plan(num_processes=[processes], labeled_only=True)
     assert given == [[processes or 1]]

@@ -476,7 +476,7 @@ def test_images_too_small_for_a_u_net_are_refused(tiny_dataset, planner):
     ],
 )
 def test_numbers_out_of_all_reason_are_refused_before_any_work(options, message, tiny_dataset, monkeypatch):
-    monkeypatch.setattr("nnunet_semiseg.planning.total_memory", lambda: 10**6)
+    monkeypatch.setattr("nnunet_semiseg.planning.checks.total_memory", lambda: 10**6)
     numbers = {"numTraining": options.pop("numTraining")} if "numTraining" in options else {}
     dataset = tiny_dataset(labeled=2, unlabeled=1, **numbers)
     with pytest.raises(UserError, match=message):
