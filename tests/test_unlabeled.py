@@ -311,7 +311,7 @@ def kill_worker(case, *_):
 
 
 def test_a_killed_worker_is_reported(planned, monkeypatch):
-    monkeypatch.setattr(unlabeled_preprocessing, "_preprocess_case", kill_worker)
+    monkeypatch.setattr(unlabeled_preprocessing, "preprocess_case", kill_worker)
     with pytest.raises(UserError, match=r"^\S*unlabeled: a preprocessing worker was killed.*-np.*$"):
         run(planned, num_processes=1)
     assert nothing_half_made(planned)

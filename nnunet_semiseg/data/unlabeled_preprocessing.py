@@ -1,71 +1,31 @@
 """Preprocess unlabelled cases as nnU-Net preprocesses labelled ones, into a folder beside these.
 
-Each case is made in a folder of its own and then moved. Its ``.pkl`` file is moved last. So if this file exists, the
-case is complete. The file also says which images and which plans the case was made from. The manifest is written when
-all cases are done (see `unlabeled_manifest`). No label of an unlabelled case is ever opened.
+Workers preprocess one case each (see `unlabeled_case`). The manifest is written when all cases are done (see
+`unlabeled_manifest`). No label of an unlabelled case is ever opened.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_semiseg.data.empty_channels import values_of_nothing
-from nnunet_semiseg.data.headers import flat_problem, spacing_problem
-from nnunet_semiseg.data.image_problems import (
-    header_problems,
-    intensity_problems,
-    missing_channels,
-    nifti_damage,
-    preprocessed_problems,
-    reading_problems,
-    spread,
-    spread_problems,
-    take_out,
-)
-from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.prepared_masks import prepare_masks
-from nnunet_semiseg.data.preprocessed import (
-    SUFFIXES,
-    blame_the_disk,
-    case_files,
-    look_at_labeled,
-    made_of,
-    number_of,
-    read_arrays,
-)
-from nnunet_semiseg.data.records import contents
-from nnunet_semiseg.data.stamps import all_renewed, digest, stamp
+from nnunet_semiseg.data.preprocessed import SUFFIXES, look_at_labeled, number_of
 from nnunet_semiseg.data.texts import TEXTS_FILE
+from nnunet_semiseg.data.unlabeled_case import Task, entry_of_whole, preprocess_case
 from nnunet_semiseg.data.unlabeled_cases import READERS, find_unlabeled_cases
 from nnunet_semiseg.data.unlabeled_manifest import ENDING, output_of, recorded_cases
-from nnunet_semiseg.data.unpacked_nifti import unpacked_nifti
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import (
-    DiskError,
-    dataset_folder,
-    disk_error,
-    disk_errors,
-    only_one,
-    rewriting,
-    write_json,
-)
+from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, rewriting, write_json
 from nnunet_semiseg.parallel import DELAY, killed_workers, run_jobs
 from nnunet_semiseg.schema import check_configuration, load_plans, read_dataset_json
 
-PROPERTIES_KEY = "semiseg"
-"""A key in a case's ``.pkl`` file: which images and plans it was made from, and hashes of its arrays."""
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 WAIT = 24 * 3600
 """How many seconds one part waits while another part looks at the labelled cases."""
@@ -115,14 +75,13 @@ def preprocess_unlabeled(
     for configuration, n in zip(configurations, processes * len(configurations), strict=False):
         if configuration in known:
             check_configuration(plans, configuration, plans_file, f"plan again with {plan}")
-            folder, _ = output_of(preprocessed, plans, configuration)
+            folder, manifest_file = output_of(preprocessed, plans, configuration)
             with alone_or_part(folder, part), disk_errors(folder), killed_workers(folder):
                 with only_one(folder.with_name(f"{folder.name}.labeled.lock"), "looks at labelled cases", WAIT):
                     usual = look_at_labeled(raw, preprocessed, plans, configuration, n)
-                _preprocess_configuration(
-                    cases, preprocessed, plans, configuration, dataset_json, usual, n, clean, show_progress_bar,
-                    verbose, part,
-                )  # fmt: skip
+                hash_now = plans_hash(plans, configuration)
+                task = Task(folder, plans, configuration, hash_now, dataset_json, usual, verbose)
+                _preprocess_configuration(cases, manifest_file, task, n, clean, show_progress_bar, part)
                 if not part:
                     prepare_masks(raw, preprocessed, plans, configuration, n)
         else:
@@ -155,28 +114,25 @@ def alone_or_part(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
 
 
 def _preprocess_configuration(
-    cases, preprocessed, plans, configuration, dataset_json, usual, num_processes, clean, show_progress_bar, verbose,
-    part=None,
-) -> None:  # fmt: skip
-    folder, manifest_file = output_of(preprocessed, plans, configuration)
-    hash_now = plans_hash(plans, configuration)
-    records = [manifest_file, *sorted(folder.parent.glob(f"{folder.name}.part*of*.json"))]
-    recorded = {} if clean else {case: entry for file in records for case, entry in recorded_cases(file).items()}
+    cases: Mapping[str, list[str]],
+    manifest_file: Path,
+    task: Task,
+    num_processes: int,
+    clean: bool,
+    show_progress_bar: bool,
+    part: tuple[int, int] | None,
+) -> None:
+    folder, configuration = task.folder, task.configuration
+    of_parts = sorted(folder.parent.glob(f"{folder.name}.part*of*.json"))
+    record = manifest_file
     if part:
         cases = {case: cases[case] for case in sorted(cases)[part[0] :: part[1]]}
-        records[1:] = [folder.with_name(f"{folder.name}.part{part[0]}of{part[1]}.json")]
+        record = folder.with_name(f"{folder.name}.part{part[0]}of{part[1]}.json")
     entries = dict.fromkeys(cases)
     if not clean:
-        with ThreadPoolExecutor(READERS) as threads:
-            known = threads.map(
-                lambda case: _entry_of_whole(folder, case, cases[case], hash_now, recorded.get(case)), cases
-            )
-            bar = tqdm(known, "Looking at what is there", len(cases), delay=DELAY, disable=not show_progress_bar)
-            entries = dict(zip(cases, bar, strict=True))
-    todo = [case for case, entry in entries.items() if entry is None]
-    expected = {case + suffix for case in cases for suffix in SUFFIXES}
-    there = list(folder.iterdir()) if folder.is_dir() and not part else []  # a part does not touch other parts' files
-    leftovers = [file for file in there if file.name not in expected]
+        entries = _entries_of_whole(cases, task, [manifest_file, *of_parts], show_progress_bar)
+    todo = {case: cases[case] for case, entry in entries.items() if entry is None}
+    leftovers = [] if part else _leftovers(folder, cases)  # a part does not touch other parts' files
     labeled_folder = folder.with_name(folder.name.removesuffix(ENDING))  # a training uses and locks this folder
     with contextlib.ExitStack() as stack:
         if todo or leftovers:
@@ -194,35 +150,51 @@ def _preprocess_configuration(
         print(f"{configuration}: {len(cases)} unlabelled cases{which}, {len(todo)} of them to preprocess")
         staging = folder.with_name(folder.name + ".tmp")
         staging = staging / f"part{part[0]}of{part[1]}" if part else staging
-        about = folder, plans, configuration, dataset_json, usual, verbose
-        entries |= _preprocess_cases(
-            {case: cases[case] for case in todo}, staging, num_processes, show_progress_bar, about
-        )
-        content = {"plans_hash": hash_now, "cases": dict(sorted(entries.items()))}
-        write_json(content, records[1] if part else manifest_file)
-        for file in () if part else records[1:]:
+        entries |= _preprocess_cases(todo, staging, num_processes, show_progress_bar, task)
+        write_json({"plans_hash": task.hash_now, "cases": dict(sorted(entries.items()))}, record)
+        for file in () if part else of_parts:
             file.unlink(missing_ok=True)
     if part:
         print(f"{configuration}: this part is done; when all are done, run the command once more without parts")
 
 
+def _entries_of_whole(
+    cases: Mapping[str, list[str]], task: Task, records: Sequence[Path], show_progress_bar: bool
+) -> dict[str, dict | None]:
+    """For each case its entry in the manifest. None if it must be preprocessed; see `entry_of_whole`.
+
+    Args:
+        records: the last manifest, and the records of parts.
+    """
+    recorded = {case: entry for file in records for case, entry in recorded_cases(file).items()}
+    with ThreadPoolExecutor(READERS) as threads:
+        known = threads.map(lambda case: entry_of_whole(case, cases[case], task, recorded.get(case)), cases)
+        bar = tqdm(known, "Looking at what is there", len(cases), delay=DELAY, disable=not show_progress_bar)
+        return dict(zip(cases, bar, strict=True))
+
+
+def _leftovers(folder: Path, cases: Iterable[str]) -> list[Path]:
+    """The files in the folder that belong to none of these cases."""
+    expected = {case + suffix for case in cases for suffix in SUFFIXES}
+    return [file for file in folder.iterdir() if file.name not in expected] if folder.is_dir() else []
+
+
 def _preprocess_cases(
-    cases: dict[str, list[str]], staging: Path, num_processes: int, show_progress_bar: bool, about: tuple
+    cases: dict[str, list[str]], staging: Path, num_processes: int, show_progress_bar: bool, task: Task
 ) -> dict[str, dict]:
     """Preprocess cases, and return their entries in the manifest.
 
     Args:
         staging: a folder for incomplete files. It is emptied.
-        about: further arguments of `_preprocess_case`. The first one is the folder.
 
     Raises:
         UserError: images are bad (one line for each, after all good cases are done).
     """
-    jobs = [(case, images, staging / case, *about) for case, images in cases.items()]
+    jobs = [(case, images, staging / case, task) for case, images in cases.items()]
     entries, problems, missing = {}, {}, {}
     shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left it
     try:
-        with contextlib.closing(run_jobs(_preprocess_case, jobs, num_processes)) as results:
+        with contextlib.closing(run_jobs(preprocess_case, jobs, num_processes)) as results:
             for case, lines, channels, entry in tqdm(
                 results, "Unlabelled cases", len(jobs), disable=not (jobs and show_progress_bar)
             ):
@@ -234,128 +206,3 @@ def _preprocess_cases(
     for case in sorted(case for case, channels in missing.items() if channels):
         print(f"{case}: {', '.join(missing[case])} is 0 everywhere: this case is taken to lack this channel")
     return entries
-
-
-def _preprocess_case(
-    case: str,
-    images: list[str],
-    staging: Path,
-    folder: Path,
-    plans: dict,
-    configuration: str,
-    dataset_json: dict,
-    usual: list[float] | None,
-    verbose: bool,
-) -> tuple[str, list[str], list[str], dict | None]:
-    """Preprocess one case.
-
-    Returns:
-        The case; what is wrong with its images, one line each; the names of channels it lacks; its entry in the
-        manifest (None if something is wrong).
-    """
-    plans_manager = PlansManager(plans)
-    configuration_manager = plans_manager.get_configuration(configuration)
-    reader = plans_manager.image_reader_writer_class
-    channels, stamps = channel_names(dataset_json), [stamp(i) for i in images]  # before they are read
-    problems, missing = header_problems(images, reader), list[str]()
-    if problems:
-        return case, problems, missing, None
-    nothing, made = values_of_nothing(plans_manager, configuration_manager), []
-
-    class Unlabeled(configuration_manager.preprocessor_class):
-        def run_case_npy(self, data, seg, properties, *args, **kwargs):
-            spacing = [properties["spacing"][axis] for axis in plans["transpose_forward"]]
-            if odd := spacing_problem(spacing, plans.get("original_median_spacing_after_transp", ())):
-                problems.append(f"{images[0]}: {odd}: {take_out(images[0])}")
-            problems.extend(intensity_problems(data, images, channels))
-            if flat := flat_problem(data.shape[1:], plans):
-                problems.append(f"{images[0]}: {flat}: {take_out(images[0])}")
-            if problems:
-                raise UserError(problems[0])
-            missing.extend(missing_channels(data, channels))
-            data, seg, properties = super().run_case_npy(data, seg, properties, *args, **kwargs)
-            problems.extend(preprocessed_problems(data, images, channels, nothing))
-            problems.extend([] if problems else spread_problems(spread(data), images, channels, usual))
-            if problems:
-                raise UserError(problems[0])
-            made.extend([data, seg])
-            about = {"plans_hash": plans_hash(plans, configuration), "images": stamps}
-            return data, seg, {**properties, "class_locations": {}, PROPERTIES_KEY: about}
-
-    staging.mkdir(parents=True)
-    printed = io.StringIO()
-    try:
-        with disk_errors(folder / case):
-            files = [unpacked_nifti(image, staging) for image in images]
-        damages = zip(images, map(nifti_damage, files), strict=True)
-        problems.extend(f"{image}: {damage}: {take_out(image)}" for image, damage in damages if damage)
-        if problems:
-            raise UserError(problems[0])
-        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed):
-            Unlabeled(verbose).run_case_save(
-                str(staging / case),
-                files,
-                None,  # pyright: ignore[reportArgumentType]: nnU-Net itself passes None where there is no label
-                plans_manager,
-                configuration_manager,
-                dataset_json,
-            )
-        _read_back(staging, case, made)
-        _keep_digests(staging, case)
-        # the old .pkl goes before the data change, and the new one comes after
-        (folder / (case + SUFFIXES[-1])).unlink(missing_ok=True)
-        for suffix in SUFFIXES:
-            os.replace(staging / (case + suffix), folder / (case + suffix))
-    except DiskError:
-        raise
-    except UserError:  # its text is in `problems`
-        pass
-    except Exception as e:
-        if made:  # the images were read, so the error comes from the disk or from our code
-            blame_the_disk(e, folder / case)
-            raise
-        problems.extend(reading_problems(images, reader))
-        if not problems:
-            raise  # not the fault of the images
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    entry = None if problems else {"images": stamps, "made": [stamp(file) for file in case_files(folder, case)]}
-    return case, problems, missing, entry
-
-
-def _read_back(folder: Path, case: str, made: list[np.ndarray]) -> None:
-    """Raise DiskError if the files do not hold what was written. Not every library reports a full disk."""
-    try:
-        written = read_arrays(folder, case)
-    except UserError as e:
-        raise disk_error(folder / case, str(e)) from None
-    if not all(map(np.array_equal, written, made)):
-        raise disk_error(folder / case, "what can be read from it is not what was written")
-
-
-def _keep_digests(folder: Path, case: str) -> None:
-    """Add hashes of the arrays of a case to its `.pkl` file.
-
-    With these a later run sees that the case is whole, even if this run ends before it writes the manifest.
-    """
-    *arrays, properties_file = case_files(folder, case)
-    properties = load_pickle(str(properties_file))
-    properties[PROPERTIES_KEY]["made"] = [digest(file) for file in arrays]
-    write_pickle(properties, str(properties_file))
-
-
-def _entry_of_whole(folder: Path, case: str, images: list[str], hash_now: str, recorded: dict | None) -> dict | None:
-    """The entry of a case in the manifest. None if the case is incomplete or made from other images or plans.
-
-    Args:
-        recorded: the entry in the last manifest. Without it, the files of the case are read.
-    """
-    try:
-        files = case_files(folder, case)
-        about = load_pickle(str(files[-1]))[PROPERTIES_KEY]
-        made = made_of(recorded, files) if recorded else [stamp(file) for file in files]
-        stamps = all_renewed(about["images"], images)
-        whole = about["plans_hash"] == hash_now and made and about["made"] == contents(made)[:-1]
-        return {"images": stamps, "made": made} if whole and stamps else None
-    except Exception:  # a damaged pickle may raise anything
-        return None
