@@ -9,8 +9,9 @@ While a dataset is being made, the folder `.conversion` in it holds the options 
 a case failed, the folder stays, so that the same command continues. `dataset.json` is written last.
 """
 
-from nnunet_semiseg.raw_datasets.dataset import assign, convert_dataset
+from nnunet_semiseg.raw_datasets.dataset import convert_dataset
 from nnunet_semiseg.raw_datasets.description import About, Case, Crop, Read, Source
+from nnunet_semiseg.raw_datasets.parts import assign
 from nnunet_semiseg.raw_datasets.readers import one_channel, read_dicom_series, read_gray
 from nnunet_semiseg.raw_datasets.sources import JUNK, by_name, find_files, published_split, seeded_split
 

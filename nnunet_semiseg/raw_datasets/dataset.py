@@ -1,14 +1,13 @@
-"""Choose labelled, unlabelled and test cases, and make the whole dataset."""
+"""Make the whole dataset: check what was asked for, convert each case, and write what belongs to all of them."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from nnunet_semiseg.files import base_folder, disk_errors, only_one, read_json, 
 from nnunet_semiseg.parallel import run_jobs
 from nnunet_semiseg.raw_datasets.case import STATE, convert_case, files_of, paths_of
 from nnunet_semiseg.raw_datasets.description import About, Case, Source
-from nnunet_semiseg.raw_datasets.names import some
+from nnunet_semiseg.raw_datasets.parts import assign
 from nnunet_semiseg.raw_datasets.patients import folds_by_patient
 from nnunet_semiseg.raw_datasets.report import SUBSETS, report
 
@@ -68,18 +67,54 @@ def convert_dataset(
         UserError: there is nothing to convert, or the dataset cannot be written; cases are bad (one line for each,
             after all others are done).
     """
-    source = Path(source).absolute()
+    source, raw = Path(source).absolute(), base_folder("nnUNet_raw")
     with contextlib.ExitStack() as stack:
-        folder, raw = source, base_folder("nnUNet_raw")
-        try:
-            if not dry_run:
-                raw.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to another folder") from None
-        place = next(path for path in (raw, *raw.parents) if path.is_dir())
         if not dry_run:
+            _make_raw_folder(raw)
             stack.enter_context(only_one(raw / f".Dataset{dataset_id:03d}.lock", f"makes dataset {dataset_id}"))
+        folder = stack.enter_context(_opened(source, raw, dataset_id, max_size))
+        found = find_cases(folder, **options)
+        parts = _choose_parts(found, source, labeled, protocol)
+        _check_options(found.about, crop, register)
+        target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
+        given = (Path(option) for option in options.values() if isinstance(option, (str, Path)))
+        refuse_own_source(found, [source, *(path for path in given if path.is_file())], target)
+        asked = {"labeled": labeled, "protocol": protocol, "crop": crop, "register": register}
+        asked |= {"options": {key: str(value) for key, value in options.items()}}
+        request = describe_request(source, found, parts, asked)
+        report(found, parts, target, crop, dry_run)
+        begun = beginning(target, request, overwrite)
+        found.check([name for name, part in parts.items() if part != "unlabeled"])
+        if dry_run:
+            print("nothing was written: run the same command without --dry-run")
+            return target
+        if target.exists() and begun is None:
+            shutil.rmtree(target)
+        with disk_errors(target):
+            _take_back(target, begun or {}, request, found.about.file_ending)
+            _convert(found, folder, target, request, num_processes, show_progress_bar)
+        print(f"next: {next_command(dataset_id, found.about, parts)}")
+    return target
+
+
+def _make_raw_folder(raw: Path) -> None:
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"nnUNet_raw={raw}: cannot be made ({e.strerror}): set it to another folder") from None
+
+
+@contextlib.contextmanager
+def _opened(source: Path, raw: Path, dataset_id: int, max_size: float | None) -> Iterator[Path]:
+    """The folder with the files of the source. An archive is unpacked on the disk of `raw`, and removed at the end.
+
+    Raises:
+        UserError: there is no such source, or `raw` lies in it.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = source
         if source.is_file() and source.name.lower().endswith(ARCHIVES):
+            place = next(path for path in (raw, *raw.parents) if path.is_dir())
             folder = stack.enter_context(unpacked(source, place, f"for_{dataset_id}", max_size and max_size * 1e9))
         elif not source.is_dir():
             kind = f"no folder and no archive ({', '.join(ARCHIVES)})" if source.exists() else "no such folder"
@@ -88,41 +123,28 @@ def convert_dataset(
             raise UserError(
                 f"{raw}: datasets and their source {source} must not lie inside each other: move one of them"
             )
-        found = find_cases(folder, **options)
-        if not found.cases:
-            layout = "\n".join(f"    {line}" for line in found.about.layout.splitlines())
-            raise UserError(f"{source}: no case was found; give a folder with these files:\n{layout}")
-        try:
-            parts = assign(found, labeled, protocol)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
-        if crop == "published" and found.about.crop is None:
-            raise UserError("--crop published: this data set has no published crop: leave out this option")
-        if register != "off" and (len(found.about.channels) == 1 or found.about.dimension == 2):
-            raise UserError(f"--register {register}: this option is for volumes of several channels: leave it out")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", found.about.name):
-            raise UserError(f"--name {found.about.name}: use letters, digits, - and _ only")
-        target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
-        given = (Path(option) for option in options.values() if isinstance(option, (str, Path)))
-        refuse_own_source(found, [source, *(path for path in given if path.is_file())], target)
-        request = {"source": str(source), "parts": parts, "labeled": labeled, "protocol": protocol, "crop": crop}
-        request |= {"register": register}
-        request |= {"options": {key: str(value) for key, value in options.items()}}
-        form = [found.about.file_ending, found.about.dimension, *map(str, (found.about.labels, found.about.channels))]
-        request |= {"form": form, "stamps": {n: stamp(found.cases[n], part, source) for n, part in parts.items()}}
-        report(found, parts, target, crop, dry_run)
-        begun = beginning(target, request, overwrite)
-        found.check([name for name, part in parts.items() if part != "unlabeled"])
-        if dry_run:
-            print("nothing was written: run the same command without --dry-run")
-        else:
-            if target.exists() and begun is None:
-                shutil.rmtree(target)
-            with disk_errors(target):
-                _take_back(target, begun or {}, request, found.about.file_ending)
-                _convert(found, folder, target, request, num_processes, show_progress_bar)
-            print(f"next: {next_command(dataset_id, found.about, parts)}")
-    return target
+        yield folder
+
+
+def _choose_parts(found: Source, source: Path, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
+    """The same as `assign`, with the source in the error. Raises UserError, too, if there is no case."""
+    if not found.cases:
+        layout = "\n".join(f"    {line}" for line in found.about.layout.splitlines())
+        raise UserError(f"{source}: no case was found; give a folder with these files:\n{layout}")
+    try:
+        return assign(found, labeled, protocol)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _check_options(about: About, crop: str, register: str) -> None:
+    """Raise UserError if options do not fit this data set."""
+    if crop == "published" and about.crop is None:
+        raise UserError("--crop published: this data set has no published crop: leave out this option")
+    if register != "off" and (len(about.channels) == 1 or about.dimension == 2):
+        raise UserError(f"--register {register}: this option is for volumes of several channels: leave it out")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", about.name):
+        raise UserError(f"--name {about.name}: use letters, digits, - and _ only")
 
 
 def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str:
@@ -130,58 +152,6 @@ def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str
     configuration = "2d" if about.dimension == 2 else "3d_fullres"
     only = "" if "unlabeled" in parts.values() else " --labeled_only"
     return f"nnunet_semiseg plan_and_preprocess -d {dataset_id} -c {configuration}{only}"
-
-
-def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
-    """Decide for each case whether it is labeled, validation, unlabeled or test.
-
-    The labelled cases are the first of the published list. If one of them is missing, the next one does not replace it,
-    because then the labelled set would differ from that of other people.
-
-    Raises:
-        UserError: there are fewer labelled cases than asked for, or none; or a case is in two lists.
-    """
-    present = source.cases.keys()
-    lists = {"train": source.train, "val": source.val, "test": source.test}
-    lists = {part: list(dict.fromkeys(names)) for part, names in lists.items()}
-    for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
-        if both := sorted(set(names) & set(others)):
-            raise UserError(f"case {some(both)} is in the {one} and in the {other} list: remove it from one of them")
-    if protocol == "all":
-        listed = [name for name in dict.fromkeys(itertools.chain(*lists.values())) if name in present]
-        lists = {"train": [*listed, *(name for name in present if name not in listed)], "val": [], "test": []}
-    train = [name for name in lists["train"] if name in present]
-    if not train:
-        raise UserError(
-            "no case of the training list is in the folder: give the whole download with -i, or use --protocol all"
-        )
-    candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
-    n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
-    keep = set(candidates[:n]) & present
-    if not keep:
-        raise UserError(
-            "no training case has a label: add labels to the source, or check -i"
-            if n == 0
-            else f"none of the first {n} cases of the list exists: give a larger --labeled, or use --protocol all"
-        )
-    parts = {name: "labeled" if name in keep else "unlabeled" for name in train}
-    parts |= {name: "validation" for name in lists["val"] if name in present}
-    return parts | {name: "test" for name in lists["test"] if name in present}
-
-
-def _count(labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
-    asked = published if labeled is None else labeled
-    if asked in (None, "all"):
-        return candidates
-    n = max(1, round(asked * cases)) if isinstance(asked, float) else asked
-    if labeled is None:
-        return min(n, candidates)
-    if not 1 <= n <= candidates:
-        raise UserError(
-            f"--labeled {labeled}: asks for {n} labelled cases, but {candidates} of the {cases} training cases have a "
-            f"label: give a number from 1 to {candidates}, a fraction, or all"
-        )
-    return n
 
 
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
@@ -196,6 +166,19 @@ def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> N
             )
     if target.is_symlink():
         raise UserError(f"{target}: is a link: remove it, or choose another number with -d")
+
+
+def describe_request(source: Path, found: Source, parts: Mapping[str, str], asked: Mapping) -> dict:
+    """What is written into `request.json`, so that `beginning` and `_take_back` can compare it after an interruption.
+
+    Args:
+        parts: the part of each case; see `assign`.
+        asked: the options.
+    """
+    about = found.about
+    form = [about.file_ending, about.dimension, *map(str, (about.labels, about.channels))]
+    stamps = {name: stamp(found.cases[name], part, source) for name, part in parts.items()}
+    return {"source": str(source), "parts": parts, **asked, "form": form, "stamps": stamps}
 
 
 def stamp(case: Case, part: str, source: Path) -> list:

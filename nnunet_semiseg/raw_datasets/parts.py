@@ -1,0 +1,61 @@
+"""Choose which cases are labelled, for validation, unlabelled or for the test."""
+
+from __future__ import annotations
+
+import itertools
+
+from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.description import Source
+from nnunet_semiseg.raw_datasets.names import some
+
+
+def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
+    """Decide for each case whether it is labeled, validation, unlabeled or test.
+
+    The labelled cases are the first of the published list. If one of them is missing, the next one does not replace it,
+    because then the labelled set would differ from that of other people.
+
+    Raises:
+        UserError: there are fewer labelled cases than asked for, or none; or a case is in two lists.
+    """
+    present = source.cases.keys()
+    lists = {"train": source.train, "val": source.val, "test": source.test}
+    lists = {part: list(dict.fromkeys(names)) for part, names in lists.items()}
+    for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
+        if both := sorted(set(names) & set(others)):
+            raise UserError(f"case {some(both)} is in the {one} and in the {other} list: remove it from one of them")
+    if protocol == "all":
+        listed = [name for name in dict.fromkeys(itertools.chain(*lists.values())) if name in present]
+        lists = {"train": [*listed, *(name for name in present if name not in listed)], "val": [], "test": []}
+    train = [name for name in lists["train"] if name in present]
+    if not train:
+        raise UserError(
+            "no case of the training list is in the folder: give the whole download with -i, or use --protocol all"
+        )
+    candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
+    n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
+    keep = set(candidates[:n]) & present
+    if not keep:
+        raise UserError(
+            "no training case has a label: add labels to the source, or check -i"
+            if n == 0
+            else f"none of the first {n} cases of the list exists: give a larger --labeled, or use --protocol all"
+        )
+    parts = {name: "labeled" if name in keep else "unlabeled" for name in train}
+    parts |= {name: "validation" for name in lists["val"] if name in present}
+    return parts | {name: "test" for name in lists["test"] if name in present}
+
+
+def _count(labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
+    asked = published if labeled is None else labeled
+    if asked in (None, "all"):
+        return candidates
+    n = max(1, round(asked * cases)) if isinstance(asked, float) else asked
+    if labeled is None:
+        return min(n, candidates)
+    if not 1 <= n <= candidates:
+        raise UserError(
+            f"--labeled {labeled}: asks for {n} labelled cases, but {candidates} of the {cases} training cases have a "
+            f"label: give a number from 1 to {candidates}, a fraction, or all"
+        )
+    return n
