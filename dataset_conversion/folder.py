@@ -6,7 +6,7 @@ import difflib
 import math
 from argparse import ArgumentParser, ArgumentTypeError
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -81,28 +81,13 @@ def find_cases(
     """
     found, left_out = list_files(folder)
     given = _dataset_json(folder, left_out)
-    if bad := next((n for n, why in left_out.items() if why == UNKNOWN and _is_label(n)), None):
-        raise UserError(
-            f"{folder / bad}: this file type cannot be read: convert it to one of {', '.join(VOLUMES[:3])}, ..."
-        )
+    unread = [file for file, why in left_out.items() if why == UNKNOWN]
+    _refuse_unread_labels(folder, unread)
     _check_names(labels, channels)
-    kinds = Counter(Path(n).suffix or n for n, why in left_out.items() if why == UNKNOWN)
-    unread = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
-    try:
-        layout = recognise(found, channels or given.channels, spacing is not None, str(folder), labels)
-    except UserError as error:
-        raise UserError(f"{error} (files of types that cannot be read: {unread})" if unread else str(error)) from None
+    layout = _recognise(folder, found, unread, channels or given.channels, spacing, labels)
     if not layout.images:
-        if unread:
-            raise UserError(
-                f"{folder}: has no image that can be read ({', '.join(VOLUMES[:3])}, ...): convert these files:"
-                f" {unread}"
-            )
         return Source(ABOUT, {}, ())
-    for case in [case for case in layout.labels if layout.parts.get(case) == "unlabeled"]:
-        layout.left_out |= dict.fromkeys(
-            layout.labels.pop(case).values(), "the label of a case in an unlabelled folder"
-        )
+    _leave_out_hidden_labels(layout)
     files = Files(
         layout.channels or ("image",),
         spacing=tuple(spacing) if spacing else None,
@@ -111,6 +96,58 @@ def find_cases(
         place=lambda path: real_path(path, folder, found),
         chosen=bool(channels or given.channels),
     )
+    about = replace(_describe(files, layout, labels, given, folder), name=name)
+    cases = {case: files.case(case, layout) for case in layout.images}
+    lists = _read_split(Path(split).absolute(), cases) if split else _lists(layout)
+    patients = find_patients(cases, layout.patients, group_by) if group_by else {}
+    if test:
+        lists = _draw_test(lists, layout.labels, test, patients)
+    if patients:
+        refuse_shared(patients, lists[2], [*lists[0], *lists[1]])
+    check = partial(files.check_values, layout, about)
+    return Source(about, cases, *lists, left_out=left_out | layout.left_out, patients=patients, check=check)
+
+
+def _refuse_unread_labels(folder: Path, unread: Sequence[str]) -> None:
+    """Raise UserError if a file of an unknown type is a label, because its case would become unlabelled."""
+    if bad := next((file for file in unread if _is_label(file)), None):
+        raise UserError(
+            f"{folder / bad}: this file type cannot be read: convert it to one of {', '.join(VOLUMES[:3])}, ..."
+        )
+
+
+def _recognise(
+    folder: Path,
+    paths: Iterable[str],
+    unread: Sequence[str],
+    channels: Sequence[str] | None,
+    spacing: Sequence[float] | None,
+    labels: Sequence[str] | None,
+) -> Layout:
+    """The same as `recognise`. The error also says which files have an unknown type, because they may be the cause."""
+    kinds = Counter(Path(file).suffix or file for file in unread)
+    listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+    try:
+        layout = recognise(paths, channels, spacing is not None, str(folder), labels)
+    except UserError as error:
+        raise UserError(f"{error} (files of types that cannot be read: {listed})" if listed else str(error)) from None
+    if listed and not layout.images:
+        raise UserError(
+            f"{folder}: has no image that can be read ({', '.join(VOLUMES[:3])}, ...): convert these files: {listed}"
+        )
+    return layout
+
+
+def _leave_out_hidden_labels(layout: Layout) -> None:
+    """Leave out the labels of cases that lie in a folder of unlabelled cases."""
+    for case in [case for case in layout.labels if layout.parts.get(case) == "unlabeled"]:
+        layout.left_out |= dict.fromkeys(
+            layout.labels.pop(case).values(), "the label of a case in an unlabelled folder"
+        )
+
+
+def _describe(files: Files, layout: Layout, labels: Sequence[str] | None, given: Given, folder: Path) -> About:
+    """Describe the dataset. What the names of files were taken for is printed even if this fails."""
     try:
         about = files.describe(layout, labels, given.labels, folder)
     except UserError:
@@ -123,16 +160,7 @@ def find_cases(
         *([f"names of labels and channels: {given.file}"] if given.file else ()),
         *about.notes,
     )
-    about = replace(about, name=name, notes=notes, value_hint=ABOUT.value_hint)
-    cases = {case: files.case(case, layout) for case in layout.images}
-    lists = _read_split(Path(split).absolute(), cases) if split else _lists(layout)
-    patients = find_patients(cases, layout.patients, group_by) if group_by else {}
-    if test:
-        lists = _draw_test(lists, layout.labels, test, patients)
-    if patients:
-        refuse_shared(patients, lists[2], [*lists[0], *lists[1]])
-    check = partial(files.check_values, layout, about)
-    return Source(about, cases, *lists, left_out=left_out | layout.left_out, patients=patients, check=check)
+    return replace(about, notes=notes, value_hint=ABOUT.value_hint)
 
 
 # ------------------------------------------------------------------------------------------------ what is beside images
