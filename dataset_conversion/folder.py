@@ -20,6 +20,7 @@ from nnunet_semiseg.raw_datasets.layouts import recognise
 from nnunet_semiseg.raw_datasets.listing import UNKNOWN, list_files, real_path
 from nnunet_semiseg.raw_datasets.names import LABEL, VOLUMES, Name
 from nnunet_semiseg.raw_datasets.own_files import Files
+from nnunet_semiseg.raw_datasets.own_labels import Labels
 from nnunet_semiseg.raw_datasets.patients import find_patients, refuse_shared
 from nnunet_semiseg.raw_datasets.repair import Repair
 from nnunet_semiseg.schema import check
@@ -88,13 +89,12 @@ def find_cases(
     if not layout.images:
         return Source(ABOUT, {}, ())
     _leave_out_hidden_labels(layout)
+    millimetres = tuple(spacing) if spacing else None
+    repair = Repair(millimetres, nan, reorient)
+    place = partial(real_path, folder=folder, found=found)
+    values = Labels(place, parse(label_values, labels) if label_values else None, repair)
     files = Files(
-        layout.channels or ("image",),
-        spacing=tuple(spacing) if spacing else None,
-        repair=Repair(tuple(spacing) if spacing else None, nan, reorient),
-        values=parse(label_values, labels) if label_values else None,
-        place=lambda path: real_path(path, folder, found),
-        chosen=bool(channels or given.channels),
+        layout.channels or ("image",), millimetres, repair, values, place, chosen=bool(channels or given.channels)
     )
     about = replace(_describe(files, layout, labels, given, folder), name=name)
     cases = {case: files.case(case, layout) for case in layout.images}
@@ -104,7 +104,7 @@ def find_cases(
         lists = _draw_test(lists, layout.labels, test, patients)
     if patients:
         refuse_shared(patients, lists[2], [*lists[0], *lists[1]])
-    check = partial(files.check_values, layout, about)
+    check = partial(values.check_values, layout, about)
     return Source(about, cases, *lists, left_out=left_out | layout.left_out, patients=patients, check=check)
 
 

@@ -19,7 +19,7 @@ from test_cli import write_plans
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.dataset_conversion import folder as own
-from nnunet_semiseg.raw_datasets import label_values, own_files
+from nnunet_semiseg.raw_datasets import label_values, own_labels
 
 SHAPE = (5, 6, 7)  # x y z
 
@@ -526,8 +526,8 @@ def test_regions_of_a_raw_dataset(source, raw):
 def test_labels_that_are_not_used_are_not_opened(source, monkeypatch):
     gaps(source)
     opened = []
-    read = own_files.load
-    monkeypatch.setattr(own_files, "load", lambda path, *args: opened.append(path.name) or read(path, *args))
+    read = own_labels.load
+    monkeypatch.setattr(own_labels, "load", lambda path, *args: opened.append(path.name) or read(path, *args))
     with pytest.raises(ValueError, match="label values found are"):
         convert(source, labeled=1)
     assert set(opened) == {"c0.nii.gz"}

@@ -14,17 +14,15 @@ from typing import NoReturn
 import SimpleITK as sitk
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.raw_datasets.case import load
 from nnunet_semiseg.raw_datasets.description import About, Case, Read
-from nnunet_semiseg.raw_datasets.dicom_labels import classes_in, read_dicom_labels
+from nnunet_semiseg.raw_datasets.dicom_labels import read_dicom_labels
 from nnunet_semiseg.raw_datasets.filling import Layout
-from nnunet_semiseg.raw_datasets.label_values import LabelValues, count, found_text, offer
 from nnunet_semiseg.raw_datasets.names import DICOM_SEG, PICTURES, RTSTRUCT, SERIES, STACK, Name, some
-from nnunet_semiseg.raw_datasets.pictures import mode_of, read_colour_mask, read_colours, read_jpeg, read_mask
+from nnunet_semiseg.raw_datasets.own_labels import FEW, Labels, as_typed, hint_at_classes, plain_labels
+from nnunet_semiseg.raw_datasets.pictures import mode_of, read_jpeg, read_mask
 from nnunet_semiseg.raw_datasets.readers import (
     find_modalities,
     find_series,
-    one_channel,
     read_dicom_channel,
     read_dicom_picture,
     read_dicom_series,
@@ -41,8 +39,6 @@ from nnunet_semiseg.raw_datasets.volumes import (
 )
 
 READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")  # by nnU-Net, as they are
-FEW, MANY = 3, 50
-"""How many labels are read before anything is made, and how many are counted if none of the first ones fits."""
 
 
 def refuse(path: Path, why: str) -> NoReturn:
@@ -55,22 +51,22 @@ class Files:
     """How to read the files of a layout.
 
     Args:
+        repair: what may be changed in an image.
+        labels: what the values of the labels mean.
         place: a function that takes a name in the layout and returns its file or folder.
-        values: what the user says about label values. None: they are 0, 1, 2, ...
         chosen: whether the user has named the channels.
     """
 
     channels: tuple[str, ...]
     spacing: tuple[float, ...] | None
     repair: Repair
-    values: LabelValues | None
+    labels: Labels
     place: Callable[[str], Path]
     chosen: bool = False
-    dims: int = 3
-    sizes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
-    classes: tuple[str, ...] = ()
-    names: list[str] = field(default_factory=list)
-    named: bool = False
+    # found by `describe`
+    dims: int = field(default=3, init=False)
+    sizes: dict[Path, tuple[int, ...]] = field(default_factory=dict, init=False)
+    named: bool = field(default=False, init=False)
 
     def describe(
         self,
@@ -91,7 +87,7 @@ class Files:
         dims = Counter(min(len(self.sizes[path]), 3) for path in images if path in self.sizes)
         self.dims = dims.most_common(1)[0][0] if dims else 3
         self._check_channels(layout)
-        names = self._classes(layout, labels, given, folder)
+        names = self.labels.name_classes(layout, labels, given, folder)
         ending = _file_ending(images, self.dims)
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",
@@ -101,7 +97,7 @@ class Files:
             prompts={name: name for name in names},
             file_ending=ending,
             dims=self.dims,
-            label_values=self._label_values(names),
+            label_values=self.labels.label_values(names),
             repair=self.repair,
             notes=tuple(self._notes(layout, labels, ending)),
         )  # fmt: skip
@@ -109,19 +105,16 @@ class Files:
     def _notes(self, layout: Layout, labels: Sequence[str] | None, ending: str) -> Iterable[str]:
         """Notes for the user: which files are written in another format, and how their names were understood."""
         images = [name for files in layout.images.values() for name in files.values()]
-        plain = [name for files in layout.labels.values() if set(files) == {""} for name in files.values()]
-        plain = [
-            name for name in plain if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)
-        ]  # say so alone
         kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
-        for what, found in (("", images), (" labels", plain)):
+        for what, found in (("", images), (" labels", plain_labels(layout, layout.labels))):
             other = Counter(name[-len(Name(name).ending) :] for name in found if not name.endswith(ending))
             for kind, n in other.items():
                 yield f"{n} {kinds.get(kind, kind)}{what} are written as {ending}, voxel by voxel"
-        if self.classes and not labels:
-            yield f"each class has a mask of its own: choose some of them with --labels {_words(self.classes)}"
+        classes = self.labels.classes
+        if classes and not labels:
+            yield f"each class has a mask of its own: choose some of them with --labels {as_typed(classes)}"
         if layout.joined:
-            yield f"labels with different names are taken for the same: {some(layout.joined)}{_if_classes(layout)}"
+            yield f"labels with different names are taken for the same: {some(layout.joined)}{hint_at_classes(layout)}"
 
     def case(self, case: str, layout: Layout) -> Case:
         """Describe a case, with a reader for each file that nnU-Net cannot read."""
@@ -256,183 +249,38 @@ class Files:
     def _label(self, files: Mapping[str, str], images: Mapping[str, str]) -> Path | Read:
         grid = self.place(next(iter(images.values())))
         if all(Name(name).ending in (DICOM_SEG, RTSTRUCT) for name in files.values()):
-            options = {"names": self.names, "read_image": partial(read_grid, channel=self.channels[0])}
+            options = {"names": self.labels.names, "read_image": partial(read_grid, channel=self.channels[0])}
             return Read(read_dicom_labels, (*map(self.place, files.values()), grid), options)
-        if set(files) != {""} or self.classes:
-            by_name = {name.casefold(): path for name, path in files.items()}
-            there = [(name, by_name[name.casefold()]) for name in self.classes if name.casefold() in by_name]
-            if not there:
-                why = f"no mask of {some(self.classes)} beside it: rename it, or remove it"
-                return Read(refuse, (self.place(next(iter(files.values()))),), {"why": why})
-            values = [self.classes.index(name) + 1 for name, _ in there]
-            missing = [name for name in self.classes if name.casefold() not in by_name]
-            options = {"values": values, "names": [name for name, _ in there], "missing": missing}
-            options["repair"] = self.repair
-            return Read(read_class_masks, tuple(self.place(path) for _, path in there), options, True)
+        if set(files) != {""} or self.labels.classes:
+            return self._class_masks(files)
         name = files[""]
         path, ending = self.place(name), Name(name).ending
         if ending == SERIES:
             return Read(read_dicom_series, (path,)) if path.is_dir() else Read(read_dicom_picture, (path,))
         if ending == STACK:
-            options = {"read_slice": self._read_picture, "channel": self.channels[0]}
+            options = {"read_slice": self.labels.read_picture, "channel": self.channels[0]}
             if Name(next(iter(images.values()))).ending == STACK:
                 options["spacing"] = self.spacing
             return Read(read_mask_stack, (path, grid), options)
         if self.dims == 3 and ending in (".tif", ".tiff"):
             return Read(read_tiff_volume, (path,), {"spacing": self.spacing})
-        reader = self._picture_reader(path)
-        return Read(reader, (path,)) if reader else path
+        return self.labels.reader(path)
 
-    @property
-    def _read_picture(self) -> Callable[[Path], sitk.Image]:
-        return partial(read_any_mask, colours=self.values.colours if self.values else {}, labels=tuple(self.names))
-
-    def _picture_reader(self, path: Path) -> Callable[[Path], sitk.Image] | None:
-        """Choose the reader for a picture. None if SimpleITK can read it."""
-        return self._read_picture if mode_of(path) in ("P", "1", "LA", "PA", "RGB", "RGBA") else None
-
-    def _classes(self, layout: Layout, labels, given, folder: Path) -> dict[str, int | tuple[int, ...]]:
-        """Find the value of each class. If each class has its own mask, `classes` is set, too."""
-        several = {name for files in layout.labels.values() if set(files) != {""} for name in files}
-        several -= {name for name in several if Name(name).ending in (DICOM_SEG, RTSTRUCT)}
-        if several and self.values:
-            raise UserError("--label-values: each class has its own mask here: leave out this option, and use --labels")
-        if several:
-            lacking = [name for name in labels or () if name.casefold() not in {n.casefold() for n in several}]
-            if lacking:
-                raise UserError(
-                    f"--labels {lacking[0]}: no mask has this name: use names of these: {some(sorted(several), 20)}"
-                )
-            self.classes = tuple(labels or sorted(several))
-            chosen = {name.casefold() for name in self.classes}
-            for files in layout.labels.values():
-                others = (path for name, path in files.items() if name.casefold() not in chosen)
-                layout.left_out |= dict.fromkeys(others, "a mask of a class that is not named with --labels")
-        if not layout.labels:
-            raise UserError(
-                f"{folder}: no file is a label: name label files CASE_seg, or put them into a folder labels"
-            )
-        if self.values:
-            self.names = [name for name in self.values.names if self.values.names[name]]
-            return dict(self.values.names)
-        self.names = list(labels or self.classes)
-        if self.names:
-            return {"background": 0, **{name: i for i, name in enumerate(self.names, 1)}}
-        if given:
-            return dict(given)
-        file = next(path for files in layout.labels.values() for path in files.values())
-        if Name(file).ending in (DICOM_SEG, RTSTRUCT):
-            words = _words(classes_in(self.place(file)))
-            raise UserError(f"{self.place(file)}: its classes have names: choose some of them with --labels {words}")
-        plain = self._plain_labels(layout, layout.labels)[:FEW]
-        found = self._count(plain)
-        if not found and plain:
-            self._loaded(plain[0])  # says what is wrong with it
-        values = sorted(value for value in found if isinstance(value, (int, float)))
-        if values == list(range(len(values))):
-            words = " ".join(f"NAME{i}" for i in values[1:])
-            raise UserError(
-                f"{folder}: what do the label values mean? Found are {found_text(found)}: "
-                f"name them with --labels {words}{_if_classes(layout)}"
-            )
-        raise UserError(f"{folder}: what do the label values mean? Found are {found_text(found)}: {offer(found)}")
-
-    def _label_values(self, names: Mapping[str, int | tuple[int, ...]]) -> Mapping[int, int] | None:
-        if self.values:
-            known = {value: value for value in self.values.colours.values()}  # of colours that are read already
-            return self.values.grey or known if not self.values.colours else {**known, **self.values.grey}
-        return {0: 0, 1: 1, 255: 1} if len(names) == 2 and not self.classes else None
-
-    def check_values(self, layout: Layout, about: About, cases: Sequence[str]) -> None:
-        """Raise UserError if all of the first labels have unknown values.
-
-        If only one label has unknown values, its case fails later.
-
-        Args:
-            cases: the cases whose labels are used. Other labels are not opened.
-        """
-        plain = self._plain_labels(layout, cases)
-        known = set(about.label_map) | (set(self.values.colours) if self.values else set())
-        counts = [counted for path in plain[:FEW] if (counted := self._count([path]))]
-        if not self.values and about.label_map.get(255) == 1 and any(255 in counted for counted in counts):
-            print("note: label value 255 is written as 1")
-        if not counts or any(counted.keys() <= known for counted in counts):
-            self._say_what_is_missing(plain, counts)
-            return
-        by_path = {path: self._count([path]) for path in plain[:MANY]}
-        usual = sorted(len(counted) for counted in by_path.values())[len(by_path) // 2]
-        smoothed = [path for path, counted in by_path.items() if len(counted) > max(10, 3 * usual)]
-        found = sum((counted for path, counted in by_path.items() if path not in smoothed), Counter())
-        where = plain[0].parent if len(plain) > 1 else plain[0]
-        more = f"; {some(map(str, smoothed))} was smoothed and has more: save it again" if smoothed else ""
-        if not self.values and self.names and set(found) == set(range(len(found))):
-            names = " ".join(f"NAME{i}" for i in range(1, len(found)))
-            raise UserError(
-                f"{where}: label values found are {found_text(found)}, but --labels names {len(self.names)}:"
-                f" give a name for each with --labels {names}{more}"
-            )
-        raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
-
-    def _say_what_is_missing(self, plain: Sequence[Path], counts: Sequence[Counter]) -> None:
-        """Print a line for each class of `--labels` that no label has, because users often give a name too many."""
-        wanted = {value: name for value, name in enumerate(self.names, 1) if name != "ignore"}
-        if self.values or self.classes or len(wanted) < 2:
-            return
-        found = set().union(*counts)
-        for path in plain[FEW:MANY]:
-            if found >= wanted.keys():
-                break
-            found |= self._count([path]).keys()
-        looked = f"none of the first {MANY} labels" if len(plain) > MANY else "no label"
-        for value in sorted(wanted.keys() - found):
-            print(f"note: {looked} has a voxel of {wanted[value]} (value {value}): check --labels")
-
-    def _plain_labels(self, layout: Layout, cases: Iterable[str]) -> list[Path]:
-        """The labels whose values can be read without another file."""
-        labels = [layout.labels[case] for case in cases if case in layout.labels]
-        names = (files[""] for files in labels if set(files) == {""})
-        return [self.place(name) for name in names if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)]
-
-    def _count(self, paths: Iterable[Path]) -> Counter:
-        """Count voxels by value over files. A file that cannot be read is skipped; its case reports it later."""
-        total: Counter = Counter()
-        for path in paths:
-            with contextlib.suppress(Exception):  # readers raise of many kinds
-                colour = mode_of(path) in ("RGB", "RGBA") or (
-                    mode_of(path) == "P" and self.values and self.values.colours
-                )
-                counted = count(read_colours(path) if colour else self._loaded(path))
-                if colour and all(len(set(value)) == 1 for value in counted):  # grey, in three channels
-                    counted = Counter({value[0]: n for value, n in counted.items()})
-                total.update(counted)
-        return total
-
-    def _loaded(self, path: Path) -> sitk.Image:
-        reader = self._picture_reader(path)
-        label = load(Read(reader, (path,)) if reader else path, [], self.repair)[0]
-        return label if label.GetDimension() == 2 else one_channel(label, str(path))
-
-
-def _words(names: Iterable[str]) -> str:
-    """Join words as the user would type them in a shell."""
-    return " ".join(f"'{name}'" if " " in name else name for name in names)
-
-
-def _if_classes(layout: Layout) -> str:
-    """A hint that says what to type if labels with different names belong to different classes."""
-    named = [name for name in layout.joined if name and not any(c.isdecimal() for c in name)]
-    return f"; if each is a class of its own, --labels {_words(named)}" if len(named) > 1 else ""
-
-
-def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], labels: Sequence[str] = ()) -> sitk.Image:
-    """Read a picture of labels. If it has colours, they decide which class a pixel has.
-
-    The indices of a palette are read as values, unless the user names colours.
-    """
-    mode = mode_of(path)
-    if mode in ("RGB", "RGBA") or (mode == "P" and colours):
-        return read_colour_mask(path, colours, labels)
-    return read_mask(path) if mode in ("P", "1", "LA", "PA") else sitk.ReadImage(path)
+    def _class_masks(self, files: Mapping[str, str]) -> Read:
+        """The reader of a label whose classes have a mask each."""
+        classes = self.labels.classes
+        by_name = {name.casefold(): path for name, path in files.items()}
+        there = [(name, by_name[name.casefold()]) for name in classes if name.casefold() in by_name]
+        if not there:
+            why = f"no mask of {some(classes)} beside it: rename it, or remove it"
+            return Read(refuse, (self.place(next(iter(files.values()))),), {"why": why})
+        options = {
+            "values": [classes.index(name) + 1 for name, _ in there],
+            "names": [name for name, _ in there],
+            "missing": [name for name in classes if name.casefold() not in by_name],
+            "repair": self.repair,
+        }
+        return Read(read_class_masks, tuple(self.place(path) for _, path in there), options, True)
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
