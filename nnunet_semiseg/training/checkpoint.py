@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,17 @@ def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, key
     if missing := [k for k in keys if not (isinstance(content, dict) and isinstance(content.get(k), dict))]:
         raise UserError(f"{checkpoint}: is not an nnU-Net checkpoint (it has no {missing[0]}): {fix}")
     return content
+
+
+@contextmanager
+def as_file(checkpoint: dict | str | os.PathLike) -> Iterator[str]:
+    """The path of a checkpoint. A dictionary is written to a file that exists within the `with` block only."""
+    if not isinstance(checkpoint, dict):
+        yield os.fspath(checkpoint)
+        return
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save(checkpoint, file.name)
+        yield file.name
 
 
 def _check_sums(file: str | os.PathLike) -> None:

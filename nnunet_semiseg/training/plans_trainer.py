@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -186,15 +185,21 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.ranks.copy_first(*self.trained_modules())
         self.dataset_class = ReadableCases(self.dataset_class, self.fixes(), self.reasons)
-        if (model := os.environ.get(checkpoints.CONTINUE_FROM)) and not self.goes_on:
+        self._take_first_weights()
+        if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
+            run_in_bfloat16(self.network)
+
+    def _take_first_weights(self) -> None:
+        """Begin a new training with the weights of another model or of an encoder, if these are given."""
+        if self.goes_on:
+            return
+        if model := os.environ.get(checkpoints.CONTINUE_FROM):
             fix = "give a model of the same trainer with the same network"
             with checkpoints.fitting({}, model, fix):
                 self.begin_with(checkpoints.read(model, fix))
             self.print_to_log_file(f"this new training begins with the weights of {model}")
-        elif (encoder := self.settings.pretrained_encoder) and not self.goes_on:
+        elif encoder := self.settings.pretrained_encoder:
             self.print_to_log_file(load_pretrained_encoder(self.bare_network, encoder))
-        if self.settings.bfloat16_on_cpu and self.device.type == "cpu":
-            run_in_bfloat16(self.network)
 
     def fixes(self) -> dict[str, str]:
         """For each folder of preprocessed cases, what to do if a case in it cannot be read."""
@@ -418,23 +423,23 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.check_checkpoint(content, name)
         changed = changed_settings(type(self), content["init_args"].get("plans", plans.plans), plans.plans)
         if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
-            try:
-                checkpoints.refuse_other_settings(changed, name)
-            except UserError:
-                Path(self.log_file).unlink(missing_ok=True)  # nothing was trained, so the new log is removed
-                raise
+            self._refuse_other_settings(changed, name)
         own = self.my_init_kwargs
         with checkpoints.fitting(changed, name, fix), told(self, several=False):
-            if isinstance(checkpoint, dict):
-                with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-                    torch.save(checkpoint, file.name)
-                    super().load_checkpoint(file.name)
-            else:
-                super().load_checkpoint(os.fspath(checkpoint))
+            with checkpoints.as_file(checkpoint) as file:
+                super().load_checkpoint(file)
             self.restore(content)
         self.my_init_kwargs = own  # nnU-Net has taken the checkpoint's, which hold the old settings
         for setting, (old, new) in changed.items() if self.goes_on else ():
             self.print_to_log_file(f"continuing with another setting: {setting} was {old} and is {new}")
+
+    def _refuse_other_settings(self, changed: dict[str, tuple[Any, Any]], name: str) -> None:
+        """The same as `refuse_other_settings`. It also removes the new log, because nothing was trained."""
+        try:
+            checkpoints.refuse_other_settings(changed, name)
+        except UserError:
+            Path(self.log_file).unlink(missing_ok=True)
+            raise
 
     def begin_with(self, checkpoint: dict) -> None:
         """Take the weights of another training, and nothing else. This training begins at epoch 0."""
