@@ -58,8 +58,8 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     decide: Decisions  # from `initialize` on
     masks: PreparedMasks | None = None
     """The masks of other models, if the settings ask for them."""
-    warm_up: Any = None  # a `WarmUp`, if the settings ask for one
     votes: MaskVotes  # from `initialize` on, where there are such masks
+    warm_up: Any = None  # a `WarmUp`, if the settings ask for one
 
     def __init__(
         self,
