@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import count as count_up
 from pathlib import Path
 
 from nnunet_semiseg.data.half_accepted import journals
@@ -175,7 +176,7 @@ def what_is_next(
     # `share` and `distill` make models of others, PLANS_from_TRAINER
     newest = max(done, key=lambda run: ("_from_" not in run.base_plans, _time(run.checkpoint)))
     if accepted and _time(accepted[-1]) > _time(newest.checkpoint):
-        return _train_on(number, _reviewed(reviews, done), len(accepted))
+        return _train_on(number, _reviewed(reviews, done), len(accepted), {p.plans for p in prepared})
     run = newest if accepted else done[0]
     model = f"-d {number} -c {run.configuration} -f {run.fold} -p {run.base_plans}"
     if not compared:
@@ -185,11 +186,16 @@ def what_is_next(
     return f"nnunet_semiseg review {model}{device}"
 
 
-def _train_on(number: int | str, run: Run, rounds: int) -> str:
-    """The command that trains on from a model, after this many calls of `accept`."""
+def _train_on(number: int | str, run: Run, rounds: int, taken: Container[str]) -> str:
+    """The command that trains on from a model, after this many calls of `accept`.
+
+    Args:
+        taken: names of plans that exist. The new training gets another name.
+    """
+    name = next(name for n in count_up(rounds + 1) if (name := f"round{n}") not in taken)
     return (
         f"nnunet_semiseg train {number} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans}"
-        f" --as round{rounds + 1} --continue_from {shlex.quote(str(run.model_folder))}{device_option()}"
+        f" --as {name} --continue_from {shlex.quote(str(run.model_folder))}{device_option()}"
     )
 
 

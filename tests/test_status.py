@@ -94,6 +94,10 @@ def test_after_an_acceptance_the_reviewed_model_trains_on_and_is_reviewed_again(
     assert happens(3, page(first)) == "accept -d 901 -i FOLDER"
     begun = f"train 901 3d_fullres 0 -tr UAMTTrainer -p {PLANS} --as round2 --continue_from {first}"
     assert happens(4, dataset.raw / ".accepted" / "0001" / "journal.json") == begun
+    taken = dataset.preprocessed / "round2.json"  # plans of a round that was taken back
+    taken.write_bytes((dataset.preprocessed / f"{PLANS}.json").read_bytes())
+    assert status(901)[-1].split(" -device")[0].endswith(begun.replace("round2", "round3"))
+    taken.unlink()
     second = model("UAMTTrainer", "round2")
     happens(5, second / final)
     assert (
