@@ -495,6 +495,19 @@ def test_each_round_of_the_loop_is_a_model_of_its_own(tool):
     assert review_check.round_of(run, 2).dataset == "Dataset706_acdc_small_6"
 
 
+def test_the_loop_copies_a_model_without_the_locks_of_a_running_training(tool, tmp_path):
+    review_check, _ = tool("review_check")
+    run = review_check.Run("acdc_small", "6", "SupervisedTrainer", "default", 0, 2000)
+    work, root = tmp_path / "work", tmp_path / "root"
+    for place in (*(work / name / run.dataset for name in ("raw", "preprocessed")), review_check.model_of(work, run)):
+        place.mkdir(parents=True)
+        (place / "file").touch()
+    (work / "preprocessed" / run.dataset / ".cases.reading.lock").touch()
+    review_check.copy_of_model(work, root, run)
+    assert [f.name for f in (root / "preprocessed" / run.dataset).iterdir()] == ["file"]
+    assert (review_check.model_of(root, run) / "file").exists()
+
+
 # ------------------------------------------------------------------------------------- simulated_masks.py and words.py
 
 

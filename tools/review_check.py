@@ -118,8 +118,9 @@ def copy_of_model(work: Path, root: Path, run: Run) -> None:
     if (root / "copied").exists():
         return
     shutil.rmtree(root, ignore_errors=True)
+    unlocked = shutil.ignore_patterns("*.lock")  # another training may use the same cases now
     for place in ("raw", "preprocessed"):
-        shutil.copytree(work / place / run.dataset, root / place / run.dataset)
+        shutil.copytree(work / place / run.dataset, root / place / run.dataset, ignore=unlocked)
     shutil.copytree(model_of(work, run), model_of(root, run))
     (root / "copied").touch()
 
