@@ -239,7 +239,7 @@ def test_what_was_changed_since_is_not_taken_back(raw_only):
     accept(901, folder)
     label = dataset.raw / "labelsTr" / "un_000.nii.gz"
     write_image(cubes() * 0, label)
-    assert f"{label}: was changed since it was accepted" in undo_refused()
+    assert f"{label}: was changed or removed after accept" in undo_refused()
 
 
 def test_validation_cases_stay_where_they_are():
