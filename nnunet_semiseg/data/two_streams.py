@@ -47,7 +47,7 @@ class ViewsTransform(BasicTransform):
     All views share the spatial transform and the mirroring, so that their predictions can be compared voxel by voxel. A
     `weak` view has nothing else. A `strong` view also has nnU-Net's intensity transforms, with new random numbers for
     each view. They are applied to a clone, because batchgeneratorsv2 changes tensors in place. Transforms of the
-    segmentation are left out, because there is none.
+    segmentation are not applied, because there is none.
 
     nnU-Net applies each intensity transform rarely (0.1 to 0.3), and in a third of all cases it applies none. A student
     that sees the same as its teacher learns nothing. So in a strong view each transform is applied with

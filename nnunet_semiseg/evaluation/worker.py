@@ -62,7 +62,7 @@ def predict(
         images: for each case the files of its channels.
         noise: standard deviation of the Gaussian noise on the normalised images.
         features: a safetensors file with weights that replace the same weights of the model.
-        settings: stored in the record, which says whether the predictions are still the ones that are asked for.
+        settings: stored in `RECORD`, by which `compare` sees whether the predictions are the ones that it needs.
     """
     folder = Path(output)
     (folder / RECORD).unlink(missing_ok=True)  # first: after an interrupted removal the folder is incomplete

@@ -37,7 +37,7 @@ class Layout:
         channels: the channels in their order. Empty if there is one channel without a name.
         parts: the part of a case: val, test or unlabeled. All other cases are for training.
         patients: the patients by case, if folders name them.
-        left_out: the files that are left out, each with the reason.
+        left_out: the files that no case uses, each with the reason.
         joined: different names of labels that were treated as the same class. Empty if the names do not differ.
     """
 

@@ -30,7 +30,7 @@ def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
 def read_dicom_channel(folder: Path, channel: str, channels: Sequence[str]) -> tuple[sitk.Image, str]:
     """Read the series of one channel, for a case with several channels.
 
-    Also returns a note on series that are left out.
+    Also returns a note on series that are not used, because they belong to no channel.
 
     Raises:
         UserError: as `read_dicom_series`; also if the only series belongs to another channel.
