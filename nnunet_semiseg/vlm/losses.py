@@ -148,8 +148,8 @@ def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperatur
 
     The negatives are the tokens of other samples. The loss is the mean over tokens of -log(exp(c_b . z_bi / T) /
     (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))). Other tokens of the same sample and padding do not
-    take part. c_b is the CLS of sample b, and z_bi is its token i. (In the public code
-    the sum over the negatives also includes the token itself.)
+    take part. c_b is the CLS of sample b, and z_bi is its token i. (In the public code the sum over the negatives also
+    includes the token itself.)
 
     Args:
         cls: (B, d); samples: (B, L, d). Both are normalised here.
