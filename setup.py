@@ -1,4 +1,8 @@
-"""What pyproject.toml cannot say: the three mapped folders, and the .pth that shows nnU-Net our trainers."""
+"""What pyproject.toml cannot say: where three folders are installed, and a path file (.pth) of Python.
+
+The folders `trainers`, `planners` and `dataset_conversion` become packages in `nnunet_semiseg`. Python runs the path
+file at each start. It tells nnU-Net where our trainers are.
+"""
 
 from pathlib import Path
 
@@ -22,7 +26,11 @@ except Exception:
 
 
 def pth(folder: str) -> str:
-    """The .pth file for the folder that this expression gives; ASCII, as Pythons differ on its encoding."""
+    """The content of the .pth file, in ASCII, because versions of Python read it in different encodings.
+
+    Args:
+        folder: a Python expression. Its value, when Python starts, is the folder with our trainers.
+    """
     return f"import os; exec({PTH_CODE.format(folder=folder)!a})\n"
 
 

@@ -1,4 +1,4 @@
-"""Brain tumours in four MR sequences: BraTS 2019."""
+"""BraTS 2019: the whole brain tumour in FLAIR or, with `--task regions`, three regions of it in four MR sequences."""
 
 from __future__ import annotations
 

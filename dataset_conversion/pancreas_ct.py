@@ -73,8 +73,9 @@ def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
     """
     image, label = read_dicom_series(scan), sitk.ReadImage(path)
     if image.GetSize() != label.GetSize():
-        sizes = f"its size is {label.GetSize()}, but that of {scan} is {image.GetSize()}"
-        raise UserError(f"{path}: {sizes}: download it again")
+        raise UserError(
+            f"{path}: its size is {label.GetSize()}, but that of {scan} is {image.GetSize()}: download it again"
+        )
     units, given = sitk.GetArrayViewFromImage(image), sitk.GetArrayFromImage(label)
     if not given.any():
         raise UserError(f"{path}: the label is empty: download it again")

@@ -61,7 +61,10 @@ def find_images(folder: Path, about: About) -> Source:
 
 
 def _one_channel(path: Path) -> Path | Read:
-    """The file itself if it has one channel, so that it can be linked. Only its header is read."""
+    """The file itself if it has one channel, so that it can be linked. Else a `Read` that takes one of equal channels.
+
+    Only the header of the file is read here.
+    """
     try:
         with Image.open(path) as image:
             return path if image.mode in ("L", "I;16") else Read(read_gray, (path,))
@@ -70,7 +73,10 @@ def _one_channel(path: Path) -> Path | Read:
 
 
 def read_mask(path: Path) -> sitk.Image | tuple[sitk.Image, str]:
-    """A mask of 0 and 255, or of 0 and 1. Values between 0 and 255, from lossy compression, are rounded to these."""
+    """Read a mask of 0 and 255, or of 0 and 1.
+
+    Lossy compression leaves values between 0 and 255. They are set to 0 or 255, and a note on that is returned, too.
+    """
     mask = read_gray(path)
     voxels = sitk.GetArrayViewFromImage(mask)
     if voxels.max() < 128 or np.isin(voxels, (0, 255)).all():

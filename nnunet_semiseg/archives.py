@@ -18,8 +18,8 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
 RATIO, HARMLESS = 100, 1 << 30
-"""An archive may unpack to this many times its own size, and to this many bytes in any case. Normal images and labels
-need less."""
+"""The size limit of what is in an archive: `RATIO` times the size of the archive, or `HARMLESS` bytes if that is more.
+Normal images and labels need less."""
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def unpacked(archive: Path, parent: Path, purpose: str, max_size: float | None =
     and removes it.
 
     Args:
-        max_size: the largest allowed size of the whole content, in bytes. None: `RATIO` times the size of the archive.
+        max_size: the largest allowed size of the whole content, in bytes. None: the limit of `RATIO` and `HARMLESS`.
     """
     folder = parent / f".unpacked_{purpose}_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -47,7 +47,7 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
 
     Raises:
         UserError: the archive is damaged or encrypted; it has a path outside the folder, a link or a device; it is
-            larger than the limit or than the free space.
+            larger than the limit (see `unpacked`) or than the free space.
     """
     try:
         if archive.name.lower().endswith(".zip"):
@@ -87,7 +87,10 @@ def _refuse_outside(name: str, archive: Path) -> None:
 
 
 def _refuse_large(size: int, archive: Path, folder: Path, max_size: float | None) -> None:
-    """Refuse an archive if its files, by the sizes that it states, are too large. No more is ever unpacked."""
+    """Refuse an archive if its files together are larger than the limit (see `unpacked`) or than the free space.
+
+    `size` is what the archive says. Unpacking never writes more bytes than that.
+    """
     packed, free = archive.stat().st_size, shutil.disk_usage(folder).free
     limit = max(RATIO * packed, HARMLESS) if max_size is None else max_size
     if size > limit:

@@ -33,7 +33,7 @@ def find_class(package: str, name: str) -> type | None:
 
 
 def iter_classes(package: str) -> Iterator[type]:
-    """Yield every public trainer or planner. A module that needs a missing package is left out."""
+    """Yield every public trainer or planner. Modules that need a missing package are skipped."""
     for module, _ in _modules(package):
         try:
             namespace = vars(importlib.import_module(module))

@@ -17,7 +17,7 @@ MOST_LINES = 30
 def report(error: Exception) -> None:
     """Print the lines of an error to stderr.
 
-    If there are very many: the first ones, how many are left out, and the last one.
+    If there are very many: the first ones, how many are not shown, and the last one.
     """
     *lines, last = str(error).splitlines() or [""]
     if left := max(0, len(lines) + 1 - MOST_LINES):

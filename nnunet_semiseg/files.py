@@ -39,8 +39,10 @@ def dataset_folder(variable: str, dataset: int | str) -> Path:
     except ValueError:
         raise UserError(f"dataset {dataset}: give its number or its name, 501 or Dataset501_LA") from None
     except RuntimeError as e:
-        what = "several datasets have" if "More than one" in str(e) else "no dataset has"
-        raise UserError(f"dataset {dataset}: {what} this number: look into {variable}={base}") from None
+        if "More than one" in str(e):
+            fix = "give the name of one of them, or rename the others"
+            raise UserError(f"dataset {dataset}: several datasets have this number: {fix}") from None
+        raise UserError(f"dataset {dataset}: no dataset has this number: choose one in {variable}={base}") from None
     if not re.fullmatch(r"Dataset\d{3}_[^/\\]+", name):  # nnU-Net reads only three digits: 1500 would become 150
         raise UserError(
             f"dataset {dataset}: {name} is not a name like Dataset501_LA, with three digits: rename its folder"
@@ -48,7 +50,7 @@ def dataset_folder(variable: str, dataset: int | str) -> Path:
     folders = [Path(folder) for variable in VARIABLES if (folder := os.environ.get(variable))]
     if not any((folder / name).is_dir() for folder in folders):
         near = difflib.get_close_matches(name, {file.name for folder in folders for file in folder.glob("Dataset*")}, 1)
-        hint = f"did you mean {near[0]}?" if near else f"look into {variable}={base}"
+        hint = f"did you mean {near[0]}?" if near else f"choose one in {variable}={base}"
         raise UserError(f"dataset {dataset}: no dataset has this name: {hint}")
     return base / name
 
@@ -192,7 +194,9 @@ def disk_error(place: Path | str, cause: str) -> DiskError:
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Give a temporary path to write to. At the end, the file there replaces `file`. If writing failed, it is removed.
+    """Give a temporary path to write to. At the end, the file there replaces `file`.
+
+    If writing fails, the temporary file is removed, and `file` stays as it was.
 
     The temporary name is new each time, so that two processes do not write into the same file.
 
@@ -349,7 +353,7 @@ def _acquired_from_the_dead(lease: SoftFileLease) -> bool:
 
 
 def _sign_of_life(lease: SoftFileLease) -> int | None:
-    """The time when the lock file was last touched. None if it does not exist any more."""
+    """The time in ns, by the clock of the disk, at which the owner last renewed the lock file. None if it is gone."""
     with suppress(OSError):
         return os.stat(lease.lock_file).st_mtime_ns
     return None

@@ -87,7 +87,9 @@ class PlanningRequest(PreprocessingRequest):
         help="number of processes for the fingerprint; default: one for each core, at most 8",
     )
     verify_dataset_integrity: bool = option(
-        "--verify_dataset_integrity", default=False, help="check all images first: recommended once for a dataset"
+        "--verify_dataset_integrity",
+        default=False,
+        help="first check labelled cases and headers of unlabelled images: recommended once for a dataset",
     )
     preprocess: bool = option("--no_pp", default=True, help="stop after the plans, without preprocessing")
     labeled_only: bool = option(

@@ -63,9 +63,9 @@ class Run:
 
     @property
     def repetition(self) -> str:
-        """Which of the runs of its trainer this is, in words.
+        """Which of the runs of its trainer this is: `seed 1`, or `as in the plans` if the run has no seed of its own.
 
-        nnU-Net's own trainers do not use the seed in the plans.
+        For nnU-Net's own trainers it is `run 1`, because they do not use the seed.
         """
         if self.seed is None:
             return "as in the plans"

@@ -43,8 +43,8 @@ class Prepared:
 
     Attributes:
         is_there: whether the labelled cases are preprocessed.
-        problem: what is not up to date, and the command that fixes it. Empty if all is up to date.
-        fix: the command that fixes it.
+        problem: what is not up to date, and the command that fixes it. Empty if all is up to date or not preprocessed.
+        fix: the command in `problem`, or else the one that preprocesses again. Empty if nothing is preprocessed.
     """
 
     plans: str

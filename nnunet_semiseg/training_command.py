@@ -66,8 +66,10 @@ def check_running_command() -> None:
     args = _running_arguments()
     check_training(args)
     if int(args.num_gpus or 1) > 1 and args.device not in (None, "cuda"):
-        where = f"{COMMAND} starts several processes on GPUs only: use nnunet_semiseg train for -device {args.device}"
-        raise UserError(f"-num_gpus {args.num_gpus}: {where}")
+        raise UserError(
+            f"-num_gpus {args.num_gpus}: {COMMAND} starts several processes on GPUs only: use nnunet_semiseg train for"
+            f" -device {args.device}"
+        )
     check_plans_name(dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id) / f"{args.p}.json")
 
 

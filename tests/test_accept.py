@@ -18,7 +18,8 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.data.half_accepted import FOLDER, journals
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import write_json
+from nnunet_semiseg.files import DiskError, write_json
+from nnunet_semiseg.review import preprocessing
 from nnunet_semiseg.review.accept import accept, extended, undo
 from nnunet_semiseg.review.labels import digest_of
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
@@ -192,6 +193,17 @@ def test_a_refusal_on_the_way_leaves_nothing(raw_only):
     assert snapshot(dataset.raw) == before
 
 
+def test_a_preprocessed_case_that_cannot_be_read_back_is_the_fault_of_the_disk(dataset, corrected, monkeypatch):
+    def damaged(folder, case):
+        raise UserError(f"{case}.b2nd: half-written")
+
+    monkeypatch.setattr(preprocessing, "read_arrays", damaged)
+    before = snapshot(dataset.raw)
+    with pytest.raises(DiskError, match=r"/un_001: cannot be written \(un_001.b2nd: half-written\): make room"):
+        accept(901, corrected, show_progress=False)
+    assert snapshot(dataset.raw) == before
+
+
 def undo_refused() -> str:
     with pytest.raises(UserError) as error:
         undo(901)
@@ -239,7 +251,12 @@ def test_what_was_changed_since_is_not_taken_back(raw_only):
     accept(901, folder)
     label = dataset.raw / "labelsTr" / "un_000.nii.gz"
     write_image(cubes() * 0, label)
-    assert f"{label}: was changed since it was accepted" in undo_refused()
+    copy = dataset.raw / FOLDER / "0001" / "after" / "raw" / "labelsTr" / label.name
+    error = undo_refused()
+    assert error.startswith(f"{label}: was changed or removed after accept") and f"(a copy is {copy})" in error
+    shutil.copy(copy, label)
+    undo(901)
+    assert not label.exists()
 
 
 def test_validation_cases_stay_where_they_are():

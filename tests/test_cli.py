@@ -98,13 +98,18 @@ def test_a_variable_that_is_not_set_is_one_line(tiny_dataset, monkeypatch, capsy
 
 
 def test_an_unknown_dataset_is_one_line(tiny_dataset, capsys):
-    tiny_dataset(size=6)
+    dataset = tiny_dataset(size=6)
     (line,) = error_lines(capsys, "preprocess_unlabeled", "-d", "902")
-    assert line.startswith("error: dataset 902: no dataset has this number: look into nnUNet_raw=")
+    assert line.startswith("error: dataset 902: no dataset has this number: choose one in nnUNet_raw=")
     (line,) = error_lines(capsys, "status", "-d", "Dataset901_Tinny")
     assert line == "error: dataset Dataset901_Tinny: no dataset has this name: did you mean Dataset901_Tiny?"
     (line,) = error_lines(capsys, "status", "-d", "Dataset777_Heart")
-    assert line.startswith("error: dataset Dataset777_Heart: no dataset has this name: look into nnUNet_raw=")
+    assert line.startswith("error: dataset Dataset777_Heart: no dataset has this name: choose one in nnUNet_raw=")
+    (dataset.raw.parent / "Dataset901_Twin").mkdir()
+    (line,) = error_lines(capsys, "status", "-d", "901")
+    assert line == (
+        "error: dataset 901: several datasets have this number: give the name of one of them, or rename the others"
+    )
 
 
 def test_errors_are_lines_without_traceback(tiny_dataset, capsys):

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_one_line_and_masks_of_before_stay(dataset, tmp_pat
         return error
 
     two = refused(
-        "tr_000.nii.gz: has the value 3, but dataset.json names 0, 1, 2: assign classes to values with --map",
+        "tr_000.nii.gz: has the value 3, but dataset.json names 0, 1, 2: name the value of every class with --map",
         lambda x: x + 1,
     )
     assert len(two.splitlines()) == 2  # each file has its line

@@ -347,7 +347,7 @@ def test_layers_of_a_segmentation_are_not_dropped(layers, source):
     label.SetSpacing((1, 1, 1.5))
     sitk.WriteImage(label, str(source / "labels" / "c0.seg.nrrd"))
     with pytest.raises(
-        ValueError, match=f"^case c0: .*c0.seg.nrrd: has {layers} values in a voxel instead of one: save it"
+        ValueError, match=f"^case c0: .*c0.seg.nrrd: has {layers} values in each voxel instead of one: save it"
     ):
         convert(source)
 

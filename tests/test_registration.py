@@ -88,7 +88,8 @@ def test_no_overlap_is_refused(pair):
     far.SetOrigin((1000, 0, 0))
     why = "All samples map outside moving image buffer"
     with pytest.raises(
-        UserError, match=f"^cannot be registered to the first channel .{why}.: remove the case, or align it by hand$"
+        UserError,
+        match=f"^cannot be aligned with the first channel .{why}.: remove this case, or align this channel by hand$",
     ):
         find_rigid(far, pair[0])
 

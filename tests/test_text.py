@@ -195,8 +195,10 @@ def test_too_long_prompts_are_refused_and_named(tower):
         of_these = f", {n_ctx} of" if n_ctx else ":"
         with pytest.raises(UserError, match=f'^"{text[:70].strip()}.*too long.*{CONTEXT} tokens{of_these}'):
             tower.tokenize(["liver", text], n_ctx)
-    with pytest.raises(UserError, match='^dataset.json: prompt "a a .* is too long: .*--set n_ctx=NUMBER'):
+    with pytest.raises(UserError, match='^dataset.json: prompt "a a .* is too long: .*fewer context tokens than 1'):
         PromptLearner(tower, {"background": ("a",), "organ": (fits,)}, n_ctx=1)
+    with pytest.raises(UserError, match='^dataset.json: prompt "a a .* is too long: .*: shorten it$'):
+        PromptLearner(tower, {"background": ("a",), "organ": (fits + "b",)}, n_ctx=0)
 
 
 def test_words_are_neither_start_nor_end_nor_padding(tower):

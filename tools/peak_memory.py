@@ -72,7 +72,7 @@ def fake(module: nn.Module, mode: FakeTensorMode) -> int:
 
 
 class Mixed(TorchDispatchMode):
-    """Computes with real tensors where fake ones cannot be used, as for shapes and random decisions."""
+    """Computes with real tensors if no input of an operation is fake: sizes and random decisions need their values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
@@ -108,7 +108,8 @@ def raised(x: torch.Tensor) -> torch.Tensor:
 def peak(trainer) -> tuple[float, float]:
     """The memory of the weights, and of all tensors at the peak of a step, both in MiB.
 
-    The step is the second one, at the end of the training.
+    The trainer is set to the end of its training, when all terms of the loss are used, and runs two steps. The second
+    one is measured, because then the optimizer has its state.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     batch = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, batch_of(trainer))

@@ -236,7 +236,9 @@ def main() -> None:
     estimates = commands.add_parser("estimates", help="compare the estimates with the true Dice")
     loop = commands.add_parser("loop", help="label cases in several rounds, and measure the Dice after each round")
     for each in (estimates, loop):
-        each.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+        each.add_argument(
+            "--data", type=Path, required=True, help="the folder with a folder for each set, such as DATA/la_small"
+        )
         each.add_argument(
             "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
         )

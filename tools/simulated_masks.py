@@ -89,7 +89,9 @@ def on_grid_of(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="the folder with a folder for each set, such as DATA/la_small"
+    )
     parser.add_argument(
         "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
     )

@@ -117,7 +117,9 @@ def measure_towers(data: Path, work: Path, towers: str, labels: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["pretrain", "measure"], help="pretrain: train the towers; measure: test them")
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="the folder with a folder for each set, such as DATA/la_small"
+    )
     parser.add_argument(
         "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
     )

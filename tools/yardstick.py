@@ -57,7 +57,7 @@ class RealSet:
 
     Attributes:
         number: the first digit of its dataset ids. The other digits are the number of labels.
-        few, some: the two numbers of labels with which methods are measured by default.
+        few, some: the numbers of labels that `few` and `some` stand for in --labels.
         channel: the name of the channel. nnU-Net chooses the normalisation by it.
         spacing: the spacing of `3d_fullres`, in mm. None: that of the data.
         iterations: the iterations of a training, unless --iterations gives another number.
@@ -549,7 +549,10 @@ def against(rows: Sequence[Result], baseline: Sequence[Result], all_labels: Sequ
 
 
 def scores(title: str, rows: Sequence[Result]) -> list[str]:
-    """The cells with the scores in a row of the table. If the lowest Dice is 0, a run did not find the class at all."""
+    """The first cells of a row of the table: Dice of each run, mean, lowest Dice of a class in any run, and HD95.
+
+    The cell with the lowest Dice names the class. If it is 0, one run did not find this class at all.
+    """
     classes = [entry.rsplit(" ", 1) for row in rows for entry in row.dice_of_classes.split("; ")]
     lowest, dice = min(classes, key=lambda entry: float(entry[1]))
     dices = " ".join(f"{r.dice:.3f}" for r in sorted(rows, key=lambda r: r.seed))
@@ -641,7 +644,7 @@ def do_all(jobs: int, runs: Sequence[Run], one: Callable[[Run], None]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder that holds the data sets")
+    parser.add_argument("--data", type=Path, help="the folder with a folder for each set, such as DATA/la_small")
     parser.add_argument("--work", type=Path, help="the folder for all files that are made")
     parser.add_argument(
         "--csv", type=Path, default=ROOT / "docs" / "yardstick.csv", help="the file with the results of all runs"

@@ -122,8 +122,8 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
 
     The student is the plans' network, and the teacher its EMA. `TextMaskGenerator`, on the frozen towers of
     `pretrain_vlm`, finds where an unlabelled image shows what its text says. The generator has a loss and an optimizer
-    of its own, as in the public code: TCL's extended InfoNCE with its priors (`loss_between_images`), and Adam. Teacher
-    and generator see the weak view.
+    of its own, as in the public code: the contrastive loss of TCL (Cha et al., CVPR 2023) with the two priors of TCL
+    (`loss_between_images`), and Adam. Teacher and generator see the weak view.
 
     By default it is a Mean Teacher whose pseudo-labels the text changes. Before every epoch the text masks are measured
     on labelled training cases, if possible on those whose labels the pre-training did not see: what does a mask's value

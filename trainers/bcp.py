@@ -53,8 +53,8 @@ class BCPTrainer(TextGuidedTrainer[BCPSettings]):
     teacher sees weak views, and the mixes are made of strong views. The unlabelled images of a mix are flipped and
     turned together with their pseudo-labels. X_in and X_out have the same x_l. Labels and pseudo-labels have nnU-Net's
     deep supervision. Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case
-    (theirs: always). If a batch has more unlabelled than labelled samples, one more unlabelled sample is used. With one
-    sample of each kind, x_u' is x_u, and the pre-training mixes nothing.
+    (theirs: always). If a batch has n labelled and more unlabelled samples, the first n + 1 unlabelled ones are used.
+    With one sample of each kind, x_u' is x_u, and the pre-training mixes nothing.
     """
 
     views = ("weak", "strong")

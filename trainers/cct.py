@@ -63,14 +63,14 @@ class CCTTrainer(SemiSupervisedTrainer[CCTSettings]):
     masks of the object or of its context, and cutout within the bounding box of the object (here one box for all
     foreground, in the paper one for each object). Each level of the U-Net has its own random noise and threshold. The
     three defaults are usual for U-Nets of volumes, with one decoder each. To give a perturbation several decoders, name
-    it several times. The paper's I-VAT is left out. A U-Net's decoder also reads skips, so these are perturbed like the
-    bottleneck. The decoders are those of the plans, not the paper's light ones.
+    it several times. We do not have the paper's I-VAT. A U-Net's decoder also reads skips, so these are perturbed like
+    the bottleneck. The decoders are those of the plans, not the paper's light ones.
 
-    With `consistency=paper` L_u is eq. 2 with the paper's weight, 30 after a ramp over a tenth of the training. If the
-    training starts from random weights, its auxiliary decoders then learn only from the soft output of the main one.
-    By default we differ: L_u is nnU-Net's loss with deep supervision towards the main decoder's decision. The auxiliary
-    decoders also learn from the labels, on perturbed features. In each step only one of them does so, in turn, because
-    every pass makes a step longer.
+    With `consistency=paper` L_u is eq. 2 with the paper's weight, 30 after a ramp over a tenth of the training. Then
+    the auxiliary decoders learn only from the soft output of the main one, as in the paper. By default we differ: L_u
+    is nnU-Net's loss with deep supervision towards the main decoder's decision. The auxiliary decoders also learn from
+    the labels, on perturbed features. In each step only one of them does so, in turn, because every pass makes a step
+    longer.
     """
 
     @classmethod

@@ -18,7 +18,10 @@ from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class CPSSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings):
-    """Settings of `CPSTrainer`; `consistency_weight` is the paper's lambda."""
+    """Settings of `CPSTrainer`; `consistency_weight` is lambda there.
+
+    With as many unlabelled as labelled samples, the paper's loss needs twice the paper's lambda here.
+    """
 
 
 class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings]):
@@ -53,7 +56,7 @@ class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings])
                     yield {"cps": share * weight * cps} | self.cog(aligned, logits, text, share)
 
     def decision(self, prediction, counts: bool) -> Tensor:
-        """The decision of one network, which the other network learns."""
+        """The decision of one network, which the other network learns. `counts`: whether the log counts its classes."""
         return self.decide(self.finest(prediction[0]), counts)
 
 

@@ -156,7 +156,10 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
 
 
 def add_level_sets(labeled_batch: dict, unlabeled_batch: dict, label_manager) -> dict[str, Tensor]:
-    """Compute the level sets of the labels in a batch, (B, heads, *S), float16; see `level_set`."""
+    """Compute the level sets of the labels in the labelled batch, (B, heads, *S), float16; see `level_set`.
+
+    They become `level_sets` in `Batch.extra`. The unlabelled batch is not used.
+    """
     target = labeled_batch["target"]
     target = (target[0] if isinstance(target, (list, tuple)) else target).numpy()
     heads = range(label_manager.num_segmentation_heads)

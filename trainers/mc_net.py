@@ -78,7 +78,10 @@ class MCNetTrainer(TextGuidedTrainer[MCNetSettings]):
                 del taught, terms  # else they would keep this stream's memory
 
     def taught(self, output, counts: bool) -> Tensor:
-        """What the other decoders learn from a decoder: its decision, or with `consistency=paper` its logits."""
+        """What the other decoders learn from a decoder: its decision, or with `consistency=paper` its logits.
+
+        `counts`: whether the log counts the classes of the decision; see `Decisions`.
+        """
         logits = self.finest(output)
         decision = self.decide(logits, counts)
         return logits.detach() if self.settings.consistency == "paper" else decision

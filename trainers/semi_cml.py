@@ -128,9 +128,9 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
 class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     """Multi-modal contrastive mutual learning and pseudo-label re-learning (Medical Image Analysis 2023).
 
-    Each modality has an encoder and a decoder; they are joined at the bottleneck (`MutualLearningUNet`). Two
-    descriptions of the method have different losses; both can be chosen. P_a and P_b are the probabilities of the two
-    decoders.
+    Each modality has an encoder and a decoder; they are joined at the bottleneck (`MutualLearningUNet`). The
+    paper and a web page about it describe different losses. The terms of both are here, and a weight of 0 switches a
+    term off. P_a and P_b are the probabilities of the two decoders.
 
     - supervised: nnU-Net's loss for each decoder, throughout the training (the public code drops it later);
     - `inter`: 1 - 2 |P_a P_b| / (|P_a| + |P_b|) of the two predictions of a sample (`area_similarity`);
@@ -143,8 +143,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     - `relearning`, from `relearning_start` on: the loss of both decoders towards the teacher's probabilities (or its
       decision, `relearning=hard`). A voxel counts if the probability of the decision is at least tau(t)
       (`dynamic_threshold`). Its weight is 1 - entropy / max entropy over Monte-Carlo dropout passes, times 0.3 where
-      the decisions of the modalities differ. The weight is applied to the loss. (The second description scales the
-      label instead, which would turn foreground into background.) With `consistency=paper` it uses full resolution
+      the decisions of the modalities differ. The weight is applied to the loss. (The web page scales the label
+      instead, which would turn foreground into background.) With `consistency=paper` it uses full resolution
       only.
 
     In `inter` and `contrast` a class counts if at least one of the two decisions has it. All terms but the supervised
@@ -153,7 +153,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     epochs with the best pseudo Dice. That is measured on nnU-Net's validation patches, which are of the fold (with fold
     `all`: of training cases), never of a test set.
 
-    Where the sources say nothing: dropout acts on the features that decoders read, because nnU-Net's networks have
+    Where paper and page say nothing: dropout acts on the features that decoders read, because nnU-Net's networks have
     none; so a pass does not repeat the encoder. The contrast's classes are the foreground classes, and its negatives
     are in the same batch. A modality is missing if all of it is empty (0 in the file). Then it has no share in the
     deployed mean, and its decoder teaches nothing. If there is a single channel, two contrasts of it take the place of

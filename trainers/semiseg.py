@@ -71,8 +71,8 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     places. By default it is one third if fewer than two thirds of random patches of labelled cases have foreground,
     else 0."""
     leave_out: Share = 0.2
-    """The largest share of unlabelled cases that are left out, because the teacher predicts something else on the
-    mirrored image. With 0 no case is left out."""
+    """The largest share of unlabelled cases that are not used, because the teacher predicts something else on their
+    mirrored image. With 0 all cases are used."""
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
@@ -92,9 +92,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - The teacher predicts up to 100 whole unlabelled cases, three times in a training. If random patches of labelled
       cases often have no foreground, a third of the unlabelled patches are taken around foreground that the teacher
       finds, as nnU-Net does with labelled ones.
-    - Some cases are left out: those on which the teacher contradicts itself far more than on others. Its decisions on
-      the image and on the mirrored image are compared; without mirroring, its decisions at two of these times. At
-      most a fifth of the cases is left out, and none if there are fewer than ten cases.
+    - Unlabelled cases are not used if the teacher contradicts itself on them far more than on others. Its decisions on
+      the image and on the mirrored image are compared; without mirroring, its decisions at two of these times. All but
+      a fifth of the cases are used at least, and all if there are fewer than ten.
 
     The network is that of the plans. All choices are in the training's log and in `decisions.txt` in its folder.
     """

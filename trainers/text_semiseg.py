@@ -57,9 +57,9 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
     from the paper in DCA's masks. In the paper each mix pastes its own image's foreground into the other
     (`dca=foreground`). Then both mixes contain the foreground of both images. What is wrongly called foreground is
     pasted, too, and learnt as foreground. Where a patch shows the whole organ this error grows: on left atria the
-    pseudo-labels grew to 1.6 times the true volume (docs/results.md). By default the second mix takes what the first
-    one left out. So every voxel is used once, the amount of foreground does not change, and the edge of a pasted part
-    is not always a boundary of the organ.
+    pseudo-labels grew to 1.6 times the true volume (docs/results.md). By default the second mix takes all parts
+    that are not in the first. So every voxel is used once, the amount of foreground does not change, and the edge of a
+    pasted part is not always a boundary of the organ.
 
     Where the paper says nothing: the decoders are compared by the losses of the previous step. On a GPU it may be an
     earlier step, because no step waits for the copy to the CPU; so a seed does not fix this choice on a GPU. In a data

@@ -20,7 +20,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
 NEGATIVE = 0.1
-"""With `consistency=paper`, voxels in which a class or region is less probable than this learn that it is absent."""
+"""With `consistency=paper`, the second part of L_CRC counts in voxels where the smallest probability is below this."""
 ENTROPY = 0.1
 """With `consistency=paper`, the weight of the negative entropy on the crop."""
 
@@ -100,9 +100,9 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
     @torch.no_grad()
     def taught(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The pseudo-label of a network, and a mask (B, 1, *S) of the voxels where the network is certain.
+        """What the other network learns: the pseudo-label of a network, and a mask (B, 1, *S) of its certain voxels.
 
-        With `consistency=paper` the probabilities of the network are returned instead.
+        With `consistency=paper` the mask is replaced by the probabilities of the network, (B, heads, *S).
         """
         q = probabilities(logits, self.label_manager)
         if self.settings.consistency != "paper":
@@ -110,7 +110,10 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
         return self.decide(logits), q
 
     def cross_loss(self, output, decision: Tensor, q: Tensor) -> Tensor:
-        """The loss L_CRC (see `TraCoCoTrainer`) of the output of a network towards pseudo-labels of the other one."""
+        """The loss L_CRC (see `TraCoCoTrainer`) of the output of a network.
+
+        `decision` and `q` are the results of `taught` for the other network. With `consistency=paper` only q is used.
+        """
         if self.settings.consistency != "paper":
             return self.pseudo_loss(output, decision, q)
         p = probabilities(self.finest(output), self.label_manager)

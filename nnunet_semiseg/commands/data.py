@@ -76,7 +76,9 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     Args:
         required: whether `-i` and `-d` must be given. False if the parser is there only to show its help.
     """
-    parser.add_argument("-i", required=required, metavar="DOWNLOAD", help="folder or archive (zip, tar) of the images")
+    parser.add_argument(
+        "-i", required=required, metavar="DOWNLOAD", help="folder or archive (zip, tar) with images and labels"
+    )
     parser.add_argument("-d", type=dataset_id, required=required, metavar="ID", help="number of the new dataset")
     parser.add_argument(
         "--labeled", type=_labeled, metavar="N",

@@ -102,7 +102,7 @@ class Review(Command):
             request = replace(request, part=0, parts=1)
         page = review(request)
         if page is None:
-            print(f"{request.folder}: other parts are at work: the last one writes the page")
+            print(f"{request.folder}: other parts are at work: the last one writes review.html")
             return
         print(page)
         print(f"correct masks of {page.with_name(MASKS)}, and put them into a folder of their own")

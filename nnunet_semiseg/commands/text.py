@@ -107,7 +107,11 @@ class TextMasks(Command):
         add_options(parser, TextModelOptions)
         parser.add_argument("-o", required=True, metavar="FOLDER", help="folder for the pictures")
         parser.add_argument(
-            "-n", type=at_least(1), default=20, metavar="N", help="number of cases to draw; default: %(default)s"
+            "-n",
+            type=at_least(1),
+            default=20,
+            metavar="N",
+            help="number of cases with a picture, and of labelled cases to measure; default: %(default)s",
         )
 
     def run(self, args: Namespace) -> None:

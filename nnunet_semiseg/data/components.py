@@ -18,8 +18,8 @@ AT_MOST = 20
 def heads_in_one_piece(dataset, label_manager, planar: bool) -> list[int]:
     """The classes or regions that are in one piece in each labelled case that has them.
 
-    In one piece means: the largest component has 99 % of the voxels. Classes that no case has are left out. At most 20
-    cases are read, at equal distances in the sorted list of names.
+    In one piece means: the largest component has 99 % of the voxels. A class that no case has is not one of them. At
+    most 20 cases are read, at equal distances in the sorted list of names.
 
     Args:
         dataset: nnU-Net's dataset of the preprocessed labelled cases.

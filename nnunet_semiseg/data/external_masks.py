@@ -215,7 +215,8 @@ def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: 
     if unknown and not values:
         named = ", ".join(map(str, known))
         raise UserError(
-            f"{file}: has the value {unknown[0]}, but dataset.json names {named}: assign classes to values with --map"
+            f"{file}: has the value {unknown[0]}, but dataset.json names {named}: name the value of every class with"
+            " --map (all other values become background)"
         )
     if not values:
         return array.astype(np.uint16)

@@ -9,8 +9,8 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 
 FOLDER, JOURNAL = ".accepted", "journal.json"
-"""A folder in the raw data set, which has a numbered folder for each call of `accept`; and the file in that folder that
-lists what is done."""
+"""The raw data set has a folder `.accepted`, with a numbered folder for each call of `accept`. Each numbered folder has
+a `journal.json`, which lists what this call moves and writes."""
 DONE = "done"
 
 

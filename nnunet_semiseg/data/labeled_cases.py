@@ -21,7 +21,7 @@ from nnunet_semiseg.data.image_problems import (
     take_out,
 )
 from nnunet_semiseg.data.records import known_stamps
-from nnunet_semiseg.data.stamps import stamp
+from nnunet_semiseg.data.stamps import Stamp, stamp
 from nnunet_semiseg.data.unpacked_nifti import unpacked_nifti
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.parallel import run_jobs
@@ -60,11 +60,11 @@ def labeled_files(raw: str | Path, dataset_json: dict) -> dict[str, list[str]]:
     return {case: [*i, os.path.join(raw, labels[case])] for case, i in labeled_images(raw, dataset_json).items()}
 
 
-def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_processes: int) -> dict[str, list]:
+def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_processes: int) -> dict[str, list[Stamp]]:
     """Check all labelled images and labels that were not checked before.
 
     Returns:
-        For each case the stamps of its files.
+        For each case the stamps (name, size, times, hash) of its files.
 
     Raises:
         UserError: a label is missing; files are damaged; labels do not fit. There is one line for each problem.
@@ -92,10 +92,13 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
     return stamps
 
 
-def _inspect_case(case: str, files: list[str], reader: type, dataset_json: dict) -> tuple[str, list[str], bool, list]:
+def _inspect_case(
+    case: str, files: list[str], reader: type, dataset_json: dict
+) -> tuple[str, list[str], bool, list[Stamp]]:
     """Check one case.
 
-    Returns its name, its problems (one line each), whether its label is empty, and the stamps of its files.
+    Returns its name, its problems (one line each), whether its label is empty, and the stamps (name, size, times, hash)
+    of its files.
     """
     *images, label = files
     stamps = [stamp(file) for file in files]

@@ -28,8 +28,8 @@ from nnunet_semiseg.parallel import run_jobs
 from nnunet_semiseg.schema import check
 
 EXTERNAL, RECORD = "external", "masks.json"
-"""The folder in the raw dataset that holds a folder for each model; and the file in each of these with the measured
-Dice."""
+"""The raw dataset has a folder `external`, with a folder for each model. Each of these has a `masks.json` with the
+measured Dice."""
 ENDING = "__masks"
 LEAST_DICE = 0.5
 """The smallest Dice on the labelled cases with which the masks of a class are used."""
@@ -90,7 +90,11 @@ def _cases(folders: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
 
 
 def _prepare(mask: Path, image: Path, properties: Path, made: Path, plans: dict, configuration: str) -> None:
-    """Preprocess a mask as nnU-Net preprocesses a label, without the image."""
+    """Preprocess a mask as nnU-Net preprocesses a label, and write it to `made`.
+
+    Args:
+        image, properties: the preprocessed image of the case, for its shape only; and the `.pkl` file beside it.
+    """
     manager = PlansManager(plans)
     plan, about = manager.get_configuration(configuration), load_pickle(str(properties))
     label = manager.image_reader_writer_class().read_seg(str(mask))[0]
@@ -221,5 +225,12 @@ class _Stack:
 
 
 def take_masks(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
-    """`Batch.extra` for loaders with a `MaskedDataset`: masks (B, K, *S), with -1 where a mask is not known."""
+    """Take the masks of K other models from an unlabelled batch. The result becomes `Batch.extra`.
+
+    The batch is one of a loader with a `MaskedDataset`. The labelled batch is not used.
+
+    Returns:
+        A dictionary with one tensor, `masks` (B, K, *S). Its values are those of the labels, and -1 where a mask is not
+        known.
+    """
     return {"masks": unlabeled["target"].clamp(min=0) - 1}

@@ -43,7 +43,7 @@ def read_arrays(folder: Path, case: str) -> list[np.ndarray]:
     """Read the image (C, *S) and the segmentation (1, *S) of a preprocessed case completely.
 
     Raises:
-        UserError: a file is missing or damaged. The message does not say how to fix it.
+        UserError: a file is missing or damaged. Callers add to its message how to fix that.
     """
     arrays = []
     for suffix in SUFFIXES:
@@ -96,7 +96,9 @@ def opens(file: Path) -> bool:
 def look_at_labeled(
     raw: Path, preprocessed: Path, plans: dict, configuration: str, num_processes: int
 ) -> list[float] | None:
-    """Check the preprocessed labelled cases, correct nnU-Net's copies of the labels, and write the record.
+    """Check the preprocessed labelled cases, correct nnU-Net's copies of the labels, and record what was checked.
+
+    The record lies beside the folder of the cases; see `read_record`.
 
     Returns:
         The usual spread of the values in each channel. None if the labelled cases are not preprocessed yet.
@@ -297,9 +299,10 @@ def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict,
 def _check_made(
     folder: Path, cases: Sequence[str], record: dict[str, dict], dataset_json: dict, fix: str, look: str
 ) -> None:
-    """Check that preprocessed files and copies of labels are those of the record. The record then has their new times.
+    """Check that preprocessed files and copies of labels have not changed since the record of the cases was written.
 
     Args:
+        record: the entries of the record. Here they get the present times of the files; the caller writes them.
         look: the command that compares contents, and copies labels again.
     """
     for case in tqdm(cases, "Labelled cases", delay=DELAY, disable=None):  # None: only on a terminal
@@ -342,11 +345,13 @@ def _check_raw(
     fix: str,
     look: str,
 ) -> None:
-    """Check that images and labels are those of the record. The record then has their new times.
+    """Check that images and labels have not changed since the record of the cases was written.
+
+    If the times of an image have changed, its content is compared. A training must not open labels. So if the time of a
+    label has changed and its size has not, the error asks for the command `look`, which compares contents.
 
     Args:
-        look: the command that compares contents. It is named if only times have changed, because a training must not
-            open labels.
+        record: see `_check_made`.
     """
     for case in sorted(files.keys() ^ set(cases)):
         what = "is new and not preprocessed" if case in files else "was preprocessed but is missing now"

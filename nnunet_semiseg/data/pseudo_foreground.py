@@ -19,8 +19,8 @@ from nnunet_semiseg.data.agreement import mean_agreement
 from nnunet_semiseg.files import write_json, written_whole
 
 SCORES, LEFT_OUT = "scores.json", "left_out.json"
-"""Files in the folder: one has the score of each case that the network predicted, the other lists the cases that are
-left out."""
+"""Files in the folder: one has the score of each case that the network predicted, the other lists the cases from which
+the loader now takes no patches."""
 LEAST_CASES = 10
 """If fewer unlabelled cases than this have a score, all are used."""
 
@@ -48,7 +48,7 @@ class PseudoForegroundDataset:
 
     @property
     def left_out(self) -> set[str]:
-        """The names of the cases that must not be used now."""
+        """The names of the cases from which the loader takes no patches now, as the file `LEFT_OUT` lists them."""
         file = self.folder / LEFT_OUT
         try:
             changed = file.stat().st_mtime_ns

@@ -54,7 +54,10 @@ def pseudo_label_loader(
 
 
 def take_pseudo_label(labeled_batch: dict, unlabeled_batch: dict) -> dict:
-    """Take the targets from a batch that a `nnUNetDataLoader` of pseudo-labelled cases made."""
+    """Take the pseudo-labels from the unlabelled batch, which a `pseudo_label_loader` made.
+
+    They become `pseudo` in `Batch.extra`. The labelled batch is not used.
+    """
     return {"pseudo": unlabeled_batch["target"]}
 
 

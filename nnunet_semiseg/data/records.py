@@ -50,9 +50,9 @@ def write_record(preprocessed: Path, name: str, cases: dict[str, dict], plans_ha
 
 
 def known_stamps(preprocessed: Path, cases: dict[str, list[str]]) -> dict[str, list[Stamp]]:
-    """The stamps of all cases whose files have not changed since the record was written.
+    """The stamps of all cases whose files have not changed since a record of them was written.
 
-    These cases were checked before.
+    It reads all records in `preprocessed`. The cases in them were checked before.
     """
     names = [file.name.removesuffix(_ENDING) for file in preprocessed.glob(f"*{_ENDING}")]
     stamps = {}

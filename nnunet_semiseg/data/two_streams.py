@@ -47,7 +47,7 @@ class ViewsTransform(BasicTransform):
     All views share the spatial transform and the mirroring, so that their predictions can be compared voxel by voxel. A
     `weak` view has nothing else. A `strong` view also has nnU-Net's intensity transforms, with new random numbers for
     each view. They are applied to a clone, because batchgeneratorsv2 changes tensors in place. Transforms of the
-    segmentation are left out, because there is none.
+    segmentation are not applied, because there is none.
 
     nnU-Net applies each intensity transform rarely (0.1 to 0.3), and in a third of all cases it applies none. A student
     that sees the same as its teacher learns nothing. So in a strong view each transform is applied with
@@ -182,7 +182,10 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self.indices = np.asarray(self.indices)  # else NumPy would convert all names again for each batch
 
     def get_indices(self):
-        """Choose cases at random, as nnU-Net does. A case that is left out is replaced by another one."""
+        """Choose cases at random, as nnU-Net does. Instead of a case in the dataset's `left_out`, another one is drawn.
+
+        Only a `PseudoForegroundDataset` has this list.
+        """
         drawn: Any = super().get_indices()
         left_out = getattr(self._data, "left_out", ())
         if len(left_out) < len(self.indices):  # without a list of all others, which may be many
@@ -212,7 +215,8 @@ class TwoStreamLoader(SlimDataLoaderBase):
         unlabeled_loader: a loader whose images are the views, stacked along the channels. If None, the three keys are
             empty.
         views: the names of the views.
-        make_targets: a function of both batches that returns `extra`.
+        make_targets: a function of the labelled and the unlabelled batch. It returns `extra`, further tensors for the
+            loss by name, such as pseudo-labels; see `SemiSupervisedTrainer.target_maker`.
     """
 
     def __init__(

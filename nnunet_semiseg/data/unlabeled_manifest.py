@@ -1,8 +1,9 @@
 """The manifest: the list of the preprocessed unlabelled cases, from which a training takes its cases.
 
 The folder ``<data_identifier>__unlabeled`` holds the preprocessed cases. The manifest is the file
-``<data_identifier>__unlabeled.json`` beside this folder. It lists the cases, with the stamps of their images and of
-their preprocessed files. It is written last. So if it exists, every case in it is complete.
+``<data_identifier>__unlabeled.json`` beside this folder. It lists the cases, with the stamps (name, size, times,
+hash) of their images and of their preprocessed files. It is written last. So if it exists, every case in it is
+complete.
 """
 
 from __future__ import annotations
@@ -101,7 +102,11 @@ def recorded_cases(manifest_file: Path) -> dict[str, dict]:
 
 
 def _unchanged(old: Stamp, file: Path, fix: str) -> Stamp:
-    """The stamp of a preprocessed file, with its present times. Raises UserError if the file is missing or damaged."""
+    """Return the stamp of a preprocessed file with its present times, if its content has not changed; see `renewed`.
+
+    Raises:
+        UserError: the file is missing, or its content has changed.
+    """
     try:
         if (now := renewed(old, file)) is not None:
             return now

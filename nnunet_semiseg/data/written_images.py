@@ -46,9 +46,10 @@ def write_image(image: sitk.Image, file: Path) -> None:
 
 @contextmanager
 def check_written(folder: Path) -> Iterator[None]:
-    """Check all images that are written into a folder in this `with` block; see `refuse_half_written`.
+    """Check all images in a folder at the end of this `with` block; see `refuse_half_written`.
 
-    When something else reads an incomplete image first, it often raises another error.
+    They are checked even if the block raises an error, because an incomplete image may be its cause. If there is one,
+    DiskError replaces that error.
     """
 
     def images() -> Iterator[Path]:

@@ -193,7 +193,10 @@ def check_same(origin: dict, file: Path, state: str) -> None:
 
 
 def discard(training: Run) -> None:
-    """Remove a fold that was published. If it was the last fold, remove the folders around it, too."""
+    """Remove the folder of a training after `publish` has copied what is needed from it.
+
+    If it was the last fold of `DistillationTrainer`, its model's folder is removed, too.
+    """
     shutil.rmtree(training.folder, ignore_errors=True)
     if not any(training.model_folder.glob("fold_*")):
         shutil.rmtree(training.model_folder, ignore_errors=True)

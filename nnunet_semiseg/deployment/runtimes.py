@@ -21,7 +21,7 @@ taken."""
 def time_runtimes(run: Run, file: str | Path) -> dict[str, float]:
     """Seconds for one patch in float32, by runtime: torch and ONNX Runtime on the CPU, and on a GPU if there is one.
 
-    A provider that ONNX Runtime lists but cannot use, such as TensorRT without its libraries, is left out. The time
+    A provider that ONNX Runtime lists but cannot use, such as TensorRT without its libraries, is not timed. The time
     includes the copies from the CPU to the GPU and back.
 
     Args:

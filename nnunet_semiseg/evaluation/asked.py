@@ -30,7 +30,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         curve: trainers that are trained with every size; the others are trained with the first size only. None: all.
         upper_bound: a dataset with all labels. The baseline's trainer is trained on it.
         noise: standard deviations of the noise on the normalised test images.
-        gpus: the numbers of the GPUs that train and predict at the same time. Empty: the device `device`.
+        gpus: the GPUs that train and predict at the same time, by their numbers from 0. Empty: the device `device`.
         jobs: how many jobs run at the same time on each GPU, or on the CPU.
         tolerance: the tolerance of the normalised surface distance, in mm.
         num_processes: the number of processes for the evaluation.
@@ -61,7 +61,10 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         help="also test with noise on the images; give standard deviations, in units of the normalised intensity",
     )  # fmt: skip
     gpus: Sequence[int] = option(
-        "--gpus", metavar="N", default=(), help="numbers of the GPUs that work at the same time; default: one GPU"
+        "--gpus",
+        metavar="N",
+        default=(),
+        help="GPUs that work at the same time, such as 0 1 for the first two; default: one GPU",
     )
     jobs: int = option(
         "--jobs",

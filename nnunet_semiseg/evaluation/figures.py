@@ -43,7 +43,7 @@ class Chart:
 
 
 def color_of(methods: Sequence[str]) -> dict[str, str]:
-    """The colour of the method with this number. From the ninth method on the colours repeat."""
+    """The colour of each method, by its place in the list. From the ninth method on the colours repeat."""
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 

@@ -62,7 +62,7 @@ def segmentation_metrics(
 
     Args:
         prediction, reference: label maps (*S).
-        labels: as in dataset.json: a name with its label or, for regions, several labels. `background` is left out.
+        labels: as in dataset.json: a name with its label or, for regions, several labels. `background` is ignored.
             Voxels that have the label `ignore` in the reference count in neither map.
         spacing: the voxel spacing along each axis, in mm.
         tolerance: the tolerance of `nsd`, in mm.

@@ -42,8 +42,9 @@ class Results:
     """Everything that the report shows.
 
     Attributes:
-        runs: the compared runs, without those of the upper bound.
-        scores: one row for each `run` (its index in `everything`), `noise`, `case` and `label`, with the metrics.
+        runs, upper_bound: the compared runs, and those of the upper bound.
+        scores: one row for each `run`, `noise`, `case` and `label`, with the metrics. `run` is the index of the run in
+            `[*runs, *upper_bound]`.
         warnings: conditions that differ although they should be the same.
         predictions: the folder of each run's predictions, without noise.
     """
@@ -58,6 +59,7 @@ class Results:
 
     @property
     def everything(self) -> list[Run]:
+        """The compared runs, then those of the upper bound."""
         return [*self.runs, *self.upper_bound]
 
 

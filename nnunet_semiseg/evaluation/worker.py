@@ -28,9 +28,10 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 
 
 def train(words: list[str], folder: str) -> None:
-    """Run `nnUNetv2_train`, then write the peak of memory into the run's folder.
+    """Run `nnUNetv2_train`, then write its largest use of memory, in MiB, into `RESOURCES` in the run's folder.
 
-    The peaks of earlier, interrupted starts count, too.
+    It is the memory of the GPU, or without a GPU the main memory of this process. If an earlier start has written a
+    larger number, that stays.
     """
     if not {"--c", "--val"} & set(words) and any(Path(folder).glob("checkpoint_*.pth")):
         words = [*words, "--c"]  # this job has started before; a cluster has interrupted it
@@ -61,7 +62,7 @@ def predict(
         images: for each case the files of its channels.
         noise: standard deviation of the Gaussian noise on the normalised images.
         features: a safetensors file with weights that replace the same weights of the model.
-        settings: stored in the record, which says whether the predictions are still the ones that are asked for.
+        settings: stored in `RECORD`, by which `compare` sees whether the predictions are the ones that it needs.
     """
     folder = Path(output)
     (folder / RECORD).unlink(missing_ok=True)  # first: after an interrupted removal the folder is incomplete

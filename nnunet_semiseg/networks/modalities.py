@@ -151,7 +151,7 @@ def make_modalities(settings, n_channels: int, plans_manager, configuration_mana
 
 
 def make_two_contrasts(settings, plans_manager, configuration_manager) -> TwoContrasts:
-    """Make CT windows if the setting asks for them or the images are CT, else contrast curves."""
+    """Make CT windows or contrast curves, as `modality_views` says. With `auto`, CT gets windows, all else curves."""
     kind = settings.modality_views
     if kind == "ct_windows" or kind == "auto" and is_ct(configuration_manager):
         about = plans_manager.foreground_intensity_properties_per_channel["0"]

@@ -45,8 +45,9 @@ def extra_decoder(
     Args:
         network: the network with the `encoder`, whose skips all decoders read, and the first `decoder`.
         n_conv_per_stage: the value of `n_conv_per_stage_decoder` in the plans.
-        deep_supervision: whether the decoder returns several outputs. It has all heads in any case, as in nnU-Net.
-        finest_only: whether the decoder has only the finest head.
+        deep_supervision: whether the decoder returns the logits of all resolutions. If not, only the finest.
+        finest_only: whether the decoder has an output layer for the finest resolution only. If not, it has one for each
+            resolution, as in nnU-Net, even without deep supervision.
 
     Returns:
         A decoder whose `.encoder` is None. If it were set, the encoder's weights would be counted, saved and

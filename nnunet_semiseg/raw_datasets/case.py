@@ -126,7 +126,8 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
     """Read an image of a case. The notes say how it differs from its file.
 
     Args:
-        root: no file outside of this folder may be read. None: the folder of the file.
+        root: the header of an image must not name a file outside this folder. None: the folder of the header. The
+            header itself may lie elsewhere, and links are followed.
 
     Raises:
         UserError: the image is missing or damaged, and `repair` does not allow to fix it.
@@ -228,9 +229,15 @@ def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: st
 
 
 def _write(image: sitk.Image, whole: Path | None, slices, file: Path, ending: str) -> None:
-    """Link the file if nnU-Net can read the image from it. If links do not work, copy it.
+    """Write an image into the dataset.
 
-    In all other cases write the image.
+    If `whole` has the right ending and the image is not cropped, it is linked, or copied if links do not work.
+
+    Args:
+        whole: a source file that holds exactly this image. None if there is none.
+        slices: the crop. None: the whole image.
+        file: where to write.
+        ending: the `file_ending` of the dataset.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if slices is not None or whole is None or not whole.name.endswith(ending):
@@ -269,5 +276,5 @@ def files_of(path: Path) -> list[Path]:
 
 
 def paths_of(source: Path | Read | None) -> tuple[Path, ...]:
-    """The files from which an image or a label is read."""
+    """The paths of an image or a label: files or folders. `files_of` gives all files of a path."""
     return () if source is None else source.paths if isinstance(source, Read) else (source,)

@@ -103,7 +103,7 @@ class Read:
     The function returns a SimpleITK image, or an image and a note for the report, which may be empty.
 
     Args:
-        repairs: whether the function itself checks the files for problems.
+        repairs: whether the function itself refuses or repairs incomplete files. If not, `load` refuses them first.
     """
 
     function: Callable[..., sitk.Image | tuple[sitk.Image, str]]

@@ -14,10 +14,15 @@ Folders = tuple[str, ...]
 def case_folders(names: Iterable[Name], channels: Sequence[str] | None) -> dict[Name, Folders]:
     """For each file, the folder of the case that it belongs to. Empty if it is in no such folder.
 
-    The folder of a case is the uppermost folder below those of training and test. But each folder in it is a
-    case of its own if several of these folders have their own label, if these folders are visits, or if the uppermost
-    folder has the name of a wanted channel.
-    Examples: `CT/1`, `MR/2/T1` and `MR/2/T2`, `P1/2020-01-05`.
+    The folder of a case is the uppermost folder below those of training and test, such as `P1`. But each folder in it
+    is a case of its own
+
+    - if the uppermost folder has the name of a wanted channel: `CT/1` and `CT/2` are two cases;
+    - if several of the folders in it have their own label: `P1/T1` and `P1/T2` are two cases, and folders beside `P1`
+      are divided, too;
+    - if the folders in it are visits: `P1/2020-01-05` and `P1/2021-02-03` are two cases.
+
+    A folder of a case is divided further by the same rules: `MR/2/T1`.
     """
     names = list(names)
     starts, places = {}, {}

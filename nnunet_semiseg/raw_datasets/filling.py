@@ -37,7 +37,7 @@ class Layout:
         channels: the channels in their order. Empty if there is one channel without a name.
         parts: the part of a case: val, test or unlabeled. All other cases are for training.
         patients: the patients by case, if folders name them.
-        left_out: the files that are left out, each with the reason.
+        left_out: the files that no case uses, each with the reason.
         joined: different names of labels that were treated as the same class. Empty if the names do not differ.
     """
 
@@ -129,7 +129,8 @@ def fill_case(layout: Layout, case: str, names: Sequence[Name], stacked: bool) -
     elif _are_slices(images) and len({re.sub(r"\d+", "", name.stem) for name in images}) == 1:
         raise UserError(
             f"{os.path.dirname(str(images[0]))}: {len(images)} numbered pictures lie there: if they are slices of a"
-            " volume, give the size of their voxels with --spacing X Y Z (mm)"
+            " volume, give the size of their voxels with --spacing X Y Z (mm); if each is a case, put all images into"
+            " one folder images, and their labels, with the same names, into labels"
         )
     elif len(series) > 1:  # their headers say which is which
         folder = os.path.commonpath([name.path.removesuffix(SERIES) for name in series])

@@ -1,8 +1,8 @@
 """Find images, channels and labels of each case from the names of files. Nothing is opened.
 
 These layouts are known and tried in this order: names in BIDS style; a single case; a folder for each channel; folders
-for images and folders for labels; labels in other folders than images, with their names; a folder for each case. If
-none fits, the source counts as one folder for all cases.
+for images and folders for labels; labels that have the names of images and lie in other folders; a folder for each
+case. If none fits, the source counts as one folder for all cases.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _slice_by_slice(names: Sequence[Name], stacked: bool) -> bool:
 
 
 def _apart(names: Sequence[Name], channels: Sequence[str] | None) -> Layout | None:
-    """Recognise labels that lie in other folders than images, by their names.
+    """Recognise labels that have the names of images and lie in other folders.
 
     An example: `Training_Input/c1.jpg` and `Training_Truth/c1_mask.png`.
     """

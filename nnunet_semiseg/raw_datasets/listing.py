@@ -17,7 +17,7 @@ _KINDS = {b"1.2.840.10008.5.1.4.1.1.66.4": DICOM_SEG, b"1.2.840.10008.5.1.4.1.1.
 
 
 def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """List the files below a folder, at any depth, that can be read, and the files that are left out, with the reason.
+    """List the files below a folder, at any depth: those that a conversion can read, and the others with the reason.
 
     Names are relative, with slashes. The DICOM slices in a folder share one name: that of the folder plus `.dicom`. The
     name of a segmentation ends with `.dicom-seg`, that of a structure set with `.dicom-rtstruct`. Links to folders are

@@ -12,10 +12,10 @@ from functools import cache, cached_property
 VOLUMES = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".mhd", ".nhdr")
 PICTURES = (".png", ".tif", ".bmp", ".tiff", ".jpg", ".jpeg")
 SERIES, DICOM_SEG, RTSTRUCT = ".dicom", ".dicom-seg", ".dicom-rtstruct"
-"""The endings of names for a folder of DICOM files, for a DICOM segmentation and for an RT structure set, see
-`listing`."""
+"""The endings that `listing` gives to the names of DICOM files in our lists: a folder of images, a segmentation, an RT
+structure set. On the disk these names may end differently."""
 STACK = ".stack"
-"""The ending of the name for a folder of pictures that are the slices of one volume."""
+"""The ending, also only in our lists, of a folder of pictures that are the slices of one volume."""
 ENDINGS = (*VOLUMES, *PICTURES, SERIES, DICOM_SEG, RTSTRUCT, STACK)
 BESIDE = (".json", ".txt", ".csv", ".tsv", ".md", ".xlsx", ".raw", ".zraw", ".gz", ".cfg", ".bval", ".bvec", ".pdf")
 """The endings of files that are not images and often lie beside images."""

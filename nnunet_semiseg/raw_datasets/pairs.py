@@ -70,7 +70,9 @@ def _as_written(channel: str, suffixes: Sequence[str]) -> str:
 def choose_channels(
     images: dict[str, dict[str, str]], labels: Mapping[str, object], wanted: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Choose the channels and their order. Returns them, and what is left out. `images` is reduced to these channels.
+    """Choose the channels and their order. `images` is reduced to these channels.
+
+    Returns the channels, and the files of other channels with the reason why they are not used.
 
     Args:
         wanted: the names of the channels. None: the channels that every labelled case has.

@@ -30,7 +30,7 @@ def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
 def read_dicom_channel(folder: Path, channel: str, channels: Sequence[str]) -> tuple[sitk.Image, str]:
     """Read the series of one channel, for a case with several channels.
 
-    Also returns a note on series that are left out.
+    Also returns a note on series that are not used, because they belong to no channel.
 
     Raises:
         UserError: as `read_dicom_series`; also if the only series belongs to another channel.
@@ -179,7 +179,8 @@ def one_channel(image: sitk.Image, name: str) -> sitk.Image:
         return image
     voxels = sitk.GetArrayViewFromImage(image)
     if image.GetDimension() > 2:  # 3D Slicer saves overlapping segments in several layers
-        raise UserError(f"{name}: has {number} values in a voxel instead of one: save it as one volume, without layers")
+        fix = "save it with one (in 3D Slicer: export the segments as a label map)"
+        raise UserError(f"{name}: has {number} values in each voxel instead of one: {fix}")
     colours = 3 if number >= 3 else 1  # grey and alpha
     if not (voxels[..., :colours] == voxels[..., :1]).all():
         raise UserError(

@@ -10,7 +10,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.repair import corners_of
 
 REGISTER = ("off", "check", "rigid")
-"""What to do with channels: leave them as they are, report their displacement, or move displaced ones."""
+"""What to do with channels: do not compare them, report their displacement, or move displaced ones."""
 BINS, SHARE, STEPS = 50, 0.2, 200
 """Numbers for the registration: bins of Mattes' histogram, share of the voxels in a step, largest number of steps at
 each resolution."""
@@ -19,9 +19,9 @@ SMALLEST = 16
 
 
 def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: str) -> tuple[sitk.Image, str]:
-    """Resample a channel to the grid of the first one, and align it if necessary.
+    """Align a channel with the first one, and resample it to the grid of the first one.
 
-    Also returns a note on its displacement.
+    Returns the channel, and a note on its displacement.
 
     A channel is displaced if a corner of the first channel's image must move by more than one voxel (of the smallest
     spacing). Smaller displacements cannot be told from the error of the registration. A channel that is not moved and
@@ -30,10 +30,10 @@ def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: 
     Args:
         moving, fixed: volumes with one value for each voxel.
         channel, first: the names of both channels.
-        how: a value of `REGISTER`; with `check` nothing is moved.
+        how: `rigid` or `check`. With `check` the channel is returned unchanged, on its own grid, with the note.
 
     Raises:
-        UserError: the channel cannot be registered.
+        UserError: the channel cannot be aligned. Callers put the name of its file before the message.
     """
     if is_constant(moving) or is_constant(fixed):
         return moving, f"{channel}: not compared with {first}: one of them is empty"
@@ -81,7 +81,7 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
     except RuntimeError as error:
         why = one_line_of(error).rpartition("): ")[2].partition(". ")[0]
         raise UserError(
-            f"cannot be registered to the first channel ({why}): remove the case, or align it by hand"
+            f"cannot be aligned with the first channel ({why}): remove this case, or align this channel by hand"
         ) from None
     if before <= after:  # what is measured is to be small
         return identity, 0.0

@@ -1,4 +1,4 @@
-"""Print what a conversion does: the data set, the number of cases in each part, what is missing or left out."""
+"""Print what a conversion does: the data set, the cases of each part, what is missing, and what is not used."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FIRST = 3
 
 
 def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, whole: bool) -> None:
-    """Print the report of a conversion: the data set, the cases of each part, what is left out.
+    """Print the report of a conversion: the data set, the cases of each part, the files that are not used.
 
     Args:
-        whole: also print the first cases of each part, file by file, and all files that are left out, as for a dry run.
+        whole: also print the first cases of each part, file by file, and all files that are not used, as for a dry run.
     """
     about = source.about
     print(about.title)
@@ -51,7 +51,7 @@ def report(source: Source, parts: Mapping[str, str], target: Path, crop: str, wh
         print("no unlabelled case: plan this dataset with --labeled_only, or with nnUNetv2_plan_and_preprocess")
     if left_out := sorted(set(source.cases) - set(parts)):
         names = some(left_out, len(left_out) if whole else 5)
-        print(f"{len(left_out)} cases are in no list and left out (--protocol all takes them): {names}")
+        print(f"{len(left_out)} cases are in no list and not converted (--protocol all takes them): {names}")
     by_reason = defaultdict(list)
     for path, reason in sorted(source.left_out.items()):
         by_reason[reason].append(path)

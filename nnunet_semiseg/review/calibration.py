@@ -54,7 +54,7 @@ def calibrate(
 ) -> tuple[Calibration | None, str]:
     """Make a calibration, and test it by leaving out one case at a time.
 
-    Returns it, or None, and a sentence for the page.
+    Returns the calibration (None if there are fewer than `FEWEST` cases), and a sentence on it for `review.html`.
 
     Args:
         estimates, dices: the values by class, for each labelled case that the model has not seen.

@@ -92,7 +92,11 @@ class Staging:
         write_json(content, self.new_content(place))
 
     def commit(self, cases: Mapping[str, str]) -> Path:
-        """Make the change valid, and return its journal. From now on this process or a later one will carry it out."""
+        """Make the change valid, and return its journal. From now on this process or a later one will carry it out.
+
+        Args:
+            cases: where the label of each case comes from: `human`, `corrected` or `prediction`.
+        """
         journal = {"state": GOING, "steps": self.steps, "cases": dict(cases)}
         write_json(journal, self.folder("raw") / JOURNAL)
         final = self.roots["raw"] / FOLDER / self.number
@@ -151,8 +155,11 @@ def undo(journal: Path, roots: Roots, say: Callable[[str], None] = print) -> Non
     content = read_journal(journal)
     stale = [step for step in content["steps"] if not _is_as_done(step, journal.parent, roots)]
     if raw := [step[-1] for step in stale if step[-1].startswith("raw/")]:
-        file = resolve(raw[0], roots)
-        raise UserError(f"{file}: was changed since it was accepted: restore the old file, then undo again")
+        file, copy = resolve(raw[0], roots), journal.parent / AFTER / raw[0]
+        place = f" (a copy is {copy})" if copy.is_file() else ""
+        raise UserError(
+            f"{file}: was changed or removed after accept: put back what accept wrote{place}, then undo again"
+        )
     kept = [step for step in content["steps"] if not (stale and step[-1].startswith("preprocessed/"))]
     if stale:
         say(

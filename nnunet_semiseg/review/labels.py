@@ -159,8 +159,9 @@ def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: 
 def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, sitk.Image | None]:
     """Compare the grids of a label and its image.
 
-    Returns the difference if it is an error, the difference if it is only rounding, and the image. What does not apply
-    is None; for a picture all three are None.
+    Returns the difference if it is an error, else None; the difference if it is only rounding, else None; and the image
+    if the grids were compared, else None. Grids of pictures, and of files with different numbers of dimensions, are not
+    compared.
     """
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None, None, None

@@ -24,7 +24,7 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
         "-tr", metavar="TRAINER", default=None,
         help="trainer of the model; default: the only trained one, or SemiSegTrainer if there are several",
     )  # fmt: skip
-    length: int = option("-n", metavar="N", default=20, help="number of cases to list on the page")
+    length: int = option("-n", metavar="N", default=20, help="number of cases to list in review.html")
     purpose: Literal["correction", "labelling", "random"] = option(
         "--for", default="correction",
         help="what the list is for. correction: it shows masks that are probably wrong. labelling: it shows"

@@ -19,7 +19,7 @@ from nnunet_semiseg.data.preprocessed import SUFFIXES, case_files, read_arrays
 from nnunet_semiseg.data.records import FINGERPRINT, read_record, record_file
 from nnunet_semiseg.data.stamps import stamp
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import read_json
+from nnunet_semiseg.files import disk_error, read_json
 from nnunet_semiseg.review.journal import Staging
 from nnunet_semiseg.schema import check, load_plans
 
@@ -109,7 +109,10 @@ def _preprocess(
         configuration.preprocessor_class(verbose=verbose).run_case_save(
             str(folder / case), files[:-1], files[-1], manager, configuration, dataset_json
         )
-    data, _ = read_arrays(folder, case)
+    try:
+        data, _ = read_arrays(folder, case)
+    except UserError as e:  # blosc2 does not report a full disk
+        raise disk_error(folder / case, str(e)) from None
     nothing = values_of_nothing(manager, configuration)
     if problems := preprocessed_problems(data, files[:-1], channel_names(dataset_json), nothing):
         raise UserError("\n".join(problems))
@@ -119,7 +122,10 @@ def _preprocess(
 
 
 def _take_from_unlabeled(staging: Staging, name: str, cases: Mapping[str, list[str]]) -> None:
-    """Remove the cases from the preprocessed unlabelled ones, if they are there. The manifest is removed first."""
+    """Plan to remove the cases from the preprocessed unlabelled ones, if they are there.
+
+    First the manifest is written without these cases. All others stay in it.
+    """
     preprocessed = staging.roots["preprocessed"]
     manifest_file = preprocessed / f"{name}.json"
     if manifest_file.is_file():

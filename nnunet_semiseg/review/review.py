@@ -69,7 +69,7 @@ class Work:
 
 
 def review(request: Request) -> Path | None:
-    """Predict the cases that are not predicted yet, then write the page.
+    """Predict the cases that are not predicted yet, then write `review.html`.
 
     Returns:
         The page. None if other parts have not finished.

@@ -34,7 +34,7 @@ class Reviewed:
 
 @dataclass
 class Table:
-    """What the page and `cases.csv` show.
+    """What `review.html` and `cases.csv` show.
 
     Attributes:
         rows: columns `rank`, `case`, `dice` (estimated), `dice CLASS`, `reasons`, and the mean of every estimate.

@@ -109,7 +109,7 @@ class ExternalMaskSettings(SemiSupervisedSettings):
     names."""
     external_unsure: Share = 0.9
     """The teacher is unsure where the probability of its decision is below this. There the masks of other models
-    replace its decision. Elsewhere they can only confirm it."""
+    replace its decision. Elsewhere its decision stays, and gets more weight where a mask agrees with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +141,9 @@ class TeacherSettings(SemiSupervisedSettings):
 
     @property
     def decay(self) -> float:
-        """The decay of the EMA for a training of this number of steps.
+        """The decay of the EMA: `ema_decay` if the user has set it, else a value for the length of the training.
 
-        The length of the EMA, 1 / (1 - decay), is interpolated between `EMA_LENGTHS` on a logarithmic scale.
+        For that the length of the EMA, 1 / (1 - decay), is interpolated between `EMA_LENGTHS` on a logarithmic scale.
         """
         if self.ema_decay is not None:
             return self.ema_decay
@@ -188,12 +188,15 @@ class ConsistencySettings(SemiSupervisedSettings):
     the length in the paper with `consistency=paper`."""
 
     def ramp(self, progress: float) -> float:
-        """The factor of `weight`. `progress` is the share of the training that is done, from 0 to 1."""
+        """The share of its final weight that a loss has now, from 0 to 1. `weight` is already multiplied by it.
+
+        `progress` is the share of the training that is done, from 0 to 1.
+        """
         default = self.paper_ramp if self.consistency == "paper" else 0.4
         return gaussian_ramp(progress / (default if self.ramp_length is None else self.ramp_length))
 
     def weight(self, progress: float) -> float:
-        """The weight of the consistency loss. `progress` is the share of the training that is done, 0 to 1."""
+        """The weight of the consistency loss now, with its ramp. For `progress` see `ramp`."""
         default = self.paper_weight if self.consistency == "paper" else 1.0
         return (default if self.consistency_weight is None else self.consistency_weight) * self.ramp(progress)
 

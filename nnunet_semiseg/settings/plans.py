@@ -64,7 +64,11 @@ def read_settings(settings_class: type[S], plans: dict, trainer: type | None = N
 
 
 def _given(settings_class: type, plans: dict, trainer: type | None) -> dict[str, Any]:
-    """The values that the plans give to this trainer: those for all trainers, and those under its own name."""
+    """The values that the plans give to this trainer.
+
+    They are those for all trainers, then those under the names of its base classes, then those under its own name. A
+    later value replaces an earlier one.
+    """
     section = plans.get(PLANS_KEY, {})
     given = {k: v for k, v in section.items() if k in types_of(settings_class)}
     for cls in reversed(trainer.__mro__ if trainer else ()):

@@ -90,7 +90,10 @@ def load_clip(
 
 
 def model_config(model: str, clip: nn.Module) -> dict:
-    """The content of `open_clip_config.json` for a model from `load_clip`. A folder with it is the same model."""
+    """The content of `open_clip_config.json` for a model from `load_clip`.
+
+    From a folder with this file and the weights, `load_clip` loads the same model.
+    """
     import open_clip
     from open_clip.transformer import QuickGELU
 

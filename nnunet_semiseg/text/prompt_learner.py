@@ -50,7 +50,8 @@ class PromptLearner(nn.Module):
         try:
             ids = tower.tokenize([text for texts in prompts.values() for text in texts], n_ctx)
         except UserError as error:
-            raise UserError(f"{source}: prompt {error} (or try --set n_ctx=NUMBER)") from None
+            fewer = f", or learn fewer context tokens than {n_ctx} with --set n_ctx=NUMBER" if n_ctx else ""
+            raise UserError(f"{source}: prompt {error}{fewer}") from None
         embeddings = tower.embed_tokens(ids).detach()
         one_hot = F.one_hot(torch.tensor(owner), len(prompts)).T.float()
         device = embeddings.device

@@ -19,7 +19,8 @@ class Batch:
             these, from fine to coarse.
         views: the views of the unlabelled patches by name, each (B_u, C, *S). A voxel shows the same place in
             all views.
-        extra: tensors that the `target_maker` of the method makes, by name.
+        extra: further tensors that the method needs, by name: the masks of other models (`take_masks`), stored
+            pseudo-labels (`take_pseudo_label`) or level sets of the labels (`add_level_sets`). Mostly empty.
         cases: the names of the unlabelled cases.
     """
 

@@ -59,9 +59,10 @@ class Ranks:
             )
 
     def seed(self, seed: int | None) -> int | None:
-        """The seed of this rank. The first rank has the seed of the training.
+        """The seed of this rank. The first rank has the seed of the training, which may be None.
 
-        None stays None if there is only one rank.
+        The seed of any other rank is made from that seed and the number of the rank. If that seed is None, it is drawn
+        at random for each rank.
         """
         if not self.number:
             return seed
@@ -81,8 +82,8 @@ class Ranks:
     def mean_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each parameter's gradient by its mean over all ranks, in one exchange.
 
-        A parameter without a gradient on every rank keeps none; otherwise the optimizer would apply weight decay to it.
-        A parameter without a gradient on some ranks counts as 0 there.
+        If no rank has a gradient for a parameter, it gets none; otherwise the optimizer would apply weight decay to it.
+        If only some ranks have one, the gradient of the others counts as 0.
         """
         if self.of == 1:
             return

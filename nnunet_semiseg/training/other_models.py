@@ -67,7 +67,8 @@ class MaskVotes:
         The mean of the weights is 1, so that masks do not make the loss larger.
 
         Args:
-            decision, logits: the decision and the logits of a teacher.
+            decision: the decision of a teacher, as `hard_pseudo_label` returns it.
+            logits: its logits, (B, heads, *S).
             masks: (B, K, *S), as `take_masks` returns them.
         """
         p = probabilities(logits, self.label_manager)

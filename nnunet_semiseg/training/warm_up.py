@@ -14,8 +14,8 @@ from nnunet_semiseg.training.distributed import Ranks
 SHORTEST, LONGEST = 0.1, 0.4
 """The smallest and the largest length of a warm-up, as shares of the training."""
 LEARNT = 0.5
-"""A class is learnt if its Dice on the labelled patches of an epoch reaches this. Boxes may be pasted into these
-patches."""
+"""A class is learnt if its Dice on the labelled patches of an epoch reaches this. In `BCPTrainer` and
+`SemiSegTrainer` these patches are mixed: a box of another labelled patch is pasted into each."""
 
 
 class WarmUp:
@@ -47,7 +47,10 @@ class WarmUp:
 
     @property
     def first_step(self) -> int:
-        """The number of the first step that uses unlabelled images."""
+        """The number of the first step that uses unlabelled images.
+
+        While the warm-up waits for the classes, it is the latest possible one, and can become smaller.
+        """
         return int(self.state["first_step"])
 
     @torch.no_grad()

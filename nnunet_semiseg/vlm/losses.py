@@ -30,10 +30,10 @@ def one_way(similarity: Tensor, temperature: float) -> Tensor:
 def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The squared Wasserstein distance W2^2 = ||mu_a - mu_b||^2 + ||sigma_a - sigma_b||^2 of all pairs.
 
-    The first of the two terms is returned, too. The public code compares each token with itself only.
+    The first of the two terms is returned, too. (The public code compares token i of a with token i of b only.)
 
     Args:
-        a, b: distributions (..., M, d) and (..., N, d).
+        a, b: distributions of M tokens (..., M, d) and of N tokens (..., N, d).
 
     Returns:
         Two tensors (..., M, N), at least 0.
@@ -148,8 +148,8 @@ def intra_modal_contrast(cls: Tensor, samples: Tensor, valid: Tensor, temperatur
 
     The negatives are the tokens of other samples. The loss is the mean over tokens of -log(exp(c_b . z_bi / T) /
     (exp(c_b . z_bi / T) + sum_(b' != b, k) exp(c_b . z_b'k / T))). Other tokens of the same sample and padding do not
-    take part. c_b is the CLS of sample b, and z_bi is its token i. (In the public code "all but self" includes the
-    token itself.)
+    take part. c_b is the CLS of sample b, and z_bi is its token i. (In the public code the sum over the negatives also
+    includes the token itself.)
 
     Args:
         cls: (B, d); samples: (B, L, d). Both are normalised here.

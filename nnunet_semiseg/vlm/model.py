@@ -207,7 +207,7 @@ def to_tower(images: Tensor, about: dict, size: tuple[int, int]) -> Tensor:
     """Convert images that nnU-Net has normalised (and augmented) to the input of a tower.
 
     Each image is z-scored, clipped at 3 standard deviations and scaled to 0 to 1. So no image becomes black, whatever
-    its normalisation and augmentation were. A single channel is repeated; more than three are averaged.
+    its normalisation and augmentation were. A single channel is repeated. Two, or more than three, are averaged first.
 
     Args:
         images: (B, C, H, W).

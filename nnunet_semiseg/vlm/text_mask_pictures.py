@@ -38,7 +38,7 @@ class TrainedMasks:
         data: nnU-Net's preprocessed cases, labelled and unlabelled.
         labeled_cases: the labelled cases whose labels the pre-training did not see. If it saw all labels: all labelled
             cases.
-        texts: for each case the text of each mask, by its name. Cases without texts are left out.
+        texts: for each case the text of each mask, by its name. It has no entry for a case without a text.
         labels: for every mask the value of its label, or the values of its region.
     """
 
