@@ -179,7 +179,7 @@ def what_is_next(
         return _train_on(number, _reviewed(reviews, done), len(accepted), {p.plans for p in prepared})
     run = newest if accepted else done[0]
     model = f"-d {number} -c {run.configuration} -f {run.fold} -p {run.base_plans}"
-    if not compared:
+    if not compared and not accepted:  # a model that trained on would be compared with one from the beginning
         return f"nnunet_semiseg compare {model} --run{device}"
     if reviews and (not accepted or max(map(_time, reviews)) > _time(accepted[-1])):
         return f"nnunet_semiseg accept -d {number} -i FOLDER"

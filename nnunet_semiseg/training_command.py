@@ -177,9 +177,8 @@ def add_continue_argument(parser: ArgumentParser) -> None:
 def checkpoint_of(model: str, fold: str) -> Path:
     """Find the last checkpoint of a model. `model` is its folder, the folder of a fold, or the checkpoint itself."""
     path = Path(model).absolute()
-    final = "checkpoint_final.pth"
-    folders = [path / f"fold_{fold}", path] if (path / f"fold_{fold}").is_dir() else [path, path / "fold_all"]
-    return next((folder / final for folder in folders if (folder / final).is_file()), path)
+    files = (folder / "checkpoint_final.pth" for folder in (path / f"fold_{fold}", path))
+    return next(filter(Path.is_file, files), path)
 
 
 @contextmanager
@@ -227,12 +226,18 @@ def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) ->
         raise UserError("--continue_from: name the new model with --as NAME: it must not replace another one")
     model = checkpoint_of(args.continue_from, args.fold)
     if model.is_dir():
-        raise UserError(f"{model}: has no checkpoint_final.pth of fold {args.fold} or all: give a trained model")
+        raise UserError(f"{model}: has no checkpoint_final.pth of fold {args.fold}: give a trained model of this fold")
     content = checkpoints.read(model, "give a trained model with --continue_from", mmap=True)
     now = PlansManager(plans).get_configuration(args.configuration).configuration
     if _architecture(content["init_args"]) != now["architecture"]:
         fix = "give the plans and the configuration that it was trained with"
         raise UserError(f"{model}: its network is not that of {args.p}, {args.configuration}: {fix}")
+    seen = content["init_args"].get("fold")
+    if args.fold != "all" and str(seen) != str(int(args.fold)):  # else no score of the new model could be trusted
+        raise UserError(
+            f"{model}: was trained with fold {seen}, so it has seen validation cases of fold {args.fold}: continue from"
+            f" a model of fold {args.fold}, or give the fold all"
+        )
 
 
 def _architecture(made_with: dict) -> dict | None:

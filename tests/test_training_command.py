@@ -331,7 +331,7 @@ def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epo
         ("--continue_from {model}", "--continue_from: name the new model with --as NAME"),
         ("--continue_from {model} --as x --c", "--continue_from and --c: give one of them"),
         ("--continue_from {model}/nix --as x", "/nix: no such file: give a trained model with --continue_from"),
-        ("--continue_from {raw} --as x", "no checkpoint_final.pth of fold all or all: give a trained model"),
+        ("--continue_from {raw} --as x", "no checkpoint_final.pth of fold all: give a trained model"),
         ("--continue_from {model} --as x -tr nnUNetTrainer", "nnUNetTrainer has no settings, so"),
     ],
 )
@@ -342,5 +342,21 @@ def test_what_cannot_continue_is_refused(more, message, dataset, monkeypatch, ca
         model=run.model_folder, raw=dataset.raw
     )
     assert cli.main(words.split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (dataset.preprocessed / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("{run.checkpoint}", "was trained with fold all, so it has seen validation cases of fold 0"),
+        ("{run.model_folder}", "has no checkpoint_final.pth of fold 0: give a trained model of this fold"),
+    ],
+)
+def test_a_model_that_has_seen_the_validation_cases_does_not_continue(given, message, dataset, monkeypatch, capsys):
+    run, _ = save_untrained(MeanTeacherTrainer, dataset)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres 0 -p {PLANS} -device cpu -tr MeanTeacherTrainer --as x --continue_from "
+    assert cli.main((words + given.format(run=run)).split()) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and not (dataset.preprocessed / "x.json").exists()
