@@ -19,6 +19,7 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.vlm.gate import Quality, evidence, examples_of, measure, with_evidence
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.pamr import neighbours, refine
+from nnunet_semiseg.vlm.pretrained import load_vlm
 from nnunet_semiseg.vlm.sides import axes_of_sides, exchange, is_flat, named_sides
 from nnunet_semiseg.vlm.text_mask_generator import (
     TextMaskGenerator,
@@ -27,7 +28,6 @@ from nnunet_semiseg.vlm.text_mask_generator import (
     collect,
     contrast_between_classes,
     contrast_between_images,
-    load_vlm,
     raw_masks,
     variation,
 )

@@ -25,9 +25,9 @@ from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.vlm import losses, pretraining
 from nnunet_semiseg.vlm.model import AMVLM, repeat_words
 from nnunet_semiseg.vlm.pairs import Pairs, random_crop
+from nnunet_semiseg.vlm.pretrained import load_vlm, read_state
 from nnunet_semiseg.vlm.pretraining import pretrain
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, gather, retrieval
-from nnunet_semiseg.vlm.text_mask_generator import load_vlm, read_state
 from nnunet_semiseg.vlm.text_mask_pictures import (
     how_well_labels_are_found,
     load_text_masks,

@@ -89,7 +89,8 @@ def quality(generator, shown: dict[str, tuple], texts: dict[str, str]) -> dict:
 
 def measure_towers(data: Path, work: Path, towers: str, labels: str) -> None:
     """Print how well held-out pairs find each other, and how good masks are on labelled and on test cases."""
-    from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, read_state
+    from nnunet_semiseg.vlm.pretrained import load_vlm, read_about, read_state
+    from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator
 
     folder, name = work / "vlm" / towers, TOWERS[towers][0]
     texts = json.loads((data / "busi_small" / "texts.json").read_bytes())

@@ -31,6 +31,7 @@ from nnunet_semiseg.training.plans_trainer import dataset_json_file
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.turns import NO_TURN
 from nnunet_semiseg.vlm.gate import STEPS, Example, evidence, examples_of, measure, with_evidence
+from nnunet_semiseg.vlm.pretrained import load_vlm, read_about, seen_cases
 from nnunet_semiseg.vlm.sides import (
     HORIZONTAL,
     SIDES,
@@ -41,7 +42,7 @@ from nnunet_semiseg.vlm.sides import (
     is_flat,
     named_sides,
 )
-from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, seen_cases
+from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,8 @@ from nnunet_semiseg.training.log_lines import expected_end
 from nnunet_semiseg.training.random_state import seed_everything
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.pairs import Pairs, may_be_mirrored, open_cases
+from nnunet_semiseg.vlm.pretrained import ABOUT, STATE, WEIGHTS, read_about, read_state
 from nnunet_semiseg.vlm.task import PretrainingSettings, PretrainingTask, retrieval
-from nnunet_semiseg.vlm.text_mask_generator import ABOUT, STATE, WEIGHTS, read_about, read_state
 from nnunet_semiseg.vlm.towers import TIMM, load_towers, split_model
 
 DEFAULT_MODEL = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"

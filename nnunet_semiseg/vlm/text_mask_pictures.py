@@ -24,7 +24,8 @@ from nnunet_semiseg.runs import Run
 from nnunet_semiseg.settings.plans import read_settings
 from nnunet_semiseg.text.prompts import class_names, read_prompts
 from nnunet_semiseg.vlm.pairs import open_cases
-from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator, load_vlm, read_about, seen_cases
+from nnunet_semiseg.vlm.pretrained import load_vlm, read_about, seen_cases
+from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator
 
 PREFIX = "text_masks."
 """The beginning of the names of the weights of the text mask generator in a checkpoint."""
