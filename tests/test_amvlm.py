@@ -14,13 +14,15 @@ from training import bare_trainer, batch_of, make_trainer, nnunet_loss, settings
 from nnunet_semiseg.data.texts import read_texts
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.segmentation import soft_label_loss
-from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer, with_background
+from nnunet_semiseg.trainers.amvlm import AMVLMSettings, AMVLMTrainer
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.vlm.gate import Quality, evidence, examples_of, measure, with_evidence
 from nnunet_semiseg.vlm.model import to_tower
 from nnunet_semiseg.vlm.pamr import neighbours, refine
 from nnunet_semiseg.vlm.pretrained import load_vlm
-from nnunet_semiseg.vlm.sides import axes_of_sides, exchange, is_flat, named_sides
+from nnunet_semiseg.vlm.sides import NamedSides, axes_of_sides, exchange, is_flat, named_sides
+from nnunet_semiseg.vlm.slices import draw_slices
+from nnunet_semiseg.vlm.text_labels import TextLabels, with_background
 from nnunet_semiseg.vlm.text_mask_generator import (
     TextMaskGenerator,
     UpBlock,
@@ -37,6 +39,7 @@ REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
 PAIRS = AMVLMSettings().side_pairs
 KEPT = (False, False)
 """no flip"""
+NO_SIDES = NamedSides({}, (), PAIRS)
 
 
 # ----------------------------------------------------------------------------------------------------------- PAMR
@@ -243,7 +246,7 @@ def with_gate(area, trainer, monkeypatch):
     """The gate after a measurement that says this area."""
     said = []
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *words: said.append(" ".join(words)))
-    monkeypatch.setattr("nnunet_semiseg.trainers.amvlm.measure", lambda *_: Quality(area, 0.4, 0.7))
+    monkeypatch.setattr("nnunet_semiseg.vlm.text_labels.measure", lambda *_: Quality(area, 0.4, 0.7))
     trainer.measure_masks()
     state = {name: trainer.method_state[name].tolist() for name in ("mask_used", "mask_threshold")}
     return state, "".join(said)
@@ -270,16 +273,16 @@ def test_without_texts_of_labelled_cases_nothing_can_be_measured(lesions, monkey
 
 def test_labels_by_the_texts_by_hand():
     """Two classes of which one is used: above its threshold it is there, and of the other the teacher's word counts."""
-    trainer = bare_trainer(AMVLMTrainer, label_manager=CLASSES, mask_labels="hard")
-    trainer.method_state = {"mask_used": torch.tensor([1.0, 0.0]), "mask_threshold": torch.tensor([0.3, 0.5])}
+    labels = TextLabels(2, "hard", 0.6, CLASSES)
+    labels.state |= {"mask_used": torch.tensor([1.0, 0.0]), "mask_threshold": torch.tensor([0.3, 0.5])}
     masks = torch.tensor([[0.4, 0.9], [0.2, 0.9]]).view(2, 2, 1, 1)  # two images of a pixel
     taught = torch.tensor([[0.7, 0.1, 0.2]]).expand(2, -1).view(2, 3, 1, 1)
-    found = trainer.text_labels(masks, torch.tensor([True, True]), taught)
+    found = labels(masks, torch.tensor([True, True]), taught)
     # image 0: a is there (1), b 0.2: background 0; image 1: a is not, b 0.2, background 0.8
     torch.testing.assert_close(found.flatten(1), torch.tensor([[0, 1 / 1.2, 0.2 / 1.2], [0.8, 0.0, 0.2]]))
-    assert torch.equal(trainer.text_labels(masks, torch.tensor([True, False]), taught)[1], taught[1])
-    trainer.method_state["mask_used"].zero_()
-    assert trainer.text_labels(masks, torch.tensor([True, True]), taught) is None
+    assert torch.equal(labels(masks, torch.tensor([True, False]), taught)[1], taught[1])
+    labels.state["mask_used"].zero_()
+    assert labels(masks, torch.tensor([True, True]), taught) is None
 
 
 def test_what_a_mask_is_worth_by_hand():
@@ -296,15 +299,11 @@ def test_what_a_mask_is_worth_by_hand():
 
 
 def test_evidence_moves_the_teachers_probabilities():
-    trainer = bare_trainer(AMVLMTrainer)
+    labels = TextLabels(2, "evidence", 0.6, CLASSES)
     tables = torch.stack([torch.linspace(-math.log(4), math.log(4), 65), torch.ones(65)])
-    trainer.method_state = {
-        "mask_used": torch.tensor([1.0, 0.0]),
-        "mask_evidence": tables,
-        "mask_threshold": torch.ones(2),
-    }
+    labels.state |= {"mask_used": torch.tensor([1.0, 0.0]), "mask_evidence": tables}
     taught = torch.tensor([[0.3, 0.5, 0.2]]).view(1, 3, 1, 1)
-    found = trainer.text_labels(torch.tensor([1.0, 1.0]).view(1, 2, 1, 1), torch.tensor([True]), taught)
+    found = labels(torch.tensor([1.0, 1.0]).view(1, 2, 1, 1), torch.tensor([True]), taught)
     # the first class has 4 to 1 now, the second, which is not used, keeps 0.2; background (1 - 0.8) (1 - 0.2)
     torch.testing.assert_close(found.flatten(), torch.tensor([0.16, 0.8, 0.2]) / 1.16)
 
@@ -352,10 +351,10 @@ def test_masks_have_an_optimizer_of_their_own_that_a_checkpoint_keeps(ready):
 
 def test_texts_of_the_batch_are_drawn_with_others(lesions):
     trainer = started(lesions({f"un_{i:03d}": f"{i} lesions" for i in range(4)}), mask_texts=3)
-    assert trainer.texts == [f"{i} lesions" for i in range(4)]
-    drawn = trainer.draw_texts([2, 2, 0])
+    assert trainer.texts.texts == [f"{i} lesions" for i in range(4)]
+    drawn = trainer.texts.draw([2, 2, 0])
     assert drawn[:2] == [0, 2] and len(drawn) == 3 and drawn[2] in (1, 3)
-    assert sorted(trainer.draw_texts([0, 1, 2, 3])) == [0, 1, 2, 3]
+    assert sorted(trainer.texts.draw([0, 1, 2, 3])) == [0, 1, 2, 3]
 
 
 def test_background_is_what_no_mask_takes():
@@ -475,7 +474,7 @@ def test_flips_that_make_a_text_false_are_off(lesions):
     volume = started(lesions("left lesion", dataset_id=904, dims=3, size=24))
     assert augmentation(volume)[1:] == ((0, 1), (0, 1))
     upper = started(lesions("upper lesion", dataset_id=905, dims=3, size=24), sides="swap")
-    assert augmentation(upper)[1:] == ((2,), (2,)) and upper.flips == [(False, False)]  # z or y? neither
+    assert augmentation(upper)[1:] == ((2,), (2,)) and upper.sides.flips == [(False, False)]  # z or y? neither
 
 
 def test_flips_with_the_words_exchanged(lesions, monkeypatch):
@@ -483,10 +482,10 @@ def test_flips_with_the_words_exchanged(lesions, monkeypatch):
     assert augmentation(trainer) == (pytest.approx(0.2618, abs=1e-3), (0,), (0, 1))
     batch = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
     shown, asked = [], []
-    forward, teacher, text_masks = trainer.network.forward, trainer.teacher.forward, trainer.text_masks
+    forward, teacher, masks = trainer.network.forward, trainer.teacher.forward, trainer.texts.masks
     trainer.network.forward = lambda x: (shown.append(x), forward(x))[1]
     trainer.teacher.forward = lambda x: (shown.append(x), teacher(x))[1]
-    trainer.text_masks = lambda images, cases, flip: (asked.append((images, flip)), text_masks(images, cases, flip))[1]
+    trainer.texts.masks = lambda images, cases, flip: (asked.append((images, flip)), masks(images, cases, flip))[1]
     trainer.loss.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
     monkeypatch.setattr(torch, "rand", lambda *_: torch.zeros(2))  # always
     terms_of(trainer, batch)
@@ -498,7 +497,7 @@ def test_flips_with_the_words_exchanged(lesions, monkeypatch):
     assert all(torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     generator = trainer.auxiliary["text_masks"]
     swapped = generator.encode_texts(["a lesion on the right"])
-    torch.testing.assert_close(trainer.text_features[False, True], swapped)
+    torch.testing.assert_close(trainer.texts.features[False, True], swapped)
     monkeypatch.setattr(torch, "rand", lambda *_: torch.ones(2))  # never
     shown.clear()
     terms_of(trainer, batch)
@@ -518,7 +517,7 @@ def test_labelled_and_test_cases_may_have_texts_and_hidden_ones_need_theirs(lesi
     for folder in (dataset.raw, dataset.preprocessed):
         (folder / "texts.json").write_text(json.dumps(texts))
     trainer = started(dataset, num_labeled=1)
-    assert set(trainer.hidden_cases) < set(trainer.row) and "ts_000" not in trainer.row
+    assert set(trainer.hidden_cases) < set(trainer.texts.row) and "ts_000" not in trainer.texts.row
     shutil.rmtree(dataset.raw)  # where preprocessed data are all there is, nobody knows the test cases
     assert set(read_texts(dataset.name, list(unlabeled))) == set(unlabeled)
 
@@ -530,11 +529,11 @@ def test_a_case_has_its_own_text_and_without_one_the_teachers_word(lesions):
         make_trainer(AMVLMTrainer, dataset)
     trainer = started(dataset, missing_texts="skip")
     images = torch.randn(3, 1, 32, 32)
-    masks, has_text, loss = trainer.text_masks(images, ["un_001", "un_003", "un_000"], KEPT)
+    masks, has_text, loss = trainer.texts.masks(images, ["un_001", "un_003", "un_000"], KEPT)
     assert has_text.tolist() == [True, False, True] and torch.isfinite(loss)
     own = trainer.auxiliary["text_masks"].encode_texts(["two lesions"])
     torch.testing.assert_close(masks[:1], trainer.auxiliary["text_masks"](images[:1], own[:, None])[1])
-    assert trainer.text_masks(images, ["un_003"] * 3, KEPT)[2] == 0
+    assert trainer.texts.masks(images, ["un_003"] * 3, KEPT)[2] == 0
 
 
 def test_what_is_wrong_with_texts_is_one_line(lesions):
@@ -616,14 +615,14 @@ def test_the_three_supervisions_by_hand():
 
     settings = dict(pseudo_weight=0.5, mask_weight=2.0, mask_labels="soft")
     trainer = bare_trainer(AMVLMTrainer, progress=0.5, network=says, teacher=teacher, **settings)
-    trainer.method_state = {"mask_used": torch.ones(1), "mask_threshold": torch.tensor([0.5])}
-    trainer.swapped, asked = [], []
+    trainer.text_labels = TextLabels(1, "soft", 0.0, CLASSES)
+    trainer.sides, asked = NO_SIDES, []
 
     def text_masks(images, cases, flip):
         asked.append((images, cases, flip))
         return torch.tensor([0.8, 0.99]).view(2, 1, 1, 1), torch.tensor([True, False]), torch.tensor(3.0)
 
-    trainer.text_masks = text_masks
+    trainer.texts = SimpleNamespace(masks=text_masks)
     weak = torch.zeros(2, 1, 1, 1)
     strong, labeled = torch.tensor([0.3, 0.9]).view(2, 1, 1, 1), torch.full((2, 1, 1, 1), 0.7)
     batch = batch_of(labeled, torch.ones(2, 1, 1, 1), cases=["b", "a"], weak=weak, strong=strong)
@@ -656,11 +655,10 @@ def test_a_teacher_that_hears_the_text_by_hand(used, of_first):
     logits_of = lambda p: torch.log(torch.cat((1 - p, p), 1))  # noqa: E731
     trainer = bare_trainer(AMVLMTrainer, network=logits_of, teacher=lambda x: logits_of(0.4 + 0 * x))
     table = torch.linspace(0, math.log(4), 65)[None]
-    trainer.method_state = {
-        "mask_used": torch.tensor([used]), "mask_threshold": torch.ones(1), "mask_evidence": table
-    }  # fmt: skip
-    trainer.swapped = []
-    trainer.text_masks = lambda *_: (torch.ones(2, 1, 1, 1), torch.tensor([True, False]), torch.tensor(0.0))
+    trainer.text_labels = TextLabels(1, "evidence", 0.6, CLASSES)
+    trainer.text_labels.state |= {"mask_used": torch.tensor([used]), "mask_evidence": table}
+    trainer.sides, masks = NO_SIDES, torch.ones(2, 1, 1, 1)
+    trainer.texts = SimpleNamespace(masks=lambda *_: (masks, torch.tensor([True, False]), torch.tensor(0.0)))
     batch = batch_of(p, torch.ones(2, 1, 1, 1), cases=["a", "b"], weak=p, strong=p)
     assert terms_of(trainer, batch).keys() == {"supervised", "mask", "teacher"}
     assert terms_of(trainer, batch)["teacher"].item() == pytest.approx((of_first - math.log(0.1)) / 2, rel=1e-4)
@@ -679,9 +677,8 @@ def test_each_supervision_alone(part, lesions):
     assert set(out) == {"loss", "supervised", part, "mask"} and torch.isfinite(out["loss"])
 
 
-def test_slices_of_a_volume(lesions):
-    trainer = started(lesions(dims=3, size=24, labels={"background": 0, "kidney": 1, "tumour": 2}), text_slices=3)
-    to_slices, put_back, samples = trainer.draw_slices(torch.zeros(2, 1, 8, 16, 16))
+def test_slices_of_a_volume():
+    to_slices, put_back, samples = draw_slices(torch.zeros(2, 1, 8, 16, 16), 3)
     x = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(2, 1, 8, 16, 16)
     sliced = to_slices(x)
     assert sliced.shape == (6, 1, 16, 16) and samples == [0, 0, 0, 1, 1, 1]

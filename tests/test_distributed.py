@@ -113,7 +113,7 @@ def train(trainer_class, dataset, settings: dict) -> dict:
     trainer.current_epoch, trainer.step = 1, STEPS
     if with_towers := trainer_class.__name__ == "AMVLMTrainer":  # which take float32
         trainer.finest_loss.dc.batch_dice = False  # towards soft labels, MONAI's sees the samples of this process
-        trainer.text_masks = lambda images, *args, real=trainer.text_masks: real(images.float(), *args)
+        trainer.texts.masks = lambda images, *args, real=trainer.texts.masks: real(images.float(), *args)
     for name in ("network", "teacher") if with_towers else ("network", "teacher", "auxiliary"):
         if getattr(trainer, name, None) is not None:
             getattr(trainer, name).double()  # decisions, of pseudo-labels too, are then not a matter of rounding

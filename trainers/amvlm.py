@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, product
-from pathlib import Path
+from itertools import chain
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.data.texts import has_texts, read_texts, texts_file
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds
@@ -30,19 +28,13 @@ from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import dataset_json_file
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.turns import NO_TURN
-from nnunet_semiseg.vlm.gate import STEPS, Example, evidence, examples_of, measure, with_evidence
-from nnunet_semiseg.vlm.pretrained import load_vlm, read_about, seen_cases
-from nnunet_semiseg.vlm.sides import (
-    HORIZONTAL,
-    SIDES,
-    VERTICAL,
-    SidePairs,
-    axes_of_sides,
-    exchange,
-    is_flat,
-    named_sides,
-)
+from nnunet_semiseg.vlm.gate import Example, examples_of
+from nnunet_semiseg.vlm.pretrained import check_pretraining, load_vlm
+from nnunet_semiseg.vlm.sides import Flip, NamedSides, SidePairs
+from nnunet_semiseg.vlm.slices import draw_slices
+from nnunet_semiseg.vlm.text_labels import TextLabels
 from nnunet_semiseg.vlm.text_mask_generator import TextMaskGenerator
+from nnunet_semiseg.vlm.training_texts import CaseTexts, ClassTexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,49 +165,16 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         texts = (
             [*self.case_texts.values(), *self.labeled_texts.values()] if self.case_texts else [*chain(*self.prompts)]
         )
+        self.seen_cases = check_pretraining(self.settings, plans, configuration, fold, dataset_json)
         n_dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
-        about = read_about(Path(self.settings.vlm), "pre-train again")
-        self.refuse_seen_labels(about, plans, configuration, fold, dataset_json)
-        self.seen_cases = seen_cases(about, plans["dataset_name"])
-        axis = about["settings"].get("slice_axis", 0)
-        if n_dims == 3 and axis != 0:
-            raise UserError(
-                f"setting vlm={self.settings.vlm}: was pre-trained on slices across axis {axis}, but text masks need"
-                " slices across the first axis: pre-train again with slice_axis=0"
-            )
-        named, axes = named_sides(texts, self.settings.side_pairs), axes_of_sides(plans, n_dims)
-        self.side_axes = {side: axes[side] for side in named}
-        exchanged = [side == HORIZONTAL or is_flat(plans) for side in (VERTICAL, HORIZONTAL)]
-        self.swapped = [side for side in named if self.settings.sides == "swap" and self.case_texts and exchanged[side]]
-        # each text in its forms for no flip, a flip along one axis and flips along both
-        self.flips = list(product(*((False, True) if side in self.swapped else (False,) for side in SIDES)))
+        swap = self.settings.sides == "swap" and bool(self.case_texts)
+        self.sides = NamedSides.of(texts, self.settings.side_pairs, plans, n_dims, swap)
         try:
-            self.vlm.tokenize([exchange(text, flip, self.settings.side_pairs) for flip in self.flips for text in texts])
+            self.vlm.tokenize([text for flip in self.sides.flips for text in self.sides.exchange(texts, flip)])
         except UserError as error:
             file = texts_file(plans["dataset_name"]) if self.case_texts else dataset_json_file(plans)
             raise UserError(f"{file}: {error}") from None
         return plans
-
-    def refuse_seen_labels(self, about: dict, plans: dict, configuration: str, fold, dataset_json: dict) -> None:
-        """Refuse a pre-training that used labels which this training must not know, such as those of validation cases.
-
-        Raises:
-            UserError: the pre-training used such a label.
-        """
-        name, number = plans["dataset_name"], self.settings.num_labeled
-        if not (seen := seen_cases(about, name)):
-            return
-        base = Path(str(nnUNet_preprocessed), name)
-        folder = str(base / PlansManager(plans).get_configuration(configuration).data_identifier)
-        training = cases_of_fold(base, infer_dataset_class(folder).get_identifiers(folder), fold)
-        hidden = sorted(set(seen) - set(take_labeled(training, [], number, dataset_json)[0]))
-        if hidden:
-            wanted = f"fold={fold}" + ("" if number is None else f" num_labeled={number}")
-            raise UserError(
-                f"setting vlm={self.settings.vlm}: its pre-training used the labels of {hidden[0]} and others,"
-                f" {len(hidden)} in all, which this training must not know: pre-train again with --set {wanted}, or"
-                " with --set mask_weight=0"
-            )
 
     def read_case_texts(self, plans: dict, configuration: str) -> tuple[dict[str, str], dict[str, str]]:
         """Read the texts of the unlabelled cases, and of the labelled cases that have one.
@@ -248,26 +207,14 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         generator = self.auxiliary["text_masks"]
         self.mask_optimizer = torch.optim.Adam(generator.parameters(), self.settings.mask_learning_rate)
         self.optimizer.register_step_pre_hook(self.step_masks)
-        n_classes = 1 if self.case_texts else len(self.prompts) - 1
-        self.method_state = {
-            "mask_used": torch.zeros(n_classes),
-            "mask_threshold": torch.full((n_classes,), 0.5),
-            "mask_evidence": torch.zeros(n_classes, STEPS),
-        }
-        if self.settings.mask_gate == 0:
-            self.method_state["mask_used"].fill_(1)
-        pairs = self.settings.side_pairs
+        settings = self.settings
         if self.case_texts:
-            self.texts = sorted({*self.case_texts.values(), *self.labeled_texts.values()})
-            number = {text: i for i, text in enumerate(self.texts)}
-            self.row = {case: number[text] for case, text in self.case_texts.items()}
-            self.labeled_row = {case: number[text] for case, text in self.labeled_texts.items()}
-            self.text_features = {
-                flip: generator.encode_texts([exchange(t, flip, pairs) for t in self.texts]) for flip in self.flips
-            }
+            self.texts = CaseTexts(generator, self.case_texts, self.labeled_texts, self.sides, settings.mask_texts)
         else:
-            features = [generator.encode_texts(list(texts)).mean(0) for texts in self.prompts]
-            self.class_features = nn.functional.normalize(torch.stack(features), dim=1)
+            self.texts = ClassTexts(generator, self.prompts)
+        n_classes, manager = self.texts.n_classes, self.label_manager
+        self.text_labels = TextLabels(n_classes, settings.mask_labels, settings.mask_gate, manager)
+        self.method_state |= self.text_labels.state
 
     def configure_optimizers(self):
         """Make nnU-Net's optimizer for the network only. The text masks have an optimizer of their own."""
@@ -315,27 +262,16 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         rotation, dummy_2d, patch_size, mirror_axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
-        if self.side_axes:
+        if self.sides.axes:
             rotation = limited(rotation)
-            false = set(chain(*self.side_axes.values()))
+            false = set(chain(*self.sides.axes.values()))
             mirror_axes = tuple(axis for axis in mirror_axes if axis not in false)
-            swapped = chain(*(self.side_axes[side] for side in self.swapped))
+            swapped = chain(*(self.sides.axes[side] for side in self.sides.swapped))
             self.inference_allowed_mirroring_axes = tuple(sorted((*mirror_axes, *swapped))) or None
         return rotation, dummy_2d, patch_size, mirror_axes
 
-    def draw_flip(self) -> tuple[bool, bool]:
-        """Draw whether this batch is flipped vertically, and whether horizontally.
-
-        A flip also exchanges words in its texts, such as left and right.
-        """
-        if not self.swapped:
-            return False, False
-        drawn = torch.rand(2) < 0.5
-        vertical, horizontal = (bool(drawn[side]) and side in self.swapped for side in SIDES)
-        return vertical, horizontal
-
-    def flipped(self, batch: Batch, flip: tuple[bool, bool]) -> Batch:
-        axes = [axis + 2 for side in SIDES if flip[side] for axis in self.side_axes[side]]
+    def flipped(self, batch: Batch, flip: Flip) -> Batch:
+        axes = [axis + 2 for axis in self.sides.axes_of(flip)]
         if not axes:
             return batch
         images, target, views = tree_map(lambda x: x.flip(axes), (batch.images, batch.target, batch.views))
@@ -346,7 +282,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         settings = self.settings
         hears = settings.mask_labels == "evidence"
-        flip, turn = self.draw_flip(), self.draw_turn() if hears else NO_TURN
+        flip, turn = self.sides.draw_flip(), self.draw_turn() if hears else NO_TURN
         batch = self.flipped(batch, flip)
         outputs = self.each(self.network, batch.images, turn(batch.views["strong"]))
         yield {"supervised": self.loss(next(outputs), batch.target)}
@@ -354,8 +290,8 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         weak = batch.views["weak"]
         with torch.no_grad():
             taught = probabilities(self.teacher(weak), self.label_manager)
-        to_slices, put_back, samples = self.draw_slices(weak)
-        masks, has_text, loss = self.text_masks(to_slices(weak), [batch.cases[i] for i in samples], flip)
+        to_slices, put_back, samples = draw_slices(weak, settings.text_slices)
+        masks, has_text, loss = self.texts.masks(to_slices(weak), [batch.cases[i] for i in samples], flip)
         yield {"mask": settings.mask_weight * loss}
         del loss
 
@@ -381,75 +317,6 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
                 else:
                     yield {name: weight * soft_label_loss(self.finest_loss, to_slices(logits), label)}
 
-    def text_labels(self, masks: Tensor, has_text: Tensor, taught: Tensor) -> Tensor | None:
-        """Make probabilities (N, heads, H, W) from the text masks. None if no class has good masks.
-
-        The teacher's probabilities are used for images without a text and for classes whose masks are not used.
-
-        Args:
-            masks: (N, K, H, W); has_text: (N,); taught: the teacher's probabilities (N, heads, H, W).
-        """
-        used, thresholds = (self.method_state[name].tolist() for name in ("mask_used", "mask_threshold"))
-        if not any(used):
-            return None
-        if self.settings.mask_labels == "hard":
-            masks = torch.stack([mask > t for mask, t in zip(masks.unbind(1), thresholds, strict=True)], 1).float()
-        of_teacher = taught if self.label_manager.has_regions else taught[:, 1:]
-        if self.settings.mask_labels == "evidence":
-            tables = self.method_state["mask_evidence"].to(masks, non_blocking=True)
-            of_classes = zip(of_teacher.unbind(1), masks.unbind(1), tables, strict=True)
-            masks = torch.stack([with_evidence(p, mask, table) for p, mask, table in of_classes], 1)
-        pairs = zip(masks.unbind(1), of_teacher.unbind(1), used, strict=True)
-        masks = torch.stack([mask if use else teacher for mask, teacher, use in pairs], 1)
-        return torch.where(has_text.view(-1, 1, 1, 1), with_background(masks, self.label_manager), taught)
-
-    def draw_slices(self, images: Tensor) -> tuple[Callable, Callable, list[int]]:
-        """Draw some slices of each sample (B, C, *S). A 2d image is a single slice.
-
-        Returns:
-            A function that takes these slices from a tensor, as 2d images; a function that puts 2d images back into a
-            copy of a tensor; and for each 2d image the number of its sample.
-        """
-        if images.ndim == 4:
-            return lambda x: x, lambda x, slices: slices, list(range(len(images)))
-        drawn = torch.randperm(images.shape[2])[: self.settings.text_slices]
-
-        def put_back(x: Tensor, slices: Tensor) -> Tensor:
-            x = x.clone()
-            x[:, :, drawn] = slices.unflatten(0, (len(x), -1)).transpose(1, 2)
-            return x
-
-        samples = [i for i in range(len(images)) for _ in drawn]
-        return lambda x: x[:, :, drawn].transpose(1, 2).flatten(0, 1), put_back, samples
-
-    def text_masks(self, images: Tensor, cases: list[str], flip: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the text masks (N, classes, H, W) of 2d images.
-
-        Also returns which images have a text, (N,), and the loss of the text mask generator.
-        """
-        generator = self.auxiliary["text_masks"]
-        if not self.case_texts:
-            texts = self.class_features[1:]
-            raw, masks, features = generator(images, texts.expand(len(images), -1, -1))
-            loss = generator.loss_between_classes(features, raw, texts, self.class_features[0])
-            return masks, torch.ones(len(images), dtype=torch.bool, device=images.device), loss
-        known = [i for i, case in enumerate(cases) if case in self.row]
-        all_texts = self.text_features[flip]
-        raw, masks, features = generator(images, all_texts[[self.row.get(case, 0) for case in cases]][:, None])
-        has_text = torch.tensor([case in self.row for case in cases]).to(images.device, non_blocking=True)
-        if not known:
-            return masks, has_text, raw.new_zeros(())
-        rows = [self.row[cases[i]] for i in known]
-        drawn = self.draw_texts(rows)
-        own = torch.tensor([drawn.index(row) for row in rows]).to(images.device, non_blocking=True)
-        return masks, has_text, generator.loss_between_images(features[known], all_texts[drawn], own)
-
-    def draw_texts(self, rows: list[int]) -> list[int]:
-        """Choose texts: those of the batch, and random other ones, up to `mask_texts` in all. Returns their numbers."""
-        own = set(rows)
-        others = [i for i in torch.randperm(len(self.texts)).tolist() if i not in own]
-        return [*sorted(own), *others[: max(self.settings.mask_texts - len(own), 0)]]
-
     # ------------------------------------------------------------------------------------------- how good masks are
 
     def on_train_start(self):
@@ -469,45 +336,13 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
 
     def measure_masks(self) -> None:
         """Measure the text masks on labelled training cases, and log which are used."""
-        masks, gate = [self.masks_of(example) for example in self.examples], self.settings.mask_gate
-        said = []
-        for k, name in enumerate(self.class_names()) if masks else ():
-            labels, known = [e.labels[k] for e in self.examples], [e.known for e in self.examples]
-            quality = measure([mask[k] for mask in masks], labels, known)
-            use = gate == 0 or quality.area >= gate
-            self.method_state["mask_used"][k], self.method_state["mask_threshold"][k] = use, quality.threshold
-            table = evidence([mask[k] for mask in masks], labels, known)
-            self.method_state["mask_evidence"][k] = torch.from_numpy(table)
-            what = f"used above {quality.threshold:.2f}, Dice {quality.dice:.2f}" if use else f"below {gate}: not used"
-            said.append(f"{name} {quality.area:.2f} ({what})")
-        nothing = (
-            "no labelled case has a text, so the masks are not used;"
-            " to use them anyway, --set mask_gate=0 mask_labels=soft"
-        )
-        if said or gate:
-            self.print_to_log_file("text masks, area under the ROC curve:", ", ".join(said) or nothing)
+        masks = [self.masks_of(example) for example in self.examples]
+        if said := self.text_labels.measure(masks, self.examples, self.class_names()):
+            self.print_to_log_file("text masks, area under the ROC curve:", said)
 
     @torch.no_grad()
     def masks_of(self, example: Example) -> np.ndarray:
         """The text masks (K, H, W) of a labelled image."""
         image = torch.from_numpy(example.image).to(self.device)[None]
-        if self.case_texts:
-            texts = self.text_features[False, False][[self.labeled_row[example.case]]]
-        else:
-            texts = self.class_features[1:]
+        texts = self.texts.of_labeled(example.case)
         return self.auxiliary["text_masks"](image, texts[None])[1][0].cpu().numpy()
-
-
-def with_background(masks: Tensor, label_manager) -> Tensor:
-    """Make the probabilities for nnU-Net's heads from the masks of the classes. The background is prod_k (1 - m_k).
-
-    Args:
-        masks: (B, K, H, W), in 0 to 1.
-
-    Returns:
-        (B, K + 1, H, W) with a sum of 1. For regions there is no head for the background, and the masks are returned.
-    """
-    if label_manager.has_regions:
-        return masks
-    p = torch.cat(((1 - masks).prod(1, keepdim=True), masks), 1)
-    return p / p.sum(1, keepdim=True).clamp_min(1e-6)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.schema import check
@@ -77,3 +81,46 @@ def read_about(folder: Path, fix: str) -> dict:
 def seen_cases(about: dict, dataset: str) -> set[str]:
     """The labelled cases of a dataset whose labels a pre-training saw, by its `vlm.json`."""
     return set(about.get("mask_cases", ())) if about.get("dataset") == dataset else set()
+
+
+def check_pretraining(settings, plans: dict, configuration: str, fold, dataset_json: dict) -> set[str]:
+    """Refuse a pre-training that does not fit a training. Returns the labelled cases whose labels it saw.
+
+    Args:
+        settings: those of `AMVLMTrainer`. `vlm` is the folder of the pre-training.
+
+    Raises:
+        UserError: the pre-training used labels which this training must not know; or it had slices along an axis that
+            the text masks do not use.
+    """
+    about, manager = read_about(Path(settings.vlm), "pre-train again"), PlansManager(plans)
+    refuse_seen_labels(settings, about, plans, configuration, fold, dataset_json)
+    axis = about["settings"].get("slice_axis", 0)
+    if len(manager.get_configuration(configuration).patch_size) == 3 and axis != 0:
+        raise UserError(
+            f"setting vlm={settings.vlm}: was pre-trained on slices across axis {axis}, but text masks need"
+            " slices across the first axis: pre-train again with slice_axis=0"
+        )
+    return seen_cases(about, plans["dataset_name"])
+
+
+def refuse_seen_labels(settings, about: dict, plans: dict, configuration: str, fold, dataset_json: dict) -> None:
+    """Refuse a pre-training that used labels which this training must not know, such as those of validation cases.
+
+    Raises:
+        UserError: the pre-training used such a label.
+    """
+    name, number = plans["dataset_name"], settings.num_labeled
+    if not (seen := seen_cases(about, name)):
+        return
+    base = Path(str(nnUNet_preprocessed), name)
+    folder = str(base / PlansManager(plans).get_configuration(configuration).data_identifier)
+    training = cases_of_fold(base, infer_dataset_class(folder).get_identifiers(folder), fold)
+    hidden = sorted(set(seen) - set(take_labeled(training, [], number, dataset_json)[0]))
+    if hidden:
+        wanted = f"fold={fold}" + ("" if number is None else f" num_labeled={number}")
+        raise UserError(
+            f"setting vlm={settings.vlm}: its pre-training used the labels of {hidden[0]} and others,"
+            f" {len(hidden)} in all, which this training must not know: pre-train again with --set {wanted}, or"
+            " with --set mask_weight=0"
+        )

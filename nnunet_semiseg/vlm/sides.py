@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, product
+
+import torch
 
 VERTICAL, HORIZONTAL = SIDES = (0, 1)
 
@@ -16,6 +19,9 @@ WORD = r"[^\W_]+"
 
 SidePairs = tuple[Sequence[tuple[str, ...]], Sequence[tuple[str, ...]]]
 """Pairs of words that are exchanged when an image is flipped: first the vertical pairs, then the horizontal pairs."""
+
+Flip = tuple[bool, bool]
+"""Whether an image is flipped vertically, and whether horizontally."""
 
 
 def named_sides(texts: Iterable[str], pairs: SidePairs) -> list[int]:
@@ -55,3 +61,56 @@ def exchange(text: str, flip: Sequence[bool], pairs: SidePairs) -> str:
         return word.capitalize() if match[0][0].isupper() else word
 
     return re.sub(WORD, exchanged, text)
+
+
+@dataclass(frozen=True)
+class NamedSides:
+    """The sides that the texts of a training name, and which flips can be repeated in the texts.
+
+    Attributes:
+        axes: for each named side its axes of a patch. A flip along these axes makes a text false.
+        swapped: the named sides of the flips after which the texts are true again, because words are exchanged.
+        pairs: the words that are exchanged.
+    """
+
+    axes: dict[int, tuple[int, ...]]
+    swapped: tuple[int, ...]
+    pairs: SidePairs
+
+    @classmethod
+    def of(cls, texts: Iterable[str], pairs: SidePairs, plans: dict, n_dims: int, swap: bool) -> NamedSides:
+        """Find the sides that texts name.
+
+        Args:
+            n_dims: the number of spatial axes of a patch.
+            swap: whether flips exchange words. In volumes no flip exchanges vertical words, see `axes_of_sides`.
+        """
+        named, axes = named_sides(texts, pairs), axes_of_sides(plans, n_dims)
+        exchanged = [side == HORIZONTAL or is_flat(plans) for side in (VERTICAL, HORIZONTAL)]
+        swapped = tuple(side for side in named if swap and exchanged[side])
+        return cls({side: axes[side] for side in named}, swapped, pairs)
+
+    @property
+    def flips(self) -> list[Flip]:
+        """No flip, a flip along one axis and flips along both, of those that exchange words."""
+        vertical, horizontal = ((False, True) if side in self.swapped else (False,) for side in SIDES)
+        return list(product(vertical, horizontal))
+
+    def exchange(self, texts: Iterable[str], flip: Flip) -> list[str]:
+        """The texts of an image after a flip."""
+        return [exchange(text, flip, self.pairs) for text in texts]
+
+    def axes_of(self, flip: Flip) -> list[int]:
+        """The axes of a patch that a flip is along."""
+        return [axis for side in SIDES if flip[side] for axis in self.axes[side]]
+
+    def draw_flip(self) -> Flip:
+        """Draw whether this batch is flipped vertically, and whether horizontally.
+
+        A flip also exchanges words in its texts, such as left and right.
+        """
+        if not self.swapped:
+            return False, False
+        drawn = torch.rand(2) < 0.5
+        vertical, horizontal = (bool(drawn[side]) and side in self.swapped for side in SIDES)
+        return vertical, horizontal
