@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnunet_loss, terms_of
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.area_similarity import area_similarity, area_similarity_contrast
 from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
+from nnunet_semiseg.losses.relearning import certainty, dynamic_threshold
 from nnunet_semiseg.losses.segmentation import disagree, soft_label_loss
 from nnunet_semiseg.networks.modalities import (
     ContrastCurve,
@@ -24,15 +26,9 @@ from nnunet_semiseg.networks.modalities import (
     two_thirds,
 )
 from nnunet_semiseg.networks.mutual_learning import CrossModalFusion, average_logits, presence
-from nnunet_semiseg.trainers.semi_cml import (
-    SemiCMLTrainer,
-    area_similarity,
-    area_similarity_contrast,
-    certainty,
-    dynamic_threshold,
-    pseudo_dice,
-)
+from nnunet_semiseg.trainers.semi_cml import SemiCMLTrainer
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.best_pool import BestPool, pseudo_dice
 
 # ------------------------------------------------------------------------------------------------------ equations
 
@@ -286,10 +282,9 @@ def test_a_pool_of_two_by_hand():
     def network(a, b, sampled):
         return lambda *_, **__: ([logits_of(a), logits_of(b)], None, logits_of(sampled))
 
-    trainer = bare_trainer(SemiCMLTrainer, teacher="best_pool", mc_passes=2)
-    trainer.auxiliary = {"pool": [network(0.2, 0.6, 0.3), network(0.4, 0.8, 0.6)]}
-    trainer.method_state = {"pool_dice": torch.tensor([0.5, 0.7]), "pool_branch": torch.tensor([0, 1])}
-    branches, mean, sampled = trainer.predict_with_pool(torch.zeros(1))
+    pool = BestPool([network(0.2, 0.6, 0.3), network(0.4, 0.8, 0.6)], regions=False)
+    pool.state |= {"pool_dice": torch.tensor([0.5, 0.7]), "pool_branch": torch.tensor([0, 1])}
+    branches, mean, sampled = pool.predict(torch.zeros(1), 2, 0.2)
     p = [x.softmax(1)[:, 1].item() for x in (*branches, mean, sampled)]
     assert p == pytest.approx([(0.2 + 0.4) / 2, (0.6 + 0.8) / 2, (0.2 + 0.8) / 2, (0.3 + 0.6) / 2])
 
@@ -596,17 +591,17 @@ def test_resume_across_the_phases_with_a_pool(ready):
 def test_the_pool_keeps_the_best_and_labels_with_their_better_decoder(ready):
     trainer = started(ready(), teacher="best_pool", pool_size=2, mc_passes=0)
     images = next(trainer.dataloader_train)["views"]["weak"]
-    assert trainer.predict_with_pool(images) is None
+    assert trainer.pool.predict(images, 0, 0.2) is None
     kept = []
     for dice, branch in ((0.5, 0), (0.3, 1), (0.2, 0), (0.7, 1)):
         with torch.no_grad():
             for p in trainer.network.parameters():
                 p.add_(0.01 * torch.randn_like(p))
-        trainer.offer_to_pool(dice, branch)
+        trainer.pool.offer(trainer.bare_network, dice, branch)
         kept.append(trainer.predict(trainer.auxiliary["pool"][0], images, 0) if dice == 0.5 else None)
     assert sorted(trainer.method_state["pool_dice"].tolist()) == pytest.approx([0.5, 0.7])
     best, worst = trainer.auxiliary["pool"][1], trainer.auxiliary["pool"][0]
-    (_, mean, sampled) = trainer.predict_with_pool(images)
+    (_, mean, sampled) = trainer.pool.predict(images, 0, 0.2)
     expected = average_logits([worst(images, branches=True)[0], best(images, branches=True)[1]], False)
     torch.testing.assert_close(mean, expected)
     assert sampled is None
@@ -615,10 +610,10 @@ def test_the_pool_keeps_the_best_and_labels_with_their_better_decoder(ready):
 
 def test_the_pool_does_not_label_with_the_decoder_of_a_modality_that_is_not_there(ready):
     trainer = started(ready(channels=2), teacher="best_pool", pool_size=1, mc_passes=0)
-    trainer.offer_to_pool(0.9, 1)
+    trainer.pool.offer(trainer.bare_network, 0.9, 1)
     images = next(trainer.dataloader_train)["views"]["weak"].clone()
     images[0, 1] = 0
-    branches, mean, _ = trainer.predict_with_pool(images)
+    branches, mean, _ = trainer.pool.predict(images, 0, 0.2)
     a, b = trainer.auxiliary["pool"][0](images, branches=True)
     torch.testing.assert_close(mean.softmax(1), torch.stack((a[0], b[1])).softmax(1))
     torch.testing.assert_close(branches[1].softmax(1), mean.softmax(1))

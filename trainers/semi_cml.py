@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds
+from nnunet_semiseg.losses.area_similarity import area_similarity_contrast, dissimilarity, similarities
 from nnunet_semiseg.losses.deep_supervision import soft_pseudo_loss
-from nnunet_semiseg.losses.segmentation import (
-    confidence,
-    disagree,
-    entropy,
-    hard_pseudo_label,
-    probabilities,
-    weighted_loss,
-)
+from nnunet_semiseg.losses.relearning import dynamic_threshold, relearning_weight
+from nnunet_semiseg.losses.segmentation import hard_pseudo_label, probabilities, weighted_loss
 from nnunet_semiseg.networks.modalities import check_modalities, draw_present, make_modalities
-from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet, average_logits
+from nnunet_semiseg.networks.mutual_learning import MutualLearningUNet
 from nnunet_semiseg.schema import OTHER_PLANS, check_architecture
 from nnunet_semiseg.settings.base import (
     ConsistencySettings,
@@ -44,12 +36,11 @@ from nnunet_semiseg.settings.base import (
 )
 from nnunet_semiseg.settings.plans import FOUND_KEY, read_settings, with_found
 from nnunet_semiseg.training.batch import Batch
+from nnunet_semiseg.training.best_pool import BestPool, pseudo_dice
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer
 from nnunet_semiseg.training.teacher import make_teacher
 
 BRANCHES = ("a", "b")
-recomputed: Any = partial(checkpoint, use_reentrant=False)
-"""Call a function whose intermediate tensors are not kept. The backward pass computes them again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +197,10 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         super().initialize()
         if self.settings.teacher == "best_pool":
             # frozen; saved with the modules that are not deployed
-            pool = [make_teacher(self.bare_network) for _ in range(self.settings.pool_size)]
-            self.auxiliary["pool"] = nn.ModuleList(pool)
-            self.method_state["pool_dice"] = torch.full((self.settings.pool_size,), -1.0)
-            self.method_state["pool_branch"] = torch.zeros(self.settings.pool_size, dtype=torch.long)
+            networks = [make_teacher(self.bare_network) for _ in range(self.settings.pool_size)]
+            self.auxiliary["pool"] = nn.ModuleList(networks)
+            self.pool = BestPool(networks, self.label_manager.has_regions)
+            self.method_state |= self.pool.state
 
     # ------------------------------------------------------------------------------------------------------- losses
 
@@ -250,7 +241,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
                 yield {f"supervised_{name}": self.loss(output, target)}
         logits = self.of_branches(branches)
         if settings.inter_weight:
-            yield {"inter": share * settings.inter_weight * ramp * self.inter(*logits)}
+            yield {"inter": share * settings.inter_weight * ramp * dissimilarity(logits, self.label_manager)}
         if target is not None:
             return
         self.decide.count(hard_pseudo_label(logits[0], self.label_manager))
@@ -285,7 +276,9 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         """
         settings = self.settings
         relearns = bool(settings.relearning_weight) and self.progress >= settings.relearning_start
-        pooled = self.predict_with_pool(weak) if relearns and settings.teacher == "best_pool" else None
+        pooled = None
+        if relearns and settings.teacher == "best_pool":
+            pooled = self.pool.predict(weak, settings.mc_passes, settings.mc_dropout)
         own: Any = None
         taught: Any = pooled
         if relearns and pooled is None:
@@ -296,11 +289,6 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         target = None if taught is None else self.relearning_target(*taught)
         return own if settings.weight(1) else None, target
 
-    def inter(self, a: Tensor, b: Tensor) -> Tensor:
-        """1 minus the soft Dice between the predictions of the two decoders: a mean over classes, then over samples."""
-        similarity, counts = (x.diagonal(len(a)) for x in self.similarity([a, b]))
-        return ((1 - similarity) * counts).sum() / counts.sum().clamp_min(1)
-
     def of_branches(self, outputs: list) -> list[Tensor]:
         """The logits of both decoders at full resolution."""
         return [self.finest(output) for output in outputs]
@@ -308,26 +296,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
     def contrast(self, unlabeled_logits: list[Tensor], labeled_logits: list[Tensor]) -> Tensor:
         """The loss `area_similarity_contrast` of the unlabelled samples, from the logits of both decoders."""
         logits = [x for branch in zip(unlabeled_logits, labeled_logits, strict=True) for x in branch]
-        similarity = self.similarity(logits, squared=True)
+        similarity = similarities(logits, self.label_manager, squared=True)
         return area_similarity_contrast(*similarity, len(unlabeled_logits[0]), self.settings.contrast_temperature)
-
-    def similarity(self, logits: Sequence[Tensor], squared: bool = False) -> tuple[Tensor, Tensor]:
-        """`area_similarity` of all pairs of predictions, (M, M), and which pairs count, (M, M), bool.
-
-        The similarity of a pair is the mean over the foreground classes that at least one of its two decisions has. A
-        pair without such a class does not count. The classes are computed one at a time, and again by the backward
-        pass, because the probabilities of all classes would be the largest tensors of a step.
-
-        Args:
-            logits: k tensors (B, heads, *S), with k B = M.
-        """
-        regions = self.label_manager.has_regions
-        norms = [None if regions else recomputed(log_normaliser, x) for x in logits]
-        classes = list(zip(*(x.unbind(1) for x in logits), strict=True))[0 if regions else 1 :]
-        of_classes = torch.stack([recomputed(class_similarity, of_class, norms, squared) for of_class in classes])
-        there = torch.cat([classes_in(x, self.label_manager) for x in logits]).T  # (classes, M)
-        either = there[:, :, None] | there[:, None]
-        return (of_classes * either).sum(0) / either.sum(0).clamp_min(1), either.any(0)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self.label_manager)
@@ -346,37 +316,11 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         settings = self.settings
         t = (self.progress - settings.relearning_start) / max(settings.threshold_warmup, 1e-6)
         tau = dynamic_threshold(t, settings.threshold)
-        weight = (confidence(self.probabilities(mean), self.label_manager) >= tau).float()
-        weight *= torch.where(disagree(branches[0], branches[1], self.label_manager), settings.disagreement_weight, 1.0)
-        if sampled is not None:
-            weight *= certainty(self.probabilities(sampled), self.label_manager)
+        weight = relearning_weight(branches, mean, sampled, tau, settings.disagreement_weight, self.label_manager)
         soft = settings.relearning == "soft"
         return self.probabilities(mean) if soft else self.decide(mean, counts=False), weight
 
     # ----------------------------------------------------------------------------------------------------- best pool
-
-    @torch.no_grad()
-    def predict_with_pool(self, images: Tensor):
-        """Predict with the pool, the networks of the best epochs. Returns None if the pool is empty.
-
-        Returns:
-            Means of logits over these networks: for each of the two decoders; of the decoder that validated better in
-            each network; over passes with dropout (None without `mc_passes`).
-        """
-        predictions = [
-            (self.predict(network, images, self.settings.mc_passes), int(branch))
-            for network, branch, dice in zip(
-                self.auxiliary["pool"], self.method_state["pool_branch"], self.method_state["pool_dice"], strict=True
-            )
-            if dice >= 0
-        ]
-        if not predictions:
-            return None
-        regions = self.label_manager.has_regions
-        branches = [average_logits([p[0][i] for p, _ in predictions], regions) for i in range(2)]
-        mean = average_logits([p[0][branch] for p, branch in predictions], regions)
-        sampled = average_logits([p[2] for p, _ in predictions], regions) if self.settings.mc_passes else None
-        return branches, mean, sampled
 
     def validation_step(self, batch: dict) -> dict:
         """Run nnU-Net's validation step. With `teacher=best_pool`, repeat it for each decoder."""
@@ -400,108 +344,4 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         if self.settings.teacher == "best_pool":
             of_all = list(chain.from_iterable(self.ranks.gather(val_outputs)))
             dice = [pseudo_dice(of_all, name) for name in BRANCHES]
-            self.offer_to_pool(max(dice), dice.index(max(dice)))
-
-    def offer_to_pool(self, dice: float, branch: int) -> None:
-        """Put the weights of this epoch into the pool of the best epochs, unless it is full of better ones."""
-        worst = int(self.method_state["pool_dice"].argmin())
-        if dice > self.method_state["pool_dice"][worst]:
-            self.auxiliary["pool"][worst].load_state_dict(self.bare_network.state_dict())
-            self.method_state["pool_dice"][worst] = dice
-            self.method_state["pool_branch"][worst] = branch
-
-
-def pseudo_dice(val_outputs: list[dict], name: str) -> float:
-    """nnU-Net's pseudo Dice of one decoder. It is the mean over the classes that occur, or 0 if none occurs."""
-    tp, fp, fn = (np.sum([o[f"{key}_hard_{name}"] for o in val_outputs], 0) for key in ("tp", "fp", "fn"))
-    total = 2 * tp + fp + fn
-    return float((2 * tp / np.maximum(total, 1))[total > 0].mean()) if total.any() else 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------ formulas
-
-
-def area_similarity(p: Tensor, squared: bool = False) -> Tensor:
-    """The soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of each pair of predictions, as a mean over classes.
-
-    Args:
-        p: (M, classes, *S), float32 probabilities.
-        squared: whether the denominator is |P_i^2| + |P_j^2|, so that a soft prediction has similarity 1 with itself.
-
-    Returns:
-        (M, M), in 0 to 1.
-    """
-    with torch.autocast(p.device.type, enabled=False):  # sums over many thousands of voxels need float32
-        flat = p.float().flatten(2)
-        area = (flat.square() if squared else flat).sum(2)
-        overlap = torch.einsum("icv,jcv->ijc", flat, flat)
-        return ((2 * overlap + 1e-5) / (area[:, None] + area[None] + 1e-5)).mean(2)
-
-
-@torch.no_grad()
-def classes_in(logits: Tensor, label_manager) -> Tensor:
-    """The foreground classes or regions in the decision of logits (B, heads, *S): (B, classes), bool."""
-    label = hard_pseudo_label(logits, label_manager)
-    heads = range(logits.shape[1])
-    if label_manager.has_regions:
-        return torch.stack([label[:, head].flatten(1).any(1) for head in heads], 1)
-    return torch.stack([(label == head).flatten(1).any(1) for head in heads[1:]], 1)
-
-
-def log_normaliser(logits: Tensor) -> Tensor:
-    """The logarithm of the sum of exp over the heads, (B, *S), in float32 or float64."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
-
-
-def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], squared: bool = False) -> Tensor:
-    """`area_similarity` of one class.
-
-    Args:
-        logits: k tensors (B, *S) of this class only.
-        norms: for each tensor the `log_normaliser` of all heads. None for a region, which has a sigmoid.
-        squared: see `area_similarity`.
-
-    Returns:
-        (k B, k B), in 0 to 1.
-    """
-    p = [x.sigmoid() if norm is None else (x - norm).exp() for x, norm in zip(logits, norms, strict=True)]
-    return area_similarity(torch.cat(p)[:, None], squared)
-
-
-def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, temperature: float) -> Tensor:
-    """A contrastive loss: a prediction must find the other modality of its sample among all predictions of the batch.
-
-    The loss is the mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), with j the partner of i. A
-    negative k with s_ik >= s_ij gets no gradient.
-
-    Args:
-        similarity: s, (2 N, 2 N): the predictions of N samples from one modality, then from the other one.
-        counts: (2 N, 2 N), bool: whether a pair counts. Without its pair with its partner, an anchor has no loss.
-        anchors: the number of samples whose predictions are anchors. They are the first ones of each modality.
-        temperature: T.
-    """
-    m, n = len(similarity), len(similarity) // 2
-    samples = torch.arange(anchors, device=similarity.device)
-    rows = torch.cat((samples, samples + n))
-    partner = ((rows + n) % m)[:, None]
-    s, usable = similarity[rows], counts[rows]
-    positive, anchor = s.gather(1, partner), usable.gather(1, partner)[:, 0]
-    s = torch.where(s >= positive, s.detach(), s).scatter(1, partner, positive)
-    itself = torch.zeros_like(usable).scatter(1, rows[:, None], True)
-    others = (usable & ~itself).scatter(1, partner, True)
-    losses = F.cross_entropy((s / temperature).masked_fill(~others, -torch.inf), partner[:, 0], reduction="none")
-    return (losses * anchor).sum() / anchor.sum().clamp_min(1)
-
-
-def dynamic_threshold(t: float, tau0: float) -> float:
-    """The threshold tau(t) = tau0 + (1 - tau0) min(0.9, t).
-
-    t is 0 when the re-learning begins, and 1 when the threshold has risen (`threshold_warmup`).
-    """
-    return tau0 + (1 - tau0) * min(0.9, t)
-
-
-def certainty(p: Tensor, label_manager) -> Tensor:
-    """The certainty 1 - entropy / max entropy of probabilities (B, heads, *S): (B, 1, *S). For regions it is a mean."""
-    regions = label_manager.has_regions
-    return 1 - entropy(p, regions).mean(1, keepdim=True) / math.log(2 if regions else p.shape[1])
+            self.pool.offer(self.bare_network, max(dice), dice.index(max(dice)))
