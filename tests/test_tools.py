@@ -298,12 +298,12 @@ def a_set(folder: Path, ending: str) -> dict:
 
 @pytest.mark.parametrize("labels, labelled, unlabelled", [("2", "bf", "acde"), ("all", "abcdef", "")])
 def test_the_yardstick_never_copies_a_hidden_label(tool, tmp_path, labels, labelled, unlabelled):
-    yardstick, _ = tool("yardstick")
+    sets, _ = tool("yardstick_sets")
     a_set(tmp_path / "hippocampus", ".nii.gz")
     raw = tmp_path / "raw"
     (raw / "labelsTr").mkdir(parents=True)
     (raw / "labelsTr" / "a.nii.gz").write_text("of a beginning with more labels")
-    yardstick.make_raw(tmp_path, raw, "hippocampus", labels)
+    sets.make_raw(tmp_path, raw, "hippocampus", labels)
 
     content = {str(file.relative_to(raw)): file.read_text() for file in raw.rglob("*.nii.gz")}
     assert content == {
@@ -324,40 +324,40 @@ def test_the_yardstick_never_copies_a_hidden_label(tool, tmp_path, labels, label
     [("acdc_10", "acdc_small", "cdefghijkl"), ("la_foreign", "la_small", "cdefghijkABCDEFGHI")],
 )
 def test_the_yardsticks_variants_have_other_unlabelled_images(tool, tmp_path, name, source, unlabelled):
-    yardstick, _ = tool("yardstick")
+    sets, _ = tool("yardstick_sets")
     for each, cases in {"acdc_small": "ABCDEFGHIJKLMNOP", source: "abcdefghijklmnopqrst"}.items():
         for kind, last in (("images", "_0000.nii.gz"), ("labels", ".nii.gz")):
             (tmp_path / each / kind).mkdir(parents=True)
             for case in f"{cases}x":
                 (tmp_path / each / kind / f"{case}{last}").touch()
         (tmp_path / each / "protocol.json").write_text(json.dumps({"train": list(cases), "dev_test": ["x"]}))
-    yardstick.make_raw(tmp_path, tmp_path / "raw", name, "2")
+    sets.make_raw(tmp_path, tmp_path / "raw", name, "2")
     assert {file.name[0] for file in (tmp_path / "raw" / "imagesUn").iterdir()} == set(unlabelled)
 
 
 def test_the_yardsticks_variants_share_the_baselines(tool, tmp_path):
-    yardstick, _ = tool("yardstick")
+    results, _ = tool("yardstick_results")
     values = {"step_ms": 1.0, "seconds": 1, "dice": 0.5, "hd95_mm": 1.0, "dice_of_classes": "", "dice_of_cases": ""}
     made = {"settings": "", "date": "", "commit": "", **values}
     plain, other = (
-        yardstick.Result("la_small", "4", trainer, "default", 0, 2000, **made)
+        results.Result("la_small", "4", trainer, "default", 0, 2000, **made)
         for trainer in ("SupervisedTrainer", "BCPTrainer")
     )
     for row in (plain, other):
-        yardstick.append(tmp_path / "runs.csv", row)
-    found = yardstick.known_results(tmp_path / "runs.csv")
+        results.append(tmp_path / "runs.csv", row)
+    found = results.known_results(tmp_path / "runs.csv")
     assert [(r.set, r.trainer) for r in found] == [
         ("la_small", "SupervisedTrainer"), ("la_small", "BCPTrainer"), ("la_foreign", "SupervisedTrainer")
     ]  # fmt: skip
-    assert yardstick.read_results(tmp_path / "runs.csv") == [plain, other]
+    assert results.read_results(tmp_path / "runs.csv") == [plain, other]
 
 
 def test_the_yardstick_names_a_label_that_is_not_there(tool, tmp_path):
-    yardstick, _ = tool("yardstick")
+    sets, _ = tool("yardstick_sets")
     a_set(tmp_path / "hippocampus", ".nii.gz")
     (tmp_path / "hippocampus" / "labels" / "d.nii.gz").unlink()
     with pytest.raises(SystemExit, match="has no d.nii.gz"):
-        yardstick.make_raw(tmp_path, tmp_path / "raw", "hippocampus", "all")
+        sets.make_raw(tmp_path, tmp_path / "raw", "hippocampus", "all")
     assert not (tmp_path / "raw").exists()
 
 
@@ -370,10 +370,10 @@ def test_the_yardstick_names_a_label_that_is_not_there(tool, tmp_path):
     ],
 )
 def test_the_yardsticks_network_has_the_stages_that_fit(tool, name, spacing, widths, last_stride):
-    yardstick, _ = tool("yardstick")
-    about = yardstick.SETS[name]
+    sets, _ = tool("yardstick_sets")
+    about = sets.SETS[name]
     configuration = {"spacing": spacing, "patch_size": [1], "batch_size": 99, "architecture": {"arch_kwargs": {}}}
-    yardstick.fit_plans({"configurations": {about.configuration: configuration}}, about)
+    sets.fit_plans({"configurations": {about.configuration: configuration}}, about)
     network = configuration["architecture"]["arch_kwargs"]
     assert network["n_stages"] == len(widths) and network["features_per_stage"] == widths
     assert list(network["strides"][-1]) == last_stride and len(network["n_conv_per_stage_decoder"]) == len(widths) - 1
@@ -385,22 +385,22 @@ def test_the_yardsticks_network_has_the_stages_that_fit(tool, name, spacing, wid
     [(2000, 2.29, 5000), (2000, 2.24, 4000), (2000, 1.1, 2000), (2000, 0.4, 2000), (300, 2.29, 700)],
 )
 def test_equal_time_is_rounded_to_the_next_half(tool, iterations, ratio, longer):
-    yardstick, _ = tool("yardstick")
-    assert yardstick.equal_time(iterations, ratio) == longer
+    results, _ = tool("yardstick_results")
+    assert results.equal_time(iterations, ratio) == longer
 
 
 def test_an_epoch_that_was_trained_again_counts_once(tool, tmp_path):
-    yardstick, _ = tool("yardstick")
+    results, _ = tool("yardstick_results")
     times = [(0, 10.0), (1, 70.0), (1, 20.0), (2, 30.0)]  # interrupted after the first attempt at epoch 1
     (tmp_path / "times").write_text("".join(json.dumps({"epoch": e, "s": s}) + "\n" for e, s in times))
-    assert yardstick.timing(tmp_path / "times", 300) == {"step_ms": 200.0, "seconds": 60}
+    assert results.timing(tmp_path / "times", 300) == {"step_ms": 200.0, "seconds": 60}
 
 
 def test_scores_are_means_over_classes_and_cases(tool):
-    yardstick, _ = tool("yardstick")
+    results, _ = tool("yardstick_results")
     dices = [("q", "anterior", 0.5), ("q", "posterior", 0.7), ("p", "anterior", 0.9), ("p", "posterior", 0.0)]
     rows = [{"case": case, "label": label, "dice": dice, "hd95_mm": 10 * dice} for case, label, dice in dices]
-    assert yardstick.scores_of(rows) == {
+    assert results.scores_of(rows) == {
         "dice": 0.525,
         "hd95_mm": 5.25,
         "dice_of_classes": "anterior 0.7000; posterior 0.3500",
@@ -420,6 +420,7 @@ def result(yardstick, trainer: str, cases: str, *, seed=0, step=100.0, variant="
 
 def test_the_yardsticks_table(tool, tmp_path, capsys):
     yardstick, run = tool("yardstick")
+    read = tool("yardstick_results")[0].read_results
     bcp = result(yardstick, "BCPTrainer", "0.6 0.8", step=250.0)
     results = [
         bcp,
@@ -436,7 +437,7 @@ def test_the_yardsticks_table(tool, tmp_path, capsys):
     file = tmp_path / "runs.csv"
     for one in results:
         yardstick.append(file, one)
-    assert yardstick.read_results(file) == results
+    assert read(file) == results
 
     run("--csv", file, "--sets", "hippocampus")
     printed = capsys.readouterr().out
@@ -460,6 +461,7 @@ def test_the_yardsticks_table(tool, tmp_path, capsys):
 
 def test_a_finished_run_is_left_alone_and_its_name_is_taken(tool, tmp_path, capsys):
     yardstick, _ = tool("yardstick")
+    read = tool("yardstick_results")[0].read_results
     (tmp_path / "locks").mkdir()
     done = result(yardstick, "BCPTrainer", "0.6 0.8", variant="loud", settings="bcp_loud=true")
     yardstick.append(tmp_path / "runs.csv", done)
@@ -469,7 +471,7 @@ def test_a_finished_run_is_left_alone_and_its_name_is_taken(tool, tmp_path, caps
     args.set = ["bcp_loud=false"]
     with pytest.raises(RuntimeError, match="choose another --name"):
         yardstick.do(args, done.run, "0123456")
-    assert yardstick.read_results(args.csv) == [done]
+    assert read(args.csv) == [done]
 
 
 # ----------------------------------------------------------------------------------------------- review_check.py
@@ -540,10 +542,10 @@ def test_a_swapped_mask_is_that_of_the_next_case(tool, tmp_path):
 
 
 def test_shuffled_texts_are_those_of_others(tool):
-    yardstick, _ = tool("yardstick")
+    sets, _ = tool("yardstick_sets")
     texts = {str(i): f"text {i}" for i in range(20)}
-    shuffled = yardstick.shuffle(texts)
-    assert sorted(shuffled.values()) == sorted(texts.values()) and shuffled == yardstick.shuffle(texts)
+    shuffled = sets.shuffle(texts)
+    assert sorted(shuffled.values()) == sorted(texts.values()) and shuffled == sets.shuffle(texts)
     assert not any(shuffled[case] == texts[case] for case in texts)
 
 

@@ -29,7 +29,9 @@ from pathlib import Path
 
 import pandas as pd
 from scipy.stats import spearmanr
-from yardstick import SETS, RealSet, Run, command, reader_of, scores_of, tower_config
+from yardstick import reader_of
+from yardstick_results import Run, scores_of
+from yardstick_sets import SETS, RealSet, command, tower_config
 
 WORST = 10
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
-from yardstick import PLANS, SETS, dataset_name, prepare
+from yardstick_sets import PLANS, SETS, dataset_name, prepare
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from yardstick import PLANS, SETS, dataset_name, prepare
+from yardstick_sets import PLANS, SETS, dataset_name, prepare
 
 TOWERS = {
     "true": ("busi_small", []),
