@@ -211,7 +211,7 @@ def test_a_worker_that_fails_before_its_first_trainer_is_not_started_again(tool,
 
 
 def test_functions_that_torch_gives_up_compiling_are_seen(tool):
-    gpu_check, _ = tool("gpu_check")
+    worker, _ = tool("gpu_check_worker")
     counters = torch._dynamo.utils.counters
 
     def count(numbers) -> int | str:
@@ -221,7 +221,7 @@ def test_functions_that_torch_gives_up_compiling_are_seen(tool):
         before = counters["stats"]["unique_graphs"]
         for n in numbers:  # a graph for each
             compiled(torch.ones(2), n)
-        return gpu_check.recompiles(counters, before)
+        return worker.recompiles(counters, before)
 
     try:
         limit = torch._dynamo.config.recompile_limit
@@ -233,7 +233,7 @@ def test_functions_that_torch_gives_up_compiling_are_seen(tool):
 
 
 def test_the_loaders_rate_is_that_of_batches_made_meanwhile(tool, monkeypatch):
-    gpu_check, _ = tool("gpu_check")
+    worker, _ = tool("gpu_check_worker")
     clock = SimpleNamespace(now=0.0, made=5)
 
     class Loader:
@@ -245,8 +245,8 @@ def test_the_loaders_rate_is_that_of_batches_made_meanwhile(tool, monkeypatch):
             else:
                 clock.now += 0.5
 
-    monkeypatch.setattr(gpu_check.time, "perf_counter", lambda: clock.now)
-    assert gpu_check.loader_rate(Loader(), seconds=3) == 2  # one in half a second
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: clock.now)
+    assert worker.loader_rate(Loader(), seconds=3) == 2  # one in half a second
 
 
 @pytest.mark.slow

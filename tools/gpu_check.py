@@ -28,13 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# The worker alone imports torch and nnU-Net, which reads its folders from the environment when it is imported.
-
 REFERENCE = "SupervisedTrainer"
-DATASET_ID, DATASET, PLANS = 997, "Dataset997_GPUCheck", "GPUCheckPlans"
-CONFIGURATION = "3d_fullres"
-CASES = 3  # labelled, and as many unlabelled
-EVENTS, LOG, MADE = "events.jsonl", "log.txt", "made.json"
+EVENTS, LOG = "events.jsonl", "log.txt"
 COLUMNS = {
     "losses": "losses",
     "graph_breaks": "graph breaks",
@@ -52,6 +47,39 @@ COLUMNS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_what(parser)
+    add_how_long(parser)
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for data, plans and the log")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file for the results, .json or .csv; it is written again after every trainer",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run on the CPU, with small defaults: tiny plans and few steps"
+    )
+    parser.add_argument("--worker-until", type=float, help=argparse.SUPPRESS)  # the time at which the budget ends
+    args = parser.parse_args()
+    tiny = args.dry_run
+    defaults = {
+        "compile": not tiny,
+        "planner": "SemiSegPlannerSmall" if tiny else "ExperimentPlanner",
+        "size": [24, 24, 24] if tiny else [112, 192, 192],
+        "steps": 2 if tiny else 10,
+        "warmup": 1 if tiny else 3,
+        "workers": 1 if tiny else min(12, os.cpu_count() or 1),
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.out and args.out.suffix not in (".json", ".csv"):
+        parser.error(f"--out {args.out}: must end in .json or .csv")
+    return args
+
+
+def add_what(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which trainers are checked, and how these train."""
     parser.add_argument(
         "--trainers", nargs="+", help="trainers to check; default: all. SupervisedTrainer always comes first"
     )
@@ -86,6 +114,10 @@ def parse() -> argparse.Namespace:
         metavar=("Z", "Y", "X"),
         help="size of the volumes, in voxels of 1 mm; default: 112 192 192",
     )
+
+
+def add_how_long(parser: argparse.ArgumentParser) -> None:
+    """Add the options for numbers of steps and workers, and for limits of time."""
     parser.add_argument("--steps", type=int, help="number of timed steps; default: 10")
     parser.add_argument(
         "--warmup",
@@ -107,33 +139,6 @@ def parse() -> argparse.Namespace:
         default=200,
         help="after this many seconds a trainer is stopped and counts as failed; default: %(default)g",
     )
-    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for data, plans and the log")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="file for the results, .json or .csv; it is written again after every trainer",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="run on the CPU, with small defaults: tiny plans and few steps"
-    )
-    parser.add_argument("--worker-until", type=float, help=argparse.SUPPRESS)  # the time at which the budget ends
-    args = parser.parse_args()
-    tiny = args.dry_run
-    defaults = {
-        "compile": not tiny,
-        "planner": "SemiSegPlannerSmall" if tiny else "ExperimentPlanner",
-        "size": [24, 24, 24] if tiny else [112, 192, 192],
-        "steps": 2 if tiny else 10,
-        "warmup": 1 if tiny else 3,
-        "workers": 1 if tiny else min(12, os.cpu_count() or 1),
-    }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.out and args.out.suffix not in (".json", ".csv"):
-        parser.error(f"--out {args.out}: must end in .json or .csv")
-    return args
 
 
 # ------------------------------------------------------------------------------------------- the process that watches
@@ -263,349 +268,13 @@ def write(file: Path, about: dict, rows: list[dict]) -> None:
     os.replace(temporary, file)
 
 
-# ------------------------------------------------------------------------------------------------------- the worker
-
-
-def work(args: argparse.Namespace) -> None:
-    import torch
-
-    from nnunet_semiseg.discovery import find_trainer, iter_classes
-    from nnunet_semiseg.files import read_json
-    from nnunet_semiseg.settings.plans import parse_assignments, update_settings
-
-    events = open(args.work / EVENTS, "a", encoding="utf-8", buffering=1)  # a line is written as a whole
-
-    def tell(**event) -> None:
-        events.write(json.dumps(event) + "\n")
-
-    if not args.dry_run:
-        if not torch.cuda.is_available():
-            raise SystemExit("gpu_check.py: torch finds no GPU: use a machine with one, or --dry-run")
-        torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
-    begin = time.time()
-    plans_file = make_data(args)
-    known = {trainer.__name__: trainer for trainer in iter_classes("trainers")}
-    names = args.trainers or [REFERENCE, *sorted(known.keys() - {REFERENCE})]
-    settings = {
-        "num_epochs": 2,
-        "text_model": str(args.work / "text_tower"),
-        "text_pretrained": "none",
-        "vlm": str(args.work / "vlm"),
-        "memory": args.memory,
-    }
-    plans = update_settings(read_json(plans_file, "delete the folder"), {**settings, **parse_assignments(args.set)})
-    configuration = plans["configurations"][CONFIGURATION]
-    flags = (
-        "compile",
-        "channels_last_3d",
-        "fused",
-        "memory",
-        "set",
-        "planner",
-        "workers",
-        "warmup",
-        "steps",
-        "dry_run",
-    )
-    about = {
-        "device": "CPU" if args.dry_run else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "flags": {flag: getattr(args, flag) for flag in flags},
-        "patch": " x ".join(map(str, configuration["patch_size"])),
-        "batch_size": configuration["batch_size"],
-        "seconds": time.time() - begin,
-        "trainers": names,
-    }
-    tell(about=about)
-    rates: dict[tuple, float] = {}
-    for name in names:
-        if time.time() > args.worker_until:
-            tell(row={"trainer": name, "error": "left out: the budget is used up"})
-            continue
-        tell(begin=name)
-        begin = time.time()
-        row, alive = attempt(known.get(name) or find_trainer(name), plans, args, rates)
-        tell(row={"trainer": name, **row, "seconds": time.time() - begin})
-        if not alive:
-            os._exit(3)  # CUDA's context is lost: another process goes on
-
-
-def attempt(trainer_class: type, plans: dict, args: argparse.Namespace, rates: dict) -> tuple[dict, bool]:
-    """Measure one trainer and free its memory. Returns its row or its error, and whether this process can go on."""
-    import gc
-    import traceback
-
-    import torch
-
-    row: dict = {}
-    try:
-        measure(trainer_class, plans, args, rates, row)
-    except Exception as error:
-        traceback.print_exc()
-        row["traceback"] = traceback.format_exc()
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300].replace("|", "/")
-        traceback.clear_frames(error.__traceback__)  # these hold the trainer
-    torch._dynamo.reset()
-    gc.collect()
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-    except RuntimeError:
-        return row, False
-    return row, True
-
-
-def measure(trainer_class: type, plans: dict, args: argparse.Namespace, rates: dict, row: dict) -> None:
-    """Fill the row of a trainer step by step. So an error does not lose what was measured before it."""
-    from contextlib import ExitStack
-    from functools import partial
-    from statistics import median
-    from types import SimpleNamespace
-    from unittest import mock
-
-    import torch
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from step_cost import make, now
-    from torch._dynamo.utils import counters
-
-    device = "cpu" if args.dry_run else "cuda"
-    counters.clear()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        row["before_MiB"] = torch.cuda.memory_allocated() / 2**20  # not 0: the trainer before left something
-    with ExitStack() as stack:
-        # nnU-Net never compiles on a CPU, but a dry run may
-        stack.enter_context(mock.patch.object(nnUNetTrainer, "_do_i_compile", lambda self: args.compile))
-        if args.fused is not None:
-            chosen = partial(sgd, torch.optim.SGD, args.fused)
-            stack.enter_context(mock.patch.object(torch.optim, "SGD", chosen))
-        where = SimpleNamespace(c=CONFIGURATION, f="all", device=device)
-        trainer = make(trainer_class, plans, where, os.path.join(os.environ["nnUNet_preprocessed"], DATASET))
-        stack.callback(close_loaders, trainer)
-        if trainer.grad_scaler is None:  # nnU-Net has none on a CPU
-            trainer.grad_scaler = torch.amp.GradScaler(device)
-        if args.channels_last_3d:
-            to_channels_last(trainer)
-        steps = partial(run_steps, trainer, channels_last=args.channels_last_3d)
-
-        trainer.on_train_epoch_start()
-        losses = [loss for _, loss in steps(args.warmup, 0, lambda: now(device))]
-
-        trainer.current_epoch = trainer.num_epochs - 1
-        trainer.on_train_epoch_start()
-        last = trainer.num_epochs * trainer.num_iterations_per_epoch - 1
-        losses += [loss for _, loss in steps(args.warmup, last, lambda: now(device))]
-        graphs = counters["stats"]["unique_graphs"]
-        if device == "cuda":
-            row["reserved_in_all_MiB"] = torch.cuda.max_memory_reserved() / 2**20
-            torch.cuda.reset_peak_memory_stats()
-        timed = list(steps(args.steps, last, lambda: now(device)))
-        if device == "cuda":
-            row["allocated_MiB"] = torch.cuda.max_memory_allocated() / 2**20
-            row["reserved_MiB"] = torch.cuda.max_memory_reserved() / 2**20
-        row["step_ms"] = 1000 * median(seconds for seconds, _ in timed)
-        row["steps_ms"] = [1000 * seconds for seconds, _ in timed]
-        losses += [loss for _, loss in timed]
-        bad = sorted({name for terms in losses for name, value in terms.items() if not abs(value) < float("inf")})
-        if not all(bool(torch.isfinite(p).all()) for p in trainer.network.parameters()):
-            bad.append("weights")
-        row["losses"] = f"NOT FINITE: {' '.join(bad)}" if bad else "finite"
-        row["terms"] = losses[-1]
-        row["scale"] = trainer.grad_scaler.get_scale()  # 65536 at first, halved where a step was skipped
-        if args.compile:
-            row["graph_breaks"] = sum(counters["graph_break"].values())
-            row["recompiles"] = recompiles(counters, graphs)
-            row["graphs"] = counters["stats"]["unique_graphs"]
-            row["graph_break_reasons"] = [
-                reason[:300] for kind in ("graph_break", "unimplemented") for reason in counters[kind]
-            ]
-        kind = loader_kind(trainer)
-        if kind not in rates:
-            rates[kind] = loader_rate(trainer.dataloader_train, seconds=1 if args.dry_run else 4)
-        row["batches_per_s"] = rates[kind]
-        row["loading_share"] = 1 / rates[kind] / (row["step_ms"] / 1000)
-
-
-def recompiles(counters: dict, before: int) -> int | str:
-    """The number of graphs that torch.compile made since `before`.
-
-    Above its limit, torch.compile makes no more graphs of a function and runs it uncompiled. This is not a graph break.
-    """
-    number = counters["stats"]["unique_graphs"] - before
-    limit = any("recompile limit" in reason.lower() for reason in counters["unimplemented"])
-    return f"{number}; LIMIT REACHED: uncompiled parts" if limit else number
-
-
-def sgd(optimizer_class: type, choice: bool, /, *args, **kwargs):
-    """Make SGD with one kernel for all weights (`fused`) or without. The choice of the trainer is ignored."""
-    return optimizer_class(*args, **{**kwargs, "fused": choice})
-
-
-def run_steps(trainer, number: int, step: int, clock, channels_last: bool):
-    """Run a number of training steps on batches that are already made, and yield the seconds and loss terms of each."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    batches = [next(trainer.dataloader_train) for _ in range(min(number, 3))]
-    if channels_last:
-        # the images alone: targets have no such layout in nnU-Net's losses
-        for batch in batches:
-            images = {key: batch[key] for key in ("data", "views") if key in batch}
-            batch.update(
-                tree_map_only(torch.Tensor, lambda x: x.contiguous(memory_format=torch.channels_last_3d), images)
-            )
-    for i in range(number):
-        if hasattr(trainer, "step"):
-            trainer.step = step
-        start = clock()
-        terms = trainer.train_step(batches[i % len(batches)])
-        end = clock()
-        yield end - start, {name: float(value) for name, value in terms.items()}
-
-
-def to_channels_last(trainer) -> None:
-    """Store the weights of 3d convolutions as channels last. Their outputs then have this layout, too."""
-    import torch
-
-    modules = [trainer.network, getattr(trainer, "auxiliary", None), getattr(trainer, "teacher", None)]
-    for module in modules:
-        for p in module.parameters() if module is not None else ():
-            if p.ndim == 5:
-                p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
-
-
-def loader_kind(trainer) -> tuple:
-    """Everything that the speed of a loader depends on. Trainers with the same value share one measurement."""
-    methods = (
-        "target_maker",
-        "extend_loader",
-        "get_dataloaders",
-        "make_unlabeled_loader",
-        "get_training_transforms",
-        "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
-    )
-    return getattr(trainer, "views", ()), *(getattr(type(trainer), name, None) for name in methods)
-
-
-def loader_rate(loader, seconds: float) -> float:
-    """The number of batches in a second. It is measured after the batches that were made in advance are used up."""
-    begin = time.perf_counter()
-    for _ in range(2 * loader.num_cached + loader.num_processes):
-        next(loader)
-        if time.perf_counter() - begin > 2 * seconds:
-            break
-    begin, number, spent = time.perf_counter(), 0, 0.0
-    while number < 2 or spent < seconds:
-        next(loader)
-        number, spent = number + 1, time.perf_counter() - begin
-    return number / spent
-
-
-def close_loaders(trainer) -> None:
-    for loader in (trainer.dataloader_train, trainer.dataloader_val):
-        loader._finish()
-
-
-# --------------------------------------------------------------------------------------------------------- the data
-
-
-def make_data(args: argparse.Namespace) -> Path:
-    """Make a data set, its plans and towers, unless an earlier call has left them. Returns the file of the plans."""
-    from unittest import mock
-
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-
-    from nnunet_semiseg.planning import plan_and_preprocess
-    from nnunet_semiseg.planning_request import PlanningRequest
-
-    extract = DatasetFingerprintExtractor.run
-
-    def extract_few(self, *positional, **named):
-        """Collect fewer intensities than nnU-Net does. 100 million take a minute, and these images are only noise."""
-        self.num_foreground_voxels_for_intensitystats = 1_000_000
-        return extract(self, *positional, **named)
-
-    plans_file = args.work / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json"
-    what = {"size": args.size, "planner": args.planner}
-    made = args.work / MADE
-    if made.is_file():
-        if (before := json.loads(made.read_text(encoding="utf-8"))) != what:
-            raise SystemExit(f"--work {args.work}: holds data of {before}, not of {what}: name another folder")
-        return plans_file
-    if not (args.work / "vlm" / "vlm.json").is_file():
-        write_towers(args.work)
-    write_dataset(args.work / "nnUNet_raw" / DATASET, args.size)
-    processes = 1 if args.dry_run else CASES
-    with mock.patch.object(DatasetFingerprintExtractor, "run", extract_few):
-        plan_and_preprocess(
-            PlanningRequest(
-                dataset_ids=[DATASET_ID],
-                configurations=[CONFIGURATION],
-                planner=args.planner,
-                num_processes=[processes],
-                num_processes_fingerprint=processes,
-                overwrite_plans_name=PLANS,
-                show_progress_bar=False,
-            )
-        )
-    made.write_text(json.dumps(what), encoding="utf-8")  # last: where it is, all is there
-    return plans_file
-
-
-def write_dataset(folder: Path, size: list[int]) -> None:
-    """Write labelled and unlabelled cases: noise with two ellipsoids, one inside the other."""
-    import numpy as np
-    import SimpleITK as sitk
-
-    for name in ("imagesTr", "labelsTr", "imagesUn"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    grid = np.ogrid[tuple(slice(-1, 1, 1j * n) for n in size)]
-    for case in range(2 * CASES):
-        centre, radii = rng.uniform(-0.3, 0.3, 3), rng.uniform(0.4, 0.65, 3)
-        distance = sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, radii, strict=True))
-        label = (distance < 1).astype(np.uint8) + (distance < 0.3)
-        image = 60 + 50 * label + 8 * rng.standard_normal(size, np.float32)
-        kind, name = ("Un", f"un_{case:03d}") if case >= CASES else ("Tr", f"tr_{case:03d}")
-        sitk.WriteImage(sitk.GetImageFromArray(image.astype(np.float32)), folder / f"images{kind}" / f"{name}_0000.mha")
-        if kind == "Tr":
-            sitk.WriteImage(sitk.GetImageFromArray(label.astype(np.uint8)), folder / "labelsTr" / f"{name}.mha")
-    content = {
-        "channel_names": {"0": "MRI"},
-        "labels": {"background": 0, "kidney": 1, "tumour": 2},
-        "numTraining": CASES,
-        "file_ending": ".mha",
-    }
-    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def write_towers(folder: Path) -> None:
-    """Write a text tower and the files that `pretrain_vlm` writes. Both are small and have random weights."""
-    from safetensors.torch import save_file
-
-    from nnunet_semiseg.text.open_clip_models import load_clip
-    from nnunet_semiseg.vlm.model import AMVLM
-
-    model = {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    }
-    for name in ("text_tower", "vlm"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        config = json.dumps({"model_cfg": model, "preprocess_cfg": {}})
-        (folder / name / "open_clip_config.json").write_text(config, encoding="utf-8")
-    vlm = folder / "vlm"
-    settings = {"dim": 64, "hidden": 128}
-    save_file(AMVLM(*load_clip(str(vlm), "none"), **settings).state_dict(), vlm / "vlm.safetensors")
-    (vlm / "vlm.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
-
-
 def main() -> None:
     args = parse()
     if args.worker_until is not None:
-        work(args)
+        # the worker alone imports torch and nnU-Net, which reads its folders from the environment when it is imported
+        from gpu_check_worker import work
+
+        work(args, args.work / EVENTS, REFERENCE)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.work or Path(temporary)).absolute()
