@@ -33,6 +33,7 @@ from nnunet_semiseg.vlm.text_mask_generator import (
     raw_masks,
     variation,
 )
+from nnunet_semiseg.vlm.training_texts import CaseTexts, ClassTexts
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 REGIONS = LabelManager({"background": 0, "both": (1, 2), "b": (2,)}, [1, 2])
@@ -355,6 +356,15 @@ def test_texts_of_the_batch_are_drawn_with_others(lesions):
     drawn = trainer.texts.draw([2, 2, 0])
     assert drawn[:2] == [0, 2] and len(drawn) == 3 and drawn[2] in (1, 3)
     assert sorted(trainer.texts.draw([0, 1, 2, 3])) == [0, 1, 2, 3]
+
+
+def test_labelled_cases_are_measured_with_their_own_texts_or_with_those_of_the_classes():
+    generator = SimpleNamespace(encode_texts=lambda texts: torch.tensor([[float(len(text)), 1.0] for text in texts]))
+    of_cases = CaseTexts(generator, {"un": "a"}, {"tr_0": "abc", "tr_1": "ab"}, NO_SIDES, number=2)
+    assert of_cases.of_labeled("tr_0").tolist() == [[3, 1]] and of_cases.of_labeled("tr_1").tolist() == [[2, 1]]
+    of_classes = ClassTexts(generator, [["background"], ["ab", "abcd"]])  # the mean (3, 1) has length sqrt(10)
+    torch.testing.assert_close(of_classes.of_labeled("tr_0"), torch.tensor([[3.0, 1.0]]) / math.sqrt(10))
+    assert (of_cases.n_classes, of_classes.n_classes) == (1, 1)
 
 
 def test_background_is_what_no_mask_takes():

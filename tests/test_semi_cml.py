@@ -282,11 +282,11 @@ def test_a_pool_of_two_by_hand():
     def network(a, b, sampled):
         return lambda *_, **__: ([logits_of(a), logits_of(b)], None, logits_of(sampled))
 
-    pool = BestPool([network(0.2, 0.6, 0.3), network(0.4, 0.8, 0.6)], regions=False)
+    pool = BestPool([network(0.2, 0.6, 0.3), network(0.4, 0.9, 0.6)], regions=False)
     pool.state |= {"pool_dice": torch.tensor([0.5, 0.7]), "pool_branch": torch.tensor([0, 1])}
     branches, mean, sampled = pool.predict(torch.zeros(1), 2, 0.2)
     p = [x.softmax(1)[:, 1].item() for x in (*branches, mean, sampled)]
-    assert p == pytest.approx([(0.2 + 0.4) / 2, (0.6 + 0.8) / 2, (0.2 + 0.8) / 2, (0.3 + 0.6) / 2])
+    assert p == pytest.approx([(0.2 + 0.4) / 2, (0.6 + 0.9) / 2, (0.2 + 0.9) / 2, (0.3 + 0.6) / 2])
 
 
 def test_the_student_lacks_a_modality_of_each_sample():
