@@ -21,7 +21,7 @@ from nnunet_semiseg.data.pseudo_foreground import (
 )
 from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
 from nnunet_semiseg.losses.copy_paste import draw_box
-from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer
+from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer, strong_view
 from nnunet_semiseg.training.warm_up import WarmUp
 
 
@@ -219,7 +219,9 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     assert lines[2] == "largest component kept of: kidney, tumour (largest_component=auto)"
     assert all(
         f"({name})" in line
-        for line, name in zip(lines[3:], ("turns", "box", "unlabeled_foreground", "leave_out"), strict=True)
+        for line, name in zip(
+            lines[3:], ("strong_probability", "turns", "box", "unlabeled_foreground", "leave_out"), strict=True
+        )
     )
 
 
@@ -265,4 +267,5 @@ def test_default_settings():
     s = SemiSegSettings()
     assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (None, 0.5, 2 / 3, 0.2)
     assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (None, "teacher", "auto", False)
-    assert s.strong_probability is None
+    assert strong_view(s) == "nnU-Net's intensity transforms, brightness, contrast and gamma with probability 0.8"
+    assert strong_view(SemiSegSettings(strong_probability=None)).endswith("with their own probabilities")

@@ -281,3 +281,16 @@ def test_a_constant_image_stays_as_it_is():
         [RandomTransform(MultiplicativeBrightnessTransform((0.5, 0.5), False, 1))], 0.8, torch.zeros(1, 2, 2, 2)
     )
     assert torch.equal(weak, strong)
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("all", [0.8] * 7), ("contrast", [0.1, 0.2, 0.8, 0.8, 0.25, 0.8, 0.8])],
+)
+def test_noise_blur_and_low_resolution_are_strong_only_if_all_transforms_are(kind, expected):
+    """nnU-Net's order: noise, blur, brightness, contrast, low resolution, gamma of the inverse image, gamma."""
+    stock = nnUNetTrainer.get_training_transforms((8, 32, 32), (-0.1, 0.1), None, (0, 1, 2), False)
+    strong = ViewsTransform(stock, ("weak", "strong"), 0.8, kind).intensity.transforms
+    assert [t.apply_probability for t in strong] == expected
+    own = ViewsTransform(stock, ("weak", "strong")).intensity.transforms
+    assert [t.apply_probability for t in own] == [0.1, 0.2, 0.15, 0.15, 0.25, 0.1, 0.3]

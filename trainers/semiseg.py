@@ -56,9 +56,9 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     turns: bool = False
     """Whether the student's view is flipped and turned by right angles, along the axes that nnU-Net mirrors. The
     pseudo-label is flipped and turned in the same way."""
-    strong_probability: float | None = None
-    """The probability of each of nnU-Net's intensity transforms in a strong view. `null` keeps the probabilities of
-    nnU-Net."""
+    strong_transforms: Literal["all", "contrast"] = "contrast"
+    """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
+    blur and low resolution, which can hide small structures, keep nnU-Net's own probabilities."""
     pseudo_weight: Weight = 0.5
     """The weight of voxels with pseudo-labels; a voxel with a true label has the weight 1."""
     match_threshold: Share = 0.0
@@ -73,6 +73,14 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     leave_out: Share = 0.2
     """The largest share of unlabelled cases that are not used, because the teacher predicts something else on their
     mirrored image. With 0 all cases are used."""
+
+
+def strong_view(settings: SemiSegSettings) -> str:
+    """How a strong view is made, in words."""
+    if settings.strong_probability is None:
+        return "nnU-Net's intensity transforms with their own probabilities"
+    changed = "brightness, contrast and gamma" if settings.strong_transforms == "contrast" else "all of them"
+    return f"nnU-Net's intensity transforms, {changed} with probability {settings.strong_probability}"
 
 
 class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
@@ -129,6 +137,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             f"labels only {self.warm_up} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
             *super().decisions(),
+            f"strong views: {strong_view(settings)} (strong_probability)",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
             f"unlabelled patches: {drawn}, as {why} (unlabeled_foreground)",

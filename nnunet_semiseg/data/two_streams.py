@@ -11,6 +11,12 @@ import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.intensity.brightness import (
+    BrightnessAdditiveTransform,
+    MultiplicativeBrightnessTransform,
+)
+from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -37,6 +43,16 @@ SHARED = (
 """These transforms are drawn once for a patch, so all views of the patch share them."""
 MOST_DRAWS = 10
 """If a strong view equals the weak one, it is made again, at most this often."""
+STRONG = {
+    "all": (BasicTransform,),
+    "contrast": (
+        BrightnessAdditiveTransform,
+        MultiplicativeBrightnessTransform,
+        ContrastTransform,
+        GammaTransform,
+    ),
+}
+"""The classes of the transforms that have `strong_probability`, for each value of `strong_transforms`."""
 MASKING = (MaskImageTransform, EmptyChannels)
 KNOWN = {"intensity": ImageOnlyTransform, "segmentation": SegOnlyTransform, "masking": MASKING, "shared": SHARED}
 
@@ -58,13 +74,18 @@ class ViewsTransform(BasicTransform):
         views: the names of the views. A name that begins with "weak" is a weak view, any other a strong one.
         strong_probability: the probability of each random intensity transform in a strong view. None: nnU-Net's own
             probabilities, and a view is never made again.
+        strong_transforms: the transforms that have this probability, a key of `STRONG`. Others keep their own.
 
     Raises:
         UserError: there is a transform of an unknown kind, so it is not known whether all views share it.
     """
 
     def __init__(
-        self, training_transforms: ComposeTransforms, views: Sequence[str], strong_probability: float | None = None
+        self,
+        training_transforms: ComposeTransforms,
+        views: Sequence[str],
+        strong_probability: float | None = None,
+        strong_transforms: str = "all",
     ):
         super().__init__()
         self.views = tuple(views)
@@ -76,7 +97,8 @@ class ViewsTransform(BasicTransform):
         )
         if strong_probability is not None:
             self.intensity = ComposeTransforms([
-                with_probability(transform, strong_probability) for transform in self.intensity.transforms
+                with_probability(transform, strong_probability, STRONG[strong_transforms])
+                for transform in self.intensity.transforms
             ])
 
     def apply(self, data_dict: dict, **params) -> dict:
@@ -113,12 +135,16 @@ class ViewsTransform(BasicTransform):
         return new
 
 
-def with_probability(transform: BasicTransform, probability: float) -> BasicTransform:
-    """Give this probability to a transform that nnU-Net applies at random.
+def with_probability(
+    transform: BasicTransform, probability: float, kinds: tuple[type[BasicTransform], ...]
+) -> BasicTransform:
+    """Give this probability to a transform of these classes that nnU-Net applies at random.
 
     Any other transform is returned unchanged.
     """
-    return RandomTransform(transform.transform, probability) if isinstance(transform, RandomTransform) else transform
+    if isinstance(transform, RandomTransform) and isinstance(transform.transform, kinds):
+        return RandomTransform(transform.transform, probability)
+    return transform
 
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:

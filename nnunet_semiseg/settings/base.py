@@ -89,6 +89,9 @@ class SemiSupervisedSettings(TrainingSettings):
     strong_probability: Annotated[float, Bounds(0.01, 1)] | None = 0.8
     """The probability of each of nnU-Net's intensity transforms in a strong view. At least one of them is always
     applied. `null` keeps the probabilities of nnU-Net."""
+    strong_transforms: Literal["all", "contrast"] = "all"
+    """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
+    blur and low resolution, which can hide small structures, then keep nnU-Net's own probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -348,7 +348,12 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
             self.ranks.part(self.settings.unlabeled_batch_size) or self.batch_size,
             *patch_sizes(labeled_loader),
             self.label_manager,
-            transforms=ViewsTransform(labeled_loader.transforms, self.views, self.settings.strong_probability),
+            transforms=ViewsTransform(
+                labeled_loader.transforms,
+                self.views,
+                self.settings.strong_probability,
+                self.settings.strong_transforms,
+            ),
             foreground_share=self.foreground_share,
         )
 
