@@ -220,7 +220,7 @@ def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -
 
 
 def _lists(layout: Layout) -> list[list[str]]:
-    """The training cases, first those with a label; then the validation and the test cases.
+    """Return three lists: the training cases (those with a label first), the validation cases, the test cases.
 
     The names of folders say to which part a case belongs.
     """

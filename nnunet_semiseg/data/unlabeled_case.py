@@ -72,8 +72,8 @@ def preprocess_case(
         staging: a folder for incomplete files. It is made, and removed at the end.
 
     Returns:
-        The case; what is wrong with its images, one line each; the names of channels it lacks; its entry in the
-        manifest (None if something is wrong).
+        The case; what is wrong with its images, one line each; the names of the channels whose image
+        is 0 everywhere; its entry in the manifest (None if something is wrong).
     """
     stamps = [stamp(image) for image in images]  # before they are read
     reader = PlansManager(task.plans).image_reader_writer_class
@@ -110,7 +110,7 @@ class Inspection:
 
     Attributes:
         problems: what is wrong, one line each.
-        missing: the names of the channels that the case lacks.
+        missing: the names of the channels whose image is 0 everywhere.
         made: the preprocessed image and label (C, *S), when they are made and nothing is wrong.
     """
 

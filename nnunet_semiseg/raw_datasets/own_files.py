@@ -42,7 +42,10 @@ READABLE = (".nii.gz", ".nrrd", ".mha", ".gipl", ".nii", ".png", ".tif", ".bmp")
 
 
 def refuse(path: Path, why: str) -> NoReturn:
-    """Raise an error in place of reading an image, so that this case fails and the others continue."""
+    """Raise an error in place of reading an image, so that this case fails and the others continue.
+
+    `why` says what is wrong with the file, and how to fix it.
+    """
     raise UserError(f"{path}: {why}")
 
 
@@ -140,7 +143,7 @@ class Files:
         )
 
     def _leave_out_4d(self, layout: Layout) -> None:
-        """Leave out images with four dimensions if most images have three.
+        """Do not convert images with four dimensions if most images have three.
 
         Such an image is a film whose frames are the cases, or an fMRI.
         """
@@ -226,7 +229,8 @@ class Files:
             file, size = next((file, size) for file, size in self.sizes.items() if len(size) == 4 and size[3] > 1)
             words = " ".join(f"NAME{i + 1}" for i in range(size[3]))
             raise UserError(
-                f"{file}: is a 4D image of {size[3]} volumes: if they are channels, name them with --channels {words}"
+                f"{file}: is a 4D image of {size[3]} volumes: if they are channels, name them with --channels {words};"
+                " if they are the frames of a film, save each frame as a 3D file"
             )
         self._refuse_colours(layout)
         if Name(path).ending == SERIES and place.is_dir() and not layout.channels and len(find_series(place)) > 1:
@@ -240,8 +244,8 @@ class Files:
             cases = Counter(kind for found in kinds.values() for kind in found)
             text = " and ".join(f"{kind} ({n} cases)" for kind, n in sorted(cases.items()))
             raise UserError(
-                f"{Path(os.path.commonpath(folders))}: holds DICOM images of different kinds, {text}: give the folder"
-                f" of one kind with -i, or the names of its folders with --channels"
+                f"{Path(os.path.commonpath(folders))}: holds DICOM images of different kinds, {text}: choose one kind:"
+                " give its folder with -i, or the name of its folder with --channels"
             )
 
     # -------------------------------------------------------------------------------------------------------- labels
@@ -284,7 +288,7 @@ class Files:
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """Read the sizes of images from their headers. Unreadable files are left out; their cases fail later.
+    """Read the sizes of images from their headers. Unreadable files are skipped; their cases fail later.
 
     A folder counts as a volume.
     """

@@ -260,7 +260,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return train, val
 
     def extend_loader(self, augmenter) -> None:
-        """Change nnU-Net's training loader in place, before its workers start."""
+        """Change nnU-Net's training loader in place, before its workers start. Here it stays unchanged."""
 
     # ---------------------------------------------------------------------------------------------------- a training
 

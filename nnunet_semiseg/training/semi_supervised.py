@@ -145,9 +145,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return cls.adapt_network(network, settings, kwargs, enable_deep_supervision)
 
     def target_maker(self) -> Callable[[dict, dict], dict[str, Tensor]]:
-        """Return a function that makes `Batch.extra` from the batches of both loaders.
+        """Return a function that makes `Batch.extra` from a labelled and an unlabelled batch of the loaders.
 
-        It runs in the processes of the loader.
+        `Batch.extra` holds further tensors for the loss, by name. The function runs in the processes of the loader.
         """
         return take_masks if self.masks else no_targets
 
