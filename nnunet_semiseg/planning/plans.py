@@ -52,8 +52,8 @@ def check_plans_name(plans_file: Path) -> None:
     if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after plans_name
         raise UserError(
             f"{plans_file}: its plans_name is {plans['plans_name']}, so a training would overwrite the model of those"
-            f" plans: set plans_name in this file to {plans_file.stem}; to copy plans, run nnunet_semiseg train ... --as"
-            " NAME"
+            f" plans: set plans_name in this file to {plans_file.stem}; to copy plans, run nnunet_semiseg train ..."
+            " --as NAME"
         )
 
 
