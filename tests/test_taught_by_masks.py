@@ -137,7 +137,7 @@ def test_masks_come_with_the_unlabelled_patches(ready, tmp_path, dims):
     trainer.initialize()
     trainer.on_train_start()
     loader, drawn = trainer.dataloader_train, {}
-    for _ in range(6):
+    for _ in range(20):  # 40 draws of 3 cases: none is missed
         batch = next(loader)
         for case, mask, view in zip(batch["cases"], batch["extra"]["masks"], batch["views"]["weak"], strict=True):
             drawn.setdefault(case, []).append((mask, view))
