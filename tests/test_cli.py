@@ -275,6 +275,7 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     (dataset.preprocessed / "hand.json").write_text(json.dumps(base))
     (line,) = error_lines(capsys, *"train 901 2d all -p hand -tr STLUNetTrainer -device cpu".split())
     assert "its plans_name is P, so a training would overwrite the model of those plans" in line and len(called) == 1
+    assert "set plans_name in this file to hand;" in line
 
 
 def test_a_refused_training_leaves_the_plans_as_they_are(tiny_dataset, monkeypatch, capsys):

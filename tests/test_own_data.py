@@ -100,9 +100,11 @@ def test_values_with_gaps_are_offered_and_mapped(source, raw):
     with pytest.raises(ValueError) as error:
         convert(source, labels=["kidney", "tumour"])
     assert str(error.value) == (
-        f"{source}/labels: label values found are 0 (372 voxels), 205 (36), 420 (12): give them names with"
-        " --label-values 0=background 205=kidney 420=tumour"
+        f"{source}/labels: label values found are 0 (372 voxels), 205 (36), 420 (12), but there are names only for 0,"
+        " 1, 2: give them names with --label-values 0=background 205=kidney 420=tumour"
     )
+    with pytest.raises(ValueError, match=r"420 \(12\), but there are names only for 205: give them names"):
+        convert(source, labels=None, label_values=["205=kidney"])
     assert not raw.exists()
     convert(source, labels=None, label_values=["0=background", "420=tumour", "205=kidney"])
     assert np.array_equal(voxels(raw / "labelsTr" / "c0.nii.gz"), np.choose(LABEL, [0, 2, 1]))
@@ -156,8 +158,8 @@ def test_grey_masks_of_127_and_255(tmp_path, raw):
     with pytest.raises(ValueError) as error:
         convert(folder, labels=["a", "b"])
     assert str(error.value) == (
-        f"{folder}/labels/a.png: label values found are 0 (22 voxels), 127 (6), 255 (2): give them names with"
-        " --label-values 0=background 127=a 255=b"
+        f"{folder}/labels/a.png: label values found are 0 (22 voxels), 127 (6), 255 (2), but there are names"
+        " only for 0, 1, 2: give them names with --label-values 0=background 127=a 255=b"
     )
     convert(folder, labels=None, label_values=["0=background", "127=a", "255=b"])
     assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
@@ -169,8 +171,9 @@ def test_grey_masks_of_127_and_255(tmp_path, raw):
     with pytest.raises(ValueError) as error:
         convert(folder, labels=["a", "b"], overwrite=True)
     assert str(error.value) == (
-        f"{folder}/labels: label values found are 0 (44 voxels), 127 (12), 255 (4): give them names with"
-        f" --label-values 0=background 127=a 255=b; {folder}/labels/c.png was smoothed and has more: save it again"
+        f"{folder}/labels: label values found are 0 (44 voxels), 127 (12), 255 (4), but there are names"
+        " only for 0, 1, 2: give them names with --label-values 0=background 127=a 255=b;"
+        f" {folder}/labels/c.png was smoothed and has more: save it again"
     )
 
 
@@ -185,9 +188,11 @@ def test_masks_in_colour(kind, tmp_path, raw):
         with pytest.raises(ValueError) as error:
             convert(folder, labels=["heart", "lung"])
         assert str(error.value).endswith(
-            "labels/a.png: label values found are 0/0/0 (22 voxels), 0/0/255 (2), 255/0/0 (6): give them names with"
-            " --label-values 0/0/0=background 0/0/255=heart 255/0/0=lung"
+            "labels/a.png: label values found are 0/0/0 (22 voxels), 0/0/255 (2), 255/0/0 (6), but there are"
+            " names only for 0, 1, 2: give them names with --label-values 0/0/0=background 0/0/255=heart 255/0/0=lung"
         )
+        with pytest.raises(ValueError, match="names only for 0, 1, 0/0/0, 255/0/0: give them names"):
+            convert(folder, labels=None, label_values=["255/0/0=heart"])
     values = ["255/0/0=heart", "0/0/255=lung"]
     assert pickle.dumps(own.find_cases(folder, label_values=values).cases)  # workers get them
     convert(folder, labels=None, label_values=values)
@@ -422,7 +427,8 @@ def test_4d_files_are_split_into_channels(source, raw):
     for i in range(4):
         nii(np.stack([image(i), image(i) + 100], -1), source / "images" / f"c{i}.nii.gz")
     with pytest.raises(
-        ValueError, match="c0.nii.gz: is a 4D image of 2 volumes: .* name them .*--channels NAME1 NAME2"
+        ValueError,
+        match="c0.nii.gz: is a 4D image of 2 volumes: .* name them .*--channels NAME1 NAME2; if .* a film, save each",
     ):
         convert(source)
     nii(np.stack([image(3)] * 3, -1), source / "images" / "c3.nii.gz")
@@ -669,7 +675,7 @@ def test_ct_and_mr_at_once(tmp_path):
             dicom(case / "DICOM", image(i), "x", f"1.{n}.{i}", modality=kind)
             for z in range(SHAPE[2]):
                 write(Image.fromarray(ORGAN[:, :, -1 - z].T), case / "Ground" / f"{z}.png")
-    message = r"/d: holds DICOM images of different kinds, CT \(2 cases\) and MR \(2 cases\): .*-i.*--channels"
+    message = r"of different kinds, CT \(2 cases\) and MR \(2 cases\): choose one kind: .*-i.*--channels$"
     with pytest.raises(ValueError, match=message):
         own.find_cases(tmp_path / "d", labels=["organ"])
     found = own.find_cases(tmp_path / "d", labels=["organ"], channels=["CT"])

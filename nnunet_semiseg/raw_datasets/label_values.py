@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.raw_datasets.names import some
 
 Value = int | tuple[int, int, int]
 """A grey value, or the red, green and blue parts of a colour."""
@@ -92,6 +93,11 @@ def count(label: sitk.Image) -> Counter:
 
 def _order(value: Value | float) -> tuple:
     return isinstance(value, tuple), value
+
+
+def values_text(values: Iterable[Value]) -> str:
+    """The ten smallest values at most, such as `0, 1, 205`. Colours come last."""
+    return some(map(as_text, sorted(values, key=_order)), 10)
 
 
 def found_text(counts: Mapping) -> str:

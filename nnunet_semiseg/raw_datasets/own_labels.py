@@ -16,7 +16,7 @@ from nnunet_semiseg.raw_datasets.case import load
 from nnunet_semiseg.raw_datasets.description import About, Read
 from nnunet_semiseg.raw_datasets.dicom_labels import classes_in
 from nnunet_semiseg.raw_datasets.filling import Layout
-from nnunet_semiseg.raw_datasets.label_values import LabelValues, count, found_text, offer
+from nnunet_semiseg.raw_datasets.label_values import LabelValues, count, found_text, offer, values_text
 from nnunet_semiseg.raw_datasets.names import DICOM_SEG, RTSTRUCT, SERIES, STACK, Name, some
 from nnunet_semiseg.raw_datasets.pictures import mode_of, read_colour_mask, read_colours, read_mask
 from nnunet_semiseg.raw_datasets.readers import one_channel
@@ -153,7 +153,10 @@ class Labels:
                 f"{where}: label values found are {found_text(found)}, but --labels names {len(self.names)}:"
                 f" give a name for each with --labels {names}{more}"
             )
-        raise UserError(f"{where}: label values found are {found_text(found)}: {offer(found, self.names)}{more}")
+        raise UserError(
+            f"{where}: label values found are {found_text(found)}, but there are names only for"
+            f" {values_text(known)}: {offer(found, self.names)}{more}"
+        )
 
     def _say_what_is_missing(self, plain: Sequence[Path], counts: Sequence[Counter]) -> None:
         """Print a line for each class of `--labels` that no label has, because users often give a name too many."""
