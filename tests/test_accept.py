@@ -22,7 +22,7 @@ from nnunet_semiseg.data.known_reviews import known_reviews, remember
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import DiskError, read_json, write_json
-from nnunet_semiseg.review import preprocessing
+from nnunet_semiseg.review import journal, preprocessing
 from nnunet_semiseg.review.accept import accept, extended, undo
 from nnunet_semiseg.review.labels import NewLabel, digest_of, problems_of
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
@@ -154,6 +154,67 @@ def test_whatever_is_killed_is_ended_by_the_next_call(raw_only):
         accept(901, folder)
     # killed before the journal says so, it is not undone
     assert undone == [False] + [True] * 5
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_whatever_is_killed_among_preprocessed_data_is_ended_by_the_next_call(dataset, corrected, monkeypatch):
+    def both() -> tuple[dict[str, bytes], dict[str, bytes]]:
+        return snapshot(dataset.raw, but=FOLDER), snapshot(dataset.preprocessed, but=FOLDER)
+
+    def dies_at(count: int, function, *args) -> bool:
+        """Whether a function wants to change more than `count` names. It may not, as if it were killed."""
+        calls = iter(range(count))
+
+        def dying(change):
+            def instead(source, *words):
+                if next(calls, None) is None:
+                    raise Killed
+                return change(source, *words)
+
+            return instead
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                function(*args)
+            except Killed:
+                return True
+        return False
+
+    roots = {"raw": dataset.raw, "preprocessed": dataset.preprocessed}
+    before = both()
+    with monkeypatch.context() as patch:  # nothing is moved yet, all is prepared
+        patch.setattr(journal, "finish", lambda *_: None)
+        accept(901, corrected, show_progress=False)
+    prepared = {root: shutil.copytree(folder / FOLDER, corrected / root) for root, folder in roots.items()}
+    accept(901)
+    after = both()
+    undo(901)
+    assert both() == before
+
+    steps = []  # what there was when it was killed at each change of a name
+    while not steps or steps[-1] != "all":
+        for root, folder in roots.items():
+            shutil.copytree(prepared[root], folder / FOLDER)
+        (change,) = journals(dataset.raw)
+        is_dead = dies_at(len(steps), journal.finish, change, roots)
+        steps.append("all" if not is_dead else "none" if both() == before else "done" if both() == after else "half")
+        images = [dataset.raw / folder / "un_001_0000.nii.gz" for folder in ("imagesUn", "imagesTr")]
+        assert sum(file.exists() for file in images) == 1
+        with suppress(UserError):  # there may be nothing to be ended
+            accept(901)
+        assert both() == after
+        dies_at(len(steps), undo, 901)  # the first name is that of the journal
+        with suppress(UserError):
+            accept(901)
+        assert both() == before
+    # two copies of the label, the image, twice two descriptions, three files in two folders, record, manifest,
+    # fingerprint, and the state of the journal
+    assert steps == ["none", *["half"] * 15, "done", "all"]
 
 
 def labelled(folder: Path, case: str, label: np.ndarray, **header) -> Path:
