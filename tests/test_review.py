@@ -16,12 +16,11 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.data.known_reviews import known_reviews
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json, write_json
-from nnunet_semiseg.review import estimates, lists, signs
+from nnunet_semiseg.review import estimates, lists, review, signs
 from nnunet_semiseg.review.calibration import Line, calibrate
 from nnunet_semiseg.review.labels import digest_of
 from nnunet_semiseg.review.members import find_members
 from nnunet_semiseg.review.request import _only_trainer
-from nnunet_semiseg.review.review import dice
 from nnunet_semiseg.review.table import Reviewed, tabulate
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -99,8 +98,8 @@ def test_a_partly_ignored_label_says_nothing_about_whole_classes():
 def test_the_dice_of_a_partly_ignored_label_is_that_of_its_other_voxels():
     mask, label = np.array([[1, 1, 1, 2]]), np.array([[1, 3, 0, 3]])
     # of the first and the third voxel: 2 * 1 / 3; nobody sees b there
-    assert dice(mask, label, LABELS | {"ignore": 3}) == {"a": pytest.approx(2 / 3), "b": 1.0}
-    assert dice(mask, np.array([[1, 0, 0, 2]]), LABELS) == {"a": 0.5, "b": 1.0}
+    assert review.dice(mask, label, LABELS | {"ignore": 3}) == {"a": pytest.approx(2 / 3), "b": 1.0}
+    assert review.dice(mask, np.array([[1, 0, 0, 2]]), LABELS) == {"a": 0.5, "b": 1.0}
 
 
 def test_a_line_is_drawn_through_unseen_cases_and_judged_without_each():
@@ -225,6 +224,15 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
     assert cli.main(words(dataset, "--for", "labelling")) == 0
     assert "1 of 4 cases to predict" in capsys.readouterr().out
     assert (output / "cases" / "un_000.json").stat().st_mtime_ns == before
+
+    image, write = dataset.image("un_001"), review._write_images
+    with pytest.MonkeyPatch.context() as patch:  # accept moves a case while the review runs
+        patch.setattr(review, "_write_images", lambda *args: image.rename(image.with_name("away")) and write(*args))
+        (output / "cases" / "un_000.json").unlink()
+        (output / "cases" / "un_001.json").unlink()
+        assert cli.main(words(dataset)) == 0
+    assert "un_001: was moved or removed while the review ran" in capsys.readouterr().out
+    assert pd.read_csv(output / "cases.csv")["case"].tolist() == ["un_000"]
 
     assert known_reviews(dataset.results) == {output: output.name}
     copy = shutil.copytree(output, dataset.raw.parent / "copy")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.known_reviews import remember
 from nnunet_semiseg.data.labeled_cases import channel_names, labeled_files
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
@@ -65,6 +67,14 @@ class Work:
         """The image files of a case, and its label if it has one."""
         return self.unlabeled_cases.get(case) or self.labeled_cases[case]
 
+    def present(self) -> Work:
+        """The work without the cases whose files are gone: `accept` may have moved them while the review ran."""
+
+        def there(cases: Mapping[str, list[str]]) -> dict[str, list[str]]:
+            return {case: files for case, files in cases.items() if all(map(os.path.isfile, files))}
+
+        return replace(self, unlabeled_cases=there(self.unlabeled_cases), labeled_cases=there(self.labeled_cases))
+
     def is_done(self, case: str) -> bool:
         """Whether the case has a record made from the present files, and all files of that record exist."""
         record = self.record(case)
@@ -104,11 +114,13 @@ def review(request: Request) -> Path | None:
             (request.folder / folder).mkdir(parents=True, exist_ok=True)
         with only_one(request.folder / f"part_{request.part}.lock", "works on this part of the review"):
             _predict(work, dataset_json)
-        todo = [case for case in (*unlabeled_cases, *labeled_cases) if not work.is_done(case)]
-        if todo:
+        work = work.present()
+        if not work.unlabeled_cases:
+            raise UserError(f"{raw / IMAGES_FOLDER}: no case of this review is left there: put further images there")
+        if not all(work.is_done(case) for case in (*work.unlabeled_cases, *work.labeled_cases)):
             return None
-        reviewed = [_read(work, case) for case in unlabeled_cases]
-        known = [_read(work, case) for case in labeled_cases]
+        reviewed = [_read(work, case) for case in work.unlabeled_cases]
+        known = [_read(work, case) for case in work.labeled_cases]
         table = tabulate(reviewed, known, request.purpose, channel_names(dataset_json))
         page = write_page(table, request, _facts(work), raw, dataset_json)
         remember(dataset_folder("nnUNet_results", request.run.dataset), request.folder, request.run.fold_name)
@@ -151,6 +163,9 @@ def _predict(work: Work, dataset_json: dict) -> None:
     ensemble = Ensemble(request.run, work.members, request.device, mirroring)
     for case in tqdm(todo, "Cases", disable=not request.show_progress):
         files = work.files(case)
+        if not all(map(os.path.isfile, files)):
+            print(f"{case}: was moved or removed while the review ran, so it is left out", flush=True)
+            continue
         made_of = work.signature(files)
         images = files if case in work.unlabeled_cases else files[:-1]
         prediction = ensemble.predict(images)
