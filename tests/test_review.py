@@ -14,12 +14,13 @@ from training import PLANS
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.data.known_reviews import known_reviews
+from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json, write_json
 from nnunet_semiseg.review import estimates, lists, review, signs
 from nnunet_semiseg.review.calibration import Line, calibrate
 from nnunet_semiseg.review.labels import digest_of
-from nnunet_semiseg.review.members import find_members
+from nnunet_semiseg.review.members import Ensemble, find_members
 from nnunet_semiseg.review.request import _only_trainer
 from nnunet_semiseg.review.table import Reviewed, tabulate
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
@@ -180,6 +181,22 @@ def test_members_are_the_first_kind_that_there_is(trained):
     assert found("auto", True) == ("seeds", [(name, f) for f in flips for name in ("as in the plans", "seed1")])
     with pytest.raises(UserError, match="--ensemble folds: this ensemble has fewer than two members"):
         find_members(run, "folds", True)
+
+
+@pytest.mark.parametrize("kind, number", [("mirroring", 8), ("single", 1)])
+def test_the_mask_is_that_of_nnunet(kind, number, trained):
+    dataset, run, trainer = trained(SupervisedTrainer)
+    trainer.inference_allowed_mirroring_axes = (0, 1, 2)
+    trainer.save_checkpoint(str(run.checkpoint))
+    _, members = find_members(run, kind, mirroring=True)
+    ensemble, nnunet = Ensemble(run, members, "cpu", mirroring=number == 1), load_predictor(run)
+    if number > 1:  # nnU-Net's weights in a patch are so small at its edges that they round each member differently
+        ensemble.predictor.use_gaussian = nnunet.use_gaussian = False
+    found = ensemble.predict([str(dataset.image("un_000"))])
+    expected = nnunet.predict_single_npy_array(found.image, found.properties)
+    assert len(members) == number
+    assert 100 < np.count_nonzero(expected) < expected.size - 100
+    assert np.count_nonzero(found.mask != expected) <= (2 if number > 1 else 0)  # of 13824; two classes may be equal
 
 
 def words(dataset, *more: str) -> list[str]:
