@@ -86,6 +86,11 @@ class Run:
         return self.model_folder / f"fold_{self.fold}"
 
     @property
+    def fold_name(self) -> str:
+        """The name of the model and its fold, without the dataset."""
+        return f"{self.model_folder.name}__{self.folder.name}"
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint_final.pth"
 

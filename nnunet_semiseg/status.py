@@ -10,6 +10,7 @@ from itertools import count as count_up
 from pathlib import Path
 
 from nnunet_semiseg.data.half_accepted import journals
+from nnunet_semiseg.data.known_reviews import PAGE, known_reviews
 from nnunet_semiseg.data.labeled_cases import labeled_images
 from nnunet_semiseg.data.preprocessed import check_labeled_data, number_of, preprocess_again
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest, output_of
@@ -19,10 +20,11 @@ from nnunet_semiseg.files import LOCK, BusyError, dataset_folder, only_one, read
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.schema import load_plans, names_of_plans, read_dataset_json
 
-COMPARISONS, REVIEWS = "comparison/*/report.html", "review/*/review.html"
-OTHER_REPORTS = "text_effect/*/report.html"
+COMPARISONS, OTHER_REPORTS = "comparison/*/report.html", "text_effect/*/report.html"
 FIRST = "3d_fullres"
 """The configuration that is proposed if there are several."""
+RECIPE, LABELS_ONLY = "SemiSegTrainer", "SupervisedTrainer"
+"""The trainers that are proposed: with unlabelled cases and, after all were accepted, without any."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,16 @@ def status(dataset: int | str) -> list[str]:
         UserError: the dataset does not exist, a variable of nnU-Net is not set, or a JSON file is damaged.
     """
     raw, preprocessed, results = (dataset_folder(f"nnUNet_{p}", dataset) for p in ("raw", "preprocessed", "results"))
-    cases, prepared = count(raw), list(configurations(raw, preprocessed))
+    cases = count(raw)
+    prepared = list(configurations(raw, preprocessed, cases.unlabeled > 0))
     trained = list(trainings(results))
-    reports = {kind: sorted(results.glob(kind)) for kind in (COMPARISONS, OTHER_REPORTS, REVIEWS)}
+    reviews = {page: model for folder, model in known_reviews(results).items() if (page := folder / PAGE).is_file()}
+    compared = sorted(results.glob(COMPARISONS))
+    reports = [*compared, *sorted(results.glob(OTHER_REPORTS)), *sorted(reviews)]
     lines = [raw.name, str(cases), "plans:", *(f"  {p}" for p in prepared or ["none"])]
     lines += ["trainings:", *(f"  {t}" for t in trained or ["none"])]
-    lines += ["reports:", *(f"  {file}" for files in reports.values() for file in files)]
-    lines += [] if any(reports.values()) else ["  none"]
-    todo = what_is_next(raw, cases, prepared, trained, bool(reports[COMPARISONS]), reports[REVIEWS])
+    lines += ["reports:", *(f"  {file}" for file in reports or ["none"])]
+    todo = what_is_next(raw, cases, prepared, trained, bool(compared), reviews)
     return [*lines, f"next: {todo}"]
 
 
@@ -105,8 +109,12 @@ def count(raw: Path) -> Cases:
     return Cases(len(labeled_images(raw, dataset_json)), *others)
 
 
-def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
-    """All configurations in all plans files of the dataset. No image is opened."""
+def configurations(raw: Path, preprocessed: Path, with_unlabeled: bool) -> Iterator[Prepared]:
+    """All configurations in all plans files of the dataset. No image is opened.
+
+    Args:
+        with_unlabeled: whether unlabelled cases must be preprocessed, too.
+    """
     plan_again = f"plan again with nnunet_semiseg plan_and_preprocess -d {number_of(raw.name)}"
     for name in names_of_plans(preprocessed):
         plans = load_plans(preprocessed / f"{name}.json", plan_again)
@@ -115,13 +123,14 @@ def configurations(raw: Path, preprocessed: Path) -> Iterator[Prepared]:
             if not any(folder.with_name(folder.name.removesuffix("__unlabeled")).glob("*")):
                 yield Prepared(name, configuration, False)
                 continue
-            problem, fix = "", preprocess_again(plans, configuration)
+            problem, fix = "", preprocess_again(plans, configuration) + ("" if with_unlabeled else " --labeled_only")
             try:
                 check_labeled_data(preprocessed, raw, plans, configuration)
-                load_manifest(preprocessed, plans, configuration, raw.name)
+                if with_unlabeled:
+                    load_manifest(preprocessed, plans, configuration, raw.name)
             except UserError as error:
                 problem = str(error).partition("\n")[0]
-                if named := re.search(r"run nnunet_semiseg .*", problem):
+                if with_unlabeled and (named := re.search(r"run nnunet_semiseg .*", problem)):
                     fix = named[0]
             yield Prepared(name, configuration, True, problem, fix.removeprefix("run "))
 
@@ -150,18 +159,25 @@ def _is_held(lock: Path) -> bool:
 
 
 def what_is_next(
-    raw: Path, cases: Cases, prepared: list[Prepared], trained: list[Training], compared: bool, reviews: list[Path]
+    raw: Path, cases: Cases, prepared: list[Prepared], trained: list[Training], compared: bool, reviews: dict[Path, str]
 ) -> str:
-    """The next command to type. If there is none, a sentence that says what to do."""
+    """The next command to type. If there is none, a sentence that says what to do.
+
+    Args:
+        reviews: the model of each review, by its page. The newest page is the last.
+    """
     number = number_of(raw.name)
     usable = sorted((p for p in prepared if p.is_there and not p.problem), key=lambda p: p.configuration != FIRST)
     done = [t.run for t in trained if t.run.is_trained]
     # beside a finished training, one without a checkpoint is probably a false start
     stopped = [t.run for t in trained if not t.is_running and not t.run.is_trained and (t.run.is_begun or not done)]
     if not cases.unlabeled:
+        stopped = [run for run in stopped if run.trainer.startswith((LABELS_ONLY, "nnUNet"))]
+    accepted = journals(raw)
+    if not cases.unlabeled and not accepted:
         return f"put the images without labels into {raw / 'imagesUn'}"
     if not any(p.is_there for p in prepared):
-        return f"nnunet_semiseg plan_and_preprocess -d {number}"
+        return f"nnunet_semiseg plan_and_preprocess -d {number}{'' if cases.unlabeled else ' --labeled_only'}"
     if not usable:
         return next(p.fix for p in prepared if p.problem)
     train, device = f"nnunet_semiseg train {number}", device_option()
@@ -169,14 +185,17 @@ def what_is_next(
         run = stopped[0]
         return f"{train} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans}{device} --c"
     if not trained:
-        return f"{train} {usable[0].configuration} 0 -tr SemiSegTrainer -p {usable[0].plans}{device}"
+        trainer = RECIPE if cases.unlabeled else LABELS_ONLY
+        return f"{train} {usable[0].configuration} 0 -tr {trainer} -p {usable[0].plans}{device}"
     if not done:
         return "wait until the training has ended"
-    accepted = journals(raw)
     # `share` and `distill` make models of others, PLANS_from_TRAINER
     newest = max(done, key=lambda run: ("_from_" not in run.base_plans, _time(run.checkpoint)))
     if accepted and _time(accepted[-1]) > _time(newest.checkpoint):
-        return _train_on(number, _reviewed(reviews, done), len(accepted), {p.plans for p in prepared})
+        run, taken = _reviewed(reviews, done), {p.plans for p in prepared}
+        return _train_on(number, run, len(accepted), taken, run.trainer if cases.unlabeled else LABELS_ONLY)
+    if not cases.unlabeled:
+        return f"put further images without labels into {raw / 'imagesUn'}"
     run = newest if accepted else done[0]
     model = f"-d {number} -c {run.configuration} -f {run.fold} -p {run.base_plans}"
     if not compared and not accepted:  # a model that trained on would be compared with one from the beginning
@@ -186,23 +205,24 @@ def what_is_next(
     return f"nnunet_semiseg review {model}{device}"
 
 
-def _train_on(number: int | str, run: Run, rounds: int, taken: Container[str]) -> str:
+def _train_on(number: int | str, run: Run, rounds: int, taken: Container[str], trainer: str) -> str:
     """The command that trains on from a model, after this many calls of `accept`.
 
     Args:
         taken: names of plans that exist. The new training gets another name.
+        trainer: the trainer of the new model.
     """
     name = next(name for n in count_up(rounds + 1) if (name := f"round{n}") not in taken)
     return (
-        f"nnunet_semiseg train {number} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans}"
+        f"nnunet_semiseg train {number} {run.configuration} {run.fold} -tr {trainer} -p {run.base_plans}"
         f" --as {name} --continue_from {shlex.quote(str(run.model_folder))}{device_option()}"
     )
 
 
-def _reviewed(reviews: list[Path], done: list[Run]) -> Run:
+def _reviewed(reviews: dict[Path, str], done: list[Run]) -> Run:
     """The trained model that was reviewed last. Without a review, the first one."""
-    folder = max(reviews, key=_time).parent.name if reviews else ""
-    return next((run for run in done if folder == f"{run.model_folder.name}__fold_{run.fold}"), done[0])
+    models = {run.fold_name: run for run in done}
+    return next((models[model] for model in reversed(reviews.values()) if model in models), done[0])
 
 
 def _time(file: Path) -> int:

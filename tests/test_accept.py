@@ -8,20 +8,23 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import write_image
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from training import make_trainer
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.data.half_accepted import FOLDER, journals
+from nnunet_semiseg.data.known_reviews import known_reviews, remember
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import DiskError, write_json
-from nnunet_semiseg.review import preprocessing
+from nnunet_semiseg.files import DiskError, read_json, write_json
+from nnunet_semiseg.review import journal, preprocessing
 from nnunet_semiseg.review.accept import accept, extended, undo
-from nnunet_semiseg.review.labels import digest_of
+from nnunet_semiseg.review.labels import NewLabel, digest_of, problems_of
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 
 
@@ -153,6 +156,67 @@ def test_whatever_is_killed_is_ended_by_the_next_call(raw_only):
     assert undone == [False] + [True] * 5
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_whatever_is_killed_among_preprocessed_data_is_ended_by_the_next_call(dataset, corrected, monkeypatch):
+    def both() -> tuple[dict[str, bytes], dict[str, bytes]]:
+        return snapshot(dataset.raw, but=FOLDER), snapshot(dataset.preprocessed, but=FOLDER)
+
+    def dies_at(count: int, function, *args) -> bool:
+        """Whether a function wants to change more than `count` names. It may not, as if it were killed."""
+        calls = iter(range(count))
+
+        def dying(change):
+            def instead(source, *words):
+                if next(calls, None) is None:
+                    raise Killed
+                return change(source, *words)
+
+            return instead
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                function(*args)
+            except Killed:
+                return True
+        return False
+
+    roots = {"raw": dataset.raw, "preprocessed": dataset.preprocessed}
+    before = both()
+    with monkeypatch.context() as patch:  # nothing is moved yet, all is prepared
+        patch.setattr(journal, "finish", lambda *_: None)
+        accept(901, corrected, show_progress=False)
+    prepared = {root: shutil.copytree(folder / FOLDER, corrected / root) for root, folder in roots.items()}
+    accept(901)
+    after = both()
+    undo(901)
+    assert both() == before
+
+    steps = []  # what there was when it was killed at each change of a name
+    while not steps or steps[-1] != "all":
+        for root, folder in roots.items():
+            shutil.copytree(prepared[root], folder / FOLDER)
+        (change,) = journals(dataset.raw)
+        is_dead = dies_at(len(steps), journal.finish, change, roots)
+        steps.append("all" if not is_dead else "none" if both() == before else "done" if both() == after else "half")
+        images = [dataset.raw / folder / "un_001_0000.nii.gz" for folder in ("imagesUn", "imagesTr")]
+        assert sum(file.exists() for file in images) == 1
+        with suppress(UserError):  # there may be nothing to be ended
+            accept(901)
+        assert both() == after
+        dies_at(len(steps), undo, 901)  # the first name is that of the journal
+        with suppress(UserError):
+            accept(901)
+        assert both() == before
+    # two copies of the label, the image, twice two descriptions, three files in two folders, record, manifest,
+    # fingerprint, and the state of the journal
+    assert steps == ["none", *["half"] * 15, "done", "all"]
+
+
 def labelled(folder: Path, case: str, label: np.ndarray, **header) -> Path:
     folder.mkdir(exist_ok=True)
     write_image(label, folder / f"{case}.nii.gz", **header)
@@ -183,6 +247,41 @@ def test_wrong_labels_are_refused_in_one_line_each(raw_only, tmp_path):
     assert "has no label CASE.nii.gz" in refused(tmp_path / "nowhere")
     assert "nothing was accepted" in undo_refused()
     assert snapshot(dataset.raw) == before
+
+
+def test_labels_in_another_format_are_not_left_out(raw_only):
+    dataset, folder = raw_only
+    before = snapshot(dataset.raw)
+    right = folder / "un_000.nii.gz"
+    for name in ("un_001.seg.nrrd", "un_001.json", "un_000.nii", "notes.nrrd"):
+        (folder / name).touch()
+    fix = "its ending is not .nii.gz, that of the data set: save it as"
+    assert refused(folder) == f"{folder}/un_001.seg.nrrd: {fix} un_001.nii.gz"
+    right.unlink()
+    assert refused(folder).splitlines()[0] == f"{folder}/un_000.nii: {fix} un_000.nii.gz"
+    assert snapshot(dataset.raw) == before
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_a_label_with_a_fourth_dimension_is_refused(shift, raw_only, tmp_path):
+    _, folder = raw_only
+    affine = np.diag([-1.0, -1.0, 1.5, 1.0])  # of images without origin, whose axes ITK and NIfTI see differently
+    affine[0, 3] = shift
+    file = folder / "un_000.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(cubes().T[..., None], affine), file)
+    assert refused(folder).startswith(f"{file}: has 4 dimensions instead of the 3 in ")
+
+
+def test_a_label_of_an_image_with_all_channels_in_one_file_is_compared_with_its_grid(tmp_path):
+    image = tmp_path / "image.nii.gz"
+    affine = np.diag([-1.0, -1.0, 1.5, 1.0])
+    nibabel.save(nibabel.Nifti1Image(np.zeros((24, 24, 24, 2), np.float32), affine), image)
+    labels = {"labels": {"background": 0, "kidney": 1, "tumour": 2}}
+    file = labelled(tmp_path, "one", cubes()) / "one.nii.gz"
+    assert problems_of(NewLabel("one", file, "human"), [str(image)], labels, SimpleITKIO) == []
+    labelled(tmp_path, "one", cubes(), origin=(5.0, 0.0, 0.0))
+    (line,) = problems_of(NewLabel("one", file, "human"), [str(image)], labels, SimpleITKIO)
+    assert line.startswith(f"{file}: origin (5, 0, 0) differs from (0, 0, 0) in {image}: ")
 
 
 def test_a_refusal_on_the_way_leaves_nothing(raw_only):
@@ -222,6 +321,12 @@ def test_each_label_says_where_it_comes_from(raw_only, tmp_path):
     assert line.startswith(f"{folder}/un_000.nii.gz: is the unchanged prediction: correct it, or")
     assert f"--all-of {review}" in line
 
+    elsewhere = Path(shutil.move(review, dataset.raw.parent / "mine"))  # as with -o
+    remember(dataset.results, elsewhere, review.name)
+    remember(dataset.results, dataset.raw.parent / "gone", review.name)
+    assert f"--all-of {elsewhere}" in refused(folder)
+    shutil.move(elsewhere, review)
+
     changed = cubes().astype(np.float32)  # as napari saves it
     changed[0, 0, 0] = 1
     labelled(folder, "un_000", changed)
@@ -232,6 +337,22 @@ def test_each_label_says_where_it_comes_from(raw_only, tmp_path):
     written = sitk.ReadImage(str(dataset.raw / "labelsTr" / "un_000.nii.gz"))
     assert written.GetPixelIDTypeAsString() == "8-bit unsigned integer"
     assert np.array_equal(sitk.GetArrayFromImage(written), changed)
+
+
+def test_reviews_elsewhere_are_known_once_and_in_the_order_of_their_pages(tmp_path):
+    results, model = tmp_path / "results", "A__B__fold_0"
+    for time, folder in enumerate([results / "review" / model, tmp_path / "x", tmp_path / "y"], 1):
+        folder.mkdir(parents=True)
+        (folder / "review.html").touch()
+        os.utime(folder / "review.html", (9 - time, 9 - time))
+    for folder in (tmp_path / "x", tmp_path / "y", tmp_path / "y" / ".." / "x", results / "review" / model):
+        remember(results, folder, "C__D__fold_1")
+    assert read_json(results / "review" / "elsewhere.json", "").keys() == {f"{tmp_path}/x", f"{tmp_path}/y"}
+    found = {tmp_path / "y": "C__D__fold_1", tmp_path / "x": "C__D__fold_1", results / "review" / model: model}
+    assert list(known_reviews(results).items()) == list(found.items())
+    shutil.rmtree(tmp_path / "y")
+    assert tmp_path / "y" not in known_reviews(results)
+    assert sorted(os.listdir(results / "review")) == [model, "elsewhere.json"]  # no lock stays
 
 
 def test_voxels_that_nobody_looked_at_are_ignored(raw_only, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -12,12 +13,14 @@ import torch
 from training import PLANS
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.data.known_reviews import known_reviews
+from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import read_json
-from nnunet_semiseg.review import estimates, lists, signs
+from nnunet_semiseg.files import read_json, write_json
+from nnunet_semiseg.review import estimates, lists, review, signs
 from nnunet_semiseg.review.calibration import Line, calibrate
 from nnunet_semiseg.review.labels import digest_of
-from nnunet_semiseg.review.members import find_members
+from nnunet_semiseg.review.members import Ensemble, find_members
 from nnunet_semiseg.review.request import _only_trainer
 from nnunet_semiseg.review.table import Reviewed, tabulate
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
@@ -74,6 +77,30 @@ def test_a_case_is_held_against_labelled_ones():
     assert signs.reasons(apart, usual, ["CT"]) == ["a: 2 islands, labelled ones have at most 1"]
     picture = signs.see(np.ones((1, 2, 2)), np.ones((1, 1, 2, 2)), LABELS, [999, 5, 4])
     assert picture.volumes["a"] == pytest.approx(0.8)  # cm2
+
+
+def test_a_partly_ignored_label_says_nothing_about_whole_classes():
+    labels = LABELS | {"ignore": 3}
+
+    def seen(mask):
+        return signs.see(np.array([mask]), np.full((1, 1, 2, 4), 7.0), labels, [10, 10, 10])
+
+    whole = seen([[1, 1, 0, 0], [0, 0, 0, 2]])
+    partial = seen([[1, 0, 1, 3], [3, 3, 3, 3]])  # b may be among the ignored voxels, and a may be one part
+    assert whole.is_whole and not partial.is_whole
+    usual = signs.Usual.of([whole, partial], "cm2")
+    assert (usual.volumes, usual.islands) == ({"a": (2.0, 2.0), "b": (1.0, 1.0)}, {"a": 1, "b": 1})
+    assert usual.always == {"a", "b"}
+    unknown = signs.Usual.of([partial], "cm2")
+    assert (unknown.volumes, unknown.islands, unknown.always) == ({}, {}, set())
+    assert signs.reasons(seen([[1, 0, 1, 0], [0, 0, 0, 0]]), unknown, ["CT"]) == []
+
+
+def test_the_dice_of_a_partly_ignored_label_is_that_of_its_other_voxels():
+    mask, label = np.array([[1, 1, 1, 2]]), np.array([[1, 3, 0, 3]])
+    # of the first and the third voxel: 2 * 1 / 3; nobody sees b there
+    assert review.dice(mask, label, LABELS | {"ignore": 3}) == {"a": pytest.approx(2 / 3), "b": 1.0}
+    assert review.dice(mask, np.array([[1, 0, 0, 2]]), LABELS) == {"a": 0.5, "b": 1.0}
 
 
 def test_a_line_is_drawn_through_unseen_cases_and_judged_without_each():
@@ -156,6 +183,22 @@ def test_members_are_the_first_kind_that_there_is(trained):
         find_members(run, "folds", True)
 
 
+@pytest.mark.parametrize("kind, number", [("mirroring", 8), ("single", 1)])
+def test_the_mask_is_that_of_nnunet(kind, number, trained):
+    dataset, run, trainer = trained(SupervisedTrainer)
+    trainer.inference_allowed_mirroring_axes = (0, 1, 2)
+    trainer.save_checkpoint(str(run.checkpoint))
+    _, members = find_members(run, kind, mirroring=True)
+    ensemble, nnunet = Ensemble(run, members, "cpu", mirroring=number == 1), load_predictor(run)
+    if number > 1:  # nnU-Net's weights in a patch are so small at its edges that they round each member differently
+        ensemble.predictor.use_gaussian = nnunet.use_gaussian = False
+    found = ensemble.predict([str(dataset.image("un_000"))])
+    expected = nnunet.predict_single_npy_array(found.image, found.properties)
+    assert len(members) == number
+    assert 100 < np.count_nonzero(expected) < expected.size - 100
+    assert np.count_nonzero(found.mask != expected) <= (2 if number > 1 else 0)  # of 13824; two classes may be equal
+
+
 def words(dataset, *more: str) -> list[str]:
     model = ["-d", "901", "-c", "3d_fullres", "-f", "all", "-p", PLANS]
     return ["review", *model, "-device", "cpu", "--disable_tta", "--no_pbar", *more]
@@ -198,6 +241,41 @@ def test_an_untrained_model_is_reviewed(trained, capsys):
     assert cli.main(words(dataset, "--for", "labelling")) == 0
     assert "1 of 4 cases to predict" in capsys.readouterr().out
     assert (output / "cases" / "un_000.json").stat().st_mtime_ns == before
+
+    image, write = dataset.image("un_001"), review._write_images
+    with pytest.MonkeyPatch.context() as patch:  # accept moves a case while the review runs
+        patch.setattr(review, "_write_images", lambda *args: image.rename(image.with_name("away")) and write(*args))
+        (output / "cases" / "un_000.json").unlink()
+        (output / "cases" / "un_001.json").unlink()
+        assert cli.main(words(dataset)) == 0
+    assert "un_001: was moved or removed while the review ran" in capsys.readouterr().out
+    assert pd.read_csv(output / "cases.csv")["case"].tolist() == ["un_000"]
+
+    assert known_reviews(dataset.results) == {output: output.name}
+    copy = shutil.copytree(output, dataset.raw.parent / "copy")
+    assert cli.main(words(dataset, "-o", str(copy))) == 0
+    assert "to predict" not in capsys.readouterr().out
+    assert known_reviews(dataset.results) == {output: output.name, copy: output.name}
+
+
+def test_validation_cases_that_change_need_no_new_prediction(trained, capsys):
+    dataset, run, _ = trained(SupervisedTrainer, labeled=5)
+    shutil.move(run.folder, run.folder.with_name("fold_0"))
+    command = [word if word != "all" else "0" for word in words(dataset, "--ensemble", "single")]
+    every = [f"tr_00{i}" for i in range(5)]
+
+    def calibration(*validated: str) -> str:
+        split = {"train": [case for case in every if case not in validated], "val": list(validated)}
+        write_json([split], dataset.preprocessed / "splits_final.json")
+        assert cli.main(command) == 0
+        page = dataset.results / "review" / f"{run.model_folder.name}__fold_0" / "review.html"
+        return re.findall("(?:Not c|C)alibrated[^:]*:", page.read_text())[0]
+
+    assert calibration("tr_000") == "Not calibrated:"
+    assert "7 of 7 cases to predict" in capsys.readouterr().out
+    assert calibration(*every[1:]) == "Calibrated on 4 labelled cases that no member was trained on:"
+    assert "to predict" not in capsys.readouterr().out
+    assert calibration(*every) == "Calibrated on 5 labelled cases that no member was trained on:"
 
 
 @pytest.mark.parametrize(

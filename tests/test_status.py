@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from training import PLANS
+from training import PLANS, make_trainer
 
 from nnunet_semiseg import cli, devices
+from nnunet_semiseg.data.known_reviews import remember
 from nnunet_semiseg.files import only_one
 from nnunet_semiseg.status import status
+from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 
 def begin(dataset, trainer: str):
@@ -95,6 +98,13 @@ def test_after_an_acceptance_the_reviewed_model_trains_on_and_is_reviewed_again(
     assert happens(3, page(first)) == "accept -d 901 -i FOLDER"
     begun = f"train 901 3d_fullres 0 -tr UAMTTrainer -p {PLANS} --as round2 --continue_from {first}"
     assert happens(4, dataset.raw / ".accepted" / "0001" / "journal.json") == begun
+    other = dataset.raw.parent / "mine" / "review.html"  # of review -o
+    happens(3, other)
+    remember(dataset.results, other.parent, f"{model('CPSTrainer').name}__fold_0")
+    assert status(901)[-1].split(" -device")[0].endswith(begun)  # of two at the same time, that with the later name
+    happens(4, other)
+    assert f"  {other}" in status(901) and "-tr CPSTrainer" in status(901)[-1]
+    shutil.rmtree(other.parent)
     taken = dataset.preprocessed / "round2.json"  # plans of a round that was taken back
     taken.write_bytes((dataset.preprocessed / f"{PLANS}.json").read_bytes())
     assert status(901)[-1].split(" -device")[0].endswith(begun.replace("round2", "round3"))
@@ -107,6 +117,33 @@ def test_after_an_acceptance_the_reviewed_model_trains_on_and_is_reviewed_again(
     )
     report.unlink()  # without a comparison, too: it would not be fair to a model that did not train on
     assert happens(7, page(second)) == "accept -d 901 -i FOLDER"
+
+
+def test_without_unlabelled_cases_only_labels_can_be_trained_on(ready, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    dataset = ready(labeled=2, unlabeled=2)
+    final = begin(dataset, "CPSTrainer") / "checkpoint_final.pth"
+    final.touch()
+    os.utime(final, (1, 1))
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for case in ("un_000", "un_001"):
+        shutil.copy(dataset.raw / "labelsTr" / "tr_000.nii.gz", folder / f"{case}.nii.gz")
+    assert cli.main(["accept", "-d", "901", "-i", str(folder), "--no_pbar"]) == 0
+    said = capsys.readouterr().out
+    put = f"put further images without labels into {dataset.raw / 'imagesUn'}"
+    assert "no unlabelled case is left: only SupervisedTrainer and nnUNetTrainer can train now; for the other" in said
+    assert put in said
+    begun = f"train 901 3d_fullres 0 -tr SupervisedTrainer -p {PLANS} --as round2 --continue_from {final.parents[1]}"
+    assert said.splitlines()[-1] == f"next: nnunet_semiseg {begun} -device cpu"
+    assert f"  {PLANS}, 3d_fullres: preprocessed and up to date" in status(901)
+    trainer = make_trainer(SupervisedTrainer, dataset, fold=0)  # it can train
+    trainer.initialize()
+    assert trainer.do_split()[0] == ["tr_001", "un_000", "un_001"]
+    second = dataset.results / "SupervisedTrainer__round2__3d_fullres" / "fold_0" / final.name
+    second.parent.mkdir(parents=True)
+    second.touch()
+    assert status(901)[-1] == f"next: {put}"
 
 
 def test_what_is_not_up_to_date_is_said_with_the_command_that_helps(ready):

@@ -133,8 +133,9 @@ class Accept(Command):
         parser.add_argument("--no_pbar", action="store_true", help="show no progress bar")
 
     def run(self, args: Namespace) -> None:
+        from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.review.accept import accept, undo
-        from nnunet_semiseg.status import status
+        from nnunet_semiseg.status import count, status
 
         if args.undo:
             if args.i or args.all_of:
@@ -145,6 +146,13 @@ class Accept(Command):
         for label in labels:
             print(f"{label.case}: {label.origin}")
         if labels:
+            raw = dataset_folder("nnUNet_raw", args.d)
+            if not count(raw).unlabeled:
+                print(
+                    f"no unlabelled case is left: only SupervisedTrainer and nnUNetTrainer can train now; for the other"
+                    f" trainers, put further images without labels into {raw / 'imagesUn'} and run nnunet_semiseg"
+                    f" preprocess_unlabeled"
+                )
             print(f"newly labelled cases: {len(labels)}; to take that back: nnunet_semiseg accept -d {args.d} --undo")
             print(status(args.d)[-1])
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nnunet_semiseg.data.half_accepted import FOLDER, journals
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
+from nnunet_semiseg.data.known_reviews import known_reviews
 from nnunet_semiseg.data.labeled_cases import labeled_images
 from nnunet_semiseg.data.preprocessed import REFERENCES
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
@@ -27,8 +28,6 @@ from nnunet_semiseg.schema import DATASET_SECTION, read_dataset_json, read_split
 ACCEPTED = "accepted"
 """A key in the section `semiseg` of dataset.json: it says for each accepted case where its label comes from."""
 SPLITS = "splits_final.json"
-REVIEWS = "review"
-"""The name of the folder below the results of a data set that holds its reviews."""
 
 
 def accept(
@@ -56,8 +55,8 @@ def accept(
         raw, dataset_json = roots["raw"], read_dataset_json(roots["raw"])
         reader = determine_reader_writer_from_dataset_json(dataset_json, _example(raw, dataset_json), verbose=False)
         review = Path(all_of).absolute() if all_of else None
-        reviews = sorted((dataset_folder("nnUNet_results", dataset) / REVIEWS).glob("*"))
-        reviews = [r for r in reviews if r != review] + ([review] if review else [])
+        reviews = [r for r in known_reviews(dataset_folder("nnUNet_results", dataset)) if r != review]
+        reviews += [review] if review else []
         known = predictions_of(reviews, dataset_json["file_ending"])
         cases = find_unlabeled_cases(raw, dataset_json)
         folder = Path(given).absolute() if given else None

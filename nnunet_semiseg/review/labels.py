@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
@@ -19,8 +20,10 @@ from nnunet_semiseg.data.labeled_cases import label_values
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.raw_datasets.names import ENDINGS
 from nnunet_semiseg.raw_datasets.repair import grid_difference
 
+NIFTI = (".nii", ".nii.gz")
 MASKS, UNCERTAINTY, CASES = "masks", "uncertainty", "cases"
 """Folders of a review: the predicted masks, the uncertainty maps, and a record for each case."""
 
@@ -92,7 +95,8 @@ def choose(
             before.
 
     Returns:
-        The labels; and one line for each label that equals a prediction, unless it is from `all_of`.
+        The labels; and one line for each file with another ending, and for each label that equals a prediction, unless
+        it is from `all_of`.
 
     Raises:
         UserError: the folder is missing, or has no label.
@@ -109,7 +113,8 @@ def choose(
             labels[case] = _label(case, mask, own, reader)
     if given is not None:
         files = sorted(f for f in given.glob(f"*{ending}") if not f.name.startswith(".")) if given.is_dir() else []
-        if not files:
+        problems += _other_endings(given, files, unlabeled, ending)
+        if not files and not problems:
             raise UserError(f"{given}: has no label CASE{ending}: name the right folder with -i")
         for file in files:
             case = file.name[: -len(ending)]
@@ -119,6 +124,19 @@ def choose(
                 problems.append(f"{file}: is the unchanged prediction: {fix}")
             labels[case] = label
     return [labels[case] for case in sorted(labels)], problems
+
+
+def _other_endings(given: Path, files: Collection[Path], unlabeled: Collection[str], ending: str) -> list[str]:
+    """One line for each label of an unlabelled case in another format. One that is there in the right one is left out.
+
+    Slicer saves CASE.seg.nrrd, for example.
+    """
+    there, problems = {file.name for file in files}, []
+    for file in sorted(given.glob("*")):
+        case = next((c for c in sorted(unlabeled, key=len, reverse=True) if file.name.startswith(f"{c}.")), None)
+        if case and f"{case}{ending}" not in there and file.name.lower().endswith(ENDINGS):
+            problems.append(f"{file}: its ending is not {ending}, that of the data set: save it as {case}{ending}")
+    return problems
 
 
 def label_review(predicted: list[Predicted]) -> Path:
@@ -160,8 +178,7 @@ def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, 
     """Compare the grids of a label and its image.
 
     Returns the difference if it is an error, else None; the difference if it is only rounding, else None; and the image
-    if the grids were compared, else None. Grids of pictures, and of files with different numbers of dimensions, are not
-    compared.
+    if the grids were compared, else None. Grids of pictures are not compared.
     """
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None, None, None
@@ -169,9 +186,17 @@ def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, 
         label, expected = sitk.ReadImage(file), sitk.ReadImage(image)
     except RuntimeError as e:
         return f"cannot be compared ({one_line_of(e)}) with the grid", None, None
-    if label.GetDimension() != expected.GetDimension():
-        return None, None, None  # channels in one file; the shape is compared when it is read
+    own, wanted = _dimensions(file, label), _dimensions(image, expected)
+    if expected.GetDimension() == 4:  # all channels in one file
+        expected = expected[..., 0]
+    if own > wanted or label.GetDimension() != expected.GetDimension():
+        return f"has {own} dimensions instead of the {expected.GetDimension()}", None, None
     return *grid_difference(label, expected), expected
+
+
+def _dimensions(file: Path | str, image: sitk.Image) -> int:
+    """The number of dimensions in a file. ITK leaves out the last ones of a NIfTI file if they have one voxel each."""
+    return nibabel.load(file).ndim if str(file).lower().endswith(NIFTI) else image.GetDimension()
 
 
 def write_label(label: NewLabel, image: str, target: Path, reader: Any) -> None:

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
+from nnunet_semiseg.data.known_reviews import PAGE
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.evaluation.figures import COLORS, overlay
 from nnunet_semiseg.evaluation.page import write_csv
@@ -57,9 +58,9 @@ def write_page(table: Table, request: Request, facts: Mapping[str, str], raw: Pa
     }
     environment = Environment(loader=PackageLoader("nnunet_semiseg.review"), autoescape=True)
     html = environment.get_template("review.html").render(page)
-    with written_whole(output / "review.html") as temporary:
+    with written_whole(output / PAGE) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    return output / "review.html"
+    return output / PAGE
 
 
 def _listed(reasons: str) -> list[str]:

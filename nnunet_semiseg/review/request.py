@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_semiseg.data.known_reviews import REVIEWS
 from nnunet_semiseg.devices import check_device
 from nnunet_semiseg.discovery import find_trainer
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, folder_for
 from nnunet_semiseg.planning import read_plans
-from nnunet_semiseg.review.accept import REVIEWS
 from nnunet_semiseg.review.options import ReviewOptions
 from nnunet_semiseg.runs import Run, is_fold
 from nnunet_semiseg.schema import check_configuration
@@ -60,7 +60,7 @@ def make_request(options: ReviewOptions) -> Request:
         )
     if options.executor == "local":
         check_device(options.device)
-    folder = folder_for(options.output or results / REVIEWS / f"{run.name}__{run.configuration}__fold_{run.fold}")
+    folder = folder_for(options.output or results / REVIEWS / run.fold_name)
     return Request(**vars(options), run=run, folder=folder)
 
 

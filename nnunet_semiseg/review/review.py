@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
+from nnunet_semiseg.data.known_reviews import remember
 from nnunet_semiseg.data.labeled_cases import channel_names, labeled_files
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.written_images import refuse_half_written
@@ -34,13 +37,19 @@ AGAIN = "remove it and run nnunet_semiseg review again"
 
 @dataclass(frozen=True)
 class Work:
-    """The records of a review: where they are, and with which model and settings they must have been made."""
+    """The records of a review: where they are, and with which model and settings they must have been made.
+
+    Attributes:
+        unseen: the labelled cases that no member has seen. Only their Dice counts. It is stored for all labelled cases,
+            so the records stay as they are if other cases are unseen later.
+    """
 
     request: Request
     kind: str
     members: list[Member]
     unlabeled_cases: dict[str, list[str]]
     labeled_cases: dict[str, list[str]]
+    unseen: set[str]
 
     def signature(self, files: Sequence[str]) -> list:
         """What a record is made from: the names, sizes and times of files."""
@@ -57,6 +66,14 @@ class Work:
     def files(self, case: str) -> list[str]:
         """The image files of a case, and its label if it has one."""
         return self.unlabeled_cases.get(case) or self.labeled_cases[case]
+
+    def present(self) -> Work:
+        """The work without the cases whose files are gone: `accept` may have moved them while the review ran."""
+
+        def there(cases: Mapping[str, list[str]]) -> dict[str, list[str]]:
+            return {case: files for case, files in cases.items() if all(map(os.path.isfile, files))}
+
+        return replace(self, unlabeled_cases=there(self.unlabeled_cases), labeled_cases=there(self.labeled_cases))
 
     def is_done(self, case: str) -> bool:
         """Whether the case has a record made from the present files, and all files of that record exist."""
@@ -91,23 +108,26 @@ def review(request: Request) -> Path | None:
         )
     if kind == "folds":
         unseen = set()  # each case was seen by all members but one
-    work = Work(request, kind, members, unlabeled_cases, labeled_cases)
+    work = Work(request, kind, members, unlabeled_cases, labeled_cases, unseen & labeled_cases.keys())
     with disk_errors(request.folder):
         for folder in (MASKS, UNCERTAINTY, CASES, LABELED):
             (request.folder / folder).mkdir(parents=True, exist_ok=True)
         with only_one(request.folder / f"part_{request.part}.lock", "works on this part of the review"):
-            _predict(work, unseen, dataset_json)
-        todo = [case for case in (*unlabeled_cases, *labeled_cases) if not work.is_done(case)]
-        if todo:
+            _predict(work, dataset_json)
+        work = work.present()
+        if not work.unlabeled_cases:
+            raise UserError(f"{raw / IMAGES_FOLDER}: no case of this review is left there: put further images there")
+        if not all(work.is_done(case) for case in (*work.unlabeled_cases, *work.labeled_cases)):
             return None
-        reviewed = [_read(work, case) for case in unlabeled_cases]
-        known = [_read(work, case) for case in labeled_cases]
+        reviewed = [_read(work, case) for case in work.unlabeled_cases]
+        known = [_read(work, case) for case in work.labeled_cases]
         table = tabulate(reviewed, known, request.purpose, channel_names(dataset_json))
-        facts = _facts(work, sorted(unseen & labeled_cases.keys()))
-        return write_page(table, request, facts, raw, dataset_json)
+        page = write_page(table, request, _facts(work), raw, dataset_json)
+        remember(dataset_folder("nnUNet_results", request.run.dataset), request.folder, request.run.fold_name)
+        return page
 
 
-def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
+def _facts(work: Work) -> dict[str, str]:
     run, models = work.request.run, list(dict.fromkeys(m.name for m in work.members))
     ways = len(work.members) // len(models)
     mirrored = f", each mirrored in {ways} ways" if ways > 1 else ""
@@ -116,7 +136,7 @@ def _facts(work: Work, unseen: list[str]) -> dict[str, str]:
         "members": f"{TITLES[work.kind]}: {', '.join(models)}{mirrored}",
         "cases": f"{len(work.unlabeled_cases)} unlabelled; compared with {len(work.labeled_cases)} labelled ones",
         "ranked by": work.request.estimate or ("combined" if len(work.members) > 1 else "expected"),
-        "seen by no member": ", ".join(unseen) or "no labelled case",
+        "seen by no member": ", ".join(sorted(work.unseen)) or "no labelled case",
     }
 
 
@@ -132,7 +152,7 @@ def _unseen(request: Request, preprocessed: Path, cases: list[str]) -> set[str]:
     return set(splits[fold]["val"]) & set(cases) if fold < len(splits) else set()
 
 
-def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
+def _predict(work: Work, dataset_json: dict) -> None:
     request = work.request
     cases = [*work.unlabeled_cases, *work.labeled_cases][request.part :: request.parts]
     todo = [case for case in cases if not work.is_done(case)]
@@ -143,6 +163,9 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
     ensemble = Ensemble(request.run, work.members, request.device, mirroring)
     for case in tqdm(todo, "Cases", disable=not request.show_progress):
         files = work.files(case)
+        if not all(map(os.path.isfile, files)):
+            print(f"{case}: was moved or removed while the review ran, so it is left out", flush=True)
+            continue
         made_of = work.signature(files)
         images = files if case in work.unlabeled_cases else files[:-1]
         prediction = ensemble.predict(images)
@@ -152,17 +175,14 @@ def _predict(work: Work, unseen: set[str], dataset_json: dict) -> None:
         else:
             label = ensemble.reader().read_seg(files[-1])[0][0]
             record = describe(prediction, label, ensemble)
-            if case in unseen:
-                record["dice"] = estimates.agreement(
-                    [prediction.mask, _counted(label, prediction, ensemble)], ensemble.labels
-                )
+            record["dice"] = dice(prediction.mask, label, ensemble.labels)
         write_json({"made_of": made_of, **record}, work.record(case))
 
 
-def _counted(label: np.ndarray, prediction: Prediction, ensemble: Ensemble) -> np.ndarray:
-    """The label, but voxels with the ignore label are replaced by the prediction, so that they count as right."""
-    ignored = label == ensemble.labels.get("ignore", -1)
-    return np.where(ignored, prediction.mask, label)
+def dice(mask: np.ndarray, label: np.ndarray, labels: estimates.Labels) -> dict[str, float]:
+    """The Dice of each class, 0 to 1. Like nnU-Net's validation, it leaves out the voxels with the ignore label."""
+    ignored = label == labels.get("ignore", -1)
+    return estimates.agreement([np.where(ignored, 0, m) for m in (mask, label)], labels)
 
 
 def describe(prediction: Prediction, mask: np.ndarray, ensemble: Ensemble) -> dict:
@@ -206,5 +226,5 @@ def _read(work: Work, case: str) -> Reviewed:
     chosen = work.request.estimate or next(iter(found))
     return Reviewed(
         case, found, signs.Signs(**content["signs"]), content["features"], content["is_volume"],
-        content.get("dice"), found[chosen],
+        content.get("dice") if case in work.unseen else None, found[chosen],
     )  # fmt: skip

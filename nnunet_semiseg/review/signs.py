@@ -24,12 +24,14 @@ class Signs:
     Attributes:
         volumes: the volume of each class, in ml; for pictures the area in cm2.
         islands: for each class the number of parts that do not touch.
+        is_whole: whether no voxel is ignored. Otherwise volumes and islands say nothing about the whole class.
         intensities: for each channel the quantiles `QUANTILES` of the voxels that are not 0.
     """
 
     volumes: dict[str, float]
     islands: dict[str, int]
     intensities: list[list[float]]
+    is_whole: bool = True
 
 
 def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[float]) -> Signs:
@@ -49,12 +51,15 @@ def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[f
         parts: Any = measure.label(m, return_num=True)
         islands[name] = int(parts[1])
     quantiles = [np.quantile(c[c != 0] if c.any() else c, QUANTILES).tolist() for c in image]
-    return Signs(volumes, islands, quantiles)
+    return Signs(volumes, islands, quantiles, not (mask == labels.get("ignore", -1)).any())
 
 
 @dataclass(frozen=True)
 class Usual:
-    """The usual signs: for each, the smallest and the largest value in labelled cases."""
+    """The usual signs: for each, the smallest and the largest value in labelled cases.
+
+    Volumes, islands and `always` come from labels without ignored voxels. If there are none, they are empty.
+    """
 
     volumes: dict[str, tuple[float, float]]
     islands: dict[str, int]
@@ -65,13 +70,14 @@ class Usual:
     @classmethod
     def of(cls, cases: Sequence[Signs], unit: str) -> Usual:
         """Find the usual signs in labelled cases. There must be at least one case."""
-        names = cases[0].volumes
-        there = {name: [c.volumes[name] for c in cases if c.volumes[name]] for name in names}
+        whole = [c for c in cases if c.is_whole]
+        names = whole[0].volumes if whole else ()
+        there = {name: [c.volumes[name] for c in whole if c.volumes[name]] for name in names}
         quantiles = np.array([c.intensities for c in cases])
         return cls(
             {name: (min(v), max(v)) for name, v in there.items() if v},
-            {name: max(c.islands[name] for c in cases) for name in names},
-            {name for name, v in there.items() if len(v) == len(cases)},
+            {name: max(c.islands[name] for c in whole) for name in names},
+            {name for name, v in there.items() if len(v) == len(whole)},
             np.stack([quantiles.min(0), quantiles.max(0)]),
             unit,
         )
@@ -88,8 +94,9 @@ def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
         low, high = usual.volumes.get(name, (volume, volume))
         if volume and not low / FAR <= volume <= high * FAR:
             found.append(f"{name}: {volume:.3g} {usual.unit}, labelled ones have {low:.3g} to {high:.3g}")
-        if signs.islands[name] > max(1, usual.islands[name]):
-            found.append(f"{name}: {signs.islands[name]} islands, labelled ones have at most {usual.islands[name]}")
+        islands, most = signs.islands[name], usual.islands.get(name)
+        if most is not None and islands > max(1, most):
+            found.append(f"{name}: {islands} islands, labelled ones have at most {most}")
     values = np.array(signs.intensities)
     low, high = usual.intensities
     margin = np.maximum(high - low, 0.1 * np.abs(high[:, [-1]] - low[:, [0]]))
