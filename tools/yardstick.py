@@ -237,7 +237,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="the folder with a folder for each set, such as DATA/la_small")
     parser.add_argument("--work", type=Path, help="the folder for all files that are made")
     parser.add_argument(
-        "--csv", type=Path, default=ROOT / "docs" / "yardstick.csv", help="the file with the results of all runs"
+        "--csv",
+        type=Path,
+        default=ROOT / "docs" / "yardstick.csv",
+        help="a CSV file: each run adds its result, and the tables are made from it",
     )
     parser.add_argument(
         "--sets",

@@ -146,7 +146,8 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
     def dtc_loss(self, logits: Tensor, decision: Tensor) -> Tensor:
         """The loss L_DTC (see `DTCTrainer`) of an output (B, 2 heads, *S).
 
-        With `consistency=paper` it is eq. 4, else the loss with which the level sets learn the decision.
+        With `consistency=paper` it is eq. 4. Else the level sets learn `decision`, the pseudo-label that this network's
+        own head for segmentation makes.
         """
         segmentation, level_sets = self.split(logits)
         inside = -STEEPNESS * level_sets.float().tanh()

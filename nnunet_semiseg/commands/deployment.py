@@ -1,4 +1,4 @@
-"""Commands for machines without this package: distill, share, export."""
+"""Commands that make models for machines without this package: distill, share, export."""
 
 from __future__ import annotations
 
