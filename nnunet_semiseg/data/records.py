@@ -28,9 +28,9 @@ def record_file(preprocessed: Path, name: str) -> Path:
 def read_record(preprocessed: Path, name: str) -> dict:
     """Read a record: a dictionary of `plans_hash` and `cases`. Each case has `files`, `made` and `spread`.
 
-    `files` are the stamps of its images and its label. `made` are the stamps of its preprocessed files and of nnU-Net's
-    copy of the label. `spread` has a number for each channel, see `image_problems.spread`. The stamps are
-    those of `stamps.py`. If the record is missing or damaged, the result has no cases, and everything is measured again.
+    `files` are the stamps of its images and its label, see `stamps.py`. `made` are the stamps of its preprocessed files
+    and of nnU-Net's copy of the label. `spread` has a number for each channel, see `image_problems.spread`. If the
+    record is missing or damaged, the result has no cases, and everything is measured again.
     """
     try:
         record = read_json(record_file(preprocessed, name), "")
