@@ -101,8 +101,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
       cases often have no foreground, a third of the unlabelled patches are taken around foreground that the teacher
       finds, as nnU-Net does with labelled ones.
     - Unlabelled cases are not used if the teacher contradicts itself on them far more than on others. Its decisions on
-      the image and on the mirrored image are compared; without mirroring, its decisions at two of these times. All but
-      a fifth of the cases are used at least, and all if there are fewer than ten.
+      the image and on the mirrored image are compared; without mirroring, its decisions at two of these times. At
+      least four fifths of the cases are used, and all if there are fewer than ten.
 
     The network is that of the plans. All choices are in the training's log and in `decisions.txt` in its folder.
     """
