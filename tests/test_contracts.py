@@ -252,7 +252,8 @@ def test_gradients_do_not_depend_on_the_memory(trainer_class, ready):
             trainer.auxiliary.load_state_dict(first.auxiliary.state_dict())
             if first.teacher is not None:
                 trainer.teacher.load_state_dict(first.teacher.state_dict())
-            trainer.method_state = {name: value.clone() for name, value in state.items()}
+            for name, value in state.items():
+                trainer.method_state[name].copy_(value)
             # found when a training starts
             trainer.inference_allowed_mirroring_axes = first.inference_allowed_mirroring_axes
             trainer.decide.heads = first.decide.heads

@@ -581,7 +581,7 @@ def test_1_and_255_at_once_are_refused(pictures):
 
 def test_a_coloured_mask_is_refused(pictures):
     picture(pictures / "labels" / "a.png", np.stack([MASK, MASK, 0 * MASK], -1))
-    message = r"found are 0/0/0 \(11 voxels\), 1/1/0 \(13\): give them names .* 1/1/0=organ$"
+    message = r"0/0/0 \(11 voxels\), 1/1/0 \(13\), but there are names only for 0, 1, 255: give them .* 1/1/0=organ$"
     with pytest.raises(ValueError, match=message):
         convert(pictures, 801, **OPTIONS)
 
