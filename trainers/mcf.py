@@ -47,9 +47,8 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
 
     def initialize(self):
         super().initialize()
-        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool)
-        if self.device.type == "cuda":  # the CPU does not wait for a copy into pinned memory
-            self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
+        pinned = self.device.type == "cuda"  # the CPU does not wait for a copy into pinned memory
+        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         settings, supervised = self.settings, []

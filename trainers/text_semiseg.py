@@ -78,9 +78,8 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
 
     def initialize(self):
         super().initialize()
-        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool)
-        if self.device.type == "cuda":  # the CPU does not wait for a copy into pinned memory
-            self.method_state = {k: v.pin_memory() for k, v in self.method_state.items()}
+        pinned = self.device.type == "cuda"  # the CPU does not wait for a copy into pinned memory
+        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
 
     def guided_losses(self, batch: Batch, text: Tensor) -> Iterator[dict[str, Tensor]]:
         network, settings = self.bare_network, self.settings
