@@ -21,6 +21,7 @@ from nnunet_semiseg.raw_datasets.listing import UNKNOWN, list_files, real_path
 from nnunet_semiseg.raw_datasets.names import LABEL, VOLUMES, Name
 from nnunet_semiseg.raw_datasets.own_files import Files
 from nnunet_semiseg.raw_datasets.own_labels import Labels
+from nnunet_semiseg.raw_datasets.parts import refuse_in_two_lists
 from nnunet_semiseg.raw_datasets.patients import find_patients, refuse_shared
 from nnunet_semiseg.raw_datasets.repair import Repair
 from nnunet_semiseg.schema import check
@@ -254,6 +255,10 @@ def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
                 near += difflib.get_close_matches(name, cases, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"the first is {next(iter(cases))}"
                 raise UserError(f"{file}: {part}: there is no case {name}: {hint}")
+    try:
+        refuse_in_two_lists(lists)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     return [lists.get(part, []) for part in ("train", "val", "test")]
 
 

@@ -139,12 +139,14 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
             channels are not numbered from 0; nnU-Net does not have the reader.
     """
     check(content, DATASET, file, DATASET_FIX)
-    channels = content.get("channel_names") or content.get("modality")
+    key = "modality" if "modality" in content and not content.get("channel_names") else "channel_names"
+    channels = content.get(key)
     if not channels:
-        raise UserError(f'{file}: "channel_names" is empty: {DATASET_FIX}')
+        found = "is empty" if key in content else "is missing"
+        raise UserError(f'{file}: "{key}" {found}: {DATASET_FIX}')
     if list(channels) != [str(i) for i in range(len(channels))]:  # nnU-Net uses them in the order of the file
         found, right = (", ".join(map(repr, keys)) for keys in (channels, map(str, range(len(channels)))))
-        raise UserError(f'{file}: "channel_names" has the keys {found}, but must have {right}, in this order')
+        raise UserError(f'{file}: "{key}" has the keys {found}, but must have {right}, in this order')
     if len(content.get("modality", channels)) != len(channels):  # nnU-Net counts `modality`, but reads the other one
         raise UserError(f'{file}: "modality" and "channel_names" have different lengths: remove "modality"')
     if not content["file_ending"].startswith("."):

@@ -137,7 +137,7 @@ def test_a_missing_case_is_not_replaced_by_the_next_of_the_list():
         parts = assign(fewer, labeled, "published")
         assert [name for name, part in parts.items() if part == "labeled"] == ["c0", "c2", "c3"]
     assert [n for n, part in assign(fewer, 4, "all").items() if part == "labeled"] == ["c0", "c2", "c3", "c4"]
-    with pytest.raises(ValueError, match="none of the first 1 cases of the list exists: give a larger --labeled"):
+    with pytest.raises(ValueError, match="none of the first 1 cases of the training list was found: give"):
         assign(replace(ten, train=["absent", *ten.train]), 1, "published")
 
 
@@ -146,9 +146,15 @@ def test_no_case_is_in_two_lists():
         assign(replace(source(3, 3), test=["c1"]), None, "published")
 
 
-def test_nothing_is_labelled():
-    with pytest.raises(ValueError, match="no training case has a label"):
-        assign(source(3, 0), None, "published")
+@pytest.mark.parametrize("labeled", [None, 2, 0.5, "all"])
+def test_nothing_is_labelled(labeled):
+    with pytest.raises(ValueError, match="no training case has a label: put the labels there, too"):
+        assign(source(3, 0), labeled, "published")
+
+
+def test_there_is_no_training_case():
+    with pytest.raises(ValueError, match="no training case was found: .*or train on all cases with --protocol all"):
+        assign(source(0, 0), None, "published")
 
 
 def test_seeded_split_does_not_depend_on_what_is_missing():
@@ -775,7 +781,7 @@ def test_names_that_make_no_sense(options, words, download):
         ({"train": "c0"}, "split.json: \"train\" is 'c0', but must be a list"),
         ({"train": ["c0"], "val": "c1"}, "split.json: \"val\" is 'c1', but must be a list"),
         ({"train": [["c0"]]}, "split.json: \"train\" is [['c0']], but must be a list"),
-        ({"train": ["c0", "c1"], "test": ["c1"]}, "case c1 is in the train and in the test list"),
+        ({"train": ["c0", "c1"], "test": ["c1"]}, "split.json: case c1 is in the train and in the test list"),
     ],
 )
 def test_split_files_that_make_no_sense(split, words, download, tmp_path):

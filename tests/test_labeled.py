@@ -326,7 +326,7 @@ def test_labels_that_are_all_empty(tiny_dataset):
     dataset = tiny_dataset(labeled=2, unlabeled=1)
     for file in (dataset.raw / "labelsTr").iterdir():
         write_image(np.zeros((24, 24, 24), np.uint8), file)
-    refused("imagesTr: all labels are empty", dataset.plan)
+    refused(f"{dataset.raw / 'labelsTr'}: all labels are empty", dataset.plan)
 
 
 def test_problems_by_hand():

@@ -101,6 +101,8 @@ def test_what_is_right_is_taken(content, tmp_path):
         ({"channel_names": {}}, '"channel_names" is empty'),
         ({"channel_names": {"1": "T2", "0": "T1"}}, "\"channel_names\" has the keys '1', '0', but must have '0', '1'"),
         ({"channel_names": {"1": "MRI"}}, "has the keys '1', but must have '0', in this order"),
+        ({"channel_names": {}, "modality": {"1": "MRI"}}, "\"modality\" has the keys '1', but must have '0'"),
+        ({"channel_names": {}, "modality": {}}, '"modality" is empty'),
         ({"modality": {"0": "CT", "1": "PET"}}, 'have different lengths: remove "modality"'),
         ({"channel_names": {"0": 5}}, '"channel_names": "0" is 5, but must be a text'),
         ({"file_ending": 5}, '"file_ending" is 5'),

@@ -9,6 +9,7 @@ from training import CLASSES, REGIONS, bare_trainer, batch_of, make_trainer, nnu
 
 from nnunet_semiseg.data.pseudo_label_files import label_cases, without_islands
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.settings.plans import given_settings
 from nnunet_semiseg.trainers.self_training import SelfTrainingTrainer
 from nnunet_semiseg.training.schedules import RestartingPolyLR
 
@@ -186,8 +187,20 @@ def test_rounds_that_changed_are_refused(ready, changed):
     trainer.initialize()
     file = str(dataset.results / "checkpoint.pth")
     trainer.save_checkpoint(file)
-    with pytest.raises(UserError, match="its training cannot continue, because .*(num_epochs|rounds)"):
-        make_trainer(SelfTrainingTrainer, dataset, **dict(num_epochs=4) | changed).load_checkpoint(file)
+    ((name, value),) = changed.items()
+    with given_settings({}, accept_changes=True):
+        later = make_trainer(SelfTrainingTrainer, dataset, goes_on=True, **dict(num_epochs=4) | changed)
+        with pytest.raises(UserError, match=rf"does not fit, because {name} was \d and is {value}: .* --set {name}="):
+            later.load_checkpoint(file)
+
+
+def test_other_epochs_do_not_matter_to_a_validation(ready):
+    dataset = ready()
+    trainer = make_trainer(SelfTrainingTrainer, dataset, num_epochs=4)
+    trainer.initialize()
+    file = str(dataset.results / "checkpoint.pth")
+    trainer.save_checkpoint(file)
+    make_trainer(SelfTrainingTrainer, dataset, num_epochs=5).load_checkpoint(file)
 
 
 def test_a_pseudo_label_that_is_gone_is_missed(ready):

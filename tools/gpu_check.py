@@ -81,7 +81,10 @@ def parse() -> argparse.Namespace:
 def add_what(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which trainers are checked, and how these train."""
     parser.add_argument(
-        "--trainers", nargs="+", help="trainers to check; default: all. SupervisedTrainer always comes first"
+        "--trainers",
+        nargs="+",
+        help="trainers to check; default: all. SupervisedTrainer is always checked, because the others are compared"
+        " with it",
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile; default: on a GPU only"

@@ -98,7 +98,10 @@ def check_estimates(args: argparse.Namespace) -> None:
 
 
 def check_loop(args: argparse.Namespace) -> None:
-    """Print, for each kind of list, the Dice after each round."""
+    """Do all rounds for each list (`one_round`), and print the Dice before the first round and after each round.
+
+    There are `--draws` random lists. All this takes hours, because each round trains a model.
+    """
     run = run_of(args, args.set)
     first = score(args.work, args.work / "review" / f"{run.name}__first", run, args)
     lines = [["list", *[f"{int(run.labels) + i * args.add} labels" for i in range(args.rounds + 1)]]]

@@ -1,12 +1,13 @@
-"""Make a synthetic 2d data set with a sentence for every image, and a small untrained model to pre-train on it.
+"""Make a synthetic 2d data set with sentences for training, and a small untrained model to pre-train on it.
 
     python tools/shapes_and_sentences.py WORK [--pairs 400] [--labeled 40] [--test 100] [--faint] [--shuffled]
 
 It writes WORK/raw/Dataset520_Sentences. An image has one to three lesions of two shapes, in its quadrants, and other
-objects that are not lesions. texts.json has a sentence for each image, such as "two lesions: a round one at the upper
-left, a long one at the lower right". WORK/towers is a small model of open_clip (an image and a text network) without
-weights. With `--faint` the noise is stronger and lesions are fainter. `--shuffled` is the control: it writes the same
-images as Dataset521_Shuffled, each with the sentence of another image. docs/results.md has the commands that use them.
+objects that are not lesions. texts.json has a sentence for each image except the test images, such as "two lesions: a
+round one at the upper left, a long one at the lower right". WORK/towers is a small model of open_clip (an image and a
+text network) without weights. With `--faint` the noise is stronger and lesions are fainter. `--shuffled` is the
+control: it writes the same images as Dataset521_Shuffled, each with the sentence of another image. docs/results.md has
+the commands that use them.
 """
 
 from __future__ import annotations

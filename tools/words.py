@@ -11,9 +11,9 @@ shuffled`, and in the third command `--sets busi_shuffled --name shuffled --set 
 nothing are another control: `--towers random` does not train them.
 
 The sentences of this set were made from its masks, so they say more than a report would. Each pre-training uses the
-labels of three quarters of the labelled cases. `measure` prints how well held-out images and texts find each other, and
-how well the masks match the labels: the area under the ROC curve and the Dice at the best threshold, with the own text
-and with the text of another case.
+labels of three quarters of the labelled cases, except `--towers random`, which uses none. `measure` prints
+how well held-out images and texts find each other, and how well the masks match the labels: the area under the ROC
+curve and the Dice at the best threshold, with the own text and with the text of another case.
 """
 
 from __future__ import annotations

@@ -144,10 +144,10 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
         return self.settings.level_set_weight * F.mse_loss(self.split(logits)[1][0].float().tanh(), true.float())
 
     def dtc_loss(self, logits: Tensor, decision: Tensor) -> Tensor:
-        """The loss L_DTC (see `DTCTrainer`) of an output (B, 2 heads, *S).
+        """The loss L_DTC (see `DTCTrainer`) of an output (B, 2 heads, *S), without its weight.
 
-        With `consistency=paper` it is eq. 4. Else the level sets learn `decision`, the pseudo-label that this network's
-        own head for segmentation makes.
+        With `consistency=paper` it is eq. 4. Else it is the second part only, in which the level sets learn `decision`,
+        the pseudo-label of this network's own head for segmentation.
         """
         segmentation, level_sets = self.split(logits)
         inside = -STEEPNESS * level_sets.float().tanh()

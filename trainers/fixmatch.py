@@ -23,8 +23,8 @@ class FixMatchTrainer(SemiSupervisedTrainer[MatchSettings]):
     counts if all regions are certain.
 
     With `consistency=paper` L_u is the CE at full resolution. By default it is nnU-Net's Dice + CE with deep
-    supervision over the certain voxels, because in a mean over all voxels a few certain foreground voxels have hardly
-    any weight.
+    supervision, where uncertain voxels have weight 0. The Dice is added because the CE is a mean over all voxels, in
+    which a few certain foreground voxels have hardly any weight.
     """
 
     views = ("weak", "strong")

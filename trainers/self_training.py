@@ -78,13 +78,10 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
         super().initialize()
         self.method_state["starts"] = torch.tensor([*self.starts, self.num_epochs])
 
-    def load_checkpoint(self, checkpoint) -> None:
-        super().load_checkpoint(checkpoint)
-        if self.method_state["starts"].tolist() != [*self.starts, self.num_epochs]:
-            raise UserError(
-                f"{self.output_folder}: its training cannot continue, because num_epochs or rounds changed: set them"
-                " back with --set, or train again without --c"
-            )
+    def restore(self, checkpoint: dict) -> None:
+        super().restore(checkpoint)
+        if self.goes_on and self.method_state["starts"].tolist() != [*self.starts, self.num_epochs]:
+            raise ValueError("the rounds begin in other epochs")  # `load_checkpoint` says which setting changed
 
     def configure_optimizers(self):
         optimizer, _ = super().configure_optimizers()

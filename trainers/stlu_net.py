@@ -173,7 +173,8 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     def mirrored(self, batch: Batch) -> tuple[Tensor, Any, Tensor]:
         """Mirror the two images of each pair in the same way.
 
-        Returns labelled images, their target, and unlabelled images.
+        With `pairs=independent` nothing is done, because nnU-Net's transforms have mirrored each image separately.
+        Returns the labelled images, their target, and the strong view of the unlabelled images.
         """
         pairs = batch.images, batch.target, batch.views["strong"]
         if self.settings.pairs == "independent":

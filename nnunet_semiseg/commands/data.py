@@ -87,8 +87,8 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     )  # fmt: skip
     parser.add_argument(
         "--protocol", choices=["published", "all"], default="published",
-        help="published: use the published lists of cases; all: train on all cases, without a test set; default:"
-        " %(default)s",
+        help="published: use the lists of training, validation and test cases (of your own data: those of --split,"
+        " --test or the folders); all: ignore these lists and train on all cases; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--crop", choices=["none", "published"], default="none",

@@ -88,7 +88,8 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
     if lines := [line for case in sorted(problems) for line in problems[case]]:
         raise UserError("\n".join(lines))
     if len(empty) == len(cases):
-        raise UserError(f"{Path(example).parent}: all labels are empty: draw a class in at least one of them")
+        folder = Path(next(iter(cases.values()))[-1]).parent
+        raise UserError(f"{folder}: all labels are empty: draw a class in at least one of them")
     return stamps
 
 

@@ -29,8 +29,9 @@ def read_record(preprocessed: Path, name: str) -> dict:
     """Read a record: a dictionary of `plans_hash` and `cases`. Each case has `files`, `made` and `spread`.
 
     `files` are the stamps of its images and its label, see `stamps.py`. `made` are the stamps of its preprocessed files
-    and of nnU-Net's copy of the label. `spread` has a number for each channel, see `image_problems.spread`. If the
-    record is missing or damaged, the result has no cases, and everything is measured again.
+    and of nnU-Net's copy of the label. `spread` has a number for each channel, see `image_problems.spread`. In the
+    record of the fingerprint `made`, `spread` and `plans_hash` are None. If the record is missing or damaged,
+    `plans_hash` is None and there are no cases, so that everything is measured again.
     """
     try:
         record = read_json(record_file(preprocessed, name), "")

@@ -48,7 +48,8 @@ def load_manifest(
     if not manifest_file.is_file():
         if images and not images.is_dir():
             fix = f"put the unlabelled images into {images}, then {fix}"
-        raise UserError(f"{manifest_file}: the unlabelled cases are not (all) preprocessed: {fix}")
+        why = "no such file, because the unlabelled cases are not (all) preprocessed"
+        raise UserError(f"{manifest_file}: {why}: {fix}")
     manifest = read_json(manifest_file, fix)
     check(manifest, MANIFEST, manifest_file, fix)
     if not _is_whole(manifest):

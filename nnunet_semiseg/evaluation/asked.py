@@ -25,7 +25,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
 
     Attributes:
         trainers: the trainers to compare. The first one is the baseline.
-        seeds: the number of runs of each trainer, with the seeds 0, 1, ... None: one run, with the seed of the plans.
+        seeds: the number of runs of each trainer, with the seeds 0, 1, ... None: one run of the plans as they are.
         labeled: the numbers of labelled cases to train with; None means all. Empty: the labelled set is not changed.
         curve: trainers that are trained with every size; the others are trained with the first size only. None: all.
         upper_bound: a dataset with all labels. The baseline's trainer is trained on it.
@@ -41,8 +41,10 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         help="trainers to compare, the first one is the baseline; default: SupervisedTrainer SemiSegTrainer",
     )  # fmt: skip
     seeds: int | None = option(
-        "--seeds", metavar="N", default=None, help="number of runs of each trainer; default: one run without a seed"
-    )
+        "--seeds", metavar="N", default=None,
+        help="number of runs of each trainer, with the seeds 0, 1, ...; default: one run, with the seed in the plans if"
+        " there is one",
+    )  # fmt: skip
     labeled: Sequence[int | None] = option(
         "--labeled", type=size, metavar="N", default=(),
         help="numbers of labelled cases to train with, for a learning curve: numbers, or all; default: keep the"

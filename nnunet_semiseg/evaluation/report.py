@@ -123,7 +123,11 @@ def size_name(num_labeled: int | None) -> str:
 
 
 def tidy(results: Results) -> pd.DataFrame:
-    """A copy of `Results.scores` with the columns `method`, `run` (its title), `labeled` and `is_upper_bound`."""
+    """A copy of `Results.scores` that says in further columns which run each row is of.
+
+    `method` is its trainer, and `run` its seed, see `Run.repetition`. `labeled` is its number of labelled cases as a
+    text, such as "8", or "all". `is_upper_bound` is True if the run is one of `Results.upper_bound`.
+    """
     bound = len(results.runs)
     about = pd.DataFrame(
         {

@@ -32,7 +32,7 @@ def paste(box: Tensor, x: Tensor, into: Tensor) -> Tensor:
 
 
 def draw_mixing_box(x: Tensor, often: float) -> Tensor:
-    """Draw the box of CutMix in AD-MT and TraCoCo.
+    """Draw the box of CutMix in AD-MT and TraCoCo: (1, 1, *s), bool, True inside. All samples of x (B, C, *s) share it.
 
     The sides of the box are sqrt(b) times the sides of the patch, with b from Beta(4, 4).
 

@@ -49,7 +49,8 @@ def convert_dataset(
         source: a folder; or an archive (zip, tar), which is unpacked while the conversion runs.
         labeled: how many cases keep their label: a number, a fraction of the training cases, "all", or None for the
             published number. The first cases of the published order are taken.
-        protocol: "published" uses the published lists; "all" trains on every case and has no test set.
+        protocol: "published" uses the lists of the source, published or your own; "all" trains on every case and has no
+            test set.
         crop: "published" crops around the ground truth, even of unlabelled and test cases; "none" does not.
         register: for several channels. "check" reports by how many mm each is displaced from the first one. "rigid"
             moves it onto the grid of the first one. "off" does not change channels.

@@ -174,7 +174,11 @@ def is_visit(folder: str) -> bool:
 
 
 def is_session(folder: str, above: str) -> bool:
-    """Whether a folder is a visit and the folder above it is a patient: true for `P1/2`, but not for `CT/2`."""
+    """Whether a folder is a visit: its name alone says so (see `is_visit`), or it is a number below a patient.
+
+    A number may have a word before it, as in scan2. A folder is taken for a patient if its name has a digit. So the
+    result is true for `P1/2`, but not for `CT/2`.
+    """
     return is_visit(folder) or (_SESSION.fullmatch(folder) is not None and any(c.isdecimal() for c in above))
 
 

@@ -77,7 +77,13 @@ class Labels:
         self._ask_for_names(layout, folder)
 
     def _choose_masks(self, layout: Layout, labels: Sequence[str] | None) -> None:
-        """If each class has its own mask, choose the classes. Masks of other classes are left out of the layout."""
+        """If each class has its own mask, choose the classes.
+
+        Masks of other classes stay in `layout.labels`, and are also listed in `layout.left_out`.
+
+        Raises:
+            UserError: a name in `labels` has no mask; or `values` are given, which fit only labels with all classes.
+        """
         several = {name for files in layout.labels.values() if set(files) != {""} for name in files}
         several -= {name for name in several if Name(name).ending in (DICOM_SEG, RTSTRUCT)}
         if not several:

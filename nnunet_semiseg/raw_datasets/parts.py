@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.description import Source
@@ -22,29 +23,35 @@ def assign(source: Source, labeled: int | float | str | None, protocol: str) -> 
     present = source.cases.keys()
     lists = {"train": source.train, "val": source.val, "test": source.test}
     lists = {part: list(dict.fromkeys(names)) for part, names in lists.items()}
-    for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
-        if both := sorted(set(names) & set(others)):
-            raise UserError(f"case {some(both)} is in the {one} and in the {other} list: remove it from one of them")
+    refuse_in_two_lists(lists)
     if protocol == "all":
         listed = [name for name in dict.fromkeys(itertools.chain(*lists.values())) if name in present]
         lists = {"train": [*listed, *(name for name in present if name not in listed)], "val": [], "test": []}
     train = [name for name in lists["train"] if name in present]
     if not train:
         raise UserError(
-            "no case of the training list is in the folder: give the whole download with -i, or use --protocol all"
+            "no training case was found: give the whole download with -i, or train on all cases with --protocol all"
         )
     candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
+    if not candidates:
+        raise UserError("no training case has a label: put the labels there, too")
     n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
     keep = set(candidates[:n]) & present
     if not keep:
         raise UserError(
-            "no training case has a label: add labels to the source, or check -i"
-            if n == 0
-            else f"none of the first {n} cases of the list exists: give a larger --labeled, or use --protocol all"
+            f"none of the first {n} cases of the training list was found: give the whole download with -i, a larger"
+            " --labeled, or --protocol all"
         )
     parts = {name: "labeled" if name in keep else "unlabeled" for name in train}
     parts |= {name: "validation" for name in lists["val"] if name in present}
     return parts | {name: "test" for name in lists["test"] if name in present}
+
+
+def refuse_in_two_lists(lists: Mapping[str, Iterable[str]]) -> None:
+    """Raise UserError if a case is in the lists of two parts."""
+    for (one, names), (other, others) in itertools.combinations(lists.items(), 2):
+        if both := sorted(set(names) & set(others)):
+            raise UserError(f"case {some(both)} is in the {one} and in the {other} list: remove it from one of them")
 
 
 def _count(labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
@@ -56,7 +63,7 @@ def _count(labeled: int | float | str | None, published: int | float | None, cas
         return min(n, candidates)
     if not 1 <= n <= candidates:
         raise UserError(
-            f"--labeled {labeled}: asks for {n} labelled cases, but {candidates} of the {cases} training cases have a "
-            f"label: give a number from 1 to {candidates}, a fraction, or all"
+            f"--labeled {labeled}: asks for {n} labelled cases, but {candidates} of the {cases} training cases have a"
+            f" label: give a number from 1 to {candidates}, a smaller fraction, or all"
         )
     return n

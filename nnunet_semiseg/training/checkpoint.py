@@ -139,9 +139,8 @@ def refuse_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> Non
         UserError: settings differ. The message says which, how to set them back, and how to accept the new ones.
     """
     if changed:
-        back = " ".join(f"{key}={json.dumps(old)}" for key, (old, _) in changed.items())
         raise UserError(
-            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with --set {back}, or"
+            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with {_back(changed)}, or"
             f" continue with the new ones: nnunet_semiseg train ... --c --accept-changes, or {ACCEPT_CHANGES}=1"
             " nnUNetv2_train ... --c"
         )
@@ -166,11 +165,16 @@ def fitting(changed: dict[str, tuple[Any, Any]], name: str, fix: str) -> Iterato
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as e:
         if changed:
             raise UserError(
-                f"{name}: its training cannot continue, because {_sentence(changed)}: set it back with --set, or train"
-                " again without --c"
+                f"{name}: does not fit, because {_sentence(changed)}: set this back with {_back(changed)}, or train"
+                " again from the beginning, which replaces this model"
             ) from None
         what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{name}: does not fit this training ({what}): {fix}") from None
+
+
+def _back(changed: dict[str, tuple[Any, Any]]) -> str:
+    """The option that sets all changed settings back."""
+    return "--set " + " ".join(f"{key}={json.dumps(old)}" for key, (old, _) in changed.items())
 
 
 def _sentence(changed: dict[str, tuple[Any, Any]]) -> str:
