@@ -48,8 +48,7 @@ def load_manifest(
     if not manifest_file.is_file():
         if images and not images.is_dir():
             fix = f"put the unlabelled images into {images}, then {fix}"
-        why = "no such file, because the unlabelled cases are not (all) preprocessed"
-        raise UserError(f"{manifest_file}: {why}: {fix}")
+        raise UserError(f"{manifest_file}: no such file, because the unlabelled cases are not (all) preprocessed: {fix}")
     manifest = read_json(manifest_file, fix)
     check(manifest, MANIFEST, manifest_file, fix)
     if not _is_whole(manifest):
