@@ -48,7 +48,9 @@ def load_manifest(
     if not manifest_file.is_file():
         if images and not images.is_dir():
             fix = f"put the unlabelled images into {images}, then {fix}"
-        raise UserError(f"{manifest_file}: no such file, because the unlabelled cases are not (all) preprocessed: {fix}")
+        raise UserError(
+            f"{manifest_file}: no such file, because the unlabelled cases are not (all) preprocessed: {fix}"
+        )
     manifest = read_json(manifest_file, fix)
     check(manifest, MANIFEST, manifest_file, fix)
     if not _is_whole(manifest):

@@ -140,7 +140,7 @@ def refuse_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> Non
     """
     if changed:
         raise UserError(
-            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with {_back(changed)}, or"
+            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with --set {_back(changed)}, or"
             f" continue with the new ones: nnunet_semiseg train ... --c --accept-changes, or {ACCEPT_CHANGES}=1"
             " nnUNetv2_train ... --c"
         )
@@ -165,16 +165,16 @@ def fitting(changed: dict[str, tuple[Any, Any]], name: str, fix: str) -> Iterato
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as e:
         if changed:
             raise UserError(
-                f"{name}: does not fit, because {_sentence(changed)}: set this back with {_back(changed)}, or train"
-                " again from the beginning, which replaces this model"
+                f"{name}: does not fit, because {_sentence(changed)}: set this back with --set {_back(changed)}, or"
+                " train again from the beginning, which replaces this model"
             ) from None
         what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{name}: does not fit this training ({what}): {fix}") from None
 
 
 def _back(changed: dict[str, tuple[Any, Any]]) -> str:
-    """The option that sets all changed settings back."""
-    return "--set " + " ".join(f"{key}={json.dumps(old)}" for key, (old, _) in changed.items())
+    """The values of `--set` that set all changed settings back."""
+    return " ".join(f"{key}={json.dumps(old)}" for key, (old, _) in changed.items())
 
 
 def _sentence(changed: dict[str, tuple[Any, Any]]) -> str:
