@@ -140,8 +140,8 @@ def refuse_other_settings(changed: dict[str, tuple[Any, Any]], name: str) -> Non
     """
     if changed:
         raise UserError(
-            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with --set {_back(changed)}, or"
-            f" continue with the new ones: nnunet_semiseg train ... --c --accept-changes, or {ACCEPT_CHANGES}=1"
+            f"{name}: was trained with other settings: {_sentence(changed)}: set them back with --set {_back(changed)},"
+            f" or continue with the new ones: nnunet_semiseg train ... --c --accept-changes, or {ACCEPT_CHANGES}=1"
             " nnUNetv2_train ... --c"
         )
 
