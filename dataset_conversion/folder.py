@@ -66,8 +66,8 @@ def find_cases(
 
     Args:
         labels: names of the label values 1, 2, ... (if there is only one, 255 is read as 1, too). If each class has its
-            own mask, and for DICOM segmentations, the names of the wanted classes. None: as `dataset.json` or the files
-            say.
+            own mask, and for DICOM labels, the names of the wanted classes. None: the names of the masks, or those in
+            `dataset.json`; DICOM labels have no default.
         channels: names of the channels, in their order, as in the names of files or DICOM series. None: as files say.
         name: the name of the dataset.
         split: a JSON file `{"train": [case, ...], "val": [...], "test": [...]}`. None: as folders say.
@@ -79,7 +79,8 @@ def find_cases(
         group_by: `patient`, or a regular expression: scans of a patient stay together in test set and folds.
 
     Raises:
-        UserError: options are wrong; names do not show which label belongs to which image.
+        UserError: options are wrong; names do not show which label belongs to which image; with `group_by`, a patient
+            is in two of the given lists.
     """
     found, left_out = list_files(folder)
     given = _dataset_json(folder, left_out)
@@ -104,7 +105,9 @@ def find_cases(
     if test:
         lists = _draw_test(lists, layout.labels, test, patients)
     if patients:
-        refuse_shared(patients, lists[2], [*lists[0], *lists[1]])
+        train, val, test_set = lists
+        refuse_shared(patients, "the test set", test_set, [*train, *val])
+        refuse_shared(patients, "the validation cases", val, [case for case in train if case in layout.labels])
     check = partial(values.check_values, layout, about)
     return Source(about, cases, *lists, left_out=left_out | layout.left_out, patients=patients, check=check)
 
@@ -270,7 +273,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME",
         help="names of the classes with the values 1, 2, ... in the labels. If each class has its own mask or DICOM"
-        " label: names of the ones to take. default: the names in dataset.json or in the files",
+        " label: names of the ones to take. default: the names of the masks, or those in dataset.json; DICOM labels"
+        " have no default",
     )  # fmt: skip
     parser.add_argument(
         "--label-values", nargs="+", metavar="VAL=NAME",
@@ -296,7 +300,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--group-by", metavar="WHAT",
         help="which cases stay together, in the test set and in each fold. patient: all scans of a patient. A regular"
-        " expression: all cases in whose names it matches the same text",
+        " expression: all cases in whose names it, or its first group, matches the same text",
     )  # fmt: skip
     parser.add_argument(
         "--spacing", type=_millimetres, nargs=3, metavar="MM",

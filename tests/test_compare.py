@@ -367,7 +367,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     )
     refused(request(planned, labeled=[1, 3], fold="0"), "--labeled 3: fold 0 of .*_Tiny has only 2", out, run=True)
     same = request(planned, labeled=[1, None], upper_bound=planned.id)
-    refused(same, "--upper-bound 901: is already among the compared runs", out, run=True)
+    refused(same, "--upper-bound 901: SupervisedTrainer .* is compared already: give another dataset", out, run=True)
     fixed = json.loads((planned.preprocessed / f"{PLANS}.json").read_text()) | {"semiseg": {"num_labeled": 2}}
     write_json(fixed | {"plans_name": "Fixed"}, planned.preprocessed / "Fixed.json")
     refused(request(planned, labeled=[1, None], plans="Fixed"), "--labeled all: the plans Fixed say num_labeled=2", out)

@@ -443,8 +443,11 @@ def test_what_nnunets_own_commands_made_is_looked_at_without_a_record(dataset):
     for file in dataset.preprocessed.glob("*__labeled.json"):
         file.unlink()
     train(dataset, SupervisedTrainer)
-    os.utime(label_of(dataset))  # newer than what was made of it
-    refused("tr_000.nii.gz: its time has changed .*, run nnunet_semiseg prepro", train, dataset, SupervisedTrainer)
+    newer = "is newer than the preprocessed case: to compare its content, run nnunet_semiseg preprocess_unlabeled"
+    os.utime(label_of(dataset))
+    refused(f"labelsTr/tr_000.nii.gz: {newer}", train, dataset, SupervisedTrainer)
+    os.utime(dataset.image("tr_000", folder="imagesTr"))
+    refused(f"imagesTr/tr_000_0000.nii.gz: {newer}", train, dataset, SupervisedTrainer)
     preprocess(dataset)  # it compares the voxels, and finds that nothing has changed
     train(dataset, SupervisedTrainer)
     correct(dataset, None)

@@ -827,6 +827,14 @@ def test_a_patient_in_training_and_test_is_refused(tmp_path):
         r" example P1 \(P1_2 and P1_1\)",
     ):
         convert(folder, group_by="patient")
+    (folder / "imagesTs" / "P1_2.nii.gz").unlink()
+    nii(ORGAN, folder / "labels" / "P2_1.nii.gz")
+    split = folder / "split.json"
+    split.write_text(json.dumps({"train": ["P1_1", "P2_2"], "val": ["P2_1"]}))  # P2_2 has no label
+    convert(folder, group_by="patient", split=split, dry_run=True)
+    nii(ORGAN, folder / "labels" / "P2_2.nii.gz")
+    with pytest.raises(ValueError, match=r"1 patients .* both in the validation cases and .* P2 \(P2_1 and P2_2\)"):
+        convert(folder, group_by="patient", split=split, dry_run=True)
     with pytest.raises(ValueError, match=r"--group-by \(: is not a regular expression"):
         convert(folder, group_by="(")
     with pytest.raises(ValueError, match="names like case_1 do not show patients"):

@@ -541,6 +541,21 @@ def test_a_swapped_mask_is_that_of_the_next_case(tool, tmp_path):
     assert masks["a"].GetSpacing() == (1, 2, 1)
 
 
+def test_simulated_masks_are_for_the_labels_that_the_yardstick_takes(tool, tmp_path, monkeypatch):
+    """`few` of acdc_small is 6."""
+    simulated, run = tool("simulated_masks")
+    for name in ("raw", "preprocessed", "results", "def_n_proc"):
+        monkeypatch.setenv(f"nnUNet_{name}", "")
+
+    def prepare(data, work, *asked):
+        assert asked == ("acdc_small", "6")
+        raise InterruptedError
+
+    monkeypatch.setattr(simulated, "prepare", prepare)
+    with pytest.raises(InterruptedError):
+        run("--data", tmp_path, "--work", tmp_path, "--set", "acdc_small", "--kind", "bad")
+
+
 def test_shuffled_texts_are_those_of_others(tool):
     sets, _ = tool("yardstick_sets")
     texts = {str(i): f"text {i}" for i in range(20)}

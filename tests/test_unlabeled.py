@@ -151,6 +151,15 @@ def test_wrong_file_names_are_refused_in_one_line(tiny_dataset, change, message)
     assert not dataset.preprocessed.exists()
 
 
+def test_only_the_command_that_plans_offers_its_option(planned):
+    shutil.rmtree(planned.raw / "imagesUn")
+    message = "imagesUn: no such folder: make it and put the unlabelled images there, named CASE_0000.nii.gz"
+    with pytest.raises(UserError, match=f"{message}, or plan without unlabelled cases: --labeled_only$"):
+        planned.plan()
+    with pytest.raises(UserError, match=f"{message}$"):
+        run(planned)
+
+
 # --- bad images
 
 OTHER = np.random.default_rng(1).normal(100, 9, (24, 24, 24)).astype(np.float32)

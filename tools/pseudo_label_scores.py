@@ -20,7 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 
 def decode_with(network, decoder):
-    """Make a forward function of the network that uses another decoder than the deployed one."""
+    """Make a forward function of the network that uses this decoder. Its deep supervision is switched off for good."""
     decoder.deep_supervision = False
 
     def forward(x):

@@ -1,6 +1,6 @@
 """Simulate the masks of another model: make the true masks of training cases worse, and add them to a yardstick set.
 
-    python tools/simulated_masks.py --data DATA --work WORK --set la_small --labels 4 --kind good
+    python tools/simulated_masks.py --data DATA --work WORK --set la_small --kind good
     python tools/yardstick.py --data DATA --work WORK --sets la_small --trainers SemiSegTrainer MeanTeacherTrainer
         --name good --set external_masks=good
 
@@ -96,22 +96,26 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
     )
     parser.add_argument("--set", choices=SETS, default="la_small", help="the data set to work on; default: %(default)s")
-    parser.add_argument("--labels", default="4", help="number of labelled cases; default: 4")
+    parser.add_argument(
+        "--labels",
+        default="few",
+        help="number of labelled cases, or few or some: the same as for tools/yardstick.py; default: few",
+    )
     parser.add_argument("--kind", choices=KINDS, required=True, help="how good the simulated masks are")
     args = parser.parse_args()
-    work = args.work.absolute()
+    work, count = args.work.absolute(), SETS[args.set].count(args.labels)
     os.environ.update({f"nnUNet_{n}": str(work / n) for n in ("raw", "preprocessed", "results")})
     os.environ.update(nnUNet_def_n_proc="1")
     for name in ("raw", "preprocessed", "results", "logs"):
         (work / name).mkdir(parents=True, exist_ok=True)
-    prepare(args.data, work, args.set, args.labels)
+    prepare(args.data, work, args.set, count)
 
     from nnunet_semiseg.data.external_masks import add_masks, table
     from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 
     about, source = SETS[args.set], args.data / args.set
     test = json.loads((source / "protocol.json").read_bytes())["dev_test"]
-    raw = work / "raw" / dataset_name(args.set, args.labels)
+    raw = work / "raw" / dataset_name(args.set, count)
     images = [f for part in ("imagesTr", "imagesUn") for f in (raw / part).glob(f"*_0000{about.ending}")]
     cases = {file.name.removesuffix(f"_0000{about.ending}") for file in images} - set(test)
     labels = {case: source / "labels" / f"{case}{about.ending}" for case in cases}

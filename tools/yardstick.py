@@ -259,7 +259,7 @@ def parse() -> argparse.Namespace:
         "--trainers", nargs="+", default=[BASELINE], help="trainers to measure; default: SupervisedTrainer"
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, one for each run; default: 0 1 2"
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds: all is run once with each; default: 0 1 2"
     )
     parser.add_argument(
         "--iterations",

@@ -108,7 +108,7 @@ class Demo(Command):
         parser.add_argument(
             "-o",
             metavar="FOLDER",
-            help="folder for all files of the demo; default: nnunet_semiseg_demo in the current folder",
+            help="new or empty folder for all files of the demo; default: nnunet_semiseg_demo in the current folder",
         )
         add_device(parser, "cpu")
 

@@ -348,7 +348,8 @@ def _check_raw(
     """Check that images and labels have not changed since the record of the cases was written.
 
     If the times of an image have changed, its content is compared. A training must not open labels. So if the time of a
-    label has changed and its size has not, the error asks for the command `look`, which compares contents.
+    label has changed and its size has not, the error asks for the command `look`, which compares contents. It does so,
+    too, if a case has no record, and a file is newer than what was made of it.
 
     Args:
         record: see `_check_made`.
@@ -360,16 +361,15 @@ def _check_raw(
         for file in (*images, label):
             if not os.path.isfile(file):
                 raise UserError(f"{file}: no such file, but {case} is preprocessed: put it back, or {fix}")
-        if case in record:
-            *old, old_label = record[case]["files"]
-            stamps, label_stamp = all_renewed(old, images), renewed(old_label, label, may_read=False)
-            may_be_same = stamps is not None and os.stat(label).st_size == old_label[1]
-            record[case]["files"] = [*(stamps or []), label_stamp]
-            is_old = stamps is None or label_stamp is None
-        else:  # preprocessed by nnU-Net's own command, and never checked since
+        if case not in record:  # preprocessed by nnU-Net's own command, and never checked since
             made = os.stat(folder / (case + SUFFIXES[-1])).st_mtime_ns
-            is_old = may_be_same = any(os.stat(file).st_mtime_ns > made for file in (*images, label))
-        if is_old and may_be_same:
-            raise UserError(f"{label}: its time has changed since it was preprocessed: to compare its content, {look}")
-        if is_old:
+            if newer := [file for file in (*images, label) if os.stat(file).st_mtime_ns > made]:
+                raise UserError(f"{newer[0]}: is newer than the preprocessed case: to compare its content, {look}")
+            continue
+        *old, old_label = record[case]["files"]
+        stamps, label_stamp = all_renewed(old, images), renewed(old_label, label, may_read=False)
+        record[case]["files"] = [*(stamps or []), label_stamp]
+        if stamps is None or (label_stamp is None and os.stat(label).st_size != old_label[1]):
             raise UserError(f"{label}: this label or its image is not what was preprocessed: {fix}")
+        if label_stamp is None:
+            raise UserError(f"{label}: its time has changed since it was preprocessed: to compare its content, {look}")

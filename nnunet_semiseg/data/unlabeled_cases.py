@@ -19,17 +19,20 @@ READERS = 16
 _ADD_OR_TAKE_OUT = f"add the file or take its case out of {IMAGES_FOLDER}"
 
 
-def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
+def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict, or_else: str = "") -> dict[str, list[str]]:
     """The image files of each unlabelled case, by its name. Each case has as many files as a labelled case.
+
+    Args:
+        or_else: what the user can do without unlabelled images, for the message that there are none.
 
     Raises:
         UserError: ``imagesUn`` is missing or has no images; the name of a file has no channel; a case has too few or
             too many channels; a labelled case has the same name. There is one line for each problem.
     """
     folder, ending = Path(raw_dataset_folder) / IMAGES_FOLDER, dataset_json["file_ending"]
-    put = f"put the unlabelled images there, named CASE_0000{ending}"
+    put = f"put the unlabelled images there, named CASE_0000{ending}{or_else}"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: make it and {put} (to use labelled cases only: --labeled_only)")
+        raise UserError(f"{folder}: no such folder: make it and {put}")
     with os.scandir(folder) as entries:  # it asks the disk again only for links
         found = {e.name: e for e in entries if not e.name.startswith(".")}
     if folders := sorted(name for name, e in found.items() if name.endswith(ending) and e.is_dir()):

@@ -133,7 +133,8 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     upper_bound = [] if request.upper_bound is None else make(request.upper_bound, request.trainers[:1], [None])
     if set(upper_bound) & set(runs):
         raise UserError(
-            f"--upper-bound {request.upper_bound}: is already among the compared runs: leave out --upper-bound"
+            f"--upper-bound {request.upper_bound}: {request.trainers[0]} with all labels of this dataset is compared"
+            " already: give another dataset, or leave out --upper-bound"
         )
     return runs, upper_bound
 

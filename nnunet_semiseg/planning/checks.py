@@ -56,7 +56,8 @@ def check_raw_data(dataset_id: int, request: PlanningRequest) -> None:
     labeled_cases = labeled_images(raw, dataset_json)
     _check_number(raw, dataset_json, labeled_cases)
     _check_channels(raw, dataset_json, labeled_cases)
-    unlabeled_cases = {} if request.labeled_only else find_unlabeled_cases(raw, dataset_json)
+    or_else = ", or plan without unlabelled cases: --labeled_only"
+    unlabeled_cases = {} if request.labeled_only else find_unlabeled_cases(raw, dataset_json, or_else)
     first = next(iter(labeled_cases.values()))[0]
     if request.overwrite_target_spacing:
         _check_target_spacing(request.overwrite_target_spacing, first, len(channel_names(dataset_json)))

@@ -77,9 +77,9 @@ class Labels:
         self._ask_for_names(layout, folder)
 
     def _choose_masks(self, layout: Layout, labels: Sequence[str] | None) -> None:
-        """If each class has its own mask, choose the classes.
+        """If each class has its own mask, set `classes`: to the names in `labels`, or else to those of all masks.
 
-        Masks of other classes stay in `layout.labels`, and are also listed in `layout.left_out`.
+        The masks of other classes stay in `layout.labels`, and are also listed in `layout.left_out`.
 
         Raises:
             UserError: a name in `labels` has no mask; or `values` are given, which fit only labels with all classes.

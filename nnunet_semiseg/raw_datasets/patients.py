@@ -50,15 +50,15 @@ def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str)
     return {case: match[1] if expression.groups else match[0] for case, match in found.items() if match}
 
 
-def refuse_shared(patients: Mapping[str, str], test: Iterable[str], others: Iterable[str]) -> None:
-    """Raises UserError if a patient has cases both in the test set and elsewhere."""
-    of_test = {patients[case]: case for case in test}
-    shared = {patients[case]: case for case in others if patients[case] in of_test}
+def refuse_shared(patients: Mapping[str, str], part: str, held_out: Iterable[str], others: Iterable[str]) -> None:
+    """Raises UserError if a patient has cases both in a part that is held out of training and elsewhere."""
+    of_part = {patients[case]: case for case in held_out}
+    shared = {patients[case]: case for case in others if patients[case] in of_part}
     if shared:
         patient, case = next(iter(shared.items()))
         raise UserError(
-            f"--group-by: {len(shared)} patients have scans both in the test set and in training, for example {patient}"
-            f" ({of_test[patient]} and {case}): move all scans of a patient to one of the two"
+            f"--group-by: {len(shared)} patients have scans both in {part} and in training, for example {patient}"
+            f" ({of_part[patient]} and {case}): move all scans of a patient to one of the two"
         )
 
 

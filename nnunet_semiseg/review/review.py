@@ -52,7 +52,7 @@ class Work:
     unseen: set[str]
 
     def signature(self, files: Sequence[str]) -> list:
-        """What a record is made from: the names, sizes and times of files."""
+        """What a record is made from: the ensemble, and the names, sizes and times of checkpoints and files."""
         stats = [(Path(file).name, Path(file).stat()) for file in files]
         models = [(f"{m.name} {m.flips}", m.checkpoint.stat()) for m in self.members]
         about = [[name, s.st_size, s.st_mtime_ns] for name, s in (*models, *stats)]
@@ -76,7 +76,10 @@ class Work:
         return replace(self, unlabeled_cases=there(self.unlabeled_cases), labeled_cases=there(self.labeled_cases))
 
     def is_done(self, case: str) -> bool:
-        """Whether the case has a record made from the present files, and all files of that record exist."""
+        """Whether the case has a record that was made from the present files and models.
+
+        An unlabelled case also needs its mask and its uncertainty map.
+        """
         record = self.record(case)
         if not record.is_file() or read_json(record, AGAIN).get("made_of") != self.signature(self.files(case)):
             return False

@@ -241,7 +241,8 @@ class TextSettings(SemiSupervisedSettings):
     there is no internet."""
     n_ctx: Annotated[int, Bounds(0)] = 4
     """The number of tokens that are learnt for each class and put before its prompts. With 0 the prompts stay as they
-    are."""
+    are. With `text_embeddings` there are no tokens: 0 keeps the embeddings as they are, any other number lets them be
+    learnt."""
     tmr: Literal["multiplanar", "copy", "off"] = "multiplanar"
     """How text changes the features of the image (TMR in the paper). `multiplanar` is attention in three planes, `copy`
     adds the same text to every voxel, `off` means no change."""

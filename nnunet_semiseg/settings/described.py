@@ -96,10 +96,10 @@ def settings_of_command(command: str) -> dict[str, Setting]:
 
 
 def settings_named(name: str) -> dict[str, Setting]:
-    """The settings of a trainer or of a command in `OF_COMMANDS`, by name.
+    """The settings of a trainer of this package, or of a command in `OF_COMMANDS`, by name.
 
     Raises:
-        UserError: there is no such trainer or command. The error names similar ones.
+        UserError: for any other name, also of nnU-Net's own trainers. The error names similar ones, if there are any.
     """
     if name in OF_COMMANDS:
         return settings_of_command(name)

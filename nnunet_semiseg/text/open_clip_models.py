@@ -166,7 +166,11 @@ def _archived(file: str, wanted: Iterable[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet():
-    """Hide open_clip's log (random weights, retries, failures). The error says what the user must know."""
+    """Hide all logs and all warnings of this process while a model is loaded.
+
+    open_clip logs to the root logger, and the libraries that it calls log, too: about random weights, retries and
+    failures. Our error says what the user must know.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -67,7 +67,7 @@ class BestPool:
 
 
 def pseudo_dice(val_outputs: list[dict], name: str) -> float:
-    """nnU-Net's pseudo Dice of one decoder. It is the mean over the classes that occur, or 0 if none occurs."""
+    """nnU-Net's pseudo Dice of one decoder: the mean over classes in labels or predictions, or 0 if there are none."""
     tp, fp, fn = (np.sum([o[f"{key}_hard_{name}"] for o in val_outputs], 0) for key in ("tp", "fp", "fn"))
     total = 2 * tp + fp + fn
     return float((2 * tp / np.maximum(total, 1))[total > 0].mean()) if total.any() else 0.0

@@ -17,11 +17,11 @@ from nnunet_semiseg.schema import read_splits
 
 
 def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuration: str, fold) -> None:
-    """Refuse a fold without a labelled training case. The folds are those of nnU-Net's `do_split`.
+    """Refuse a fold that cannot be trained. The folds are those of nnU-Net's `do_split`.
 
     Raises:
-        UserError: the labelled data is not preprocessed; the fold is empty, or its cases do not exist; or see
-            `check_labeled_data`.
+        UserError: the labelled data is not preprocessed; the fold has no training case or no validation case, or one
+            of its cases does not exist; there are too few cases for five folds; or see `check_labeled_data`.
     """
     name = plans["dataset_name"]
     folder = join(preprocessed_folder_base, PlansManager(plans).get_configuration(configuration).data_identifier)

@@ -28,7 +28,7 @@ PATIENCE = timedelta(days=7)
 
 
 class Ranks:
-    """The processes of this training. If there is only one, the methods return what they are given.
+    """The processes of this training. If there is only one, nothing is exchanged, and `gather` returns a list of one.
 
     All ranks must call the methods that exchange data, in the same order.
 

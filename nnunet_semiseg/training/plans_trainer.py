@@ -53,7 +53,7 @@ LAST = ("checkpoint_latest.pth", "checkpoint_best.pth")
 
 
 class PlansTrainer(nnUNetTrainer, Generic[S]):
-    """nnU-Net's trainer with settings from the plans: the length, the seed, the number of labels and more.
+    """nnU-Net's trainer with settings from the plans: the length, the seed, the number of labelled cases and more.
 
     Class attributes:
         settings_class: the class of the settings. It comes from the type argument of the base class,
@@ -211,7 +211,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             super().set_deep_supervision_enabled(enabled)
 
     def trained_modules(self) -> list[nn.Module]:
-        """The modules that the optimizer trains."""
+        """The modules whose parameters are trained, if they need a gradient.
+
+        All processes begin with the same weights of these modules. Trained weights must stay finite.
+        """
         return [self.network]
 
     def configure_optimizers(self):
@@ -381,9 +384,10 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             return
         there = [file for file in LAST if Path(self.output_folder, file).is_file()]
         kept = f"{there[0]} is kept" if there else "no checkpoint was written"
+        again = "continue with --c or train again" if there else "train again"
         raise UserError(
             f"{self.output_folder}: epoch {self.current_epoch}: {what}: the training ends here; {kept}: look for images"
-            " with extreme intensities, or give a loss term a smaller weight, and train again"
+            f" with extreme intensities, or give a loss term a smaller weight, and {again}"
         )
 
     # --------------------------------------------------------------------------------------------------- checkpoints
