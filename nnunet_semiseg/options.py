@@ -98,9 +98,9 @@ def positive(text: str) -> float:
 
 
 def dataset_id(text: str) -> int:
-    """Read the number of a dataset.
+    """Read the number of a dataset. Its name is not accepted.
 
-    Raises ArgumentTypeError if it has more than three digits, which nnU-Net cannot read.
+    Raises ArgumentTypeError if the text is not a whole number from 1 to 999. nnU-Net reads three digits only.
     """
     if text.isdecimal() and 1 <= int(text) <= 999:
         return int(text)

@@ -23,7 +23,8 @@ class PreprocessingRequest:
         dataset_ids: the numbers of the data sets.
         num_processes: one number of processes, or one for each configuration. Empty: the
             defaults of nnU-Net (`processes`).
-        clean: compute the fingerprint and preprocess unlabelled cases again, even if nothing has changed.
+        clean: preprocess the unlabelled cases again, even if nothing has changed. A `PlanningRequest` also computes the
+            fingerprint again.
     """
 
     dataset_ids: Sequence[int] = option("-d", type=dataset_id, metavar="ID", help="numbers of the datasets")
@@ -39,7 +40,7 @@ class PreprocessingRequest:
     clean: bool = option(
         "--clean",
         default=False,
-        help="compute the fingerprint and preprocess the unlabelled cases again, even if nothing has changed",
+        help="preprocess the unlabelled cases again, even if nothing has changed",
     )
     show_progress_bar: bool = option("--no_pbar", default=True, help="show no progress bar")
     verbose: bool = option("--verbose", default=False, help="print what nnU-Net does for each case")
@@ -56,7 +57,8 @@ class PlanningRequest(PreprocessingRequest):
 
     Attributes:
         planner: the name of a planner of nnU-Net or of this package.
-        overwrite_target_spacing: the spacing of 3d_fullres in mm, in the order z y x.
+        overwrite_target_spacing: the spacing of 3d_fullres in mm, in the order z y x. The planner makes those of 2d and
+            3d_lowres from it.
         verify_dataset_integrity: run nnU-Net's check of the labelled cases, and check the headers of all unlabelled
             ones.
         preprocess: whether the cases are preprocessed after planning.
@@ -74,7 +76,8 @@ class PlanningRequest(PreprocessingRequest):
     )  # fmt: skip
     overwrite_target_spacing: Sequence[float] | None = option(
         "-overwrite_target_spacing", type=positive, nargs=3, metavar="MM", default=None,
-        help="voxel spacing of 3d_fullres, in mm, in the order z y x, as in nnU-Net; default: the planner chooses it",
+        help="voxel spacing of 3d_fullres, in mm, in the order z y x, as in nnU-Net; those of 2d and 3d_lowres are made"
+        " from it; default: the planner chooses it",
     )  # fmt: skip
     overwrite_plans_name: str | None = option(
         "-overwrite_plans_name", metavar="NAME", default=None, help="name of the plans; default: the planner's own name"
@@ -90,6 +93,11 @@ class PlanningRequest(PreprocessingRequest):
         "--verify_dataset_integrity",
         default=False,
         help="first check labelled cases and headers of unlabelled images: recommended once for a dataset",
+    )
+    clean: bool = option(
+        "--clean",
+        default=False,
+        help="compute the fingerprint and preprocess the unlabelled cases again, even if nothing has changed",
     )
     preprocess: bool = option("--no_pp", default=True, help="stop after the plans, without preprocessing")
     labeled_only: bool = option(

@@ -345,6 +345,7 @@ def check_name(option: str, name: str) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         shown = name if len(name) <= 60 else f"{name[:57]}..."
-        raise UserError(f"{option} {shown}: use letters, digits, - _ and . only, at most 100 of them")
+        rule = "use letters, digits, - _ and . only, at most 100 of them, and begin with a letter or a digit"
+        raise UserError(f"{option} {shown}: {rule}")
     if name in ("dataset", "dataset_fingerprint", "splits_final"):  # nnU-Net's own files beside the plans
         raise UserError(f"{option} {name}: nnU-Net itself uses the file {name}.json: choose another name")

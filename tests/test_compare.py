@@ -338,6 +338,8 @@ def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_h
     held_out = generate_crossval_split([f"tr_{i:03d}" for i in range(6)])[1]["val"]
     assert not (dataset.preprocessed / "splits_final.json").exists()
     assert list(find_test_set(asked, all_runs(asked)[0]).images) == sorted(held_out)
+    with pytest.raises(UserError, match=r"^-f 5: Dataset901_Tiny has the folds 0 to 4: give one of them$"):
+        find_test_set(request(dataset, fold="5"), all_runs(asked)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ wrong use
@@ -360,6 +362,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, noise=[0.1, 0.0]), "--noise 0: give numbers above 0", out)
     refused(request(planned, noise=[float("nan")]), "--noise nan: give numbers above 0", out)
     refused(request(planned, noise=[0.1, 0.1]), "--noise: 0.1 0.1: name each once", out)
+    refused(request(planned, labeled=[None, None]), "--labeled: all all: name each once", out)
     refused(request(planned, tolerance=-1), "--tolerance -1: give a number of mm above 0", out)
     refused(request(planned, labeled=[0]), "--labeled 0: give numbers of 1 or more, or all", out)
     refused(

@@ -275,7 +275,7 @@ BAD_CASES = {
     ),
     "colours": (
         lambda d: sitk.WriteImage(sitk.Image([8, 8, 8], sitk.sitkVectorUInt8, 3), str(d / IMAGE)),
-        "4 channels instead of 2",
+        r"c1_0001.nii.gz: has 3 channels, so its case has 4 instead of 2 \(a, b\)",
     ),
 }
 IMAGE, LABEL = "images/c1_0001.nii.gz", "labels/c1.nii.gz"

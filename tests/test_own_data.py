@@ -20,6 +20,7 @@ from test_cli import write_plans
 from nnunet_semiseg import cli
 from nnunet_semiseg.dataset_conversion import folder as own
 from nnunet_semiseg.raw_datasets import label_values, own_labels
+from nnunet_semiseg.raw_datasets.volumes import read_stack
 
 SHAPE = (5, 6, 7)  # x y z
 
@@ -635,6 +636,15 @@ def test_pictures_become_volumes_with_a_spacing(tmp_path, raw):
     assert np.array_equal(voxels(raw / "imagesTr" / "P1_0000.nii.gz"), image())
     assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), ORGAN)
     assert sitk.ReadImage(str(raw / "labelsTr" / "P1.nii.gz")).GetSpacing() == (0.5, 0.5, 3)
+    folder = tmp_path / "d" / "images" / "P1"
+    write(Image.new("L", (3, 4)), folder / "1.png")
+    with pytest.raises(
+        ValueError, match=r"P1/1.png: its shape is \(4, 3\), but that of 0.png is \(\d+, \d+\): give all"
+    ):
+        read_stack(folder, (1, 1, 1))
+    write(Image.new("RGB", (3, 4)), folder / "0.png")
+    with pytest.raises(ValueError, match="P1/0.png: has colours or several pages: each slice must be one grey picture"):
+        read_stack(folder, (1, 1, 1))
 
 
 def pacs(folder: Path) -> Path:

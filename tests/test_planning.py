@@ -302,6 +302,7 @@ def test_regions_two_channels_and_other_names(tiny_dataset):
     dataset = tiny_dataset(regions=True, channels=2, labeled=2, unlabeled=2)
     plans = dataset.plan(overwrite_target_spacing=[2.0, 2.0, 2.0], overwrite_plans_name="Coarse")
     assert plans["plans_name"] == "Coarse" and plans["configurations"]["3d_fullres"]["spacing"] == [2.0] * 3
+    assert plans["configurations"]["2d"]["spacing"] == [2.0] * 2  # made from that of 3d_fullres
     assert (dataset.preprocessed / "Coarse_3d_fullres__unlabeled" / "un_001.pkl").is_file()
 
 

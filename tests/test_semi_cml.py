@@ -642,8 +642,12 @@ def test_the_decoders_are_judged_apart_on_validation_patches(ready):
 def test_refusals(ready):
     single, double = ready(), ready(dataset_id=902, channels=2)
     for dataset, settings, words in (
-        (single, dict(modalities=[[0], [1]]), "modalities and modality_dropout: the dataset has a single channel"),
-        (single, dict(modality_dropout=0.5), "the dataset has a single channel"),
+        (
+            single,
+            dict(modalities=[[0], [1]]),
+            r"modalities=\[\[0\], \[1\]\]: the dataset has a single channel: leave it",
+        ),
+        (single, dict(modality_dropout=0.5), "setting modality_dropout=0.5: the dataset has a single channel"),
         (single, dict(modality_views="ct_windows"), "modality_views=ct_windows: the images are not CT"),
         (double, dict(modalities=[[0], [2]]), "two lists of different channels from 0 to 1"),
         (double, dict(modalities=[[0], [0, 1]]), "two lists of different channels from 0 to 1"),

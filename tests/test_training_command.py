@@ -39,7 +39,7 @@ REFUSED = [
 ONLY_OURS = [
     ("3d_fullres 0 -device tpu", "-device tpu: no such device: use cuda or cpu or mps"),
     ("3d_fullres 0 -device cpu --as ../x", "--as ../x: use letters, digits, - _ and . only"),
-    ("3d_fullres 0 -device cpu --as a/b", "--as a/b: use letters"),
+    ("3d_fullres 0 -device cpu --as _b", "at most 100 of them, and begin with a letter or a digit"),
     (f"3d_fullres 0 -device cpu --as {'a' * 300}", "--as aaa"),
 ]
 

@@ -2,10 +2,10 @@
 
     python tools/pseudo_label_scores.py MODEL CHECKPOINT [CHECKPOINT ...] --images DIR --labels DIR --every 5
 
-MODEL is the folder of a trained model (with plans.json and dataset.json). The checkpoints are copies of its
-`checkpoint_latest.pth` from different times. For each of them and each decoder it prints the Dice, and the predicted
-volume divided by the true one: means over every n-th case of `--images`, without mirroring. The training itself does
-not use these numbers.
+MODEL is the folder of a trained model (with plans.json, dataset.json and fold_all/checkpoint_final.pth). Each
+CHECKPOINT is the path of a file, a copy of the model's `checkpoint_latest.pth` that you made during the training. For
+each of them and each decoder it prints the Dice, and the predicted volume divided by the true one: means over every
+n-th case of `--images`, without mirroring. The training itself does not use these numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def decode_with(network, decoder):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the model")
-    parser.add_argument("checkpoints", nargs="+", help="checkpoints of different epochs")
+    parser.add_argument("checkpoints", nargs="+", help="paths of checkpoint files of different epochs")
     parser.add_argument("--images", type=Path, required=True, help="folder of the images to predict")
     parser.add_argument("--labels", type=Path, required=True, help="folder of the true labels of the images")
     parser.add_argument(

@@ -240,7 +240,8 @@ def parse() -> argparse.Namespace:
         "--csv",
         type=Path,
         default=ROOT / "docs" / "yardstick.csv",
-        help="a CSV file: each run adds its result, and the tables are made from it",
+        help="a CSV file: each run adds its result, and the tables are made from it; default: docs/yardstick.csv of"
+        " this repository",
     )
     parser.add_argument(
         "--sets",

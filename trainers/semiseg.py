@@ -173,7 +173,11 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     @property
     def looks_at_cases(self) -> bool:
-        """Whether the teacher predicts whole cases. It does so only if the settings need it."""
+        """Whether the teacher predicts whole unlabelled cases during the training.
+
+        It does so if patches are taken around foreground (`foreground_share`), or if cases may be left out
+        (`leave_out`) and there are at least `LEAST_CASES`.
+        """
         scores = self.settings.leave_out > 0 and self.num_unlabeled >= LEAST_CASES
         return self.foreground_share > 0 or scores
 

@@ -96,7 +96,15 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
             yield terms
 
     def distance(self, output, teacher: Tensor, certain: Tensor) -> Tensor:
-        """How far the student's output is from the teacher's logits (B, heads, *S), where the teacher is certain."""
+        """The consistency loss of the student's output, over the voxels where the teacher is certain.
+
+        It is nnU-Net's loss towards the teacher's decision; with `consistency=paper`, the squared difference of the
+        probabilities.
+
+        Args:
+            teacher: the logits of the teacher, (B, heads, *S).
+            certain: (B, 1 or heads, *S), bool.
+        """
         decision = self.decide(teacher)
         if self.settings.consistency == "paper":
             student, teacher = (probabilities(x, self.label_manager) for x in (self.finest(output), teacher))

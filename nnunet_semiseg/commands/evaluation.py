@@ -123,7 +123,11 @@ class Accept(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
-        parser.add_argument("-i", metavar="FOLDER", help="folder of labels, named like their cases: CASE.nii.gz")
+        parser.add_argument(
+            "-i", metavar="FOLDER",
+            help="folder of the new labels: corrected masks, or labels that you drew. Name each file like its case, with"
+            " the file ending of the dataset: CASE.nii.gz",
+        )  # fmt: skip
         parser.add_argument(
             "--all-of",
             metavar="REVIEW",

@@ -288,7 +288,10 @@ def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, config
 
 
 def _check_description(raw: Path | None, preprocessed: Path, dataset_json: dict, fix: str) -> None:
-    """Check that nnU-Net's copy of `dataset.json`, which a training reads, equals the file in the raw data set."""
+    """Check that nnU-Net's copy of `dataset.json` has the labels, channels and file ending of the raw data set.
+
+    A training reads the copy. Other keys, such as the prompts, are not compared here.
+    """
     copy = read_dataset_json(preprocessed)
     for key in ("labels", "regions_class_order", "channel_names", "file_ending"):
         old, new = (channel_names(d) if key == "channel_names" else d.get(key) for d in (copy, dataset_json))

@@ -134,7 +134,10 @@ def start_process(job: Job, device: str, logs: Path) -> Process:
 
 
 def command_of(job: Job, logs: Path) -> list[str]:
-    """The command that starts the process of a job. The content of the job is written into `logs`."""
+    """The command that starts the process of a job.
+
+    The arguments for `worker.py` are written into a file in `logs`. A job with a `command` of this package needs none.
+    """
     if "command" in job.content:
         return [sys.executable, "-m", "nnunet_semiseg.cli", *job.content["command"]]
     file = logs / f"{job.name}.json"

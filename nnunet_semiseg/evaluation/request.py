@@ -93,7 +93,8 @@ def fold_of(request: Request, preprocessed: Path, cases: Iterable[str]) -> dict:
     splits = find_splits(preprocessed, cases)
     if int(request.fold) >= len(splits):
         file = preprocessed / "splits_final.json"
-        raise UserError(f"-f {request.fold}: {file} has the folds 0 to {len(splits) - 1}: give one of them")
+        where = file if file.is_file() else preprocessed.name  # nnU-Net has not written the file yet
+        raise UserError(f"-f {request.fold}: {where} has the folds 0 to {len(splits) - 1}: give one of them")
     return splits[int(request.fold)]
 
 
@@ -111,7 +112,8 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
         ("--noise", request.noise), ("--gpus", request.gpus),
     ):  # fmt: skip
         if len(set(values)) < len(values):
-            raise UserError(f"{name}: {' '.join(map(str, values))}: name each once")
+            shown = " ".join("all" if value is None else str(value) for value in values)
+            raise UserError(f"{name}: {shown}: name each once")
     if request.seeds is not None and request.seeds < 1:
         raise UserError(f"--seeds {request.seeds}: give at least 1")
     if not is_fold(request.fold):

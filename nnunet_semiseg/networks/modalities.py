@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -109,10 +110,9 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
     """
     groups = settings.modalities
     if n_channels == 1:
-        if groups or settings.modality_dropout:
-            raise UserError(
-                "settings modalities and modality_dropout: the dataset has a single channel: leave them out"
-            )
+        for name in ("modalities", "modality_dropout"):
+            if value := getattr(settings, name):
+                raise UserError(f"setting {name}={json.dumps(value)}: the dataset has a single channel: leave it out")
         if settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
             raise UserError("setting modality_views=ct_windows: the images are not CT: set it to contrast")
         if settings.ct_windows and is_ct(configuration_manager):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +76,7 @@ def _write_case(
 ) -> list[str]:
     notes: list[str] = []
     images = [load(image, notes, about.repair, root) for image in case.images]
-    channels = sum(image.GetNumberOfComponentsPerPixel() for image, _ in images)
-    if channels != len(about.channels):
-        expected = f"{len(about.channels)} ({', '.join(about.channels)})"
-        raise UserError(
-            f"{_name(case.images[0])}: has {channels} channels instead of {expected}: add or remove channels"
-        )
+    _check_channels(case, images, about)
     first = images[0][0]
     for i, (image, _) in enumerate(images):
         if image.GetDimension() != about.dimension:
@@ -120,6 +115,17 @@ def _write_case(
 
 Loaded = tuple[sitk.Image, Path | None]
 """An image, and its file if the file holds exactly this image."""
+
+
+def _check_channels(case: Case, images: Sequence[Loaded], about: About) -> None:
+    """Raise UserError if a case has more or fewer channels than the data set. It names the file with most channels."""
+    counts = [image.GetNumberOfComponentsPerPixel() for image, _ in images]
+    if sum(counts) != len(about.channels):
+        most, file = max(zip(counts, map(_name, case.images), strict=True), key=lambda pair: pair[0])
+        raise UserError(
+            f"{file}: has {most} channels, so its case has {sum(counts)} instead of {len(about.channels)}"
+            f" ({', '.join(about.channels)}): add or remove channels"
+        )
 
 
 def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | None = None) -> Loaded:

@@ -145,7 +145,7 @@ def _check_options(about: About, crop: str, register: str) -> None:
     if register != "off" and (len(about.channels) == 1 or about.dimension == 2):
         raise UserError(f"--register {register}: this option is for volumes of several channels: leave it out")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", about.name):
-        raise UserError(f"--name {about.name}: use letters, digits, - and _ only")
+        raise UserError(f"--name {about.name}: use letters, digits, - and _ only, and begin with a letter or a digit")
 
 
 def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str:

@@ -114,7 +114,11 @@ class Read:
 
 @dataclass(frozen=True)
 class Case:
-    """The files of a case in the source. A plain path is linked if nnU-Net can read the file."""
+    """The files of a case in the source.
+
+    The file of a plain path is linked into the dataset if it has the dataset's ending and nothing in it must change.
+    Otherwise a new file is written.
+    """
 
     name: str
     images: tuple[Path | Read, ...]

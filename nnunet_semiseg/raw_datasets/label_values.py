@@ -109,9 +109,15 @@ def found_text(counts: Mapping) -> str:
 
 
 def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
-    """The option that the user can copy into the command.
+    """The end of a message: what the user can do about these values.
 
-    It uses the names in `labels` if there are as many as values.
+    It shows the option `--label-values`, to be copied into the command. If values are not whole numbers, or if there
+    are more than ten classes, it asks for other masks instead.
+
+    Args:
+        counts: the values or colours that were found.
+        labels: the names of the classes, without the background. They are used if there are as many as values other
+            than 0 (or black), else NAME1, NAME2, ...
     """
     values = sorted(counts, key=_order)
     zero = next((value for value in values if value in (0, (0, 0, 0))), None)

@@ -31,12 +31,13 @@ class Labels:
 
     Args:
         place: a function that takes a name in the layout and returns its file or folder.
-        values: what the user says about label values. None: they are 0, 1, 2, ...
+        values: what the user says about label values. None: they are 0, 1, 2, ..., or as in a `dataset.json`.
         repair: what may be changed in a label.
 
     Attributes:
         classes: the classes that have a mask each. Empty: a label holds all classes.
-        names: the names of the classes, in the order of their values.
+        names: the names of the classes, in the order of their values, without the background. `name_classes` sets
+            them. Empty if a `dataset.json` names the classes.
     """
 
     def __init__(self, place: Callable[[str], Path], values: LabelValues | None, repair: Repair):

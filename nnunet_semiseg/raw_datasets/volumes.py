@@ -103,10 +103,12 @@ def _stacked(folder: Path, read_slice: Callable[[Path], sitk.Image]) -> sitk.Ima
     files = slices_of(folder)
     slices = [sitk.GetArrayFromImage(read_slice(file)) for file in files]
     for file, voxels in zip(files, slices, strict=True):
-        if voxels.shape != slices[0].shape or voxels.ndim != 2:
+        if voxels.ndim != 2:
+            raise UserError(f"{file}: has colours or several pages: each slice must be one grey picture: save it again")
+        if voxels.shape != slices[0].shape:
             raise UserError(
-                f"{file}: its shape is {voxels.shape}, but that of {files[0].name} is {slices[0].shape}: all slices"
-                " must be grey and of one size"
+                f"{file}: its shape is {voxels.shape}, but that of {files[0].name} is {slices[0].shape}: give all"
+                " slices of a volume the same size"
             )
     return sitk.GetImageFromArray(np.stack(slices))
 

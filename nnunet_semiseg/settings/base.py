@@ -230,8 +230,8 @@ class TextSettings(SemiSupervisedSettings):
 
     text_model: str = "ViT-B-32"
     """The text encoder: the name of an open_clip model, `hf-hub:NAME`, a folder with `open_clip_config.json`, or
-    `wordllama`. `wordllama` needs no download. It averages the embeddings of the words, so it does not know their
-    order."""
+    `wordllama`. `wordllama` comes with the Python package of this name (`pip install 'nnunet-semiseg[words]'`) and
+    downloads nothing later. It averages the embeddings of the words, so it does not know their order."""
     text_pretrained: str = "openai"
     """The weights of the text encoder: a tag of open_clip, the path of a checkpoint, or `none` for an untrained one."""
     text_cache_dir: str | None = None

@@ -52,7 +52,11 @@ class Decisions:
 
     @torch.no_grad()
     def count(self, label: Tensor) -> None:
-        """Count the voxels of each class in a pseudo-label that was made in another way."""
+        """Count the voxels of each class in a pseudo-label, in the form of `hard_pseudo_label`.
+
+        Calling this object already does so. This method is for pseudo-labels from elsewhere (read from a file, or
+        changed by the masks of other models).
+        """
         self.shares.add_pseudo_labels(self._shares(label))
 
     @torch.no_grad()

@@ -45,11 +45,13 @@ def wasserstein2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Te
 def constrained_similarity(similarity: Tensor, w2: Tensor, means: Tensor) -> Tensor:
     """Make a similarity s larger: s' = 1 - (1 - s) c with c = sigmoid(W2^2 / max(||mu - mu'||^2, eps)).
 
-    If distributions differ only in their means, c is sigmoid(1) = 0.73. If they differ in more, c is closer to 1.
+    If distributions differ only in their means, c is sigmoid(1) = 0.73. If they differ in more, c is closer to 1. If
+    they are equal, c is 0.5.
 
     Args:
         similarity: cosines.
-        w2, means: the result of `wasserstein2`, of the same shape.
+        w2, means: W2^2 and ||mu - mu'||^2, which `wasserstein2` returns. They are squares already, and have the shape
+            of `similarity`.
     """
     return 1 - (1 - similarity) * torch.sigmoid(w2 / means.clamp_min(EPS))
 
