@@ -125,8 +125,8 @@ class Accept(Command):
         parser.add_argument("-d", required=True, metavar="ID", help="number or name of the dataset")
         parser.add_argument(
             "-i", metavar="FOLDER",
-            help="folder of the new labels: corrected masks, or labels that you drew. Name each file like its case, with"
-            " the file ending of the dataset: CASE.nii.gz",
+            help="folder of the new labels: corrected masks, or labels that you drew. Name each file like its case,"
+            " with the file ending of the dataset: CASE.nii.gz",
         )  # fmt: skip
         parser.add_argument(
             "--all-of",
