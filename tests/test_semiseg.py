@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import write_pickle
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from training import CLASSES, bare_trainer, batch_of, in_last_epoch, make_trainer, terms_of
 
 from nnunet_semiseg.data.agreement import mean_agreement
@@ -19,7 +20,7 @@ from nnunet_semiseg.data.pseudo_foreground import (
     leave_out,
     outliers,
 )
-from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, flat
 from nnunet_semiseg.losses.copy_paste import draw_box
 from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer, strong_view
 from nnunet_semiseg.training.warm_up import WarmUp
@@ -45,13 +46,14 @@ def a_batch():
     return batch_of(of_probability(0.25), weak=of_probability(0.9), strong=of_probability(0.6))
 
 
-def test_both_mixes_by_hand():
+@pytest.mark.parametrize("paste_share", [0.0, 1.0])
+def test_both_mixes_by_hand(paste_share):
     """Labelled voxels are right with 0.75; unlabelled ones say class 1 with 0.6, as the teacher does, and count half.
 
-    In the two mixes together, every voxel of the patch is labelled once and unlabelled once.
+    In the two mixes together, every voxel of the patch is labelled once and unlabelled once. So it is without a box.
     """
     for progress in (0.1, 1.0):
-        terms = terms_of(recipe(progress), a_batch())
+        terms = terms_of(recipe(progress, paste_share=paste_share), a_batch())
         assert {name: term.item() for name, term in terms.items()} == pytest.approx(
             {"mixed": -math.log(0.75) - 0.5 * math.log(0.6)}, rel=1e-4
         )
@@ -64,12 +66,30 @@ def test_voxels_of_which_the_teacher_is_not_sure_do_not_count():
         assert term == pytest.approx(-math.log(0.75) + of_pseudo, rel=1e-4)
 
 
-def test_the_warm_up_mixes_labelled_samples_alone():
+def test_boxes_are_pasted_in_a_share_of_the_steps():
+    """The network sees whole patches, or mixes: of labelled patches with 0.25 and unlabelled ones with 0.6."""
+    for paste_share, seen in ((0.0, [{0.25}, {0.6}]), (1.0, [{0.25, 0.6}, {0.25, 0.6}])):
+        trainer, images = recipe(1.0, paste_share=paste_share), []
+        trainer.network = lambda x, images=images: (images.append(x), x)[1]
+        terms_of(trainer, a_batch())
+        assert [{round(v.item(), 2) for v in x.softmax(1)[:, 1].unique()} for x in images] == seen
+    torch.manual_seed(0)
+    trainer, sizes = recipe(1.0), []
+    trainer.network = lambda x: (sizes.append(len(x.unique())), x)[1]
+    for _ in range(40):
+        terms_of(trainer, a_batch())
+    assert 10 <= sum(size > 2 for size in sizes[::2]) <= 30  # half of them; logits of a whole patch have two values
+
+
+def test_the_warm_up_uses_labelled_samples_as_they_are():
     batch = a_batch()
     batch.images[1] = of_probability(0.5)[0]
     batch.target[1] = 1
-    terms = terms_of(recipe(0.05), batch)
-    # in each mix of the two samples every voxel keeps the label that belongs to it: as many of the one as of the other
+    trainer = recipe(0.05)
+    images = []
+    trainer.network = lambda x: (images.append(x), x)[1]
+    terms = terms_of(trainer, batch)
+    assert len(images) == 1 and torch.equal(images[0], batch.images)
     assert terms["mixed"].item() == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2, rel=1e-4)
 
 
@@ -220,7 +240,9 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
     assert all(
         f"({name})" in line
         for line, name in zip(
-            lines[3:], ("strong_probability", "turns", "box", "unlabeled_foreground", "leave_out"), strict=True
+            lines[3:],
+            ("strong_probability", "strong_labels", "turns", "box", "unlabeled_foreground", "leave_out"),
+            strict=True,
         )
     )
 
@@ -263,8 +285,22 @@ def test_one_labelled_and_one_unlabelled_case_are_enough(tiny_dataset):
     assert all(torch.isfinite(term) for term in terms.values())
 
 
+def test_brightness_of_labelled_patches_changes_as_that_of_strong_views():
+    probabilities = {}
+    for strong_labels in (True, False):
+        trainer = recipe(1.0, strong_labels=strong_labels)
+        transforms = flat(trainer.get_training_transforms((9, 9, 9), (-0.1, 0.1), None, (0, 1, 2), False))
+        found = [t for t in transforms if isinstance(t, RandomTransform)]
+        probabilities[strong_labels] = {type(t.transform).__name__: t.apply_probability for t in found}
+    assert probabilities[True]["MultiplicativeBrightnessTransform"] == 0.8
+    assert probabilities[True]["GammaTransform"] == 0.8
+    assert probabilities[False]["MultiplicativeBrightnessTransform"] == 0.15  # nnU-Net's own
+    assert probabilities[True]["GaussianBlurTransform"] == probabilities[False]["GaussianBlurTransform"] == 0.2
+
+
 def test_default_settings():
     s = SemiSegSettings()
+    assert (s.paste_share, s.strong_labels) == (0.5, True)
     assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (None, 0.5, 2 / 3, 0.2)
     assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (None, "teacher", "auto", False)
     assert strong_view(s) == "nnU-Net's intensity transforms, brightness, contrast and gamma with probability 0.8"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import (
@@ -23,7 +23,8 @@ from nnunet_semiseg.data.pseudo_foreground import (
     leave_out,
     look_at_cases,
 )
-from nnunet_semiseg.losses.copy_paste import cut_mix, draw_box, pairs, paste
+from nnunet_semiseg.data.two_streams import strengthened
+from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.losses.segmentation import confidence, probabilities
 from nnunet_semiseg.settings.base import (
@@ -64,8 +65,12 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     match_threshold: Share = 0.0
     """A voxel does not count if the probability of the teacher's decision is below this. This does not
     hold where the masks of other models have replaced the decision."""
+    strong_labels: bool = True
+    """Whether `strong_probability` also holds for the transforms of labelled patches."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
+    paste_share: Share = 0.5
+    """The share of the steps in which boxes are pasted. In the other steps every patch stays as it is."""
     unlabeled_foreground: Share | None = None
     """The share of unlabelled patches that are taken where the teacher finds foreground. With 0 all are taken at random
     places. By default it is one third if fewer than two thirds of random patches of labelled cases have foreground,
@@ -88,12 +93,14 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     It combines what the best methods of the field have in common, for nnU-Net. No setting has to be chosen.
 
-    - Warm-up: until every class is learnt, only labels are used, and boxes are pasted between labelled samples, as in
-      BCP (CVPR 2023).
+    - Warm-up: until every class is learnt, it trains as nnU-Net does, on labelled patches. BCP (CVPR 2023) pastes boxes
+      between them, but then classes that differ mostly by their place are learnt far later.
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
-    - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
-      patches. The box goes through all slices if nnU-Net augments in 2d.
+    - In half of the steps the student sees labelled patches with boxes of strong views in them, and strong views with
+      boxes of labelled patches. The box goes through all slices if nnU-Net augments in 2d. In the other steps nothing
+      is pasted.
+    - The brightness, contrast and gamma of strong views and of labelled patches change nearly always.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
@@ -138,8 +145,10 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
             *super().decisions(),
             f"strong views: {strong_view(settings)} (strong_probability)",
+            f"labelled patches: {'the same transforms' if settings.strong_labels else 'as in nnU-Net'} (strong_labels)",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
-            f"boxes of {settings.box:.0%} of the patch's sides, {shape} (box)",
+            f"pasted in {settings.paste_share:.0%} of the steps (paste_share): boxes of {settings.box:.0%} of the"
+            f" patch's sides, {shape} (box)",
             f"unlabelled patches: {drawn}, as {why} (unlabeled_foreground)",
             f"at most {settings.leave_out:.0%} of unlabelled cases left out; teacher predicts {predicted} (leave_out)",
         ]
@@ -210,15 +219,21 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     # ---------------------------------------------------------------------------------------------------- a step
 
+    def get_training_transforms(self, *args, **kwargs):
+        transforms, settings = super().get_training_transforms(*args, **kwargs), self.settings
+        if not settings.strong_labels or settings.strong_probability is None:
+            return transforms
+        return strengthened(transforms, settings.strong_probability, settings.strong_transforms)
+
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target
-        box = draw_box(x_l, self.settings.box, whole_first_axis=self.augments_in_2d)
         if self.uses_labels_only:
-            mixed = tree_map(lambda t: cut_mix(t, box), target)
-            output = self.network(cut_mix(x_l, box))
-            self.warm_up.add(self.finest(output), self.finest(mixed))
-            yield {"mixed": self.loss(output, mixed)}
+            output = self.network(x_l)
+            self.warm_up.add(self.finest(output), self.finest(target))
+            yield {"mixed": self.loss(output, target)}
             return
+        side = self.settings.box if torch.rand(()) < self.settings.paste_share else 0.0  # on the CPU
+        box = draw_box(x_l, side, whole_first_axis=side > 0 and self.augments_in_2d)
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         logits = turn(self.teacher(batch.views["weak"][: len(x_l) + 1]))

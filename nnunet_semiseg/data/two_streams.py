@@ -96,10 +96,7 @@ class ViewsTransform(BasicTransform):
             for kind in ("shared", "intensity", "masking")
         )
         if strong_probability is not None:
-            self.intensity = ComposeTransforms([
-                with_probability(transform, strong_probability, STRONG[strong_transforms])
-                for transform in self.intensity.transforms
-            ])
+            self.intensity = strengthened(self.intensity, strong_probability, strong_transforms)
 
     def apply(self, data_dict: dict, **params) -> dict:
         """Make the views: from an image (C, *S) and a segmentation (1 + K, *S) to (views * C, *S) and (K, *S).
@@ -135,16 +132,22 @@ class ViewsTransform(BasicTransform):
         return new
 
 
-def with_probability(
-    transform: BasicTransform, probability: float, kinds: tuple[type[BasicTransform], ...]
-) -> BasicTransform:
-    """Give this probability to a transform of these classes that nnU-Net applies at random.
+def strengthened(transforms: ComposeTransforms, probability: float, which: str) -> ComposeTransforms:
+    """Copy transforms, and give a probability to intensity transforms that nnU-Net applies at random.
 
-    Any other transform is returned unchanged.
+    Args:
+        transforms: transforms of any kind. Those in a nested `ComposeTransforms` come into one list with the others.
+        probability: from 0 to 1.
+        which: the transforms that get it, a key of `STRONG`. The others stay as they are.
     """
-    if isinstance(transform, RandomTransform) and isinstance(transform.transform, kinds):
-        return RandomTransform(transform.transform, probability)
-    return transform
+
+    def changed(transform: BasicTransform) -> BasicTransform:
+        concerned = isinstance(transform, RandomTransform) and isinstance(transform.transform, STRONG[which])
+        if concerned and kind_of(transform) == "intensity":
+            return RandomTransform(transform.transform, probability)
+        return transform
+
+    return ComposeTransforms([changed(transform) for transform in flat(transforms)])
 
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:
