@@ -74,7 +74,7 @@ def test_boxes_are_pasted_in_a_share_of_the_steps():
         terms_of(trainer, a_batch())
         assert [{round(v.item(), 2) for v in x.softmax(1)[:, 1].unique()} for x in images] == seen
     torch.manual_seed(0)
-    trainer, sizes = recipe(1.0), []
+    trainer, sizes = recipe(1.0, paste_share=0.5), []
     trainer.network = lambda x: (sizes.append(len(x.unique())), x)[1]
     for _ in range(40):
         terms_of(trainer, a_batch())
@@ -300,7 +300,7 @@ def test_brightness_of_labelled_patches_changes_as_that_of_strong_views():
 
 def test_default_settings():
     s = SemiSegSettings()
-    assert (s.paste_share, s.strong_labels) == (0.5, True)
+    assert (s.paste_share, s.strong_labels) == (1.0, False)
     assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (None, 0.5, 2 / 3, 0.2)
     assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (None, "teacher", "auto", False)
     assert strong_view(s) == "nnU-Net's intensity transforms, brightness, contrast and gamma with probability 0.8"

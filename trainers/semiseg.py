@@ -65,11 +65,11 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     match_threshold: Share = 0.0
     """A voxel does not count if the probability of the teacher's decision is below this. This does not
     hold where the masks of other models have replaced the decision."""
-    strong_labels: bool = True
+    strong_labels: bool = False
     """Whether `strong_probability` also holds for the transforms of labelled patches."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
-    paste_share: Share = 0.5
+    paste_share: Share = 1.0
     """The share of the steps in which boxes are pasted. In the other steps every patch stays as it is."""
     unlabeled_foreground: Share | None = None
     """The share of unlabelled patches that are taken where the teacher finds foreground. With 0 all are taken at random
@@ -97,10 +97,9 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
       between them, but then classes that differ mostly by their place are learnt far later.
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
-    - In half of the steps the student sees labelled patches with boxes of strong views in them, and strong views with
-      boxes of labelled patches. The box goes through all slices if nnU-Net augments in 2d. In the other steps nothing
-      is pasted.
-    - The brightness, contrast and gamma of strong views and of labelled patches change nearly always.
+    - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
+      patches. The box goes through all slices if nnU-Net augments in 2d. With `paste_share` below 1, nothing is pasted
+      in some of the steps.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
