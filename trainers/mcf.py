@@ -47,8 +47,9 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
 
     def initialize(self):
         super().initialize()
-        pinned = self.device.type == "cuda"  # the CPU does not wait for a copy into pinned memory
-        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        better = torch.zeros((), dtype=torch.bool)
+        # the CPU does not wait for a copy into pinned memory
+        self.method_state["second_is_better"] = better.pin_memory() if self.device.type == "cuda" else better
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         settings, supervised = self.settings, []

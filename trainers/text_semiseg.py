@@ -78,8 +78,9 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
 
     def initialize(self):
         super().initialize()
-        pinned = self.device.type == "cuda"  # the CPU does not wait for a copy into pinned memory
-        self.method_state["second_is_better"] = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        better = torch.zeros((), dtype=torch.bool)
+        # the CPU does not wait for a copy into pinned memory
+        self.method_state["second_is_better"] = better.pin_memory() if self.device.type == "cuda" else better
 
     def guided_losses(self, batch: Batch, text: Tensor) -> Iterator[dict[str, Tensor]]:
         network, settings = self.bare_network, self.settings
