@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
 
@@ -222,7 +223,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         transforms, settings = super().get_training_transforms(*args, **kwargs), self.settings
         if not settings.strong_labels or settings.strong_probability is None:
             return transforms
-        return strengthened(transforms, settings.strong_probability, settings.strong_transforms)
+        composed = cast(ComposeTransforms, transforms)  # nnU-Net's annotation says less
+        return strengthened(composed, settings.strong_probability, settings.strong_transforms)
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target

@@ -142,10 +142,10 @@ def strengthened(transforms: ComposeTransforms, probability: float, which: str) 
     """
 
     def changed(transform: BasicTransform) -> BasicTransform:
-        concerned = isinstance(transform, RandomTransform) and isinstance(transform.transform, STRONG[which])
-        if concerned and kind_of(transform) == "intensity":
-            return RandomTransform(transform.transform, probability)
-        return transform
+        if not isinstance(transform, RandomTransform) or kind_of(transform) != "intensity":
+            return transform
+        inner = transform.transform
+        return RandomTransform(inner, probability) if isinstance(inner, STRONG[which]) else transform
 
     return ComposeTransforms([changed(transform) for transform in flat(transforms)])
 
