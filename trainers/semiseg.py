@@ -234,7 +234,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             yield {"mixed": self.loss(output, target)}
             return
         side = self.settings.box if torch.rand(()) < self.settings.paste_share else 0.0  # on the CPU
-        box = draw_box(x_l, side, whole_first_axis=side > 0 and self.augments_in_2d)
+        box = draw_box(x_l, side, whole_first_axis=self.augments_in_2d)
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         logits = turn(self.teacher(batch.views["weak"][: len(x_l) + 1]))
