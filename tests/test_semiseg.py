@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import write_pickle
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from training import CLASSES, bare_trainer, batch_of, in_last_epoch, make_trainer, terms_of
 
 from nnunet_semiseg.data.agreement import mean_agreement
@@ -20,7 +19,7 @@ from nnunet_semiseg.data.pseudo_foreground import (
     leave_out,
     outliers,
 )
-from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, flat
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader
 from nnunet_semiseg.losses.copy_paste import draw_box
 from nnunet_semiseg.trainers.semiseg import SemiSegSettings, SemiSegTrainer, strong_view
 from nnunet_semiseg.training.warm_up import WarmUp
@@ -241,7 +240,7 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
         f"({name})" in line
         for line, name in zip(
             lines[3:],
-            ("strong_probability", "strong_labels", "turns", "box", "unlabeled_foreground", "leave_out"),
+            ("strong_probability", "contrast_probability", "turns", "box", "unlabeled_foreground", "leave_out"),
             strict=True,
         )
     )
@@ -285,22 +284,9 @@ def test_one_labelled_and_one_unlabelled_case_are_enough(tiny_dataset):
     assert all(torch.isfinite(term) for term in terms.values())
 
 
-def test_brightness_of_labelled_patches_changes_as_that_of_strong_views():
-    probabilities = {}
-    for strong_labels in (True, False):
-        trainer = recipe(1.0, strong_labels=strong_labels)
-        transforms = flat(trainer.get_training_transforms((9, 9, 9), (-0.1, 0.1), None, (0, 1, 2), False))
-        found = [t for t in transforms if isinstance(t, RandomTransform)]
-        probabilities[strong_labels] = {type(t.transform).__name__: t.apply_probability for t in found}
-    assert probabilities[True]["MultiplicativeBrightnessTransform"] == 0.8
-    assert probabilities[True]["GammaTransform"] == 0.8
-    assert probabilities[False]["MultiplicativeBrightnessTransform"] == 0.15  # nnU-Net's own
-    assert probabilities[True]["GaussianBlurTransform"] == probabilities[False]["GaussianBlurTransform"] == 0.2
-
-
 def test_default_settings():
     s = SemiSegSettings()
-    assert (s.paste_share, s.strong_labels) == (1.0, False)
+    assert (s.paste_share, s.contrast_probability) == (1.0, None)
     assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (None, 0.5, 2 / 3, 0.2)
     assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (None, "teacher", "auto", False)
     assert strong_view(s) == "nnU-Net's intensity transforms, brightness, contrast and gamma with probability 0.8"

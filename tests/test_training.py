@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from PIL import Image
 from torch import nn
 from training import TRAINERS, bare_trainer, make_trainer
 
+from nnunet_semiseg.data.two_streams import flat
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TrainingSettings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -263,6 +265,19 @@ def test_with_a_seed_blur_is_computed_in_one_way(trainer_class, ready):
         transforms = trainer.get_training_transforms((32, 32), (0, 0), None, (0, 1), False).transforms
         (blur,) = [t.transform for t in transforms if isinstance(getattr(t, "transform", None), GaussianBlurTransform)]
         assert blur.benchmark == (seed is None)
+
+
+@pytest.mark.parametrize("trainer_class", [SupervisedTrainer, MeanTeacherTrainer])
+def test_contrast_of_labelled_patches_changes_as_often_as_the_setting_says(trainer_class):
+    probabilities = {}
+    for given in (0.8, None):
+        trainer = bare_trainer(trainer_class, contrast_probability=given)
+        transforms = flat(trainer.get_training_transforms((9, 9, 9), (-0.1, 0.1), None, (0, 1, 2), False))
+        found = [t for t in transforms if isinstance(t, RandomTransform)]
+        probabilities[given] = {type(t.transform).__name__: t.apply_probability for t in found}
+    for name, own in (("MultiplicativeBrightness", 0.15), ("Contrast", 0.15), ("Gamma", 0.3)):
+        assert (probabilities[0.8][name + "Transform"], probabilities[None][name + "Transform"]) == (0.8, own)
+    assert probabilities[0.8]["GaussianBlurTransform"] == probabilities[None]["GaussianBlurTransform"] == 0.2
 
 
 def test_a_term_that_only_some_steps_have_is_refused(ready):

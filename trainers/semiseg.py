@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from nnunet_semiseg.data.pseudo_foreground import (
     leave_out,
     look_at_cases,
 )
-from nnunet_semiseg.data.two_streams import strengthened
 from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.losses.segmentation import confidence, probabilities
@@ -66,8 +64,6 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     match_threshold: Share = 0.0
     """A voxel does not count if the probability of the teacher's decision is below this. This does not
     hold where the masks of other models have replaced the decision."""
-    strong_labels: bool = False
-    """Whether `strong_probability` also holds for the transforms of labelled patches."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
     paste_share: Share = 1.0
@@ -139,13 +135,15 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         drawn = "all drawn at random" if not self.foreground_share else f"{self.foreground_share:.0%} around foreground"
         why = f"{self.chance_of_foreground:.0%} of random patches of labelled cases have some"
         predicted = f"{min(cases, CASES_OF_A_REFRESH)} of {cases} cases, {REFRESHES} times"
+        p = settings.contrast_probability
+        contrast = "" if p is None else f", brightness, contrast and gamma with probability {p}"
         predicted = predicted if self.looks_at_cases else "no whole case"
         return [
             f"labels only {self.warm_up} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",
             *super().decisions(),
             f"strong views: {strong_view(settings)} (strong_probability)",
-            f"labelled patches: {'the same transforms' if settings.strong_labels else 'as in nnU-Net'} (strong_labels)",
+            f"labelled patches: nnU-Net's transforms{contrast} (contrast_probability)",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"pasted in {settings.paste_share:.0%} of the steps (paste_share): boxes of {settings.box:.0%} of the"
             f" patch's sides, {shape} (box)",
@@ -218,13 +216,6 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             self.ranks.wait()
 
     # ---------------------------------------------------------------------------------------------------- a step
-
-    def get_training_transforms(self, *args, **kwargs):
-        transforms, settings = super().get_training_transforms(*args, **kwargs), self.settings
-        if not settings.strong_labels or settings.strong_probability is None:
-            return transforms
-        composed = cast(ComposeTransforms, transforms)  # nnU-Net's annotation says less
-        return strengthened(composed, settings.strong_probability, settings.strong_transforms)
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target

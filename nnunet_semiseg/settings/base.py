@@ -68,6 +68,9 @@ class TrainingSettings:
     pretrained_encoder: str | None = None
     """The path of a checkpoint of nnssl, such as one of the OpenMind models. The training starts with the weights of
     its encoder."""
+    contrast_probability: Annotated[float, Bounds(0.01, 1)] | None = None
+    """The probability of each of nnU-Net's transforms of brightness, contrast and gamma on labelled patches. By default
+    it is nnU-Net's own: 0.1 to 0.3."""
     bfloat16_on_cpu: bool = False
     """Whether a training on a CPU computes in bfloat16. For wide networks this is faster on a CPU with AVX512-BF16
     instructions; thin ones (16 to 128 features) may be slower."""
@@ -88,7 +91,7 @@ class SemiSupervisedSettings(TrainingSettings):
     runs one sample at a time and computes its features twice."""
     strong_probability: Annotated[float, Bounds(0.01, 1)] | None = 0.8
     """The probability of each of nnU-Net's intensity transforms in a strong view. At least one of them is always
-    applied. `null` keeps the probabilities of nnU-Net."""
+    applied. `null` keeps the probabilities that labelled patches have."""
     strong_transforms: Literal["all", "contrast"] = "all"
     """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
     blur and low resolution, which can hide small structures, then keep nnU-Net's own probabilities."""

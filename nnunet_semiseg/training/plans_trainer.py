@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, cast, get_args
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_map
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.preprocessed import preprocess_again
 from nnunet_semiseg.data.readable import ReadableCases
-from nnunet_semiseg.data.two_streams import seed_workers
+from nnunet_semiseg.data.two_streams import seed_workers, strengthened
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import LOCK, SETTINGS, DiskError, base_folder, disk_errors, only_one, reading, write_json
@@ -234,8 +235,11 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def get_training_transforms(self, *args, **kwargs):
-        transforms = super().get_training_transforms(*args, **kwargs)
-        return transforms if self.settings.seed is None else repeatable(transforms)
+        transforms, settings = super().get_training_transforms(*args, **kwargs), self.settings
+        if settings.contrast_probability is not None:
+            composed = cast(ComposeTransforms, transforms)  # nnU-Net's annotation says less
+            transforms = strengthened(composed, settings.contrast_probability, "contrast")
+        return transforms if settings.seed is None else repeatable(transforms)
 
     def do_split(self):
         with self.ranks.one_first():  # nnU-Net writes the splits if they are missing
