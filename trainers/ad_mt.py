@@ -60,13 +60,13 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
     least 0.8. L = L_sup + 2 L_u, with a Gaussian ramp over 0.4 of the training.
 
     With `consistency=paper` this is done at full resolution, as in the paper and its code. By default we differ: L_u is
-    nnU-Net's loss with deep supervision over these voxels, with the weight 1.
+    nnU-Net's loss with deep supervision, in which all other voxels have the weight 0. L_u itself has the weight 1.
 
     Both differ from the paper in these points. The student's view is flipped and turned. Entropies have the natural
-    logarithm (their code: base 2). In 2d the loss is the same as in 3d (theirs: Dice instead of CE, with 0.95). Their
-    period is about half a pass through the unlabelled cases: 19 for LA and 50 for ACDC. Here the second teacher begins
-    as a copy of the student in its first turn (theirs: both are copies for 80 steps). With one unlabelled sample in a
-    batch nothing is mixed.
+    logarithm (their code: base 2). In 2d the loss is the same as in 3d (theirs: Dice instead of CE, and the threshold
+    0.95). Their period is about half a pass through the unlabelled cases: 19 for LA and 50 for ACDC. Here the second
+    teacher begins as a copy of the student in its first turn (theirs: both are copies for 80 steps). With one
+    unlabelled sample in a batch nothing is mixed.
     """
 
     views = ("weak", "strong")
@@ -110,7 +110,7 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
             box = draw_mixing_box(batch.views["weak"], self.settings.cutmix)
 
         def seen(x: Tensor) -> Tensor:
-            """Change a weak view, or its pseudo-label, to the form that the student sees in this turn."""
+            """Change a view, or its pseudo-label, to the form that the student sees in this turn."""
             return turn(x) if box is None else cut_mix(turn(x), box)
 
         outputs = self.each(self.network, batch.images, seen(batch.views["strong" if box is None else "weak"]))
@@ -119,9 +119,9 @@ class ADMTTrainer(SemiSupervisedTrainer[ADMTSettings]):
         yield {"consistency": self.settings.weight(self.progress) * self.taught_loss(next(outputs), decision, weight)}
 
     def taught_loss(self, output, decision: Tensor, weight: Tensor) -> Tensor:
-        """The loss of the student towards a decision, over the voxels whose weight is 1.
+        """The loss of the student towards a decision. A voxel has the weight 1 or 0.
 
-        With `consistency=paper` it is the mean of the cross-entropy over these voxels.
+        It is nnU-Net's loss; with `consistency=paper` the mean of the cross-entropy over the voxels of weight 1.
         """
         if self.settings.consistency == "paper":
             weight = weight / weight.mean().clamp_min(1e-6)

@@ -47,13 +47,16 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """Where the texts come from. `cases` takes the text of each case from `texts.json`. `classes` takes the prompts of
     the classes. `auto` takes `cases` if there are a `texts.json` and a single class, else `classes`."""
     missing_texts: Literal["error", "skip"] = "error"
-    """What happens if a case has no text. `error` refuses to train, `skip` uses no text mask for this case."""
+    """What happens if an unlabelled case has no text (with `num_labeled`: any case). `error` refuses to train, `skip`
+    uses no text mask for this case."""
     teacher_supervision: bool = True
-    """Whether the student learns from the teacher's pseudo-labels."""
+    """Whether the student learns from the teacher's pseudo-labels. With `mask_labels=evidence` it always does."""
     text_supervision: bool = True
-    """Whether the student learns from the text masks, which show where an image has what its text says."""
+    """Whether the student learns from the text masks, which show where an image has what its text says. With
+    `mask_labels=evidence` it does so unless this setting and `average_supervision` are both false."""
     average_supervision: bool = True
-    """Whether the student learns from the average of the teacher's pseudo-label and the text mask."""
+    """Whether the student learns from the average of the teacher's pseudo-label and the text mask. For
+    `mask_labels=evidence` see `text_supervision`."""
     pseudo_weight: Weight = 1.0
     """The weight of each loss on pseudo-labels (of the teacher, of the text, of their average) at the end of the
     ramp."""
@@ -63,7 +66,7 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """The learning rate of the text masks, which have an optimizer of their own (Adam)."""
     mask_texts: Count = 64
     """The number of texts that each image is compared with: the texts of the batch, and others that are drawn at
-    random."""
+    random. With the prompts of the classes it has no effect."""
     mask_temperature: Annotated[float, Bounds(1e-6)] = 0.07
     """The first value of the temperature in the loss of the text masks. Training changes it."""
     mask_gate: Share = 0.6
@@ -80,7 +83,8 @@ class AMVLMSettings(TeacherSettings, PseudoLabelSettings, TurnSettings):
     """The number of slices of a 3d patch that get a text mask. They are drawn anew in every step."""
     sides: Literal["keep", "swap"] = "keep"
     """What happens if a text names a side, such as left. `keep` leaves out the flips that would make the text false.
-    `swap` flips the image and exchanges the words in the text."""
+    `swap` flips the image and exchanges the words in the text. With the prompts of the classes, `swap` does the same as
+    `keep`."""
     vertical_sides: tuple[tuple[str, ...], ...] = (
         ("upper", "lower"), ("uppermost", "lowermost"), ("top", "bottom"), ("topmost", "bottommost"),
         ("above", "below"), ("superior", "inferior"), ("anterior", "posterior"),
@@ -116,13 +120,14 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     The student is the plans' network, and the teacher its EMA. `TextMaskGenerator`, on the frozen towers of
     `pretrain_vlm`, finds where an unlabelled image shows what its text says. The generator has a loss and an optimizer
     of its own, as in the public code: the contrastive loss of TCL (Cha et al., CVPR 2023) with the two priors of TCL
-    (`loss_between_images`), and Adam. Teacher and generator see the weak view.
+    (`loss_between_images`), and Adam. With the prompts of the classes the loss is `loss_between_classes`. Teacher and
+    generator see the weak view.
 
-    By default it is a Mean Teacher whose pseudo-labels the text changes. Before every epoch the text masks are measured
-    on labelled training cases, if possible on those whose labels the pre-training did not see: what does a mask's value
-    say about a pixel (`evidence`)? This changes the odds of the teacher. Its decision teaches the student's strong
-    view, flipped and turned, by nnU-Net's loss with deep supervision. If the masks of a class match its labels too
-    badly (`mask_gate`), they are not used. If no class has good masks, the method is a Mean Teacher.
+    By default the method is a Mean Teacher whose pseudo-labels the text changes. Before every epoch the text masks are
+    measured on labelled training cases, if possible on those whose labels the pre-training did not see: what does a
+    mask's value say about a pixel (`evidence`)? This changes the odds of the teacher. Its decision teaches the
+    student's strong view, flipped and turned, by nnU-Net's loss with deep supervision. If the masks of a class match
+    its labels too badly (`mask_gate`), they are not used. If no class has good masks, the method is a Mean Teacher.
 
     With `mask_labels=soft` it is the paper's method: three pseudo-labels, all probabilities, teach the student: the
     teacher's mask, the text mask, and the average of the two. Each can be switched off.
@@ -133,13 +138,13 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     ramp over the training. `hard` cuts the text masks at the threshold with the best Dice. Neither is the default,
     because such a mask finds an object, but not its edges. The gate is ours, too.
 
-    With one class the text of each case in texts.json is used. Otherwise there is a prompt and a mask for each class.
-    The background is where no mask is: prod_k (1 - m_k). In a volume, `text_slices` slices along the first axis of the
-    patch get text masks; the other slices have the teacher's mask only. So does a case without a text
-    (`missing_texts=skip`).
+    With one class and a texts.json, the text of each case is used. Otherwise there is a prompt and a mask for each
+    class (setting `texts`). The background is where no mask is: prod_k (1 - m_k). In a volume, `text_slices` slices
+    along the first axis of the patch get text masks; the other slices have the teacher's mask only. So does a case
+    without a text (`missing_texts=skip`).
 
     Augmentation must not make a text false. If texts name sides (`vertical_sides`, `horizontal_sides`; more words can
-    be added), flips along their axes and rotations above 15 degrees are switched off, in prediction, too. With
+    be added), flips along their axes (in prediction, too) and rotations above 15 degrees are switched off. With
     `sides=swap` a whole batch is flipped, and the words in its texts are exchanged. In volumes the vertical words can
     mean two axes; then neither is flipped, even with `swap`. A text about the whole image (a count, a place) can still
     be false for a patch of it: plan a patch as large as the image. Prediction needs neither text nor towers.
@@ -226,7 +231,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
     def backward(self, groups: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Run the backward passes.
 
-        The gradients of the text masks are clipped to a norm of 1, apart from the other gradients.
+        The gradients of the text masks are first clipped to a norm of 1 on their own.
         """
         terms = super().backward(groups)
         self.ranks.mean_gradients([*self.auxiliary["text_masks"].parameters()])
@@ -324,7 +329,7 @@ class AMVLMTrainer(SemiSupervisedTrainer[AMVLMSettings]):
         manager = self.label_manager
         labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
         cases = [c for c in self.labeled_cases if not self.case_texts or c in self.labeled_texts]
-        # what the towers learnt of a label by heart says nothing of other cases
+        # the towers may know by heart the labels that the pre-training saw, so masks are better there than elsewhere
         cases = [c for c in cases if c not in self.seen_cases] or cases
         data = self.dataset_class(self.preprocessed_dataset_folder, cases)
         self.examples = examples_of(data, cases, labels, manager.ignore_label)

@@ -18,7 +18,7 @@ from nnunet_semiseg.training.two_networks import TwoNetworkTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class CPSSettings(ConsistencySettings, OptionalTextSettings, PseudoLabelSettings):
-    """Settings of `CPSTrainer`; `consistency_weight` is lambda there.
+    """Settings of `CPSTrainer`; `consistency_weight` is lambda in its docstring.
 
     With as many unlabelled as labelled samples, the paper's loss needs twice the paper's lambda here.
     """
@@ -61,6 +61,6 @@ class CPSTrainer(TwoNetworkTrainer[CPSSettings], TextGuidedTrainer[CPSSettings])
 
 
 def predict(network: MultiDecoderUNet, images: Tensor, text: Tensor | None):
-    """The network's output, and the features that are aligned with the text (setting `csa`)."""
+    """The network's output, and the features for `category_alignment_loss` (None without text)."""
     skips, aligned = network.encode(images, text)
     return network.decode(skips), aligned

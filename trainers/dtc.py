@@ -59,10 +59,10 @@ class DTCTrainer(TextGuidedTrainer[DTCSettings]):
 
     The paper has one organ. Here each class (the background, too) or region has its own level set. If a class is not in
     a patch, every voxel is outside (1). A patch with ignored voxels has no L_LSF. The distances are computed after
-    augmentation, in the loader's processes (1 to 1.5 s for each head of a patch of 128^3). L_LSF and L_DTC use the full
+    augmentation, in the loader's processes (1 to 1.5 s for each head of a patch of 128^3). L_LSF and eq. 4 use the full
     resolution, and L_seg is nnU-Net's. With deep supervision the level sets of the coarser outputs are not used.
 
-    With `consistency=paper` L_DTC is eq. 4. Its weight is so small that the classes learn next to nothing from it.
+    With `consistency=paper` L_DTC is eq. 4. Its gradient is so small that the classes learn next to nothing from it.
     With k = 1500 it moves only level sets that are within a few thousandths of 0, and these are nearly right anyway. By
     default we differ: each task learns the decision of the other,
 

@@ -58,7 +58,7 @@ class MCFTrainer(TwoNetworkTrainer[MCFSettings]):
         for i, output, decisions in self.in_turn(passes, self.labeled_decision):
             differ = (decisions[0] != decisions[1]).any(1, keepdim=True)
             with self.shared(output) as output:
-                # first what takes more memory: after it there are gradients, too
+                # the term that takes more memory is first: the gradients of the output do not take memory yet
                 yield {"review": settings.review_weight * self.review(differ, output, batch.target)}
                 loss = self.loss(output, batch.target)
                 supervised.append(loss.detach())

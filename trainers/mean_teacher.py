@@ -57,7 +57,7 @@ class MeanTeacherTrainer(TextGuidedTrainer[MeanTeacherSettings]):
     With `consistency=paper` L_con is the MSE of probabilities at full resolution, and w ends at 0.1, as is usual for
     volumes (Yu et al., UA-MT, MICCAI 2019). By default we differ: L_con is nnU-Net's loss with deep supervision towards
     the teacher's decision, w ends at 1, and the student's view is flipped and turned. Labelled samples have no
-    consistency term. With `external_masks` the masks of other models change the decision.
+    consistency term. With `external_masks` the masks of other models change the decision and the weights of voxels.
     """
 
     views = ("weak", "strong")

@@ -46,7 +46,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
     few labelled cases are rarely seen.) If a class is in one piece in every labelled case, pseudo-labels keep only its
     largest component in the whole case, or in a 2d configuration in each slice.
 
-    The folder `pseudo_labels/round_N` of the training holds the pseudo-labels, both in the geometry of the images, for
+    The folder `pseudo_labels/round_N` of the training holds the pseudo-labels twice: in the geometry of the images, for
     you to look at, and in the form for training. If the labelling is interrupted, the training continues with the cases
     that have no pseudo-label yet. nnU-Net's `-pretrained_weights` are used for the first training only.
     """

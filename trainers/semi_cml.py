@@ -89,18 +89,18 @@ class SemiCMLSettings(ConsistencySettings, TeacherSettings, PseudoLabelSettings)
     """Pseudo-labels with a probability below this do not count. The threshold has this value when the loss on
     pseudo-labels (re-learning) begins (tau0 in the paper), and rises after that."""
     threshold_warmup: Share = 0.02
-    """The share of the training over which the threshold of the pseudo-labels rises."""
+    """The threshold of the pseudo-labels rises over 0.9 times this share of the training, to 0.9 + 0.1 `threshold`."""
     mc_passes: Annotated[int, Bounds(0)] = 4
-    """The number of passes with dropout that measure the uncertainty of pseudo-labels. With 0 all voxels have the same
-    weight."""
+    """The number of passes with dropout that measure the uncertainty of pseudo-labels. With 0 the uncertainty does not
+    change the weights of voxels."""
     mc_dropout: Dropout = 0.2
     """The probability of dropout in the passes that measure the uncertainty."""
     disagreement_weight: Share = 0.3
     """The factor of a voxel's weight in the loss on pseudo-labels (re-learning) where the decisions of the two
     modalities differ. Elsewhere it is 1."""
     teacher: Literal["ema", "best_pool"] = "ema"
-    """Which network labels the unlabelled images. `ema` is the EMA of the student. `best_pool` is the mean of the
-    networks from the epochs with the best validation, each with the better of its two modalities."""
+    """Which network makes the pseudo-labels (re-learning). `ema` is the EMA of the student. `best_pool` is the mean of
+    the networks from the epochs with the best validation, each with the better of its two modalities."""
     pool_size: Count = 3
     """The number of best epochs that `teacher=best_pool` uses."""
 
@@ -140,9 +140,9 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
 
     In `inter` and `contrast` a class counts if at least one of the two decisions has it. All terms but the supervised
     one have a Gaussian ramp, over 0.4 of the training or, with `consistency=paper`, over all of it. The teacher sees
-    weak views, the student strong ones. With `teacher=best_pool` the teacher is the mean of the better decoders of the
-    epochs with the best pseudo Dice. That is measured on nnU-Net's validation patches, which are of the fold (with fold
-    `all`: of training cases), never of a test set.
+    weak views, the student strong ones. With `teacher=best_pool` the teacher of the re-learning is the mean of the
+    better decoders of the epochs with the best pseudo Dice. That is measured on nnU-Net's validation patches, which are
+    of the fold (with fold `all`: of training cases), never of a test set.
 
     Where paper and page say nothing: dropout acts on the features that decoders read, because nnU-Net's networks have
     none; so a pass does not repeat the encoder. The contrast's classes are the foreground classes, and its negatives
@@ -233,7 +233,8 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
             target: None for the unlabelled stream.
             share: the stream's share of all samples.
             own: the logits of the teacher for each decoder. None if they are not needed.
-            taught: the target and the weight of the re-learning, see `relearning_target`. None before it begins.
+            taught: the target and the weight of the re-learning, see `relearning_target`. None if it has not begun or
+                is switched off.
         """
         settings, ramp = self.settings, self.settings.ramp(self.progress)
         if target is not None:

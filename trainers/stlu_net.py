@@ -50,13 +50,13 @@ class STLUNetSettings(ConsistencySettings, PseudoLabelSettings):
     is this number. By default `scalar` has the weight `mixing_weight`, and `mixup` uses b = 1."""
     skips: Literal["own", "mixed"] = "mixed"
     """Which features the skip connections carry while features are mixed: `own` are those of the sample itself, `mixed`
-    are the mixed ones. The bottleneck is always mixed."""
+    are the mixed ones. The bottleneck is the same for both."""
     channel_dropout: Dropout = 0.5
     """The probability that a channel is dropped in the stream without mixing (semantic enhancement). With
-    `mixing=dropblock` it is the probability that a block is dropped. 0 switches it off."""
+    `mixing=dropblock` it is also the share of the values that are dropped in the other stream. 0 switches it off."""
     supervision: Literal["symmetric", "mixing", "enhancement"] = "symmetric"
-    """Which of the two streams (feature mixing, semantic enhancement) learn from pseudo-labels: both (`symmetric`) or
-    one."""
+    """Which of the two streams (feature mixing, semantic enhancement) learn, from labels and from pseudo-labels: both
+    (`symmetric`) or one. Then the other one makes the pseudo-labels only."""
     confidence_threshold: Share | None = None
     """Pseudo-labels with a probability below this do not count. By default all pseudo-labels count."""
     confidence: Literal["hard", "soft"] = "hard"
@@ -88,11 +88,11 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
 
     The paper names a repository that could not be read. Where the paper says nothing: w and pseudo-labels get no
     gradient. w is computed after a ReLU (see `similarity_weights`), and its histogram is logged every epoch. Mixed or
-    dropped features go to the next stage and to the decoder's skip (with `skips=own` the skip has the sample's own
-    features). Each group mixes once, after its last stage, because a second mixing with w = 0 would undo the first. The
-    stages before the first mixing are computed once for both streams. The images of a pair are mirrored, rotated and
-    scaled alike. Otherwise seven of eight pairs in 3d would differ in the mirrored axes, and the cosine would compare
-    an organ with its mirror image (`pairs=independent`).
+    dropped features go to the next stage and to the decoder's skip (with `skips=own` the skips of m have the sample's
+    own features). Each group mixes once, after its last stage, because a second mixing with w = 0 would undo the first.
+    The stages before the first mixing are computed once for both streams. The images of a pair are mirrored, rotated
+    and scaled alike. Otherwise seven of eight pairs in 3d would differ in the mirrored axes, and the cosine would
+    compare an organ with its mirror image (`pairs=independent`).
 
     L is nnU-Net's Dice + CE with deep supervision (with `loss=dice` Dice only, as in the paper). gamma is a Gaussian
     ramp to 1 over 0.4 of the training. With `consistency=paper` the ramp is as long as the training, and pseudo-labels
@@ -101,9 +101,9 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
     The comparisons in the paper are settings: `mixing_groups`; `mixing=scalar` (a fixed weight, or a random one from
     Beta(b, b)); `mixing=mixup`, after Verma et al. (ICML 2019): in each step features are mixed after the last stage of
     one random group, with a weight above 1/2, and each sample learns both labels, in the same proportion (gamma(t) is
-    the factor wherever a pseudo-label is learnt); `mixing=dropblock`; `supervision` (which stream learns from the
-    pseudo-labels of the other); `confidence_threshold`; and `confidence=soft`, where the probability of a pseudo-label
-    is the weight of its voxel.
+    the factor wherever a pseudo-label is learnt); `mixing=dropblock`; `supervision` (which stream learns, from labels
+    and from the pseudo-labels of the other); `confidence_threshold`; and `confidence=soft`, where the probability of a
+    pseudo-label is the weight of its voxel.
     """
 
     @classmethod

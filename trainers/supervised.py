@@ -5,7 +5,7 @@ from nnunet_semiseg.training.plans_trainer import PlansTrainer
 
 
 class SupervisedTrainer(PlansTrainer[TrainingSettings]):
-    """nnU-Net's own trainer, but the settings in the plans give its length.
+    """nnU-Net's own trainer, with settings from the plans, such as the length of the training.
 
     It is the baseline that trains as long as the other methods.
     """

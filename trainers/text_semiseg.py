@@ -44,10 +44,10 @@ class TextSemiSegTrainer(TextGuidedTrainer[TextSemiSegSettings]):
 
     L_sup is nnU-Net's loss with deep supervision. L_cog is CSA (`category_alignment_loss`) over both streams and both
     decoders. It gives the text no gradient; the text learns through TMR only. L_mix is DCA, from `dca_start` on: the
-    decoder with the lower supervised loss labels the unlabelled samples, `mix` makes mixes, and the other decoder
-    learns from these (Dice + CE, and L_cog on them; one mean over both mixes, as in the code). L_unsup is the cross
-    pseudo supervision of the decoders. TMR is `MultiplanarTextAttention`. The first decoder (transposed convolutions)
-    is deployed.
+    decoder with the lower supervised loss labels the unlabelled samples. `mix` mixes these with labelled samples, and
+    the other decoder learns from the mixes (Dice + CE and L_cog; one mean over both mixes, as in the code). L_unsup is
+    the cross pseudo supervision of the decoders. TMR is `MultiplanarTextAttention`. The first decoder (transposed
+    convolutions) is deployed.
 
     With `consistency=paper` the losses of pseudo-labels use full resolution only, and lambda(t) is a Gaussian ramp to
     0.1 over the training. By default we differ: they have nnU-Net's deep supervision, and lambda reaches 1 after 0.4 of

@@ -51,18 +51,18 @@ class TraCoCoTrainer(TwoNetworkTrainer[TraCoCoSettings]):
 
     - L_CRC is the "confident regional cross-entropy" towards the other network, with its probabilities q and its
       decision y. It has two parts. The first is the mean of q_y CE(p, y) over the voxels where q_y is at least 0.65.
-      The second is the mean of q_min times -log(1 - p_c), with a mean over all classes c except y, over the voxels
-      where the smallest probability q_min is below 0.1. The samples of the second network are mixed first (CutMix);
+      The second is for the voxels where the smallest probability q_min is below 0.1: the mean of q_min times -log(1 -
+      p_c), averaged over all classes c except y. The samples of the second network are mixed first (CutMix);
     - L_tra: a crop shows the same voxels with other surroundings, and the network must predict the same for them:
       0.3 KL(p_patch || p_crop) + 0.1 mean sum p_crop log p_crop. The second term prevents one class everywhere.
 
     With `consistency=paper` this is done at full resolution, as in the paper and its code. lambda is a Gaussian ramp to
-    1 over 0.14 of the training. By default we differ: L_CRC is nnU-Net's loss with deep supervision over the confident
-    voxels, L_tra is 0.3 times that loss towards the probabilities p_patch (`soft_label_loss`), and lambda reaches 1
-    after 0.4 of the training.
+    1 over 0.14 of the training. By default we differ: L_CRC is nnU-Net's loss with deep supervision, in which voxels
+    with q_y below 0.65 have the weight 0. L_tra is 0.3 times nnU-Net's loss towards the probabilities p_patch
+    (`soft_label_loss`), with deep supervision, and lambda reaches 1 after 0.4 of the training.
 
     Both differ from the paper in these points. The paper has two overlapping crops of a volume. Here it is the patch
-    and a crop of it, so that the whole crop can be compared (two crops of a patch would share an eighth of it in 3d).
+    and a crop of it, so that the whole crop can be compared (two crops may share only an eighth of the patch in 3d).
     p_patch gets no gradient from L_tra, so that one graph less is kept. Labelled samples have no L_tra. The networks
     differ in their initial weights (theirs: or in their architecture) and see the same augmentation (theirs: separate
     noise). The box of CutMix has sides along all axes (theirs goes through all slices). With one unlabelled sample in a

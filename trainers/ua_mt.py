@@ -38,7 +38,8 @@ class UAMTSettings(ConsistencySettings, OptionalTextSettings, TeacherSettings, P
     """The dropout probability at the bottleneck, in the student and in the passes that measure where the teacher is
     certain."""
     input_noise: Annotated[float, Bounds(0)] = 0.1
-    """The standard deviation of the noise on the teacher's images. Noise beyond twice this value is cut off."""
+    """The standard deviation of the noise on the images in the passes that measure where the teacher is certain. Noise
+    beyond twice this value is cut off."""
 
 
 class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
@@ -58,8 +59,9 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
     Each region is judged by its own entropy.
 
     With `consistency=paper` L_c is eq. 3, its weight ends at 0.1, and the ramp is as long as the training. By default
-    L_c is nnU-Net's loss with deep supervision towards the teacher's decision, over the certain voxels (for regions:
-    where all of them are certain). Its weight ends at 1, and the student's view is flipped and turned.
+    L_c is nnU-Net's loss with deep supervision towards the teacher's decision, in which uncertain voxels have the
+    weight 0 (for regions: where any of them is uncertain). Its weight ends at 1, and the student's view is flipped and
+    turned.
     """
 
     views = ("weak", "strong")
@@ -96,10 +98,10 @@ class UAMTTrainer(TextGuidedTrainer[UAMTSettings]):
             yield terms
 
     def distance(self, output, teacher: Tensor, certain: Tensor) -> Tensor:
-        """The consistency loss of the student's output, over the voxels where the teacher is certain.
+        """The consistency loss of the student's output. Voxels where the teacher is uncertain have the weight 0.
 
         It is nnU-Net's loss towards the teacher's decision; with `consistency=paper`, the squared difference of the
-        probabilities.
+        probabilities, as a mean over the other voxels.
 
         Args:
             teacher: the logits of the teacher, (B, heads, *S).

@@ -39,10 +39,11 @@ class UniMatchTrainer(SemiSupervisedTrainer[UniMatchSettings]):
         L = L_x + L_u, L_u = 1/2 L(fp) + 1/4 (L(s1) + L(s2)) (in the paper half of it).
 
     L(fp) is for the feature stream, L(s1) and L(s2) are for the strong views. Each is the loss towards the decision on
-    the weak view, where its probability is at least 0.95. Strong views have nnU-Net's intensity augmentation and
-    CutMix; the pseudo-labels are cut in the same way. The features of the weak view give both the feature stream and
-    the pseudo-label (by a pass of the decoder without gradients). L is Dice + CE, where only certain voxels have a
-    weight (paper: CE; their medical code: Dice). A box has the shape of the patch and is the same for all samples of a
+    the weak view, where its probability is at least 0.95. Strong views have nnU-Net's intensity augmentation, flips and
+    turns, and CutMix; the pseudo-labels are flipped, turned and cut in the same way. The features of the weak view give
+    both the feature stream and the pseudo-label (by a pass of the decoder without gradients). L is Dice + CE, where
+    only certain voxels have a weight (paper: CE; their medical code: Dice). It has deep supervision, or with
+    `consistency=paper` full resolution only. A box has the shape of the patch and is the same for all samples of a
     view. With one unlabelled sample in a batch nothing is mixed.
     """
 

@@ -47,8 +47,8 @@ class URPCTrainer(TextGuidedTrainer[URPCSettings]):
     - L = L_sup + lambda(t) L_unsup, with a Gaussian ramp to lambda = 0.1.
 
     With `consistency=paper` L_unsup is eq. 4. By default we differ: each scale learns the decision of p_c by nnU-Net's
-    loss, with w_s as the weight of a voxel (it gets no gradient) and with the weights of deep supervision. lambda ends
-    at 1 after 0.4 of the training.
+    loss, with the weights of deep supervision. A voxel has the weight w_s, which gets no gradient. lambda ends at 1
+    after 0.4 of the training.
 
     As in their code, the squares are a mean over classes, and the last term is the mean of D_s (paper: its norm). That
     code has D_s the other way round, p_c log(p_c / p_s). L_sup is nnU-Net's, where each coarser output has half the

@@ -20,6 +20,8 @@ recomputed: Any = partial(checkpoint, use_reentrant=False)
 def dissimilarity(branches: Sequence[Tensor], label_manager) -> Tensor:
     """1 minus the soft Dice between the predictions of the two decoders: a mean over classes, then over samples.
 
+    `similarities` says which classes and samples count. If none does, the result is 0.
+
     Args:
         branches: the logits of both decoders, (B, heads, *S).
     """
@@ -31,11 +33,11 @@ def area_similarity_contrast(similarity: Tensor, counts: Tensor, anchors: int, t
     """A contrastive loss: a prediction must find the other modality of its sample among all predictions of the batch.
 
     The loss is the mean over anchors i of -log(exp(s_ij / T) / sum_(k != i) exp(s_ik / T)), with j the partner of i. A
-    negative k with s_ik >= s_ij gets no gradient.
+    negative k with s_ik >= s_ij gets no gradient. An anchor has no loss if its pair with its partner does not count.
 
     Args:
         similarity: s, (2 N, 2 N): the predictions of N samples from one modality, then from the other one.
-        counts: (2 N, 2 N), bool: whether a pair counts. Without its pair with its partner, an anchor has no loss.
+        counts: (2 N, 2 N), bool: whether a pair counts.
         anchors: the number of samples whose predictions are anchors. They are the first ones of each modality.
         temperature: T.
     """
@@ -60,7 +62,8 @@ def similarities(logits: Sequence[Tensor], label_manager, squared: bool = False)
     pass, because the probabilities of all classes would be the largest tensors of a step.
 
     Args:
-        logits: k tensors (B, heads, *S), with k B = M.
+        logits: tensors (B_i, heads, *S). M is the sum of all B_i.
+        squared: see `area_similarity`.
     """
     regions = label_manager.has_regions
     norms = [None if regions else recomputed(log_normaliser, x) for x in logits]
@@ -75,7 +78,7 @@ def area_similarity(p: Tensor, squared: bool = False) -> Tensor:
     """The soft Dice 2 |P_i P_j| / (|P_i| + |P_j|) of each pair of predictions, as a mean over classes.
 
     Args:
-        p: (M, classes, *S), float32 probabilities.
+        p: probabilities (M, classes, *S).
         squared: whether the denominator is |P_i^2| + |P_j^2|, so that a soft prediction has similarity 1 with itself.
 
     Returns:
@@ -99,7 +102,7 @@ def classes_in(logits: Tensor, label_manager) -> Tensor:
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
-    """The logarithm of the sum of exp over the heads, (B, *S), in float32 or float64."""
+    """The logarithm of the sum of exp(logits) over the heads of (B, heads, *S): (B, *S), in float32 or float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
 
 
@@ -107,12 +110,12 @@ def class_similarity(logits: Sequence[Tensor], norms: Sequence[Tensor | None], s
     """`area_similarity` of one class.
 
     Args:
-        logits: k tensors (B, *S) of this class only.
+        logits: tensors (B_i, *S) of this class only. M is the sum of all B_i.
         norms: for each tensor the `log_normaliser` of all heads. None for a region, which has a sigmoid.
         squared: see `area_similarity`.
 
     Returns:
-        (k B, k B), in 0 to 1.
+        (M, M), in 0 to 1.
     """
     p = [x.sigmoid() if norm is None else (x - norm).exp() for x, norm in zip(logits, norms, strict=True)]
     return area_similarity(torch.cat(p)[:, None], squared)

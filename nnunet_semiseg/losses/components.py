@@ -14,8 +14,8 @@ from torch.nn import functional as F
 def keep_largest_components(label: Tensor, heads: Sequence[int], regions: bool) -> Tensor:
     """Remove the smaller components of some classes or regions. Voxels are connected by faces, edges and corners.
 
-    On a CPU it uses MONAI's transform, one sample after the other. On a GPU this transform would copy to the CPU and
-    wait, so `largest_component` is used there.
+    On CUDA it uses `largest_component`, because MONAI's transform would copy to the CPU and wait for it. On other
+    devices it uses MONAI's transform, one sample after the other.
 
     Args:
         label: classes (B, 1, *S), or regions (B, heads or more, *S).

@@ -54,7 +54,7 @@ def cut_mix(x: Tensor, box: Tensor) -> Tensor:
 def pairs(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The first n samples, and a partner for each: the sample before it.
 
-    The partner of the first sample is the sample after the n-th one.
+    The partner of the first sample is the sample after the n-th one, or the n-th one itself if there are no more.
     """
     x = x[: n + 1]
     return x[:n], x.roll(1, 0)[:n]

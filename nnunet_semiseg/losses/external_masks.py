@@ -20,7 +20,7 @@ def join_masks(
 
     Where the teacher is unsure, the label is the class with the most votes. Elsewhere, and without a vote, it is the
     teacher's decision. The weight of a voxel is the sum of the votes for its label, plus 1 if the teacher has decided
-    for it, too. So masks have an effect only where they agree with the teacher and where the teacher is unsure.
+    for it, too. So a mask has an effect only where it agrees with the teacher or where the teacher is unsure.
 
     Args:
         decision: the teacher's decision, as `hard_pseudo_label` returns it.

@@ -36,7 +36,7 @@ def probabilities(logits: Tensor, label_manager) -> Tensor:
 
 
 def entropy(p: Tensor, regions: bool) -> Tensor:
-    """The entropy -sum p log p over the classes, (B, 1, *S).
+    """The entropy -sum p log p over the classes, (B, 1, *S), of probabilities p (B, heads, *S).
 
     For regions it is the entropy of each region and its complement, (B, heads, *S).
     """
@@ -46,7 +46,10 @@ def entropy(p: Tensor, regions: bool) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor, regions: bool) -> Tensor:
-    """The KL divergence KL(p || q) of classes, (B, 1, *S), or of each region and its complement, (B, heads, *S)."""
+    """The KL divergence KL(p || q) of probabilities (B, heads, *S).
+
+    It is (B, 1, *S) for classes. For regions it is that of each region and its complement, (B, heads, *S).
+    """
 
     def relative(p: Tensor, q: Tensor) -> Tensor:
         return p * (p.clamp_min(1e-8).log() - q.clamp_min(1e-8).log())
@@ -110,7 +113,7 @@ def weighted_loss(loss, logits: Tensor, target: Tensor, weight: Tensor) -> Tenso
 
 
 def cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:
-    """The weighted mean of the cross-entropy over voxels. For regions it is binary, over voxels and regions.
+    """The mean over all voxels of cross-entropy times weight. For regions it is binary, over voxels and regions.
 
     Args:
         logits: (B, heads, *S).
@@ -128,14 +131,15 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None 
 
     nnU-Net's own Dice does not have this property: if the target is 0.4 everywhere, predicting 1 everywhere is best. So
     its overlap, the sum of p t, is replaced by the sum of min(p, t), as in Wang et al., "Dice semimetric losses"
-    (MICCAI 2023), which MONAI implements. Towards hard labels this is nnU-Net's loss.
+    (MICCAI 2023), which MONAI implements. Towards hard labels this is nnU-Net's loss. But in several processes the Dice
+    of a batch (`batch_dice`) is that of each process's own samples.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
         logits, target: (B, heads, *S). The target gets no gradient.
         weight: (B, 1, *S), at least 0, see `weighted_loss`. None: all voxels have the same weight.
     """
-    from monai.losses.dice import DiceLoss  # takes seconds, and few methods need it
+    from monai.losses.dice import DiceLoss  # takes seconds to import, and few methods need it
 
     target, dc = target.detach(), loss.dc
     weight = torch.ones_like(target[:, :1]) if weight is None else weight
@@ -151,7 +155,7 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None 
 
 
 def share_without_weight(loss, weight: Tensor) -> Tensor:
-    """The share of samples whose weights are all 0. With `batch_dice` it is 1 or 0.
+    """The share of samples whose weights are all 0. With `batch_dice` the batch is one sample, so it is 1 or 0.
 
     The Dice of such a sample is 1, but only because of the smoothing.
     """
