@@ -6,11 +6,11 @@ It makes its own data, nnU-Net plans of full size, and small untrained text and 
 the next call. The package must be installed. `--dry-run` does the same on a CPU, with tiny plans.
 
 Each trainer takes a few steps at the beginning of its training and a few at the end, because methods switch terms on
-later. The timed steps come last, with nnU-Net's mixed precision and gradient scaler. The losses in the table are from
-all these steps. All graph breaks that torch.compile found are counted; recompiles are the graphs that it made in the
-timed steps. Memory is that of CUDA's allocator in the timed steps. The time of a step does not include loading.
-"loading / step" is the share of a step that the loader's workers need for a batch: above 100% the GPU waits. Trainers
-with equal loaders share one measurement.
+later. The timed steps come last, with nnU-Net's mixed precision and gradient scaler. The column "losses" says whether
+the loss terms of all these steps, and the weights, are finite. All graph breaks that torch.compile found are counted;
+recompiles are the graphs that it made in the timed steps. Memory is that of CUDA's allocator in the timed steps. The
+time of a step does not include loading. "loading / step" is the share of a step that the loader's workers need for a
+batch: above 100% the GPU waits. Trainers with equal loaders share one measurement.
 
 A worker process does the measuring. If it dies or hangs, another one continues with the next trainer.
 """
@@ -49,7 +49,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_what(parser)
     add_how_long(parser)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for data, plans and the log")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder for data, plans and the log; default: a temporary one"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -125,7 +127,7 @@ def add_how_long(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warmup",
         type=int,
-        help="number of untimed steps, at the beginning and at the end of the training; default: 3",
+        help="number of untimed steps at the beginning of the training, and again at its end; default: 3",
     )
     parser.add_argument(
         "--workers", type=int, help="number of workers of the loader; default: one for each core, at most 12"

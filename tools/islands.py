@@ -29,7 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("references", type=Path, help="folder of the true labels")
     parser.add_argument(
-        "predictions", type=Path, nargs="+", help="folders of predictions that nnU-Net wrote, with their plans.json"
+        "predictions",
+        type=Path,
+        nargs="+",
+        help="folders of predictions in .nii.gz that nnU-Net wrote, with their plans.json and dataset.json",
     )
     parser.add_argument(
         "--label",

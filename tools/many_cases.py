@@ -3,7 +3,7 @@
     python tools/many_cases.py [--counts 10 1000 10000 100000] [--work FOLDER]
 
 All cases are links to the preprocessed files of one tiny case. So only the cost that grows with the number of cases is
-measured, not that of the disk or the voxels. Each number of cases has its own process, on the CPU, without loader
+measured, not that of the disk or the voxels. Each number of cases has processes of its own, on the CPU, without loader
 processes. Times are wall times; the time of the processor, which depends less on other work on the computer, is in
 brackets. Memory is the peak.
 """
@@ -107,7 +107,7 @@ def peak() -> str:
 
 
 def preprocess(work: Path) -> dict[str, str]:
-    """Run the preprocessing again, although all cases are done. Measures its time (`restart`) and the memory."""
+    """Run the preprocessing twice, although all cases are done. Measures the time of each run, and the memory."""
     from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 
     set_folders(work)

@@ -4,8 +4,9 @@
 
 MODEL is the folder of a trained model (with plans.json, dataset.json and fold_all/checkpoint_final.pth). Each
 CHECKPOINT is the path of a file, a copy of the model's `checkpoint_latest.pth` that you made during the training. For
-each of them and each decoder it prints the Dice, and the predicted volume divided by the true one: means over every
-n-th case of `--images`, without mirroring. The training itself does not use these numbers.
+each of them and each decoder it prints the Dice of the foreground (all classes as one), and the predicted volume
+divided by the true one: means over every n-th case of `--images`, without mirroring. Images have one channel. The
+training itself does not use these numbers.
 """
 
 from __future__ import annotations

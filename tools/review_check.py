@@ -3,17 +3,17 @@
     python tools/review_check.py estimates --data DATA --work WORK --sets acdc_small la_small
     python tools/review_check.py loop --data DATA --work WORK --set acdc_small
 
-Both need models that tools/yardstick.py has trained below the same WORK, and do not change them. This file alone reads
-the labels of unlabelled cases, from DATA. Start an interrupted command again; it continues.
+Both need models that tools/yardstick.py has trained below the same WORK, and do not change them. The true labels of
+unlabelled cases are read from DATA. Start an interrupted command again; it continues.
 
 `estimates` reviews all unlabelled cases with each kind of ensemble. For each estimate it prints Spearman's correlation
-with the true Dice (a mean over the classes), and how many of the ten worst cases are among the ten with the lowest
+with the true Dice (a mean over the classes), and which share of the ten worst cases is among the ten with the lowest
 estimate.
 
 `loop` begins with a model of few labels. In each round a list chooses cases, their true labels are accepted as
-corrected ones (`accept`), and a new model is trained. With --train_on, the training goes on from the last weights.
-After each round it prints the Dice on `dev_test`. The list for labelling, the list for correction and random lists all
-begin with the same model.
+corrected ones (`accept`), and a new model is trained. With --train_on, the training goes on from the last weights. It
+prints the Dice on `dev_test` before the first round and after each round. The list for labelling, the list for
+correction and random lists all begin with the same model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def check_estimates(args: argparse.Namespace) -> None:
             output = args.work / "review" / f"{run.name}__{ensemble}"
             try:
                 table = review(args.work, run, ensemble, output, *(["--disable_tta"] if args.disable_tta else []))
-            except RuntimeError as error:  # the model has no such members: the log says so
+            except RuntimeError as error:  # perhaps the model has no such members: the log says so
                 print(f"{name}, {ensemble}: {error}", file=sys.stderr)
                 continue
             truth = true_dice(output / "masks", args.data / name / "labels", about, list(table["case"]), raw)
@@ -154,7 +154,8 @@ def one_round(root: Path, run: Run, name: str, i: int, args: argparse.Namespace)
             shutil.copyfile(args.data / run.set / "labels" / file, corrected / file)
         set_folders(root)
         described = json.loads((root / "raw" / run.dataset / "dataset.json").read_bytes())
-        if cases[0] not in described.get("semiseg", {}).get("accepted", {}):  # else it was killed behind it
+        # if they are accepted already, this tool was killed right after `accept`
+        if cases[0] not in described.get("semiseg", {}).get("accepted", {}):
             words = ["accept", "-d", run.dataset, "-i", str(corrected), "--no_pbar"]
             command(root / "logs" / "accept.txt", "-m", "nnunet_semiseg.cli", *words)
         accepted.touch()
@@ -271,7 +272,9 @@ def main() -> None:
         default=["seeds", "teacher", "snapshots", "mirroring"],
         help="kinds of ensembles to compare; default: seeds teacher snapshots mirroring",
     )
-    estimates.add_argument("--disable_tta", action="store_true", help="predict without mirroring: eight times faster")
+    estimates.add_argument(
+        "--disable_tta", action="store_true", help="predict without mirroring: four (2d) or eight (3d) times faster"
+    )
     estimates.set_defaults(run=check_estimates)
     loop.add_argument("--set", choices=SETS, default="acdc_small", help="the data set to work on; default: %(default)s")
     loop.add_argument("--rounds", type=int, default=2, help="number of rounds; default: %(default)s")

@@ -93,7 +93,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="the folder with a folder for each set, such as DATA/la_small"
     )
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder in which tools/yardstick.py has written its files"
+        "--work", type=Path, required=True, help="folder for all files, the same as for tools/yardstick.py"
     )
     parser.add_argument("--set", choices=SETS, default="la_small", help="the data set to work on; default: %(default)s")
     parser.add_argument(

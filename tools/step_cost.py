@@ -7,7 +7,8 @@ The trainers take turns, so that a change in the machine's speed affects all of 
 trainer is timed at the beginning and at the end of its training, because methods switch terms on later. Loading is
 the time that one process needs to make a batch. Forward includes the losses; update includes clipping, the optimiser
 and the EMA. Peak memory is that of all tensors in a step, with weights and optimiser. On a GPU, CUDA's allocator
-measures it. On the CPU, a separate step counts the tensors that every operation makes.
+measures it, with the weights and optimisers of all trainers that are compared. On the CPU, a separate step counts the
+tensors that every operation makes.
 """
 
 from __future__ import annotations

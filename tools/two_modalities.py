@@ -32,7 +32,7 @@ CONFIGURATION, PLANS = "3d_fullres", "nnUNetSemiSegSmallPlans"
 
 
 def make_modalities(rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """Make two images and their labels. Each image also has structures that look like organs but are not."""
+    """Make two images and their label map. Each image also has structures that look like organs but are not."""
     _, labels = make_case(rng)
     labels[labels > 2] = 0
     images = []
@@ -77,7 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, metavar="WORK", help="folder for data, plans and models")
     parser.add_argument(
-        "--iterations", type=int, default=1000, help="iterations of each training; default: %(default)s"
+        "--iterations",
+        type=int,
+        default=1000,
+        help="iterations of each training, a multiple of 50; default: %(default)s",
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of runs of each trainer; default: %(default)s")
     args = parser.parse_args()

@@ -12,7 +12,8 @@ DATA has a folder for each set, with `images/`, `labels/` and `protocol.json`. A
 labels of unlabelled cases are never copied there. All runs of a set have the same plans: patch, batch, spacing,
 network. A training is nnU-Net's command on fold `all`, in one thread. The last checkpoint is tested on `dev_test`, with
 mirroring. An interrupted training continues. A finished one is not repeated, even if the code has changed since: to
-measure new code, give a --name. The text encoder is untrained (`tower_config`), so no number here says what text adds.
+measure new code, give a --name. The encoder of class prompts is untrained (`tower_config`), so no number here says what
+prompts add.
 
 Some sets are made of others: `la_foreign` (half of the unlabelled images are those of acdc_small), `acdc_10` and
 `acdc_30` (so many unlabelled volumes), and `busi_shuffled` (each case has the text of another).

@@ -22,7 +22,7 @@ class RealSet:
     """A data set and how it is trained.
 
     Attributes:
-        number: the first digit of its dataset ids. The other digits are the number of labels.
+        number: the first digit of its dataset ids. The other digits are the number of labels, or 99 for `all`.
         few, some: the numbers of labels that `few` and `some` stand for in --labels.
         channel: the name of the channel. nnU-Net chooses the normalisation by it.
         spacing: the spacing of `3d_fullres`, in mm. None: that of the data.
@@ -159,7 +159,7 @@ def fit_plans(plans: dict, about: RealSet) -> dict:
 def prepare(data: Path, work: Path, name: str, labels: str) -> None:
     """Make raw data, plans and preprocessed data of one set.
 
-    All numbers of labels use the plans of the smallest one.
+    All numbers of labels use the plans of `few`.
     """
     about, dataset = SETS[name], dataset_name(name, labels)
     few = dataset_name(name, str(about.few))
@@ -201,7 +201,9 @@ def tower_config() -> dict:
 
 
 def command(log: Path, *words: str) -> None:
-    """Run Python with these arguments. Its output goes to the log. The command ends when this process ends.
+    """Run Python with these arguments. Its output goes to the log.
+
+    If this process ends, a training or prediction ends, too (`end_with_parent`); other commands go on.
 
     Raises:
         RuntimeError: the command failed.
