@@ -13,9 +13,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed, multiprocessing
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map, tree_map_only
-from training import CLASSES, PLANS, TRAINERS, make_trainer, towers
+from training import CLASSES, PLANS, TRAINERS, make_trainer, nnunet_loss, towers
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.losses.segmentation import soft_label_loss
 from nnunet_semiseg.trainers.cps import CPSTrainer
 from nnunet_semiseg.trainers.mcf import MCFTrainer
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
@@ -235,8 +236,14 @@ def exchange(folder: Path) -> dict:
     labels = torch.tensor([[1] + 9 * [0], 10 * [1]][ranks.number])  # the first finds its voxel, the second none of ten
     warm_up.add(F.one_hot(labels * (1 - ranks.number), 2).float().T[None], labels[None, None])
     warm_up.end_epoch(20, ranks)
+    loss = nnunet_loss(False, weight_ce=0)
+    loss.dc.batch_dice = loss.dc.ddp = True
+    certain = torch.tensor([1.0, 0.5][ranks.number])  # a voxel of the only class: 1 here and 0.5 there, found with 0.5
+    target = torch.stack((1 - certain, certain)).view(1, 2, 1, 1, 1)
+    soft = soft_label_loss(loss, torch.zeros(1, 2, 1, 1, 1), target)
     return {
         "warm-up until": warm_up.first_step,
+        "soft Dice": round(soft.item(), 4),
         "gradients": [p.grad if p.grad is None else p.grad.tolist() for p in (both, one, none)],
         "first": [float(module.weight), bool(module.mask)],
         "mean": ranks.mean(torch.tensor([2.0, 4.0]) * ranks.number).tolist(),
@@ -256,6 +263,7 @@ def test_what_ranks_exchange(tmp_path):
         == second
         == {
             "warm-up until": 40,
+            "soft Dice": -0.8,  # of both voxels: 2 (0.5 + 0.5) / (1 + 1.5)
             "gradients": [[1.5, 3.0], [4.0, 2.0], None],
             "first": [5.0, True],
             "mean": [1.0, 2.0],

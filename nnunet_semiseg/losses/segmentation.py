@@ -131,27 +131,27 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None 
 
     nnU-Net's own Dice does not have this property: if the target is 0.4 everywhere, predicting 1 everywhere is best. So
     its overlap, the sum of p t, is replaced by the sum of min(p, t), as in Wang et al., "Dice semimetric losses"
-    (MICCAI 2023), which MONAI implements. Towards hard labels this is nnU-Net's loss. But in several processes the Dice
-    of a batch (`batch_dice`) is that of each process's own samples.
+    (MICCAI 2023). Towards hard labels this is nnU-Net's loss.
 
     Args:
         loss: nnU-Net's `DC_and_CE_loss` or `DC_and_BCE_loss`, not wrapped for deep supervision.
         logits, target: (B, heads, *S). The target gets no gradient.
         weight: (B, 1, *S), at least 0, see `weighted_loss`. None: all voxels have the same weight.
     """
-    from monai.losses.dice import DiceLoss  # takes seconds to import, and few methods need it
-
     target, dc = target.detach(), loss.dc
     weight = torch.ones_like(target[:, :1]) if weight is None else weight
     if isinstance(loss, DC_and_BCE_loss):
         ce = F.binary_cross_entropy_with_logits(logits, target, weight)
     else:
         ce = (F.cross_entropy(logits, target, reduction="none") * weight[:, 0]).mean()
-    smooth = {"smooth_nr": dc.smooth, "smooth_dr": dc.smooth}
-    dice = DiceLoss(dc.do_bg, batch=dc.batch_dice, soft_label=True, **smooth)
-    return loss.weight_ce * ce + loss.weight_dice * (
-        dice(weight * dc.apply_nonlin(logits), weight * target) - 1 + share_without_weight(loss, weight)
-    )
+    p, first = dc.apply_nonlin(logits), 0 if dc.do_bg else 1
+    over = (0, *range(2, p.ndim)) if dc.batch_dice else tuple(range(2, p.ndim))
+    sums = torch.stack([(weight * x)[:, first:].sum(over) for x in (torch.minimum(p, target), p, target)])
+    if dc.ddp and dc.batch_dice:  # the batch is that of all processes
+        sums = AllGatherGrad.apply(sums).sum(0)
+    overlap, predicted, true = sums
+    dice = ((2 * overlap + dc.smooth) / (predicted + true + dc.smooth).clamp_min(1e-8)).mean()
+    return loss.weight_ce * ce + loss.weight_dice * (share_without_weight(loss, weight) - dice)
 
 
 def share_without_weight(loss, weight: Tensor) -> Tensor:
