@@ -215,6 +215,10 @@ DAMAGE = {
         r"labelsTr/tr_000.nii.gz: size \(24, 24, 24, 3\) differs from",  # and not the spacing, too
     ),
     "cut label": (lambda d: cut(label_of(d)), "labelsTr/tr_000.nii.gz: cannot be read"),
+    "link to nothing": (
+        lambda d: (image := d.image("tr_001", folder="imagesTr")).unlink() or image.symlink_to("/nowhere.nii.gz"),
+        "imagesTr/tr_001_0000.nii.gz: no such file, or a link to none: replace the image or take its case out of",
+    ),
     "no label": (lambda d: label_of(d).unlink(), "labelsTr/tr_000.nii.gz: no such file: put the label there"),
     "lost slices": (
         change_label(lambda label: label[:20]),
