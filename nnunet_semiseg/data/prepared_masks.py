@@ -85,7 +85,7 @@ def _folders(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path,
 
 
 def _cases(folders: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
-    """The image and the properties of each preprocessed case."""
+    """The paths of the image and of the properties of each preprocessed case."""
     files = [file for folder in folders for file in sorted(folder.glob("*.pkl"))]
     return {file.stem: (file.with_suffix(".b2nd"), file) for file in files}
 

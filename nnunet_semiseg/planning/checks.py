@@ -96,7 +96,12 @@ def _check_channels(raw: Path, dataset_json: dict, labeled_cases: Mapping[str, S
 
 
 def _check_target_spacing(target: Sequence[float], image: str, channels: int) -> None:
-    """Refuse a spacing (z, y, x) if an image would then have no voxels, or more than fit into memory."""
+    """Refuse a spacing (z, y, x) if the image would then have no voxels, or more than fit into memory.
+
+    Args:
+        image: the first labelled image. If it is not 3D or cannot be read, nothing is refused.
+        channels: the number of channels of a case.
+    """
     header, memory = read_header(Path(image)), total_memory()
     if header is None or header.GetDimension() != 3:
         return
