@@ -108,6 +108,17 @@ def test_masks_are_written_in_our_values_and_measured(dataset, tmp_path, capsys)
     assert sorted(f.name for f in (dataset.raw / "external").iterdir()) == ["other"]
 
 
+def test_the_record_changes_with_each_mask(dataset, tmp_path):
+    folder = write_masks(dataset, tmp_path / "masks")
+    add_masks(dataset.id, "other", folder)
+    record = dataset.raw / "external" / "other" / "masks.json"
+    first = record.read_bytes()
+    add_masks(dataset.id, "other", folder)
+    assert record.read_bytes() == first
+    add_masks(dataset.id, "other", write_masks(dataset, folder, lambda x: 0 * x, ["un_000"]))
+    assert record.read_bytes() != first  # else the preprocessed mask of un_000 would not be made again
+
+
 def test_regions_are_measured_too(tiny_dataset, tmp_path):
     dataset = tiny_dataset(labeled=1, unlabeled=1, regions=True)
     result = add_masks(dataset.id, "old", write_masks(dataset, tmp_path / "masks", cases=["tr_000"]))
@@ -133,7 +144,7 @@ def test_what_does_not_fit_is_one_line_and_masks_of_before_stay(dataset, tmp_pat
         return error
 
     two = refused(
-        "tr_000.nii.gz: has the value 3, but dataset.json names 0, 1, 2: name the value of every class with --map",
+        "has the value 3, but the classes of dataset.json have 0, 1, 2: name the value of each class with --map",
         lambda x: x + 1,
     )
     assert len(two.splitlines()) == 2  # each file has its line
@@ -149,6 +160,14 @@ def test_what_does_not_fit_is_one_line_and_masks_of_before_stay(dataset, tmp_pat
     refused("--name ../x: use letters, digits", name="../x")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         add_masks(dataset.id, "other", tmp_path / "nowhere")
+    label = dataset.raw / "labelsTr" / "tr_000.nii.gz"
+    whole = sitk.ReadImage(str(label))
+    for content, problem in ((whole[1:], "its size differs from that of the image"), (None, "cannot be read")):
+        label.unlink()
+        if content is not None:
+            sitk.WriteImage(content, str(label))
+        with pytest.raises(UserError, match=f"tr_000.nii.gz: {problem}"):
+            add_masks(dataset.id, "other", good)
     assert (dataset.raw / "external" / "other" / "masks.json").read_bytes() == before
     assert sorted(f.name for f in (dataset.raw / "external").iterdir()) == ["other"]
     assert not list(dataset.raw.glob("*.lock"))

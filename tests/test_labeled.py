@@ -215,6 +215,10 @@ DAMAGE = {
         r"labelsTr/tr_000.nii.gz: size \(24, 24, 24, 3\) differs from",  # and not the spacing, too
     ),
     "cut label": (lambda d: cut(label_of(d)), "labelsTr/tr_000.nii.gz: cannot be read"),
+    "link to nothing": (
+        lambda d: (image := d.image("tr_001", folder="imagesTr")).unlink() or image.symlink_to("/nowhere.nii.gz"),
+        "imagesTr/tr_001_0000.nii.gz: no such file, or a link to none: replace the image or take its case out of",
+    ),
     "no label": (lambda d: label_of(d).unlink(), "labelsTr/tr_000.nii.gz: no such file: put the label there"),
     "lost slices": (
         change_label(lambda label: label[:20]),
@@ -472,14 +476,14 @@ def test_the_fingerprint_follows_the_labelled_cases(dataset, capsys, monkeypatch
         capsys.readouterr()
         dataset.plan(preprocess=new == "tr_007")
         why = {
-            "tr_007": "made before labelled case tr_007 changed",
+            "tr_007": "made before labelled case tr_007 was added, changed or removed",
             "tr_008": "made from 3 labelled cases, but there are 4",
         }
         assert f"dataset_fingerprint.json: was {why[new]}: it is made again" in capsys.readouterr().out
     assert shapes() == 4
     capsys.readouterr()
     dataset.plan()
-    assert "anew" not in capsys.readouterr().out
+    assert "it is made again" not in capsys.readouterr().out
     train(dataset)
     content = json.loads(fingerprint.read_text())
     fingerprint.write_text(json.dumps(content | {"shapes_after_crop": content["shapes_after_crop"][1:]}))

@@ -264,9 +264,7 @@ def test_the_default_are_nnunets_own_plans(tiny_dataset):
 def test_nnunets_planner_without_a_thread_is_refused(tiny_dataset, monkeypatch):
     dataset = tiny_dataset(size=6)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    with pytest.raises(
-        UserError, match="^nnUNet_n_proc_DA=0: nnU-Net's ExperimentPlanner needs 1 or more: set it to 1"
-    ):
+    with pytest.raises(UserError, match="^nnUNet_n_proc_DA=0: ExperimentPlanner needs 1 or more: set it to 1"):
         plan_and_preprocess(PlanningRequest(dataset_ids=[dataset.id]))
     assert not dataset.preprocessed.exists()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def pairwise_dice(masks: Sequence[np.ndarray], classes: Sequence[int | Sequence[int]]) -> np.ndarray:
-    """For every class, the mean Dice over all pairs of masks, 0 to 1. It is NaN if no mask has the class.
+    """For each class, the mean Dice over all pairs of masks, 0 to 1. It is NaN if no mask has the class.
 
     If both masks of a pair lack a class that another mask has, the two agree: their Dice is 1.
 
@@ -35,11 +35,11 @@ def mean_agreement(
     classes: Sequence[int | Sequence[int]],
     expected: Sequence[int | Sequence[int]] = (),
 ) -> float:
-    """The mean of `pairwise_dice` over the classes that at least one mask has. It is 1 if no mask has any class.
+    """The mean of `pairwise_dice` over the classes that at least one mask has. It is 1 if there is no such class.
 
     Args:
         masks, classes: see `pairwise_dice`.
-        expected: the classes that the image must have. If no mask has such a class, its Dice counts as 0.
+        expected: the classes that the image must have. They count, too: if no mask has such a class, its Dice is 0.
     """
     dice = pairwise_dice(masks, classes)
     dice[np.isnan(dice) & np.array([labels in expected for labels in classes])] = 0

@@ -1,4 +1,4 @@
-"""Find the classes that are in one piece in every labelled case."""
+"""Find the classes that are in one piece in each labelled case that has them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ AT_MOST = 20
 def heads_in_one_piece(dataset, label_manager, planar: bool) -> list[int]:
     """The classes or regions that are in one piece in each labelled case that has them.
 
-    In one piece means: the largest component has 99 % of the voxels. A class that no case has is not one of them. At
-    most 20 cases are read, at equal distances in the sorted list of names.
+    In one piece means: the largest component has at least 99 % of the voxels. A class that no case has is not one of
+    them. At most 20 cases are read, at equal distances in the sorted list of names.
 
     Args:
         dataset: nnU-Net's dataset of the preprocessed labelled cases.
@@ -54,7 +54,11 @@ def shares_of(segmentation: np.ndarray, values: Iterable[np.ndarray], planar: bo
 
 
 def share_in_one_piece(mask: np.ndarray, planar: bool) -> float:
-    """The share of a mask's voxels in its largest component (`planar`: in those of its slices). NaN if it is empty."""
+    """The share of a mask's voxels in its largest component. NaN if the mask is empty.
+
+    Args:
+        planar: see `shares_of`.
+    """
     box = find_objects(mask.astype(np.uint8))
     if not box:
         return float("nan")

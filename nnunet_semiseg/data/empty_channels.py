@@ -41,7 +41,10 @@ def empty_channels(x: Tensor, nothing: Tensor) -> Tensor:
 
 
 def keep_empty(transforms: ComposeTransforms, plans_manager, configuration_manager) -> ComposeTransforms:
-    """Change the transforms so that a channel that a case lacks becomes 0 and stays 0."""
+    """Change the transforms so that a channel that a case lacks becomes 0 and stays 0.
+
+    With one channel there is nothing to change, because no case lacks it.
+    """
     nothing = values_of_nothing(plans_manager, configuration_manager)
     if len(nothing) == 1:
         return transforms
@@ -60,7 +63,7 @@ class RememberEmptyChannels(BasicTransform):
 
 
 class EmptyChannels(BasicTransform):
-    """The last transform: it sets empty channels to 0 again, because noise and brightness have changed them."""
+    """The last transform: it sets empty channels to 0, because noise and brightness may have changed them."""
 
     def apply(self, data_dict: dict, **params) -> dict:
         data_dict["image"][data_dict["empty_channels"]] = 0

@@ -12,9 +12,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.data.headers import header_problem, read_header
-from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, geometry_difference, one_line_of
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER, geometry_difference, one_line_of, take_out
 from nnunet_semiseg.data.labeled_cases import label_values, labeled_files
 from nnunet_semiseg.data.prepared_masks import EXTERNAL, RECORD, weigh
+from nnunet_semiseg.data.stamps import digest
 from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
@@ -28,24 +29,27 @@ ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".png", ".tif", ".tiff", ".bmp")
 def add_masks(
     dataset: int | str, name: str, folder: str | Path, assignments: Sequence[str] = (), num_processes: int = 0
 ) -> dict[str, dict]:
-    """Write a label file for each case into `external/NAME/imagesTr|imagesUn` of the raw dataset, and `masks.json`.
+    """Write a label file for each case that has a mask into `external/NAME/imagesTr|imagesUn` of the raw dataset.
 
-    Older masks of this name are replaced only after all new masks have passed the checks.
+    The file `external/NAME/masks.json` has what was measured, and a hash of each of these files. Older masks of this
+    name are replaced only after all new masks have passed the checks.
 
     Args:
         name: the name of the other model.
-        folder: has a label file for each case, named CASE.nii.gz or similar. It may have subfolders. Cases may be
-            missing.
+        folder: has a mask for each case, named CASE.nii.gz or similar. It may have subfolders. Cases may be missing,
+            but not all labelled ones.
         assignments: `VALUE=CLASS`, for the values in these files; other values become background. If empty, the values
             are those of dataset.json.
 
     Returns:
-        For each class its `dice`, a mean over the labelled cases that show it (None if none does), and its `weight`
-        (see `prepared_masks.weigh`).
+        For each class its `dice`, the number of `cases` that were measured, and its `weight`; see
+        `prepared_masks.weigh`.
 
     Raises:
-        UserError: a name or a value is wrong; a file belongs to no case; a mask has another grid than its image. There
-            is one line for each problem.
+        UserError: a name or a value is wrong; a file belongs to no case; no labelled case has a mask; a mask or a label
+            cannot be read or has another grid than its image. There is one line for each bad mask or label.
+        BusyError: another process adds masks to this dataset.
+        DiskError: the disk is full or read-only.
     """
     check_name("--name", name)
     raw, folder = dataset_folder("nnUNet_raw", dataset), Path(folder)
@@ -80,7 +84,9 @@ def add_masks(
                 raise UserError("\n".join(problems))
             measured = {case: dice for case, _, dice in sorted(found, key=lambda x: x[0]) if case in labels}
             result = weigh(measured, classes)
-            write_json({"map": list(assignments), "classes": result, "dice": measured}, unfinished / RECORD)
+            masks = {f.name.removesuffix(ending): digest(f) for f in sorted(unfinished.glob(f"images*/*{ending}"))}
+            record = {"map": list(assignments), "classes": result, "dice": measured, "masks": masks}
+            write_json(record, unfinished / RECORD)
             shutil.rmtree(output, ignore_errors=True)
             unfinished.rename(output)
         finally:
@@ -169,24 +175,34 @@ def _add_case(
     try:
         mask, array = read_mask(file, image)
         mapped = map_values(file, array, values, known)
+        reference = None if label is None else _read_label(label, mapped.shape)
     except UserError as error:
         return case, str(error), {}
     written = sitk.GetImageFromArray(mapped)
     written.CopyInformation(mask)
     write_image(written, target)
-    if label is None:
+    if reference is None:
         return case, None, {}
-    reference = sitk.GetArrayFromImage(sitk.ReadImage(str(label)))
     counted = np.ones_like(reference, bool) if ignore is None else reference != ignore
     a, b = mapped[counted], reference[counted]
     return case, None, {name: dice(np.isin(a, v), np.isin(b, v)) for name, v in classes.items()}
+
+
+def _read_label(label: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        reference = sitk.GetArrayFromImage(sitk.ReadImage(str(label)))
+    except RuntimeError as error:
+        raise UserError(f"{label}: cannot be read ({one_line_of(error)}): {take_out(str(label))}") from None
+    if reference.shape != shape:
+        raise UserError(f"{label}: its size differs from that of the image: {take_out(str(label))}")
+    return reference
 
 
 def read_mask(file: Path, image: Path) -> tuple[sitk.Image, np.ndarray]:
     """Read a mask and its values.
 
     Raises:
-        UserError: the mask cannot be read, has colours, or has another grid than its image.
+        UserError: the mask cannot be read or trusted, has colours, or has another grid than its image.
     """
     if problem := header_problem(file, file.parent):
         raise UserError(f"{file}: {problem}")
@@ -206,7 +222,7 @@ def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: 
     """Convert a mask's values to those of dataset.json, (*S) uint16.
 
     Raises:
-        UserError: a value is not a whole number; or, without a map, dataset.json does not name it.
+        UserError: a value is not a whole number; or, without a map, no class of dataset.json has it.
     """
     found = np.unique(array)
     if not np.isfinite(found).all() or (found != np.round(found)).any():
@@ -215,8 +231,8 @@ def map_values(file: Path, array: np.ndarray, values: Mapping[int, int], known: 
     if unknown and not values:
         named = ", ".join(map(str, known))
         raise UserError(
-            f"{file}: has the value {unknown[0]}, but dataset.json names {named}: name the value of every class with"
-            " --map (all other values become background)"
+            f"{file}: has the value {unknown[0]}, but the classes of dataset.json have {named}: name the value of each"
+            " class with --map (all other values become background)"
         )
     if not values:
         return array.astype(np.uint16)

@@ -17,7 +17,8 @@ def chance_of_foreground(dataset, patch_size: Sequence[int]) -> float:
 
     Patches are drawn as nnU-Net draws patches that need not have foreground: uniformly among the positions within the
     image. A patch that is larger than the image contains the whole image. The foreground is taken from the class
-    locations that nnU-Net's preprocessing stores, up to 10,000 for each class. At most 20 cases are read.
+    locations that nnU-Net's preprocessing stores: a random part of each class if it has more than 10,000 voxels. At
+    most 20 cases are read.
 
     Args:
         dataset: nnU-Net's dataset of the preprocessed labelled cases.
@@ -28,7 +29,7 @@ def chance_of_foreground(dataset, patch_size: Sequence[int]) -> float:
     chances = []
     for case in spread_over(dataset.identifiers):
         data, _, _, properties = dataset.load_case(case)
-        found = [  # -1, the ignored, is among those of all voxels that have a label
+        found = [  # nnU-Net has one more entry, with -1 in its name, for all voxels that are not ignored
             np.reshape(places, (-1, 4))[:, 1:]
             for labels, places in properties["class_locations"].items()
             if -1 not in np.atleast_1d(labels)

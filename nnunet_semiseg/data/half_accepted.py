@@ -24,7 +24,7 @@ def refuse_half_accepted(dataset: Path) -> None:
     """Refuse a data set in which `nnunet_semiseg accept` was interrupted. A case may then be split between two folders.
 
     Raises:
-        UserError: there is an unfinished journal.
+        UserError: there is an unfinished or damaged journal.
     """
     for journal in journals(dataset):
         fix = "put it back as it was"

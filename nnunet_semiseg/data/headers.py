@@ -25,7 +25,7 @@ MOST = 100
 
 
 def header_problem(image: Path, root: Path) -> str | None:
-    """What is wrong with an image before its voxels are read, or None.
+    """What is wrong with the header of an image, or None. The voxels are not read.
 
     Args:
         root: the header must not name a file outside of this folder.
@@ -35,6 +35,7 @@ def header_problem(image: Path, root: Path) -> str | None:
         if not Path(file).is_relative_to(os.path.normpath(root.absolute())):
             return (
                 f"its voxels are in {file}, outside of {root}: do not use this image, or move that file into the folder"
+                " and write its new place into the header"
             )
     header = read_header(image)
     if header is None:

@@ -79,11 +79,14 @@ def geometry_difference(image, expected, origin: float = 0.01) -> str | None:
 
 
 def nifti_damage(image: str | Path) -> str | None:
-    """Find what ITK does not report: a NIfTI file that ends early (ITK reads zeros there), NaN and infinity."""
+    """Find what ITK does not report in a NIfTI file, such as an early end (ITK reads zeros there), NaN or infinity.
+
+    None if there is no damage, and for other formats.
+    """
     if not str(image).lower().endswith((".nii", ".nii.gz")):
         return None
     try:
-        nifti: Any = nibabel.load(image, mmap=False)  # its annotation says that the file may be of any kind
+        nifti: Any = nibabel.load(image, mmap=False)  # nibabel's annotation allows files without voxels
         first, end = nifti.dataobj.offset, nifti.header.single_vox_offset
         if first < end:  # ITK would read the header as voxels; nibabel takes 0 as a sign of a separate header file
             return f"its voxels begin at byte {first}, inside the header of {end} bytes"

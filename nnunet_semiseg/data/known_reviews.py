@@ -36,7 +36,8 @@ def remember(results: Path, folder: Path, model: str) -> None:
         model: the name that its folder would have beside the others.
 
     Raises:
-        UserError: the disk is full or read-only, or the file with the other folders is damaged.
+        UserError: the disk is full or read-only, the file with the other folders is damaged, or another process has
+            locked it for a minute.
     """
     folder, own = folder.resolve(), (results / REVIEWS).resolve()
     if folder.parent == own:

@@ -33,7 +33,9 @@ def channel_names(dataset_json: dict) -> list[str]:
 
 
 def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """Like nnU-Net's get_filenames_of_train_images_and_targets, but without its pool of 12 processes.
+    """The images of each labelled case, by its name.
+
+    It finds the same as nnU-Net's get_filenames_of_train_images_and_targets, but without its pool of 12 processes.
 
     Raises:
         UserError: `nnunet_semiseg accept` was interrupted, so that a case may be split between two folders.
@@ -52,7 +54,7 @@ def labeled_images(raw_dataset_folder: str | Path, dataset_json: dict) -> dict[s
 
 
 def labeled_files(raw: str | Path, dataset_json: dict) -> dict[str, list[str]]:
-    """The files of each labelled case: its images, then its label."""
+    """The files of each labelled case: its images, then its label. Raises like `labeled_images`."""
     if "dataset" in dataset_json:
         labels = {case: os.path.expandvars(e["label"]) for case, e in dataset_json["dataset"].items()}
     else:
@@ -67,16 +69,21 @@ def inspect_labeled(raw: Path, preprocessed: Path, dataset_json: dict, num_proce
         For each case the stamps (name, size, times, hash) of its files.
 
     Raises:
-        UserError: a label is missing; files are damaged; labels do not fit. There is one line for each problem.
+        UserError: a file is missing or damaged; a label does not fit; all labels are empty. There is one line for each
+            problem.
     """
     cases = labeled_files(raw, dataset_json)
-    if missing := [files[-1] for files in cases.values() if not os.path.isfile(files[-1])]:
-        what = "no such file: put the label there, or move the case's images to imagesUn"
-        raise UserError("\n".join(f"{label}: {what}" for label in missing))
+    missing = []
+    for *images, label in cases.values():
+        missing += [f"{i}: no such file, or a link to none: {take_out(i)}" for i in images if not os.path.isfile(i)]
+        if not os.path.isfile(label):
+            missing.append(f"{label}: no such file: put the label there, or move the case's images to imagesUn")
+    if missing:
+        raise UserError("\n".join(missing))
     stamps = known_stamps(preprocessed, cases)
     example = next(iter(cases.values()))[0]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a traceback of each reader that fails
+        with contextlib.redirect_stderr(io.StringIO()):  # each reader that fails prints a traceback
             reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     except RuntimeError:  # it has tried all readers on this one image
         raise UserError(f"{example}: cannot be read by any of nnU-Net's readers: {take_out(example)}") from None

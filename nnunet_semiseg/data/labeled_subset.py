@@ -51,7 +51,7 @@ def cases_of_fold(preprocessed: Path, cases: Sequence[str], fold: int | str) -> 
         fold: a number, or `all`.
 
     Raises:
-        UserError: there is no such fold.
+        UserError: there is no such fold, or the file is damaged.
     """
     if fold == "all":
         return list(cases)
@@ -61,7 +61,8 @@ def cases_of_fold(preprocessed: Path, cases: Sequence[str], fold: int | str) -> 
     else:
         folds = generate_crossval_split(sorted(cases)) if len(cases) >= 5 else []
     if not isinstance(fold, int) or not 0 <= fold < len(folds):
-        raise UserError(f"{file}: has no fold {fold}: use one of its {len(folds)} folds, or all")
+        use = f"one of its {len(folds)} folds, or all cases" if folds else "all cases"
+        raise UserError(f"{file}: has no fold {fold}: use {use}")
     return list(folds[fold]["train"])
 
 

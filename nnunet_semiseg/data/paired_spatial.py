@@ -14,7 +14,7 @@ class Recorded(SpatialTransform):
 
     Args:
         spatial: the `SpatialTransform` of nnU-Net.
-        drawn: a list that receives the random parameters, in the order of the samples.
+        drawn: a queue that receives the random parameters, in the order of the samples.
     """
 
     def __init__(self, spatial: SpatialTransform, drawn: deque[dict]):
@@ -28,7 +28,7 @@ class Recorded(SpatialTransform):
 
 
 class Replayed(Recorded):
-    """A spatial transform that uses the parameters that `Recorded` stored. All images must have the same shape."""
+    """A spatial transform that takes the parameters that `Recorded` stored. All images must have the same shape."""
 
     def get_parameters(self, **data_dict) -> dict:
         return self.drawn.popleft()
@@ -38,7 +38,7 @@ def share_spatial(labeled_transforms: ComposeTransforms, unlabeled_transforms: C
     """Change two lists of transforms so that both rotate and scale the i-th sample of a batch in the same way.
 
     The first transforms draw the random numbers, and the second ones use them again. So the labelled batch must be made
-    first, and the unlabelled one must have as many samples. `TwoStreamLoader` does so.
+    first, as `TwoStreamLoader` does, and the unlabelled one must have as many samples.
     """
     drawn: deque[dict] = deque()
     for compose, kind in ((labeled_transforms, Recorded), (unlabeled_transforms, Replayed)):

@@ -1,8 +1,8 @@
 """Masks of other models on the grid of the preprocessed images, and how a loader reads them with unlabelled patches.
 
 The folder `<data_identifier>__masks/NAME/` beside the preprocessed cases holds a file CASE.b2nd for each case, (1, *S),
-with the label values of the dataset. The file `masks.json` in it is written last. It says which files the masks were
-made from, and what `add_masks` measured on each labelled case.
+with the label values of the dataset. The file `masks.json` in it is written last. It has hashes of the plans and of the
+`masks.json` in the raw dataset, and the Dice that `add_masks` measured on each labelled case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nnunet_semiseg.schema import check
 
 EXTERNAL, RECORD = "external", "masks.json"
 """The raw dataset has a folder `external`, with a folder for each model. Each of these has a `masks.json` with the
-measured Dice."""
+measured Dice and a hash of each mask."""
 ENDING = "__masks"
 LEAST_DICE = 0.5
 """The smallest Dice on the labelled cases with which the masks of a class are used."""
@@ -42,11 +42,12 @@ def prepare_masks(raw: Path, preprocessed: Path, plans: dict, configuration: str
     Masks that are up to date are not made again.
 
     A mask is transposed, cropped and resampled like a label in nnU-Net. Masks of cases that are not preprocessed are
-    skipped. If a mask no longer exists, what was made from it is removed.
+    skipped. If a model has no masks any more, what was made from them is removed.
 
     Raises:
-        BusyError: a training uses these cases.
-        DiskError: the disk is full.
+        UserError: a `masks.json` is damaged.
+        BusyError: a training uses these cases, or another process rewrites them.
+        DiskError: the disk is full or read-only.
     """
     folders = _folders(preprocessed, plans, configuration)
     target = folders[0].with_name(folders[0].name + ENDING)
@@ -84,7 +85,7 @@ def _folders(preprocessed: Path, plans: dict, configuration: str) -> tuple[Path,
 
 
 def _cases(folders: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
-    """The image and the properties of each preprocessed case."""
+    """The paths of the image and of the properties of each preprocessed case."""
     files = [file for folder in folders for file in sorted(folder.glob("*.pkl"))]
     return {file.stem: (file.with_suffix(".b2nd"), file) for file in files}
 
@@ -102,7 +103,7 @@ def _prepare(mask: Path, image: Path, properties: Path, made: Path, plans: dict,
     label = label[(slice(None), *[slice(*bounds) for bounds in about["bbox_used_for_cropping"]])]
     spacing = [about["spacing"][axis] for axis in manager.transpose_forward]
     array: Any = blosc2.open(str(image), mode="r")
-    of_slices = [spacing[0]] if len(plan.spacing) < len(spacing) else []  # 2d leaves them where they are
+    of_slices = [spacing[0]] if len(plan.spacing) < len(spacing) else []  # 2d does not resample along the first axis
     resampled: Any = plan.resampling_fn_seg(label, array.shape[1:], spacing, [*of_slices, *plan.spacing])
     resampled = np.ascontiguousarray(resampled, np.int16)
     content: Any = blosc2.asarray(resampled)
@@ -111,9 +112,9 @@ def _prepare(mask: Path, image: Path, properties: Path, made: Path, plans: dict,
 
 
 def weigh(measured: Mapping[str, Mapping[str, float | None]], classes: Sequence[str] | Mapping) -> dict[str, dict]:
-    """For each class, the mean Dice over the labelled cases that show it, and its weight.
+    """For each class, the mean Dice (`dice`), the number of cases it is a mean over (`cases`), and its `weight`.
 
-    The weight is the Dice, or 0 if the Dice is below 0.5.
+    The weight is the Dice, or 0 if the Dice is below 0.5. If no case has the class, the Dice is None and the weight 0.
 
     Args:
         measured: for each labelled case the Dice of each class. None if neither the label nor the mask has the class.

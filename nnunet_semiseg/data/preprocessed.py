@@ -160,7 +160,7 @@ def _look_at(
     dataset_json: dict,
 ) -> tuple[str, dict, list[str]]:
     """Check one case. Returns its entry in the record, and what is wrong, one line each."""
-    # they need torch, and `nnunet_semiseg status` does not
+    # imported here, because they need torch: `nnunet_semiseg status` imports this module, too, but needs no torch
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_semiseg.data.empty_channels import values_of_nothing
@@ -174,7 +174,7 @@ def _look_at(
         entry["made"] = [stamp(file) for file in made_files(folder, case, dataset_json)]
     except UserError as e:
         return case, entry, [f"{e}: {fix}"]
-    # a case that is older than its files may be made from others; the files may also be copies: compare the voxels
+    # a raw file that is newer than the case may have been changed, or only copied: compare the voxels
     made = (folder / (case + SUFFIXES[-1])).stat().st_mtime_ns
     if doubtful or max(since, *(max(s[2:4]) for s in stamps)) > made:
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
@@ -219,7 +219,14 @@ def remove_case(folder: Path, case: str) -> None:
 
 
 def copy_label(label: str, copy: Path, stamp: Stamp) -> None:
-    """Make nnU-Net's copy of a label equal to the label, because nnU-Net replaces only a copy that is older."""
+    """Make nnU-Net's copy of a label equal to the label, because nnU-Net replaces only a copy that is older.
+
+    Args:
+        stamp: the stamp of the label.
+
+    Raises:
+        DiskError: the disk is full or read-only, or the copy is not equal.
+    """
     if copy.is_file() and copy.stat().st_size == stamp[1] and digest(copy) == stamp[-1]:
         return
     with written_whole(copy) as temporary:
@@ -243,7 +250,7 @@ def preprocess_unlabeled_again(plans: dict, configuration: str) -> str:
 
 
 def number_of(dataset: int | str) -> int | str:
-    """The number in the name of a dataset."""
+    """The number in the name of a dataset. Anything else is returned as it is."""
     match = re.match(r"Dataset(\d{3,})", str(dataset))
     return int(match[1]) if match else dataset
 
@@ -252,14 +259,15 @@ def number_of(dataset: int | str) -> int | str:
 
 
 def check_labeled_data(preprocessed: Path, raw: Path | None, plans: dict, configuration: str) -> None:
-    """Check that the labelled cases are complete and made from the present files. No label is opened.
+    """Check that the labelled cases are complete and made from the present files. No label in `raw` is opened.
 
     Args:
         raw: the raw dataset. None if there is none; a computer that trains does not need it.
 
     Raises:
         UserError: a file is half-written; a copy of a label is missing or incomplete; a labelled image or label has
-            changed, is new or is missing; the fingerprint or the data belong to other cases or plans.
+            changed, is new or is missing; the fingerprint or the data belong to other cases or plans; the copy of
+            `dataset.json` differs from it.
     """
     name = resolved(plans, configuration)["data_identifier"]
     fix = preprocess_again(plans, configuration)

@@ -19,14 +19,14 @@ from nnunet_semiseg.data.agreement import mean_agreement
 from nnunet_semiseg.files import write_json, written_whole
 
 SCORES, LEFT_OUT = "scores.json", "left_out.json"
-"""Files in the folder: one has the score of each case that the network predicted, the other lists the cases from which
-the loader now takes no patches."""
+"""Files beside the class locations: one has the score of each case that the network predicted, the other lists the
+cases from which the loader now takes no patches."""
 LEAST_CASES = 10
 """If fewer unlabelled cases than this have a score, all are used."""
 
 
 class PseudoForegroundDataset:
-    """Preprocessed cases whose class locations are in another folder.
+    """Preprocessed cases whose class locations are in another folder, in a file CASE.pkl.
 
     A case without such a file has no class locations.
 
@@ -36,7 +36,7 @@ class PseudoForegroundDataset:
 
     def __init__(self, dataset, folder: Path):
         self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
-        self._left_out: tuple[int, set[str]] = (0, set())  # with the time of the file it was read from
+        self._left_out: tuple[int, set[str]] = (0, set())  # the names, and the time of the file they were read from
 
     def load_case(self, identifier: str):
         data, segmentation, previous, properties = self.dataset.load_case(identifier)
@@ -75,7 +75,8 @@ def look_at_cases(
 
     The class locations have the form that nnU-Net's preprocessing gives to those of labels. The score of a case
     (`SCORES`) says how much two predictions of it agree: the mean Dice between that of the image and that of the
-    mirrored image. If nnU-Net does not mirror, the second one is the prediction of the last call. Scores of the two
+    mirrored image. If nnU-Net does not mirror, the second one is the prediction of the last call; the score is NaN if
+    there was none. Scores of the two
     kinds cannot be compared, as the network changes between calls. To be fast, neighbouring windows do not overlap,
     so the result is not exact.
 
@@ -91,7 +92,7 @@ def look_at_cases(
     """
     folder.mkdir(parents=True, exist_ok=True)
     is_gpu = trainer.device.type == "cuda"
-    with contextlib.redirect_stdout(None):  # on a CPU it prints that it is not a GPU
+    with contextlib.redirect_stdout(None):  # the predictor prints that a CPU is no GPU
         predictor = nnUNetPredictor(
             tile_step_size=1,
             use_mirroring=False,
@@ -107,7 +108,8 @@ def look_at_cases(
     manager: Any = trainer.label_manager
     classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     axes = [int(axis) + 1 for axis in trainer.inference_allowed_mirroring_axes or ()]
-    axes = [axis + 1 for axis in axes] if len(trainer.configuration_manager.patch_size) == 2 else axes  # of slices
+    if len(trainer.configuration_manager.patch_size) == 2:
+        axes = [axis + 1 for axis in axes]  # the first axis is that of the slices
 
     def decision(image: torch.Tensor) -> np.ndarray:
         logits: Any = predictor.predict_sliding_window_return_logits(image)
@@ -118,14 +120,16 @@ def look_at_cases(
     for case in tqdm(own, "Unlabelled cases", disable=None if trainer.ranks.number == 0 else True):
         file, other = folder / f"{case}.npz", None
         last: Any = np.load(file) if file.is_file() else {}
-        if last.get("epoch") == epoch:  # this search was interrupted; here the teacher would only agree with itself
+        if last.get("epoch") == epoch:  # an interrupted call did this case; the network is the same
             found[case] = float(last["score"])
             continue
         image = torch.from_numpy(dataset.load_case(case)[0][:])
         label = decision(image)
         if axes:
             other = np.flip(decision(image.flip(axes)), tuple(axis - 1 for axis in axes))
-        elif last.get("epoch", epoch) < epoch:  # a training that goes on from before a search does that search again
+        elif (
+            last.get("epoch", epoch) < epoch
+        ):  # else it is of a later epoch: this training went on from an older checkpoint
             other = last["label"]
         found[case] = float("nan") if other is None else mean_agreement([label, other], classes, expected)
         locations = DefaultPreprocessor._sample_foreground_locations(label[None], classes)
@@ -143,12 +147,12 @@ def look_at_cases(
 def outliers(scores: Mapping[str, float], at_most: float) -> list[str]:
     """The cases whose score is far below that of the others, the worst first.
 
-    Far means: 3 robust standard deviations below the median. A robust standard deviation is 1.4826 times the median
-    distance to the median.
+    Far means: more than 3 robust standard deviations below the median. A robust standard deviation is 1.4826 times the
+    median distance to the median. There are no outliers if fewer than 10 scores are known.
 
     Args:
         scores: the scores of the cases. NaN if a score is not known.
-        at_most: the largest share of the cases that is returned.
+        at_most: the largest share of the cases with a known score that is returned.
     """
     known = {case: score for case, score in scores.items() if np.isfinite(score)}
     if len(known) < LEAST_CASES:

@@ -25,7 +25,7 @@ from nnunet_semiseg.losses.segmentation import hard_pseudo_label
 
 
 class PseudoLabeledDataset:
-    """Preprocessed cases with the pseudo-labels from a folder. The own labels of the cases are not used."""
+    """Preprocessed cases with the pseudo-labels from a folder. The cases' own labels are not used."""
 
     def __init__(self, dataset, folder: Path):
         self.dataset, self.folder, self.identifiers = dataset, folder, dataset.identifiers
@@ -67,7 +67,7 @@ def without_label(dataset, folder: Path) -> list[str]:
 
 
 def label_cases(trainer: Any, dataset, folder: Path) -> None:
-    """Write a pseudo-label for every case that has none in the folder; see `label_case`.
+    """Write a pseudo-label for each case that has none in the folder; see `label_case`.
 
     If there are several processes, each labels a part of the cases, and they wait for each other.
     """
@@ -75,7 +75,7 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
     todo = without_label(dataset, folder)
     trainer.ranks.wait()  # so that no process sees what another one has just labelled
     trainer.print_to_log_file(f"labelling {len(todo)} unlabelled cases: {folder}")
-    with contextlib.redirect_stdout(None):  # on a CPU it prints that it is not a GPU
+    with contextlib.redirect_stdout(None):  # the predictor prints that a CPU is no GPU
         predictor = nnUNetPredictor(device=trainer.device, perform_everything_on_device=True, allow_tqdm=False)
     predictor.manual_initialization(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
@@ -90,11 +90,14 @@ def label_cases(trainer: Any, dataset, folder: Path) -> None:
 
 
 def label_case(predictor: Any, dataset, case: str, folder: Path, heads: Sequence[int]) -> None:
-    """Write the pseudo-label of a case twice: on the grid of the image for the user, and for the loader.
+    """Write the pseudo-label of a case twice: on the grid of the image for the user, and preprocessed for the loader.
 
     Args:
         predictor: an initialised `nnUNetPredictor`.
         heads: the classes or regions of which only the largest component is kept.
+
+    Raises:
+        DiskError: the disk is full or read-only.
     """
     data, outside, _, properties = dataset.load_case(case)
     logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()

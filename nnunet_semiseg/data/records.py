@@ -31,7 +31,7 @@ def read_record(preprocessed: Path, name: str) -> dict:
     `files` are the stamps of its images and its label, see `stamps.py`. `made` are the stamps of its preprocessed files
     and of nnU-Net's copy of the label. `spread` has a number for each channel, see `image_problems.spread`. In the
     record of the fingerprint `made`, `spread` and `plans_hash` are None. If the record is missing or damaged,
-    `plans_hash` is None and there are no cases, so that everything is measured again.
+    `plans_hash` is None and there are no cases, so that everything is checked again.
     """
     try:
         record = read_json(record_file(preprocessed, name), "")
@@ -102,4 +102,4 @@ def why_fingerprint_is_old(preprocessed: Path, stamps: dict[str, list[Stamp]]) -
     else:  # made by nnU-Net's own command: newer files may be different
         made = file.stat().st_mtime_ns
         changed = [case for case, files in stamps.items() if max(max(s[2:4]) for s in files) > made]
-    return f"was made before labelled case {min(changed)} changed" if changed else None
+    return f"was made before labelled case {min(changed)} was added, changed or removed" if changed else None

@@ -39,6 +39,9 @@ def renewed(old: Stamp, file: str | Path, may_read: bool = True) -> Stamp | None
     Args:
         may_read: whether the file may be opened. If not, only size and mtime are compared, but not the ctime, because
             every copy changes the ctime.
+
+    Raises:
+        FileNotFoundError: there is no such file.
     """
     s = os.stat(file)
     name, size, mtime, ctime, content = old

@@ -16,10 +16,10 @@ FIX = 'write {"case id": "text", ...} into it'
 
 
 def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error", "skip"] = "error") -> dict[str, str]:
-    """Read the texts of these cases, from the raw dataset, or from the preprocessed one if there is no raw one.
+    """Read the texts of these cases, from the texts.json of the raw dataset, or else of the preprocessed one.
 
     Args:
-        cases: without file endings and channel numbers. Other cases of the dataset may have texts, too.
+        cases: their names, without file endings and channel numbers. Other cases of the dataset may have texts, too.
         missing: what to do with a case that has no text or an empty one: raise an error (`error`), or leave out the
             case (`skip`).
 
@@ -27,13 +27,11 @@ def read_texts(dataset_name: str, cases: Iterable[str], missing: Literal["error"
         For each case its text, without white space around it.
 
     Raises:
-        UserError: the file is missing; a case has no text; a name is not that of a case (the message names the most
-            similar one); a value is not a text.
+        UserError: the file is missing; a case has no text, or, with `skip`, none has one; a name is not that of a case
+            (the message names similar ones); a value is not a text.
     """
     file = texts_file(dataset_name)
     content = read_json(file, FIX)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: is not a JSON object: {FIX}")
     cases = set(cases)
     images = _raw_cases(file.parent)
     known = cases | images

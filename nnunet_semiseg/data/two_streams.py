@@ -42,7 +42,7 @@ SHARED = (
 )
 """These transforms are drawn once for a patch, so all views of the patch share them."""
 MOST_DRAWS = 10
-"""If a strong view equals the weak one, it is made again, at most this often."""
+"""A strong view that equals the weak one is made again. It is made at most this often."""
 STRONG = {
     "all": (BasicTransform,),
     "contrast": (
@@ -61,13 +61,14 @@ class ViewsTransform(BasicTransform):
     """Views of one unlabelled patch, made with nnU-Net's own training transforms.
 
     All views share the spatial transform and the mirroring, so that their predictions can be compared voxel by voxel. A
-    `weak` view has nothing else. A `strong` view also has nnU-Net's intensity transforms, with new random numbers for
-    each view. They are applied to a clone, because batchgeneratorsv2 changes tensors in place. Transforms of the
-    segmentation are not applied, because there is none.
+    `weak` view has nothing else that is random. A `strong` view also has nnU-Net's intensity transforms, with new
+    random numbers for each view. They are applied to a clone, because batchgeneratorsv2 changes tensors in place.
+    Transforms that set voxels to 0 (`MASKING`) are applied to each view. Transforms of the segmentation are not
+    applied, because no label is used.
 
-    nnU-Net applies each intensity transform rarely (0.1 to 0.3), and in a third of all cases it applies none. A student
-    that sees the same as its teacher learns nothing. So in a strong view each transform is applied with
-    `strong_probability`, as in UniMatch (0.8), and a view that has not changed is made again.
+    nnU-Net applies each intensity transform rarely (0.1 to 0.3), and a third of all patches with one channel stay
+    unchanged. A student that sees the same as its teacher learns nothing. So in a strong view each transform is applied
+    with `strong_probability`, as in UniMatch (0.8), and a view that has not changed is made again.
 
     Args:
         training_transforms: the result of `nnUNetTrainer.get_training_transforms`.
@@ -77,7 +78,7 @@ class ViewsTransform(BasicTransform):
         strong_transforms: the transforms that have this probability, a key of `STRONG`. Others keep their own.
 
     Raises:
-        UserError: there is a transform of an unknown kind, so it is not known whether all views share it.
+        UserError: it is not known whether all views share a transform; see `kind_of`.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class ViewsTransform(BasicTransform):
     def changed(self, sample: dict) -> dict:
         """Change the intensities of a sample, and try again if nothing has changed.
 
-        An image of a single value cannot change.
+        After `MOST_DRAWS` draws it stays as it is: brightness, for example, may not change an image of zeros.
         """
         before, new = sample["image"].clone() if self.draws > 1 else None, sample
         for _ in range(self.draws):
@@ -217,7 +218,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         """
         drawn: Any = super().get_indices()
         left_out = getattr(self._data, "left_out", ())
-        if len(left_out) < len(self.indices):  # without a list of all others, which may be many
+        if len(left_out) < len(self.indices):  # to draw again needs no list of all others, which may be long
             while replaced := [i for i, case in enumerate(drawn) if case in left_out]:
                 drawn[replaced] = np.random.choice(self.indices, len(replaced))
         return list(drawn)
@@ -295,8 +296,8 @@ def seed_workers(augmenter, seed: int | None, step: int) -> None:
 
     Args:
         seed: the seed of the training. None: the system gives one.
-        step: a number that is added to the seed, so that a resumed training does not see the batches of its beginning
-            again.
+        step: a number that is combined with the seed, so that a resumed training does not see the batches of its
+            beginning again.
     """
     if not isinstance(augmenter, SingleThreadedAugmenter):
         augmenter._finish()

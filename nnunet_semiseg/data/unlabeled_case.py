@@ -74,6 +74,9 @@ def preprocess_case(
     Returns:
         The case; what is wrong with its images, one line each; the names of the channels whose image
         is 0 everywhere; its entry in the manifest (None if something is wrong).
+
+    Raises:
+        DiskError: the disk is full or read-only, or the files do not hold what was written.
     """
     stamps = [stamp(image) for image in images]  # before they are read
     reader = PlansManager(task.plans).image_reader_writer_class
@@ -111,7 +114,8 @@ class Inspection:
     Attributes:
         problems: what is wrong, one line each.
         missing: the names of the channels whose image is 0 everywhere.
-        made: the preprocessed image and label (C, *S), when they are made and nothing is wrong.
+        made: the preprocessed image (C, *S) and nnU-Net's mask of its nonzero voxels (1, *S), when they are made and
+            nothing is wrong.
     """
 
     def __init__(self, images: list[str], task: Task):

@@ -26,14 +26,15 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict, or_
         or_else: what the user can do without unlabelled images, for the message that there are none.
 
     Raises:
-        UserError: ``imagesUn`` is missing or has no images; the name of a file has no channel; a case has too few or
-            too many channels; a labelled case has the same name. There is one line for each problem.
+        UserError: ``imagesUn`` is missing or has no images; a folder or a link to nothing is among them; the name of a
+            file has no channel; a case has too few or too many channels; a labelled case has the same name; see also
+            `labeled_images`. There is one line for each problem.
     """
     folder, ending = Path(raw_dataset_folder) / IMAGES_FOLDER, dataset_json["file_ending"]
     put = f"put the unlabelled images there, named CASE_0000{ending}{or_else}"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: make it and {put}")
-    with os.scandir(folder) as entries:  # it asks the disk again only for links
+    with os.scandir(folder) as entries:  # `is_dir` asks the disk again only for links
         found = {e.name: e for e in entries if not e.name.startswith(".")}
     if folders := sorted(name for name, e in found.items() if name.endswith(ending) and e.is_dir()):
         raise UserError("\n".join(f"{folder / name}: is a folder, not an image: remove it" for name in folders))
@@ -72,11 +73,14 @@ def find_unlabeled_cases(raw_dataset_folder: str | Path, dataset_json: dict, or_
 
 
 def check_headers(cases: dict[str, list[str]], reader: type) -> None:
-    """Check the headers of all unlabelled images. With a SimpleITK reader this is fast.
+    """Check the headers of all unlabelled images. Voxels are not read.
+
+    Args:
+        reader: nnU-Net's reader of the images. Only for its `SimpleITKIO` the geometries are compared.
 
     Raises:
-        UserError: an image cannot be read, or the channels of a case have different geometries. There is one line for
-            each problem.
+        UserError: a header cannot be read or trusted, or the channels of a case have different geometries. There is one
+            line for each problem.
     """
     with ThreadPoolExecutor(READERS) as threads:
         found = threads.map(lambda images: header_problems(images, reader), cases.values())

@@ -34,9 +34,12 @@ def load_manifest(
 ) -> tuple[str, list[str]]:
     """Find the folder of the preprocessed unlabelled cases and their names, for the trainer.
 
+    Args:
+        dataset: the number or the name of the dataset, for the message.
+
     Raises:
-        UserError: the cases are not preprocessed for these plans and images, or a file is missing. The message names
-            the command that fixes it.
+        UserError: the cases are not preprocessed for these plans and images, or a file is missing or damaged. The
+            message names the command that fixes it.
     """
     preprocessed = Path(preprocessed_dataset_folder)
     folder, manifest_file = output_of(preprocessed, plans, configuration)

@@ -43,17 +43,18 @@ def preprocess_unlabeled(
 ) -> None:
     """Preprocess the images in ``imagesUn`` as nnU-Net would. Cases that are complete and up to date are not changed.
 
-    If the labelled cases are preprocessed, they are checked first; see `look_at_labeled`.
+    If the labelled cases are preprocessed, they are checked first; see `look_at_labeled`. Masks of other models are
+    preprocessed, too; see `prepare_masks`. `texts.json` is copied to the preprocessed dataset.
 
     Args:
         num_processes: one number, or one for each configuration. With 0 this process does the work.
         clean: preprocess all cases again.
         part: (number, count). The work is divided among `count` calls, on several computers that share the disk, and
             this is call `number`. It does every count-th case. When all parts are done, a call without a part writes
-            the manifest.
+            the manifest, and preprocesses the masks.
 
     Raises:
-        BusyError: another call works on these cases and is not another part.
+        BusyError: another call works on these cases and is not another part, or a training uses them.
         UserError: the dataset or the plans do not exist; `find_unlabeled_cases` or `look_at_labeled` fails; images are
             bad (one line for each, after all good cases are done); a process was killed; the disk is full.
     """
@@ -90,15 +91,16 @@ def preprocess_unlabeled(
 
 @contextlib.contextmanager
 def alone_or_part(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
-    """Keep other calls away from these cases. One without a part excludes all others.
+    """Keep other calls away from these cases. A call without a part excludes all others.
 
-    A call for a part excludes calls for the same part, and calls without a part.
+    A call for a part excludes calls for the same part, calls without a part, and parts with another count.
 
     Each call takes its own lock first and then looks at the locks of the others. So of two calls at the same time, at
     least one sees the other.
 
     Raises:
-        BusyError: another call is at work, or parts with another count are at work.
+        BusyError: such a call is at work.
+        DiskError: the lock cannot be written.
     """
     whole, does = folder.with_name(f"{folder.name}.lock"), "preprocesses these unlabelled cases"
     number, count = part or (0, 0)

@@ -15,6 +15,9 @@ def unpacked_nifti(image: str, folder: Path) -> str:
 
     For a damaged file, the result is its own path, too, because the reader will say what is wrong. Nothing after the
     last voxel is unpacked.
+
+    Raises:
+        OSError: the unpacked file cannot be written.
     """
     if not image.lower().endswith(".nii.gz"):
         return image

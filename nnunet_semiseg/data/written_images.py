@@ -19,7 +19,7 @@ LITTLE = 2**20
 
 
 def refuse_half_written(images: Iterable[Path]) -> None:
-    """Remove the first incomplete image, and raise DiskError for it."""
+    """Remove the first incomplete image, and raise DiskError for it. Only NIfTI files are checked."""
     for image in images:
         if damage := nifti_damage(image):
             full = shutil.disk_usage(image.parent).free < LITTLE
@@ -31,7 +31,8 @@ def write_image(image: sitk.Image, file: Path) -> None:
     """Write an image in compressed form.
 
     Raises:
-        DiskError: the disk is full or read-only. No incomplete file is left.
+        DiskError: the disk is full, or a NIfTI file is incomplete. The file is removed.
+        RuntimeError: SimpleITK cannot write the file for another reason. The file is removed.
     """
     try:
         sitk.WriteImage(image, file, useCompression=True)

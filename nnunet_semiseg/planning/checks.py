@@ -31,8 +31,8 @@ LEAST_GPU = 0.5  # GB; with less, nnU-Net's planner finds no network
 def check_options(request: PlanningRequest, planner_class: type[ExperimentPlanner]) -> None:
     """Raise UserError if options are wrong or do not fit together."""
     if os.environ.get("nnUNet_n_proc_DA") == "0" and not issubclass(planner_class, SemiSegMemory):
-        # nnU-Net's planner asks torch for that number of threads
-        raise UserError(f"nnUNet_n_proc_DA=0: nnU-Net's {request.planner} needs 1 or more: set it to 1 while you plan")
+        # to estimate memory, nnU-Net's planner asks torch for that number of threads
+        raise UserError(f"nnUNet_n_proc_DA=0: {request.planner} needs 1 or more: set it to 1 while you plan")
     if request.overwrite_plans_name is not None:
         check_name("-overwrite_plans_name", request.overwrite_plans_name)
     update_settings({}, parse_assignments(request.settings))
@@ -47,7 +47,7 @@ def check_options(request: PlanningRequest, planner_class: type[ExperimentPlanne
 def check_raw_data(dataset_id: int, request: PlanningRequest) -> None:
     """Raise UserError if the raw data set cannot be planned with these options.
 
-    Images are not read, only their names and the header of the first one; with `verify_dataset_integrity` also the
+    Images are not read, only their names and the headers of the first case; with `verify_dataset_integrity` also the
     headers of all unlabelled images.
     """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
@@ -96,7 +96,12 @@ def _check_channels(raw: Path, dataset_json: dict, labeled_cases: Mapping[str, S
 
 
 def _check_target_spacing(target: Sequence[float], image: str, channels: int) -> None:
-    """Refuse a spacing (z, y, x) if an image would then have no voxels, or more than fit into memory."""
+    """Refuse a spacing (z, y, x) if the image would then have no voxels, or more than fit into memory.
+
+    Args:
+        image: the first labelled image. If it is not 3D or cannot be read, nothing is refused.
+        channels: the number of channels of a case.
+    """
     header, memory = read_header(Path(image)), total_memory()
     if header is None or header.GetDimension() != 3:
         return

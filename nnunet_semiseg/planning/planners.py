@@ -1,4 +1,4 @@
-"""What our planners add to nnU-Net's, which have other rules for batch or patch; and how a planner is found."""
+"""What our planners add to nnU-Net's: other rules for batch or patch; and how a planner is found."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def read_plans(preprocessed: Path, name: str, option: str = "-p") -> dict:
         option: the option of the command that names the plans, for the message.
 
     Raises:
-        UserError: there are no such plans (the message lists the plans that exist), or the file is not JSON.
+        UserError: there are no such plans (the message lists the plans that exist), or the file is damaged.
     """
     file = preprocessed / f"{name}.json"
     plan_first = f"plan first with {planning_command(preprocessed.name, name)}"
@@ -47,7 +47,7 @@ def planning_command(dataset: str, plans_name: str) -> str:
 
 
 def check_plans_name(plans_file: Path) -> None:
-    """Raises UserError if there are no such plans, or if the name inside the file is another one."""
+    """Raise UserError if there are no such plans, or if the name inside the file is another one."""
     plans = read_plans(plans_file.parent, plans_file.stem)
     if plans["plans_name"] != plans_file.stem:  # nnU-Net names the model after plans_name
         raise UserError(

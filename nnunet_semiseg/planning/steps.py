@@ -39,6 +39,7 @@ def plan_and_preprocess(request: PlanningRequest) -> None:
     Raises:
         UserError: options, files or headers are wrong (this is checked for all data sets before any work); images or
             labels are bad, one line for each; the disk is full.
+        BusyError: a training uses the preprocessed cases, or another process plans this data set.
     """
     planner_class = find_planner(request.planner)
     check_options(request, planner_class)
@@ -104,7 +105,7 @@ def _make_plans(
 def write_small_split(dataset_id: int) -> None:
     """Write leave-one-out folds if there are too few cases for nnU-Net's five folds.
 
-    With one case only `fold all` works.
+    With one case only `fold all` works. If there is a file of folds, only cases that are in no fold are reported.
     """
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     cases = sorted(labeled_images(raw, read_dataset_json(raw)))
@@ -122,7 +123,7 @@ def write_small_split(dataset_id: int) -> None:
 
 
 def _preprocess(dataset_id: int, plans_name: str, request: PlanningRequest) -> None:
-    """Preprocess the labelled cases, then the unlabelled ones if there are any."""
+    """Preprocess the labelled cases, then the unlabelled ones, unless `labeled_only`."""
     print("Preprocessing...")
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans, processes = read_plans(preprocessed, plans_name), request.processes
