@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import write_image
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from PIL import Image
 from training import make_trainer
 
 from nnunet_semiseg import cli
@@ -365,6 +367,14 @@ def test_voxels_that_nobody_looked_at_are_ignored(raw_only, tmp_path):
     accept(901, folder)
     written = sitk.ReadImage(str(dataset.raw / "labelsTr" / "un_000.nii.gz"))
     assert np.array_equal(sitk.GetArrayFromImage(written), partial)
+
+
+def test_a_label_of_another_size_is_told_what_is_wrong_and_nothing_else(tmp_path):
+    for name, size in (("image", 8), ("label", 9)):
+        Image.fromarray(np.zeros((size, size), np.uint8)).save(tmp_path / f"{name}.png")
+    label, labels = NewLabel("a", tmp_path / "label.png", "human"), {"background": 0, "a": 1}
+    (line,) = problems_of(label, [str(tmp_path / "image.png")], {"labels": labels}, NaturalImage2DIO)
+    assert line.endswith(f"that of the image: replace the label or take its case out of {tmp_path.name}")
 
 
 def test_what_was_changed_since_is_not_taken_back(raw_only):

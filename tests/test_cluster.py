@@ -163,7 +163,7 @@ def wait_for(condition):
     return found
 
 
-@pytest.mark.parametrize("given", ["partition", "=x", "hours=many", "gpus=some"])
+@pytest.mark.parametrize("given", ["partition", "=x", "hours=many", "hours=nan", "hours=inf", "gpus=some"])
 def test_what_makes_no_sense_is_refused(given):
     with pytest.raises(UserError, match="--slurm"):
         parameters_of([given], "cpu")

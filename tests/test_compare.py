@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from watching import no_room_for_files_of
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation import compare, jobs, scores
+from nnunet_semiseg.evaluation import compare, jobs, scores, worker
 from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.work import say_what_failed
 from nnunet_semiseg.files import BusyError, DiskError, only_one, write_json
-from nnunet_semiseg.runs import RECORD, Run, TrainedRun, unequal_conditions
+from nnunet_semiseg.runs import RECORD, RESOURCES, Run, TrainedRun, unequal_conditions
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 
 TRAINERS = ("SupervisedTrainer", "MeanTeacherTrainer", "TextSemiSegTrainer")
@@ -342,6 +343,21 @@ def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_h
         find_test_set(request(dataset, fold="5"), all_runs(asked)[0])
 
 
+def test_validation_cases_whose_files_dataset_json_lists(tiny_dataset):
+    dataset = tiny_dataset(labeled=6)
+    dataset.plan(preprocess=False)
+    (dataset.raw / "imagesTr").rename(dataset.raw / "elsewhere")
+    content = json.loads((dataset.raw / "dataset.json").read_text())
+    cases = {
+        f"tr_{i:03d}": {"images": [f"elsewhere/tr_{i:03d}_0000.nii.gz"], "label": f"labelsTr/tr_{i:03d}.nii.gz"}
+        for i in range(6)
+    }
+    write_json(content | {"dataset": cases}, dataset.raw / "dataset.json")
+    asked = request(dataset, fold="1")
+    images = find_test_set(asked, all_runs(asked)[0]).images
+    assert images and all(Path(file).is_file() for files in images.values() for file in files)
+
+
 # ------------------------------------------------------------------------------------------------------ wrong use
 
 
@@ -462,6 +478,17 @@ def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
     lines = sorted(str(error.value).splitlines())
     assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 1" in lines[0]
     assert "KeyError: 'nonsense' (exit status 1; all output: " in lines[1] and "j1.txt" in lines[1]
+
+
+def test_the_memory_of_a_validation_is_not_that_of_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "run_training_entry", lambda: None)
+    monkeypatch.setattr(worker, "using_data", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(sys, "argv", [])
+    words = ["Dataset901_Tiny", "2d", "0", "-tr", "nnUNetTrainer", "-p", PLANS]
+    worker.train([*words, "--val"], str(tmp_path))
+    assert not (tmp_path / RESOURCES).exists()
+    worker.train(words, str(tmp_path))
+    assert (tmp_path / RESOURCES).is_file()
 
 
 def test_of_a_job_that_was_killed_the_last_line_is_no_reason(tmp_path):

@@ -299,6 +299,12 @@ def test_what_makes_no_sense_is_refused(more, message, trained, capsys):
     assert message in line
 
 
+def test_no_parts_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main("review -d 901 -c 3d_fullres --num_parts 0".split())
+    assert "--num_parts: 0: give a whole number, 1 or more" in capsys.readouterr().err
+
+
 def test_the_trainer_is_what_is_trained(trained):
     dataset, run, _ = trained(MeanTeacherTrainer)
     given = dataset.results, PLANS, "3d_fullres", "all"

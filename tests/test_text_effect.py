@@ -1,5 +1,7 @@
 """What text changes: planted answers, and a trained model for real."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,8 @@ from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import text_effect
 from nnunet_semiseg.evaluation.jobs import Job
+from nnunet_semiseg.evaluation.metrics import METRICS
+from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 
 
@@ -36,6 +40,19 @@ def test_the_job_with_other_prompts_leaves_the_first_one_as_it_is(tmp_path):
     assert job.content == {"output": "a", "settings": {"noise": 0.0}} and file.is_file()
     settings = {"noise": 0.0, "features": [3.0, 3.0]}
     assert other.content == {"output": str(tmp_path / "b"), "features": str(file), "settings": settings}
+
+
+def test_with_one_case_there_is_no_interval(tmp_path, monkeypatch):
+    rows = [{"case": "a", "label": "x", **dict.fromkeys(METRICS, 0.5)}]
+    monkeypatch.setattr(text_effect, "evaluate", lambda *_: rows)
+    monkeypatch.setattr(text_effect, "changed_voxels", lambda *_: np.ones(1))
+    monkeypatch.setattr(text_effect, "foreground_voxels", lambda *_: 10)
+    variants = [text_effect.Prompts(name, torch.ones(1, 1), "") for name in ("true", "noise")]
+    run = Run("Dataset901_Tiny", "2d", "0", "TextSemiSegTrainer", PLANS)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    folders = {variant.name: tmp_path for variant in variants}
+    report = text_effect.make_report(None, run, SimpleNamespace(images={"a": []}), variants, folders, tmp_path)
+    assert report.sections[0].rows[1][3] == "+0.000 (no interval)"
 
 
 @pytest.fixture
@@ -70,6 +87,10 @@ def test_wrong_use(model, tmp_path):
     torch.save(checkpoint, run.checkpoint)
     with pytest.raises(UserError, match="checkpoint_final.pth: this model has no text"):
         text_effect.text_effect(request(dataset, trainers=["TextSemiSegTrainer"]), tmp_path / "out")
+    with pytest.raises(UserError, match=r"labelsTs: has no \*.nii.gz, but a test set is needed: add imagesTs and"):
+        (dataset.raw / "labelsTs").rename(tmp_path / "labelsTs")
+        text_effect.text_effect(request(dataset, trainers=["TextSemiSegTrainer"]), tmp_path / "out")
+    (tmp_path / "labelsTs").rename(dataset.raw / "labelsTs")
     run.checkpoint.unlink()
     with pytest.raises(UserError, match="not trained: TextSemiSegTrainer"):
         text_effect.text_effect(request(dataset, trainers=["TextSemiSegTrainer"]), tmp_path / "out")

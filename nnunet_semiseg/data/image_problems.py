@@ -26,10 +26,10 @@ LARGEST_RATIO = 20
 is much larger than all others, nearly all values become equal, and the ratio is in the hundreds."""
 
 
-def take_out(file: str) -> str:
+def take_out(file: str, is_label: bool = False) -> str:
     """How to fix a bad case if nothing better is known: take it out of the data set."""
     folder = Path(file).parent.name
-    what = "label" if folder.startswith("labels") else "image"
+    what = "label" if is_label or folder.startswith("labels") else "image"
     return f"replace the {what} or take its case out of {folder}"
 
 
@@ -182,9 +182,9 @@ def label_problems(seg: np.ndarray, label: str, shape: Sequence[int], values: It
     """
     if seg.shape != (1, *shape):
         what = f"size {_numbers(seg.shape)} differs from {_numbers((1, *shape))}, that of the image"
-        return [f"{label}: {what}: {take_out(label)}"]
+        return [f"{label}: {what}: {take_out(label, is_label=True)}"]
     if damage := _not_finite(seg):
-        return [f"{label}: {damage}: {take_out(label)}"]
+        return [f"{label}: {damage}: {take_out(label, is_label=True)}"]
     found = np.unique(seg)
     unknown = found[~np.isin(found, list(values))]
     if broken := [v for v in unknown if v != np.round(v)]:

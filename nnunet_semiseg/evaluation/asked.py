@@ -1,4 +1,4 @@
-"""The options of `compare`. No large package is imported, so that help is quick."""
+"""The options of `compare`. `text_effect` uses them, too. No large package is imported, so that help is quick."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         seeds: the number of runs of each trainer, with the seeds 0, 1, ... None: one run of the plans as they are.
         labeled: the numbers of labelled cases to train with; None means all. Empty: the labelled set is not changed.
         curve: trainers that are trained with every size; the others are trained with the first size only. None: all.
-        upper_bound: a dataset with all labels. The baseline's trainer is trained on it.
+        upper_bound: a dataset with all labels. The baseline is also trained on it.
         noise: standard deviations of the noise on the normalised test images.
         gpus: the GPUs that train and predict at the same time, by their numbers from 0. Empty: the device `device`.
         jobs: how many jobs run at the same time on each GPU, or on the CPU.
@@ -73,7 +73,7 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         type=at_least(1),
         metavar="N",
         default=1,
-        help="number of trainings that run at the same time on each GPU, or on the CPU",
+        help="number of trainings or predictions that run at the same time on each GPU, or on the CPU",
     )
     tolerance: float = option(
         "--tolerance",
@@ -91,5 +91,5 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
 
     @property
     def main_size(self) -> int | None:
-        """The number of labelled cases in the tables and pictures. The other numbers are points of the curve."""
+        """The number of labelled cases of the runs that are compared. The other numbers are points of the curve."""
         return self.labeled[0] if self.labeled else None

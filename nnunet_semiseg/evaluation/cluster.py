@@ -1,9 +1,9 @@
-"""Run the jobs of a comparison with submitit: in the queue of a cluster, or on this computer.
+"""Run jobs with submitit: in the queue of a cluster, or on this computer.
 
 A job in a queue continues when the comparison ends. If it is interrupted, or its time is over, it is put into the queue
-again and continues from its checkpoint. A comparison that is started again waits for the jobs that are in the queue. On
-this computer the jobs end with the comparison. The work itself is that of `jobs.py`: a job starts a process, and ends
-it when the job must stop.
+again. A training then continues from its checkpoint. A comparison that is started again waits for the jobs that are in
+the queue. On this computer the jobs end with the comparison. The work itself is that of `jobs.py`: a job starts a
+process, and ends it when the job must stop.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nnunet_semiseg.evaluation.jobs import Job, command_of, start_process
 from nnunet_semiseg.evaluation.work import Work
 from nnunet_semiseg.files import make_folder, read_json, write_json
 
-EXECUTORS = ("local", "slurm")
 HOURS = 24.0
+"""The time limit of a job in a queue, if the user gives none."""
 TIMES = 100
 """How often a job may continue after its time is over."""
 EVER = 60 * 24 * 365
@@ -33,7 +33,8 @@ EVER = 60 * 24 * 365
 def parameters_of(assignments: Sequence[str], device: str) -> dict[str, Any]:
     """Turn options `KEY=VALUE` into submitit's parameters.
 
-    A key is `hours`, `gpus` (for each node), or any option of sbatch, as in `partition=gpu`.
+    A key is `hours`, `gpus` (for each node), or any option of sbatch, as in `partition=gpu`. By default a job has
+    `HOURS` hours, and one GPU if the device is `cuda`.
 
     Raises:
         UserError: an option has another form; hours or GPUs are not numbers.
@@ -45,10 +46,10 @@ def parameters_of(assignments: Sequence[str], device: str) -> dict[str, Any]:
             raise UserError(f"--slurm {assignment}: write KEY=VALUE, for example --slurm partition=gpu hours=12 gpus=1")
         given[key.lstrip("-")] = value
     try:
-        hours, gpus = float(given.pop("hours")), int(given.pop("gpus"))
-    except ValueError as error:
+        minutes, gpus = round(60 * float(given.pop("hours"))), int(given.pop("gpus"))
+    except (ValueError, OverflowError) as error:
         raise UserError(f"--slurm: hours and gpus must be numbers ({error}): write hours=12 gpus=1") from None
-    parameters: dict[str, Any] = {"time": max(1, round(60 * hours)), "additional_parameters": given}
+    parameters: dict[str, Any] = {"time": max(1, minutes), "additional_parameters": given}
     return parameters | ({"gpus_per_node": gpus} if gpus else {})
 
 
@@ -103,13 +104,13 @@ def starter(logs: Path):
 
 
 class InQueue:
-    """A job that submitit has started. If it fails, `result` says in one line what went wrong."""
+    """A job that was given to submitit."""
 
     def __init__(self, job):
         self.job = job
 
     def result(self) -> str | None:
-        """Wait for the end of the job."""
+        """Wait for the end of the job. Returns in one line what went wrong, or None."""
         try:
             return self.job.result()
         except Exception as error:  # from submitit: the job was cancelled, or its time ran out too often
@@ -146,7 +147,7 @@ def submit(job: Job, executor, logs: Path):
 
 
 def known_job(job: Job, executor, logs: Path):
-    """Find the job that an earlier comparison left in the queue. None if it has ended or was never there."""
+    """Find this job in the queue, where an earlier command left it. None if it has ended or was never there."""
     file = logs / f"{job.name}.job"
     if not file.is_file():
         return None
@@ -172,7 +173,7 @@ def first_in_queue(args: Namespace, logs: Path, parts: int = 1) -> None:
         parts: the number of jobs that share the work by `--num_parts`.
 
     Raises:
-        UserError: jobs failed, one line each; see `slurm_executor`.
+        UserError: jobs failed, one line each; see also `parameters_of` and `slurm_executor`.
     """
     if args.executor == "local":
         return

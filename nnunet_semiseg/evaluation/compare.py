@@ -46,7 +46,8 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
         The report, a page of HTML.
 
     Raises:
-        UserError: the options are wrong; a model is not trained, and `run` is False; a training or prediction failed.
+        UserError: the options are wrong; there are no references (see `find_test_set`); a model is not trained, and
+            `run` is False; a training or prediction failed.
     """
     check_numbers(request)
     runs, upper_bound = make_runs(request)
@@ -57,14 +58,16 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     devices = find_devices(request) if request.executor == "local" else []
     parameters = parameters_of(request.slurm, request.device)
     everything = [*runs, *upper_bound]
-    # a test set needs no validation, which may have been interrupted or belong to another checkpoint
+    # with a test set, nnU-Net's validation is not used: it may be incomplete, or of an older checkpoint
     missing = [r for r in everything if not (r.is_validated if test_set.is_validation else r.is_trained)]
     if missing and not run:
-        names = "; ".join(r.title for r in missing)
-        what, file = "not trained", missing[0].checkpoint
-        if missing[0].is_trained:
-            what, file = "not validated with the last checkpoint", missing[0].validation / "summary.json"
-        raise UserError(f"{what}: {names} (no {file}): train with nnUNetv2_train, or add --run")
+        first = missing[0]
+        what, why = "not trained", f"no {first.checkpoint}"
+        if first.is_trained:
+            what = "not validated with the last checkpoint"
+            why = f"{first.validation / 'summary.json'} is missing or too old"
+        names = "; ".join(r.title for r in missing if r.is_trained == first.is_trained)
+        raise UserError(f"{what}: {names} ({why}): add --run")
     if output is None:
         output = runs[0].model_folder.parent / "comparison" / f"{runs[0].configuration}__fold_{request.fold}"
     output = folder_for(output)

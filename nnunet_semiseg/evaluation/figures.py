@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; the first is for the baseline
+# the first six are of Okabe and Ito's colours, which colour-blind people can tell apart; the baseline has the first
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 REFERENCE_COLOR = "#FFFFFF"
 _TEXT = "#010203"  # takes the place of the page's text colour
@@ -35,7 +35,7 @@ class Chart:
 
     Attributes:
         svg: the `<svg>` element of the figure, see `to_svg`.
-        data: every number that the figure shows, one row for each point.
+        data: the numbers of the figure's points, one row for each point.
     """
 
     svg: str
@@ -48,10 +48,10 @@ def color_of(methods: Sequence[str]) -> dict[str, str]:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """Turn a figure into an `<svg>` element of variable size. Its text has the colour of the page (`currentColor`).
+    """Turn a figure into an `<svg>` element. Its text has the colour of the page's text (`currentColor`).
 
     Args:
-        name: a prefix for every id in the element. It differs for each figure of a page.
+        name: a prefix for every id in the element. Each figure of a page needs its own.
     """
     file = io.StringIO()
     with rc_context(_STYLE):
@@ -170,7 +170,7 @@ def overlay(
     Args:
         image: (H, W) intensities.
         reference, predictions: (H, W) label maps.
-        labels: the value of each class; for a region a tuple of values.
+        labels: the value of each class; for a region a list of values.
         aspect: height of a pixel divided by its width.
         colors: the colours of the predictions. None: `color_of`.
     """

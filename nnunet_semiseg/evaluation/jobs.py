@@ -41,7 +41,13 @@ def alone(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for a separate process: the arguments of a function in `worker.py`, or a `command` of this package."""
+    """Work for a separate process.
+
+    Attributes:
+        name: the name of the job's files in the folder `logs`, without their ending.
+        title: what messages call the job.
+        content: the name (`job`) and the arguments of a function in `worker.py`, or a `command` of this package.
+    """
 
     name: str
     title: str
@@ -94,6 +100,7 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[...,
     """Run each job in its own process, as many at a time as there are devices. Their output goes to `logs`.
 
     Args:
+        devices: see `find_devices`.
         start: a function that starts a job on a device and returns an object with `result()` and `cancel()`. By default
             it makes a `Process`.
 

@@ -47,7 +47,7 @@ def segmentation_metrics(
 
     - `dice`, `jaccard`: overlap of the voxels, 0 to 1;
     - `hd95`: 95 % Hausdorff distance, the larger of the two directed ones. Each is the 95th percentile of the distances
-      from the voxels of one surface to the other surface (MedPy, used in papers, takes one percentile over both);
+      from the voxels of one surface to the other surface. MedPy, used in papers, takes one percentile over both;
     - `asd`: average surface distance, from the surface voxels of the prediction to the surface of the reference, as in
       the papers of the field (MedPy's `asd`);
     - `nsd`: normalised surface distance (surface Dice), the share of both surfaces within `tolerance` of the other.
@@ -55,8 +55,8 @@ def segmentation_metrics(
     Distances are in mm or, with `_voxels`, in voxels of the image. If nothing is segmented:
 
     - prediction and reference are both empty: overlaps and `nsd` are 1, distances 0, as in the BraTS challenges.
-      nnU-Net's own evaluation has nan there. Then the means of two methods are over different cases, and a method that
-      segments something where there is nothing is not compared at all;
+      nnU-Net's own evaluation has nan there. With nan, the means of two methods would be over different cases. A
+      case in which only one method segments something would not be compared;
     - one of them is empty: overlaps and `nsd` are 0, and a distance is the image's diagonal, which no distance exceeds.
       With nan the case would not count in the mean; with infinity nothing else would.
 
@@ -116,7 +116,8 @@ def evaluate_case(
     """Compute `segmentation_metrics` of two files.
 
     Raises:
-        UserError: the prediction is missing, or its grid is not that of the reference (shape, spacing, origin, axes).
+        UserError: the prediction is missing; a file cannot be read; the grid of the prediction is not that of the
+            reference (shape, spacing, origin, axes).
     """
     if not prediction_file.is_file():
         raise UserError(f"{prediction_file}: no such prediction: predict this case, or remove its reference")
@@ -174,20 +175,18 @@ def evaluate_folder(
     """Compute `segmentation_metrics` of every case that has a reference.
 
     Args:
-        cases: the cases to evaluate. None: all that have a reference.
+        cases: only these cases are evaluated. None: all that have a reference.
         num_processes: with 0 this process does the work.
 
     Returns:
         A row {"case": ..., "label": ..., METRIC: value, ...} for every case and label, sorted by case.
 
     Raises:
-        UserError: there are no references; a prediction is missing or has another shape or spacing.
+        UserError: there are no references; see also `evaluate_case`.
     """
     references = sorted(Path(references_folder).glob(f"*{file_ending}"))
     if not references:
-        raise UserError(
-            f"{references_folder}: has no file *{file_ending}: name the folder that holds the reference labels"
-        )
+        raise UserError(f"{references_folder}: has no file *{file_ending}: put the reference labels there")
     if cases is not None:
         references = [r for r in references if r.name[: -len(file_ending)] in cases]
     jobs = [(Path(predictions_folder, r.name), r, labels, reader, tolerance) for r in references]

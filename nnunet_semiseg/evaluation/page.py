@@ -48,7 +48,7 @@ class Report:
 
     Attributes:
         facts: what was compared and how, by name.
-        warnings: what makes the comparison unfair; shown in bold at the top.
+        warnings: what makes the comparison unfair; shown at the top.
         findings: the results in sentences.
     """
 
@@ -62,7 +62,7 @@ class Report:
 def write(report: Report, output: Path) -> Path:
     """Write `report.html`, which needs no other file, and `report.md` with its files in `figures/`.
 
-    Each chart there is a pair of files: `NAME.svg`, and `NAME.csv` with the numbers that it shows.
+    Each chart there is a pair of files: `NAME.svg`, and `NAME.csv` with its numbers. Returns the path of `report.html`.
     """
     environment = Environment(loader=PackageLoader("nnunet_semiseg.evaluation"), autoescape=True)
     html = environment.get_template("report.html").render(report=report)
@@ -100,7 +100,10 @@ def write_csv(table: pd.DataFrame, file: Path) -> None:
 
 
 def harmless(cell):
-    """Put a quote before a text that begins with = + - or @. Other cells stay the same; `-1.5` is a number, too."""
+    """Put a quote before a text that begins with = + - @, a tab or a carriage return.
+
+    Other cells stay the same. So does a text that is a number, such as "-1.5".
+    """
     if not (isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))):
         return cell
     with contextlib.suppress(ValueError):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_semiseg.evaluation import figures
+from nnunet_semiseg.evaluation.jobs import PREDICT_AGAIN
 from nnunet_semiseg.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
 from nnunet_semiseg.evaluation.request import Request, TestSet
@@ -24,16 +25,16 @@ COMPARED = ("dice", "hd95_mm")
 """The metrics that are tested. They are few, because each further test may find a difference by chance."""
 
 METRIC_NOTE = (
-    "Means over the classes of a case, then over cases. If a class is in neither prediction nor reference, overlaps"
-    " are 1 and distances 0; if it is in only one of them, overlaps are 0 and distances are the image's diagonal."
-    " HD95: 95 % Hausdorff distance; ASD: average distance of the prediction's surface to the reference's; NSD: share"
-    " of both surfaces within the tolerance. All are computed by MONAI."
+    "Means over the classes of a case, then over cases. If a class is in neither prediction nor reference, overlaps and"
+    " NSD are 1 and distances 0; if it is in only one of them, overlaps and NSD are 0 and distances are the image's"
+    " diagonal. HD95: 95 % Hausdorff distance; ASD: average distance of the prediction's surface to the reference's;"
+    " NSD: share of both surfaces within the tolerance of the other. All are computed by MONAI."
 )
 TEST_NOTE = (
     "The pairs are the cases; each value is a mean over a method's runs. Wilcoxon's signed-rank test, two-sided,"
     " corrected with Holm's method for the number of methods; bootstrap intervals (95 %, 9,999 resamples of the cases);"
-    " d_z is the mean difference divided by its standard deviation (0.2 small, 0.5 medium, 0.8 large). Tests and"
-    " intervals say how these trained models differ on other cases; the spread over runs, how trainings differ."
+    " d_z is the mean of the differences divided by their standard deviation (0.2 small, 0.5 medium, 0.8 large). Tests"
+    " and intervals say how these trained models differ on other cases; the spread over runs, how trainings differ."
 )
 
 
@@ -64,7 +65,11 @@ class Results:
 
 
 def write_report(results: Results, output: Path) -> Path:
-    """Write the report of `compare`. `cases.csv`, `runs.csv` and `differences.csv` hold every number in it."""
+    """Write the report of `compare`. `cases.csv`, `runs.csv` and `differences.csv` hold the numbers of its tables.
+
+    Means over classes, cases or runs that are not in a file can be computed from `cases.csv`. With one trainer there is
+    no `differences.csv`. Returns the page.
+    """
     scores = tidy(results)
     write_csv(scores, output / "cases.csv")
     clean = scores[scores["noise"] == 0]
@@ -105,9 +110,10 @@ def write_report(results: Results, output: Path) -> Path:
         + ("with" if request.mirroring or results.test_set.is_validation else "without")
         + " mirroring",
         "classes": ", ".join(main["label"].unique()),
-        **({"labelled cases": f"{size_name(size)} in all parts except the curve"} if request.labeled else {}),
         "made with": " ".join(["nnunet_semiseg", *sys.argv[1:]]),
     }
+    if request.labeled:
+        facts["labelled cases"] = f"{size_name(size)}, except in the curve and in the tables of every run"
     title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
     findings = [finding(baseline, table, metric) for metric, table in differences.items()]
     if differences:
@@ -125,8 +131,9 @@ def size_name(num_labeled: int | None) -> str:
 def tidy(results: Results) -> pd.DataFrame:
     """A copy of `Results.scores` that says in further columns which run each row is of.
 
-    `method` is its trainer, and `run` its seed, see `Run.repetition`. `labeled` is its number of labelled cases as a
-    text, such as "8", or "all". `is_upper_bound` is True if the run is one of `Results.upper_bound`.
+    `method` is its trainer and, for the upper bound, also its dataset. `run` is its seed, see `Run.repetition`.
+    `labeled` is its number of labelled cases as a text, such as "8"; "all" if `--labeled` gives no number.
+    `is_upper_bound` is True if the run is one of `Results.upper_bound`.
     """
     bound = len(results.runs)
     about = pd.DataFrame(
@@ -143,7 +150,7 @@ def tidy(results: Results) -> pd.DataFrame:
 
 
 def per_case(scores: pd.DataFrame) -> pd.DataFrame:
-    """For every case, the means over its labels."""
+    """For every run, noise and case, the means over the labels."""
     keys = ["method", "run", "labeled", "is_upper_bound", "noise", "case"]
     return scores.groupby(keys, sort=False)[list(METRICS)].mean().reset_index()
 
@@ -189,7 +196,7 @@ def difference_section(baseline: str, differences: pd.DataFrame, metric: str) ->
 
 
 def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
-    """Put the table into words: a sentence for each method, and one more if its interval and its p-value disagree."""
+    """Put the table into words: a sentence for each method, and more if its interval and its p-value disagree."""
     sentences = []
     for method, d in differences.iterrows():
         if np.isnan(d["p"]):
@@ -205,7 +212,7 @@ def finding(baseline: str, differences: pd.DataFrame, metric: str) -> str:
 
 
 def why_they_disagree(d: pd.Series) -> str:
-    """A sentence if only one of interval and p-value shows a difference (0 is outside the interval, p is small).
+    """An explanation if only one of interval and p-value shows a difference (0 is outside the interval, p is small).
 
     Else empty.
     """
@@ -249,7 +256,7 @@ def run_table(results: Results) -> pd.DataFrame:
         trained = TrainedRun(run)
         memory = trained.peak_memory
         record = results.predictions[run] / RECORD
-        seconds = read_json(record, "predict again").get("seconds_per_case", np.nan) if record.is_file() else np.nan
+        seconds = read_json(record, PREDICT_AGAIN).get("seconds_per_case", np.nan) if record.is_file() else np.nan
         of_run = results.scores[(results.scores["run"] == i) & (results.scores["noise"] == 0)]
         means = of_run.groupby("case")[list(METRICS)].mean().mean()
         rows.append({
@@ -321,7 +328,11 @@ def curve_section(
 
 
 def share_section(of_case: pd.DataFrame) -> Section:
-    """The section with Dice against the number of labelled cases. The Dice with all labels is a horizontal line."""
+    """The section with Dice against the number of labelled cases.
+
+    A horizontal line shows the Dice with all labels: that of the upper bound or, without one, of the first method that
+    was trained with all labels.
+    """
     is_bound = of_case["is_upper_bound"]
     points = curve_points(of_case[~is_bound], "labeled")
     all_labels = curve_points(of_case[is_bound], "labeled") if is_bound.any() else points[points["x"] == "all"]

@@ -63,10 +63,11 @@ def check_sizes(request: Request, run: Run) -> None:
     if not request.labeled:
         return
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
-    plans = load_plans(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
+    file = preprocessed / f"{request.plans}.json"
+    plans = load_plans(file, "plan first, or name other plans with -p")
     fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
     if None in request.labeled and fixed is not None:
-        fix = "set num_labeled=null in the plans first"
+        fix = f'remove "num_labeled" under "{PLANS_KEY}" in {file}'
         raise UserError(f"--labeled all: the plans {request.plans} say num_labeled={fixed}: {fix}")
     raw = dataset_folder("nnUNet_raw", request.dataset)
     cases = labeled_images(raw, read_dataset_json(raw))
@@ -81,7 +82,11 @@ def check_sizes(request: Request, run: Run) -> None:
 
 
 def find_splits(preprocessed: Path, cases: Iterable[str]) -> list[dict]:
-    """The folds of nnU-Net. Before the first training, these are the folds that nnU-Net will make."""
+    """The folds of nnU-Net. Before the first training, these are the folds that nnU-Net will make.
+
+    Raises:
+        UserError: the file with the folds is damaged, or missing although there are too few cases for nnU-Net's folds.
+    """
     file, cases = preprocessed / "splits_final.json", sorted(cases)
     if file.is_file() or len(cases) < NUM_FOLDS:
         return read_splits(file, "plan first with nnunet_semiseg plan_and_preprocess")
@@ -102,8 +107,8 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     """The runs to compare, and the runs of the upper bound.
 
     Raises:
-        UserError: a trainer does not exist or is named twice; there is no such dataset; seeds or sizes are out of
-            range.
+        UserError: a trainer or dataset does not exist; a trainer or number is given twice; `--seeds`, `-f`, `--curve`
+            or `--upper-bound` makes no sense.
     """
     for trainer in request.trainers:
         find_trainer(trainer)
@@ -141,19 +146,23 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     return runs, upper_bound
 
 
-def find_test_set(request: Request, run: Run) -> TestSet:
+def find_test_set(request: Request, run: Run, is_required: bool = False) -> TestSet:
     """Find the test set. If it has no references, take the validation cases of the fold.
 
+    Args:
+        is_required: whether the validation cases cannot take its place.
+
     Raises:
-        UserError: there are no references at all; a reference has no image; noise needs a test set, but there is none;
-            the data have changed since they were preprocessed (see `check_labeled_data`).
+        UserError: there are no plans or no such configuration; the data have changed since they were preprocessed (see
+            `check_labeled_data`); there is no test set, but noise or the caller needs one; the fold does not exist or
+            has no validation cases; a case has no image.
     """
     raw = dataset_folder("nnUNet_raw", request.dataset)
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
     dataset_json = read_dataset_json(raw)
     ending = dataset_json["file_ending"]
-    plans = load_plans(preprocessed / f"{request.plans}.json", "plan first, or name other plans with -p")
     file = preprocessed / f"{request.plans}.json"
+    plans = load_plans(file, "plan first, or name other plans with -p")
     check_configuration(plans, request.configuration, file, "plan first with nnunet_semiseg plan_and_preprocess")
     about = dataset_json["labels"], ending, PlansManager(plans).image_reader_writer_class
 
@@ -169,6 +178,8 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             if case not in images:
                 raise UserError(f"{raw / 'labelsTs' / case}{ending}: imagesTs has no image {case}_0000{ending}: add it")
         return TestSet({case: images[case] for case in references}, raw / "labelsTs", False, *about)
+    if is_required:
+        raise UserError(f"{raw / 'labelsTs'}: has no *{ending}, but a test set is needed: add imagesTs and labelsTs")
     if request.noise:
         raise UserError(
             f"--noise: needs a test set, but {raw / 'labelsTs'} has no *{ending}: add imagesTs and labelsTs, or"
@@ -179,7 +190,7 @@ def find_test_set(request: Request, run: Run) -> TestSet:
             f"{raw / 'labelsTs'}: has no *{ending}, and fold all has no validation cases of its own: add imagesTs and"
             f" labelsTs, or compare a numbered fold with -f"
         )
-    images = cases_of(raw / "imagesTr")
+    images = labeled_images(raw, dataset_json)
     cases = sorted(fold_of(request, preprocessed, images)["val"])
     if not cases:
         raise UserError(
@@ -189,14 +200,14 @@ def find_test_set(request: Request, run: Run) -> TestSet:
     for case in cases:
         if case not in images:
             raise UserError(
-                f"{preprocessed / 'splits_final.json'}: case {case} has no image in {raw / 'imagesTr'}: add it,"
-                f" or correct the file"
+                f"{preprocessed / 'splits_final.json'}: case {case} is not a labelled case of {raw}: add it, or correct"
+                f" the file"
             )
     return TestSet({case: images[case] for case in cases}, preprocessed / "gt_segmentations", True, *about)
 
 
 def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
-    """Raises UserError if the upper bound is trained on a test case."""
+    """Raises UserError if the upper bound is trained on a case that has the name of a test case."""
     raw = dataset_folder("nnUNet_raw", upper_bound.dataset)
     held_out: Iterable[str] = ()
     if test_set.is_validation:  # its own fold may leave these cases out, too
@@ -215,7 +226,7 @@ def find_devices(request: Request) -> list[str]:
     """The value of CUDA_VISIBLE_DEVICES for each process that runs at the same time. '' means: do not change it.
 
     Raises:
-        UserError: a GPU does not exist.
+        UserError: the device or a GPU does not exist; or GPUs are named, but the device is not `cuda`.
     """
     if request.gpus and request.device != "cuda":
         raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: needs -device cuda: add it, or leave out --gpus")

@@ -12,7 +12,7 @@ from nnunet_semiseg.files import read_json, write_json
 def evaluate(folder: Path, test_set: TestSet, request: Request, cache: Path) -> list[dict]:
     """Do the same as `evaluate_folder`, and store the result.
 
-    The stored result is used until a file or the tolerance changes.
+    The stored result is used until a file, the labels or the tolerance change.
     """
     ending = test_set.file_ending
     files = [place / f"{case}{ending}" for place in (folder, test_set.references) for case in test_set.images]

@@ -18,7 +18,7 @@ from nnunet_semiseg.evaluation import figures
 from nnunet_semiseg.evaluation.jobs import LOGS, Job, alone, do_all, is_predicted, prediction_job
 from nnunet_semiseg.evaluation.metrics import METRICS
 from nnunet_semiseg.evaluation.page import Report, Section, write, write_csv
-from nnunet_semiseg.evaluation.report import number
+from nnunet_semiseg.evaluation.report import interval, number
 from nnunet_semiseg.evaluation.request import Request, TestSet, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.scores import evaluate
 from nnunet_semiseg.evaluation.statistics import caution, differences_from
@@ -58,9 +58,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         UserError: the model is not trained, or no text guides it; there is no test set; a prediction failed.
     """
     (run,), _ = make_runs(request)
-    test_set = find_test_set(request, run)
-    if test_set.is_validation:
-        raise UserError(f"{run.dataset}: this raw dataset has no test set: add the folders imagesTs and labelsTs")
+    test_set = find_test_set(request, run, is_required=True)
     devices = find_devices(request)
     if not run.is_trained:
         raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
@@ -95,13 +93,11 @@ def make_variants(run: Run) -> list[Prompts]:
     """The text features that the model was trained with, and three kinds of wrong features.
 
     Raises:
-        UserError: the model has no text features.
+        UserError: the model has no text features, or its checkpoint is damaged.
     """
     checkpoint = run.load_checkpoint()
     if FEATURES not in checkpoint["network_weights"]:
-        raise UserError(
-            f"{run.checkpoint}: this model has no text: give one that was trained with a text-guided trainer"
-        )
+        raise UserError(f"{run.checkpoint}: this model has no text: choose a model of a text-guided trainer with -tr")
     true = checkpoint["network_weights"][FEATURES].float()
     noise = F.normalize(torch.randn(true.shape, generator=torch.Generator().manual_seed(0)), dim=1)
     return [
@@ -115,7 +111,7 @@ def make_variants(run: Run) -> list[Prompts]:
 def empty_features(run: Run, checkpoint: dict, true: Tensor) -> tuple[Tensor, str]:
     """The features of empty texts, with the learnt context tokens of the prompts; and a sentence about them.
 
-    If there is no text encoder, the features are 0.
+    If there is no text encoder, or its weights cannot be loaded, the features are 0.
     """
     plans = checkpoint["init_args"]["plans"]
     trainer = find_class("trainers", run.trainer)
@@ -148,7 +144,7 @@ def make_report(
     scores = pd.concat(tables, ignore_index=True)
     of_case = scores.groupby(["method", "run", "case"], sort=False)[list(METRICS)].mean().reset_index()
     changed = {name: changed_voxels(folders["true"], folder, test_set) for name, folder in folders.items()}
-    # the foreground of either prediction: where one finds nothing, the foreground of the other is what changes
+    # the larger foreground of the two predictions: if one of them is empty, all of the other's foreground changes
     foreground = {name: foreground_voxels(folder, test_set) for name, folder in folders.items()}
     shares = {n: float(v.sum() / max(foreground["true"], foreground[n], 1)) for n, v in changed.items()}
     differences = differences_from("true", of_case, "dice")
@@ -160,7 +156,7 @@ def make_report(
             variant.name,
             variant.meaning,
             number("dice", dice),
-            "" if d is None else f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})",
+            "" if d is None else f"{d['difference']:+.3f} ({interval('dice', d)})",
             "" if d is None else ("–" if np.isnan(d["p_holm"]) else f"{d['p_holm']:.2g}"),
             f"{changed[variant.name].sum():,.0f}",
             f"{shares[variant.name]:.2%}",

@@ -23,7 +23,7 @@ class Process:
     def __init__(self, command: list[str], log: Path, device: str = ""):
         self.log = log
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) | {"PYTHONUNBUFFERED": "1"}
-        with open(log, "ab") as printed:  # the command ends when its stdin is closed, and so with this process
+        with open(log, "ab") as printed:  # worker.py ends when its stdin is closed, and so with this process
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=printed, stderr=printed, start_new_session=True
             )
@@ -69,7 +69,7 @@ class Work:
             process.cancel()
 
     def checkpoint(self):
-        """Put the same work into the queue again. submitit calls this when a job is interrupted."""
+        """Put the same work into the queue again. submitit calls this if a job is interrupted or its time is over."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -87,7 +87,10 @@ def is_alive(process: int) -> bool:
 
 
 def say_what_failed(status: int, log: Path) -> str | None:
-    """The last line that a failed process printed. If the process was killed, the line says so instead."""
+    """The last line that a failed process printed. If the process was killed, the line says so instead.
+
+    None if its exit status is 0.
+    """
     if status == 0:
         return None
     if status < 0:

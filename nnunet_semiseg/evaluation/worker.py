@@ -1,6 +1,7 @@
-"""Do the work of one job of a comparison: `python -m nnunet_semiseg.evaluation.worker JOB.json`.
+"""Do the work of one job of a report: `python -m nnunet_semiseg.evaluation.worker JOB.json`.
 
-A training is nnU-Net's own command, and a prediction uses nnU-Net's own predictor. This module only measures them.
+A training is nnU-Net's own command, and a prediction uses nnU-Net's own predictor. This module measures their memory or
+time. It can also change what is predicted from: it adds noise to the images, or replaces the model's text features.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def train(words: list[str], folder: str) -> None:
     """Run `nnUNetv2_train`, then write its largest use of memory, in MiB, into `RESOURCES` in the run's folder.
 
     It is the memory of the GPU, or without a GPU the main memory of this process. If an earlier start has written a
-    larger number, that stays.
+    larger number, that stays. A validation (`--val`) writes nothing.
     """
     if not {"--c", "--val"} & set(words) and any(Path(folder).glob("checkpoint_*.pth")):
         words = [*words, "--c"]  # this job has started before; a cluster has interrupted it
@@ -39,6 +40,8 @@ def train(words: list[str], folder: str) -> None:
     trainer, plans = (words[words.index(option) + 1] for option in ("-tr", "-p"))
     with using_data(*words[:2], trainer, plans):
         run_training_entry()
+    if "--val" in words:
+        return
     file = Path(folder, RESOURCES)
     peak, memory = _peak_memory()
     before = read_json(file, "remove it").get("peak_memory_mib", 0) if file.is_file() else 0
@@ -62,10 +65,10 @@ def predict(
         images: for each case the files of its channels.
         noise: standard deviation of the Gaussian noise on the normalised images.
         features: a safetensors file with weights that replace the same weights of the model.
-        settings: stored in `RECORD`, by which `compare` sees whether the predictions are the ones that it needs.
+        settings: stored in `RECORD`. By them `is_predicted` sees whether the predictions are still the right ones.
     """
     folder = Path(output)
-    (folder / RECORD).unlink(missing_ok=True)  # first: after an interrupted removal the folder is incomplete
+    (folder / RECORD).unlink(missing_ok=True)  # first: a folder whose removal was interrupted must not look complete
     shutil.rmtree(folder, ignore_errors=True)
     with disk_errors(folder):
         folder.mkdir(parents=True)
@@ -114,9 +117,9 @@ def _peak_memory() -> tuple[float, str]:
 
 
 def end_with_parent() -> None:
-    """End this process when the comparison ends. Nobody writes to stdin, so it is closed only then.
+    """End this process when its parent ends. Nobody writes to its stdin, which is closed only then.
 
-    Otherwise a comparison that was killed and started again would train beside the processes of the first one.
+    Otherwise a comparison that was killed and started again would train beside the processes that it left.
     """
 
     def watch():

@@ -38,14 +38,16 @@ def accept(
     If an earlier call was interrupted, it is finished first. If no folder is given, nothing else is done.
 
     Args:
-        given: a folder of labels, named CASE.nii.gz, or with the file ending of the data set.
-        all_of: the folder of a review. Its masks are accepted, too, whether corrected or not.
+        given: a folder of labels. Their names are those of their cases, with the file ending of the data set.
+        all_of: the folder of a review. Its masks of the other unlabelled cases are accepted, too, as they are.
 
     Returns:
-        The accepted labels.
+        The accepted labels. There are none if only an earlier call was finished.
 
     Raises:
-        UserError: labels are wrong, one line for each, before anything is changed; or the disk is full.
+        UserError: labels are missing or wrong, one line for each; another process uses the data set; `imagesUn` is on
+            another disk than `imagesTr`; a case cannot be preprocessed; or the disk is full. The data set is then as it
+            was before, or the next call finishes the change.
     """
     with _alone(dataset) as (roots, ended):
         if given is None and all_of is None:
@@ -82,7 +84,8 @@ def undo(dataset: int | str) -> list[str]:
     """Undo the last call of `accept`. Returns the cases, which are unlabelled again.
 
     Raises:
-        UserError: nothing was accepted; or a label or dataset.json was changed after that.
+        UserError: nothing was accepted; a file of the raw data set was changed after that; or another process uses the
+            data set.
     """
     with _alone(dataset) as (roots, _):
         there = journals(roots["raw"])
@@ -97,7 +100,7 @@ def undo(dataset: int | str) -> list[str]:
 def _alone(dataset: int | str) -> Iterator[tuple[Roots, bool]]:
     """Lock the data set and finish an interrupted change.
 
-    Returns the folders of the data set, and whether there was something to finish.
+    Yields the folders of the data set, and whether there was something to finish.
     """
     roots = {root: dataset_folder(f"nnUNet_{root}", dataset) for root in ("raw", "preprocessed")}
     raw = roots["raw"]
@@ -128,7 +131,15 @@ def _refuse_two_disks(raw: Path) -> None:
 def stage_change(
     staging: Staging, labels: Sequence[NewLabel], cases: Mapping[str, list[str]], reader: type, show_progress: bool
 ) -> None:
-    """Prepare everything that changes with these labels: raw data, splits, descriptions, preprocessed data."""
+    """Prepare everything that changes with these labels: raw data, splits, `dataset.json`, preprocessed data.
+
+    Args:
+        cases: the image files of each new case.
+
+    Raises:
+        UserError: the raw dataset.json has other labels than the preprocessed data; see also `find_preprocessed` and
+            `stage`.
+    """
     raw, preprocessed = staging.roots["raw"], staging.roots["preprocessed"]
     dataset_json = read_dataset_json(raw)
     ending, files = dataset_json["file_ending"], {}

@@ -1,4 +1,4 @@
-"""Turn agreement into an estimate of Dice, with labelled cases that the model has not seen."""
+"""Turn an estimate of quality into an estimated Dice, with labelled cases that the model has not seen."""
 
 from __future__ import annotations
 

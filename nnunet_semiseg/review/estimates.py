@@ -1,4 +1,4 @@
-"""Estimate how good a prediction is without its label, from several members of an ensemble."""
+"""Estimate how good a prediction is without its label, from its probabilities and the members of an ensemble."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ESTIMATES = {
     "expected": "Dice that is expected from the probabilities",
     "certainty": "mean probability of the class where it was predicted",
 }
-"""The key of each estimate and what it means. If there are several members, the first estimate ranks the cases."""
+"""The key of each estimate and what it means. By default the first one ranks the cases; with one member `expected`
+does, because the two before it need several."""
 
 
 def classes_of(labels: Labels) -> dict[str, int | Sequence[int]]:

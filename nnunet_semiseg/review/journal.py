@@ -108,7 +108,7 @@ def finish(journal: Path, roots: Roots) -> str:
     """Complete a change, or the undoing of it, as its state says. Returns the state.
 
     Raises:
-        UserError: a file is neither at its old place nor at its new one.
+        UserError: a file is neither at its old place nor at its new one; or the journal is damaged.
     """
     content = read_journal(journal)
     state, steps = content["state"], content["steps"]
@@ -147,10 +147,10 @@ def recover(roots: Roots, say: Callable[[str], None] = print) -> bool:
 
 
 def undo(journal: Path, roots: Roots, say: Callable[[str], None] = print) -> None:
-    """Undo a change.
+    """Undo a change. If preprocessed data was changed after it, only the raw data is restored, and a line says so.
 
     Raises:
-        UserError: a file of the raw data set was changed after that.
+        UserError: a file of the raw data set was changed after it.
     """
     content = read_journal(journal)
     stale = [step for step in content["steps"] if not _is_as_done(step, journal.parent, roots)]
@@ -231,7 +231,7 @@ def _is_as_done(step: list[str], folder: Path, roots: Roots) -> bool:
 def _says_the_same(now: bytes, then: bytes) -> bool:
     """Whether a file still has the content that was written.
 
-    In a record of cases the times may differ, because a training updates them.
+    Of a record of cases only the plans and the names of the cases are compared, because a training updates its times.
     """
     if now == then:
         return True
@@ -244,7 +244,7 @@ def _says_the_same(now: bytes, then: bytes) -> bool:
 
 
 def _remove(journal: Path, roots: Roots) -> None:
-    """Remove the folders of an undone change. First the folder of the journal is renamed, so that nobody reads it."""
+    """Remove the folders of an undone change. The journal's is renamed first, so that nobody reads it half removed."""
     number = journal.parent.name
     shutil.rmtree(roots["preprocessed"] / FOLDER / number, ignore_errors=True)
     gone = journal.parent.with_name(f"{number}.tmp")

@@ -33,9 +33,9 @@ class NewLabel:
     """A label to accept.
 
     Attributes:
-        origin: `human`: there is no prediction. `corrected`: the label differs from the prediction. `prediction`: both
-            are equal.
-        review: the name of the review that predicted the case.
+        origin: `human`: there is no prediction. `corrected`: the label differs from all predictions of the case.
+            `prediction`: it equals one of them.
+        review: the name of the review that predicted the case. None if there is no prediction.
     """
 
     case: str
@@ -69,7 +69,7 @@ def digest_of(mask: np.ndarray) -> str:
 
 
 def predictions_of(reviews: Iterable[Path], file_ending: str) -> dict[str, list[Predicted]]:
-    """The predictions of these reviews, by case."""
+    """The predictions of these reviews, by case. Raises UserError if the record of a case is damaged."""
     found: dict[str, list[Predicted]] = {}
     for review in reviews:
         for record in sorted((review / CASES).glob("*.json")):
@@ -95,11 +95,11 @@ def choose(
             before.
 
     Returns:
-        The labels; and one line for each file with another ending, and for each label that equals a prediction, unless
-        it is from `all_of`.
+        The labels; and one line for each file with another ending and, without `all_of`, for each label that equals a
+        prediction.
 
     Raises:
-        UserError: the folder is missing, or has no label.
+        UserError: a folder is missing, or has no label.
     """
     ending, labels, problems = dataset_json["file_ending"], {}, []
     if all_of is not None:
@@ -127,9 +127,9 @@ def choose(
 
 
 def _other_endings(given: Path, files: Collection[Path], unlabeled: Collection[str], ending: str) -> list[str]:
-    """One line for each label of an unlabelled case in another format. One that is there in the right one is left out.
+    """One line for each label of an unlabelled case in another format: Slicer saves CASE.seg.nrrd, for example.
 
-    Slicer saves CASE.seg.nrrd, for example.
+    Such a file is ignored if the case also has a label in the right format.
     """
     there, problems = {file.name for file in files}, []
     for file in sorted(given.glob("*")):
@@ -166,11 +166,11 @@ def problems_of(label: NewLabel, images: list[str], dataset_json: dict, reader: 
         seg, shape = reader().read_seg(file)[0], reader().read_images(images)[0].shape[1:]
     except Exception as e:  # the kind depends on the damage
         return [f"{file}: cannot be read ({one_line_of(e)}): save it again"]
-    problems = label_problems(seg, file, shape, label_values(dataset_json))
-    largest = max(label_values(dataset_json))
-    if problems and "ignore" not in dataset_json["labels"] and np.isin(seg, range(largest + 2)).all():
-        ignore = f'"ignore": {largest + 1}'
-        problems[0] += f"; if nobody looked at these voxels, add {ignore} to its labels and plan again"
+    values = label_values(dataset_json)
+    problems = label_problems(seg, file, shape, values)
+    ignore = max(values) + 1  # the value of nnU-Net's ignore label, if dataset.json had one
+    if problems and "ignore" not in dataset_json["labels"] and {*np.unique(seg).tolist()} - values == {ignore}:
+        problems[0] += f'; if nobody looked at these voxels, add "ignore": {ignore} to its labels and plan again'
     return problems
 
 
@@ -178,7 +178,7 @@ def _grid(file: Path, image: str, reader: Any) -> tuple[str | None, str | None, 
     """Compare the grids of a label and its image.
 
     Returns the difference if it is an error, else None; the difference if it is only rounding, else None; and the image
-    if the grids were compared, else None. Grids of pictures are not compared.
+    if the grids were compared, else None. They are compared only if nnU-Net reads the files with SimpleITK or nibabel.
     """
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None, None, None

@@ -23,7 +23,10 @@ def for_labelling(
 
     Args:
         features: the features of each case. All have the same length.
-        labeled_features: the features of labelled cases.
+        labeled_features: the features of labelled cases. There may be none.
+
+    Returns:
+        All cases, the first chosen one first.
     """
     cases = sorted(dices)
     every = np.array([*(features[case] for case in cases), *labeled_features], float)

@@ -40,7 +40,7 @@ class Member:
     """One member of an ensemble.
 
     Attributes:
-        name: the name of the model.
+        name: what `review.html` calls the model, such as `fold 0` or `teacher`.
         checkpoint: the file with its weights.
         part: which weights of the file are used: `deployed`, `student` or `teacher`.
         flips: the axes along which the image is mirrored for this member.
@@ -57,12 +57,13 @@ class Prediction:
     """The prediction of a case by an ensemble, on the grid of the image.
 
     Attributes:
-        mask: the mask from the mean of all members, (*S).
+        mask: the mask from the mean logits of all members, (*S).
         members: the mask of each member. It is on the grid of the network, so that no resampling is needed.
-        probabilities: the mean probabilities of all members, (K, *S).
+        probabilities: the probabilities from the mean logits of all members, (K, *S).
         features: the deepest features of the encoder of the first member, averaged over the image. Empty if the network
             has no encoder.
-        image, properties: as nnU-Net's reader returns them.
+        image: as nnU-Net's reader returns it, (C, *S).
+        properties: those of the reader, and what preprocessing adds to them.
     """
 
     mask: np.ndarray
@@ -79,10 +80,11 @@ def find_members(run: Run, kind: str, mirroring: bool) -> tuple[str, list[Member
     Args:
         run: a finished training.
         kind: a key of `TITLES`, or `auto`.
-        mirroring: whether each mirrored prediction of a model is a member. If False, a model is one member.
+        mirroring: whether each mirrored prediction of a model is a member. If False, a model is one member. The kinds
+            `mirroring` and `single` do not depend on it.
 
     Raises:
-        UserError: there is no such ensemble.
+        UserError: there is no such ensemble; or a checkpoint is damaged.
     """
     for each in [kind] if kind != "auto" else [k for k in TITLES if k != "mirroring" or mirroring]:
         models = list(_models(run, each))

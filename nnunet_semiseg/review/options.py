@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nnunet_semiseg.options import ExecutorOptions, ModelOptions, PredictionOptions, option
+from nnunet_semiseg.options import ExecutorOptions, ModelOptions, PredictionOptions, at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +13,8 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
     """The options of a review.
 
     Attributes:
-        trainer: the trainer of the model. None: the only trained one.
-        length: the length of the list.
+        trainer: the trainer of the model. None: the only trained one, or SemiSegTrainer if there are several.
+        length: the number of cases that `review.html` lists.
         estimate: the estimate by which cases are ranked. None: the first one that is available.
         part, parts: the number of this command, and how many commands share the work.
         output: the folder of the review. None: a folder below the dataset's results.
@@ -41,7 +41,7 @@ class ReviewOptions(ExecutorOptions, PredictionOptions, ModelOptions):
         help="the estimate of quality that ranks the cases: combined, agreement, expected or certainty (docs/review.md"
         " explains them); default: combined, or expected if there is only one prediction",
     )  # fmt: skip
-    parts: int = option("--num_parts", metavar="N", default=1, help="share the work among N commands")
+    parts: int = option("--num_parts", type=at_least(1), metavar="N", default=1, help="share the work among N commands")
     part: int = option("--part_id", metavar="K", default=0, help="which of the N commands this is, from 0 to N - 1")
     show_progress: bool = option("--no_pbar", default=True, help="show no progress bar")
     output: str | None = option(

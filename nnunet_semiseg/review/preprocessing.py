@@ -58,8 +58,7 @@ def find_preprocessed(preprocessed: Path) -> Iterator[Preprocessed]:
         if not fitting:
             raise UserError(
                 f"{preprocessed / name}: was preprocessed with other plans: {several[0].plans['plans_name']}"
-                f" have changed"
-                " since then: run nnunet_semiseg plan_and_preprocess first"
+                " have changed since then: run nnunet_semiseg plan_and_preprocess first"
             )
         yield fitting[0]
 
@@ -67,7 +66,7 @@ def find_preprocessed(preprocessed: Path) -> Iterator[Preprocessed]:
 def stage(
     staging: Staging, about: Preprocessed, cases: Mapping[str, list[str]], dataset_json: dict, verbose: bool = False
 ) -> list[dict]:
-    """Preprocess the cases, and plan the changes beside the folder: its record and the manifest of unlabelled cases.
+    """Preprocess the cases, and plan what else changes: the record of the folder, and the unlabelled cases.
 
     Args:
         cases: the files of each case: its images, then its label.
@@ -77,7 +76,8 @@ def stage(
         The properties of each case, as nnU-Net stores them.
 
     Raises:
-        UserError: nothing can be learnt from the values of a case; the disk is full.
+        UserError: nothing can be learnt from the values of a case; the manifest of the unlabelled cases is damaged; the
+            disk is full.
     """
     preprocessed = staging.roots["preprocessed"]
     record, properties = read_record(preprocessed, about.name), []

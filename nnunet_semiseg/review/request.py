@@ -56,7 +56,8 @@ def make_request(options: ReviewOptions) -> Request:
     run = Run(results.name, options.configuration, options.fold, trainer, options.plans)
     if not run.is_trained:
         raise UserError(
-            f"{run.checkpoint}: no such file: finish the training of {trainer}, or choose a model with -tr, -p and -f"
+            f"{run.checkpoint}: no such file: finish the training of {trainer}, or choose a model with -tr, -c, -p and"
+            " -f"
         )
     if options.executor == "local":
         check_device(options.device)
@@ -65,7 +66,11 @@ def make_request(options: ReviewOptions) -> Request:
 
 
 def _only_trainer(results: Path, plans: str, configuration: str, fold: str) -> str:
-    """The trainer of the only trained model, or the recommended trainer. Raises UserError if neither is clear."""
+    """The trainer of the only trained model. If there are several, it is `RECIPE`.
+
+    Raises:
+        UserError: there is no trained model; or there are several, and none is of `RECIPE`.
+    """
     ending = f"__{plans}__{configuration}"
     models = sorted(results.glob(f"*{ending}/fold_{fold}/{FINAL}"))
     trainers = [model.parents[1].name.removesuffix(ending) for model in models]
@@ -74,5 +79,5 @@ def _only_trainer(results: Path, plans: str, configuration: str, fold: str) -> s
     if trainers:
         raise UserError(f"{results}: several models are trained: choose one with -tr {' or -tr '.join(trainers)}")
     raise UserError(
-        f"{results}: has no trained model *{ending}/fold_{fold}: train one first, or choose another with -p and -f"
+        f"{results}: has no trained model *{ending}/fold_{fold}: train one first, or choose another with -c, -p and -f"
     )

@@ -31,7 +31,7 @@ LABELED = "labelled"
 OF_SEVERAL = ("combined", "agreement")
 """The estimates that need several members."""
 AT_MOST = 40
-"""The largest number of labelled cases that are measured, to find out which values are usual."""
+"""At most this number of labelled cases is predicted, for the calibration and to find out which values are usual."""
 AGAIN = "remove it and run nnunet_semiseg review again"
 
 
@@ -40,8 +40,8 @@ class Work:
     """The records of a review: where they are, and with which model and settings they must have been made.
 
     Attributes:
-        unseen: the labelled cases that no member has seen. Only their Dice counts. It is stored for all labelled cases,
-            so the records stay as they are if other cases are unseen later.
+        unseen: the labelled cases that no member has seen. Only their Dice counts. The records have the Dice of all
+            labelled cases, so they stay as they are if other cases are unseen later.
     """
 
     request: Request
@@ -95,7 +95,8 @@ def review(request: Request) -> Path | None:
         The page. None if other parts have not finished.
 
     Raises:
-        UserError: there is no such ensemble; there are no unlabelled cases; a checkpoint is damaged; the disk is full.
+        UserError: there is no such ensemble, or the estimate needs several members; there are no unlabelled cases; a
+            checkpoint or a record is damaged; another process works on this part; the disk is full.
     """
     raw, preprocessed = (dataset_folder(f"nnUNet_{p}", request.run.dataset) for p in ("raw", "preprocessed"))
     dataset_json = read_dataset_json(raw)
@@ -106,11 +107,11 @@ def review(request: Request) -> Path | None:
     kind, members = find_members(request.run, request.ensemble, request.mirroring)
     if request.estimate in OF_SEVERAL and len(members) == 1:
         raise UserError(
-            f"--estimate {request.estimate}: needs several predictions, but --ensemble {kind} gives one: choose another"
-            " ensemble"
+            f"--estimate {request.estimate}: needs several predictions, but --ensemble {kind} gives one: use"
+            " --estimate expected, or choose another ensemble"
         )
     if kind == "folds":
-        unseen = set()  # each case was seen by all members but one
+        unseen = set()  # each case was seen by all members but one at most
     work = Work(request, kind, members, unlabeled_cases, labeled_cases, unseen & labeled_cases.keys())
     with disk_errors(request.folder):
         for folder in (MASKS, UNCERTAINTY, CASES, LABELED):

@@ -13,8 +13,8 @@ from nnunet_semiseg.review.estimates import Labels, classes_of
 
 QUANTILES = (0.05, 0.5, 0.95)
 FAR = 1.5
-"""A volume is unusual if it is more than this many times the largest of the labelled cases, or if the smallest is more
-than this many times the volume."""
+"""A volume is unusual if it is more than this many times the largest of the labelled cases. It is unusual, too, if the
+smallest is more than this many times the volume."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Signs:
         volumes: the volume of each class, in ml; for pictures the area in cm2.
         islands: for each class the number of parts that do not touch.
         is_whole: whether no voxel is ignored. Otherwise volumes and islands say nothing about the whole class.
-        intensities: for each channel the quantiles `QUANTILES` of the voxels that are not 0.
+        intensities: for each channel the quantiles `QUANTILES` of the voxels that are not 0, if there are any.
     """
 
     volumes: dict[str, float]
@@ -56,15 +56,22 @@ def see(mask: np.ndarray, image: np.ndarray, labels: Labels, spacing: Sequence[f
 
 @dataclass(frozen=True)
 class Usual:
-    """The usual signs: for each, the smallest and the largest value in labelled cases.
+    """The usual signs, from labelled cases.
 
-    Volumes, islands and `always` come from labels without ignored voxels. If there are none, they are empty.
+    `volumes`, `islands` and `always` come from labels without ignored voxels. If there are none, they are empty.
+
+    Attributes:
+        volumes: the smallest and the largest volume of each class, where it is not missing.
+        islands: the largest number of islands of each class.
+        always: the classes that no case lacks.
+        intensities: (2, C, 3), the smallest and the largest of each quantile.
+        unit: the unit of the volumes.
     """
 
     volumes: dict[str, tuple[float, float]]
     islands: dict[str, int]
     always: set[str]
-    intensities: np.ndarray  # (2, C, 3)
+    intensities: np.ndarray
     unit: str
 
     @classmethod
@@ -83,7 +90,7 @@ class Usual:
         )
 
     def missing(self, signs: Signs) -> list[str]:
-        """The classes that all labelled cases have but this case does not."""
+        """The classes in `always` that this case lacks."""
         return [name for name, volume in signs.volumes.items() if name in self.always and not volume]
 
 
@@ -108,11 +115,11 @@ def reasons(signs: Signs, usual: Usual, channels: Sequence[str]) -> list[str]:
 
 
 def least_agreed(estimates: Mapping[str, Mapping[str, float]], share: float = 0.25) -> dict[str, list[str]]:
-    """Name for each case the classes on which the members agree less than on most other cases.
+    """Say for each case on which classes the members agree less than on most other cases.
 
     Args:
         estimates: the agreement by case and class. There are no classes if there is one member.
-        share: for each class, the share of the cases in which the class is named.
+        share: a class is named in this share of the cases, unless the members agree fully.
     """
     found: dict[str, list[str]] = {case: [] for case in estimates}
     for name in next(iter(estimates.values()), {}):

@@ -47,7 +47,6 @@ class Table:
     sentence: str
     is_calibrated: bool
     purpose: str
-    warnings: list[str] = field(default_factory=list)
 
 
 def tabulate(
