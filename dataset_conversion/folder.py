@@ -35,7 +35,7 @@ ABOUT = About(
     layout="images/CASE.nii.gz and labels/CASE.nii.gz, or CASE/t1.nii.gz, CASE/t2.nii.gz and CASE/seg.nii.gz, or\n"
     "  one of many other forms (docs/data.md has a gallery): .nii.gz, .nrrd, .mha, .nii, .png, .tif, DICOM and more;\n"
     "  a case without a label is an unlabelled one",
-    protocol="cases with a label are labelled; --split or folders say which are for validation or a test",
+    protocol="cases with a label are labelled; --split, --test or folders name those for validation and test",
     channels=("image",),
     labels={},
     prompts={},

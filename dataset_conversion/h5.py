@@ -43,6 +43,7 @@ ABOUT = About(
     channels=("MRI",),
     labels={},
     prompts={},
+    value_hint="correct it, or name the values 1, 2, ... with --labels",
     notes=(NOTE,),
 )
 
@@ -116,7 +117,8 @@ def describe(known: Known | None, labels: Sequence[str] | None) -> About:
     about = ABOUT
     if known:
         changes = {"name": f"{known.about.name}H5", "file_ending": ".nii.gz", "label_values": None, "crop": None}
-        about = replace(known.about, **changes, title=f"{known.about.title}, from h5 files", notes=(NOTE,))
+        changes |= {"notes": (NOTE,), "value_hint": ABOUT.value_hint}
+        about = replace(known.about, **changes, title=f"{known.about.title}, from h5 files")
     if labels:
         names = {"background": 0, **{name: i for i, name in enumerate(labels, 1)}}
         about = replace(about, labels=names, prompts={name: name for name in names})

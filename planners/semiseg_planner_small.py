@@ -4,7 +4,10 @@ from nnunet_semiseg.planning import SemiSegMemory
 
 
 class SemiSegPlannerSmall(SemiSegMemory, ExperimentPlanner):
-    """A network with 16 to 128 features instead of 32 to 320 or 512: for CPUs and quick tests."""
+    """nnU-Net's default planner with a thin network and a small patch, for CPUs and quick tests.
+
+    The network has 16 to 128 features instead of 32 to 320 (3d) or 512 (2d).
+    """
 
     default_plans_name = "nnUNetSemiSegSmallPlans"
 

@@ -650,6 +650,9 @@ def test_tiff_volumes_need_a_voxel_size(tmp_path, raw):
     written = sitk.ReadImage(str(raw / "imagesTr" / "a_0000.nii.gz"))
     assert np.allclose(written.GetSpacing(), (0.5, 0.6, 3))
     assert np.array_equal(sitk.GetArrayFromImage(written), image) and voxels(raw / "labelsTr" / "a.nii.gz").any()
+    (tmp_path / "p" / "images" / "a.json").write_text('{"Manufacturer": "x"}')
+    with pytest.raises(ValueError, match='images/a.json: has no "spacing": write .* or remove this file'):
+        convert(tmp_path / "p", 801, **OPTIONS, spacing=(0.5, 0.6, 3), overwrite=True)
     for kind in ("images", "labels"):
         (tmp_path / "p" / kind / "a.json").write_text('{"spacing": [4, 0.7, 0.8]}')
     convert(tmp_path / "p", 801, **OPTIONS, overwrite=True)

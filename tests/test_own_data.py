@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def gaps(folder: Path) -> None:
 def test_too_few_names_are_asked_for_and_one_too_many_is_said(source, raw, capsys):
     for i in range(2):
         nii(LABEL.astype(np.uint8), source / "labels" / f"c{i}.nii.gz")
-    with pytest.raises(ValueError, match="but --labels names 1: give a name for each with --labels NAME1 NAME2$"):
+    with pytest.raises(ValueError, match="but --labels has 1 names: give a name for each with --labels NAME1 NAME2$"):
         convert(source, labels=["kidney"])
     convert(source, labels=["kidney", "tumour", "cyst"])
     assert "note: no label has a voxel of cyst (value 3): check --labels" in capsys.readouterr().out
@@ -271,7 +272,7 @@ def test_a_rounded_header_is_the_same_grid_and_a_flip_is_not(source, raw, capsys
     convert(source)
     printed = capsys.readouterr().out
     assert re.search(
-        r"case c0: origin \(-0.002, -?0, 0\) differs from .*: a rounding error of .* mm, the image's is taken", printed
+        r"case c0: origin \(-0.002, -?0, 0\) differs from .*: a rounding error of .* mm, so the grid of the", printed
     )
     assert sitk.ReadImage(str(raw / "labelsTr" / "c0.nii.gz")).GetOrigin() == (0, 0, 0)
     for wrong, word in ((lost, "origin"), (flipped, "origin|direction")):
@@ -313,7 +314,7 @@ META = "NDims = 3\nDimSize = 5 6 7\nElementType = MET_SHORT\n{}ElementDataFile =
         ("c3.nrrd", NRRD + "\n", "the header has no spacing: give it with --spacing"),
         ("c3.nrrd", NRRD + "spacings: nan nan nan\n\n", "the header's spacing is nan nan nan: give it with --spacing"),
         ("c3.mha", META.format(""), "the header has no spacing: give it with --spacing"),
-        ("c3.mha", META.format("ElementSpacing = 1 1 0\n"), "spacing is 1 1 0: correct ElementSpacing, a line of text"),
+        ("c3.mha", META.format("ElementSpacing = 1 1 0\n"), "spacing is 1 1 0: correct its line ElementSpacing"),
     ],
 )
 def test_headers_as_text_without_a_spacing(name, header, message, source, raw, capsys):
@@ -490,7 +491,7 @@ def test_masks_of_a_class_each(tmp_path, raw, capsys):
     convert(tmp_path / "d", labels=None, channels=["CT"])
     assert about(raw)["labels"] == {"background": 0, "liver": 1, "spleen": 2}
     assert (voxels(raw / "labelsTr" / "s0.nii.gz")[ORGAN > 0] == 2).all()
-    assert "18 voxels of spleen are in another mask, too: they are spleen" in capsys.readouterr().out
+    assert "18 voxels of spleen are in another mask, too: they become spleen" in capsys.readouterr().out
     convert(tmp_path / "d", labels=["spleen", "Liver"], channels=["CT"], overwrite=True)
     assert np.array_equal(voxels(raw / "labelsTr" / "s0.nii.gz"), np.choose(LABEL, [0, 2, 1]))
     (tmp_path / "d" / "s1" / "segmentations" / "liver.nii.gz").unlink()
@@ -625,6 +626,8 @@ def test_masks_in_pictures_follow_the_names_of_dicom_files(tmp_path, raw, capsys
     assert np.array_equal(voxels(raw / "imagesTr" / "1_0000.nii.gz"), image(1))
     assert np.array_equal(voxels(raw / "labelsTr" / "1.nii.gz"), ORGAN)
     assert "7 pictures are the slices of the label, in the order of their names and of" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"/d: what do the label values mean\? Name 1, 2, ... with --labels NAME1"):
+        convert(tmp_path / "d", labels=None)
 
 
 def test_pictures_become_volumes_with_a_spacing(tmp_path, raw):
@@ -745,10 +748,13 @@ def test_structure_sets(tmp_path, raw, capsys):
     expected[1:4, 1:5, 2] = 1
     expected[2, 2, 2] = 0
     assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), expected)
-    assert "Couch of rt.dcm is not named with --labels and left out" in capsys.readouterr().out
+    assert "Couch of rt.dcm is left out, because --labels does not name it" in capsys.readouterr().out
+    (tmp_path / "d" / "P1" / "rt.dcm").write_bytes(b"1.2.840.10008.5.1.4.1.1.481.3")
+    with pytest.raises(ValueError, match="rt.dcm: cannot be read .*: save it again"):
+        convert(tmp_path / "d", labels=None)
 
 
-def test_dicom_segmentations(tmp_path, raw, capsys):
+def test_dicom_segmentations(tmp_path, raw, capsys, monkeypatch):
     highdicom = pytest.importorskip("highdicom")
     import pydicom
     from pydicom.sr.codedict import codes
@@ -782,6 +788,9 @@ def test_dicom_segmentations(tmp_path, raw, capsys):
     convert(tmp_path / "d", labels=["spleen", "liver"], overwrite=True)
     assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), np.choose(LABEL, [0, 2, 1]))
     assert "case P1: 18 voxels are in several classes: they get the one that is named last" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "highdicom", None)  # pydicom alone is not enough
+    with pytest.raises(ValueError, match="case P1: .*a.dcm: is a DICOM segmentation .*: to read it, pip install"):
+        convert(tmp_path / "d", labels=["spleen", "liver"], overwrite=True)
 
 
 # ------------------------------------------------------------------------------------------------- dry run and patients

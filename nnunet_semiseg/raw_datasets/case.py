@@ -34,6 +34,10 @@ def convert_case(
     """Check and write one case. When it is complete, a record is written into `.conversion`.
 
     Args:
+        subset: `Tr`, `Un` or `Ts`: the end of the name of the folders to write into.
+        crop: the crop of all images and labels. None: they stay whole.
+        folder: the folder of the source.
+        target: the folder of the dataset.
         register: a value of `registration.REGISTER`.
 
     Returns:
@@ -93,7 +97,7 @@ def _write_case(
             images[i] = _registered(images[i], case.images[i], first, names, register, notes)
     label = None
     if case.label is None and subset == "Tr":
-        raise UserError("has no label, but a labelled case needs one: add the label")
+        raise UserError("is for validation, but has no label: add it, or take the case out of the list")
     if case.label is not None and (subset != "Un" or crop):
         given, link = load(case.label, notes, about.repair, root)
         label = one_channel(given, _name(case.label))
@@ -136,7 +140,7 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
             header itself may lie elsewhere, and links are followed.
 
     Raises:
-        UserError: the image is missing or damaged, and `repair` does not allow to fix it.
+        UserError: the image is missing, or has a problem that `repair` does not allow to fix.
     """
     for path in paths_of(source):
         if not path.exists():
@@ -155,7 +159,7 @@ def load(source: Path | Read, notes: list[str], repair: Repair, root: Path | Non
         link = None if found else source
     else:
         image, link = _run(source, notes), None
-    if image.GetDimension() == 2:  # dots per inch: nnU-Net does not read them, and masks have other ones
+    if image.GetDimension() == 2:  # from its dots per inch, which nnU-Net does not read; a mask may have others
         image.SetSpacing((1, 1))
         image.SetOrigin((0, 0))
     if not is_spacing(image.GetSpacing()):
@@ -216,7 +220,7 @@ def _on_grid(loaded: Loaded, source: Path | Read, expected: sitk.Image, of: Path
 
 
 def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: str) -> sitk.Image:
-    """The label itself if its values are right, else a copy with the values of the dataset, uint8."""
+    """The label itself if its values are integers and right, else a copy with the values of the dataset, uint8."""
     voxels = sitk.GetArrayViewFromImage(label)
     present, counts = np.unique(voxels, return_counts=True)
     if unknown := [f"{v:g} ({n} voxels)" for v, n in zip(present, counts, strict=True) if v not in values]:
@@ -237,7 +241,7 @@ def _map_label(label: sitk.Image, values: Mapping[int, int], name: str, hint: st
 def _write(image: sitk.Image, whole: Path | None, slices, file: Path, ending: str) -> None:
     """Write an image into the dataset.
 
-    If `whole` has the right ending and the image is not cropped, it is linked, or copied if links do not work.
+    If `whole` has the right ending and the image is not cropped, `whole` is linked, or copied if links do not work.
 
     Args:
         whole: a source file that holds exactly this image. None if there is none.

@@ -46,27 +46,27 @@ def convert_dataset(
 
     Args:
         find_cases: a function of the data set's module. It is called with the source's folder and the options.
-        source: a folder; or an archive (zip, tar), which is unpacked while the conversion runs.
+        source: a folder; or an archive (zip, tar), which is unpacked into a temporary folder.
         labeled: how many cases keep their label: a number, a fraction of the training cases, "all", or None for the
-            published number. The first cases of the published order are taken.
+            published number (all if none is published). The first cases of the published order are taken.
         protocol: "published" uses the lists of the source, published or your own; "all" trains on every case and has no
             test set.
         crop: "published" crops around the ground truth, even of unlabelled and test cases; "none" does not.
         register: for several channels. "check" reports by how many mm each is displaced from the first one. "rigid"
-            moves it onto the grid of the first one. "off" does not change channels.
+            moves those that are displaced or on another grid onto the grid of the first one. "off" does neither.
         num_processes: with 0 this process does the work. A script that uses more needs `if __name__ == "__main__":`.
-        overwrite: replace a dataset that exists.
+        overwrite: replace the dataset that has this number and name.
         dry_run: print what would be done, and write nothing.
-        max_size: in GB, the largest size of an unpacked archive. None: `archives.RATIO` times the
-            size of the archive.
+        max_size: in GB, the largest size of an unpacked archive. None: 100 times the size of the archive, at least
+            1 GB (`archives.RATIO` and `HARMLESS`).
 
     Returns:
         The dataset's folder.
 
     Raises:
         BusyError: another process makes a dataset with this number.
-        UserError: there is nothing to convert, or the dataset cannot be written; cases are bad (one line for each,
-            after all others are done).
+        UserError: options are wrong; there is nothing to convert; the dataset cannot be written; cases are bad (one
+            line for each, after all others are done).
     """
     source, raw = Path(source).absolute(), base_folder("nnUNet_raw")
     with contextlib.ExitStack() as stack:
@@ -107,10 +107,12 @@ def _make_raw_folder(raw: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(source: Path, raw: Path, dataset_id: int, max_size: float | None) -> Iterator[Path]:
-    """The folder with the files of the source. An archive is unpacked on the disk of `raw`, and removed at the end.
+    """The folder with the files of the source. An archive is unpacked on the disk of `raw`.
+
+    What was unpacked is removed at the end.
 
     Raises:
-        UserError: there is no such source, or `raw` lies in it.
+        UserError: there is no such source, or `raw` lies in it, or the archive cannot be unpacked.
     """
     with contextlib.ExitStack() as stack:
         folder = source
@@ -156,7 +158,11 @@ def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str
 
 
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:
-    """Raise UserError if writing the target would change the source of its images, even through links."""
+    """Raise UserError if the target is a link, or if writing it would change the source, even through links.
+
+    Args:
+        sources: the folder or archive of the source, and other files of the user that are read.
+    """
     here = target.resolve()
     parts = (part for case in found.cases.values() for part in (*case.images, case.label))
     for path in (*sources, *(path for part in parts for path in paths_of(part))):
@@ -194,10 +200,10 @@ def stamp(case: Case, part: str, source: Path) -> list:
 
 
 def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
-    """The options of an earlier conversion that is not finished. None if a new conversion begins.
+    """The request of an earlier conversion that is not finished. None if a new conversion begins.
 
     Raises:
-        UserError: the number or the folder is in use.
+        UserError: the number or the folder is in use, or the earlier conversion had other options.
     """
     others = [p.name for p in target.parent.glob(f"{target.name.partition('_')[0]}_*") if p.name != target.name]
     if others:
@@ -282,7 +288,7 @@ def _finish(source: Source, target: Path, request: dict, whole: Sequence[str]) -
     labeled_cases, validation = (
         [n for n in whole if request["parts"][n] == part] for part in ("labeled", "validation")
     )
-    for file in ("splits_final.json", "texts.json"):  # from a start with other cases
+    for file in ("splits_final.json", "texts.json"):  # an earlier run may have had other cases
         (target / file).unlink(missing_ok=True)
     if validation:
         write_json([{"train": labeled_cases, "val": validation}], target / "splits_final.json")

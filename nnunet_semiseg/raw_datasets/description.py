@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.repair import Repair
 
-PICTURES = (".png", ".bmp", ".tif")  # of those that nnU-Net reads
+PICTURES = (".png", ".bmp", ".tif")  # that nnU-Net reads
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,12 @@ class About:
         name: the part of the dataset's name that follows the number.
         layout: what the download looks like; shown if no case is found.
         protocol: the published split, in words.
-        labeled: the default number of labelled cases. None: all that have a label.
         labels, regions_class_order, file_ending: as in `dataset.json`.
+        prompts: one or more texts about each class.
         dims: the number of dimensions of every image. None: 2 for pictures, else 3.
-        label_values: a map from values in the source to values in the dataset. None: the values of `labels`.
+        label_values: a map from values in the source to values in the dataset. None: both have the values of `labels`.
+        labeled: the default number of labelled cases, or their share of the training cases. None: all that have a
+            label.
         value_hint: how to fix an unknown label value.
         repair: what may be changed in headers and voxels.
         notes: what a user must know before using the data set.
@@ -78,7 +80,7 @@ class About:
     label_values: Mapping[int, int] | None = None
     labeled: int | float | None = None
     crop: Crop | None = None
-    value_hint: str = "correct it, or name all its labels"
+    value_hint: str = "correct it, or download the label again"
     repair: Repair = Repair()
     notes: tuple[str, ...] = ()
 
@@ -98,12 +100,13 @@ class About:
 
 @dataclass(frozen=True)
 class Read:
-    """An image that nnU-Net cannot read directly. `function(*paths, **options)` reads it, in a worker process.
+    """An image that nnU-Net cannot read directly. `function(*paths, **options)` reads it.
 
-    The function returns a SimpleITK image, or an image and a note for the report, which may be empty.
+    The function returns a SimpleITK image, or an image and a note for the user, which may be empty. Worker processes
+    call the function, so it must not be a lambda.
 
     Args:
-        repairs: whether the function itself refuses or repairs incomplete files. If not, `load` refuses them first.
+        repairs: whether the function itself refuses or repairs damaged files. If not, `load` refuses them first.
     """
 
     function: Callable[..., sitk.Image | tuple[sitk.Image, str]]
@@ -117,7 +120,7 @@ class Case:
     """The files of a case in the source.
 
     The file of a plain path is linked into the dataset if it has the dataset's ending and nothing in it must change.
-    Otherwise a new file is written.
+    Otherwise a new file is written. The text goes into `texts.json`.
     """
 
     name: str
@@ -131,7 +134,8 @@ class Source:
     """The cases of a download, and its lists of training, validation and test cases.
 
     Args:
-        train: the training cases. If only some keep their labels, these are the first.
+        train: the training cases. If only some keep their labels, these are the first. Like the other two lists, it
+            may name cases that are missing in `cases`.
         left_out: files of the download that belong to no case, with the reason.
         patients: the patient of each case, if the scans of one patient must stay together; otherwise empty.
         check: a function that checks the cases whose labels are used, before anything is written. It raises UserError.

@@ -20,7 +20,7 @@ def case_folders(names: Iterable[Name], channels: Sequence[str] | None) -> dict[
     - if the uppermost folder has the name of a wanted channel: `CT/1` and `CT/2` are two cases;
     - if several of the folders in it have their own label: `P1/T1` and `P1/T2` are two cases, and folders beside `P1`
       are divided, too;
-    - if the folders in it are visits: `P1/2020-01-05` and `P1/2021-02-03` are two cases.
+    - if the folders in it are visits, and a case has several: `P1/2020-01-05` and `P1/2021-02-03` are two cases.
 
     A folder of a case is divided further by the same rules: `MR/2/T1`.
     """
@@ -39,7 +39,7 @@ def case_folders(names: Iterable[Name], channels: Sequence[str] | None) -> dict[
     for name in names:
         key = _longest(places[name], keys)
         if not (key or is_label(name) or (name.folder_kind and name.folder_kind[0] <= starts[name])):
-            key = places[name][:1]  # images of another kind
+            key = places[name][:1]  # an image in a folder without DICOM
         folders[name] = (*name.folders, name.stem)[: starts[name]] + key if key else ()
     return folders
 
@@ -52,7 +52,8 @@ def _split(series: set[Folders], labelled: set[Folders], channels: set[str]) -> 
     """The folders of cases. The function begins with the uppermost folders, and divides them as often as necessary.
 
     Args:
-        labelled: folders that contain a label beside a series.
+        labelled: folders that contain a series and a label, at any depth.
+        channels: the wanted channels, as `plain` spells them.
     """
     keys = {place[:1] for place in series}
     while True:
@@ -72,7 +73,7 @@ def _split(series: set[Folders], labelled: set[Folders], channels: set[str]) -> 
 
 
 def without_channels(groups: Mapping[Folders, Sequence[Name]], channels: Sequence[str] | None) -> list[Folders]:
-    """The cases without a series of a wanted channel, if folders are named after channels (`CT`, `MR`)."""
+    """The cases without a series of a wanted channel. Empty unless each of these channels is a folder (`CT`, `MR`)."""
     words = {
         key: {plain(folder) for name in names if name.ending == SERIES for folder in (*name.folders, name.stem)}
         for key, names in groups.items()

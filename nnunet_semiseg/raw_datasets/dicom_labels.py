@@ -12,6 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.draw import polygon
 
+from nnunet_semiseg.data.image_problems import one_line_of
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.names import some
 
@@ -27,8 +28,11 @@ def classes_in(path: Path) -> list[str]:
     try:
         import pydicom
     except ImportError:
-        raise UserError(f"{path}: is a DICOM segmentation or structure set: to read it, {INSTALL}") from None
-    data = pydicom.dcmread(path, stop_before_pixels=True)
+        raise _not_installed(path) from None
+    try:
+        data = pydicom.dcmread(path, stop_before_pixels=True)
+    except Exception as e:  # the kind depends on the damage
+        raise UserError(f"{path}: cannot be read ({one_line_of(e)}): save it again") from None
     segments = [str(item.SegmentLabel) for item in data.get("SegmentSequence", ())]
     return segments or [str(item.ROIName) for item in data.get("StructureSetROISequence", ())]
 
@@ -40,9 +44,14 @@ def read_dicom_labels(*paths: Path, names: Sequence[str], read_image: Callable[.
 
     Args:
         paths: one or more label files, and then the image.
+        names: the names of the classes, in the order of their values.
+        read_image: a function that reads the image from the last path.
 
     Returns:
-        The label, uint8; and a note about classes that are not named or missing, and about overlaps.
+        The label, uint8; and a note about classes that are not named or missing, other grids, and overlaps.
+
+    Raises:
+        UserError: no file has one of the classes; a file cannot be read; an outline lies in no slice of the image.
     """
     *files, grid = paths
     note = _compare(files, names)
@@ -65,11 +74,20 @@ def read_dicom_labels(*paths: Path, names: Sequence[str], read_image: Callable[.
 
 
 def _open(file: Path):
-    import highdicom
     import pydicom
 
     data = pydicom.dcmread(file)
-    return highdicom.seg.Segmentation.from_dataset(data, copy=False) if "SegmentSequence" in data else data
+    if "SegmentSequence" not in data:
+        return data
+    try:
+        import highdicom
+    except ImportError:
+        raise _not_installed(file) from None
+    return highdicom.seg.Segmentation.from_dataset(data, copy=False)
+
+
+def _not_installed(path: Path) -> UserError:
+    return UserError(f"{path}: is a DICOM segmentation or structure set: to read it, {INSTALL}")
 
 
 def _segment(data, name: str, image: sitk.Image, note: list[str]) -> np.ndarray:
@@ -114,7 +132,7 @@ def _compare(files: Sequence[Path], names: Sequence[str]) -> list[str]:
             f"{files[0]}: has no class of --labels {' '.join(names)}: name classes that {where} has: {some(there, 20)}"
         )
     notes = [f"{where} has no {some(missing)}"] if missing else []
-    return notes + ([f"{some(unused)} of {where} is not named with --labels and left out"] if unused else [])
+    return notes + ([f"{some(unused)} of {where} is left out, because --labels does not name it"] if unused else [])
 
 
 def _same(one: str, other: str) -> bool:

@@ -58,7 +58,7 @@ class Layout:
 
 
 def is_label(name: Name) -> bool:
-    """Whether a file is a label, by its folder, or else by its own name."""
+    """Whether a file is a label: by its type (DICOM-SEG, RTSTRUCT), else by its folder, else by its own name."""
     if name.ending in (DICOM_SEG, RTSTRUCT):
         return True
     if name.folder_kind:
@@ -100,9 +100,10 @@ def fill_flat(
 def fill_groups(
     layout: Layout, groups: Mapping[str, Sequence[Name]], channels: Sequence[str] | None, patients: bool = True
 ) -> None:
-    """Add files of several cases from folders. If a name is not unique, the name of its folder is put before it.
+    """Add files of several cases from folders. If two cases have the same name, all names begin with their folder.
 
     Args:
+        groups: the files of each folder.
         patients: whether each folder belongs to one patient.
     """
     found = {}

@@ -55,7 +55,8 @@ def recognise(
         classes: the wanted classes. If masks have these names, each is the mask of its class.
 
     Raises:
-        UserError: the names have no clear meaning: two cases have the same name, or a label has no image.
+        UserError: the names have no clear meaning: two cases have the same name, or a label has no image, or a channel
+            has no files.
     """
     paths = sorted(paths, key=natural)
     root = common_root(paths)
@@ -335,7 +336,7 @@ def _name_folders(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
 
 
 def _several_pairs(groups: Mapping[tuple[str, ...], Sequence[Name]]) -> bool:
-    """Whether a folder has several images, each with a label whose name fits only this image."""
+    """Whether a folder has several labels, each with the name of an image or the beginning of such a name."""
     pairs = []
     for files in groups.values():
         stems = [name.stem for name in files if not is_label(name) and name.ending != SERIES]

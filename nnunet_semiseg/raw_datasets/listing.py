@@ -1,4 +1,4 @@
-"""List the files of a source by name for `layouts`. Slices of a DICOM series become one name."""
+"""List the files of a source by name for `layouts`. The DICOM slices in a folder become one name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from nnunet_semiseg.raw_datasets.sources import JUNK
 SYSTEM = ("thumbs.db", "desktop.ini", "dicomdir", "lockfile", "version")
 DICOM_FILES = (".dcm", ".ima")
 UNKNOWN = "of no known kind"
-_SINGLE = tuple(f"1.2.840.10008.5.1.4.1.1.{kind}\0".encode() for kind in ("1", "1.1", "1.2"))  # X-rays: a file a case
+_SINGLE = tuple(f"1.2.840.10008.5.1.4.1.1.{kind}\0".encode() for kind in ("1", "1.1", "1.2"))  # X-rays
 _KINDS = {b"1.2.840.10008.5.1.4.1.1.66.4": DICOM_SEG, b"1.2.840.10008.5.1.4.1.1.481.3": RTSTRUCT}
 
 
 def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """List the files below a folder, at any depth: those that a conversion can read, and the others with the reason.
 
-    Names are relative, with slashes. The DICOM slices in a folder share one name: that of the folder plus `.dicom`. The
-    name of a segmentation ends with `.dicom-seg`, that of a structure set with `.dicom-rtstruct`. Links to folders are
-    followed.
+    Names are relative, with slashes. The DICOM slices in a folder share one name: that of the folder plus `.dicom`. But
+    each DICOM image has its own name if it lies in `folder` itself, or if it is an X-ray in a folder such as `images`.
+    The name of a segmentation ends with `.dicom-seg`, that of a structure set with `.dicom-rtstruct`. Links to folders
+    are followed.
     """
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
@@ -52,12 +53,20 @@ def list_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def real_path(name: str, folder: Path, found: dict[str, Path]) -> Path:
-    """Find the file or folder for a name of `list_files`. The name of a folder ends with `.dicom` or `.stack`."""
+    """Find the file or folder for a name in a layout. The name of a folder ends with `.dicom` or `.stack`.
+
+    Args:
+        found: the result of `list_files`.
+    """
     return found.get(name) or folder / name.removesuffix(SERIES).removesuffix(STACK)
 
 
 def dicom_kind(file: Path) -> str | None:
-    """The kind of a DICOM file: `.dicom`, `.dicom-seg` or `.dicom-rtstruct`. None if the file is not DICOM."""
+    """The kind of a DICOM file: `.dicom`, `.dicom-seg` or `.dicom-rtstruct`. None if the file is not DICOM.
+
+    A file that ends with `.dcm` or `.ima` is always taken for DICOM. A file with another ending never is, unless the
+    ending is a number.
+    """
     ending = file.suffix.lower()
     by_name = ending in DICOM_FILES
     if not by_name and ending and not ending[1:].isdecimal():

@@ -201,7 +201,10 @@ def some(names: Iterable[str], at_most: int = 5) -> str:
 
 
 def common_root(paths: Sequence[str]) -> int:
-    """How many folders at the beginning are the same in all paths. Folders that mean images or labels do not count."""
+    """How many folders at the beginning are the same in all paths.
+
+    The count ends before a folder that means images or labels, or that begins with `sub-`.
+    """
     names = [Name(path) for path in paths]
     folders = [name.folders for name in names]
     n = 0

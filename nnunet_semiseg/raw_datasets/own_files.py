@@ -54,6 +54,7 @@ class Files:
     """How to read the files of a layout.
 
     Args:
+        spacing: x y z in mm, for files that do not say it. None: the user has not given it.
         repair: what may be changed in an image.
         labels: what the values of the labels mean.
         place: a function that takes a name in the layout and returns its file or folder.
@@ -66,7 +67,7 @@ class Files:
     labels: Labels
     place: Callable[[str], Path]
     chosen: bool = False
-    # found by `describe`
+    # found by `describe`: the dimensions of most images, the size of each, and whether file names say the channel
     dims: int = field(default=3, init=False)
     sizes: dict[Path, tuple[int, ...]] = field(default_factory=dict, init=False)
     named: bool = field(default=False, init=False)
@@ -78,10 +79,10 @@ class Files:
         given: Mapping[str, int | tuple[int, ...]] | None,
         folder: Path,
     ) -> About:
-        """Describe the dataset as far as it depends on the files.
+        """Describe the dataset as far as it depends on the files. See `Labels.name_classes` for the arguments.
 
         Raises:
-            UserError: labels or channels need names. The message says what was found.
+            UserError: there are no labels; labels or channels need names. The message says what was found.
         """
         self.sizes = _sizes(self.place(name) for files in layout.images.values() for name in files.values())
         self._leave_out_4d(layout)
@@ -94,7 +95,7 @@ class Files:
         ending = _file_ending(images, self.dims)
         return About(
             name="", title="Your own images", url="", licence="", citation="", layout="",
-            protocol="cases with a label are labelled; --split or folders say which are for validation or a test",
+            protocol="cases with a label are labelled; --split, --test or folders name those for validation and test",
             channels=self.channels,
             labels=names,
             prompts={name: name for name in names},
@@ -106,7 +107,7 @@ class Files:
         )  # fmt: skip
 
     def _notes(self, layout: Layout, labels: Sequence[str] | None, ending: str) -> Iterable[str]:
-        """Notes for the user: which files are written in another format, and how their names were understood."""
+        """Notes for the user: which files are written in another format, and how labels were understood."""
         images = [name for files in layout.images.values() for name in files.values()]
         kinds = {SERIES: "DICOM series", STACK: "folders of pictures"}
         for what, found in (("", images), (" labels", plain_labels(layout, layout.labels))):
@@ -129,13 +130,13 @@ class Files:
     def _refuse_colours(self, layout: Layout) -> None:
         """Raise UserError if the first pictures are all in colour.
 
-        If only one of them is in colour, its case fails later.
+        If only some of them are in colour, their cases fail later.
         """
         first = [self.place(next(iter(files.values()))) for files in list(layout.images.values())[:FEW]]
         for path in first:
             if mode_of(path) not in ("RGB", "RGBA"):
                 return
-            with contextlib.suppress(Exception):  # readers raise of many kinds
+            with contextlib.suppress(Exception):  # readers raise errors of many kinds
                 read_gray(path)
                 return
         raise UserError(
@@ -143,7 +144,7 @@ class Files:
         )
 
     def _leave_out_4d(self, layout: Layout) -> None:
-        """Do not convert images with four dimensions if most images have three.
+        """Leave out images with four dimensions, in a whole channel or in cases without a label, if most have three.
 
         Such an image is a film whose frames are the cases, or an fMRI.
         """
@@ -219,7 +220,10 @@ class Files:
         return Read(read_mask if mode == "LA" else read_gray, (path,))
 
     def _check_channels(self, layout: Layout) -> None:
-        """Raise UserError if channels need names. This is checked before anything is made."""
+        """Raise UserError if channels need names, or if cases have different kinds of DICOM images.
+
+        This is checked before anything is made.
+        """
         if len(self.channels) > 1:
             return
         path = next(iter(next(iter(layout.images.values())).values()))
@@ -234,7 +238,7 @@ class Files:
             )
         self._refuse_colours(layout)
         if Name(path).ending == SERIES and place.is_dir() and not layout.channels and len(find_series(place)) > 1:
-            read_dicom_series(place)  # says which there are
+            read_dicom_series(place)  # raises an error that lists them
         series = {name: self.place(name) for files in layout.images.values() for name in files.values()}
         folders = [path for name, path in series.items() if Name(name).ending == SERIES and path.is_dir()]
         if not folders:
@@ -309,7 +313,8 @@ def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
 def _file_ending(paths: Sequence[Path], dims: int) -> str:
     """Choose a file ending for the dataset.
 
-    It is the common ending of all images if nnU-Net reads it, else one that keeps every voxel.
+    It is the common ending of all images if nnU-Net reads it, and if it is that of a picture for 2d and of a volume for
+    3d. Else it is one that keeps every voxel.
     """
     pictures = all(path.name.lower().endswith(PICTURES) for path in paths)
     own = [e for e in READABLE if all(path.name.endswith(e) and not path.is_dir() for path in paths)]

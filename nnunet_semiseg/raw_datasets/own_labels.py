@@ -60,7 +60,7 @@ class Labels:
             folder: the folder of the user, for messages.
 
         Raises:
-            UserError: there are no labels, or nothing says what their values mean.
+            UserError: there are no labels, or nothing says what their values mean, or options do not fit them.
         """
         self._choose_masks(layout, labels)
         if not layout.labels:
@@ -110,11 +110,13 @@ class Labels:
             raise UserError(f"{self.place(file)}: its classes have names: choose some of them with --labels {names}")
         plain = self._plain(layout, layout.labels)[:FEW]
         found = self._count(plain)
-        if not found and plain:
-            self._loaded(plain[0])  # says what is wrong with it
+        if not found:  # pictures of slices and DICOM series are not counted
+            if plain:
+                self._loaded(plain[0])  # raises an error that says what is wrong with it
+            raise UserError(f"{folder}: what do the label values mean? Name 1, 2, ... with --labels NAME1 NAME2 ...")
         values = sorted(value for value in found if isinstance(value, (int, float)))
         if values == list(range(len(values))):
-            words = " ".join(f"NAME{i}" for i in values[1:])
+            words = " ".join(f"NAME{i}" for i in values[1:]) or "NAME1 NAME2 ..."
             raise UserError(
                 f"{folder}: what do the label values mean? Found are {found_text(found)}: "
                 f"name them with --labels {words}{hint_at_classes(layout)}"
@@ -128,14 +130,14 @@ class Labels:
             names: the result of `name_classes`.
         """
         if self.values:
-            known = {value: value for value in self.values.colours.values()}  # of colours that are read already
-            return self.values.grey or known if not self.values.colours else {**known, **self.values.grey}
+            mapped = {value: value for value in self.values.colours.values()}  # by the reader of colours
+            return {**mapped, **self.values.grey}
         return {0: 0, 1: 1, 255: 1} if len(names) == 2 and not self.classes else None
 
     def check_values(self, layout: Layout, about: About, cases: Sequence[str]) -> None:
         """Raise UserError if all of the first labels have unknown values.
 
-        If only one label has unknown values, its case fails later.
+        If only some of them have unknown values, their cases fail later.
 
         Args:
             cases: the cases whose labels are used. Other labels are not opened.
@@ -157,7 +159,7 @@ class Labels:
         if not self.values and self.names and set(found) == set(range(len(found))):
             names = " ".join(f"NAME{i}" for i in range(1, len(found)))
             raise UserError(
-                f"{where}: label values found are {found_text(found)}, but --labels names {len(self.names)}:"
+                f"{where}: label values found are {found_text(found)}, but --labels has {len(self.names)} names:"
                 f" give a name for each with --labels {names}{more}"
             )
         raise UserError(
@@ -186,7 +188,7 @@ class Labels:
         """Count voxels by value over files. A file that cannot be read is skipped; its case reports it later."""
         total: Counter = Counter()
         for path in paths:
-            with contextlib.suppress(Exception):  # readers raise of many kinds
+            with contextlib.suppress(Exception):  # readers raise errors of many kinds
                 colour = mode_of(path) in ("RGB", "RGBA") or (
                     mode_of(path) == "P" and self.values and self.values.colours
                 )
@@ -211,7 +213,7 @@ class Labels:
 
 
 def plain_labels(layout: Layout, cases: Iterable[str]) -> list[str]:
-    """The names of the labels whose values can be read without another file."""
+    """The names of the labels that are one file with all classes, and neither DICOM nor a folder of slices."""
     labels = [layout.labels[case] for case in cases if case in layout.labels]
     names = (files[""] for files in labels if set(files) == {""})
     return [name for name in names if Name(name).ending not in (SERIES, STACK, DICOM_SEG, RTSTRUCT)]
@@ -223,7 +225,10 @@ def as_typed(names: Iterable[str]) -> str:
 
 
 def hint_at_classes(layout: Layout) -> str:
-    """A hint that says what to type if labels with different names belong to different classes."""
+    """A hint that says what to type if labels with different names belong to different classes.
+
+    Empty if fewer than two of these names can be names of classes. A name with a digit is not taken for one.
+    """
     named = [name for name in layout.joined if name and not any(c.isdecimal() for c in name)]
     return f"; if each is a class of its own, --labels {as_typed(named)}" if len(named) > 1 else ""
 
@@ -232,6 +237,10 @@ def read_any_mask(path: Path, colours: Mapping[tuple[int, int, int], int], label
     """Read a picture of labels. If it has colours, they decide which class a pixel has.
 
     The indices of a palette are read as values, unless the user names colours.
+
+    Args:
+        colours: the value of each colour. Empty: the user names none.
+        labels: the names of the classes, for the message about an unknown colour.
     """
     mode = mode_of(path)
     if mode in ("RGB", "RGBA") or (mode == "P" and colours):

@@ -78,7 +78,7 @@ def choose_channels(
         wanted: the names of the channels. None: the channels that every labelled case has.
 
     Raises:
-        UserError: no file has one of the names; or there is no channel that all labelled cases have.
+        UserError: a name fits no channel of the files, or several; or there is no channel that all labelled cases have.
     """
     found = Counter(channel for files in images.values() for channel in files)
     if not images or found.keys() <= {""}:

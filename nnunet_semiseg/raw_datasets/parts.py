@@ -11,14 +11,14 @@ from nnunet_semiseg.raw_datasets.names import some
 
 
 def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
-    """Decide for each case whether it is labeled, validation, unlabeled or test.
+    """Decide for each case of the lists whether it is labeled, validation, unlabeled or test.
 
     The labelled cases are the first of the published list. If one of them is missing, there is one labelled case less.
     The next one does not replace it, because then the labelled set would differ from that of other people.
 
     Raises:
-        UserError: the list has fewer cases with a label than asked for; none of the chosen ones exists; or a case is in
-            two lists.
+        UserError: no training case exists, or none has a label; the list has fewer cases with a label than asked for;
+            none of the chosen ones exists; or a case is in two lists.
     """
     present = source.cases.keys()
     lists = {"train": source.train, "val": source.val, "test": source.test}

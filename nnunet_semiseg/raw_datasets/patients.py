@@ -51,7 +51,11 @@ def find_patients(cases: Iterable[str], known: Mapping[str, str], group_by: str)
 
 
 def refuse_shared(patients: Mapping[str, str], part: str, held_out: Iterable[str], others: Iterable[str]) -> None:
-    """Raises UserError if a patient has cases both in a part that is held out of training and elsewhere."""
+    """Raise UserError if a patient has cases both in a part that is held out of training and elsewhere.
+
+    Args:
+        part: the name of that part, for the message.
+    """
     of_part = {patients[case]: case for case in held_out}
     shared = {patients[case]: case for case in others if patients[case] in of_part}
     if shared:
@@ -65,7 +69,7 @@ def refuse_shared(patients: Mapping[str, str], part: str, held_out: Iterable[str
 def folds_by_patient(cases: Sequence[str], patients: Mapping[str, str], num_folds: int = 5) -> list[dict]:
     """Make folds for `splits_final.json`, with all cases of a patient in one fold.
 
-    Empty if there is only one patient.
+    With fewer patients than `num_folds`, each patient is a fold. Empty if there is only one patient.
     """
     cases = sorted(cases)
     groups = [patients[case] for case in cases]

@@ -18,7 +18,10 @@ Colour = tuple[int, int, int]
 
 
 def mode_of(path: Path) -> str | None:
-    """Pillow's name for the kind of pixels in a picture. None if the file is not a picture. Only the header is read."""
+    """Pillow's name for the kind of pixels in a picture. Only the header is read.
+
+    None if the file is not a picture or cannot be read.
+    """
     if not path.name.lower().endswith(PICTURES):
         return None
     try:
@@ -29,14 +32,18 @@ def mode_of(path: Path) -> str | None:
 
 
 def read_jpeg(path: Path, channels: int) -> sitk.Image:
-    """Read a JPEG with Pillow, which reports a truncated file."""
+    """Read a JPEG with Pillow, which reports a truncated file.
+
+    Args:
+        channels: the number of channels of the data set. If it is 1, the colours must be equal.
+    """
     with Image.open(path) as picture:
         image = sitk.GetImageFromArray(np.asarray(picture), isVector=picture.mode != "L")
     return one_channel(image, str(path)) if channels == 1 else image
 
 
 def read_mask(path: Path) -> sitk.Image:
-    """Read a label picture that is not grey. Its values are the indices of a palette, or one bit.
+    """Read a label picture whose values are the indices of a palette, one bit, or grey with transparency.
 
     Transparency is ignored.
     """
@@ -52,10 +59,13 @@ def read_colours(path: Path) -> sitk.Image:
 
 
 def read_colour_mask(path: Path, colours: Mapping[Colour, int], labels: Sequence[str] = ()) -> sitk.Image:
-    """Turn colours into values, uint8.
+    """Turn colours into values, uint8. If `colours` is empty, a grey mask in three channels keeps its values.
+
+    Args:
+        labels: the names of the classes, for the message.
 
     Raises:
-        UserError: there is an unknown colour. The message counts all colours and shows the option to use.
+        UserError: there is an unknown colour. The message counts the pixels of each and shows the option to use.
     """
     picture = read_colours(path)
     rgb = sitk.GetArrayViewFromImage(picture)

@@ -19,10 +19,10 @@ def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
     """Read a DICOM series below a folder. Its files may be in one folder or in several.
 
     Args:
-        channel: the description of the wanted series, or its folder, if there are several series.
+        channel: the description of the wanted series, or its folder, or a part of these, if there are several series.
 
     Raises:
-        UserError: no series or several series fit the channel; slices are missing or appear twice.
+        UserError: no series or several series fit the channel; slices are missing, appear twice or are shifted.
     """
     return sitk.ReadImage(series_files(folder, channel))
 
@@ -30,7 +30,8 @@ def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
 def read_dicom_channel(folder: Path, channel: str, channels: Sequence[str]) -> tuple[sitk.Image, str]:
     """Read the series of one channel, for a case with several channels.
 
-    Also returns a note on series that are not used, because they belong to no channel.
+    Also returns a note on series that are not used, because they belong to no channel. It is empty for all channels but
+    the first.
 
     Raises:
         UserError: as `read_dicom_series`; also if the only series belongs to another channel.
@@ -64,14 +65,14 @@ def _choose(series: Mapping[str, list[str]], folder: Path, channel: str | None, 
         what = f"{what} of {len(series)} fit{'s' if not fitting else ''} channel {channel}"
     fix = "leave exactly one there"
     if series and (by_name or len(series) > 1):
-        fix += f", or name those to take with --channels: {', '.join(map(_text, series.values()))}"
+        fix += f", or, with convert folder, take some with --channels: {', '.join(map(_text, series.values()))}"
     raise UserError(f"{folder}: {what}: {fix}")
 
 
 def _fitting(series: Mapping[str, list[str]], folder: Path, channel: str) -> list[str]:
     """The series whose description or folder equals the channel.
 
-    If there is none, the series that contain its words.
+    If there is none, the series whose description or folder contains it; see `plain` for the spelling.
     """
     words = {
         uid: [plain(describe(files[0])), *(plain(p) for p in _below(files[0], folder))] for uid, files in series.items()
@@ -138,7 +139,10 @@ def read_dicom_picture(path: Path) -> sitk.Image:
 
 
 def _in_order(files: Sequence[str], folder: Path) -> list[str]:
-    """Sort slices by position. If slices are missing or appear twice, ITK would read a volume with another spacing."""
+    """Sort slices by position.
+
+    Missing, doubled and shifted slices are refused, because ITK would read a volume with another spacing or shape.
+    """
     heights, origins = {}, {}
     for file in files:
         header = sitk.ImageFileReader()
@@ -173,7 +177,10 @@ def read_gray(path: Path) -> sitk.Image:
 
 
 def one_channel(image: sitk.Image, name: str) -> sitk.Image:
-    """The image, or the first of its colour channels if all are equal. Raises UserError if they are not."""
+    """The image, or the first of its colour channels if all are equal.
+
+    Raises UserError if they are not equal, or if a volume has several values in each voxel.
+    """
     number = image.GetNumberOfComponentsPerPixel()
     if number == 1:
         return image
@@ -181,10 +188,10 @@ def one_channel(image: sitk.Image, name: str) -> sitk.Image:
     if image.GetDimension() > 2:  # 3D Slicer saves overlapping segments in several layers
         fix = "save it with one (in 3D Slicer: export the segments as a label map)"
         raise UserError(f"{name}: has {number} values in each voxel instead of one: {fix}")
-    colours = 3 if number >= 3 else 1  # grey and alpha
+    colours = 3 if number >= 3 else 1  # two: grey and alpha
     if not (voxels[..., :colours] == voxels[..., :1]).all():
         raise UserError(
-            f"{name}: is a colour image instead of a grey one: save it in grey, or name all its channels with"
-            f" --channels"
+            f"{name}: is a colour image instead of a grey one: save it in grey, or, with convert folder, name all its"
+            f" channels with --channels"
         )
     return sitk.VectorIndexSelectionCast(image, 0)

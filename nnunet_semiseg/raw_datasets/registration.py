@@ -15,7 +15,7 @@ BINS, SHARE, STEPS = 50, 0.2, 200
 """Numbers for the registration: bins of Mattes' histogram, share of the voxels in a step, largest number of steps at
 each resolution."""
 SMALLEST = 16
-"""An axis with fewer voxels than this is not shrunk."""
+"""An image is shrunk only so far that each axis keeps at least this number of voxels."""
 
 
 def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: str) -> tuple[sitk.Image, str]:
@@ -24,8 +24,8 @@ def align(moving: sitk.Image, fixed: sitk.Image, channel: str, first: str, how: 
     Returns the channel, and a note on its displacement.
 
     A channel is displaced if a corner of the first channel's image must move by more than one voxel (of the smallest
-    spacing). Smaller displacements cannot be told from the error of the registration. A channel that is not moved and
-    has the same grid keeps its voxels.
+    spacing). Smaller displacements cannot be told from the error of the registration. A channel that is not displaced
+    and has the same grid keeps its voxels.
 
     Args:
         moving, fixed: volumes with one value for each voxel.
@@ -59,7 +59,7 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
         And the largest distance, in mm, by which the transform moves a corner of the fixed image.
 
     Raises:
-        UserError: the volumes do not overlap.
+        UserError: the registration fails, usually because the volumes do not overlap.
     """
     fixed, moving = (sitk.Cast(image, sitk.sitkFloat32) for image in (fixed, moving))
     middle = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
@@ -83,7 +83,7 @@ def find_rigid(moving: sitk.Image, fixed: sitk.Image) -> tuple[sitk.Transform, f
         raise UserError(
             f"cannot be aligned with the first channel ({why}): remove this case, or align this channel by hand"
         ) from None
-    if before <= after:  # what is measured is to be small
+    if before <= after:  # less is better
         return identity, 0.0
     corners = corners_of(fixed)
     moved = np.array([transform.TransformPoint(corner.tolist()) for corner in corners])
@@ -116,5 +116,5 @@ def is_constant(image: sitk.Image) -> bool:
 
 
 def same_grid(image: sitk.Image, other: sitk.Image) -> bool:
-    """Whether the voxels of both images have the same positions, to a thousandth of a millimetre."""
+    """Whether the voxels of both images have the same positions, to some thousandths of a millimetre."""
     return image.GetSize() == other.GetSize() and np.allclose(corners_of(image), corners_of(other), atol=1e-3)

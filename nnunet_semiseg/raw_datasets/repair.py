@@ -21,8 +21,8 @@ TOLERANCE = 0.1
 rounded."""
 NRRD = (b"\n\n", (b"spacings",), b"sizes")
 META_IMAGE = (b"ElementDataFile", (b"elementspacing", b"elementsize"), b"dimsize")
-"""What a MetaImage header ends with, and the names of its lines with the voxel size and with the image size."""
-FILL = "choose a value for them with --nan fill"
+"""What a header of this kind ends with, and the names of its lines with the voxel size and with the image size."""
+FILL = "choose a value for them with --nan fill (an option of convert folder)"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Repair:
     """What the user allows to change.
 
     Args:
-        spacing: the voxel size x y z in mm, used if a header has none (0, less, or NaN).
+        spacing: the voxel size x y z in mm, used if a header has none or an impossible one (0, less, or NaN).
         nan: what replaces NaN and infinity: a number, or `fill` for the smallest finite value of the image.
         reorient: whether axes that are not at right angles are replaced by the nearest axes that are. Voxels do not
             change.
@@ -53,7 +53,8 @@ def read(path: Path, repair: Repair) -> tuple[sitk.Image, list[str]]:
     is_refused = bool(wrong) and path.suffix.lower() in (".mha", ".mhd")  # ITK does not read such a file
     if wrong is not None and (repair.spacing is None or is_refused):
         what = f"the header's spacing is {_text(wrong)}" if wrong else "the header has no spacing"
-        fix = "correct ElementSpacing, a line of text" if is_refused else "give it with --spacing X Y Z (mm)"
+        option = "give it with --spacing X Y Z in mm (an option of convert folder)"
+        fix = "correct its line ElementSpacing" if is_refused else option
         raise UserError(f"{path}: {what}: {fix}")
     damage = nifti_damage(path)
     if damage and "NaN" not in damage:
@@ -112,7 +113,7 @@ def _nifti_spacing(path: Path) -> list[float] | None:
 def _text_spacing(path: Path) -> list[float] | None:
     """The spacing in the header of an NRRD or MetaImage file if it is not valid, else None. These headers are text.
 
-    ITK replaces a missing spacing and NaN by 1. For pictures no spacing is used.
+    Empty if it is missing. ITK replaces a missing spacing and NaN by 1. For pictures no spacing is used.
     """
     ending = path.suffix.lower()
     if ending not in DATA_FILE:
@@ -147,9 +148,10 @@ def _at_right_angles(path: Path, allowed: bool) -> tuple[sitk.Image, str]:
     shift = np.abs((affine[:3, :3] - direction * spacing) @ corner).max()
     if not allowed:
         raise UserError(
-            f"{path}: its axes are not at right angles (a sheared header): with --reorient the nearest right angles are"
-            f" written, voxels stay as they are, and the far corner moves by {shift:.3g} mm; or, in your own raw"
-            f' dataset, let nnU-Net read it as it is: "overwrite_image_reader_writer": "NibabelIO" in dataset.json'
+            f"{path}: its axes are not at right angles (a sheared header): with --reorient (an option of convert"
+            " folder) the nearest right angles are written, voxels stay as they are, and the far corner moves by"
+            f" {shift:.3g} mm; or, in your own raw dataset, let nnU-Net read it as it is:"
+            ' "overwrite_image_reader_writer": "NibabelIO" in dataset.json'
         )
     image = sitk.GetImageFromArray(np.asanyarray(nifti.dataobj).T)  # type: ignore
     image.SetSpacing(spacing.tolist())
@@ -168,7 +170,7 @@ def grid_difference(image: sitk.Image, expected: sitk.Image) -> tuple[str | None
         return difference, None
     off = np.linalg.norm(corners_of(image) - corners_of(expected), axis=1).max()
     if off <= TOLERANCE * min(expected.GetSpacing()):
-        return None, f"{difference}: a rounding error of {off:.2g} mm, the image's is taken"
+        return None, f"{difference}: a rounding error of {off:.2g} mm, so the grid of the first image is taken"
     return difference, None
 
 

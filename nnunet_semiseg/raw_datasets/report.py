@@ -12,7 +12,7 @@ from nnunet_semiseg.raw_datasets.description import Case, Source
 from nnunet_semiseg.raw_datasets.names import some
 
 SUBSETS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
-"""nnU-Net's short name for each part of the data."""
+"""The last letters of the folders of each part, such as imagesTr. `Un` is ours, the others are nnU-Net's."""
 PROSE = {"labeled": "labelled", "unlabeled": "unlabelled"}
 """How a part is written in a sentence, if it differs from its name."""
 FIRST = 3

@@ -15,15 +15,18 @@ JUNK = (".", "__MACOSX", "~$")
 
 
 def published_split(name: str) -> dict:
-    """Read a published list of case names from `dataset_conversion/splits`."""
+    """Read the published lists of case names, by part, from `dataset_conversion/splits`."""
     file = resources.files("nnunet_semiseg.dataset_conversion") / "splits" / f"{name}.json"
     return json.loads(file.read_bytes())
 
 
 def seeded_split(names: Iterable[str], test: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Put the training cases into a fixed random order, and take a share for testing, if there is no published list.
+    """Divide cases at random, but always alike, if there is no published list. Returns training cases and test cases.
 
     Cases are sorted by a hash of their name. So a missing case does not change the order of the others.
+
+    Args:
+        test: the share of the test cases.
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     n = round(test * len(order))

@@ -13,18 +13,25 @@ from nnunet_semiseg.files import read_json
 from nnunet_semiseg.raw_datasets.names import PICTURES, natural
 from nnunet_semiseg.raw_datasets.readers import read_grid, series_files
 from nnunet_semiseg.raw_datasets.repair import Repair, grid_difference, read
+from nnunet_semiseg.schema import check
 
 
 def read_tiff_volume(path: Path, spacing: Sequence[float] | None) -> sitk.Image:
     """Read a TIFF stack. Its voxel size is in the file CASE.json beside it, as in nnU-Net (z y x), or in `spacing`.
 
+    Args:
+        spacing: x y z in mm. If there is a CASE.json, its voxel size is used instead.
+
     Raises:
-        UserError: there is no voxel size.
+        UserError: there is no voxel size, or CASE.json does not have it.
     """
     volume = sitk.ReadImage(path)
     beside = next((f for s in (path.stem, path.stem[:-5]) if (f := path.with_name(f"{s}.json")).is_file()), None)
     if beside:
-        spacing = read_json(beside, 'write {"spacing": [z, y, x]}, in mm')["spacing"][::-1]
+        fix = 'write {"spacing": [z, y, x]}, in mm, or remove this file'
+        content = read_json(beside, fix)
+        check(content, {"spacing": list[float]}, beside, fix)
+        spacing = content["spacing"][::-1]
     if not spacing:
         raise UserError(f"{path}: this volume has no voxel size: give it with --spacing X Y Z (mm)")
     volume.SetSpacing([float(s) for s in spacing])
@@ -53,7 +60,11 @@ def slices_of(folder: Path) -> list[Path]:
 
 
 def read_stack(folder: Path, spacing: Sequence[float] | None) -> tuple[sitk.Image, str]:
-    """Read the pictures in a folder as slices of a volume, in the order of their names. `spacing` is x y z in mm."""
+    """Read the pictures in a folder as slices of a volume, in the order of their names. `spacing` is x y z in mm.
+
+    Raises:
+        UserError: there is no spacing; or the pictures have colours or different sizes.
+    """
     if not spacing:
         raise UserError(
             f"{folder}: the pictures in it are slices of a volume: give the size of a voxel with --spacing X Y Z (mm)"
@@ -79,6 +90,9 @@ def read_mask_stack(
         image: the file of the image, or the folder of its DICOM files or pictures.
         channel: the series, if there are several.
         spacing: the spacing of an image that consists of pictures, else None.
+
+    Raises:
+        UserError: the masks and the image have different sizes; or `read_stack` or `read_dicom_series` would raise it.
     """
     mask = _stacked(folder, read_slice)
     grid = read_stack(image, spacing)[0] if spacing else read_grid(image, channel)
@@ -136,7 +150,7 @@ def read_class_masks(*paths: Path, values: Sequence[int], names: Sequence[str], 
         elif difference := grid_difference(mask, first)[0]:
             raise UserError(f"{path}: {difference} in {paths[0].name}: give all masks of a case the same grid")
         if n := np.count_nonzero(label[voxels > 0]):
-            notes.append(f"{n} voxels of {name} are in another mask, too: they are {name}")
+            notes.append(f"{n} voxels of {name} are in another mask, too: they become {name}")
         label[voxels > 0] = value
     result = sitk.GetImageFromArray(label)
     result.CopyInformation(first)
