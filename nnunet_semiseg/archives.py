@@ -31,6 +31,9 @@ def unpacked(archive: Path, parent: Path, purpose: str, max_size: float | None =
 
     Args:
         max_size: the largest allowed size of the whole content, in bytes. None: the limit of `RATIO` and `HARMLESS`.
+
+    Raises:
+        UserError: see `unpack`.
     """
     folder = parent / f".unpacked_{purpose}_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """``nnunet_semiseg demo``: train with and without unlabelled images on a synthetic data set, in minutes on a CPU.
 
-It runs the commands that a user would type, in processes of their own. Nothing in the library knows about the demo.
+It runs the commands that a user would type, in processes of their own. Apart from the command `demo`, no other module
+of the package uses this one.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ ORGANS = {
 def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Make a synthetic abdomen: deformed superellipsoids among structures that look similar.
 
-    Organs differ in brightness less than patients do, and the tissue has bright structures that are not organs. An
-    organ can be recognised by its size, its shape and its neighbours.
+    The brightness of an organ differs from case to case, and the tissue has bright structures that are not organs. An
+    organ can be recognised by its size, its shape and its place.
 
     Returns:
         The image, float32, and the labels, uint8, both of shape `SHAPE`.
@@ -149,13 +150,13 @@ def run_demo(
     """Make the data, plan, train both trainers, predict, evaluate, and save a picture.
 
     Args:
-        output: a new folder. Default: `nnunet_semiseg_demo`.
+        output: a new or empty folder. Default: `nnunet_semiseg_demo`.
         device: the value for nnU-Net's option `-device`.
         cases: the numbers of labelled, unlabelled and test cases.
         num_epochs, num_iterations_per_epoch: the length of each of the two trainings.
 
     Raises:
-        UserError: the folder exists; a command failed (its last lines are printed).
+        UserError: the folder is not empty, or is a file; a command failed (its last lines are printed).
     """
     output = Path(output or "nnunet_semiseg_demo").absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -200,7 +201,7 @@ def run_demo(
     print(
         f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The prompts of the organs are"
     )
-    print(f"in dataset.json: train TextSemiSegTrainer to use them; its texts are trained embeddings ({WORDLLAMA}).")
+    print(f"in dataset.json: train TextSemiSegTrainer to use them. Its text model is {WORDLLAMA}.")
     console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
 
 

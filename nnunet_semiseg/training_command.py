@@ -208,6 +208,16 @@ def fewer_epochs(model: Path) -> int:
     return max(1, settings_of(TrainingSettings, plans)["num_epochs"] // SHORTER)
 
 
+def how_to_continue(args: Namespace) -> str:
+    """What to type after a training was interrupted, in words."""
+    if args.val:
+        return "run the same command again"
+    if args.copy:  # the copy of the plans exists already, and --c does not go together with --continue_from
+        too = " and --continue_from" if args.continue_from else ""
+        return f"continue with the same command, but with -p {args.copy} --c in place of --as{too}"
+    return "continue with the same command and --c"
+
+
 def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) -> None:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 

@@ -407,7 +407,7 @@ def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temprature=2"], "temprature"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temperature=0"], "temperature=0"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "width=full"], "setting width"),
-        (["distill", *model, "-tr", "SemiCMLTrainer"], "-device cuda: there is no GPU: use -device cpu"),
+        (["distill", *model, "-tr", "SemiCMLTrainer"], "-device cuda: PyTorch finds no GPU: use -device cpu"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "mps"], "-device mps: this exists only on a Mac"),
     ):
         assert cli.main(words) == 1
