@@ -67,7 +67,10 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
     them, too."""
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """Take nnU-Net's ranges, but leave out a flip if the model was trained without it."""
+        """Take nnU-Net's ranges. If the trained model may not be mirrored along an axis, leave out that flip.
+
+        Then rotations are limited, too, because a large one also exchanges sides.
+        """
         rotation, dummy_2d, patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         allowed = tuple(axis for axis in axes if axis in (self.mirroring_axes or ()))
         if allowed != axes:
@@ -206,7 +209,7 @@ def with_settings(plans: dict, changes: dict) -> dict:
     """A copy of the plans with these settings of the distillation.
 
     Raises:
-        UserError: a setting belongs to the trained model and not to the distillation, or has a wrong value.
+        UserError: the distillation has no such setting, or its value is wrong.
     """
     settings_from(DistillationSettings, changes)
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
