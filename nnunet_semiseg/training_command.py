@@ -25,7 +25,7 @@ OPTIONS = {
     "-tr": ("nnUNetTrainer", "TRAINER", "trainer, see nnunet_semiseg list_trainers; default: %(default)s"),
     "-p": ("nnUNetPlans", "PLANS", "name of the plans; default: %(default)s"),
     "-pretrained_weights": (None, "FILE", "checkpoint of nnU-Net whose weights the training starts with"),
-    "-num_gpus": (None, "N", "number of GPUs; default: 1"),
+    "-num_gpus": (None, "N", "number of GPUs, or of processes with -device cpu; default: 1"),
     "-device": (None, "DEVICE", "where to compute: cuda, cpu or mps; default: cuda"),
 }
 """The default, the metavar and the help text of each option."""
@@ -105,8 +105,9 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
 
     Raises:
         UserError: a fold, a device or a number of GPUs is wrong; the data set, plans or configuration does not exist or
-            is damaged; weights are missing, damaged or can run code; `--val` before a training is finished; or torchrun
-            has restarted a training that would not continue.
+            is damaged; weights are missing, damaged or can run code; two options exclude each other; the model of
+            `--continue_from` does not fit; `--val` before a training is finished; or torchrun has restarted a training
+            that would not continue.
     """
     import torch
 
@@ -170,12 +171,16 @@ def add_continue_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--continue_from", metavar="MODEL",
         help="start with the weights of this model: its folder, the folder of its fold, or a checkpoint. The training"
-        f" has 1/{SHORTER} as many epochs, unless --set num_epochs gives a number. Use it together with --as",
+        f" has 1/{SHORTER} of the model's epochs, unless --set num_epochs gives a number. Use it together with --as",
     )  # fmt: skip
 
 
 def checkpoint_of(model: str, fold: str) -> Path:
-    """Find the last checkpoint of a model. `model` is its folder, the folder of a fold, or the checkpoint itself."""
+    """Find the last checkpoint of a model. If there is none, return the absolute path of `model`.
+
+    Args:
+        model: the folder of the model, the folder of a fold, or the checkpoint itself.
+    """
     path = Path(model).absolute()
     files = (folder / "checkpoint_final.pth" for folder in (path / f"fold_{fold}", path))
     return next(filter(Path.is_file, files), path)

@@ -45,7 +45,7 @@ class EmbedPrompts(Command):
 
 
 class PretrainVLM(Command):
-    """Pre-train on images and their texts, for AMVLM.
+    """Pre-train on images and their texts, for AMVLMTrainer.
 
     The dataset needs texts.json. On several GPUs, start it with torchrun.
     """
@@ -96,8 +96,8 @@ class TextModelOptions(ModelOptions):
 class TextMasks(Command):
     """Draw the image regions that match the texts.
 
-    A trained AMVLM finds them. The command also prints how well they match the
-    labels of the labelled cases (area under the ROC curve).
+    A model of AMVLMTrainer finds them. The command also prints how well they match the labels of the labelled cases
+    (area under the ROC curve).
     """
 
     name = "text_masks"
@@ -111,7 +111,7 @@ class TextMasks(Command):
             type=at_least(1),
             default=20,
             metavar="N",
-            help="number of cases with a picture, and of labelled cases to measure; default: %(default)s",
+            help="number of unlabelled cases to draw, and of labelled cases to measure; default: %(default)s",
         )
 
     def run(self, args: Namespace) -> None:
