@@ -24,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import folder_for, make_folder
 from nnunet_semiseg.text.static_words import WORDLLAMA
 
 DATASET_ID, DATASET = 999, "Dataset999_SemiSegDemo"
@@ -156,10 +157,11 @@ def run_demo(
         num_epochs, num_iterations_per_epoch: the length of each of the two trainings.
 
     Raises:
-        UserError: the folder is not empty, or is a file; a command failed (its last lines are printed).
+        UserError: the folder is not empty, is a file or cannot be made; a command failed (its last lines are printed).
     """
-    output = Path(output or "nnunet_semiseg_demo").absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    output = folder_for(output or "nnunet_semiseg_demo")
+    make_folder(output)
+    if any(output.iterdir()):
         raise UserError(f"{output}: exists already: remove it, or choose another folder with -o FOLDER")
     console = Console()
     folders = {f"nnUNet_{name}": str(output / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
@@ -230,7 +232,7 @@ class Runner:
         self.console.say(f"$ {shlex.join(command)}")
         executable = shutil.which(command[0], path=self.env["PATH"])
         if executable is None:
-            raise UserError(f"{command[0]}: no such command: install it with `pip install nnunet-semiseg`")
+            raise UserError(f"{command[0]}: no such command: install nnunet-semiseg again with pip")
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         pipes |= {"encoding": "utf-8", "errors": "replace"}
         with (
