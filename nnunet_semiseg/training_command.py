@@ -1,7 +1,7 @@
 """Check the arguments of `nnUNetv2_train` before anything is made.
 
 Our own command calls `check_training`. nnU-Net's command does not call it. But nnU-Net's command first asks for the
-class of the trainer, and at that moment we check its arguments.
+class of the trainer. If that is one of ours, its arguments are checked at that moment.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def words(args: Namespace) -> list[str]:
 
 
 def check_running_command() -> None:
-    """Call `check_training` if this process is `nnUNetv2_train`. The predictor and others ask for a trainer, too."""
+    """Check the arguments if this process is `nnUNetv2_train`. The predictor and others ask for a trainer, too.
+
+    Raises:
+        UserError: see `check_training` and `check_plans_name`; or there are several processes, but not on GPUs.
+    """
     if Path(sys.argv[0]).stem != COMMAND:
         return
     from nnunet_semiseg.files import dataset_folder
@@ -77,7 +81,8 @@ def check_spelling(name: str) -> None:
     """Refuse the trainer of `nnUNetv2_train` if it is probably one of ours, misspelt.
 
     It is called when nnU-Net has found no such trainer in its own folder and in ours. nnU-Net then ends with a
-    traceback that speaks of `nnUNet_extTrainer`. If other folders follow ours in this variable, it may be there.
+    traceback that speaks of `nnUNet_extTrainer`. If other folders follow ours in this variable, the trainer
+    may be there.
 
     Raises:
         UserError: no trainer has this name, but some of ours have a similar one.

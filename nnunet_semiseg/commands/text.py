@@ -29,9 +29,7 @@ class EmbedPrompts(Command):
             default="openai",
             help="weights of the text encoder: a tag of open_clip, or a file; default: %(default)s",
         )
-        parser.add_argument(
-            "-cache_dir", help="folder where open_clip keeps its downloads; default: the folder of open_clip"
-        )
+        parser.add_argument("-cache_dir", help="folder for what open_clip downloads; default: open_clip's own folder")
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.files import dataset_folder

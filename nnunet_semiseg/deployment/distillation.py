@@ -134,6 +134,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
         UserError: the model is not trained, or its checkpoint is damaged; a setting does not belong to the
             distillation; there is no unlabelled data or no such device; another distillation is in the same place.
         BusyError: another process distils this model.
+        DiskError: the disk is full or read-only.
     """
     check_device(device)
     predictor = load_predictor(run)
@@ -183,7 +184,7 @@ def _distill(run: Run, predictor: nnUNetPredictor, settings: Iterable[str], devi
 
 
 def check_same(origin: dict, file: Path, state: str) -> None:
-    """Refuse to continue or reuse a distillation of another model, or with other settings."""
+    """Raise UserError if a distillation of another model, or with other settings, would be continued or reused."""
     before = read_json(file, f"remove {file.parent} to distil again")
     old, new = before["settings"], origin["settings"]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -224,6 +225,7 @@ def publish(trained: Path, stock: Path, plans_name: str) -> None:
         plans_name: the name of its plans.
 
     Raises:
+        UserError: the plans or the checkpoint of the trained fold are damaged.
         DiskError: the disk is full or read-only. Run the same command again to continue.
     """
     fold = stock / trained.name
