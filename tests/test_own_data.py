@@ -880,6 +880,11 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
             "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer -device cpu",
             "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans -tr BCPTrainer -i IMAGES -o PREDICTIONS -device cpu",
         ),
+        (
+            "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer --labeled 2 3 --seeds 2 -device cpu",
+            "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans_2labeled_seed0 -tr BCPTrainer -i IMAGES -o PREDICTIONS"
+            " -device cpu",
+        ),
     ],
 )
 def test_every_command_ends_with_the_next(words, following, tiny_dataset, monkeypatch, capsys):
