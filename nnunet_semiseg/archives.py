@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import math
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 
 from nnunet_semiseg.data.image_problems import one_line_of
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import disk_error
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -31,6 +33,9 @@ def unpacked(archive: Path, parent: Path, purpose: str, max_size: float | None =
 
     Args:
         max_size: the largest allowed size of the whole content, in bytes. None: the limit of `RATIO` and `HARMLESS`.
+
+    Raises:
+        UserError: see `unpack`.
     """
     folder = parent / f".unpacked_{purpose}_{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -48,6 +53,7 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
     Raises:
         UserError: the archive is damaged or encrypted; it has a path outside the folder, a link or a device; it is
             larger than the limit (see `unpacked`) or than the free space.
+        DiskError: the disk is full.
     """
     try:
         if archive.name.lower().endswith(".zip"):
@@ -75,6 +81,8 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
     except UserError:
         raise
     except Exception as e:  # a damaged archive has errors of many kinds, some from its compression
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_error(folder.parent, e.strerror) from None
         raise UserError(f"{archive}: cannot be unpacked ({one_line_of(e)}): download it again") from None
 
 

@@ -17,6 +17,7 @@ from nnunet_semiseg.commands.command import Command
 from nnunet_semiseg.commands.completion import CompletingParser, did_you_mean
 from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.quiet import hide_foreign_warnings
+from nnunet_semiseg.training_command import how_to_continue
 
 GROUPS = {
     "data": data.COMMANDS,
@@ -33,7 +34,11 @@ WIDTH = 78
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
-    An error that the user can fix is printed as `error: ` lines on stderr, and the exit status is 1.
+    An error that the user can fix is printed as `error: ` lines on stderr.
+
+    Returns:
+        The exit status: 0; 1 after an error; 2 without a known command; 130 after Ctrl-C. If the arguments are wrong,
+        the parser ends the program with 2.
     """
     parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
@@ -60,16 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks, and has this one ended
+        if os.environ.get("RANK", "0") != "0":  # the first of several processes prints it, and then all are ended
             time.sleep(5)
         report(error)
         return 1
     except KeyboardInterrupt:
-        how = ": continue with the same command and --c" if words[0] == "train" else ""
+        how = f": {how_to_continue(args)}" if words[0] == "train" else ""
         print(f"interrupted{how}", file=sys.stderr)
         return 130
     except Exception:
-        if os.environ.get("WORLD_SIZE", "1") != "1":  # perhaps because another process failed, and that one is to speak
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # perhaps another process failed first: then its error is printed
             time.sleep(5)
         raise
     return 0

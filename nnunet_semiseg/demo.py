@@ -1,6 +1,7 @@
 """``nnunet_semiseg demo``: train with and without unlabelled images on a synthetic data set, in minutes on a CPU.
 
-It runs the commands that a user would type, in processes of their own. Nothing in the library knows about the demo.
+It runs the commands that a user would type, in processes of their own. Apart from the command `demo`, no other module
+of the package uses this one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.files import folder_for, make_folder
 from nnunet_semiseg.text.static_words import WORDLLAMA
 
 DATASET_ID, DATASET = 999, "Dataset999_SemiSegDemo"
@@ -59,8 +61,8 @@ ORGANS = {
 def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Make a synthetic abdomen: deformed superellipsoids among structures that look similar.
 
-    Organs differ in brightness less than patients do, and the tissue has bright structures that are not organs. An
-    organ can be recognised by its size, its shape and its neighbours.
+    The brightness of an organ differs from case to case, and the tissue has bright structures that are not organs. An
+    organ can be recognised by its size, its shape and its place.
 
     Returns:
         The image, float32, and the labels, uint8, both of shape `SHAPE`.
@@ -149,16 +151,17 @@ def run_demo(
     """Make the data, plan, train both trainers, predict, evaluate, and save a picture.
 
     Args:
-        output: a new folder. Default: `nnunet_semiseg_demo`.
+        output: a new or empty folder. Default: `nnunet_semiseg_demo`.
         device: the value for nnU-Net's option `-device`.
         cases: the numbers of labelled, unlabelled and test cases.
         num_epochs, num_iterations_per_epoch: the length of each of the two trainings.
 
     Raises:
-        UserError: the folder exists; a command failed (its last lines are printed).
+        UserError: the folder is not empty, is a file or cannot be made; a command failed (its last lines are printed).
     """
-    output = Path(output or "nnunet_semiseg_demo").absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    output = folder_for(output or "nnunet_semiseg_demo")
+    make_folder(output)
+    if any(output.iterdir()):
         raise UserError(f"{output}: exists already: remove it, or choose another folder with -o FOLDER")
     console = Console()
     folders = {f"nnUNet_{name}": str(output / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
@@ -200,7 +203,7 @@ def run_demo(
     print(
         f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The prompts of the organs are"
     )
-    print(f"in dataset.json: train TextSemiSegTrainer to use them; its texts are trained embeddings ({WORDLLAMA}).")
+    print(f"in dataset.json: train TextSemiSegTrainer to use them. Its text model is {WORDLLAMA}.")
     console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
 
 
@@ -229,7 +232,7 @@ class Runner:
         self.console.say(f"$ {shlex.join(command)}")
         executable = shutil.which(command[0], path=self.env["PATH"])
         if executable is None:
-            raise UserError(f"{command[0]}: no such command: install it with `pip install nnunet-semiseg`")
+            raise UserError(f"{command[0]}: no such command: install nnunet-semiseg again with pip")
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         pipes |= {"encoding": "utf-8", "errors": "replace"}
         with (

@@ -19,7 +19,7 @@ def check_device(device: str) -> None:
     if device not in DEVICES:
         raise UserError(f"-device {device}: no such device: use {' or '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.device_count():
-        raise UserError("-device cuda: there is no GPU: use -device cpu")
+        raise UserError("-device cuda: PyTorch finds no GPU: use -device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("-device mps: this exists only on a Mac with Apple silicon: use -device cpu")
 
@@ -31,7 +31,7 @@ def may_have_gpu() -> bool:
     """
     if torch := sys.modules.get("torch"):
         return torch.cuda.device_count() > 0
-    return sys.platform != "linux" or any(Path(file).exists() for file in GPU_FILES)
+    return sys.platform == "win32" or any(Path(file).exists() for file in GPU_FILES)
 
 
 def device_option(given: str | None = None) -> str:

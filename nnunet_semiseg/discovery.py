@@ -1,4 +1,4 @@
-"""Find the classes in ``trainers/``, ``planners/`` and ``dataset_conversion/``. To add one, add a file."""
+"""Find what is in ``trainers/``, ``planners/`` and ``dataset_conversion/``. To add something, add a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import ModuleType
 
 from nnunet_semiseg.errors import UserError
 
-# It searches by name, so that finding a planner does not import torch.
+# names, so that this module imports no large package
 BASE_CLASSES = {"trainers": "nnUNetTrainer", "planners": "ExperimentPlanner"}
 
 
@@ -51,7 +51,7 @@ def find_trainer(name: str) -> type:
     """Find a trainer of this package, of nnU-Net, or of the user.
 
     Raises:
-        UserError: there is no such trainer. The message lists similar names.
+        UserError: there is no such trainer. The message lists similar names or, if there are none, all.
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -60,10 +60,10 @@ def find_trainer(name: str) -> type:
     try:
         with contextlib.redirect_stdout(None):
             return recursive_find_trainer_class_by_name(name)
-    except (RuntimeError, TypeError) as error:  # TypeError: the name is not that of a class, for example os
-        # not nnU-Net's own: a module of the user's cannot be loaded
-        if isinstance(error, RuntimeError) and name not in str(error):
-            raise
+    except (RuntimeError, TypeError, AssertionError) as error:
+        # nnU-Net's own errors: nothing has this name; or it is the name of a module (TypeError) or of another class
+        if not any(word in str(error) for word in (name, "issubclass", "must inherit")):
+            raise  # the error of a user's module
         near = similar_trainers(name) or sorted(trainer.__name__ for trainer in iter_classes("trainers"))
         raise UserError(f"{name}: no such trainer: use {' or '.join(near)}, or one of nnU-Net's") from None
 

@@ -30,8 +30,11 @@ validates."""
 def dataset_folder(variable: str, dataset: int | str) -> Path:
     """The folder of a dataset in ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
 
+    The folder may be missing if the dataset has one in another of these three.
+
     Raises:
-        UserError: the variable is not set; no such dataset, or several with this number.
+        UserError: the variable is not set (see `base_folder`); no such dataset, or several with this number; its name
+            is not one that nnU-Net can read.
     """
     base = base_folder(variable)
     try:
@@ -59,7 +62,11 @@ VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 def base_folder(variable: str) -> Path:
-    """The folder in the variable ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``."""
+    """The folder in the variable ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
+
+    Raises:
+        UserError: the variable is not set, or has a `~`, `$` or quotes that the shell should have replaced.
+    """
     base = os.environ.get(variable)
     if not base:
         others = [name for name in VARIABLES if name != variable and not os.environ.get(name)]
@@ -93,8 +100,11 @@ def make_folder(folder: Path) -> None:
 def read_json(file: Path, fix: str, kind: type = dict) -> Any:
     """Read a JSON file that holds an object or, with `kind=list`, a list.
 
+    Args:
+        fix: what to do if the file is missing or wrong, for the message.
+
     Raises:
-        UserError: the file is missing, is not JSON or not in UTF-8, holds something else, or has a key twice.
+        UserError: the file cannot be read, is not JSON or not in UTF-8, holds something else, or has a key twice.
     """
     try:
         # as bytes: then it is UTF-8 with every locale (reading DICOM changes the locale)
@@ -113,7 +123,7 @@ def read_json(file: Path, fix: str, kind: type = dict) -> Any:
 
 
 def _utf8(content: bytes) -> str:
-    """Refuse the byte order mark that editors on Windows may put before a text. Unlike nnU-Net, say why."""
+    """Decode UTF-8. Refuse the byte order mark that editors on Windows may put before a text, and say so."""
     if content.startswith(codecs.BOM_UTF8):
         raise ValueError("it begins with a byte order mark: save it as UTF-8 without BOM")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -157,11 +167,12 @@ NOT_WRITABLE = {
     )
     if hasattr(errno, name)
 }
-"""The error numbers of the system that mean: the disk is full, read-only or missing."""
+"""The error numbers of the system that mean: the disk is full, read-only or missing, the user may not write there, or
+another file or folder is in the way."""
 
 
 class DiskError(UserError):
-    """A file could not be written: the disk is full or read-only, or the user may not write there."""
+    """A file or folder could not be written, for example because the disk is full or read-only."""
 
 
 @contextmanager
@@ -218,7 +229,10 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def put_back(file: Path) -> Iterator[None]:
-    """Restore a file if the `with` block fails. It is for code that may leave a half-written file."""
+    """Restore a file if the `with` block fails; if there was none before, remove it.
+
+    It is for code that may leave a half-written file.
+    """
     before = file.with_name(f"{file.name}.before.tmp")
     if file.is_file():
         with written_whole(before) as temporary:

@@ -30,7 +30,7 @@ def option(*flags: str, help: str, default: Any = MISSING, **more) -> Any:
 
     Args:
         flags: what the user types, such as `--seeds`.
-        help: the help text. A default that is not empty is added to it.
+        help: the help text. The default is added to it, unless it is None, empty, true or false, or the text names it.
         default: the default. Without one, the option is required.
         more: further arguments of `ArgumentParser.add_argument`, such as `metavar`, or a `type` other than the field's.
     """
@@ -55,7 +55,7 @@ def add_options(parser: ArgumentParser, options_class: type) -> None:
 
 
 def from_args(options_class: type[T], args: Namespace, **more) -> T:
-    """Make the dataclass from what was typed. `more` are its fields that are not options."""
+    """Make the dataclass from what was typed. `more` are values of fields that the command has no option for."""
     given = {f.name: getattr(args, f.name) for f in fields(options_class) if hasattr(args, f.name)}  # pyright: ignore
     return options_class(**{**given, **more})
 
@@ -79,7 +79,7 @@ def _of_type(hint: Any, default: Any) -> dict[str, Any]:
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """Make a function that reads a whole number. It raises ArgumentTypeError for a number below `minimum`."""
+    """Make a function that reads a whole number of `minimum` or more. It raises ArgumentTypeError for other text."""
 
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
@@ -90,7 +90,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """Read a number. Raises ArgumentTypeError if it is not finite or not above 0."""
+    """Read a finite number above 0. Raises ArgumentTypeError for other text."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)

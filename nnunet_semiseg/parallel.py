@@ -53,11 +53,12 @@ def _run(function: Callable, jobs: list[tuple], num_processes: int) -> Generator
 
 
 @contextmanager
-def killed_workers(place: Path | str) -> Iterator[None]:
+def killed_workers(place: Path | str, option: str = "-np") -> Iterator[None]:
     """Turn the error of a killed worker into one line for the user.
 
     Args:
         place: what the workers worked on.
+        option: the option of the command for the number of workers.
 
     Raises:
         UserError: replaces BrokenProcessPool.
@@ -67,7 +68,7 @@ def killed_workers(place: Path | str) -> Iterator[None]:
     except BrokenProcessPool:
         raise UserError(
             f"{place}: a preprocessing worker was killed, probably because memory ran out: run the same command again,"
-            " with a smaller -np; finished cases are kept"
+            f" with a smaller {option}"
         ) from None
 
 
@@ -86,7 +87,7 @@ def end_with_parent() -> None:
         _watch(parent, os.getpid())
 
 
-@lru_cache  # a forked process has the cache of its parent, but another number
+@lru_cache  # a forked process inherits the cache, but it has another number than its parent
 def _watch(parent: Any, process: int) -> None:
     def watch():
         parent.join()

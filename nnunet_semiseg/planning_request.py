@@ -21,8 +21,8 @@ class PreprocessingRequest:
 
     Attributes:
         dataset_ids: the numbers of the data sets.
-        num_processes: one number of processes, or one for each configuration. Empty: the
-            defaults of nnU-Net (`processes`).
+        num_processes: one number of processes, or one for each configuration. Empty: nnU-Net's defaults, but at most
+            one for each core (`processes`).
         clean: preprocess the unlabelled cases again, even if nothing has changed. A `PlanningRequest` also computes the
             fingerprint again.
     """

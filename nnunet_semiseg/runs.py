@@ -20,10 +20,7 @@ from nnunet_semiseg.schema import check, load_plans, read_dataset_json, resolved
 from nnunet_semiseg.settings.plans import locked, settings_of, update_settings
 
 RESOURCES = "resources.json"
-"""A file in the folder of a run: the peak of the memory that the training needed.
-
-It exists if this package started the training.
-"""
+"""A file in the folder of a run: the peak of the memory that the training needed. It exists if `compare` started it."""
 
 PLAN_FIRST = "plan first with nnunet_semiseg plan_and_preprocess, or name other plans with -p"
 
@@ -150,10 +147,11 @@ class Run:
             )
 
     def write_plans(self) -> None:
-        """Write the plans of this run, unless they are the base plans or a training with them has begun.
+        """Write the plans of this run, unless they are the base plans or the training has begun.
 
         Raises:
-            UserError: see `check`.
+            UserError: see `check`; the base plans are damaged.
+            DiskError: the disk is full or read-only.
         """
         self.check()
         if self.plans == self.base_plans or self.is_begun:
@@ -222,9 +220,9 @@ class TrainedRun:
 
     @property
     def hours(self) -> float:
-        """The time of all epochs in hours, over all interruptions.
+        """The time of all epochs in hours, also of those before an interruption.
 
-        The time before and after the epochs is not counted.
+        The time before, between and after the epochs is not counted.
         """
         log = self._checkpoint["logging"]
         pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
@@ -289,12 +287,13 @@ DATASET_KEYS = ("channel_names", "labels", "regions_class_order", "numTraining")
 def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> list[str]:
     """Find conditions that differ between runs although they should be the same.
 
-    For compared runs these conditions are checked: iterations, plans, dataset.json, bfloat16, the labels used, and the
-    split. The runs of the upper bound use other data. For them, the iterations, the configuration in the plans, and
-    bfloat16 are checked.
+    For compared runs these conditions are checked: iterations, plans, dataset.json, bfloat16, the labels used, the
+    other settings of the same trainer, and the split. The runs of the upper bound use other data. For them, the
+    iterations, the configuration in the plans, and bfloat16 are checked.
 
     Returns:
-        A sentence for each difference from the first run. Empty if the comparison is fair.
+        A sentence for each difference from the first run, or from the first one of the same trainer. Empty if the
+        comparison is fair.
     """
     first, *others = map(TrainedRun, (*runs, *upper_bound))
     found = []
@@ -329,7 +328,7 @@ def unequal_conditions(runs: Sequence[Run], upper_bound: Sequence[Run] = ()) -> 
 
 
 def _unequal_settings(trained: TrainedRun, runs: Sequence[Run]) -> list[str]:
-    """A sentence if two runs of one trainer differ in more settings than the seed."""
+    """A sentence if this run differs from the first one of its trainer, with as many labels, in more than the seed."""
     run = trained.run
     first = next(r for r in runs if (r.trainer, r.num_labeled) == (run.trainer, run.num_labeled))
     a, b = trained.settings, TrainedRun(first).settings

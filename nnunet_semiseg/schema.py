@@ -1,6 +1,6 @@
 """What JSON files must hold: shapes, which are written as types, and nnU-Net's rules for `dataset.json` and plans.
 
-nnU-Net itself does not check its files. If they are wrong, it fails hours later. So each file is checked here.
+nnU-Net itself does not check its files. If they are wrong, it may fail hours later. So each file is checked here.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ def check_dataset_json(content: dict, file: str | Path) -> None:
     """Refuse the content of a dataset.json with which nnU-Net cannot train, or would train wrongly.
 
     Raises:
-        UserError: a key is missing or has another type; a label is below 0, or there is a gap between labels; the
-            background is not 0; there is no class; regions have no order; the ignore label is not the last one;
-            channels are not numbered from 0; nnU-Net does not have the reader.
+        UserError: for example, a key is missing or has another type; a label is below 0, or there is a gap between
+            labels; the background is not 0; there is no class; regions have no order; the ignore label is not the last
+            one; channels are not numbered from 0; nnU-Net does not have the reader.
     """
     check(content, DATASET, file, DATASET_FIX)
     key = "modality" if "modality" in content and not content.get("channel_names") else "channel_names"
@@ -229,7 +229,8 @@ def load_plans(file: Path, fix: str) -> dict:
 def names_of_plans(preprocessed: Path) -> list[str]:
     """The names of the plans of a dataset, without the copies that a comparison makes for its runs."""
     there = [f.stem for f in sorted(preprocessed.glob("*.json")) if b'"plans_name"' in f.read_bytes()]
-    return [n for n in there if not any(n.startswith(f"{other}_") for other in there)]
+    originals = {name: re.sub(r"(_\d+labeled)?(_seed\d+)?$", "", name) for name in there}
+    return [name for name, original in originals.items() if original == name or original not in there]
 
 
 def resolved(plans: dict, configuration: str) -> dict:
@@ -296,8 +297,8 @@ def check_architecture(configuration: dict, file: str | Path, fix: str, within: 
         configuration: a configuration of the plans, with everything that it inherits.
 
     Raises:
-        UserError: a class is neither nnU-Net's nor of this package, and the user does not trust it; numbers of stages
-            differ; the strides do not divide the patch.
+        UserError: a key is missing or has another type; a class is neither nnU-Net's nor torch's nor of this package,
+            and the user does not trust it; numbers of stages or axes differ; the strides do not divide the patch.
     """
     check(configuration, {"architecture": dict}, file, fix, within)
     about, within = configuration["architecture"], f"{within}architecture "
@@ -347,5 +348,7 @@ def check_name(option: str, name: str) -> None:
         shown = name if len(name) <= 60 else f"{name[:57]}..."
         rule = "use letters, digits, - _ and . only, at most 100 of them, and begin with a letter or a digit"
         raise UserError(f"{option} {shown}: {rule}")
+    if "__" in name:  # in TRAINER__PLANS__CONFIGURATION, the folder of a model
+        raise UserError(f"{option} {name}: nnU-Net divides the names of folders at __: write a single _")
     if name in ("dataset", "dataset_fingerprint", "splits_final"):  # nnU-Net's own files beside the plans
         raise UserError(f"{option} {name}: nnU-Net itself uses the file {name}.json: choose another name")

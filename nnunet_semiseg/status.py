@@ -82,7 +82,7 @@ class Training:
 
 
 def status(dataset: int | str) -> list[str]:
-    """The lines that `nnunet_semiseg status` prints. The last one is the next command.
+    """The lines that `nnunet_semiseg status` prints. The last one is the next command, or says what to do.
 
     Raises:
         UserError: the dataset does not exist, a variable of nnU-Net is not set, or a JSON file is damaged.
@@ -110,7 +110,7 @@ def count(raw: Path) -> Cases:
 
 
 def configurations(raw: Path, preprocessed: Path, with_unlabeled: bool) -> Iterator[Prepared]:
-    """All configurations in all plans files of the dataset. No image is opened.
+    """All configurations in the plans that `names_of_plans` finds. No image is opened.
 
     Args:
         with_unlabeled: whether unlabelled cases must be preprocessed, too.

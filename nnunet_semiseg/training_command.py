@@ -1,7 +1,7 @@
 """Check the arguments of `nnUNetv2_train` before anything is made.
 
 Our own command calls `check_training`. nnU-Net's command does not call it. But nnU-Net's command first asks for the
-class of the trainer, and at that moment we check its arguments.
+class of the trainer. If that is one of ours, its arguments are checked at that moment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = {
     "-tr": ("nnUNetTrainer", "TRAINER", "trainer, see nnunet_semiseg list_trainers; default: %(default)s"),
     "-p": ("nnUNetPlans", "PLANS", "name of the plans; default: %(default)s"),
     "-pretrained_weights": (None, "FILE", "checkpoint of nnU-Net whose weights the training starts with"),
-    "-num_gpus": (None, "N", "number of GPUs; default: 1"),
+    "-num_gpus": (None, "N", "number of GPUs, or of processes with -device cpu; default: 1"),
     "-device": (None, "DEVICE", "where to compute: cuda, cpu or mps; default: cuda"),
 }
 """The default, the metavar and the help text of each option."""
@@ -57,7 +57,11 @@ def words(args: Namespace) -> list[str]:
 
 
 def check_running_command() -> None:
-    """Call `check_training` if this process is `nnUNetv2_train`. The predictor and others ask for a trainer, too."""
+    """Check the arguments if this process is `nnUNetv2_train`. The predictor and others ask for a trainer, too.
+
+    Raises:
+        UserError: see `check_training` and `check_plans_name`; or there are several processes, but not on GPUs.
+    """
     if Path(sys.argv[0]).stem != COMMAND:
         return
     from nnunet_semiseg.files import dataset_folder
@@ -77,7 +81,8 @@ def check_spelling(name: str) -> None:
     """Refuse the trainer of `nnUNetv2_train` if it is probably one of ours, misspelt.
 
     It is called when nnU-Net has found no such trainer in its own folder and in ours. nnU-Net then ends with a
-    traceback that speaks of `nnUNet_extTrainer`. If other folders follow ours in this variable, it may be there.
+    traceback that speaks of `nnUNet_extTrainer`. If other folders follow ours in this variable, the trainer
+    may be there.
 
     Raises:
         UserError: no trainer has this name, but some of ours have a similar one.
@@ -105,8 +110,9 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
 
     Raises:
         UserError: a fold, a device or a number of GPUs is wrong; the data set, plans or configuration does not exist or
-            is damaged; weights are missing, damaged or can run code; `--val` before a training is finished; or torchrun
-            has restarted a training that would not continue.
+            is damaged; weights are missing, damaged or can run code; two options exclude each other; the model of
+            `--continue_from` does not fit; `--val` before a training is finished; or torchrun has restarted a training
+            that would not continue.
     """
     import torch
 
@@ -170,12 +176,16 @@ def add_continue_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--continue_from", metavar="MODEL",
         help="start with the weights of this model: its folder, the folder of its fold, or a checkpoint. The training"
-        f" has 1/{SHORTER} as many epochs, unless --set num_epochs gives a number. Use it together with --as",
+        f" has 1/{SHORTER} of the model's epochs, unless --set num_epochs gives a number. Use it together with --as",
     )  # fmt: skip
 
 
 def checkpoint_of(model: str, fold: str) -> Path:
-    """Find the last checkpoint of a model. `model` is its folder, the folder of a fold, or the checkpoint itself."""
+    """Find the last checkpoint of a model. If there is none, return the absolute path of `model`.
+
+    Args:
+        model: the folder of the model, the folder of a fold, or the checkpoint itself.
+    """
     path = Path(model).absolute()
     files = (folder / "checkpoint_final.pth" for folder in (path / f"fold_{fold}", path))
     return next(filter(Path.is_file, files), path)
@@ -206,6 +216,16 @@ def fewer_epochs(model: Path) -> int:
 
     plans = checkpoints.read(model, "train this model again", mmap=True)["init_args"]["plans"]
     return max(1, settings_of(TrainingSettings, plans)["num_epochs"] // SHORTER)
+
+
+def how_to_continue(args: Namespace) -> str:
+    """What to type after a training was interrupted, in words."""
+    if args.val:
+        return "run the same command again"
+    if args.copy:  # the copy of the plans exists already, and --c does not go together with --continue_from
+        too = " and --continue_from" if args.continue_from else ""
+        return f"continue with the same command, but with -p {args.copy} --c in place of --as{too}"
+    return "continue with the same command and --c"
 
 
 def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) -> None:

@@ -399,7 +399,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, plans="Mine"), "Mine.json: no such file", out)
     unknown = Request(dataset=77, configuration="2d", fold="0", trainers=TRAINERS)
     refused(unknown, "dataset 77: no dataset has this number", out)
-    refused(request(planned, device="cuda"), "-device cuda: there is no GPU: use -device cpu", out)
+    refused(request(planned, device="cuda"), "-device cuda: PyTorch finds no GPU: use -device cpu", out)
     refused(request(planned, gpus=[0]), "--gpus 0: needs -device cuda", out)
     stock = request(planned, trainers=["nnUNetTrainer"], labeled=[2])
     refused(stock, "nnUNetTrainer: this trainer cannot leave labels out: use SupervisedTrainer", out, run=True)

@@ -934,6 +934,16 @@ def test_a_damaged_archive(kind, tmp_path, raw):
     assert list(raw.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_full_disk_while_unpacking_is_no_damaged_archive(kind, tmp_path):
+    (tmp_path / "a").write_bytes(bytes(1000))
+    archive = shutil.make_archive(str(tmp_path / "d"), kind, tmp_path, "a")
+    with no_room_for_files_of(100), pytest.raises(DiskError, match=r": cannot be written \(.*\): make room"):
+        with unpacked(Path(archive), tmp_path, "for_801"):
+            pass
+    assert not list(tmp_path.glob(".unpacked*"))
+
+
 def test_the_raw_folder_is_made_and_an_archive_may_have_a_folder_of_its_own(download, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "new" / "raw"))
     shutil.make_archive(str(tmp_path / "d"), "zip", download.parent, download.name)

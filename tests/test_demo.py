@@ -65,6 +65,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(UserError, match="exists already: remove it, or choose another"):
         demo.run_demo(tmp_path)
+    with pytest.raises(UserError, match=r"mine.txt: is a file: name a folder with -o$"):
+        demo.run_demo(tmp_path / "mine.txt" / "demo")
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 

@@ -337,7 +337,8 @@ def test_onnx_gives_what_torch_gives(trainer_class, kind, trained, tmp_path):
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-3 * expected.abs().max().item())
 
 
-def test_an_export_says_what_stands_around_the_network():
+@pytest.mark.parametrize("channels", ["channel_names", "modality"])  # the latter in old data sets
+def test_an_export_says_what_stands_around_the_network(channels):
     plans = dict(
         foreground_intensity_properties_per_channel={"0": {"mean": 90.0}},
         transpose_forward=(1, 0, 2), transpose_backward=(1, 2, 0),
@@ -346,16 +347,17 @@ def test_an_export_says_what_stands_around_the_network():
         patch_size=(8, 16, 32), spacing=(3.0, 0.7, 0.8), normalization_schemes=["ZScoreNormalization"],
         use_mask_for_norm=[True],
     )  # fmt: skip
-    dataset_json = dict(channel_names={"0": "T1"}, labels={"background": 0, "both": [1, 2]}, regions_class_order=[1, 2])
+    dataset_json = dict(labels={"background": 0, "both": [1, 2]}, regions_class_order=[1, 2])
     resampling = {"resampling_fn_data": "resample_data_or_seg_to_shape", "resampling_fn_data_kwargs": {"order": 3}}
     manager = SimpleNamespace(**configuration, configuration=configuration | resampling)
     predictor = SimpleNamespace(
-        plans_manager=SimpleNamespace(**plans), configuration_manager=manager, dataset_json=dataset_json,
+        plans_manager=SimpleNamespace(**plans), configuration_manager=manager,
+        dataset_json=dataset_json | {channels: {"0": "T1"}},
         allowed_mirroring_axes=(0, 2), trainer_name="DTCTrainer", tile_step_size=0.5, use_gaussian=True,
     )  # fmt: skip
     about = json.loads(json.dumps(onnx_export.metadata(predictor)))
     expected = plans | configuration | dataset_json | dict(mirroring_axes=(0, 2), trainer="DTCTrainer")
-    expected |= dict(resampling=resampling, tile_step_size=0.5, use_gaussian=True)
+    expected |= dict(channel_names={"0": "T1"}, resampling=resampling, tile_step_size=0.5, use_gaussian=True)
     assert about == json.loads(json.dumps(expected))
 
 
@@ -407,7 +409,7 @@ def test_wrong_use_is_one_line(trained, tmp_path, monkeypatch, capsys):
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temprature=2"], "temprature"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "temperature=0"], "temperature=0"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "cpu", "--set", "width=full"], "setting width"),
-        (["distill", *model, "-tr", "SemiCMLTrainer"], "-device cuda: there is no GPU: use -device cpu"),
+        (["distill", *model, "-tr", "SemiCMLTrainer"], "-device cuda: PyTorch finds no GPU: use -device cpu"),
         (["distill", *model, "-tr", "SemiCMLTrainer", "-device", "mps"], "-device mps: this exists only on a Mac"),
     ):
         assert cli.main(words) == 1

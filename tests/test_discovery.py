@@ -120,9 +120,10 @@ def test_unknown_trainer_gives_nnunets_own_error(capsys):
     assert "Found class" not in output
 
 
-def test_a_name_that_is_no_class_is_no_trainer():
-    with pytest.raises(UserError, match="^os: no such trainer: use .*"):
-        find_trainer("os")  # nnU-Net's modules have it
+@pytest.mark.parametrize("name", ["os", "DC_and_CE_loss"])  # nnU-Net's modules have both
+def test_a_name_that_is_not_that_of_a_trainer(name):
+    with pytest.raises(UserError, match=f"^{name}: no such trainer: use .*"):
+        find_trainer(name)
 
 
 def test_users_own_folder_is_searched_first(stub, add_trainer, tmp_path_factory, monkeypatch):

@@ -889,12 +889,18 @@ def test_the_next_command_and_a_forgotten_word(source, capsys):
             "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer -device cpu",
             "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans -tr BCPTrainer -i IMAGES -o PREDICTIONS -device cpu",
         ),
+        (
+            "compare -d 801 -c 2d --trainers SupervisedTrainer BCPTrainer --labeled 2 3 --seeds 2 -device cpu",
+            "nnUNetv2_predict -d 801 -c 2d -f 0 -p nnUNetPlans_2labeled_seed0 -tr BCPTrainer -i IMAGES -o PREDICTIONS"
+            " -device cpu",
+        ),
     ],
 )
 def test_every_command_ends_with_the_next(words, following, tiny_dataset, monkeypatch, capsys):
     dataset = tiny_dataset(size=6, dataset_id=801)
     dataset.results.mkdir(parents=True)
     write_plans(dataset, "nnUNetPlans")
+    write_plans(dataset)
     monkeypatch.setattr("nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: None)
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", lambda: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -903,3 +909,13 @@ def test_every_command_ends_with_the_next(words, following, tiny_dataset, monkey
     assert cli.main(words.split()) == 0
     last = capsys.readouterr().out.splitlines()[-1:]
     assert last == ([f"next: {following}"] if following else [])
+
+
+@pytest.mark.parametrize("words, following", [("", "train 801 2d 0 -tr SemiSegTrainer"), (" -c 3d_lowres", None)])
+def test_the_next_command_names_a_configuration_of_the_plans(words, following, tiny_dataset, monkeypatch, capsys):
+    write_plans(tiny_dataset(dims=2, size=6, dataset_id=801), "nnUNetPlans", configurations={"2d": {}})
+    monkeypatch.setattr("nnunet_semiseg.planning.plan_and_preprocess", lambda *args, **kwargs: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert cli.main(f"plan_and_preprocess -d 801{words}".split()) == 0
+    said = capsys.readouterr().out
+    assert said == (f"next: nnunet_semiseg {following} -p nnUNetPlans -device cpu\n" if following else "")

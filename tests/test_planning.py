@@ -287,9 +287,9 @@ def test_plans_that_are_missing(tiny_dataset):
     there = "no such plans; there is nnUNetPlans: choose with -p; or"
     assert refusal("nnUNetSemiSegFastPlans") == f"{there} {plan} -pl SemiSegPlannerFast"
     assert refusal("nnUNetResEncUNetLPlans") == f"{there} {plan} -pl nnUNetPlannerResEncL"
-    for name in ("nnUNetPlans_seed0", "nnUNetPlans_4labeled_seed0", "Mine"):
+    for name in ("nnUNetPlans_seed0", "nnUNetPlans_4labeled", "nnUNetPlans_4labeled_seed0", "Mine", "nnUNetPlans_2mm"):
         (dataset.preprocessed / f"{name}.json").write_text(json.dumps({"plans_name": name}))
-    there = "no such plans; there are Mine, nnUNetPlans: choose with -plans_name; or"
+    there = "no such plans; there are Mine, nnUNetPlans, nnUNetPlans_2mm: choose with -plans_name; or"
     assert refusal("nnUNetFoo", option="-plans_name") == f"{there} {plan} -overwrite_plans_name nnUNetFoo"
     mine = {"plans_name": "Mine", "configurations": {}}
     (dataset.preprocessed / "Mine.json").write_text(json.dumps(mine))

@@ -232,7 +232,7 @@ def test_splits_that_are_none(folds, words, tmp_path):
     assert words in refusal(read_splits, tmp_path / "s.json", "fix it")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a" * 101, "dataset", "splits_final"])
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a" * 101, "a__b", "dataset", "splits_final"])
 def test_names_that_are_no_part_of_a_folders(name):
     check_name("--as", "nnUNetPlans_0.5")
     assert refusal(check_name, "--as", name).startswith(f"--as {name[:50]}")

@@ -181,5 +181,7 @@ def test_the_device_of_a_proposed_command(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(devices, "GPU_FILES", [tmp_path / "nvidia"])
     assert devices.device_option() == " -device cpu" and "torch" not in sys.modules
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert devices.device_option() == " -device cpu"  # a Mac has no GPU for cuda
     (tmp_path / "nvidia").touch()
     assert devices.device_option() == ""

@@ -22,7 +22,7 @@ from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training_command import check_running_command
 
 REFUSED = [
-    ("3d_fullres 0", "-device cuda: there is no GPU: use -device cpu"),
+    ("3d_fullres 0", "-device cuda: PyTorch finds no GPU: use -device cpu"),
     ("3d_fullres 0 -device mps", "-device mps: this exists only on a Mac"),
     ("3d_fullres x -device cpu", "fold x: give the number of a fold, 0 or more, or all"),
     ("3d_fullres 1.5 -device cpu", "fold 1.5: give"),
@@ -150,6 +150,24 @@ def test_several_processes_that_are_told_to_end_leave_no_traceback(number, statu
         assert cli.main(words) == status
     assert ended is None or ended.value.code == status
     assert capsys.readouterr().err.strip() in ("", "interrupted: continue with the same command and --c")
+
+
+@pytest.mark.parametrize(
+    "given, then",
+    [
+        ("", "continue with the same command and --c"),
+        (" --val", "run the same command again"),
+        (" --as x", "continue with the same command, but with -p x --c in place of --as"),
+        (
+            " --as x --continue_from MODEL",
+            "continue with the same command, but with -p x --c in place of --as and --continue_from",
+        ),
+    ],
+)
+def test_how_an_interrupted_training_continues(given, then, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_semiseg.discovery.find_trainer", Mock(side_effect=KeyboardInterrupt))
+    assert cli.main(f"train 901 3d_fullres 0{given}".split()) == 130
+    assert capsys.readouterr().err == f"interrupted: {then}\n"
 
 
 @pytest.mark.parametrize("processes, seconds", [("1", []), ("2", [5])])

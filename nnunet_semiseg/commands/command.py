@@ -68,7 +68,7 @@ def trained_run(args: Namespace) -> Run:
     """The training that the options of `ModelOptions` and `trainer` name.
 
     Raises:
-        UserError: the trainer does not exist, or it has only models of other plans.
+        UserError: the dataset or the trainer does not exist, or the trainer has only models of other plans.
     """
     from nnunet_semiseg.discovery import find_trainer
     from nnunet_semiseg.files import dataset_folder

@@ -141,16 +141,19 @@ class PlanAndPreprocess(Command):
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg import planning
         from nnunet_semiseg.devices import device_option
+        from nnunet_semiseg.files import dataset_folder
 
         request = from_args(PlanningRequest, args)
         planning.plan_and_preprocess(request)
-        if request.preprocess:
-            c = request.configurations
-            trainer = "SupervisedTrainer" if request.labeled_only else "SemiSegTrainer"
-            plans = request.overwrite_plans_name or planning.plans_name_of(request.planner)
-            configuration = "3d_fullres" if "3d_fullres" in c else c[0]
-            line = f"nnunet_semiseg train {request.dataset_ids[0]} {configuration} 0 -tr {trainer} -p {plans}"
-            say_next(line + device_option())
+        if not request.preprocess:
+            return
+        number, trainer = request.dataset_ids[0], "SupervisedTrainer" if request.labeled_only else "SemiSegTrainer"
+        plans = request.overwrite_plans_name or planning.plans_name_of(request.planner)
+        known = planning.read_plans(dataset_folder("nnUNet_preprocessed", number), plans)["configurations"]
+        made = [c for c in request.configurations if c in known]  # plans for 2D images have 2d only
+        if made:
+            configuration = "3d_fullres" if "3d_fullres" in made else made[0]
+            say_next(f"nnunet_semiseg train {number} {configuration} 0 -tr {trainer} -p {plans}{device_option()}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ class PreprocessUnlabeled(Command):
     def run(self, args: Namespace) -> None:
         request = from_args(UnlabeledRequest, args)
         if (request.part_id is None) != (request.num_parts == 1) or (request.part_id or 0) >= request.num_parts:
-            raise UserError("-num_parts N and -part_id I: give both, with I from 0 to N - 1, or none of them")
+            raise UserError("-num_parts N and -part_id I: give both (N of 2 or more, I from 0 to N - 1), or none")
         part = None if request.part_id is None else (request.part_id, request.num_parts)
         from nnunet_semiseg import planning
         from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled

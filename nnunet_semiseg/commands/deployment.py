@@ -76,8 +76,7 @@ class Share(Command):
 class Export(Command):
     """Write the network of a model as an ONNX file.
 
-    The command compares the file with the model. Models of nnU-Net's own trainers
-    can be exported, too.
+    The command compares the file with the model. Models of nnU-Net's own trainers can be exported, too.
     """
 
     name = "export"

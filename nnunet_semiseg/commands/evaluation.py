@@ -38,12 +38,14 @@ class Compare(Command):
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.devices import device_option
         from nnunet_semiseg.evaluation.compare import compare
+        from nnunet_semiseg.evaluation.request import make_runs
 
         check_plans(args.dataset, args.plans)
         request = from_args(Request, args)
         print(compare(request, args.o, args.train))
-        where = f"-d {request.dataset} -c {request.configuration} -f {request.fold} -p {request.plans}"
-        line = f"nnUNetv2_predict {where} -tr {request.trainers[-1]} -i IMAGES -o PREDICTIONS"
+        run = next(r for r in make_runs(request)[0] if r.trainer == request.trainers[-1])
+        where = f"-d {request.dataset} -c {request.configuration} -f {request.fold} -p {run.plans} -tr {run.trainer}"
+        line = f"nnUNetv2_predict {where} -i IMAGES -o PREDICTIONS"
         say_next(line + device_option(request.device))
 
 

@@ -29,9 +29,7 @@ class EmbedPrompts(Command):
             default="openai",
             help="weights of the text encoder: a tag of open_clip, or a file; default: %(default)s",
         )
-        parser.add_argument(
-            "-cache_dir", help="folder where open_clip keeps its downloads; default: the folder of open_clip"
-        )
+        parser.add_argument("-cache_dir", help="folder for what open_clip downloads; default: open_clip's own folder")
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.files import dataset_folder
@@ -45,7 +43,7 @@ class EmbedPrompts(Command):
 
 
 class PretrainVLM(Command):
-    """Pre-train on images and their texts, for AMVLM.
+    """Pre-train on images and their texts, for AMVLMTrainer.
 
     The dataset needs texts.json. On several GPUs, start it with torchrun.
     """
@@ -96,8 +94,8 @@ class TextModelOptions(ModelOptions):
 class TextMasks(Command):
     """Draw the image regions that match the texts.
 
-    A trained AMVLM finds them. The command also prints how well they match the
-    labels of the labelled cases (area under the ROC curve).
+    A model of AMVLMTrainer finds them. The command also prints how well they match the labels of the labelled cases
+    (area under the ROC curve).
     """
 
     name = "text_masks"
@@ -111,7 +109,7 @@ class TextMasks(Command):
             type=at_least(1),
             default=20,
             metavar="N",
-            help="number of cases with a picture, and of labelled cases to measure; default: %(default)s",
+            help="number of unlabelled cases to draw, and of labelled cases to measure; default: %(default)s",
         )
 
     def run(self, args: Namespace) -> None:

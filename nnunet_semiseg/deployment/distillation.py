@@ -67,7 +67,10 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
     them, too."""
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """Take nnU-Net's ranges, but leave out a flip if the model was trained without it."""
+        """Take nnU-Net's ranges. If the trained model may not be mirrored along an axis, leave out that flip.
+
+        Then rotations are limited, too, because a large one also exchanges sides.
+        """
         rotation, dummy_2d, patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         allowed = tuple(axis for axis in axes if axis in (self.mirroring_axes or ()))
         if allowed != axes:
@@ -131,6 +134,7 @@ def distill(run: Run, settings: Iterable[str] = (), device: str = "cuda") -> Pat
         UserError: the model is not trained, or its checkpoint is damaged; a setting does not belong to the
             distillation; there is no unlabelled data or no such device; another distillation is in the same place.
         BusyError: another process distils this model.
+        DiskError: the disk is full or read-only.
     """
     check_device(device)
     predictor = load_predictor(run)
@@ -180,7 +184,7 @@ def _distill(run: Run, predictor: nnUNetPredictor, settings: Iterable[str], devi
 
 
 def check_same(origin: dict, file: Path, state: str) -> None:
-    """Refuse to continue or reuse a distillation of another model, or with other settings."""
+    """Raise UserError if a distillation of another model, or with other settings, would be continued or reused."""
     before = read_json(file, f"remove {file.parent} to distil again")
     old, new = before["settings"], origin["settings"]
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -206,7 +210,7 @@ def with_settings(plans: dict, changes: dict) -> dict:
     """A copy of the plans with these settings of the distillation.
 
     Raises:
-        UserError: a setting belongs to the trained model and not to the distillation, or has a wrong value.
+        UserError: the distillation has no such setting, or its value is wrong.
     """
     settings_from(DistillationSettings, changes)
     return {**plans, PLANS_KEY: {**plans.get(PLANS_KEY, {}), **changes}}
@@ -221,6 +225,7 @@ def publish(trained: Path, stock: Path, plans_name: str) -> None:
         plans_name: the name of its plans.
 
     Raises:
+        UserError: the plans or the checkpoint of the trained fold are damaged.
         DiskError: the disk is full or read-only. Run the same command again to continue.
     """
     fold = stock / trained.name

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import written_whole
@@ -53,7 +54,7 @@ def export_onnx(run: Run, file: str | Path) -> float:
     predictor = load_predictor(run)
     network, patch = predictor.network, predictor.configuration_manager.patch_size
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, len(predictor.dataset_json["channel_names"]), *patch, generator=generator)
+    images = torch.randn(2, len(channel_names(predictor.dataset_json)), *patch, generator=generator)
     program = torch.onnx.export(
         network, (images,), input_names=["image"], output_names=["logits"], dynamo=True, verbose=False,
         dynamic_shapes=[{0: torch.export.Dim("batch")}],
@@ -89,7 +90,7 @@ def metadata(predictor: nnUNetPredictor) -> dict:
         "foreground_intensity_properties_per_channel": plans.foreground_intensity_properties_per_channel,
         "transpose_forward": list(plans.transpose_forward),
         "transpose_backward": list(plans.transpose_backward),
-        "channel_names": predictor.dataset_json["channel_names"],
+        "channel_names": dict(enumerate(channel_names(predictor.dataset_json))),
         "labels": predictor.dataset_json["labels"],
         "regions_class_order": predictor.dataset_json.get("regions_class_order"),
         "mirroring_axes": predictor.allowed_mirroring_axes,

@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.runs import Run
 
@@ -31,7 +32,7 @@ def time_runtimes(run: Run, file: str | Path) -> dict[str, float]:
     import onnxruntime
 
     predictor = load_predictor(run)
-    channels = len(predictor.dataset_json["channel_names"])
+    channels = len(channel_names(predictor.dataset_json))
     image = torch.randn(1, channels, *predictor.configuration_manager.patch_size)
     times = {}
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):

@@ -18,7 +18,7 @@ from nnunet_semiseg.runs import Run
 def share(run: Run) -> Path:
     """Write the model under the name `nnUNetTrainer`. `nnUNetv2_predict` can use it without this package.
 
-    nnU-Net's page on sharing models with custom trainers advises the same: store the weights under the name of a
+    nnU-Net's page on sharing models with custom trainers describes this way: store the weights under the name of a
     trainer that everybody has. The plans get the name PLANS_from_TRAINER.
 
     Args:
@@ -28,7 +28,8 @@ def share(run: Run) -> Path:
         The folder of the written model.
 
     Raises:
-        UserError: the training is not finished, its checkpoint is damaged, or its network is not that of the plans.
+        UserError: the training is not finished, its checkpoint is damaged, or its network is not that of the plans; or
+            its trainer is `nnUNetTrainer` already.
         DiskError: the disk is full or read-only.
     """
     if run.trainer == STOCK_TRAINER:
@@ -42,7 +43,7 @@ def share(run: Run) -> Path:
 
 
 def check_stock(predictor: Any, run: Run) -> None:
-    """Refuse a network that is not that of the plans, or that computes something else with the same weights."""
+    """Raise UserError for a network that is not that of the plans, or computes something else with the same weights."""
     refusal = UserError(
         f"{run.checkpoint}: the network of {run.trainer} is not the one of the plans: use nnunet_semiseg distill"
         f" -d {run.dataset} -c {run.configuration} -f {run.fold} -tr {run.trainer} -p {run.plans}"

@@ -17,7 +17,7 @@ def load_predictor(run: Run) -> nnUNetPredictor:
     """
     if not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: finish the training of {run.trainer} first")
-    run.load_checkpoint()  # says so where it is damaged; the predictor would not
+    run.load_checkpoint()  # if it is damaged, this error says so; that of the predictor would not
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,), "checkpoint_final.pth")
     predictor.network.requires_grad_(False).eval()

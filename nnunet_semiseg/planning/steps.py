@@ -65,11 +65,11 @@ def _extract_fingerprint(dataset_id: int, request: PlanningRequest) -> None:
     """Check the labelled cases and run nnU-Net's fingerprint extraction, again if files have changed since."""
     raw, preprocessed = (dataset_folder(v, dataset_id) for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     print("Fingerprint extraction...")
-    with _in_one_line(raw):
+    with _in_one_line(raw, "-npfp"):
         stamps = inspect_labeled(raw, preprocessed, read_dataset_json(raw), request.num_processes_fingerprint)
     if why := why_fingerprint_is_old(preprocessed, stamps):
         print(f"{preprocessed / FINGERPRINT}.json: {why}: it is made again")
-    with _in_one_line(preprocessed):
+    with _in_one_line(preprocessed, "-npfp"):
         extract_fingerprint_dataset(
             dataset_id,
             num_processes=request.num_processes_fingerprint,
@@ -167,13 +167,17 @@ def _preprocess_labeled(
 
 
 @contextmanager
-def _in_one_line(place: Path) -> Iterator[None]:
-    """Turn nnU-Net's error about a full disk or a killed process into one line."""
+def _in_one_line(place: Path, option: str = "-np") -> Iterator[None]:
+    """Turn nnU-Net's error about a full disk or a killed process into one line.
+
+    Args:
+        option: the option for the number of processes.
+    """
     try:
         yield
     except Exception as e:
         blame_the_disk(e, place)
-        with killed_workers(place):
+        with killed_workers(place, option):
             if isinstance(e, RuntimeError) and "background" in str(e):  # nnU-Net's name for workers
                 raise BrokenProcessPool from None
             raise
