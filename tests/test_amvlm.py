@@ -439,6 +439,14 @@ def test_the_axes_of_sides_are_those_of_the_image(order, median, n_dims, vertica
     assert is_flat(plans) == (1 in median)
 
 
+def test_slices_without_left_and_right_keep_their_texts():
+    """No flip of such a slice makes a text true again whose words were exchanged."""
+    plans = {"transpose_forward": [2, 0, 1], "original_median_shape_after_transp": [64, 30, 64]}
+    sides = NamedSides.of(["left lesion"], PAIRS, plans, n_dims=2, swap=True)
+    assert sides.flips == [KEPT] and sides.axes == {1: ()}
+    assert NamedSides.of(["left lesion"], PAIRS, plans, n_dims=3, swap=True).flips == [KEPT, (False, True)]
+
+
 def test_words_change_places_with_the_sides():
     text = "Upper left and lower right, leftover: left"
     assert exchange(text, (False, True), PAIRS) == "Upper right and lower left, leftover: right"
