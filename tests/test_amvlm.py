@@ -607,11 +607,15 @@ def test_labels_that_the_pretraining_saw_and_this_training_must_not_know(lesions
         return make_trainer(AMVLMTrainer, dataset, fold=fold, vlm=str(folder), texts="classes", **settings)
 
     made_with(["tr_000", "tr_001"], 0)
-    message = "vlm: its pre-training used the labels of tr_002 and others, 1 in all, .* --set fold=0, or with"
+    message = "vlm: its pre-training used the label of tr_002, which .* --set fold=0 or --set mask_weight=0$"
     with pytest.raises(UserError, match=message):
         made_with(["tr_000", "tr_002"], 0)
-    with pytest.raises(UserError, match="of tr_001 and others.*--set fold=0 num_labeled=1"):
+    with pytest.raises(UserError, match="the label of tr_001, .*--set fold=0 num_labeled=1 or --set mask"):
         made_with(["tr_001"], 0, num_labeled=1)
+    with pytest.raises(
+        UserError, match="the label of tr_001 .and 1 more.,.* again with --set num_labeled=1 or --set mask"
+    ):
+        made_with(["tr_001", "tr_002"], "all", num_labeled=1)  # the pre-training has no fold=all
     masks = made_with(["tr_000", "tr_002"], "all")
     masks.initialize()
     masks.on_train_start()  # they are measured on labels that the towers did not learn by heart

@@ -209,16 +209,25 @@ def named(options: Mapping[str, str], name: str) -> str:
     return options[name].removeprefix("--set ")
 
 
+def cause_of(error: UserError) -> str:
+    """What a library said, in one line, before `load_clip` made this error of it."""
+    return _short(error.__context__ or error)
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def _why(
     error: Exception, model: str, pretrained: str | None, file: str | None, quick_gelu: bool, options: Mapping[str, str]
 ) -> str:
     import open_clip
 
-    reason = " ".join(str(error).split())
-    about, weights = named(options, "model") + model, named(options, "pretrained").replace("MODEL", model)
-    if "transformers" in reason and importlib.util.find_spec("transformers") is None:
+    reason, name = _short(error), model.removeprefix("local-dir:")
+    about, weights = named(options, "model") + model, named(options, "pretrained").replace("MODEL", name)
+    if "transformers" in str(error) and importlib.util.find_spec("transformers") is None:
         return f"{about}: has a Hugging Face text tower, which needs `pip install transformers`"
-    reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
     if file:
         fix = f"{options['pretrained']}{file}" if "MODEL" in options["pretrained"] else f"{options['model']}MODEL"
         return (
@@ -226,7 +235,7 @@ def _why(
         )
     if not model.startswith(("hf-hub:", "local-dir:")):  # these have their own weights
         about += f", {weights}{pretrained}"
-    local, name = f"{options['pretrained']}FILE", model.removeprefix("local-dir:")
+    local = f"{options['pretrained']}FILE"
     if model.startswith("hf-hub:"):  # its configuration is on the hub, too
         local = f"{options['model']}FOLDER"
     elif quick_gelu and f"{model}-quickgelu" in open_clip.list_models():  # the file itself does not say which
