@@ -234,7 +234,7 @@ def _why(
             f"{weights}{file}: not a readable checkpoint of {model}: name the model it belongs to with {fix} [{reason}]"
         )
     if not model.startswith(("hf-hub:", "local-dir:")):  # these have their own weights
-        about += f", {weights}{pretrained}"
+        about = f"{weights}{pretrained}" if "MODEL" in options["pretrained"] else f"{about}, {weights}{pretrained}"
     local = f"{options['pretrained']}FILE"
     if model.startswith("hf-hub:"):  # its configuration is on the hub, too
         local = f"{options['model']}FOLDER"
