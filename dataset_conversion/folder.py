@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
+from nnunet_semiseg.options import positive
 from nnunet_semiseg.raw_datasets import About, Case, Source, convert_dataset, seeded_split
 from nnunet_semiseg.raw_datasets.filling import Layout
 from nnunet_semiseg.raw_datasets.label_values import parse
@@ -256,7 +257,7 @@ def _read_split(file: Path, cases: Mapping[str, Case]) -> list[list[str]]:
             if name not in cases:
                 near = [case for case in cases if name.startswith(f"{case}.")]
                 near += difflib.get_close_matches(name, cases, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"the first is {next(iter(cases))}"
+                hint = f"did you mean {near[0]}?" if near else f"cases have names like {next(iter(cases))}"
                 raise UserError(f"{file}: {part}: there is no case {name}: {hint}")
     try:
         refuse_in_two_lists(lists)
@@ -295,7 +296,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--test",
         type=_share,
         metavar="SHARE",
-        help="share of the labelled cases that are drawn at random for testing, such as 0.2",
+        help="share of the labelled cases that are drawn at random for testing, such as 0.2; with --group-by, of their"
+        " patients",
     )
     parser.add_argument(
         "--group-by", metavar="WHAT",
@@ -303,7 +305,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         " expression: all cases in whose names it, or its first group, matches the same text",
     )  # fmt: skip
     parser.add_argument(
-        "--spacing", type=_millimetres, nargs=3, metavar="MM",
+        "--spacing", type=positive, nargs=3, metavar="MM",
         help="voxel spacing x y z in mm for files that do not say it: TIFF volumes, stacks of pictures, bad headers",
     )  # fmt: skip
     parser.add_argument(
@@ -319,19 +321,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def _millimetres(text: str) -> float:
-    """Read a length in mm. Raises ValueError, which argparse shows, if it is not above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
 def _share(text: str) -> float:
-    """Read a share. Raises ValueError, which argparse shows, if it is not between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise ValueError
+    """Read a share. Raises ArgumentTypeError if it is not between 0 and 1."""
+    value = positive(text)
+    if value >= 1:
+        raise ArgumentTypeError(f"{text}: give a number between 0 and 1")
     return value
 
 

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from nnunet_semiseg.data.headers import total_memory
 from nnunet_semiseg.dataset_conversion import brats2019, la2018, pancreas_ct
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.options import positive
 from nnunet_semiseg.raw_datasets import (
     About,
     Case,
@@ -26,7 +27,10 @@ from nnunet_semiseg.raw_datasets import (
     published_split,
 )
 
-NOTE = "the images are already normalised and cropped around the label, test cases too, by whoever made the h5 files"
+NOTE = (
+    "whoever made the h5 files has already normalised and cropped the images (LA and Pancreas-CT around the label, test"
+    " cases too)"
+)
 
 ABOUT = About(
     name="H5",
@@ -50,7 +54,7 @@ ABOUT = About(
 
 @dataclass(frozen=True)
 class Known:
-    """A data set that such files were made from: the names of its cases, their grid, and its published list."""
+    """A data set that such files were made from: its cases' names (a pattern), their voxel size, its published list."""
 
     pattern: str
     about: About
@@ -71,6 +75,10 @@ def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Seq
     Args:
         spacing: x y z, in mm, or one number. None: that of the known set.
         labels: names of the label values 1, 2, ... None: those of the known set.
+
+    Raises:
+        UserError: nothing says what the label values mean, or how large voxels are; a file belongs to another data set;
+            a case appears twice.
     """
     files = by_name((_case(path), path) for path in find_files(folder, "*.h5"))
     if not files:
@@ -83,8 +91,10 @@ def find_cases(folder: Path, spacing: Sequence[float] | None = None, labels: Seq
             f" --labels NAME ..."
         )
     spacing = tuple(spacing or (known.spacing if known else ()))
-    if len(spacing) not in (1, 3):
+    if not spacing:
         raise UserError(f"{folder}: the voxel size of this data set is not known: give it with --spacing X Y Z (mm)")
+    if len(spacing) not in (1, 3):
+        raise UserError(f"--spacing {' '.join(f'{s:g}' for s in spacing)}: give three numbers X Y Z (mm), or one")
     cases = {}
     for name, path in files.items():
         image, label = (Read(read_h5, (path,), {"key": key, "spacing": spacing}) for key in ("image", "label"))
@@ -145,7 +155,7 @@ def read_h5(path: Path, key: str, spacing: Sequence[float]) -> sitk.Image:
     """The array `key` of a file, `image` or `label`. It is stored x y z, and its spacing is in mm.
 
     Raises:
-        UserError: there is no such array; it is in another file, or claims more than the memory.
+        UserError: there is no such array; it is in another file, or larger than the memory.
     """
     with h5py.File(path) as file:
         if key not in file:
@@ -183,10 +193,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's options, which are arguments of `find_cases`."""
     parser.add_argument(
         "--spacing",
-        type=float,
+        type=positive,
         nargs="+",
         metavar="MM",
-        help="voxel spacing x y z in mm; default: the spacing of a known data set",
+        help="voxel spacing x y z in mm, or one number for all three; default: the spacing of a known data set",
     )
     parser.add_argument(
         "--labels",

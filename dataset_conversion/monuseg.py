@@ -34,7 +34,11 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """The images with an annotation, and their texts if there are any. The folder says what is for testing."""
+    """The images with an annotation, and their texts if there are any. The folder says what is for testing.
+
+    Raises:
+        UserError: see `by_name` and `read_texts`.
+    """
     cases, train, test, texts = {}, [], [], read_texts(folder)
     found = find_files(folder, "*.tif")
     places = ("Tissue Images", "MoNuSegTestData")
@@ -52,7 +56,11 @@ def find_cases(folder: Path) -> Source:
 
 
 def rasterise(outlines: Path, image: Path) -> sitk.Image:
-    """The union of the annotated polygons on the image's grid, as 0 and 1."""
+    """The union of the annotated polygons on the image's grid, as 0 and 1.
+
+    Raises:
+        UserError: `outlines` is not an annotation of Aperio ImageScope.
+    """
     header = sitk.ReadImage(image)
     mask = np.zeros(header.GetSize()[::-1], np.uint8)
     try:

@@ -69,7 +69,7 @@ def read_label(path: Path, scan: Path) -> tuple[sitk.Image, str]:
     it.
 
     Raises:
-        UserError: the label has another shape than the scan, or fits in neither orientation.
+        UserError: the label is empty, has another shape than the scan, or fits in neither orientation.
     """
     image, label = read_dicom_series(scan), sitk.ReadImage(path)
     if image.GetSize() != label.GetSize():

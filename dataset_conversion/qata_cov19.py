@@ -13,6 +13,7 @@ import pandas
 import SimpleITK as sitk
 from PIL import Image
 
+from nnunet_semiseg.data.image_problems import one_line_of
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets import About, Case, Read, Source, by_name, convert_dataset, find_files, read_gray
 
@@ -41,7 +42,11 @@ IMAGES, MASKS = ("Images", "img"), ("Ground-truths", "labelcol")
 
 
 def find_images(folder: Path, about: About) -> Source:
-    """The cases of each part, by the names of folders. Their texts are from all tables below the folder."""
+    """The cases of each part, by the names of folders. Their texts are from all tables below the folder.
+
+    Raises:
+        UserError: see `by_name` and `read_texts`.
+    """
     images, masks, parts = [], [], {}
     for path in find_files(folder, "*.png"):
         kind, part = path.parent.name, PARTS.get(path.parent.parent.name)
@@ -97,10 +102,20 @@ def text_notes(cases: Collection[str], texts: Mapping[str, str]) -> list[str]:
 
 
 def read_texts(folder: Path) -> dict[str, str]:
-    """Read image and description from every .xlsx. Names of images may have `mask_` before them and an ending."""
+    """Read the text of each image from every .xlsx. Names of images may have `mask_` before them and an ending.
+
+    Returns:
+        Texts by the names of images, without `mask_` and ending.
+
+    Raises:
+        UserError: a table cannot be read, or has no column Image or Description.
+    """
     texts: dict[str, str] = {}
     for file in find_files(folder, "*.xlsx"):
-        table = pandas.read_excel(file, dtype=str)
+        try:
+            table = pandas.read_excel(file, dtype=str)
+        except Exception as e:  # of many kinds: it is a zip archive of XML files
+            raise UserError(f"{file}: cannot be read ({one_line_of(e)}): download it again") from None
         table.columns = [str(column).strip() for column in table.columns]
         if missing := {"Image", "Description"} - set(table.columns):
             raise UserError(f"{file}: no column {' and '.join(sorted(missing))}: use the table that LViT publishes")

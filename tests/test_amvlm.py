@@ -439,6 +439,14 @@ def test_the_axes_of_sides_are_those_of_the_image(order, median, n_dims, vertica
     assert is_flat(plans) == (1 in median)
 
 
+def test_slices_without_left_and_right_keep_their_texts():
+    """No flip of such a slice makes a text true again whose words were exchanged."""
+    plans = {"transpose_forward": [2, 0, 1], "original_median_shape_after_transp": [64, 30, 64]}
+    sides = NamedSides.of(["left lesion"], PAIRS, plans, n_dims=2, swap=True)
+    assert sides.flips == [KEPT] and sides.axes == {1: ()}
+    assert NamedSides.of(["left lesion"], PAIRS, plans, n_dims=3, swap=True).flips == [KEPT, (False, True)]
+
+
 def test_words_change_places_with_the_sides():
     text = "Upper left and lower right, leftover: left"
     assert exchange(text, (False, True), PAIRS) == "Upper right and lower left, leftover: right"
@@ -599,11 +607,15 @@ def test_labels_that_the_pretraining_saw_and_this_training_must_not_know(lesions
         return make_trainer(AMVLMTrainer, dataset, fold=fold, vlm=str(folder), texts="classes", **settings)
 
     made_with(["tr_000", "tr_001"], 0)
-    message = "vlm: its pre-training used the labels of tr_002 and others, 1 in all, .* --set fold=0, or with"
+    message = "vlm: its pre-training used the label of tr_002, which .* --set fold=0 or --set mask_weight=0$"
     with pytest.raises(UserError, match=message):
         made_with(["tr_000", "tr_002"], 0)
-    with pytest.raises(UserError, match="of tr_001 and others.*--set fold=0 num_labeled=1"):
+    with pytest.raises(UserError, match="the label of tr_001, .*--set fold=0 num_labeled=1 or --set mask"):
         made_with(["tr_001"], 0, num_labeled=1)
+    with pytest.raises(
+        UserError, match="the label of tr_001 .and 1 more.,.* again with --set num_labeled=1 or --set mask"
+    ):
+        made_with(["tr_001", "tr_002"], "all", num_labeled=1)  # the pre-training has no fold=all
     masks = made_with(["tr_000", "tr_002"], "all")
     masks.initialize()
     masks.on_train_start()  # they are measured on labels that the towers did not learn by heart

@@ -12,6 +12,7 @@ import pytest
 from test_schema import CONFIGURATION, PLANS
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.commands.text import EMBED_OPTIONS
 from nnunet_semiseg.discovery import module_names
 from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.planning_request import PlanningRequest
@@ -322,7 +323,7 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
     monkeypatch.setattr("nnunet_semiseg.demo.run_demo", lambda *args: called.append(args))
     assert cli.main("demo -o D".split()) == 0
     assert called == [
-        (labels, "ViT-B-32", "W.pt", "C", "F.safetensors", str(dataset.raw / "dataset.json")),
+        (labels, "ViT-B-32", "W.pt", "C", "F.safetensors", str(dataset.raw / "dataset.json"), EMBED_OPTIONS),
         ("D", "cpu"),
     ]
 

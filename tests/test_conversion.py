@@ -972,6 +972,14 @@ def test_options_of_a_data_set_are_its_own(capsys):
     with pytest.raises(SystemExit):
         cli.main(["convert", "la2018", "-i", "x", "-d", "1", "--spacing", "1"])
     assert "error: --spacing: no such option" in capsys.readouterr().err
+    for option, value, message in (
+        ("--spacing", "1 1 -2", "-2: give a number above 0"),
+        ("--test", "20", "20: give a number between 0 and 1"),
+        ("--test", "a", "a: give a number above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["convert", "folder", "-i", "x", "-d", "1", option, *value.split()])
+        assert f"error: argument {option}: {message}" in capsys.readouterr().err
 
 
 def test_a_second_conversion_is_told_who_is_at_it(download, raw):

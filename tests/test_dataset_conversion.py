@@ -342,8 +342,10 @@ def test_h5_of_an_unknown_set_asks_for_what_it_cannot_know(tmp_path):
             file["image"], file["label"] = image.T, label.T
     with pytest.raises(ValueError, match="--labels"):
         convert("h5", tmp_path / "d")
-    with pytest.raises(ValueError, match="--spacing"):
+    with pytest.raises(ValueError, match="voxel size of this data set is not known: give it with --spacing"):
         convert("h5", tmp_path / "d", labels=["organ"])
+    with pytest.raises(ValueError, match="^--spacing 1 2.5: give three numbers"):
+        convert("h5", tmp_path / "d", labels=["organ"], spacing=[1.0, 2.5])
     raw = convert("h5", tmp_path / "d", labels=["organ"], spacing=[2.0])
     assert sitk.ReadImage(str(raw / "imagesTr" / "case0_0000.nii.gz")).GetSpacing() == (2, 2, 2)
 
@@ -639,6 +641,9 @@ def test_images_without_text_and_texts_without_image_are_reported(tmp_path, caps
     convert("qata_cov19", download, dry_run=True)
     printed = capsys.readouterr().out
     assert "1 of 2 images have no text: a2" in printed and "1 of 2 texts have no image: z9" in printed
+    (download / "train.xlsx").write_bytes(b"half a download")
+    with pytest.raises(ValueError, match=r"train.xlsx: cannot be read \(.*\): download it again$"):
+        convert("qata_cov19", download, dry_run=True)
 
 
 def test_monuseg_takes_only_annotated_images(tmp_path):

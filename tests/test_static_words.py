@@ -96,7 +96,7 @@ def test_the_embeddings_know_what_words_mean():
 
 def test_classes_that_differ_in_the_order_of_words_alone_are_refused(tmp_path):
     content = LABELS | {"semiseg": {"prompts": {"liver": "left of the right one", "spleen": "right of the left one"}}}
-    message = 'd.json: the prompts of "liver" and "spleen" have the same words, and text_model=wordllama does not know'
+    message = 'd.json: the prompts of "liver" and "spleen" have the same words, and wordllama does not know'
     with pytest.raises(UserError, match=message):
         build_prompt_learner(SETTINGS, content, "d.json")
     with pytest.raises(UserError, match=message):
@@ -115,14 +115,14 @@ def test_embeddings_for_another_machine(tmp_path):
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"x")
-    with pytest.raises(UserError, match="weights.pt: wordllama has its own weights: set text_pretrained=openai"):
+    with pytest.raises(UserError, match="weights.pt: wordllama has its own weights: leave this out"):
         load_text_tower("wordllama", str(weights))
     monkeypatch.setattr(static_words, "wordllama_folder", lambda: tmp_path)
     with pytest.raises(UserError, match="l2_supercat_256.safetensors: no such file.* `pip install --force-reinstall"):
         load_word_tower()
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="text_model=wordllama: needs `pip install wordllama`"):
+    with pytest.raises(UserError, match="the text encoder wordllama is not installed: run `pip install wordllama`"):
         wordllama_folder()
 
 

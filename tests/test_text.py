@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnunet_semiseg.commands.text import EMBED_OPTIONS
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.encoder import TextTower, load_text_tower
 from nnunet_semiseg.text.prompt_learner import (
@@ -22,6 +23,7 @@ from nnunet_semiseg.text.prompt_learner import (
     save_embeddings,
 )
 from nnunet_semiseg.text.prompts import class_names, read_prompts
+from nnunet_semiseg.vlm.pretraining import OPTIONS
 
 TEXTS = ["liver", "a computerized tomography of the pancreas", "left kidney"]
 PROMPTS = {"background": ("background",), "liver": ("liver", "the liver of a patient"), "spleen": ("spleen",)}
@@ -352,6 +354,25 @@ def test_bad_sources_are_refused(tmp_path, clip_folder):
         with pytest.raises(UserError, match=message) as error:
             load_text_tower(model, pretrained)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, model, pretrained, message",
+    [
+        (EMBED_OPTIONS, "ViT-B-33", "openai", "^-model ViT-B-33: is neither"),
+        (EMBED_OPTIONS, "ViT-B-32", "opnai", "^-pretrained opnai: is neither"),
+        (EMBED_OPTIONS, "ViT-B-32", "openai", "-pretrained FILE -model ViT-B-32-quickgelu.*-cache_dir DIR. "),
+        (OPTIONS, "ViT-B-32", "opnai", "^--model ViT-B-32:opnai: is neither"),
+        (OPTIONS, "ViT-B-32", "openai", r"use a local checkpoint \(--model ViT-B-32-quickgelu:FILE\)"),
+        (OPTIONS, "ViT-B-32", "laion2b_e16", r"use a local checkpoint \(--model ViT-B-32:FILE\)"),
+        (OPTIONS, "hf-hub:a/b", None, "^--model hf-hub:a/b: the weights cannot be loaded.*--model FOLDER"),
+    ],
+)
+def test_messages_name_the_options_of_their_command(tmp_path, monkeypatch, options, model, pretrained, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=message) as error:
+        load_text_tower(model, pretrained, str(tmp_path), options)
+    assert "text_model=" not in str(error.value) and "text_pretrained=" not in str(error.value)
 
 
 # ---- the learner

@@ -57,6 +57,16 @@ def test_models_by_name_tag_and_path():
     assert split_model("/a/folder") == ("/a/folder", None) and split_model("/a/folder:none") == ("/a/folder", "none")
 
 
+def test_no_internet_for_a_network_of_timm(tmp_path, monkeypatch):
+    for name, value in {"HF_HUB_OFFLINE": True, "HF_HUB_CACHE": str(tmp_path)}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    with pytest.raises(
+        UserError, match="^--model timm:resnet18: cannot be loaded .*--model timm:resnet18:none.$"
+    ) as error:
+        load_towers("timm:resnet18", None, None, str(tmp_path), pretraining.OPTIONS)
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def towers(tmp_path):
     folder = write_text_tower(tmp_path / "towers")
@@ -282,7 +292,8 @@ def test_a_pretraining_without_a_finite_loss_ends_and_keeps_the_epoch_before(dat
         return means | ({"icl": float("nan"), "loss": float("nan")} if self.epoch == 1 else {})
 
     monkeypatch.setattr(pretraining.Pretraining, "train_epoch", breaks)
-    with pytest.raises(UserError, match="out: epoch 2: the loss is nan .of icl.: .* the model after 1 epochs is kept"):
+    message = "out: epoch 2: the loss is nan .of icl.: .* begin in another folder .-o. with a smaller learning_rate"
+    with pytest.raises(UserError, match=message):
         run(dataset, towers, out)
     assert read_state(out)["epoch"] == 1 and not (out / "vlm.safetensors").exists()
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from nnunet_semiseg.commands.command import Command, add_device, add_settings, check_plans, trained_run
 from nnunet_semiseg.options import PLANS, ModelOptions, add_options, at_least, dataset_id, option
 
+EMBED_OPTIONS = {"model": "-model ", "pretrained": "-pretrained ", "cache_dir": "-cache_dir "}
+"""How messages about the text encoder name the options of `embed_prompts`."""
+
 
 class EmbedPrompts(Command):
     """Write the embeddings of prompts, for use offline.
@@ -27,7 +30,7 @@ class EmbedPrompts(Command):
         parser.add_argument(
             "-pretrained",
             default="openai",
-            help="weights of the text encoder: a tag of open_clip, or a file; default: %(default)s",
+            help="weights of the text encoder: a tag of open_clip, a file, or none (random); default: %(default)s",
         )
         parser.add_argument("-cache_dir", help="folder for what open_clip downloads; default: open_clip's own folder")
 
@@ -37,7 +40,7 @@ class EmbedPrompts(Command):
         from nnunet_semiseg.text import prompt_learner
 
         raw = dataset_folder("nnUNet_raw", args.d)
-        given = args.model, args.pretrained, args.cache_dir, args.o, str(raw / "dataset.json")
+        given = args.model, args.pretrained, args.cache_dir, args.o, str(raw / "dataset.json"), EMBED_OPTIONS
         if not prompt_learner.embed_prompts(read_dataset_json(raw), *given):
             print("The text encoder is UNTRAINED: prompts differ, but mean nothing to it.")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
+from nnunet_semiseg.text.open_clip_models import TEXT_OPTIONS, UNTRAINED, load_clip, named
 from nnunet_semiseg.text.static_words import WORDLLAMA, WordTower, load_word_tower
 from nnunet_semiseg.text.tokenizer import Tokenizer
 
@@ -21,7 +22,8 @@ class TextTower(nn.Module):
 
     Args:
         text: the ``.text`` of an open_clip model: ``TextTransformer`` (CLIP, CoCa, SigLIP) or
-            ``HFTextEncoder`` (BiomedCLIP). With ``force_custom_text=True`` every model has one.
+            ``HFTextEncoder`` (BiomedCLIP). A model has this attribute if open_clip made it with
+            ``force_custom_text=True``.
         tokenizer: the result of ``open_clip.get_tokenizer``. It becomes `tokenize`, a `Tokenizer`.
         trained: whether the weights are trained. False: they are random.
     """
@@ -57,7 +59,8 @@ class TextTower(nn.Module):
             ids: (N, L), from `tokenize`. They say where padding is and at which place to pool.
 
         Returns:
-            (N, d), not normalised; equal to open_clip's ``encode_text`` if no embedding was replaced.
+            (N, d), not normalised; equal to open_clip's ``encode_text(ids, normalize=False)`` if no embedding was
+            replaced.
         """
         length, mask = ids.shape[1], {}
         if length < self.tokenize.context_length and not self._is_hf:  # open_clip does not shorten its mask itself
@@ -90,18 +93,23 @@ def ignores_padding(text: nn.Module) -> bool:
     return text.attn_mask is not None and text.pool_type in ("argmax", "eos") and text.cls_emb is None
 
 
-def load_text_tower(model: str, pretrained: str | None, cache_dir: str | None = None) -> TextTower | WordTower:
-    """Load the text half of an open_clip model (`load_clip`) without its image half, or WordLlama's embeddings.
+def load_text_tower(
+    model: str, pretrained: str | None, cache_dir: str | None = None, options: Mapping[str, str] = TEXT_OPTIONS
+) -> TextTower | WordTower:
+    """Load the text half of an open_clip model without its image half, or WordLlama's embeddings.
+
+    Args:
+        model, pretrained, cache_dir, options: see `load_clip`. `model` may also be `wordllama`. Its embeddings are
+            random if `pretrained` is `none`, and trained with any tag.
 
     Raises:
-        UserError: see `load_clip` and `load_word_tower`; or weights are given for WordLlama, which has its own.
+        UserError: see `load_clip` and `load_word_tower`; or a file of weights is given for WordLlama.
     """
     if model == WORDLLAMA:
         if pretrained and Path(pretrained).is_file():
             raise UserError(
-                f"text_pretrained={pretrained}: {WORDLLAMA} has its own weights: set text_pretrained=openai (the"
-                " default)"
+                f"{named(options, 'pretrained')}{pretrained}: {WORDLLAMA} has its own weights: leave this out"
             )
         return load_word_tower(trained=pretrained != UNTRAINED)
-    clip, tokenizer = load_clip(model, pretrained, cache_dir)
+    clip, tokenizer = load_clip(model, pretrained, cache_dir, options)
     return TextTower(clip.text, tokenizer, trained=pretrained != UNTRAINED)

@@ -27,6 +27,7 @@ TEXT_OPTIONS = {
     "else": ", or run `nnunet_semiseg embed_prompts -d ID -o FILE.safetensors` on another computer and copy its file"
     " (--set text_embeddings=FILE.safetensors)",
 }
+"""How messages name the options of a training, and what else a user can do if the weights cannot be loaded."""
 
 
 def load_clip(
@@ -42,16 +43,18 @@ def load_clip(
         model: the name of a model of open_clip (``ViT-B-32``), ``hf-hub:OWNER/NAME``, or a folder (``local-dir:PATH``
             or only the path) with an ``open_clip_config.json`` and the weights.
         pretrained: a tag of open_clip (``openai``), the path of a checkpoint, or ``"none"`` for random weights from a
-            fixed seed. ``hf-hub:`` models and folders have their own weights and ignore a tag. A checkpoint does not
-            say which activation it was trained with: if it was trained with QuickGELU, name a model that has it
+            fixed seed. ``hf-hub:`` models and folders have their own weights, and ignore a tag or None. A checkpoint
+            does not say which activation it was trained with: if that was QuickGELU, name a model that has it
             (``ViT-B-32-quickgelu``). For tags, and for OpenAI's own ``.pt`` files (TorchScript archives), the
             activation is known.
         cache_dir: the folder for downloaded weights. Default: the hub's own cache.
-        options: how messages name the options for model, pretrained and cache_dir, and a further hint.
+        options: how messages name the options for model, pretrained and cache_dir, and a further hint (`else`).
+            `MODEL` stands for the model, if its name is a part of an option.
         pretrained_image: whether an image half from timm gets timm's weights, even if the rest is random.
 
     Raises:
-        UserError: the model or the tag is unknown; the checkpoint is of another model; the weights cannot be loaded.
+        UserError: the model or the tag is unknown; the checkpoint is of another model; the weights cannot be loaded;
+            or a package that the model needs is not installed.
     """
     import open_clip  # a prediction never comes here and does not need it
 
@@ -106,7 +109,8 @@ def model_config(model: str, clip: nn.Module) -> dict:
 def save_text_config(clip: nn.Module, tokenizer: Callable, folder: Path) -> None:
     """Save the files with which a Hugging Face text tower can be built without the hub.
 
-    They lie beside `open_clip_config.json`.
+    Args:
+        folder: the folder of `open_clip_config.json`.
     """
     clip.text.transformer.config.save_pretrained(folder)
     tokenizer.tokenizer.save_pretrained(folder)
@@ -124,11 +128,11 @@ def _model_name(model: str, options: Mapping[str, str]) -> str:
     if (folder / "open_clip_config.json").is_file():
         return f"local-dir:{folder}"
     if folder.is_dir():
-        about = _named(options, "model")
+        about = named(options, "model")
         raise UserError(f"{about}{model}: the folder has no open_clip_config.json: name a folder that has one")
     near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists the names"
-    raise UserError(f"{_named(options, 'model')}{model}: is neither a model of open_clip nor a folder: {hint}")
+    raise UserError(f"{named(options, 'model')}{model}: is neither a model of open_clip nor a folder: {hint}")
 
 
 def _tag(model: str, tag: str | None, options: Mapping[str, str]) -> str:
@@ -137,9 +141,8 @@ def _tag(model: str, tag: str | None, options: Mapping[str, str]) -> str:
     if tag and open_clip.is_pretrained_cfg(model, tag):
         return tag
     tags = ", ".join([*open_clip.list_pretrained_tags_by_model(model), UNTRAINED])
-    raise UserError(
-        f"{_named(options, 'pretrained')}{tag}: is neither a file nor a tag of {model}: use one of its tags: {tags}"
-    )
+    about = named(options, "pretrained").replace("MODEL", model)
+    raise UserError(f"{about}{tag}: is neither a file nor a tag of {model}: use one of its tags: {tags}")
 
 
 def _has_hf_text(model: str) -> bool:
@@ -157,7 +160,10 @@ def _is_torchscript(file: str) -> bool:
 
 
 def _archived(file: str, wanted: Iterable[str]) -> dict[str, Tensor]:
-    """Load the weights in a TorchScript archive. open_clip itself would let torch.load run code in it."""
+    """Load the weights in a TorchScript archive.
+
+    open_clip reads such a file with `weights_only=False` only, which lets a pickle run any code.
+    """
     from open_clip.model import convert_to_custom_text_state_dict
 
     state = convert_to_custom_text_state_dict(torch.jit.load(file, map_location="cpu").state_dict())
@@ -183,7 +189,7 @@ def _quiet():
 
 @contextmanager
 def _hub_or_cache(needs_hub: object):
-    """If the Hugging Face hub does not answer, use the cache at once. Its own code would retry each file for 23 s."""
+    """If the Hugging Face hub does not answer, use the cache at once. The hub's code would retry each file for 23 s."""
     from huggingface_hub import constants, get_session
 
     before = constants.HF_HUB_OFFLINE
@@ -198,8 +204,19 @@ def _hub_or_cache(needs_hub: object):
         constants.HF_HUB_OFFLINE = before
 
 
-def _named(options: Mapping[str, str], name: str) -> str:
+def named(options: Mapping[str, str], name: str) -> str:
+    """How a message names an option before its value."""
     return options[name].removeprefix("--set ")
+
+
+def cause_of(error: UserError) -> str:
+    """What a library said, in one line, before `load_clip` made this error of it."""
+    return _short(error.__context__ or error)
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _why(
@@ -207,22 +224,25 @@ def _why(
 ) -> str:
     import open_clip
 
-    reason = " ".join(str(error).split())
-    about, weights = _named(options, "model") + model, _named(options, "pretrained")
-    if "transformers" in reason and importlib.util.find_spec("transformers") is None:
+    reason, name = _short(error), model.removeprefix("local-dir:")
+    about, weights = named(options, "model") + model, named(options, "pretrained").replace("MODEL", name)
+    if "transformers" in str(error) and importlib.util.find_spec("transformers") is None:
         return f"{about}: has a Hugging Face text tower, which needs `pip install transformers`"
-    reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
     if file:
+        fix = f"{options['pretrained']}{file}" if "MODEL" in options["pretrained"] else f"{options['model']}MODEL"
         return (
-            f"{weights}{file}: not a readable checkpoint of {model}: "
-            f"name the model it belongs to with {options['model']}MODEL [{reason}]"
+            f"{weights}{file}: not a readable checkpoint of {model}: name the model it belongs to with {fix} [{reason}]"
         )
+    if not model.startswith(("hf-hub:", "local-dir:")):  # these have their own weights
+        about = f"{weights}{pretrained}" if "MODEL" in options["pretrained"] else f"{about}, {weights}{pretrained}"
     local = f"{options['pretrained']}FILE"
     if model.startswith("hf-hub:"):  # its configuration is on the hub, too
         local = f"{options['model']}FOLDER"
     elif quick_gelu and f"{model}-quickgelu" in open_clip.list_models():  # the file itself does not say which
-        local += f" {options['model']}{model}-quickgelu"
+        name += "-quickgelu"
+        local += "" if "MODEL" in local else f" {options['model']}{name}"
+    local = local.replace("MODEL", name)
     return (
-        f"{about}, {weights}{pretrained}: the weights cannot be loaded: use a local checkpoint ({local}), "
+        f"{about}: the weights cannot be loaded: use a local checkpoint ({local}), "
         f"or a cache folder from another computer ({options['cache_dir']}DIR){options.get('else', '')} [{reason}]"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.text.encoder import TextTower, load_text_tower
+from nnunet_semiseg.text.open_clip_models import TEXT_OPTIONS
 from nnunet_semiseg.text.prompts import read_prompts
 from nnunet_semiseg.text.static_words import WordTower
 
@@ -20,7 +22,7 @@ class PromptLearner(nn.Module):
     """Learnable context tokens before the prompts of each class, as in CoOp (Zhou et al., IJCV 2022).
 
     ``forward() -> (K, d)``, float32 even under autocast, with rows of length 1. All prompts of a class share its
-    context tokens. Their normalised features are averaged and normalised again.
+    context tokens. The features of its prompts are normalised, averaged, and normalised again.
 
     The context tokens are the only parameters and the only state of this module. A checkpoint holds no copy of the
     tower, because the tower's weights can be loaded again. If this module is moved to a device, the tower moves, too.
@@ -110,8 +112,8 @@ def build_prompt_learner(
 
     Args:
         settings: has ``text_model``, ``text_pretrained``, ``text_cache_dir`` (see
-            :func:`~nnunet_semiseg.text.encoder.load_text_tower`), ``n_ctx``, and ``text_embeddings``: a file
-            of :func:`embed_prompts` that replaces all of them, or None.
+            :func:`~nnunet_semiseg.text.encoder.load_text_tower`), ``n_ctx``, and ``text_embeddings``: None, or a file
+            of :func:`embed_prompts`, which makes an `EmbeddingLearner` without a text encoder.
         dataset_json: the content of ``dataset.json``.
         source: how messages name that file.
 
@@ -139,8 +141,8 @@ def refuse_same_words(tower: TextTower | WordTower, prompts: dict[str, tuple[str
         words = tuple(sorted(tuple(row.sort().values.tolist()) for text in texts for row in tower.tokenize([text])))
         if words in seen:
             raise UserError(
-                f'{source}: the prompts of "{seen[words]}" and "{name}" have the same words, and text_model=wordllama'
-                " does not know their order: use other words, or another text_model"
+                f'{source}: the prompts of "{seen[words]}" and "{name}" have the same words, and wordllama does not'
+                " know their order: use other words, or another text encoder"
             )
         seen[words] = name
 
@@ -152,10 +154,14 @@ def embed_prompts(
     cache_dir: str | None,
     output: str | Path,
     source: str = "dataset.json",
+    options: Mapping[str, str] = TEXT_OPTIONS,
 ) -> bool:
     """Write the features F_t of the plain prompts, for a computer that cannot load the encoder's weights.
 
     Args:
+        dataset_json: the content of ``dataset.json``.
+        model, pretrained, cache_dir, options: see :func:`~nnunet_semiseg.text.encoder.load_text_tower`.
+        output: the file to write (`save_embeddings`).
         source: how messages name the file with the prompts.
 
     Returns:
@@ -166,7 +172,7 @@ def embed_prompts(
     """
     prompts = read_prompts(dataset_json, source)
     _check_folder(output)  # before the download
-    tower = load_text_tower(model, pretrained, cache_dir)
+    tower = load_text_tower(model, pretrained, cache_dir, options)
     refuse_same_words(tower, prompts, source)
     with torch.no_grad():
         embeddings = PromptLearner(tower, prompts, 0, source)()

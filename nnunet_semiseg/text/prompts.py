@@ -22,7 +22,8 @@ def class_names(dataset_json: dict, source: str = "dataset.json") -> list[str]:
         source: how messages name the file.
 
     Raises:
-        UserError: no label has the value 0, or two labels have the same value.
+        UserError: not exactly one label has the value 0; or two labels have the same value (this is not checked for
+            regions).
     """
     labels = {k: _values(v) for k, v in dataset_json["labels"].items() if k != "ignore"}
     background = [name for name, values in labels.items() if set(values) == {0}]
@@ -47,8 +48,9 @@ def read_prompts(dataset_json: dict, source: str = "dataset.json") -> dict[str, 
         source: how messages name the file.
 
     Raises:
-        UserError: there is a prompt for a class that does not exist (the message names the most similar class); a
-            foreground class has no prompt; a prompt is empty; a value has the wrong type.
+        UserError: there is a prompt for a class that does not exist (the message names similar classes); a foreground
+            class has no prompt; a prompt is empty; a value has the wrong type; the key ``prompts`` is misspelt; or see
+            :func:`class_names`.
     """
     names = class_names(dataset_json, source)
     given = _given_prompts(dataset_json, source)
@@ -66,7 +68,7 @@ def check_prompts_are_current(dataset_name: str, dataset_json: dict) -> None:
     """Refuse prompts in the raw dataset that were changed after nnU-Net's planning copied its `dataset.json`.
 
     Raises:
-        UserError: the prompts differ, or the prompts of the raw dataset are wrong. Without raw data nothing is checked.
+        UserError: the prompts differ, or are wrong in one of the two files. Without raw data nothing is checked.
     """
     raw = Path(os.environ.get("nnUNet_raw") or "", dataset_name, "dataset.json")
     if not os.environ.get("nnUNet_raw") or not raw.is_file():

@@ -56,7 +56,7 @@ class WordTower(nn.Module):
         return self.table[ids.to(self.table.device)]
 
     def forward(self, embeddings: Tensor, ids: Tensor) -> Tensor:
-        """The mean (N, d) of the embeddings (N, L, d) of all words, not normalised.
+        """The mean (N, d) of the embeddings (N, L, d) of all words and context tokens, not normalised.
 
         `ids` (N, L) say what is padding.
         """
@@ -82,7 +82,7 @@ class WordTokenizer:
         return torch.cat((ids.new_full((len(ids), n_ctx), PAD + 1), ids), 1)
 
     def words(self, ids: Tensor) -> Tensor:
-        """Which ids (N, L) are words: a bool tensor, False at padding."""
+        """Which ids (N, L) are words or context tokens: a bool tensor, False at padding."""
         return ids != PAD
 
 
@@ -101,7 +101,7 @@ def load_word_tower(trained: bool = True) -> WordTower:
     for file in (weights, vocabulary):
         if not file.is_file():
             raise UserError(
-                f"{file}: no such file, which text_model={WORDLLAMA} needs: install the package again with"
+                f"{file}: no such file, which the text encoder {WORDLLAMA} needs: install the package again with"
                 f" `pip install --force-reinstall --no-deps {WORDLLAMA}`"
             )
     table = _read_table(weights) if trained else torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
@@ -116,7 +116,7 @@ def wordllama_folder() -> Path:
     """
     spec = importlib.util.find_spec(WORDLLAMA)  # without an import, which would change Python's logging
     if spec is None or spec.origin is None:
-        raise UserError(f"text_model={WORDLLAMA}: needs `pip install {WORDLLAMA}`")
+        raise UserError(f"the text encoder {WORDLLAMA} is not installed: run `pip install {WORDLLAMA}`")
     return Path(spec.origin).parent
 
 

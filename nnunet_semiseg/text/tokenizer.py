@@ -60,7 +60,7 @@ class Tokenizer:
         return ids[:, : int(lengths.max()) if self._may_cut else self.context_length]
 
     def words(self, ids: Tensor) -> Tensor:
-        """Which ids (N, L) are words, and not start, end or padding: a bool tensor."""
+        """Which ids (N, L) are words or context tokens, and not start, end or padding: a bool tensor."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         return (positions >= self.start) & (positions < (self._lengths(ids) - self._has_end)[:, None])
 

@@ -45,6 +45,7 @@ def examples_of(data, cases: Sequence[str], labels: Sequence, ignore_label: int 
     Args:
         data: nnU-Net's preprocessed cases.
         labels: the value of each class, or the values of each region.
+        ignore_label: its value. None if there is none.
     """
     examples = []
     for case in cases[:: max(math.ceil(len(cases) / MOST), 1)]:
@@ -62,9 +63,9 @@ class Quality:
     """The quality of the masks of one class.
 
     Attributes:
-        area: the area under the ROC curve, a mean over cases. 0.5 is chance; nan if no case shows the class.
-        threshold: the threshold of the masks that has the highest mean Dice.
-        dice: the highest mean Dice.
+        area: the area under the ROC curve, a mean over cases. 0.5 is chance; nan if no case counts (see `measure`).
+        threshold: the threshold of the masks that has the highest mean Dice. 0.5 if no case counts.
+        dice: the highest mean Dice. nan if no case counts.
     """
 
     area: float

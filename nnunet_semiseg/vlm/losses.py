@@ -1,7 +1,8 @@
-"""The losses of AMVLM's pre-training (IEEE TMI 2025, 10.1109/TMI.2025.3573018): pure functions, in float32.
+"""The losses of AMVLM's pre-training (IEEE TMI 2025, 10.1109/TMI.2025.3573018).
 
-A batch has B samples. Each has L tokens (words or patches) of d features. `valid` (B, L) is False at padding. A
-distribution is a pair: the means and the standard deviations of independent normal variables, (..., d) each.
+A batch has B samples. Each has L tokens (words or patches) of d features. `valid` (B, L) is False where there
+is no word, such as at padding. A distribution is a pair: the means and the standard deviations of independent normal
+variables, (..., d) each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def info_nce(similarity: Tensor, temperature: float) -> Tensor:
 
 
 def one_way(similarity: Tensor, temperature: float) -> Tensor:
-    """The cross-entropy of each row of (B, B). The diagonal has the right pairs."""
+    """The mean of the cross-entropies of the rows of (B, B). The diagonal has the right pairs."""
     return F.cross_entropy(similarity / temperature, torch.arange(len(similarity), device=similarity.device))
 
 
@@ -133,7 +134,8 @@ def local_contrast(tokens: Tensor, valid: Tensor, globals_: Tensor, temperature:
         others = similarity.masked_fill(own, 0)
         mean = others.sum(2, keepdim=True) / count
         variance = ((others - mean) ** 2).masked_fill(own, 0).sum(2) / count
-        weights = (1 / (variance + 1e-3)).masked_fill(~valid, 0)  # a spread of 0.03 (1e-3) in a cosine counts as none
+        # 1e-3 (a spread of 0.03), because a token with a variance near 0 would get all the weight
+        weights = (1 / (variance + 1e-3)).masked_fill(~valid, 0)
         weights = weights / weights.sum(1, keepdim=True).clamp_min(EPS)
     log_p = (similarity / temperature).log_softmax(2)
     own_log_p = log_p.masked_fill(~own, 0).sum(2)
@@ -174,7 +176,7 @@ def sample_token(distribution: tuple[Tensor, Tensor]) -> Tensor:
 def mask_supervision(tokens: Tensor, text: Tensor, areas: Tensor) -> Tensor:
     """Learn from labels where an image shows its text: binary cross-entropy and Dice of sigmoid(10 (cos - 0.25)).
 
-    The text masks use the same formula. This loss is ours; the paper's pre-training uses no labels.
+    By default the text masks use the same formula. This loss is ours; the paper's pre-training uses no labels.
 
     Args:
         tokens: patches (B, P, d); text: (B, d); both normalised.

@@ -28,7 +28,7 @@ class Encoding:
     Attributes:
         cls: the features of the whole image or text, (B, d), normalised.
         tokens: the features of words or patches, (B, L, d), normalised.
-        valid: (B, L), False at padding.
+        valid: (B, L), False where there is no word: at the start and the end token, and at padding.
     """
 
     cls: Tensor
@@ -41,9 +41,12 @@ class AMVLM(nn.Module):
 
     Args:
         clip: a model of open_clip, with `.visual` (from open_clip or timm) and `.text`, which may be a `WordTower`.
-        tokenizer: the result of `open_clip.get_tokenizer`. A `WordTower` has its own tokenizer.
+        tokenizer: the result of `open_clip.get_tokenizer`. It is not used with a `WordTower`, which has its own.
         dim: d, the dimension of the joint space.
         hidden: the width of the heads.
+
+    Raises:
+        UserError: the image tower gives no feature map.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Callable, dim: int = 128, hidden: int = 2048):
@@ -76,7 +79,8 @@ class AMVLM(nn.Module):
     def _choose_patches(self) -> tuple[int, tuple[int, int]]:
         """Choose the last output of the image tower (1) or the one before it (2). Also returns its rows and columns.
 
-        For a ViT it is the last one. For a convolutional tower it is the deepest one with patches of at most 16 pixels.
+        For a ViT it is the last one. For a convolutional tower it is the one before the last if only that one has
+        patches of at most 16 pixels.
         """
         sizes = []
         for depth in (1, 2):
@@ -103,7 +107,10 @@ class AMVLM(nn.Module):
         return torch.cat((pooled, seen), 1), patches
 
     def placed_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The pooled features of the tower, and its patches. Each patch also has sines and cosines of its place."""
+        """The pooled features of the tower, (B, C), and its patches, (B, P, C').
+
+        Of the C' features of a patch, 64 (`PLACE`) are sines and cosines of its place.
+        """
         output = self.visual.forward_intermediates(images, indices=self.depth, normalize_intermediates=True)
         patches = output["image_intermediates"][0].flatten(2).transpose(1, 2)
         return output["image_features"], torch.cat((patches, self.places.expand(len(patches), -1, -1)), 2)
@@ -137,7 +144,7 @@ class AMVLM(nn.Module):
         """Project features with a head and normalise them: (B, C) to (B, d), or (B, L, C) to (B, L, d).
 
         Args:
-            valid: (B, L), False at padding. There the output is 0, and the batch norm of the head ignores it.
+            valid: (B, L), see `Encoding`. Where it is False, the output is 0. The batch norm of the head ignores this.
         """
         if valid is not None:
             features = repeat_words(features, valid)
@@ -153,7 +160,9 @@ class AMVLM(nn.Module):
 
 
 def repeat_words(features: Tensor, valid: Tensor) -> Tensor:
-    """Fill the padding of each text with copies of its words, so that all texts have the same weight in a batch norm.
+    """Fill all places of a text without a word with copies of its words, so that a batch norm sees words only.
+
+    Each text has the same weight there, however long it is.
 
     Args:
         features: (B, L, C); valid: (B, L).
@@ -177,9 +186,9 @@ def projection(width: int, hidden: int, dim: int) -> nn.Sequential:
 
 
 class DistributionTransformer(nn.Module):
-    """PDT: self-attention turns each token into a distribution. One MLP gives its mean, another one log sigma.
+    """Self-attention turns each token into a distribution. One MLP gives its mean, another one log sigma.
 
-    The two MLPs read different halves of the values of the attention. The mean is residual: at first it is close to the
+    The two MLPs read different halves of the output of the attention. The mean is residual: at first it is close to the
     token itself.
 
     Shape: tokens (B, L, d), valid (B, L) -> means and standard deviations (B, L, d)
@@ -213,6 +222,9 @@ def to_tower(images: Tensor, about: dict, size: tuple[int, int]) -> Tensor:
         images: (B, C, H, W).
         about: the `preprocess_cfg` of the tower: mean and standard deviation of RGB values.
         size: height and width of the input of the tower.
+
+    Returns:
+        (B, 3, height, width), normalised with this mean and standard deviation.
     """
     images = images.float()
     if images.shape[1] != 3:

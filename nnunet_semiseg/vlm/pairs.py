@@ -37,11 +37,17 @@ class Pairs(Dataset):
 
     Args:
         data: nnU-Net's preprocessed cases.
+        texts: the text of each case.
+        cases: the cases of this dataset. All have a text.
+        axis: the axis along which volumes are cut into slices, 0 to 2.
         masks: the cases whose labels may be used.
         ignore_label: voxels with this label count as not labelled.
         crop: the smallest share of height and width that a random crop keeps. With a crop, any slice of a volume may be
             taken. None: the whole image, and the middle slice.
         mirror: whether half of the images are flipped along their last axis, with left and right exchanged in the text.
+
+    Raises:
+        UserError: a text is too long for the text tower.
     """
 
     def __init__(
@@ -109,7 +115,11 @@ def may_be_mirrored(plans: dict, slice_axis: int) -> bool:
 
 
 def open_cases(dataset_name: str, plans_name: str, configuration: str) -> tuple[JoinedDataset, list[str]]:
-    """The preprocessed labelled and unlabelled cases as one dataset, and the names of the unlabelled ones."""
+    """The preprocessed labelled and unlabelled cases as one dataset, and the names of the unlabelled ones.
+
+    Raises:
+        UserError: there is no such dataset, plans file or configuration; or it is not preprocessed completely.
+    """
     base = dataset_folder("nnUNet_preprocessed", dataset_name)
     file, fix = base / f"{plans_name}.json", "plan first with nnunet_semiseg plan_and_preprocess"
     plans = load_plans(file, fix)

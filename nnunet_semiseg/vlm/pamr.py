@@ -21,6 +21,7 @@ def refine(masks: Tensor, images: Tensor, iterations: int = 10, dilations: Seque
     Args:
         masks: (B, K, H, W), probabilities.
         images: (B, C, H, W), of any scale.
+        dilations: distances of neighbours, in pixels. Those that are not below height and width are left out.
 
     Returns:
         (B, K, H, W), within the range of the masks.

@@ -15,7 +15,7 @@ from nnunet_semiseg.data.labeled_subset import cases_of_fold, take_labeled
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import read_json
 from nnunet_semiseg.schema import check
-from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip
+from nnunet_semiseg.text.open_clip_models import UNTRAINED, cause_of, load_clip
 from nnunet_semiseg.vlm.model import AMVLM
 from nnunet_semiseg.vlm.towers import with_words
 
@@ -26,7 +26,8 @@ def load_vlm(folder: str | Path) -> AMVLM:
     """Load a pre-trained model from a folder of `pretrain_vlm`, frozen and in eval mode. It needs no internet.
 
     Raises:
-        UserError: there is no such folder; `pretrain_vlm` has not written it; or the pre-training is not finished.
+        UserError: there is no such folder; `pretrain_vlm` has not written it; the pre-training is not finished; a file
+            is damaged; or a package that the model needs is not installed.
     """
     folder = Path(folder)
     fix = "name the folder that nnunet_semiseg pretrain_vlm made"
@@ -42,7 +43,8 @@ def load_vlm(folder: str | Path) -> AMVLM:
     try:
         clip, tokenizer = load_clip(str(folder), UNTRAINED)
     except UserError as error:
-        raise UserError(f"{folder}: its image and text networks cannot be built: {fix} [{error}]") from None
+        # the error says how to get weights, which are not needed here
+        raise UserError(f"{folder}: its image and text networks cannot be built ({cause_of(error)}): {fix}") from None
     if settings.get("text_model"):
         with_words(clip)
     vlm = AMVLM(clip, tokenizer, settings["dim"], settings["hidden"])
@@ -91,7 +93,7 @@ def check_pretraining(settings, plans: dict, configuration: str, fold, dataset_j
 
     Raises:
         UserError: the pre-training used labels which this training must not know; or it had slices along an axis that
-            the text masks do not use.
+            the text masks do not use; or see `read_about`.
     """
     about, manager = read_about(Path(settings.vlm), "pre-train again"), PlansManager(plans)
     refuse_seen_labels(settings, about, plans, configuration, fold, dataset_json)
@@ -99,7 +101,7 @@ def check_pretraining(settings, plans: dict, configuration: str, fold, dataset_j
     if len(manager.get_configuration(configuration).patch_size) == 3 and axis != 0:
         raise UserError(
             f"setting vlm={settings.vlm}: was pre-trained on slices across axis {axis}, but text masks need"
-            " slices across the first axis: pre-train again with slice_axis=0"
+            " slices across axis 0: pre-train again with --set slice_axis=0"
         )
     return seen_cases(about, plans["dataset_name"])
 
@@ -118,9 +120,9 @@ def refuse_seen_labels(settings, about: dict, plans: dict, configuration: str, f
     training = cases_of_fold(base, infer_dataset_class(folder).get_identifiers(folder), fold)
     hidden = sorted(set(seen) - set(take_labeled(training, [], number, dataset_json)[0]))
     if hidden:
-        wanted = f"fold={fold}" + ("" if number is None else f" num_labeled={number}")
+        same = " ".join([*([] if fold == "all" else [f"fold={fold}"]), *([f"num_labeled={number}"] if number else [])])
+        more = f" (and {len(hidden) - 1} more)" if len(hidden) > 1 else ""
         raise UserError(
-            f"setting vlm={settings.vlm}: its pre-training used the labels of {hidden[0]} and others,"
-            f" {len(hidden)} in all, which this training must not know: pre-train again with --set {wanted}, or"
-            " with --set mask_weight=0"
+            f"setting vlm={settings.vlm}: its pre-training used the label of {hidden[0]}{more}, which this training"
+            f" must not know: pre-train again with {f'--set {same} or ' if same else ''}--set mask_weight=0"
         )

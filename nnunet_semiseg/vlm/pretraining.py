@@ -69,7 +69,7 @@ def pretrain(
     plans: str = "nnUNetPlans",
     device: str = "cuda",
 ) -> Path:
-    """Pre-train on the images and texts of a dataset, with torchrun on several GPUs. A repeated call continues.
+    """Pre-train on the images and texts of a dataset, on several GPUs if torchrun starts it. A repeated call continues.
 
     Args:
         model: `hf-hub:OWNER/NAME`; `NAME:TAG` of open_clip; a folder; or `timm:NAME`, an image network of timm together
@@ -82,7 +82,10 @@ def pretrain(
         `progress.png`.
 
     Raises:
-        UserError: settings, texts or model are wrong; the folder holds another pre-training.
+        UserError: settings, texts, model or preprocessed data are wrong; there are too few cases for a batch; the
+            folder holds another pre-training, or a damaged one; the loss is not finite.
+        BusyError: another process pre-trains in this folder.
+        DiskError: the disk is full or read-only.
     """
     chosen = settings_from(PretrainingSettings, parse_assignments(settings))
     name = dataset_folder("nnUNet_preprocessed", dataset).name
@@ -107,8 +110,10 @@ def pretrain(
     cases = np.random.default_rng(chosen.seed).permutation(sorted(texts)).tolist()
     n_held_out = round(chosen.held_out * len(cases))
     held_out, training = cases[:n_held_out], cases[n_held_out:]
-    if len(training) // int(os.environ.get("WORLD_SIZE", 1)) < chosen.batch_size:
-        few = f"{len(training)} pairs are too few for batches of {chosen.batch_size}"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if len(training) // world < chosen.batch_size:
+        each = f" in each of {world} processes" if world > 1 else ""
+        few = f"{len(training)} pairs are too few for batches of {chosen.batch_size}{each}"
         raise UserError(f"{few}: choose a smaller number with --set batch_size=NUMBER")
     plans_of_it = load_plans(dataset_folder("nnUNet_preprocessed", dataset) / f"{plans}.json", "plan again")
     mirror = chosen.mirror and may_be_mirrored(plans_of_it, chosen.slice_axis)
@@ -172,7 +177,11 @@ def alone(output: Path, rank: int) -> Iterator[None]:
 
 
 def check_goes_on(about: dict, output: Path) -> None:
-    """Refuse to continue a pre-training with another model, other texts or other settings that change the result."""
+    """Refuse to continue a pre-training with another model, other texts or other settings that change the result.
+
+    Raises:
+        UserError: the folder holds such a pre-training, or a damaged `vlm.json`.
+    """
     if not (output / ABOUT).is_file():
         return
     before = read_about(output, f"remove {output} to begin again")
@@ -184,7 +193,7 @@ def check_goes_on(about: dict, output: Path) -> None:
 
 
 def set_up(device: str) -> tuple[int, torch.device]:
-    """The rank and the device of this process. It joins the group of processes that torchrun made."""
+    """The rank and the device of this process. The process joins the group that torchrun made, if any."""
     check_device(device)
     join(device)
     return Ranks().number, torch.device(device)
@@ -235,8 +244,8 @@ class Pretraining:
                 terms = ", ".join(name for name, value in means.items() if not math.isfinite(value) and name != "loss")
                 raise UserError(
                     f"{self.output}: epoch {self.epoch + 1}: the loss is {means['loss']} (of {terms}): the"
-                    f" pre-training ends here; the model after {self.epoch} epochs is kept: look for images with"
-                    " extreme intensities, or set a smaller learning_rate or weight of a loss term"
+                    " pre-training ends here: look for images with extreme intensities, or begin in another folder (-o)"
+                    " with a smaller learning_rate or weight of a loss term"
                 )
             self.epoch += 1
             if self.rank == 0:
@@ -345,7 +354,7 @@ class Pretraining:
         self.scheduler.load_state_dict(before)
         self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.history = content["epoch"], content["history"]
-        if self.sampler:  # it gets a new seed in every epoch
+        if self.sampler:  # each process gets a new seed in every epoch
             return
         torch.set_rng_state(tensors["random.cpu"].cpu())
         if "random.cuda" in tensors and self.device.type == "cuda":

@@ -86,13 +86,14 @@ class NamedSides:
             swap: whether flips exchange words. In volumes no flip exchanges vertical words, see `axes_of_sides`.
         """
         named, axes = named_sides(texts, pairs), axes_of_sides(plans, n_dims)
-        exchanged = [side == HORIZONTAL or is_flat(plans) for side in (VERTICAL, HORIZONTAL)]
+        # a slice may lack the axis of left and right: then it cannot be flipped along it
+        exchanged = [bool(axes[side]) and (side == HORIZONTAL or is_flat(plans)) for side in (VERTICAL, HORIZONTAL)]
         swapped = tuple(side for side in named if swap and exchanged[side])
         return cls({side: axes[side] for side in named}, swapped, pairs)
 
     @property
     def flips(self) -> list[Flip]:
-        """No flip, a flip along one axis and flips along both, of those that exchange words."""
+        """No flip, and all combinations of the flips that exchange words."""
         vertical, horizontal = ((False, True) if side in self.swapped else (False,) for side in SIDES)
         return list(product(vertical, horizontal))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def draw_slices(images: Tensor, number: int) -> tuple[Callable, Callable, list[int]]:
-    """Draw some slices of each sample (B, C, *S). A 2d image is a single slice.
+    """Draw slices of samples (B, C, *S) along the first axis of S, the same ones of all. A 2d image is one slice.
 
     Args:
         number: how many slices are drawn, all of them if there are fewer.

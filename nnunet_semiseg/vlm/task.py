@@ -42,7 +42,7 @@ class PretrainingSettings:
     warmup: Share = 0.05
     """The share of the pre-training over which the learning rate rises."""
     temperature: Annotated[float, Bounds(1e-12)] = 0.07
-    """The first value of the temperature of the contrastive losses. The pre-training changes it."""
+    """The temperature of the contrastive losses: similarities are divided by it."""
     momentum: Share = 0.995
     """The decay of the moving average of the model's weights. The loss L_itc compares the features of the model with
     those of this average (the momentum model)."""
@@ -80,7 +80,8 @@ class PretrainingSettings:
     """The smallest share of height and width that the random crop of an image keeps. With 1 there is no crop."""
     mirror: bool = True
     """Whether half of the images are flipped from left to right. The words left and right are then exchanged in their
-    texts."""
+    texts. No image is flipped if nnU-Net has transposed the axes, or if slices of volumes have no axis from left to
+    right (`slice_axis=2`)."""
     slice_axis: Annotated[int, Bounds(0, 2)] = 0
     """The axis along which volumes are cut into slices, in the order of axes after the transposition by nnU-Net."""
     missing_texts: Literal["error", "skip"] = "error"

@@ -72,7 +72,8 @@ class TextLabels:
             self.state["mask_used"][k], self.state["mask_threshold"][k] = use, quality.threshold
             table = evidence([mask[k] for mask in masks], labels, known)
             self.state["mask_evidence"][k] = torch.from_numpy(table)
-            what = f"used above {quality.threshold:.2f}, Dice {quality.dice:.2f}" if use else f"below {gate}: not used"
+            unused = "no labelled case shows it" if np.isnan(quality.area) else f"below {gate}"
+            what = f"used above {quality.threshold:.2f}, Dice {quality.dice:.2f}" if use else f"{unused}: not used"
             said.append(f"{name} {quality.area:.2f} ({what})")
         nothing = (
             "no labelled case has a text, so the masks are not used;"

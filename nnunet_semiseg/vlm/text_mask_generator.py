@@ -13,9 +13,9 @@ from nnunet_semiseg.vlm.model import AMVLM, to_tower
 from nnunet_semiseg.vlm.pamr import refine
 
 RAW_SHARE = 0.3
-"""The share of the raw mask, before PAMR, in the final mask."""
+"""The share of the raw mask in the final mask. The rest is the mask after PAMR (`refine`)."""
 AREA = 0.4
-"""The prior of TCL for the share of an image that its own text is about."""
+"""The prior of TCL (see `contrast_between_images`) for the share of an image that its own text is about."""
 PRIORS = 0.1
 """The weight of the priors for the area and for the variation of masks."""
 LARGEST_SCALE = 100.0
@@ -81,7 +81,7 @@ class TextMaskGenerator(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """The features (B, d, 4 h, 4 w) of images (B, C, H, W) that nnU-Net has normalised.
 
-        The features of a place have length 1.
+        h and w are rows and columns of the patches of the tower. The features of a place have length 1.
         """
         tower = self.tower
         with torch.no_grad():
@@ -131,7 +131,8 @@ def raw_masks(cosine: Tensor, relative: bool) -> Tensor:
     """Turn cosines into masks: sigmoid(10 (cos - 0.25)) as in the paper, or sigmoid(z) with z-scores within an image.
 
     The paper's formula expects cosines around 0.25. The cosines of other towers are elsewhere, and their masks are
-    nearly flat. Relative masks range from 0 to 1 for all towers, but also if the image shows nothing of the text.
+    nearly flat. Relative masks have low and high values for all towers, but also if the image shows nothing of the
+    text.
 
     Args:
         cosine: (B, K, h, w), in -1 to 1.

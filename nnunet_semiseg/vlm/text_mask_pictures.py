@@ -66,7 +66,8 @@ def load_text_masks(run: Run) -> TrainedMasks:
         run: a finished training with a text mask generator.
 
     Raises:
-        UserError: the model is not trained, or has no text masks.
+        UserError: the model is not trained, or has no text masks; its pre-training (`load_vlm`), its preprocessed cases
+            (`open_cases`) or its texts cannot be read.
     """
     if not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: finish the training of {run.trainer} first")
@@ -91,9 +92,13 @@ def load_text_masks(run: Run) -> TrainedMasks:
 
 
 def write_text_masks(trained: TrainedMasks, output: str | Path, n_cases: int = 20) -> list[Path]:
-    """Write a picture for each of the first unlabelled cases: the image, its text, the mask before and after PAMR.
+    """Write a picture for each of the first unlabelled cases with a text: image, text, mask before and after PAMR.
 
     For a volume the middle slice is shown. If there are several classes, each has a row.
+
+    Raises:
+        UserError: `output` is a file.
+        DiskError: it cannot be written.
     """
     output = Path(output)
     if output.is_file():
@@ -119,8 +124,8 @@ def how_well_labels_are_found(trained: TrainedMasks, n_cases: int = 20) -> dict[
     a volume, the slice with the most labelled voxels is used.
 
     Returns:
-        "before PAMR", "after it" and, if each case has its own text, "with the next case's text". Empty if no labelled
-        case has a text.
+        "before PAMR", "after it" and, if cases have different texts, "with the next case's text". Empty if no labelled
+        case has a text and shows a class.
     """
     cases = [case for case in trained.labeled_cases if case in trained.texts][:n_cases]
     found = defaultdict(list)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.text.open_clip_models import UNTRAINED, load_clip, model_config
+from nnunet_semiseg.text.open_clip_models import UNTRAINED, cause_of, load_clip, model_config
 from nnunet_semiseg.text.static_words import WORDLLAMA, load_word_tower
 
 TIMM = "timm:"
@@ -20,7 +20,10 @@ NO_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "la
 
 
 def split_model(model: str) -> tuple[str, str | None]:
-    """Split `NAME:TAG` into name and tag. A model without a tag has its own weights."""
+    """Split `NAME:TAG` into name and tag. Without a tag, the second result is None.
+
+    Models of the hub and of timm have their own weights. Their only tag is `none`, for random weights.
+    """
     if model.endswith(f":{UNTRAINED}"):
         return model.removesuffix(f":{UNTRAINED}"), UNTRAINED
     if model.startswith(("hf-hub:", "local-dir:", TIMM)) or ":" not in model:
@@ -37,10 +40,11 @@ def load_towers(
     Args:
         model: a model of open_clip (`load_clip`), or `timm:NAME`, an image network of timm.
         weights: see `pretrained` in `load_clip`. For timm: `none` for random weights, or None for the weights of timm.
-        text_model: `wordllama` replaces the model's text half. A `timm:NAME` needs it.
+        text_model: `wordllama` replaces the model's text half. None keeps it, but a `timm:NAME` always gets WordLlama.
+        options: how messages name options, see `load_clip`.
 
     Raises:
-        UserError: there is no such model, or its weights cannot be loaded.
+        UserError: there is no such model, its weights cannot be loaded, or WordLlama is not installed.
     """
     if text_model not in (None, WORDLLAMA):
         raise UserError(f"setting text_model={text_model}: must be {WORDLLAMA}, or be left out")
@@ -51,7 +55,13 @@ def load_towers(
         with TemporaryDirectory() as folder:
             _write_config(model.removeprefix(TIMM), Path(folder))
             trained = weights != UNTRAINED
-            clip, tokenizer = load_clip(folder, UNTRAINED, cache_dir, options, pretrained_image=trained)
+            try:
+                clip, tokenizer = load_clip(folder, UNTRAINED, cache_dir, options, pretrained_image=trained)
+            except UserError as error:  # it names the temporary folder
+                raise UserError(
+                    f"--model {model}: cannot be loaded ({cause_of(error)}): connect this"
+                    f" computer to the internet, or choose random weights (--model {model}:{UNTRAINED})"
+                ) from None
             config = model_config(folder, clip)
     if text_model == WORDLLAMA or model.startswith(TIMM):
         with_words(clip)

@@ -19,7 +19,7 @@ class CaseTexts:
         generator: makes text masks and encodes texts.
         own: the texts of the unlabelled cases.
         labeled: the texts of the labelled cases.
-        sides: which flips exchange words. Each text is encoded in its forms for all of them.
+        sides: which flips exchange words. Each text is encoded as it is, and as it is after each of these flips.
         number: how many texts each image is compared with in the loss.
     """
 
