@@ -404,7 +404,7 @@ def test_a_setting_that_changed_before_a_validation_is_named(ready, name, old, n
     with pytest.raises(UserError) as error:
         make_trainer(SemiCMLTrainer, dataset, **{name: new}).load_checkpoint(file)
     assert str(error.value) == (
-        f'{file}: does not fit, because {name} was {old} and is {new}: set this back with --set {name}="{old}", or'
+        f"{file}: does not fit, because {name} was {old} and is {new}: set this back with --set '{name}=\"{old}\"', or"
         " train again from the beginning, which replaces this model"
     )
 

@@ -16,6 +16,7 @@ def what_is_not_finite(log: Mapping[str, Sequence], weights: Iterable[Tensor]) -
 
     Args:
         log: nnU-Net's log, with one value for each epoch: `train_losses`, and terms that begin with `loss/`.
+        weights: the trained weights, at least one.
     """
     loss = log["train_losses"][-1]
     if not math.isfinite(loss):

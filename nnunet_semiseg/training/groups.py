@@ -84,7 +84,10 @@ def shared(tensors: Any, backward_context: AbstractContextManager) -> Iterator[A
 
 
 def gradient_edge(x: Tensor):
-    """The place in the graph where a backward pass into the tensor x begins. It does not keep x in memory."""
+    """The place in the graph where a backward pass into the tensor x begins. It does not keep x in memory.
+
+    Before torch 2.6 a backward pass cannot begin at such a place. There it is x itself.
+    """
     recent = torch.__version__ >= (2, 6)  # pyright: ignore[reportOperatorIssue]: a TorchVersion, not a str
     return get_gradient_edge(x) if recent else x
 

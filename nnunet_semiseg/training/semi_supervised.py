@@ -108,7 +108,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         base = join(nnUNet_preprocessed, plans["dataset_name"])
         self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
         self.masks = find_masks(self.settings, plans, configuration, fold, dataset_json)
-        return super().prepare(plans, configuration, fold, dataset_json)
+        return plans
 
     @classmethod
     def adapt_network(cls, network: Any, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
