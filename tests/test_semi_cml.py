@@ -645,7 +645,7 @@ def test_refusals(ready):
         (
             single,
             dict(modalities=[[0], [1]]),
-            r"modalities=\[\[0\], \[1\]\]: the dataset has a single channel: leave it",
+            r"modalities=\[\[0\], \[1\]\]: the dataset has a single channel: set it to null",
         ),
         (single, dict(modality_dropout=0.5), "setting modality_dropout=0.5: the dataset has a single channel"),
         (single, dict(modality_views="ct_windows"), "modality_views=ct_windows: the images are not CT"),

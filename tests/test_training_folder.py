@@ -65,7 +65,7 @@ def test_what_is_not_finite_is_named():
     assert what_is_not_finite(log, [ok, ok]) is None  # of the last epoch's training
     assert what_is_not_finite(log, [ok, bad]) == "the weights are not finite"
     log = {"train_losses": [float("inf")], "loss/a": [2.0], "loss/b": [float("inf")], "loss/c": [float("nan")]}
-    assert what_is_not_finite(log, [ok]) == "the loss is inf (of b, c)"
+    assert what_is_not_finite(log, [ok]) == "the loss is inf (terms: b, c)"
     assert what_is_not_finite({"train_losses": [float("nan")]}, [ok]) == "the loss is nan"
 
 

@@ -73,7 +73,7 @@ def check_batch_fits(plans: dict, configuration: str, samples: int, dataset_json
     needed = samples * math.prod(map(int, patch)) * len(channel_names(dataset_json)) * 4
     if memory and needed > memory:
         size = f"{samples} patches of {' x '.join(map(str, patch))} voxels"
-        raise UserError(f"{what} ({size} take {needed / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f})")
+        raise UserError(f"{what} ({size} take {needed / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB)")
 
 
 def check_depth(plans: dict, configuration: str) -> None:

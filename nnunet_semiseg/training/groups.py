@@ -1,7 +1,7 @@
 """The groups of loss terms of one step. Each has its own backward pass, so that only its graph is in memory.
 
-With the setting `memory=fast` a step is joint: one backward pass for all groups, and one pass of the network for all
-images.
+With the setting `memory=fast` a step is joint: one backward pass for all groups, and, if the method uses `each`, one
+pass of the network for all images.
 """
 
 from __future__ import annotations
