@@ -161,8 +161,8 @@ class WarmUpSettings(SemiSupervisedSettings):
 
     warm_up: Share | None = None
     """The share of the training that uses labels only. By default this part ends when the network has learnt every
-    class, that is when the Dice of each class on the labelled patches of an epoch is 0.5 or more. It takes at least 0.1
-    and at most 0.4 of the training."""
+    class: on the labelled patches of an epoch each class has a Dice of 0.5 or more. It takes at least 0.1 and at most
+    0.4 of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,8 +134,9 @@ def update_settings(plans: dict, changes: dict[str, Any], trainer: type | None =
 def _place(key: str, trainer: type | None) -> tuple[str, str, list[type]]:
     """Find out where a setting is stored.
 
-    Returns the trainer under whose name it is stored ('' for all trainers), the name of the setting, and the settings
-    classes of the trainers that will read it.
+    Returns:
+        The trainer under whose name it is stored ('' for all trainers); the name of the setting; the settings classes
+        of the trainers that will read it.
     """
     known = known_settings()
     if trainer is not None and hasattr(trainer, "settings_class"):
