@@ -32,7 +32,7 @@ class BestPool:
         }
 
     def offer(self, network: nn.Module, dice: float, branch: int) -> None:
-        """Put the weights of this epoch into the pool of the best epochs, unless all epochs in it are as good.
+        """Put the weights of this epoch into the pool of the best epochs, unless all in it are at least as good.
 
         Args:
             network: the student.
