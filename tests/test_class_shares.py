@@ -29,7 +29,8 @@ def test_a_class_that_vanishes_is_named_once_until_it_is_back():
     assert line == "share of voxels in pseudo-labels (in labels), %: front 6.00 (6.00), back 4.00 (4.00)"
     _, warning = epoch(shares, healthy, dead)
     assert warning == (
-        "WARNING: back vanishes from the pseudo-labels: it has 0.190 % of their voxels, and 4.000 % of the labels'"
+        "WARNING: back vanishes from the pseudo-labels: it has 0.190 % of their voxels, and 4.000 % of the voxels in"
+        " labels"
     )
     assert len(epoch(shares, healthy, dead)) == 1  # said once
     assert len(epoch(shares, healthy, healthy)) == 1  # it is back

@@ -75,6 +75,13 @@ def test_another_network_is_refused(here, reason, tmp_path):
         load_pretrained_encoder(here, write_nnssl(residual(), tmp_path / "a.pth"))
 
 
+def test_a_network_of_several_encoders_is_refused(tmp_path):
+    two = nn.Module()
+    two.encoder = nn.ModuleList([residual().encoder, residual().encoder])  # as in Semi-CML
+    with pytest.raises(UserError, match="^setting pretrained_encoder=.*a.pth: .* has several encoders: set it"):
+        load_pretrained_encoder(two, write_nnssl(residual(), tmp_path / "a.pth"))
+
+
 def test_a_training_begins_with_it_and_one_that_goes_on_does_not(tiny_dataset, tmp_path):
     dataset = tiny_dataset(labeled=3, unlabeled=2, channels=2)
     dataset.plan()

@@ -404,7 +404,7 @@ def test_a_setting_that_changed_before_a_validation_is_named(ready, name, old, n
     with pytest.raises(UserError) as error:
         make_trainer(SemiCMLTrainer, dataset, **{name: new}).load_checkpoint(file)
     assert str(error.value) == (
-        f'{file}: does not fit, because {name} was {old} and is {new}: set this back with --set {name}="{old}", or'
+        f"{file}: does not fit, because {name} was {old} and is {new}: set this back with --set '{name}=\"{old}\"', or"
         " train again from the beginning, which replaces this model"
     )
 
@@ -645,7 +645,7 @@ def test_refusals(ready):
         (
             single,
             dict(modalities=[[0], [1]]),
-            r"modalities=\[\[0\], \[1\]\]: the dataset has a single channel: leave it",
+            r"modalities=\[\[0\], \[1\]\]: the dataset has a single channel: set it to null",
         ),
         (single, dict(modality_dropout=0.5), "setting modality_dropout=0.5: the dataset has a single channel"),
         (single, dict(modality_views="ct_windows"), "modality_views=ct_windows: the images are not CT"),

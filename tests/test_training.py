@@ -287,7 +287,7 @@ def test_a_term_that_only_some_steps_have_is_refused(ready):
     trainer.initialize()
     for outputs in ([one, two], [one, one | two], [one | two, two]):
         with pytest.raises(
-            RuntimeError, match="MeanTeacherTrainer.losses must yield terms of the same names in every step"
+            RuntimeError, match="MeanTeacherTrainer.losses must yield the same names in every step of an epoch"
         ):
             trainer.on_train_epoch_end(outputs)
 

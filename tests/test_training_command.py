@@ -242,7 +242,8 @@ BROKEN = {
     ),
     "huge patch": (
         in_configuration(patch_size=[10**6] * 3),
-        rf"{PLANS}.json: plan again .* \(2 patches of 1000000 x 1000000 x 1000000 voxels take 7450580597 GiB, and this",
+        rf"{PLANS}.json: the batches of 3d_fullres are too large: plan again .* \(2 patches of 1000000 x 1000000 x"
+        " 1000000 voxels take 7450580597 GiB, and this",
     ),
     "odd patch": (in_configuration(patch_size=[23, 24, 24]), f'{PLANS}.json: "patch_size" is .*23, 24, 24.*divisible'),
     "huge batch": (

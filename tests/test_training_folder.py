@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,10 +21,11 @@ from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 from nnunet_semiseg.data.written_images import check_written, write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import BusyError, DiskError, only_one, reading
-from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, given_settings, store_settings
+from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, given_settings, parse_assignments, store_settings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
 from nnunet_semiseg.training import plans_trainer
+from nnunet_semiseg.training.checkpoint import refuse_other_settings
 from nnunet_semiseg.training.finite import what_is_not_finite
 from nnunet_semiseg.training.loss_term_logger import LossTermLogger
 
@@ -63,7 +65,7 @@ def test_what_is_not_finite_is_named():
     assert what_is_not_finite(log, [ok, ok]) is None  # of the last epoch's training
     assert what_is_not_finite(log, [ok, bad]) == "the weights are not finite"
     log = {"train_losses": [float("inf")], "loss/a": [2.0], "loss/b": [float("inf")], "loss/c": [float("nan")]}
-    assert what_is_not_finite(log, [ok]) == "the loss is inf (of b, c)"
+    assert what_is_not_finite(log, [ok]) == "the loss is inf (terms: b, c)"
     assert what_is_not_finite({"train_losses": [float("nan")]}, [ok]) == "the loss is nan"
 
 
@@ -166,6 +168,22 @@ def test_going_on_with_other_settings_is_refused_unless_they_are_accepted(traine
     assert "num_epochs was 3 and is 5" in Path(trainer.log_file).read_text(encoding="utf-8")
     trainer.save_checkpoint(file)  # of now on these are its settings
     make_trainer(trainer_class, dataset, goes_on=True, num_epochs=5).load_checkpoint(file)
+
+
+def test_the_way_back_can_be_pasted_into_a_shell():
+    old = {"modalities": [[0, 1], [2]], "width": "half", "num_labeled": None, "pretrained_encoder": "/my models/a.pth"}
+    with pytest.raises(UserError) as error:
+        refuse_other_settings({name: (value, 0) for name, value in old.items()}, "checkpoint_latest.pth")
+    words = str(error.value).partition("--set ")[2].partition(", or continue")[0]
+    assert parse_assignments(shlex.split(words)) == old
+
+
+@two_trainers
+def test_the_labelled_cases_are_checked_once(trainer_class, dataset, monkeypatch):
+    check = Mock(wraps=plans_trainer.check_labeled_cases)
+    monkeypatch.setattr(plans_trainer, "check_labeled_cases", check)
+    make_trainer(trainer_class, dataset)
+    assert check.call_count == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- alone

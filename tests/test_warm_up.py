@@ -38,8 +38,8 @@ def test_it_ends_after_the_epoch_in_which_every_class_is_learnt():
     part.add(logits_of([0, 1, 0, 0, 0, 0]), target_of([0, 1, 2, 2, 2, 2]))  # class 2: 1 found, 4 missed: 2 / (2 + 4)
     (line,) = part.end_epoch(10, Ranks())
     assert line == (
-        "Dice on labelled patches: a 1.00, b 0.33; once it is 0.5 for every class, from step 40 on at the latest"
-        " (warm_up)"
+        "Dice on labelled patches: a 1.00, b 0.33; unlabelled images are used once it is 0.5 for every class,"
+        " from step 40 on at the latest (warm_up)"
     )
     assert part.first_step == 40
     part.add(logits_of([0, 1, 2, 2]), target_of([0, 1, 2, 2]))  # what was seen in the epoch before does not count

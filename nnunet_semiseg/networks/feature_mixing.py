@@ -40,7 +40,10 @@ def mix(a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def drop_blocks(x: Tensor, p: float) -> Tensor:
-    """Set random blocks of features (B, C, *s), in 2d or 3d, to 0: DropBlock (Ghiasi et al., NeurIPS 2018)."""
+    """Set random blocks of features (B, C, *s), in 2d or 3d, to 0, and scale the rest up.
+
+    Source: DropBlock (Ghiasi et al., NeurIPS 2018). About the share p of all values becomes 0.
+    """
     from torchvision.ops import drop_block2d, drop_block3d  # slow to import
 
     size = min(BLOCK_SIZE, *x.shape[2:])
@@ -50,8 +53,8 @@ def drop_blocks(x: Tensor, p: float) -> Tensor:
 def mixing_points(n_stages: int) -> dict[str, int]:
     """For each group of encoder stages, the number of its last stage. The groups are S, I and B.
 
-    S is the first half of the stages before the bottleneck, I is the other half, and B is the bottleneck. With five
-    stages, as in the paper's V-Net, S and I have two stages each. With two stages there is no I.
+    S is the first half of the stages before the bottleneck (rounded up), I is the other half, and B is the bottleneck.
+    With five stages, as in the paper's V-Net, S and I have two stages each. With two stages there is no I.
     """
     shallow = n_stages // 2
     return {"S": shallow - 1, **({"I": n_stages - 2} if n_stages > 2 else {}), "B": n_stages - 1}
@@ -146,6 +149,6 @@ class FeatureMixingUNet(nn.Module):
         return *halves, weights
 
     def parts(self) -> list[nn.Module]:
-        """The modules that the method `paired` runs."""
+        """The modules that the methods `paired` and `decode` run."""
         stem = getattr(self.encoder, "stem", None)
         return [*self.encoder.stages, self.decoder, *([] if stem is None else [stem])]

@@ -15,13 +15,16 @@ def drop_channels(x: Tensor, p: float) -> Tensor:
 
 
 def feature_noise(x: Tensor, bound: float = 0.3) -> Tensor:
-    """Return x + x N. The noise N is uniform in -bound to bound and the same for all samples (F-Noise in CCT)."""
+    """Return x + x N. The noise N is uniform in -bound to bound and the same for all samples (F-Noise in CCT).
+
+    Shape: x (B, C, *s) -> (B, C, *s)
+    """
     noise = torch.empty_like(x[:1]).uniform_(-bound, bound)
     return x + x * noise
 
 
 def feature_drop(x: Tensor, low: float = 0.6, high: float = 0.9) -> Tensor:
-    """Set x to 0 where its attention is above a random threshold between low and high (F-Drop in CCT).
+    """Set x (B, C, *s) to 0 where its attention is above a random threshold between low and high (F-Drop in CCT).
 
     The attention is the mean over channels, scaled to 0 to 1 for each sample. So the most active places are dropped.
     """
@@ -44,14 +47,17 @@ def mask_object(x: Tensor, foreground: Tensor) -> Tensor:
 
 
 def mask_context(x: Tensor, foreground: Tensor) -> Tensor:
-    """Set x to 0 outside the foreground (Con-Msk in CCT)."""
+    """Set x to 0 outside the foreground (Con-Msk in CCT). For the arguments see `mask_object`."""
     return x * on_grid(foreground, x)
 
 
 def guided_cutout(x: Tensor, foreground: Tensor, share: float = 0.4) -> Tensor:
     """Set x to 0 in a random box inside the bounding box of the foreground (G-Cutout in CCT).
 
-    The sides of the box are a given share of the sides of the bounding box.
+    The sides of the box are a given share of the sides of the bounding box. Without foreground nothing is set to 0.
+
+    Args:
+        x, foreground: see `mask_object`.
     """
     foreground = on_grid(foreground, x)
     box = torch.ones_like(foreground)

@@ -51,7 +51,7 @@ class TwoContrasts(nn.Module):
 
 
 class Window:
-    """A CT window for a normalised image. It maps level - width / 2 to -1, and level + width / 2 to 1.
+    """A CT window for a normalised image. It maps level - width / 2 and below to -1, level + width / 2 and above to 1.
 
     Args:
         level, width: in HU.
@@ -105,14 +105,16 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
     """Refuse settings of `SemiCMLTrainer` that do not fit the data set.
 
     Raises:
-        UserError: a channel does not exist; contrasts are asked for, but there are several channels; a CT window shows
-            nothing.
+        UserError: there is one channel, and `modalities` or `modality_dropout` is set, or CT windows are asked for, but
+            the images are not CT; there are several channels, and `modality_views` is set; a group is empty, or has a
+            channel that does not exist or is in a group already; or see `check_windows`.
     """
     groups = settings.modalities
     if n_channels == 1:
-        for name in ("modalities", "modality_dropout"):
+        for name, without in (("modalities", "null"), ("modality_dropout", "0")):
             if value := getattr(settings, name):
-                raise UserError(f"setting {name}={json.dumps(value)}: the dataset has a single channel: leave it out")
+                one = "the dataset has a single channel"
+                raise UserError(f"setting {name}={json.dumps(value)}: {one}: set it to {without}")
         if settings.modality_views == "ct_windows" and not is_ct(configuration_manager):
             raise UserError("setting modality_views=ct_windows: the images are not CT: set it to contrast")
         if settings.ct_windows and is_ct(configuration_manager):
@@ -132,12 +134,20 @@ def check_modalities(settings, n_channels: int, plans_manager, configuration_man
 
 
 def check_windows(windows, low: float, high: float) -> None:
-    """Refuse two windows that both show the whole range, and a window that shows nothing of it."""
+    """Refuse two windows that both show the whole range, and a window that shows nothing of it.
+
+    Args:
+        windows: the level and the width of each, in HU.
+        low, high: the range, in HU.
+
+    Raises:
+        UserError: the windows are of no use.
+    """
     bounds = [(level - width / 2, level + width / 2) for level, width in windows]
     if all(a <= low and high <= b for a, b in bounds) or any(b <= low or high <= a for a, b in bounds):
         raise UserError(
             f"setting ct_windows={[list(window) for window in windows]}: nnU-Net keeps {low:g} to {high:g} HU of these"
-            " images: both windows show all of it, or one shows nothing: choose narrower ones, or null"
+            " images: both windows show all of it, or one shows nothing: choose other ones, or null"
         )
 
 
@@ -167,6 +177,10 @@ def draw_present(groups, images: Tensor, p: float) -> Tensor:
 
     Both groups are lost equally often. If a sample has only one group, because the other one is 0 everywhere, it keeps
     this group.
+
+    Args:
+        groups: the channels of both groups.
+        images: (B, C, *S).
     """
     drawn = torch.rand(len(images), device=images.device)
     keep = images.new_ones(images.shape[:2])

@@ -22,6 +22,7 @@ class InterpolationUpsampling(nn.Sequential):
 
     Args:
         conv_op: the class of the convolution in the plans, such as `nn.Conv3d`.
+        mode: `linear` or `nearest`.
 
     Shape: (B, C_in, *S) -> (B, C_out, *(S * stride))
     """
@@ -46,6 +47,7 @@ def extra_decoder(
         network: the network with the `encoder`, whose skips all decoders read, and the first `decoder`.
         n_conv_per_stage: the value of `n_conv_per_stage_decoder` in the plans.
         deep_supervision: whether the decoder returns the logits of all resolutions. If not, only the finest.
+        upsampling: `transposed` is that of nnU-Net; for the others see `InterpolationUpsampling`.
         finest_only: whether the decoder has an output layer for the finest resolution only. If not, it has one for each
             resolution, as in nnU-Net, even without deep supervision.
 

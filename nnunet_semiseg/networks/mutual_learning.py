@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 HEAD_WIDTH = 32
-"""The number of channels of an attention head, if the bottleneck has so many."""
+"""The smallest number of channels of an attention head, if the bottleneck has so many."""
 
 
 class CrossModalFusion(nn.Module):
@@ -92,8 +92,8 @@ class MutualLearningUNet(nn.Module):
         Args:
             x: (B, C, *S).
             branches: return the outputs of both decoders instead of their mean.
-            passes: the number of Monte-Carlo dropout passes (needs branches). Dropout acts on the features that
-                decoders read; the encoders run once.
+            passes: the number of Monte-Carlo dropout passes, or None (see below). It needs branches and, if it is above
+                0, no deep supervision. Dropout acts on the features that decoders read; the encoders run once.
             dropout: the probability of this dropout.
 
         Returns:

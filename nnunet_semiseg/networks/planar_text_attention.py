@@ -14,7 +14,7 @@ class TextCrossAttention(nn.Module):
 
     Each step normalises first.
 
-    Queries are the pixels; keys and values are the K text tokens. So the softmax is over K keys.
+    In the second step the queries are the pixels; keys and values are the K text tokens. So its softmax is over K keys.
 
     Shape: tokens (B, N, d), text (K, d) -> (B, N, d)
     """

@@ -1,6 +1,6 @@
 """The settings of trainers: frozen dataclasses, each with its defaults and its checks.
 
-A trainer's settings are the argument of its base class, as in `SemiSupervisedTrainer[MeanTeacherSettings]`.
+The class of a trainer's settings is the type argument of its base class: `TextGuidedTrainer[MeanTeacherSettings]`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class TrainingSettings:
     """The seed of the initial weights and of the augmentation. On a CPU, `nnUNet_n_proc_DA=0` then makes the whole
     training repeatable. By default every training differs."""
     num_labeled: Count | None = None
-    """How many of the training cases keep their labels. The images of the others are used as unlabelled ones. By
-    default all of them keep their labels."""
+    """How many of the training cases keep their labels; by default all. The images of the others are used as unlabelled
+    ones. `SupervisedTrainer` does not use them."""
     pretrained_encoder: str | None = None
     """The path of a checkpoint of nnssl, such as one of the OpenMind models. The training starts with the weights of
     its encoder."""
@@ -103,7 +103,7 @@ class PseudoLabelSettings(SemiSupervisedSettings):
 
     largest_component: Literal["auto", "on", "off"] = "auto"
     """Whether pseudo-labels keep only the largest connected component of a class. `auto` does this for the classes
-    that are one piece in every labelled case."""
+    that are one piece in every labelled case. At most 20 cases are looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,20 +164,20 @@ class WarmUpSettings(SemiSupervisedSettings):
 
     warm_up: Share | None = None
     """The share of the training that uses labels only. By default this part ends when the network has learnt every
-    class, that is when each Dice on the labelled patches of an epoch is 0.5 or more. It takes at least 0.1 and at most
+    class: on the labelled patches of an epoch each class has a Dice of 0.5 or more. It takes at least 0.1 and at most
     0.4 of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencySettings(SemiSupervisedSettings):
-    """Settings of a method with one consistency term under a Gaussian ramp.
+    """Settings of a method with a consistency term whose weight grows along a Gaussian ramp.
 
     The losses and weights of the papers were chosen for code whose supervised loss is half as large as nnU-Net's. With
     nnU-Net's loss they teach almost nothing: where probabilities differ by 0.3, the gradient of 0.1 MSE for a voxel is
     1/254 of that of Dice.
 
     Class attributes:
-        paper_weight, paper_ramp: the weight and the ramp with `consistency=paper`.
+        paper_weight, paper_ramp: the defaults of `consistency_weight` and `ramp_length` with `consistency=paper`.
     """
 
     paper_weight: ClassVar[float] = 0.1
@@ -185,13 +185,13 @@ class ConsistencySettings(SemiSupervisedSettings):
 
     consistency: Literal["dice_ce", "paper"] = "dice_ce"
     """The loss on unlabelled samples. `dice_ce` is nnU-Net's loss towards pseudo-labels, with deep supervision.
-    `paper` is the loss of the paper, with its weight and ramp where you do not set these."""
+    `paper` is the loss of the paper, with its usual weight and ramp where you do not set these."""
     consistency_weight: Weight | None = None
-    """The weight of the loss on unlabelled samples at the end of its ramp. By default it is 1, or the weight of the
-    paper with `consistency=paper`."""
+    """The weight of the loss on unlabelled samples at the end of its ramp. By default it is 1, or with
+    `consistency=paper` the weight that is usual for the method."""
     ramp_length: Annotated[float, Bounds(1e-6, 1)] | None = None
     """The share of the training over which the weight of the loss on unlabelled samples grows. By default it is 0.4, or
-    the length in the paper with `consistency=paper`."""
+    with `consistency=paper` the length that is usual for the method."""
 
     def ramp(self, progress: float) -> float:
         """The share of its final weight that a loss has now, from 0 to 1. `weight` is already multiplied by it.
@@ -236,7 +236,8 @@ class TextSettings(SemiSupervisedSettings):
     `wordllama`. `wordllama` comes with the Python package of this name (`pip install 'nnunet-semiseg[words]'`) and
     downloads nothing later. It averages the embeddings of the words, so it does not know their order."""
     text_pretrained: str = "openai"
-    """The weights of the text encoder: a tag of open_clip, the path of a checkpoint, or `none` for an untrained one."""
+    """The weights of the text encoder: a tag of open_clip, the path of a checkpoint, or `none` for an untrained one.
+    A model from the hub, a folder and `wordllama` have their own weights and ignore a tag."""
     text_cache_dir: str | None = None
     """The folder in which open_clip keeps its downloads. By default open_clip chooses it."""
     text_embeddings: str | None = None
@@ -274,7 +275,7 @@ def uses_text(settings: TrainingSettings) -> bool:
 
 
 def _example(hint: Any) -> str:
-    """A value as the user types it after the equals sign, in quotes if the shell would remove the quotes of JSON."""
+    """A value as the user types it after the equals sign, in quotes if the shell would change it."""
     lists = [h for h in (hint, *get_args(hint)) if get_origin(h) is tuple]
     if not lists:
         return "VALUE"

@@ -29,11 +29,11 @@ OF_COMMANDS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """The description of one setting of a trainer.
+    """The description of one setting of a trainer or of a command in `OF_COMMANDS`.
 
     Attributes:
         type: the type in words, such as `a whole number of 1 or more`.
-        default: the default as the user types it after `--set NAME=`. A number is rounded to three digits.
+        default: the default as the user types it after `--set NAME=`. A float is rounded to three significant digits.
         meaning: what the setting does, in sentences.
         group: the settings class that declares it, such as `TeacherSettings`.
     """
@@ -142,7 +142,7 @@ def _settings(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Setting]
 
 
 def _value(node: ast.expr) -> Any:
-    """Evaluate an annotation or a default, with the names of the module that defines the settings.
+    """Evaluate an annotation or a default of a setting. It may use only names that `settings.base` defines or imports.
 
     Only source code of this package is evaluated.
     """

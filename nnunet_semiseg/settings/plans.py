@@ -53,8 +53,8 @@ def read_settings(settings_class: type[S], plans: dict, trainer: type | None = N
             values for all trainers.
 
     Raises:
-        UserError: no trainer has such a setting (the message names the nearest one); a value has the wrong type or is
-            out of range.
+        UserError: no trainer has such a setting (the message names similar ones, if there are any); a value has the
+            wrong type or is out of range.
     """
     own = types_of(settings_class)
     foreign = {k for k, v in plans.get(PLANS_KEY, {}).items() if k not in own and not isinstance(v, dict)}
@@ -80,8 +80,8 @@ def settings_from(settings_class: type[S], given: dict[str, Any]) -> S:
     """Make settings from a dictionary that holds only settings.
 
     Raises:
-        UserError: a key is unknown (the message names the most similar one); a value has the wrong type or is out of
-            range.
+        UserError: a key is unknown (the message names similar ones, if there are any); a value has the wrong type or is
+            out of range.
     """
     own = _hints(settings_class)
     _refuse_unknown(given, own)
@@ -89,7 +89,13 @@ def settings_from(settings_class: type[S], given: dict[str, Any]) -> S:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """Turn ``["num_epochs=10", "tmr=copy"]`` into ``{"num_epochs": 10, "tmr": "copy"}``. Values are JSON, else text."""
+    """Turn ``["num_epochs=10", "tmr=copy"]`` into ``{"num_epochs": 10, "tmr": "copy"}``.
+
+    A value is read as JSON, or as Python's True, False or None. Anything else is a text.
+
+    Raises:
+        UserError: an assignment is not KEY=VALUE, or a key is given twice.
+    """
     settings = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -105,15 +111,16 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def update_settings(plans: dict, changes: dict[str, Any], trainer: type | None = None) -> dict:
-    """Make a copy of the plans with these settings. Each is checked against all trainers that have it.
+    """Make a copy of the plans with these settings. Each is checked against all trainers that will read it.
 
     Args:
         changes: values by name, or by `TRAINER.NAME`.
-        trainer: the settings are for this trainer. None: for all trainers that have them.
+        trainer: the trainer that is meant if a name without `TRAINER.` has several meanings. None: such a name is
+            refused.
 
     Raises:
-        UserError: no trainer has such a setting; no `trainer` is given, but the setting has several meanings; a value
-            is wrong.
+        UserError: no trainer has such a setting, or the named one does not have it; it is not clear which trainer is
+            meant; a value is wrong.
     """
     section = dict(plans.get(PLANS_KEY, {}))
     for key, value in changes.items():
@@ -127,8 +134,9 @@ def update_settings(plans: dict, changes: dict[str, Any], trainer: type | None =
 def _place(key: str, trainer: type | None) -> tuple[str, str, list[type]]:
     """Find out where a setting is stored.
 
-    Returns the trainer under whose name it is stored ('' for all trainers), the name of the setting, and the classes
-    that have it.
+    Returns:
+        The trainer under whose name it is stored ('' for all trainers); the name of the setting; the settings classes
+        of the trainers that will read it.
     """
     known = known_settings()
     if trainer is not None and hasattr(trainer, "settings_class"):
@@ -191,6 +199,7 @@ def locked(plans_file: Path) -> Iterator[None]:
 
     Raises:
         BusyError: another process has held the file for more than a minute.
+        DiskError: the lock cannot be written.
     """
     lock = plans_file.with_name(f".{plans_file.name}.lock")
     with only_one(lock, "changes these plans", wait=60):
@@ -209,7 +218,7 @@ def store_settings(plans_file: Path, changes: dict[str, Any], trainer: type | No
     if not changes:
         return
     with locked(plans_file):
-        plans = load_plans(plans_file, "plan first")
+        plans = load_plans(plans_file, "plan first with nnunet_semiseg plan_and_preprocess")
         write_json(update_settings(plans, changes, trainer), plans_file)
     before = plans.get(PLANS_KEY, {})
     for key, value in changes.items():
@@ -235,7 +244,7 @@ def refuse_foreign(trainer: type, changes: Iterable[str]) -> None:
     """Refuse settings of other trainers, because they would have no effect here.
 
     Raises:
-        UserError: another trainer has the setting, but this one does not.
+        UserError: another trainer has the setting, but this one does not; or `TRAINER.NAME` names another trainer.
     """
     settings_class, known = getattr(trainer, "settings_class", None), known_settings()
     own = _hints(settings_class) if settings_class else {}

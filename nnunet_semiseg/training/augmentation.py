@@ -9,7 +9,7 @@ MOST = radians(15)
 
 
 def limited(rotation: tuple[float, float]) -> tuple[float, float]:
-    """Limit nnU-Net's range of rotations, in radians, so that left and right, top and bottom do not change places."""
+    """Limit nnU-Net's range of rotations, in radians, to 15 degrees, so that left and right do not change places."""
     return max(rotation[0], -MOST), min(rotation[1], MOST)
 
 

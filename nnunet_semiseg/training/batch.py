@@ -15,8 +15,8 @@ class Batch:
 
     Attributes:
         images: labelled patches (B, C, *S), normalised as in the plans.
-        target: their labels as nnU-Net's loss takes them: (B, 1 or regions, *S); with deep supervision a list of
-            these, from fine to coarse.
+        target: their labels as nnU-Net's loss takes them: classes (B, 1, *S), or regions (B, regions, *S) with one more
+            channel if there is an ignore label. With deep supervision a list of these, from fine to coarse.
         views: the views of the unlabelled patches by name, each (B_u, C, *S). A voxel shows the same place in
             all views.
         extra: further tensors that the method needs, by name: the masks of other models (`take_masks`), stored

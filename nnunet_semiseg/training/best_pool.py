@@ -20,8 +20,8 @@ class BestPool:
         regions: whether the heads are regions.
 
     Attributes:
-        state: what a resumed training needs, on the CPU: for each network its Dice (-1: no epoch yet), and the number
-            of its better decoder.
+        state: what a resumed training needs besides the weights, on the CPU: for each network its Dice (-1: no epoch
+            yet), and the number of its better decoder.
     """
 
     def __init__(self, networks: Sequence[Any], regions: bool):
@@ -32,7 +32,12 @@ class BestPool:
         }
 
     def offer(self, network: nn.Module, dice: float, branch: int) -> None:
-        """Put the weights of this epoch into the pool of the best epochs, unless it is full of better ones."""
+        """Put the weights of this epoch into the pool of the best epochs, unless all in it are at least as good.
+
+        Args:
+            network: the student.
+            dice, branch: the Dice of its better decoder, and the number of this decoder, 0 or 1.
+        """
         worst = int(self.state["pool_dice"].argmin())
         if dice > self.state["pool_dice"][worst]:
             self.networks[worst].load_state_dict(network.state_dict())
@@ -48,8 +53,8 @@ class BestPool:
             passes, dropout: see `MutualLearningUNet.forward`.
 
         Returns:
-            Means of logits over these networks: for each of the two decoders; of the decoder that validated better in
-            each network; over passes with dropout (None for 0 passes).
+            Three means of probabilities over these networks, as logits (B, heads, *S): for each of the two decoders;
+            of the decoder that validated better in each network; over passes with dropout (None for 0 passes).
         """
         predictions = [
             (network(images, branches=True, passes=passes, dropout=dropout), int(branch))

@@ -1,10 +1,11 @@
-"""Read and write checkpoints, and compare their settings with the present ones."""
+"""Read and write checkpoints, and refuse those that do not fit the present training."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import shlex
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -41,16 +42,17 @@ KEYS = ("network_weights", "init_args", "logging")
 
 
 def read(checkpoint: dict | str | os.PathLike, fix: str, mmap: bool = False, keys: Sequence[str] = KEYS) -> dict:
-    """Read a checkpoint onto the CPU, from a file or from a dictionary. Code in the file is not run.
+    """Read a checkpoint from a file onto the CPU. Code in the file is run only if the user trusts it (`TRUST`).
 
     Args:
+        checkpoint: a file. A dictionary is returned as it is.
         fix: how to fix a missing or damaged file, for the message.
         mmap: whether the tensors stay on the disk until they are used.
-        keys: the checkpoint must have these keys, and each must be a dictionary.
+        keys: the checkpoint must have these keys, and the value of each must be a dictionary.
 
     Raises:
-        UserError: the file is missing, damaged or not a checkpoint of nnU-Net; or it holds more than numbers, so that
-            loading it could run code.
+        UserError: the file is missing, damaged or not a checkpoint of nnU-Net; or loading it could run code, and the
+            user does not trust it.
     """
     if isinstance(checkpoint, dict):
         return checkpoint
@@ -87,7 +89,11 @@ def _check_sums(file: str | os.PathLike) -> None:
 
 
 def _read_trusted(file: str | os.PathLike, fix: str, error: Exception) -> Any:
-    """Read a checkpoint that holds objects of other classes, if the user allows it to run code."""
+    """Read a checkpoint that holds objects of other classes, if the user allows it to run code.
+
+    Raises:
+        UserError: the user does not allow it, or the file is damaged. Then `error` says how it failed.
+    """
     try:
         with safe_globals(HARMLESS):
             unknown = get_unsafe_globals_in_checkpoint(file)
@@ -173,8 +179,8 @@ def fitting(changed: dict[str, tuple[Any, Any]], name: str, fix: str) -> Iterato
 
 
 def _back(changed: dict[str, tuple[Any, Any]]) -> str:
-    """The values of `--set` that set all changed settings back."""
-    return " ".join(f"{key}={json.dumps(old)}" for key, (old, _) in changed.items())
+    """The values of `--set` that set all changed settings back, in quotes where the shell would change them."""
+    return " ".join(shlex.quote(f"{key}={json.dumps(old)}") for key, (old, _) in changed.items())
 
 
 def _sentence(changed: dict[str, tuple[Any, Any]]) -> str:

@@ -21,7 +21,8 @@ def check_labeled_cases(preprocessed_folder_base: str, plans: dict, configuratio
 
     Raises:
         UserError: the labelled data is not preprocessed; the fold has no training case or no validation case, or one
-            of its cases does not exist; there are too few cases for five folds; or see `check_labeled_data`.
+            of its cases does not exist; there are too few cases for five folds; or see `read_splits` and
+            `check_labeled_data`.
     """
     name = plans["dataset_name"]
     folder = join(preprocessed_folder_base, PlansManager(plans).get_configuration(configuration).data_identifier)
@@ -72,7 +73,7 @@ def check_batch_fits(plans: dict, configuration: str, samples: int, dataset_json
     needed = samples * math.prod(map(int, patch)) * len(channel_names(dataset_json)) * 4
     if memory and needed > memory:
         size = f"{samples} patches of {' x '.join(map(str, patch))} voxels"
-        raise UserError(f"{what} ({size} take {needed / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f})")
+        raise UserError(f"{what} ({size} take {needed / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB)")
 
 
 def check_depth(plans: dict, configuration: str) -> None:
@@ -86,7 +87,7 @@ def check_depth(plans: dict, configuration: str) -> None:
         raise UserError(
             f"plans {plans['plans_name']}: {configuration}: the images are too small for a U-Net: the patch is"
             f" {' x '.join(map(str, manager.patch_size))}, and nnU-Net needs an axis of 8 voxels or more: choose"
-            " another configuration with -c, or resample the images to a smaller spacing"
+            " another configuration, or resample the images to a smaller spacing"
         )
 
 
@@ -96,6 +97,10 @@ def _id(dataset_name: str) -> int:
 
 def check_there_are_pairs(settings, plans: dict, configuration: str, what: str, or_else: str = "") -> None:
     """Refuse a batch with fewer unlabelled than labelled samples, for a method that mixes them in pairs.
+
+    Args:
+        what: the name of what mixes them, for the message.
+        or_else: another way to fix it, for the message. It begins with "or".
 
     Raises:
         UserError: there are fewer unlabelled samples.

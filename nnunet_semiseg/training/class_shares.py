@@ -46,6 +46,8 @@ class ClassShares:
     def end_epoch(self, progress: float, ranks: Ranks) -> list[str]:
         """Compare the shares of the epoch. Returns the lines for the log, and sets the sums to 0.
 
+        There are no lines if the epoch had no pseudo-labels.
+
         Args:
             progress: the progress of the training, 0 to 1.
         """
@@ -67,7 +69,7 @@ class ClassShares:
                 self.missing.add(name)
                 lines.append(
                     f"WARNING: {name} vanishes from the pseudo-labels: it has {100 * of_pseudo:.3f} % of their"
-                    f" voxels, and {100 * of_labels:.3f} % of the labels'"
+                    f" voxels, and {100 * of_labels:.3f} % of the voxels in labels"
                 )
         return lines
 

@@ -54,8 +54,8 @@ class Decisions:
     def count(self, label: Tensor) -> None:
         """Count the voxels of each class in a pseudo-label, in the form of `hard_pseudo_label`.
 
-        Calling this object already does so. This method is for pseudo-labels from elsewhere (read from a file, or
-        changed by the masks of other models).
+        Calling this object with `counts` already does so. This method is for pseudo-labels from elsewhere, such as
+        those from a file, or those that masks of other models have changed.
         """
         self.shares.add_pseudo_labels(self._shares(label))
 

@@ -44,7 +44,7 @@ class Ranks:
     # ------------------------------------------------------------------------------------------------- what each has
 
     def part(self, batch_size: int | None) -> int | None:
-        """The number of samples of a batch that this rank gets."""
+        """The number of samples of a batch that this rank gets. None stays None."""
         return None if batch_size is None else batch_size // self.of
 
     def check_even(self, what: str, batch_size: int | None) -> None:
@@ -61,8 +61,8 @@ class Ranks:
     def seed(self, seed: int | None) -> int | None:
         """The seed of this rank. The first rank has the seed of the training, which may be None.
 
-        The seed of any other rank is made from that seed and the number of the rank. If that seed is None, it is drawn
-        at random for each rank.
+        The seed of any other rank is made from that seed and the number of the rank. If the training has no seed, the
+        seed of each other rank is drawn at random.
         """
         if not self.number:
             return seed
@@ -70,7 +70,10 @@ class Ranks:
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def device(self, device: torch.device) -> torch.device:
-        """The device of this rank: its own GPU, or the CPU, whose cores the ranks share."""
+        """The device of this rank: its own GPU, or the CPU.
+
+        Ranks on a CPU share its cores, so this also sets how many of them torch uses in this process.
+        """
         if self.of > 1 and device.type == "cuda":
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.number)))
         if self.of > 1:
@@ -153,7 +156,7 @@ def several_processes() -> bool:
 
 
 def cpu_group() -> Any:
-    """A group of all ranks for tensors on the CPU. All ranks must call this function the first time."""
+    """A group of all ranks for tensors on the CPU. The first call makes it, and all ranks must take part in that."""
     return _cpu_group(distributed.group.WORLD)
 
 

@@ -16,11 +16,12 @@ def what_is_not_finite(log: Mapping[str, Sequence], weights: Iterable[Tensor]) -
 
     Args:
         log: nnU-Net's log, with one value for each epoch: `train_losses`, and terms that begin with `loss/`.
+        weights: the trained weights, at least one.
     """
     loss = log["train_losses"][-1]
     if not math.isfinite(loss):
         bad = [k.removeprefix(PREFIX) for k, v in log.items() if k.startswith(PREFIX) and not math.isfinite(v[-1])]
-        return f"the loss is {loss}" + (f" (of {', '.join(bad)})" if bad else "")
+        return f"the loss is {loss}" + (f" (terms: {', '.join(bad)})" if bad else "")
     if not torch.stack([w.isfinite().all() for w in weights]).all():
         return "the weights are not finite"
     return None

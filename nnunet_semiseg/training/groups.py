@@ -1,7 +1,7 @@
 """The groups of loss terms of one step. Each has its own backward pass, so that only its graph is in memory.
 
-With the setting `memory=fast` a step is joint: one backward pass for all groups, and one pass of the network for all
-images.
+With the setting `memory=fast` a step is joint: one backward pass for all groups, and, if the method uses `each`, one
+pass of the network for all images.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def shared(tensors: Any, backward_context: AbstractContextManager) -> Iterator[A
 
 
 def gradient_edge(x: Tensor):
-    """The place in the graph where a backward pass into the tensor x begins. It does not keep x in memory."""
+    """The place in the graph where a backward pass into the tensor x begins. It does not keep x in memory.
+
+    Before torch 2.6 a backward pass cannot begin at such a place. There it is x itself.
+    """
     recent = torch.__version__ >= (2, 6)  # pyright: ignore[reportOperatorIssue]: a TorchVersion, not a str
     return get_gradient_edge(x) if recent else x
 

@@ -21,6 +21,7 @@ class LossTermLogger(LocalLogger):
 
     @property
     def terms(self) -> list[str]:
+        """The keys of the loss terms."""
         return [k for k in self.my_fantastic_logging if k.startswith(PREFIX)]
 
     def log(self, key, value, epoch: int):

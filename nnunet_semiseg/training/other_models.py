@@ -26,7 +26,7 @@ def find_masks(
     """Load the masks that the setting `external_masks` names. None without names or without this setting.
 
     Raises:
-        UserError: see `load_masks`.
+        UserError: see `cases_of_fold`, `take_labeled` and `load_masks`.
     """
     given = getattr(settings, "external_masks", None)
     if not given:
@@ -70,6 +70,9 @@ class MaskVotes:
             decision: the decision of a teacher, as `hard_pseudo_label` returns it.
             logits: its logits, (B, heads, *S).
             masks: (B, K, *S), as `take_masks` returns them.
+
+        Returns:
+            The pseudo-label, in the form of the decision, and the weights (B, 1, *S).
         """
         p = probabilities(logits, self.label_manager)
         label, counts = join_masks(decision, p, masks, self.weights, self.unsure, self.regions)

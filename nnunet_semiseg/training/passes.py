@@ -49,9 +49,13 @@ def run_sample_by_sample(network: nn.Module) -> None:
 
 
 def wrap_passes(network: nn.Module, wrap: Callable[[Callable], Callable], more: Sequence[str] = ()) -> None:
-    """Replace the methods that run the network. The network is changed in place.
+    """Replace the methods that run the network (`PASSES`). The network is changed in place.
 
     A compiled `forward` stays compiled inside.
+
+    Args:
+        wrap: makes the new method from the old one, both as functions whose first argument is the module.
+        more: the names of further methods to replace, if the network has them.
     """
     inner = getattr(network, "_orig_mod", network)
     for name in (*(PASSES if hasattr(inner, PASSES[0]) else ("forward",)), *more):

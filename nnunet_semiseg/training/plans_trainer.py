@@ -63,7 +63,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     settings_class: type[TrainingSettings] = TrainingSettings
     settings: S
-    # nnU-Net's annotations allow None; from `initialize` on these are not None
+    # nnU-Net's annotations allow None; from `initialize` on these are not None (but grad_scaler is, without CUDA)
     network: Any
     loss: Any
     optimizer: Any
@@ -94,7 +94,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         plans = with_given(plans, type(self))
         try:
             self.settings = cast(S, read_settings(self.settings_class, plans, type(self)))
-        except UserError as error:  # the values of --set were checked before, so the error is in the plans
+        except UserError as error:  # each value of --set was checked alone before, so the error is mostly in the plans
             raise UserError(f"{plans_file(plans)}: {error}") from None
         self.goes_on = plans.get("continue_training", False)
         self.ranks = Ranks()
@@ -122,15 +122,15 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.reasons = multiprocessing.SimpleQueue()  # messages of loader processes that could not read a case
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
-        """Raise an error if this cannot be trained, before anything is written.
+        """Raise an error if this configuration and fold cannot be trained, before anything is written.
 
         Returns:
             The plans, or a copy that also holds what was found in the data (`with_found`). They are stored in the
             checkpoint, and the predictor reads them.
 
         Raises:
-            UserError: plans or `dataset.json` are damaged; the configuration does not exist; or see
-                `check_labeled_cases` and `check_depth`.
+            UserError: plans or `dataset.json` are damaged; the configuration does not exist; or see `check_depth`,
+                `check_is_there`, `check_batch_fits` and `check_labeled_cases`.
         """
         about, file, fix = Path(dataset_json_file(plans)), plans_file(plans), PLAN_AGAIN
         check(plans, PLANS, file, fix)
@@ -139,7 +139,8 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         check_depth(plans, configuration)
         check_is_there(self.settings.pretrained_encoder)
         samples = PlansManager(plans).get_configuration(configuration).batch_size
-        check_batch_fits(plans, configuration, samples, dataset_json, f"{file}: {fix}")
+        what = f"{file}: the batches of {configuration} are too large: {fix}"
+        check_batch_fits(plans, configuration, samples, dataset_json, what)
         check_labeled_cases(join(nnUNet_preprocessed, plans["dataset_name"]), plans, configuration, fold)
         return plans
 
@@ -273,7 +274,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
 
     @contextmanager
     def alone(self, does: str) -> Iterator[None]:
-        """While this block runs, no other process can use the folder of this training or preprocess its data again.
+        """While this block runs, no other process may use the folder of this training or preprocess its data again.
+
+        Only commands and trainers of this package keep to it. Of several ranks the first one holds the locks.
 
         Raises:
             BusyError: another process uses the folder, or rewrites the preprocessed data.
@@ -299,7 +302,12 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
                 pass
 
     def run_training(self):
-        """Run nnU-Net's training, and then end all processes and threads of the loaders, so that none prints later."""
+        """Run nnU-Net's training, and then end all processes and threads of the loaders, so that none prints later.
+
+        Raises:
+            BusyError, DiskError: see `alone`.
+            UserError: see `quiet_loaders` and `end_unless_finite`.
+        """
         with self.alone("trains this model"), quiet_loaders(self.reasons):
             if not self.local_rank:
                 for half in Path(self.output_folder).glob("*.tmp"):  # from a training that was killed
@@ -340,7 +348,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return {"loss": loss.detach().cpu().numpy()}
 
     def autocast(self, enabled: bool = True):
-        """A context with nnU-Net's mixed precision on a GPU. On other devices it does nothing."""
+        """A context with nnU-Net's mixed precision on CUDA. On other devices it does nothing."""
         return autocast(self.device.type, enabled=enabled) if self.device.type == "cuda" else dummy_context()
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -402,7 +410,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
             return checkpoints.collect(super().save_checkpoint)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint completely or not at all.
+        """Write nnU-Net's checkpoint completely or not at all. Only the first rank writes.
 
         Raises:
             DiskError: the disk is full or read-only.
@@ -454,7 +462,7 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         self.bare_network.load_state_dict(checkpoint["network_weights"])
 
     def check_checkpoint(self, checkpoint: dict, name: str) -> None:
-        """Raises UserError if the checkpoint is of another kind of training."""
+        """Raises UserError if the checkpoint is of another kind of training. Here every kind is accepted."""
 
     def restore(self, checkpoint: dict) -> None:
         """Restore from a checkpoint what nnU-Net itself does not restore."""

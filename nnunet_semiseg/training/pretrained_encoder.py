@@ -15,7 +15,7 @@ from nnunet_semiseg.training import checkpoint as checkpoints
 PLAN = "nnssl_adaptation_plan"
 FIX = "give a checkpoint of nnssl (for example an OpenMind model) with --set pretrained_encoder=FILE"
 ENCODER, STEM = "encoder.stages", "encoder.stem"
-"""The names of the weights in nnU-Net's residual encoders. Plain encoders have no separate stem."""
+"""How the names of weights begin in nnU-Net's residual encoders. Plain encoders have no separate stem."""
 NAMED = 5
 """A message names at most this number of weights that do not fit."""
 
@@ -29,8 +29,9 @@ def check_is_there(file: str | None) -> None:
 def load_pretrained_encoder(network: Any, file: str) -> str:
     """Load the weights of a pre-trained encoder and its stem into a network, in place. The decoder is unchanged.
 
-    If the stem was trained on fewer channels, its weights are repeated for the further channels and divided by the
-    number of repetitions, so that its output keeps its scale.
+    If the number of channels here is a multiple of that in the pre-training, the weights that read the image are
+    repeated for the further channels. They are divided by the number of repetitions, so that the output of the stem
+    keeps its scale.
 
     Args:
         network: a network with nnU-Net's encoder, not compiled.
@@ -40,12 +41,17 @@ def load_pretrained_encoder(network: Any, file: str) -> str:
         A line for the log: how many weights were loaded, and which were not.
 
     Raises:
-        UserError: there is no such checkpoint; the stem or more than half of the encoder's weights do not fit the
-            network.
+        UserError: there is no such checkpoint; the network has several encoders; the stem or more than half of the
+            encoder's weights do not fit the network.
     """
     content = checkpoints.read(str(Path(file).expanduser()), FIX, keys=("network_weights", PLAN))
     taken, left = fitting_weights(network.state_dict(), content["network_weights"], content[PLAN])
     own = [name for name in network.state_dict() if name.startswith((f"{ENCODER}.", f"{STEM}."))]
+    if not own:
+        raise UserError(
+            f"setting pretrained_encoder={file}: the network of this trainer has several encoders: set it to null, or"
+            " use another trainer"
+        )
     reasons = "; ".join(f"{name} {why}" for name, why in list(left.items())[:NAMED])
     reasons += f"; and {len(left) - NAMED} more" if len(left) > NAMED else ""
     if not taken or 2 * len(taken) < len(own) or any(name.startswith(STEM) for name in left):
@@ -64,13 +70,16 @@ def fitting_weights(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Find the pre-trained weights that fit, by their names in our network.
 
-    For each other weight, say why it does not fit.
+    For each other weight of the encoder and its stem, say why it does not fit.
 
     Args:
         own: the weights of our network.
         pretrained: the pre-trained weights, by their own names.
-        plan: the value of `nnssl_adaptation_plan`. It has the names of the encoder, the stem and the layers that read
-            the image, and the number of channels.
+        plan: the value of `nnssl_adaptation_plan`. It has the names of the encoder and the stem, and the number of
+            channels in the pre-training.
+
+    Returns:
+        The weights that fit, and the reasons for the others.
     """
     encoder, stem = plan.get("key_to_encoder", ENCODER), plan.get("key_to_stem", STEM)
     places = {encoder: ENCODER} | ({} if stem.startswith(encoder) else {stem: STEM})  # plain: the stem is in a stage

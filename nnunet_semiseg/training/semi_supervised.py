@@ -85,7 +85,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         After each yield a backward pass runs and frees the feature maps of the group. So a step needs the memory of its
         largest group: yield a group as soon as it is complete, and keep no variable that holds its tensors. What a
         step draws or computes belongs in local variables, not in attributes. The same name may appear in several
-        groups; these terms are added. Every step must yield the same names. An empty group is ignored.
+        groups; these terms are added. All steps of an epoch must yield the same names. An empty group is ignored.
 
         Yields:
             Scalars by name, multiplied by their weights.
@@ -93,11 +93,11 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         raise NotImplementedError
 
     def prepare(self, plans: dict, configuration: str, fold, dataset_json: dict) -> dict:
-        """Raise an error if this cannot be trained, before anything is written.
+        """Raise an error if this configuration and fold cannot be trained, before anything is written.
 
         Raises:
-            UserError: the configuration does not exist; the labelled or unlabelled data do not fit the plans; or a
-                feature of nnU-Net is not supported.
+            UserError: see `PlansTrainer.prepare`, `load_manifest` and `find_masks`; the unlabelled samples need too
+                much memory; or the configuration is a cascade.
         """
         plans = super().prepare(plans, configuration, fold, dataset_json)
         if samples := self.settings.unlabeled_batch_size:
@@ -108,7 +108,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         base = join(nnUNet_preprocessed, plans["dataset_name"])
         self.unlabeled_folder, self.unlabeled_cases = load_manifest(base, plans, configuration, plans["dataset_name"])
         self.masks = find_masks(self.settings, plans, configuration, fold, dataset_json)
-        return super().prepare(plans, configuration, fold, dataset_json)
+        return plans
 
     @classmethod
     def adapt_network(cls, network: Any, settings, arch_kwargs: dict, deep_supervision: bool) -> nn.Module:
@@ -116,6 +116,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
 
         Args:
             network: the network of nnU-Net.
+            settings: the settings of the method.
             arch_kwargs: the arguments that it was made with, from the plans.
             deep_supervision: whether decoders have several outputs.
         """
@@ -154,7 +155,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def refresh_network(self) -> None:
         """Update what the network stores in addition to its weights.
 
-        It is called before the network is used or saved.
+        It is called before the training, before each validation, and before the network is saved.
         """
 
     # ------------------------------------------------------------------------------------- what a method can use
@@ -209,7 +210,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
     def draw_turn(self) -> Turn:
         """Draw flips and a turn for the student's view.
 
-        Nothing is flipped or turned if the setting `turns` is off, or if nnU-Net does not mirror.
+        Nothing is flipped or turned if the setting `turns` is false or missing, or if nnU-Net does not mirror.
         """
         axes = self.inference_allowed_mirroring_axes or ()
         if not getattr(self.settings, "turns", False):
@@ -219,9 +220,9 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         return draw_turn(axes, planes_to_turn_in(axes, plans.patch_size, spacing))
 
     def each(self, function: Callable[[Tensor], Any], *images: Tensor) -> Iterator[Any]:
-        """Apply the function to each of the given images. Each result is computed when it is asked for.
+        """Apply the function to each of the given batches of images. Each result is computed when it is asked for.
 
-        With `memory=fast` the function runs once, on all images together; see `groups.run_together`.
+        With `memory=fast` the function runs once, on all batches together; see `groups.run_together`.
         """
         return run_together(function, images) if self.settings.memory == "fast" else map(function, images)
 
@@ -239,7 +240,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         """Run decoders or networks that teach each other, one graph at a time; see `groups.in_turn`.
 
         Args:
-            keep: default: the finest logits of an output.
+            keep: default: the logits of an output at full resolution.
         """
         return in_turn(passes, keep or (lambda output: self.finest(output).detach()), self.settings.memory == "fast")
 
@@ -385,7 +386,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         self.refresh_network()
         names = list(train_outputs[0])
         if any(o.keys() != train_outputs[0].keys() for o in train_outputs):
-            raise RuntimeError(f"{type(self).__name__}.losses must yield terms of the same names in every step")
+            raise RuntimeError(f"{type(self).__name__}.losses must yield the same names in every step of an epoch")
         means = torch.stack([torch.stack([o[k].float() for k in names]) for o in train_outputs]).mean(0)
         means = dict(zip(names, self.ranks.mean(means).tolist(), strict=True))
         loss = np.float64(means.pop("loss"))

@@ -26,6 +26,10 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
     theta are the weights of the student, and theta' those of the teacher. At first theta' is the average over all steps
     so far (section 3 of the paper), so that the random initialisation is soon forgotten. Buffers are copied. It uses
     `parameters()`, because `state_dict()` lists nnU-Net's modules twice.
+
+    Args:
+        step: the number of steps that are done. With 0 the teacher becomes a copy of the student.
+        decay: the largest a.
     """
     alpha = min(1 - 1 / (step + 1), decay)
     lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]: there is no public name

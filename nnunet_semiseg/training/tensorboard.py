@@ -28,7 +28,7 @@ def is_wanted() -> bool:
 class TensorBoardLogger:
     """A logger for nnU-Net's `MetaLogger`. It writes into the folder `tensorboard` of the training.
 
-    The step of a value is its epoch. After `--c`, older values of later epochs are not shown.
+    The step of a value is its epoch. If a training continues (`--c`), its older values from there on are not shown.
     """
 
     def __init__(self, output_folder: str):

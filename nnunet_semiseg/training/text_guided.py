@@ -27,8 +27,9 @@ class TextGuidedTrainer(SemiSupervisedTrainer[T]):
 
     A subclass defines `guided_losses`. Its `adapt_network` returns a `MultiDecoderUNet`.
 
-    The text features (K, d), one row for each class and the background first, are learnt. They guide the network at its
-    bottleneck. They are also stored in the network, so that prediction needs no text encoder.
+    The text features (K, d) have one row for each class, the background first. They are learnt (not with `n_ctx=0`),
+    and guide the network at its bottleneck. They are also stored in the network, so that prediction needs no text
+    encoder.
     """
 
     settings_class: type[TextSettings] = TextSettings

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SAME_SPACING = 0.1
-"""Two axes can be turned into each other if their spacings differ by at most this share."""
+"""Two axes of equal size can be turned into each other if their spacings differ by at most this share."""
 
 
 @dataclass(frozen=True)

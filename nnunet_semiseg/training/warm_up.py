@@ -14,8 +14,8 @@ from nnunet_semiseg.training.distributed import Ranks
 SHORTEST, LONGEST = 0.1, 0.4
 """The smallest and the largest length of a warm-up, as shares of the training."""
 LEARNT = 0.5
-"""A class is learnt if its Dice on the labelled patches of an epoch reaches this. In `BCPTrainer` and
-`SemiSegTrainer` these patches are mixed: a box of another labelled patch is pasted into each."""
+"""A class is learnt if its Dice on the labelled patches of an epoch reaches this. In `BCPTrainer` these patches are
+mixed: a box of another labelled patch is pasted into each."""
 
 
 class WarmUp:
@@ -82,5 +82,5 @@ class WarmUp:
             self.state["first_step"].fill_(min(step, self.first_step))
         listed = ", ".join(f"{name} {value:.2f}" for name, value in dice.items())
         after = f"once it is {LEARNT} for every class, from step {self.first_step} on at the latest (warm_up)"
-        begin = "unlabelled images are used from now on" if step >= self.first_step else after
-        return [f"Dice on labelled patches: {listed}; {begin}"]
+        begin = "from now on" if step >= self.first_step else after
+        return [f"Dice on labelled patches: {listed}; unlabelled images are used {begin}"]

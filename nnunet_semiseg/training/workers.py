@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_semiseg.errors import UserError
 
 DEAD = "background workers are no longer alive"
-"""A part of the message that batchgenerators prints when one of its processes was killed or could not load a case."""
+"""A part of the error that batchgenerators raises when one of its processes was killed or could not load a case."""
 
 THREAD = "results_loop"
 """The thread of batchgenerators that fails when one of its processes fails. The main thread reports this error, too."""
@@ -25,7 +25,7 @@ def quiet_loaders(reasons: Any) -> Iterator[None]:
         reasons: a queue with the errors of these processes, see `ReadableCases`.
 
     Raises:
-        UserError: a process was killed, or failed.
+        UserError: a process was killed, or failed. Other errors are not changed.
     """
     before = threading.excepthook
     threading.excepthook = lambda args: None if THREAD in getattr(args.thread, "name", "") else before(args)
