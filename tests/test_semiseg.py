@@ -80,15 +80,16 @@ def test_boxes_are_pasted_in_a_share_of_the_steps():
     assert 10 <= sum(size > 2 for size in sizes[::2]) <= 30  # half of them; logits of a whole patch have two values
 
 
-def test_the_warm_up_uses_labelled_samples_as_they_are():
+@pytest.mark.parametrize("paste_share", [0.0, 1.0])
+def test_the_warm_up_mixes_labelled_samples_alone(paste_share):
     batch = a_batch()
     batch.images[1] = of_probability(0.5)[0]
     batch.target[1] = 1
-    trainer = recipe(0.05)
-    images = []
+    trainer, images = recipe(0.05, paste_share=paste_share), []
     trainer.network = lambda x: (images.append(x), x)[1]
     terms = terms_of(trainer, batch)
-    assert len(images) == 1 and torch.equal(images[0], batch.images)
+    assert len(images) == 1 and torch.equal(images[0], batch.images) == (not paste_share)
+    # in each mix of the two samples every voxel keeps the label that belongs to it: as many of the one as of the other
     assert terms["mixed"].item() == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2, rel=1e-4)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nnunet_semiseg.data.foreground_chance import chance_of_foreground
 from nnunet_semiseg.data.pseudo_foreground import (
@@ -23,7 +24,7 @@ from nnunet_semiseg.data.pseudo_foreground import (
     leave_out,
     look_at_cases,
 )
-from nnunet_semiseg.losses.copy_paste import draw_box, pairs, paste
+from nnunet_semiseg.losses.copy_paste import cut_mix, draw_box, pairs, paste
 from nnunet_semiseg.losses.deep_supervision import mixed_loss
 from nnunet_semiseg.losses.segmentation import confidence, probabilities
 from nnunet_semiseg.settings.base import (
@@ -90,8 +91,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     It combines what the best methods of the field have in common, for nnU-Net. No setting has to be chosen.
 
-    - Warm-up: until every class is learnt, it trains as nnU-Net does, on labelled patches. BCP (CVPR 2023) pastes boxes
-      between them, but then classes that differ mostly by their place are learnt far later.
+    - Warm-up: until every class is learnt, only labels are used, and boxes are pasted between labelled patches, as in
+      BCP (CVPR 2023).
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
     - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
@@ -219,13 +220,14 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target
-        if self.uses_labels_only:
-            output = self.network(x_l)
-            self.warm_up.add(self.finest(output), self.finest(target))
-            yield {"mixed": self.loss(output, target)}
-            return
         side = self.settings.box if torch.rand(()) < self.settings.paste_share else 0.0  # on the CPU
         box = draw_box(x_l, side, whole_first_axis=self.augments_in_2d)
+        if self.uses_labels_only:
+            mixed = tree_map(lambda t: cut_mix(t, box), target)
+            output = self.network(cut_mix(x_l, box))
+            self.warm_up.add(self.finest(output), self.finest(mixed))
+            yield {"mixed": self.loss(output, mixed)}
+            return
         turn = self.draw_turn()
         x_u, other = pairs(turn(batch.views["strong"]), len(x_l))
         logits = turn(self.teacher(batch.views["weak"][: len(x_l) + 1]))
