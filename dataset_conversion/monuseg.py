@@ -34,7 +34,9 @@ ABOUT = About(
 
 
 def find_cases(folder: Path) -> Source:
-    """The images with an annotation, and their texts if there are any. The folder says what is for testing.
+    """All images in `Tissue Images` and `MoNuSegTestData`, others with an annotation beside them, and their texts.
+
+    The folder says what is for testing. A case without an annotation fails later.
 
     Raises:
         UserError: see `by_name` and `read_texts`.

@@ -695,7 +695,7 @@ def test_dicom_series_in_one_folder_or_in_several(tmp_path, raw):
     "heights, uids, words",
     [
         ([0, 2, 4, 8, 10], ["1.2.3"], "slices are 2 mm apart, but 4 mm at 4 mm: slices are missing"),
-        ([0, 2, 2, 4], ["1.2.3"], "slices appear twice, at 2 mm"),
+        ([0, 2, 2, 4], ["1.2.3"], "several slices lie at 2 mm: remove copies"),
         ([0, 3, 6, 9, 10.5, 12], ["1.2.3"], "slices are 3 mm apart, but 1.5 mm at 9 mm"),
         ([0, 2, 4], ["1.2.3", "1.2.4"], "2 DICOM series: leave exactly one there"),
         ([], [], "no DICOM series"),

@@ -156,7 +156,9 @@ def test_what_does_not_fit_is_one_line_and_masks_of_before_stay(dataset, tmp_pat
     refused("un_00.nii.gz: there is no case un_00: did you mean un_000? rename it", also=rename)
     twice = lambda f: (f / "tr_000.nii").write_bytes(b"x")  # noqa: E731
     refused("belongs to the same case: remove one of them", also=twice)
-    refused("has no masks: put a label file there for each case, such as tr_000.nii.gz", cases=[])
+    refused(
+        "has no mask of a case in imagesTr or imagesUn: put a label file there for each case, such as tr_0", cases=[]
+    )
     refused("--name ../x: use letters, digits", name="../x")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         add_masks(dataset.id, "other", tmp_path / "nowhere")

@@ -193,12 +193,25 @@ def test_masks_in_colour(kind, tmp_path, raw):
             "labels/a.png: label values found are 0/0/0 (22 voxels), 0/0/255 (2), 255/0/0 (6), but there are"
             " names only for 0, 1, 2: give them names with --label-values 0/0/0=background 0/0/255=heart 255/0/0=lung"
         )
+        with pytest.raises(ValueError, match="--label-values 0/0/0=background 0/0/255=NAME1 255/0/0=NAME2$"):
+            convert(folder, labels=None)
         with pytest.raises(ValueError, match="names only for 0, 1, 0/0/0, 255/0/0: give them names"):
             convert(folder, labels=None, label_values=["255/0/0=heart"])
     values = ["255/0/0=heart", "0/0/255=lung"]
     assert pickle.dumps(own.find_cases(folder, label_values=values).cases)  # workers get them
     convert(folder, labels=None, label_values=values)
     assert np.array_equal(voxels(raw / "labelsTr" / "a.png").T, FLAT)
+
+
+def test_an_empty_mask_among_masks_in_colour_is_background(tmp_path, raw):
+    folder = pictures(tmp_path / "d", RED_BLUE[FLAT])
+    write(Image.fromarray(RED_BLUE[np.zeros_like(FLAT)]), folder / "labels" / "b.png")
+    values = ["0=background", "0/0/0=background", "0/0/255=lung", "255/0/0=heart"]
+    offered = " ".join(values).replace("lung", "NAME1").replace("heart", "NAME2")
+    with pytest.raises(ValueError, match=f"--label-values {offered}$"):
+        convert(folder, labels=None)
+    convert(folder, labels=None, label_values=values)
+    assert not voxels(raw / "labelsTr" / "b.png").any()
 
 
 def test_images_in_colour_ask_for_channels_at_once(tmp_path):

@@ -368,7 +368,7 @@ def test_a_published_split_is_copied_and_never_contradicted(tiny_dataset):
     assert splits(dataset) == published
     dataset.plan(preprocess=False)
     file.write_text(json.dumps([{"train": ["tr_001"], "val": ["tr_000", "tr_002"]}]))
-    with pytest.raises(UserError, match=r"^\S*splits_final.json: differs from \S*splits_final.json: delete"):
+    with pytest.raises(UserError, match=r"^\S*splits_final.json: has other folds than \S*splits_final.json: keep"):
         dataset.plan(preprocess=False)
 
 

@@ -63,7 +63,7 @@ class SelfTrainingTrainer(SemiSupervisedTrainer[SelfTrainingSettings]):
 
     @property
     def starts(self) -> list[int]:
-        """The number of the first epoch of every training."""
+        """The first epoch, counted from 0, of the training on labels only, and then of each round."""
         return [self.num_epochs * i // (self.settings.rounds + 1) for i in range(self.settings.rounds + 1)]
 
     @property

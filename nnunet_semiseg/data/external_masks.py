@@ -130,7 +130,8 @@ def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str,
     Masks of test cases are ignored, because nothing may be learnt from them.
 
     Raises:
-        UserError: the folder is missing or has no masks; a file belongs to no case; a case has two files.
+        UserError: the folder is missing, or has no mask of these cases; a file belongs to no case; a case has two
+            files.
     """
     if not folder.is_dir():
         raise UserError(f"-i {folder}: no such folder: name the folder that holds the masks of the other model")
@@ -152,7 +153,8 @@ def find_masks(folder: Path, images: Mapping[str, Path], raw: Path) -> dict[str,
         found[case] = file
     if not found:
         raise UserError(
-            f"-i {folder}: has no masks: put a label file there for each case, such as {next(iter(images))}.nii.gz"
+            f"-i {folder}: has no mask of a case in imagesTr or imagesUn: put a label file there for each case, such"
+            f" as {next(iter(images))}.nii.gz"
         )
     return found
 

@@ -67,8 +67,9 @@ class ViewsTransform(BasicTransform):
     applied, because no label is used.
 
     nnU-Net applies each intensity transform rarely (0.1 to 0.3), and a third of all patches with one channel stay
-    unchanged. A student that sees the same as its teacher learns nothing. So in a strong view each transform is applied
-    with `strong_probability`, as in UniMatch (0.8), and a view that has not changed is made again.
+    unchanged. A student that sees the same as its teacher learns nothing. So in a strong view the transforms of
+    `strong_transforms` are applied with `strong_probability`, as in UniMatch (0.8). A view that has not changed is made
+    again, but at most `MOST_DRAWS` times in all.
 
     Args:
         training_transforms: the result of `nnUNetTrainer.get_training_transforms`.
@@ -164,7 +165,7 @@ def kind_of(transform: Any) -> str:
         transform: a `BasicTransform`. It may have the attribute `shared_by_views`.
 
     Raises:
-        UserError: the transform is of an unknown kind, or contains transforms of two kinds.
+        UserError: the transform is of an unknown kind, or contains transforms of different kinds.
     """
     if hasattr(transform, "shared_by_views"):
         return "shared" if transform.shared_by_views else "intensity"
@@ -175,8 +176,8 @@ def kind_of(transform: Any) -> str:
         if len(kinds) > 1:
             found = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
             raise UserError(
-                "OneOfTransform: it chooses between transforms that all views share and others that they do not"
-                f" share, {found}: give each kind its own OneOfTransform"
+                f"OneOfTransform: it chooses between transforms of different kinds, {found}: give each kind its own"
+                " OneOfTransform"
             )
         return next(iter(kinds), "intensity")
     if isinstance(transform, ComposeTransforms):  # inside a RandomTransform, which applies all of it or nothing

@@ -43,12 +43,12 @@ STOCK_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings(SemiSupervisedSettings):
-    """Settings of `DistillationTrainer`: the temperature T, and the weight w of the loss towards the trained model."""
+    """Settings of `DistillationTrainer`: temperature T, and weight w of the loss towards the model that teaches."""
 
     temperature: Annotated[float, Bounds(1e-3)] = 2.0
     """The temperature of the softmax of both models. The higher it is, the softer the probabilities that are learnt."""
     distillation_weight: Weight = 1.0
-    """The weight of the loss towards the predictions of the trained model."""
+    """The weight of the loss towards the predictions of the model that is distilled."""
 
 
 class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
@@ -63,11 +63,11 @@ class DistillationTrainer(SemiSupervisedTrainer[DistillationSettings]):
     model: nn.Module
     """The model that teaches. It turns images into logits. Set it before the training."""
     mirroring_axes: Sequence[int] | None
-    """The axes along which the trained model may be mirrored when it predicts. The new model may be mirrored along
+    """The axes along which the model that teaches may be mirrored when it predicts. The new model may be mirrored along
     them, too."""
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """Take nnU-Net's ranges. If the trained model may not be mirrored along an axis, leave out that flip.
+        """Take nnU-Net's ranges. If the model that teaches may not be mirrored along an axis, leave out that flip.
 
         Then rotations are limited, too, because a large one also exchanges sides.
         """

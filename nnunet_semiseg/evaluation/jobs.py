@@ -141,9 +141,9 @@ def start_process(job: Job, device: str, logs: Path) -> Process:
 
 
 def command_of(job: Job, logs: Path) -> list[str]:
-    """The command that starts the process of a job.
+    """The command that starts the process of a job: the job's own `command` of this package, or `worker.py`.
 
-    The arguments for `worker.py` are written into a file in `logs`. A job with a `command` of this package needs none.
+    The arguments for `worker.py` are written into a file in `logs`.
     """
     if "command" in job.content:
         return [sys.executable, "-m", "nnunet_semiseg.cli", *job.content["command"]]

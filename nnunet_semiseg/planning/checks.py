@@ -120,7 +120,9 @@ def _check_splits(raw: Path, preprocessed: Path) -> None:
     ours, theirs = preprocessed / "splits_final.json", raw / "splits_final.json"
     both = ours.is_file() and theirs.is_file()
     if both and not _agree(read_splits(ours, "delete it"), read_splits(theirs, "fix it")):
-        raise UserError(f"{ours}: differs from {theirs}: delete the one that is wrong")
+        raise UserError(
+            f"{ours}: has other folds than {theirs}: keep the file with the folds that you want, and delete the other"
+        )
 
 
 def _agree(preprocessed_splits: list[dict], raw_splits: list[dict]) -> bool:

@@ -59,9 +59,9 @@ class SemiSegMemory(SemiSegPlans):
     """Mixin for nnU-Net's planners. It makes patch and batch so small that a step fits into memory as a whole.
 
     The batch size in the plans is that of the labelled stream. All trainers use the same plans. So the estimate is for
-    the method that needs most memory: TextSemiSegTrainer, with a teacher and with one backward pass for a whole step.
-    Trainers work like that with `memory=fast`. By default they need less: with nnU-Net's own patch about as much
-    memory as nnU-Net.
+    the method that needs most memory, TextSemiSegTrainer, and adds an EMA teacher, which other methods have. It is for
+    one backward pass for a whole step, as with `memory=fast`. By default trainers need less: with nnU-Net's own patch
+    about as much memory as nnU-Net.
     """
 
     num_decoders = 2

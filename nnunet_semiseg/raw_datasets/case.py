@@ -189,9 +189,12 @@ def _run(source: Read, notes: list[str]) -> sitk.Image:
 def _registered(
     loaded: Loaded, source: Path | Read, first: sitk.Image, names: tuple[str, str], how: str, notes: list[str]
 ) -> Loaded:
-    """Align a channel with the first one, if it is displaced and if the user allows that.
+    """Compare a channel with the first one, or align it with the first one; see `align`. Its note is added to `notes`.
 
-    A note says by how many mm it is displaced.
+    Args:
+        source: the file of the channel, for messages.
+        names: the names of the channel and of the first one.
+        how: `check` or `rigid`.
     """
     image, link = loaded
     try:

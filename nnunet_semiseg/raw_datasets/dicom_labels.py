@@ -51,7 +51,8 @@ def read_dicom_labels(*paths: Path, names: Sequence[str], read_image: Callable[.
         The label, uint8; and a note about classes that are not named or missing, other grids, and overlaps.
 
     Raises:
-        UserError: no file has one of the classes; a file cannot be read; an outline lies in no slice of the image.
+        UserError: none of the classes is in any file; a file cannot be read, or the packages that read it are not
+            installed; an outline lies in no slice of the image.
     """
     *files, grid = paths
     note = _compare(files, names)

@@ -88,7 +88,13 @@ def put(layout: Layout, kind: str, case: str, rest: str, name: Name) -> None:
 def fill_flat(
     layout: Layout, names: Sequence[Name], channels: Sequence[str] | None, suffixes: Sequence[str] | None = None
 ) -> None:
-    """Add files from one folder for all cases, see `pairs`. If `suffixes` is None, they are found from the names."""
+    """Add files from one folder for all cases, see `pairs`.
+
+    Args:
+        names: the files.
+        channels: the names of the channels, if the user gives them.
+        suffixes: the ends of file names that stand for channels. None: `find_suffixes` finds them.
+    """
     images, labels = by_kind(names)
     if suffixes is None:
         suffixes = find_suffixes(images, labels, channels)

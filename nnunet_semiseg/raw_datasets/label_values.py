@@ -120,12 +120,12 @@ def offer(counts: Mapping, labels: Sequence[str] = ()) -> str:
             than 0 (or black), else NAME1, NAME2, ...
     """
     values = sorted(counts, key=_order)
-    zero = next((value for value in values if value in (0, (0, 0, 0))), None)
-    others = [value for value in values if value != zero]
+    zeros = [value for value in values if value in (0, (0, 0, 0))]  # both, if one of several coloured masks is black
+    others = [value for value in values if value not in zeros]
     if any(isinstance(value, float) for value in values) or len(others) > 10:
         return "save masks as whole numbers, without smoothing or lossy compression"
     names = labels if len(labels) == len(others) else [f"NAME{i}" for i in range(1, len(others) + 1)]
-    words = ([f"{as_text(zero)}={BACKGROUND}"] if zero is not None else []) + [
+    words = [f"{as_text(zero)}={BACKGROUND}" for zero in zeros] + [
         _quoted(f"{as_text(value)}={name}") for value, name in zip(others, names, strict=True)
     ]
     return f"give them names with --label-values {' '.join(words)}"

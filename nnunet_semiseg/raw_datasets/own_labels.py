@@ -114,9 +114,8 @@ class Labels:
             if plain:
                 self._loaded(plain[0])  # raises an error that says what is wrong with it
             raise UserError(f"{folder}: what do the label values mean? Name 1, 2, ... with --labels NAME1 NAME2 ...")
-        values = sorted(value for value in found if isinstance(value, (int, float)))
-        if values == list(range(len(values))):
-            words = " ".join(f"NAME{i}" for i in values[1:]) or "NAME1 NAME2 ..."
+        if set(found) == set(range(len(found))):
+            words = " ".join(f"NAME{i}" for i in range(1, len(found))) or "NAME1 NAME2 ..."
             raise UserError(
                 f"{folder}: what do the label values mean? Found are {found_text(found)}: "
                 f"name them with --labels {words}{hint_at_classes(layout)}"

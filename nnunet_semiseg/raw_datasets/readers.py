@@ -22,7 +22,8 @@ def read_dicom_series(folder: Path, channel: str | None = None) -> sitk.Image:
         channel: the description of the wanted series, or its folder, or a part of these, if there are several series.
 
     Raises:
-        UserError: no series or several series fit the channel; slices are missing, appear twice or are shifted.
+        UserError: no series or several series fit the channel; slices are missing or shifted; several lie at one
+            position.
     """
     return sitk.ReadImage(series_files(folder, channel))
 
@@ -141,7 +142,7 @@ def read_dicom_picture(path: Path) -> sitk.Image:
 def _in_order(files: Sequence[str], folder: Path) -> list[str]:
     """Sort slices by position.
 
-    Missing, doubled and shifted slices are refused, because ITK would read a volume with another spacing or shape.
+    It refuses missing and shifted slices, and several at one position: ITK would read another spacing or shape.
     """
     heights, origins = {}, {}
     for file in files:
@@ -157,7 +158,10 @@ def _in_order(files: Sequence[str], folder: Path) -> list[str]:
     gaps = np.diff([heights[file] for file in ordered])
     usual = float(np.median(gaps))
     if gaps.min() < 1e-3:
-        raise UserError(f"{folder}: slices appear twice, at {heights[ordered[gaps.argmin()]]:g} mm: remove the copies")
+        raise UserError(
+            f"{folder}: several slices lie at {heights[ordered[gaps.argmin()]]:g} mm: remove copies; if the series has"
+            " several volumes, keep one"
+        )
     odd = np.abs(gaps - usual).argmax()
     if abs(gaps[odd] - usual) > max(0.1 * usual, 0.11):  # positions are often rounded to 0.1 mm
         raise UserError(

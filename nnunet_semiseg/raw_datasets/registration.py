@@ -10,7 +10,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.raw_datasets.repair import corners_of
 
 REGISTER = ("off", "check", "rigid")
-"""What to do with channels: do not compare them, report their displacement, or move displaced ones."""
+"""What to do with channels: do not compare them, report their displacement, or align them with the first one."""
 BINS, SHARE, STEPS = 50, 0.2, 200
 """Numbers for the registration: bins of Mattes' histogram, share of the voxels in a step, largest number of steps at
 each resolution."""

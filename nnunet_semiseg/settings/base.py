@@ -90,8 +90,8 @@ class SemiSupervisedSettings(TrainingSettings):
     labelled and unlabelled samples together where the method allows it, and needs several times the memory. `small`
     runs one sample at a time and computes its features twice."""
     strong_probability: Annotated[float, Bounds(0.01, 1)] | None = 0.8
-    """The probability of each of nnU-Net's intensity transforms in a strong view. At least one of them is always
-    applied. `null` keeps the probabilities that labelled patches have."""
+    """The probability of each intensity transform that `strong_transforms` names, in a strong view. A view that has not
+    changed is made again, at most 10 times in all. `null` keeps the probabilities that labelled patches have."""
     strong_transforms: Literal["all", "contrast"] = "all"
     """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
     blur and low resolution, which can hide small structures, then keep nnU-Net's own probabilities."""
@@ -224,7 +224,7 @@ class MatchSettings(CertainSettings, TurnSettings):
     """The loss on unlabelled samples. `dice_ce` is nnU-Net's loss towards pseudo-labels, with deep supervision.
     `paper` is the loss of the paper."""
     match_weight: Weight = 1.0
-    """The weight of the loss on unlabelled samples (lambda_u in the paper)."""
+    """The weight of the loss on unlabelled samples (lambda_u in the paper of FixMatch)."""
 
 
 @dataclass(frozen=True, kw_only=True)
