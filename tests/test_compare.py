@@ -338,9 +338,9 @@ def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_h
     asked = request(dataset, fold="1")
     held_out = generate_crossval_split([f"tr_{i:03d}" for i in range(6)])[1]["val"]
     assert not (dataset.preprocessed / "splits_final.json").exists()
-    assert list(find_test_set(asked, all_runs(asked)[0]).images) == sorted(held_out)
+    assert list(find_test_set(asked).images) == sorted(held_out)
     with pytest.raises(UserError, match=r"^-f 5: Dataset901_Tiny has the folds 0 to 4: give one of them$"):
-        find_test_set(request(dataset, fold="5"), all_runs(asked)[0])
+        find_test_set(request(dataset, fold="5"))
 
 
 def test_validation_cases_whose_files_dataset_json_lists(tiny_dataset):
@@ -354,7 +354,7 @@ def test_validation_cases_whose_files_dataset_json_lists(tiny_dataset):
     }
     write_json(content | {"dataset": cases}, dataset.raw / "dataset.json")
     asked = request(dataset, fold="1")
-    images = find_test_set(asked, all_runs(asked)[0]).images
+    images = find_test_set(asked).images
     assert images and all(Path(file).is_file() for files in images.values() for file in files)
 
 
@@ -461,8 +461,8 @@ def test_the_upper_bound_must_not_have_seen_the_test_set(planned, tiny_dataset, 
     refused(asked, "--upper-bound: test case ts_001 is in .*902_Tiny/imagesTr", tmp_path / "o")
     # a fold's validation cases may be held out by the same fold there
     shutil.rmtree(planned.raw / "labelsTs")
-    runs, bound = make_runs(request(planned, fold="0", upper_bound=902))
-    test_set = find_test_set(request(planned, fold="0"), runs[0])
+    _, bound = make_runs(request(planned, fold="0", upper_bound=902))
+    test_set = find_test_set(request(planned, fold="0"))
     check_disjoint(test_set, bound[0])
     splits = json.loads((upper.preprocessed / "splits_final.json").read_text())
     write_json(splits[::-1], upper.preprocessed / "splits_final.json")

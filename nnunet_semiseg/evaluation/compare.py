@@ -51,7 +51,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     """
     check_numbers(request)
     runs, upper_bound = make_runs(request)
-    test_set = find_test_set(request, runs[0])
+    test_set = find_test_set(request)
     check_sizes(request, runs[0])
     if upper_bound:
         check_disjoint(test_set, upper_bound[0])

@@ -146,7 +146,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     return runs, upper_bound
 
 
-def find_test_set(request: Request, run: Run, is_required: bool = False) -> TestSet:
+def find_test_set(request: Request, is_required: bool = False) -> TestSet:
     """Find the test set. If it has no references, take the validation cases of the fold.
 
     Args:

@@ -58,7 +58,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         UserError: the model is not trained, or no text guides it; there is no test set; a prediction failed.
     """
     (run,), _ = make_runs(request)
-    test_set = find_test_set(request, run, is_required=True)
+    test_set = find_test_set(request, is_required=True)
     devices = find_devices(request)
     if not run.is_trained:
         raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
