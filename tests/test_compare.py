@@ -415,6 +415,16 @@ def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
     assert find_devices(request(planned, device="cuda", gpus=[1])) == ["7"]
 
 
+def test_the_queue_decides_what_runs_at_the_same_time():
+    def devices(**options) -> list[str]:
+        return find_devices(Request(dataset=1, configuration="2d", executor="slurm", **options))
+
+    assert devices() == []
+    for options, flags in (({"gpus": [0, 1]}, "--gpus"), ({"gpus": [0], "jobs": 2}, "--gpus --jobs")):
+        with pytest.raises(UserError, match=f"^{flags}: not with --executor slurm, .*: leave out {flags}.* gpus=1$"):
+            devices(**options)
+
+
 def test_no_test_set_and_no_validation_fold(planned, tmp_path):
     shutil.rmtree(planned.raw / "labelsTs")
     out = tmp_path / "out"

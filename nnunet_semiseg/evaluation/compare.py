@@ -55,7 +55,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     check_sizes(request, runs[0])
     if upper_bound:
         check_disjoint(test_set, upper_bound[0])
-    devices = find_devices(request) if request.executor == "local" else []
+    devices = find_devices(request)
     parameters = parameters_of(request.slurm, request.device)
     everything = [*runs, *upper_bound]
     # with a test set, nnU-Net's validation is not used: it may be incomplete, or of an older checkpoint

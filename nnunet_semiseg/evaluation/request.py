@@ -225,9 +225,19 @@ def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
 def find_devices(request: Request) -> list[str]:
     """The value of CUDA_VISIBLE_DEVICES for each process that runs at the same time. '' means: do not change it.
 
+    With `--executor slurm` there are none, because the queue decides.
+
     Raises:
-        UserError: the device or a GPU does not exist; or GPUs are named, but the device is not `cuda`.
+        UserError: the device or a GPU does not exist; GPUs are named, but the device is not `cuda`; or `--gpus` or
+            `--jobs` is given, but the queue decides.
     """
+    if request.executor == "slurm":
+        if given := " ".join(["--gpus"] * bool(request.gpus) + ["--jobs"] * (request.jobs > 1)):
+            raise UserError(
+                f"{given}: not with --executor slurm, because the queue decides which jobs run: leave out {given}, and"
+                " give each job its GPU with --slurm gpus=1"
+            )
+        return []
     if request.gpus and request.device != "cuda":
         raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: needs -device cuda: add it, or leave out --gpus")
     check_device(request.device)
