@@ -15,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from commands import command, start
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from training import PLANS, write_settings
 from watching import no_room_for_files_of
@@ -22,7 +23,7 @@ from watching import no_room_for_files_of
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare, jobs, scores, worker
-from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
+from nnunet_semiseg.evaluation.request import Request, TestSet, check_disjoint, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.work import say_what_failed
 from nnunet_semiseg.files import BusyError, DiskError, only_one, write_json
 from nnunet_semiseg.runs import RECORD, RESOURCES, Run, TrainedRun, unequal_conditions
@@ -478,6 +479,17 @@ def test_the_upper_bound_must_not_have_seen_the_test_set(planned, tiny_dataset, 
     write_json(splits[::-1], upper.preprocessed / "splits_final.json")
     with pytest.raises(UserError, match=f"test case {next(iter(test_set.images))} is in .*902_Tiny"):
         check_disjoint(test_set, bound[0])
+
+
+def test_the_upper_bound_may_list_its_training_cases_in_dataset_json(tiny_dataset):
+    upper = tiny_dataset(labeled=1)
+    (upper.raw / "imagesTr").rename(upper.raw / "elsewhere")
+    content = json.loads((upper.raw / "dataset.json").read_text())
+    listed = {"tr_000": {"images": ["elsewhere/tr_000_0000.nii.gz"], "label": "labelsTr/tr_000.nii.gz"}}
+    write_json(content | {"dataset": listed}, upper.raw / "dataset.json")
+    test_set = TestSet({"tr_000": []}, upper.raw, False, {}, ".nii.gz", SimpleITKIO)
+    with pytest.raises(UserError, match="^--upper-bound: test case tr_000 is in .*dataset.json: remove it there"):
+        check_disjoint(test_set, Run(upper.name, "2d", "all", "SupervisedTrainer", PLANS))
 
 
 def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
