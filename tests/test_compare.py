@@ -330,7 +330,7 @@ def test_validation_cases_without_a_test_set_and_nnunets_own_trainer(planned, tm
     cases = pd.read_csv(tmp_path / "out" / "cases.csv")
     assert set(cases["case"]) == {case} and set(cases["method"]) == {"nnUNetTrainer", "SupervisedTrainer"}
     assert (cases["dice"] == 1).all()
-    assert "1 validation cases of the fold" in (tmp_path / "out" / "report.md").read_text()
+    assert "1 validation case of the fold" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_hold_out(tiny_dataset):

@@ -46,6 +46,12 @@ class TestSet:
     file_ending: str
     reader: type
 
+    @property
+    def title(self) -> str:
+        """The number and the kind of the cases, in words."""
+        cases = "case" if len(self.images) == 1 else "cases"
+        return f"{len(self.images)} " + (f"validation {cases} of the fold" if self.is_validation else f"test {cases}")
+
 
 def check_numbers(request: Request) -> None:
     """Raises UserError for numbers out of range, before hours of work."""

@@ -169,7 +169,7 @@ def make_report(
         Section("What the text changes", headers=headers, rows=rows),
         Section("Every case", charts={"cases": figures.box_plots(scores, "dice", "Dice", "cases")}),
     ]
-    facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {len(test_set.images)} test cases"}
+    facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {test_set.title}"}
     del shares["true"]
     findings = [verdict(shares, differences), *caution(len(test_set.images))]
     return Report(f"What text changes in {run.title}", facts, sections, findings=findings)
