@@ -66,8 +66,8 @@ def killed_workers(place: Path | str) -> Iterator[None]:
         yield
     except BrokenProcessPool:
         raise UserError(
-            f"{place}: a preprocessing worker was killed, probably because memory ran out: run the same command again,"
-            " with a smaller -np; finished cases are kept"
+            f"{place}: a worker was killed, probably because memory ran out: run the same command again, with a smaller"
+            " -np; what is finished is kept"
         ) from None
 
 

@@ -681,9 +681,9 @@ def killed(*_, **__):
 def test_workers_of_nnunets_that_are_killed(tiny_dataset, monkeypatch):
     dataset = tiny_dataset(labeled=2, unlabeled=1)
     monkeypatch.setattr("nnunet_semiseg.planning.steps.preprocess_dataset", killed)
-    refused(f"{PLANS}_3d_fullres: a preprocessing worker was killed, .* -np", dataset.plan)
+    refused(f"{PLANS}_3d_fullres: a worker was killed, .* -np", dataset.plan)
     monkeypatch.setattr("nnunet_semiseg.planning.steps.extract_fingerprint_dataset", killed)
-    refused("Dataset901_Tiny: a preprocessing worker was killed", dataset.plan)
+    refused("Dataset901_Tiny: a worker was killed", dataset.plan)
 
 
 @pytest.mark.parametrize("processes", [0, 3])
