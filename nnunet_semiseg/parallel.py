@@ -67,8 +67,8 @@ def killed_workers(place: Path | str, option: str = "-np") -> Iterator[None]:
         yield
     except BrokenProcessPool:
         raise UserError(
-            f"{place}: a preprocessing worker was killed, probably because memory ran out: run the same command again,"
-            f" with a smaller {option}"
+            f"{place}: a worker was killed, probably because memory ran out: run the same command again, with a smaller"
+            f" {option}"
         ) from None
 
 

@@ -15,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from commands import command, start
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from training import PLANS, write_settings
 from watching import no_room_for_files_of
@@ -22,7 +23,7 @@ from watching import no_room_for_files_of
 from nnunet_semiseg import cli
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import compare, jobs, scores, worker
-from nnunet_semiseg.evaluation.request import Request, check_disjoint, find_devices, find_test_set, make_runs
+from nnunet_semiseg.evaluation.request import Request, TestSet, check_disjoint, find_devices, find_test_set, make_runs
 from nnunet_semiseg.evaluation.work import say_what_failed
 from nnunet_semiseg.files import BusyError, DiskError, only_one, write_json
 from nnunet_semiseg.runs import RECORD, RESOURCES, Run, TrainedRun, unequal_conditions
@@ -329,7 +330,7 @@ def test_validation_cases_without_a_test_set_and_nnunets_own_trainer(planned, tm
     cases = pd.read_csv(tmp_path / "out" / "cases.csv")
     assert set(cases["case"]) == {case} and set(cases["method"]) == {"nnUNetTrainer", "SupervisedTrainer"}
     assert (cases["dice"] == 1).all()
-    assert "1 validation cases of the fold" in (tmp_path / "out" / "report.md").read_text()
+    assert "1 validation case of the fold" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_hold_out(tiny_dataset):
@@ -338,9 +339,9 @@ def test_validation_cases_before_the_first_training_are_those_that_nnunet_will_h
     asked = request(dataset, fold="1")
     held_out = generate_crossval_split([f"tr_{i:03d}" for i in range(6)])[1]["val"]
     assert not (dataset.preprocessed / "splits_final.json").exists()
-    assert list(find_test_set(asked, all_runs(asked)[0]).images) == sorted(held_out)
+    assert list(find_test_set(asked).images) == sorted(held_out)
     with pytest.raises(UserError, match=r"^-f 5: Dataset901_Tiny has the folds 0 to 4: give one of them$"):
-        find_test_set(request(dataset, fold="5"), all_runs(asked)[0])
+        find_test_set(request(dataset, fold="5"))
 
 
 def test_validation_cases_whose_files_dataset_json_lists(tiny_dataset):
@@ -354,7 +355,7 @@ def test_validation_cases_whose_files_dataset_json_lists(tiny_dataset):
     }
     write_json(content | {"dataset": cases}, dataset.raw / "dataset.json")
     asked = request(dataset, fold="1")
-    images = find_test_set(asked, all_runs(asked)[0]).images
+    images = find_test_set(asked).images
     assert images and all(Path(file).is_file() for files in images.values() for file in files)
 
 
@@ -415,6 +416,16 @@ def test_a_gpu_that_is_not_there(planned, tmp_path, monkeypatch):
     assert find_devices(request(planned, device="cuda", gpus=[1])) == ["7"]
 
 
+def test_the_queue_decides_what_runs_at_the_same_time():
+    def devices(**options) -> list[str]:
+        return find_devices(Request(dataset=1, configuration="2d", executor="slurm", **options))
+
+    assert devices() == []
+    for options, flags in (({"gpus": [0, 1]}, "--gpus"), ({"gpus": [0], "jobs": 2}, "--gpus --jobs")):
+        with pytest.raises(UserError, match=f"^{flags}: not with --executor slurm, .*: leave out {flags}.* gpus=1$"):
+            devices(**options)
+
+
 def test_no_test_set_and_no_validation_fold(planned, tmp_path):
     shutil.rmtree(planned.raw / "labelsTs")
     out = tmp_path / "out"
@@ -461,13 +472,24 @@ def test_the_upper_bound_must_not_have_seen_the_test_set(planned, tiny_dataset, 
     refused(asked, "--upper-bound: test case ts_001 is in .*902_Tiny/imagesTr", tmp_path / "o")
     # a fold's validation cases may be held out by the same fold there
     shutil.rmtree(planned.raw / "labelsTs")
-    runs, bound = make_runs(request(planned, fold="0", upper_bound=902))
-    test_set = find_test_set(request(planned, fold="0"), runs[0])
+    _, bound = make_runs(request(planned, fold="0", upper_bound=902))
+    test_set = find_test_set(request(planned, fold="0"))
     check_disjoint(test_set, bound[0])
     splits = json.loads((upper.preprocessed / "splits_final.json").read_text())
     write_json(splits[::-1], upper.preprocessed / "splits_final.json")
     with pytest.raises(UserError, match=f"test case {next(iter(test_set.images))} is in .*902_Tiny"):
         check_disjoint(test_set, bound[0])
+
+
+def test_the_upper_bound_may_list_its_training_cases_in_dataset_json(tiny_dataset):
+    upper = tiny_dataset(labeled=1)
+    (upper.raw / "imagesTr").rename(upper.raw / "elsewhere")
+    content = json.loads((upper.raw / "dataset.json").read_text())
+    listed = {"tr_000": {"images": ["elsewhere/tr_000_0000.nii.gz"], "label": "labelsTr/tr_000.nii.gz"}}
+    write_json(content | {"dataset": listed}, upper.raw / "dataset.json")
+    test_set = TestSet({"tr_000": []}, upper.raw, False, {}, ".nii.gz", SimpleITKIO)
+    with pytest.raises(UserError, match="^--upper-bound: test case tr_000 is in .*dataset.json: remove it there"):
+        check_disjoint(test_set, Run(upper.name, "2d", "all", "SupervisedTrainer", PLANS))
 
 
 def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):

@@ -125,6 +125,14 @@ def test_regions_are_measured_too(tiny_dataset, tmp_path):
     assert {name: row["weight"] for name, row in result.items()} == {"organ": 1, "tumour": 1}
 
 
+def test_masks_of_labelled_cases_are_measured_while_imagesun_is_empty(tiny_dataset, tmp_path):
+    dataset = tiny_dataset(labeled=1, unlabeled=0)
+    (dataset.raw / "imagesUn").mkdir()
+    (dataset.raw / "imagesUn" / ".DS_Store").touch()
+    result = add_masks(dataset.id, "other", write_masks(dataset, tmp_path / "masks", cases=["tr_000"]))
+    assert result["kidney"]["weight"] == result["tumour"]["weight"] == 1
+
+
 def test_what_does_not_fit_is_one_line_and_masks_of_before_stay(dataset, tmp_path, capsys):
     good = write_masks(dataset, tmp_path / "good")
     add_masks(dataset.id, "other", good)

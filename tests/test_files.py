@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 
 from nnunet_semiseg import files
+from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import (
     BusyError,
@@ -83,6 +85,17 @@ def test_a_read_only_disk_is_named_with_its_path(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path):  # this is no fault of the disk
         Path(tmp_path / "missing").read_bytes()
+
+
+def test_an_image_that_cannot_be_written_says_why(tmp_path):
+    """SimpleITK only says that it cannot."""
+    image, taken = sitk.Image(2, 2, sitk.sitkUInt8), tmp_path / "a.nii.gz"
+    taken.mkdir()
+    with pytest.raises(DiskError, match=r"a\.nii\.gz: cannot be written .Is a directory"):
+        write_image(image, taken)
+    with pytest.raises(RuntimeError, match="no ImageIO|determine ImageIO"):  # this is no fault of the disk
+        write_image(image, tmp_path / "a.unknown")
+    assert os.listdir(tmp_path) == ["a.nii.gz"]
 
 
 def test_each_writer_has_a_name_of_its_own(tmp_path):

@@ -37,7 +37,7 @@ from nnunet_semiseg.data.stamps import renewed, stamp
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.data.unlabeled_preprocessing import preprocess_unlabeled
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.request import Request, find_test_set, make_runs
+from nnunet_semiseg.evaluation.request import Request, find_test_set
 from nnunet_semiseg.schema import read_dataset_json
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -101,11 +101,11 @@ def test_a_corrected_label_reaches_validation_whatever_its_time(dataset, times):
     refused("tr_000.nii.gz: this label or its image is not what was preprocessed: " + PLAN_AGAIN, train, dataset)
     names = {"configuration": "3d_fullres", "trainers": ("MeanTeacherTrainer",), "plans": PLANS, "fold": "0"}
     asked = Request(dataset=dataset.id, **names)
-    refused("tr_000.nii.gz: this label or its image is not", lambda: find_test_set(asked, make_runs(asked)[0][0]))
+    refused("tr_000.nii.gz: this label or its image is not", lambda: find_test_set(asked))
     for part, file in {"imagesTs": "un_000_0000.nii.gz", "labelsTs": "un_000.nii.gz"}.items():  # a test set, too
         (dataset.raw / part).mkdir()
         shutil.copy(dataset.image("un_000"), dataset.raw / part / file)
-    refused("tr_000.nii.gz: this label or its image is not", lambda: find_test_set(asked, make_runs(asked)[0][0]))
+    refused("tr_000.nii.gz: this label or its image is not", lambda: find_test_set(asked))
     refused("tr_000.nii.gz: this label or its image is not", open_cases, dataset.name, PLANS, "3d_fullres")
     refused("tr_000.nii.gz: this label, its image or the plans changed after prepro", preprocess, dataset)
     dataset.plan()
@@ -681,9 +681,9 @@ def killed(*_, **__):
 def test_workers_of_nnunets_that_are_killed(tiny_dataset, monkeypatch):
     dataset = tiny_dataset(labeled=2, unlabeled=1)
     monkeypatch.setattr("nnunet_semiseg.planning.steps.preprocess_dataset", killed)
-    refused(f"{PLANS}_3d_fullres: a preprocessing worker was killed, .* -np", dataset.plan)
+    refused(f"{PLANS}_3d_fullres: a worker was killed, .* -np", dataset.plan)
     monkeypatch.setattr("nnunet_semiseg.planning.steps.extract_fingerprint_dataset", killed)
-    refused("Dataset901_Tiny: a preprocessing worker was killed, .* -npfp$", dataset.plan)
+    refused("Dataset901_Tiny: a worker was killed, .* -npfp$", dataset.plan)
 
 
 @pytest.mark.parametrize("processes", [0, 3])

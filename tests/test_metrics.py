@@ -1,10 +1,13 @@
 """Metrics worked out by hand on cubes, with anisotropic spacing."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.metrics import METRICS, evaluate_folder, segmentation_metrics
@@ -136,6 +139,18 @@ def test_folder(tmp_path):
         ("a", "cube", pytest.approx(0.75), pytest.approx(3)),
         ("b", "cube", 1, 0),
     ]
+
+
+class Deadly(SimpleITKIO):
+    def read_seg(self, seg_fname):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    for part in ("predictions", "references"):
+        write(tmp_path / part, "a.nii.gz", cube((4, 4, 4)))
+    with pytest.raises(UserError, match=r"^\S*/predictions: a worker was killed, probably because memory .* -np;.*$"):
+        evaluate_folder(tmp_path / "predictions", tmp_path / "references", {"cube": 1}, reader=Deadly, num_processes=1)
 
 
 def test_folder_refuses_what_does_not_fit(tmp_path):

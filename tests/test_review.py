@@ -199,6 +199,18 @@ def test_the_mask_is_that_of_nnunet(kind, number, trained):
     assert np.count_nonzero(found.mask != expected) <= (2 if number > 1 else 0)  # of 13824; two classes may be equal
 
 
+def test_an_image_that_cannot_be_read_is_one_line(trained, capsys):
+    dataset, _, _ = trained(SupervisedTrainer)
+    image = dataset.image("un_000")
+    content = image.read_bytes()
+    for damaged in (content[: len(content) // 2], b"no image"):  # of the first SimpleITK reads zeros without an error
+        image.write_bytes(damaged)
+        assert cli.main(words(dataset)) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {image}: cannot be read (") and len(error.splitlines()) == 1
+        assert error.endswith("replace the image or take its case out of imagesUn\n")
+
+
 def words(dataset, *more: str) -> list[str]:
     model = ["-d", "901", "-c", "3d_fullres", "-f", "all", "-p", PLANS]
     return ["review", *model, "-device", "cpu", "--disable_tta", "--no_pbar", *more]

@@ -65,6 +65,7 @@ def test_one_case_has_no_interval():
 
 def test_few_cases_are_said_to_be_few():
     assert caution(10) == [] and "Only 4 cases: p cannot be below 0.12" in caution(4)[0]
+    assert caution(1) == ["Only 1 case: p is 1, whatever the difference, and there are no intervals."]
 
 
 @pytest.mark.parametrize(

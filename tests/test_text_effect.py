@@ -1,11 +1,10 @@
 """What text changes: planted answers, and a trained model for real."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from test_compare import request
 from training import PLANS
 
@@ -14,6 +13,7 @@ from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation import text_effect
 from nnunet_semiseg.evaluation.jobs import Job
 from nnunet_semiseg.evaluation.metrics import METRICS
+from nnunet_semiseg.evaluation.request import TestSet
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.trainers.text_semiseg import TextSemiSegTrainer
 
@@ -51,7 +51,9 @@ def test_with_one_case_there_is_no_interval(tmp_path, monkeypatch):
     run = Run("Dataset901_Tiny", "2d", "0", "TextSemiSegTrainer", PLANS)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     folders = {variant.name: tmp_path for variant in variants}
-    report = text_effect.make_report(None, run, SimpleNamespace(images={"a": []}), variants, folders, tmp_path)
+    test_set = TestSet({"a": []}, tmp_path, False, {}, ".nii.gz", SimpleITKIO)
+    report = text_effect.make_report(None, run, test_set, variants, folders, tmp_path)
+    assert report.facts["data"] == "Dataset901_Tiny, 1 test case"
     assert report.sections[0].rows[1][3] == "+0.000 (no interval)"
 
 

@@ -321,7 +321,7 @@ def kill_worker(case, *_):
 
 def test_a_killed_worker_is_reported(planned, monkeypatch):
     monkeypatch.setattr(unlabeled_preprocessing, "preprocess_case", kill_worker)
-    with pytest.raises(UserError, match=r"^\S*unlabeled: a preprocessing worker was killed.*-np.*$"):
+    with pytest.raises(UserError, match=r"^\S*unlabeled: a worker was killed.*-np.*$"):
         run(planned, num_processes=1)
     assert nothing_half_made(planned)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nnunet_semiseg.commands.command import Command, check_plans, say_next, trained_run
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.asked import Request
+from nnunet_semiseg.evaluation.asked import EvaluationOptions, Request
 from nnunet_semiseg.options import ModelOptions, PredictionOptions, add_options, from_args
 from nnunet_semiseg.review.options import ReviewOptions
 
@@ -61,6 +61,7 @@ class TextEffect(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         add_options(parser, ModelOptions)
         add_options(parser, PredictionOptions)
+        add_options(parser, EvaluationOptions)
         parser.add_argument(
             "-tr", dest="trainer", default="TextSemiSegTrainer", metavar="TRAINER",
             help="trainer of the model; default: %(default)s",

@@ -58,7 +58,7 @@ def add_masks(
     values = parse_map(assignments, classes)
     labels = labeled_files(raw, dataset_json)
     images = {case: Path(files[0]) for case, files in labels.items()}
-    if (raw / IMAGES_FOLDER).is_dir():
+    if any((raw / IMAGES_FOLDER).glob("[!.]*")):  # labelled cases can be measured without unlabelled ones
         images |= {case: Path(files[0]) for case, files in find_unlabeled_cases(raw, dataset_json).items()}
     files = find_masks(folder, images, raw)
     if not files.keys() & labels.keys():

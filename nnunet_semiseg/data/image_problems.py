@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_semiseg.data.headers import header_problem, is_spacing
+from nnunet_semiseg.errors import UserError
 
 IMAGES_FOLDER = "imagesUn"
 TOLERANCE = 0.01
@@ -226,6 +227,23 @@ def reading_problems(images: list[str], reader: type) -> list[str]:
             detail = printed.getvalue().partition("\n")[0] or one_line_of(e)  # nnU-Net's readers print the reason
             return [f"{', '.join(files)}: cannot be read ({detail}): {take_out(files[0])}"]
     return []
+
+
+def read_images(images: list[str], reader: type) -> tuple[np.ndarray, dict]:
+    """Read the image (C, *S) of a case and its properties, as nnU-Net's reader returns them.
+
+    Raises:
+        UserError: a file is damaged or cannot be read. There is one line for each problem.
+    """
+    problems = [f"{image}: {damage}: {take_out(image)}" for image in images if (damage := nifti_damage(image))]
+    if not problems:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return reader().read_images(images)
+        except Exception:  # the kind depends on the damage
+            if not (problems := reading_problems(images, reader)):
+                raise
+    raise UserError("\n".join(problems))
 
 
 def one_line_of(error: Exception) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from nnunet_semiseg.data.image_problems import nifti_damage
-from nnunet_semiseg.files import disk_error
+from nnunet_semiseg.files import disk_error, disk_errors
 
 LITTLE = 2**20
 """A disk with fewer free bytes than this counts as full."""
@@ -31,14 +31,17 @@ def write_image(image: sitk.Image, file: Path) -> None:
     """Write an image in compressed form.
 
     Raises:
-        DiskError: the disk is full, or a NIfTI file is incomplete. The file is removed.
+        DiskError: the disk is full or read-only, or a NIfTI file is incomplete. The file is removed.
         RuntimeError: SimpleITK cannot write the file for another reason. The file is removed.
     """
     try:
         sitk.WriteImage(image, file, useCompression=True)
     except RuntimeError as error:
-        full = shutil.disk_usage(file.parent).free < LITTLE
-        file.unlink(missing_ok=True)
+        with disk_errors(file):  # SimpleITK does not say what the system refused, so ask the system
+            full = shutil.disk_usage(file.parent).free < LITTLE
+            file.unlink(missing_ok=True)
+            file.touch()
+            file.unlink()
         if not full:
             raise
         raise disk_error(file, os.strerror(errno.ENOSPC)) from error

@@ -20,7 +20,24 @@ def size(text: str) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(ExecutorOptions, PredictionOptions, ModelOptions):
+class EvaluationOptions:
+    """The options that say how predictions are evaluated.
+
+    Attributes:
+        num_processes: the number of processes for the evaluation.
+    """
+
+    num_processes: int = option(
+        "-np",
+        type=at_least(0),
+        metavar="N",
+        default=cores(8),
+        help="number of processes for the evaluation; default: one for each core, at most 8",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(EvaluationOptions, ExecutorOptions, PredictionOptions, ModelOptions):
     """The options of a comparison.
 
     Attributes:
@@ -33,7 +50,6 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         gpus: the GPUs that train and predict at the same time, by their numbers from 0. Empty: the device `device`.
         jobs: how many jobs run at the same time on each GPU, or on the CPU.
         tolerance: the tolerance of the normalised surface distance, in mm.
-        num_processes: the number of processes for the evaluation.
     """
 
     trainers: Sequence[str] = option(
@@ -80,13 +96,6 @@ class Request(ExecutorOptions, PredictionOptions, ModelOptions):
         metavar="MM",
         default=2.0,
         help="tolerance of the metric NSD (normalised surface distance), in mm",
-    )
-    num_processes: int = option(
-        "-np",
-        type=at_least(0),
-        metavar="N",
-        default=cores(8),
-        help="number of processes for the evaluation; default: one for each core, at most 8",
     )
 
     @property

@@ -51,11 +51,11 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     """
     check_numbers(request)
     runs, upper_bound = make_runs(request)
-    test_set = find_test_set(request, runs[0])
+    test_set = find_test_set(request)
     check_sizes(request, runs[0])
     if upper_bound:
         check_disjoint(test_set, upper_bound[0])
-    devices = find_devices(request) if request.executor == "local" else []
+    devices = find_devices(request)
     parameters = parameters_of(request.slurm, request.device)
     everything = [*runs, *upper_bound]
     # with a test set, nnU-Net's validation is not used: it may be incomplete, or of an older checkpoint

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nnunet_semiseg.data.image_problems import one_line_of
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.parallel import killed_workers, run_jobs
 
 Labels = Mapping[str, int | Sequence[int]]
 
@@ -182,7 +182,7 @@ def evaluate_folder(
         A row {"case": ..., "label": ..., METRIC: value, ...} for every case and label, sorted by case.
 
     Raises:
-        UserError: there are no references; see also `evaluate_case`.
+        UserError: there are no references; a process was killed; see also `evaluate_case`.
     """
     references = sorted(Path(references_folder).glob(f"*{file_ending}"))
     if not references:
@@ -192,9 +192,10 @@ def evaluate_folder(
     jobs = [(Path(predictions_folder, r.name), r, labels, reader, tolerance) for r in references]
     rows = []
     done = run_jobs(_evaluate_job, jobs, num_processes)
-    for reference, metrics in tqdm(done, "Evaluation", len(jobs), delay=10, disable=None, leave=False):
-        case = reference.name[: -len(file_ending)]
-        rows += [{"case": case, "label": name, **values} for name, values in metrics.items()]
+    with killed_workers(predictions_folder):
+        for reference, metrics in tqdm(done, "Evaluation", len(jobs), delay=10, disable=None, leave=False):
+            case = reference.name[: -len(file_ending)]
+            rows += [{"case": case, "label": name, **values} for name, values in metrics.items()]
     return sorted(rows, key=lambda row: row["case"])
 
 

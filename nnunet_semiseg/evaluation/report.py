@@ -103,10 +103,9 @@ def write_report(results: Results, output: Path) -> Path:
     logs = {name: TrainedRun(run).curves for run, name in names.items()}
     sections.append(Section("Training", charts={"training": figures.training_curves(logs, PREFIX, "training")}))
     sections += overlay_sections(results, compared, size)
-    test = "validation cases of the fold" if results.test_set.is_validation else "test cases"
     facts = {
         "data": f"{results.runs[0].dataset}, {request.configuration}, fold {request.fold}, plans {request.plans}",
-        "evaluated on": f"{of_case['case'].nunique()} {test}, last checkpoint, "
+        "evaluated on": f"{results.test_set.title}, last checkpoint, "
         + ("with" if request.mirroring or results.test_set.is_validation else "without")
         + " mirroring",
         "classes": ", ".join(main["label"].unique()),

@@ -13,6 +13,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
+from nnunet_semiseg.data.image_problems import IMAGES_FOLDER
 from nnunet_semiseg.data.labeled_cases import labeled_images
 from nnunet_semiseg.data.preprocessed import check_labeled_data
 from nnunet_semiseg.devices import check_device
@@ -44,6 +45,12 @@ class TestSet:
     labels: dict
     file_ending: str
     reader: type
+
+    @property
+    def title(self) -> str:
+        """The number and the kind of the cases, in words."""
+        cases = "case" if len(self.images) == 1 else "cases"
+        return f"{len(self.images)} " + (f"validation {cases} of the fold" if self.is_validation else f"test {cases}")
 
 
 def check_numbers(request: Request) -> None:
@@ -146,7 +153,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     return runs, upper_bound
 
 
-def find_test_set(request: Request, run: Run, is_required: bool = False) -> TestSet:
+def find_test_set(request: Request, is_required: bool = False) -> TestSet:
     """Find the test set. If it has no references, take the validation cases of the fold.
 
     Args:
@@ -209,25 +216,39 @@ def find_test_set(request: Request, run: Run, is_required: bool = False) -> Test
 def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
     """Raises UserError if the upper bound is trained on a case that has the name of a test case."""
     raw = dataset_folder("nnUNet_raw", upper_bound.dataset)
+    dataset_json = read_dataset_json(raw)
+    labeled = labeled_images(raw, dataset_json)
     held_out: Iterable[str] = ()
     if test_set.is_validation:  # its own fold may leave these cases out, too
         preprocessed = dataset_folder("nnUNet_preprocessed", upper_bound.dataset)
-        splits = find_splits(preprocessed, labeled_images(raw, read_dataset_json(raw)))
+        splits = find_splits(preprocessed, labeled)
         held_out = splits[int(upper_bound.fold)]["val"] if int(upper_bound.fold) < len(splits) else ()
     for case in set(test_set.images) - set(held_out):
-        for folder in ("imagesTr", "imagesUn"):
-            if any((raw / folder).glob(f"{case}_0000.*")):
-                raise UserError(
-                    f"--upper-bound: test case {case} is in {raw / folder}: remove it there, and train again"
-                )
+        if case in labeled:
+            place = raw / ("dataset.json" if "dataset" in dataset_json else "imagesTr")
+        elif any((raw / IMAGES_FOLDER).glob(f"{case}_0000.*")):
+            place = raw / IMAGES_FOLDER
+        else:
+            continue
+        raise UserError(f"--upper-bound: test case {case} is in {place}: remove it there, and train again")
 
 
 def find_devices(request: Request) -> list[str]:
     """The value of CUDA_VISIBLE_DEVICES for each process that runs at the same time. '' means: do not change it.
 
+    With `--executor slurm` there are none, because the queue decides.
+
     Raises:
-        UserError: the device or a GPU does not exist; or GPUs are named, but the device is not `cuda`.
+        UserError: the device or a GPU does not exist; GPUs are named, but the device is not `cuda`; or `--gpus` or
+            `--jobs` is given, but the queue decides.
     """
+    if request.executor == "slurm":
+        if given := " ".join(["--gpus"] * bool(request.gpus) + ["--jobs"] * (request.jobs > 1)):
+            raise UserError(
+                f"{given}: not with --executor slurm, because the queue decides which jobs run: leave out {given}, and"
+                " give each job its GPU with --slurm gpus=1"
+            )
+        return []
     if request.gpus and request.device != "cuda":
         raise UserError(f"--gpus {' '.join(map(str, request.gpus))}: needs -device cuda: add it, or leave out --gpus")
     check_device(request.device)

@@ -70,7 +70,9 @@ def caution(n_cases: int) -> list[str]:
     """
     if n_cases >= FEW:
         return []
-    least = min(1.0, 2 / 2**n_cases)
+    if n_cases == 1:
+        return ["Only 1 case: p is 1, whatever the difference, and there are no intervals."]
+    least = 2 / 2**n_cases
     return [
         f"Only {n_cases} cases: p cannot be below {least:.2g}, whatever the difference, and the intervals are too"
         " narrow (with 4 cases they contain the true value in about 80 % instead of 95 %)."

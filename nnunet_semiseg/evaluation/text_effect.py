@@ -58,7 +58,7 @@ def text_effect(request: Request, output: str | Path | None = None) -> Path:
         UserError: the model is not trained, or no text guides it; there is no test set; a prediction failed.
     """
     (run,), _ = make_runs(request)
-    test_set = find_test_set(request, run, is_required=True)
+    test_set = find_test_set(request, is_required=True)
     devices = find_devices(request)
     if not run.is_trained:
         raise UserError(f"not trained: {run.title} (no {run.checkpoint}): train it with nnUNetv2_train")
@@ -169,7 +169,7 @@ def make_report(
         Section("What the text changes", headers=headers, rows=rows),
         Section("Every case", charts={"cases": figures.box_plots(scores, "dice", "Dice", "cases")}),
     ]
-    facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {len(test_set.images)} test cases"}
+    facts = {"model": str(run.model_folder.name), "data": f"{run.dataset}, {test_set.title}"}
     del shares["true"]
     findings = [verdict(shares, differences), *caution(len(test_set.images))]
     return Report(f"What text changes in {run.title}", facts, sections, findings=findings)

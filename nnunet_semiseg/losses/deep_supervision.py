@@ -48,11 +48,11 @@ def soft_pseudo_loss(loss: nn.Module, output, target: Tensor, weight: Tensor | N
     return _over_outputs(of_one, loss, output)
 
 
-def _over_outputs(of_one: Callable[[Tensor], Tensor], loss: nn.Module, output) -> Tensor:
-    """Apply `of_one` to each output, and add the results with the weights of nnU-Net's deep supervision."""
+def _over_outputs(of_one: Callable[..., Tensor], loss: nn.Module, output, *targets) -> Tensor:
+    """Apply `of_one` to each output and its targets, and add the results with nnU-Net's weights of deep supervision."""
     if isinstance(loss, DeepSupervisionWrapper) and isinstance(output, (list, tuple)):
-        return DeepSupervisionWrapper(of_one, loss.weight_factors)(output)
-    return of_one(output)
+        return DeepSupervisionWrapper(of_one, loss.weight_factors)(output, *targets)
+    return of_one(output, *targets)
 
 
 def loss_where(loss: nn.Module, output, target, mask: Tensor, label_manager) -> Tensor:
@@ -73,11 +73,9 @@ def loss_where(loss: nn.Module, output, target, mask: Tensor, label_manager) -> 
         target = target.masked_fill(~known, 0)
         return weighted_loss(finest_of(loss), logits, target, weight / weight.mean().clamp_min(1e-6))
 
-    if not isinstance(output, (list, tuple)):
-        return of_one(output, target)
-    targets = [on_grid(target, x) for x in output] if isinstance(target, Tensor) else target
-    weights = loss.weight_factors if isinstance(loss, DeepSupervisionWrapper) else None
-    return DeepSupervisionWrapper(of_one, weights)(output, targets)
+    if isinstance(output, (list, tuple)) and isinstance(target, Tensor):
+        target = [on_grid(target, logits) for logits in output]
+    return _over_outputs(of_one, loss, output, target)
 
 
 def mixed_loss(
@@ -108,7 +106,4 @@ def mixed_loss(
             finest_of(loss), logits, mixed.masked_fill(~known, 0), torch.where(true, 1.0, of_pseudo) * known
         )
 
-    if not isinstance(output, (list, tuple)):
-        return of_one(output, target)
-    weights = loss.weight_factors if isinstance(loss, DeepSupervisionWrapper) else None
-    return DeepSupervisionWrapper(of_one, weights)(output, target)
+    return _over_outputs(of_one, loss, output, target)

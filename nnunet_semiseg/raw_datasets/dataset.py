@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
@@ -18,7 +17,7 @@ from nnunet_semiseg.archives import ARCHIVES, unpacked
 from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, disk_errors, only_one, read_json, write_json
-from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.parallel import killed_workers, run_jobs
 from nnunet_semiseg.raw_datasets.case import STATE, convert_case, files_of, paths_of
 from nnunet_semiseg.raw_datasets.description import About, Case, Source
 from nnunet_semiseg.raw_datasets.parts import assign
@@ -255,16 +254,10 @@ def _convert(source: Source, folder: Path, target: Path, request: dict, num_proc
     if len(jobs) < len(parts):
         print(f"continuing: {len(parts) - len(jobs)} cases are complete already")
     problems = {}
-    try:
-        with contextlib.closing(run_jobs(convert_case, jobs, num_processes)) as results:
-            for name, problem in tqdm(results, "Cases", len(jobs), disable=not (jobs and show_progress_bar)):
-                if problem:
-                    problems[name] = problem
-    except BrokenProcessPool:
-        raise UserError(
-            f"{target}: a worker was killed, probably because memory ran out: run the same command again, with a"
-            f" smaller -np; finished cases are kept"
-        ) from None
+    with killed_workers(target), contextlib.closing(run_jobs(convert_case, jobs, num_processes)) as results:
+        for name, problem in tqdm(results, "Cases", len(jobs), disable=not (jobs and show_progress_bar)):
+            if problem:
+                problems[name] = problem
     lines = [f"case {name}: {problems[name]}" for name in sorted(problems)]
     if not {name for name, part in parts.items() if part == "labeled"} - set(problems):
         raise UserError(

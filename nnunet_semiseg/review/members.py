@@ -16,6 +16,7 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from torch import Tensor
 
+from nnunet_semiseg.data.image_problems import read_images
 from nnunet_semiseg.deployment.trained_model import load_predictor
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.review.estimates import classes_of
@@ -177,10 +178,14 @@ class Ensemble:
         return {name: probabilities[self.labels[name]] for name in names}
 
     def predict(self, images: list[str]) -> Prediction:
-        """Predict the case in these files with all members. Nothing is written."""
+        """Predict the case in these files with all members. Nothing is written.
+
+        Raises:
+            UserError: a file is damaged or cannot be read; see `read_images`.
+        """
+        image, properties = read_images(images, self.reader)
         preprocessor = self.configuration.preprocessor_class(verbose=False)
         with contextlib.redirect_stdout(io.StringIO()):
-            image, properties = self.reader().read_images(images)
             data, _, properties = preprocessor.run_case_npy(
                 image, None, properties, self.plans_manager, self.configuration, self.dataset_json
             )

@@ -96,7 +96,7 @@ def review(request: Request) -> Path | None:
 
     Raises:
         UserError: there is no such ensemble, or the estimate needs several members; there are no unlabelled cases; a
-            checkpoint or a record is damaged; another process works on this part; the disk is full.
+            checkpoint, a record or an image is damaged; another process works on this part; the disk is full.
     """
     raw, preprocessed = (dataset_folder(f"nnUNet_{p}", request.run.dataset) for p in ("raw", "preprocessed"))
     dataset_json = read_dataset_json(raw)

@@ -222,7 +222,7 @@ class MatchSettings(CertainSettings, TurnSettings):
 
     consistency: Literal["dice_ce", "paper"] = "dice_ce"
     """The loss on unlabelled samples. `dice_ce` is nnU-Net's loss towards pseudo-labels, with deep supervision.
-    `paper` is the loss of the paper."""
+    `paper` has no deep supervision, as in the paper: FixMatch then uses CE alone, UniMatch keeps Dice + CE."""
     match_weight: Weight = 1.0
     """The weight of the loss on unlabelled samples (lambda_u in the paper of FixMatch)."""
 
