@@ -65,16 +65,15 @@ def unpack(archive: Path, folder: Path, max_size: float | None = None) -> None:
                 file.extractall(folder, file.infolist())
         else:
             with tarfile.open(archive) as file:
-                size = 0
                 for member in file:
                     _refuse_outside(member.name, archive)
-                    size += member.size
-                    _refuse_large(size, archive, folder, max_size)
                     if not (member.isfile() or member.isdir()):
                         raise UserError(
                             f"{archive}: {member.name} is a link or a device, which may be an attack: do not use"
                             f" this archive"
                         )
+                # after all members were seen, so that the message can say how large the archive is
+                _refuse_large(sum(member.size for member in file.getmembers()), archive, folder, max_size)
                 # an attribute: the argument is new in Python 3.11.4 (3.10.12); older ones have the checks above only
                 file.extraction_filter = getattr(tarfile, "data_filter", None)
                 file.extractall(folder)
@@ -103,11 +102,11 @@ def _refuse_large(size: int, archive: Path, folder: Path, max_size: float | None
     limit = max(RATIO * packed, HARMLESS) if max_size is None else max_size
     if size > limit:
         raise UserError(
-            f"{archive}: would unpack to {size / 1e9:.1f} GB or more, {size / packed:.0f} times its size: if you trust"
-            f" it, allow that with --max-size {math.ceil(size / 1e9)} (GB)"
+            f"{archive}: would unpack to {size / 1e9:.1f} GB, {size / packed:.0f} times its size: if you trust it,"
+            f" allow that with --max-size {math.ceil(size / 1e9)} (GB)"
         )
     if size > free:
         raise UserError(
-            f"{archive}: unpacks to {size / 1e9:.1f} GB or more, and {folder.parent} has {free / 1e9:.1f} GB free: make"
-            " room there, or unpack it elsewhere and give that folder with -i"
+            f"{archive}: unpacks to {size / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB free: make room"
+            " there, or unpack it elsewhere and give that folder with -i"
         )

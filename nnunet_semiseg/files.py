@@ -291,6 +291,15 @@ def only_one(lock: Path, does: str, wait: float = 0.0) -> Iterator[None]:
         lease.release()
 
 
+def is_held(lock: Path) -> bool:
+    """Whether a process holds this lock, which means that it has given a sign of life within `LEASE` seconds.
+
+    Nothing is written or removed, so that this works on a read-only disk, too.
+    """
+    seen = _sign_of_life(_lease(lock))
+    return seen is not None and time.time() - seen / 1e9 < LEASE
+
+
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Use preprocessed data while no process rewrites it. Any number of processes may use it at the same time.

@@ -16,7 +16,7 @@ from nnunet_semiseg.data.preprocessed import check_labeled_data, number_of, prep
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest, output_of
 from nnunet_semiseg.devices import device_option
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.files import LOCK, BusyError, dataset_folder, only_one, read_json
+from nnunet_semiseg.files import LOCK, dataset_folder, is_held, read_json
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.schema import load_plans, names_of_plans, read_dataset_json
 
@@ -144,18 +144,7 @@ def trainings(results: Path) -> Iterator[Training]:
         begun = re.findall(r"Epoch (\d+)\b", logs[-1].read_text(encoding="utf-8", errors="replace")) if logs else []
         about = folder / "debug.json"
         epochs = int(read_json(about, "remove it").get("num_epochs", 0)) if about.is_file() else 0
-        yield Training(run, _is_held(folder / LOCK), int(begun[-1]) + 1 if begun else 0, epochs)
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a running process holds this lock file."""
-    try:
-        if lock.exists():
-            with only_one(lock, "looks at this model"):
-                pass
-    except BusyError:
-        return True
-    return False
+        yield Training(run, is_held(folder / LOCK), int(begun[-1]) + 1 if begun else 0, epochs)
 
 
 def what_is_next(

@@ -10,10 +10,14 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_semiseg.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_semiseg.runs import Run
 
 COMMAND = "nnUNetv2_train"
 NAMES = {
@@ -119,7 +123,7 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
     from nnunet_semiseg.devices import check_device
     from nnunet_semiseg.files import dataset_folder
     from nnunet_semiseg.planning import planning_command, read_plans
-    from nnunet_semiseg.runs import Run, has_settings
+    from nnunet_semiseg.runs import has_settings
     from nnunet_semiseg.schema import check_configuration, read_dataset_json
     from nnunet_semiseg.training import checkpoint as checkpoints
 
@@ -161,10 +165,19 @@ def check_training(args: Namespace, plans_name: str | None = None) -> None:
         checkpoints.read(args.pretrained_weights, fix, mmap=True, keys=("network_weights",))
     if getattr(args, "continue_from", None):
         _check_continuation(args, plans, plans_name)
-    fold = args.fold if args.fold == "all" else str(int(args.fold))  # nnU-Net reads 00 as 0
-    run = Run(preprocessed.name, args.configuration, fold, args.tr, plans_name or args.p)
+    run = run_of(args, plans_name or args.p)
     if args.val and not run.is_trained:
         raise UserError(f"{run.checkpoint}: no such file: --val needs a finished training: train without --val first")
+
+
+def run_of(args: Namespace, plans_name: str) -> Run:
+    """The training of these arguments, with the plans of this name. Raises UserError if there is no such dataset."""
+    from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.runs import Run
+
+    fold = str(int(args.fold)) if args.fold.isdecimal() else args.fold  # nnU-Net reads 00 as 0
+    dataset = dataset_folder("nnUNet_results", args.dataset_name_or_id).name
+    return Run(dataset, args.configuration, fold, args.tr, plans_name)
 
 
 SHORTER = 4
@@ -220,12 +233,19 @@ def fewer_epochs(model: Path) -> int:
 
 def how_to_continue(args: Namespace) -> str:
     """What to type after a training was interrupted, in words."""
-    if args.val:
+    if args.val or (args.copy and not _has_checkpoint(args)):
         return "run the same command again"
     if args.copy:  # the copy of the plans exists already, and --c does not go together with --continue_from
         too = " and --continue_from" if args.continue_from else ""
         return f"continue with the same command, but with -p {args.copy} --c in place of --as{too}"
     return "continue with the same command and --c"
+
+
+def _has_checkpoint(args: Namespace) -> bool:
+    """Whether the training with `--as` has saved a checkpoint."""
+    with suppress(UserError):  # interrupted before the arguments were checked
+        return run_of(args, args.copy).is_begun
+    return False
 
 
 def _check_continuation(args: Namespace, plans: dict, plans_name: str | None) -> None:

@@ -130,6 +130,15 @@ def test_crop_is_the_box_grown_with_the_margin_outside():
         Crop((5, 7, 3), (1, 1, 1), "me")(sitk.GetImageFromArray(0 * label))
 
 
+def test_a_crop_needs_a_label(tmp_path):
+    """No converter has such a case yet: with one, an unlabelled case without a label file cannot be cropped."""
+    save(cuboid(0)[0], tmp_path / "a.nii.gz")
+    about, crop = replace(own.ABOUT, channels=("CT",)), Crop((5, 7, 3), (1, 1, 1), "me")
+    case = Case("a", (tmp_path / "a.nii.gz",), None)
+    found = raw_datasets.case.convert_case(case, "Un", about, crop, tmp_path, tmp_path / "new")
+    assert found == ("a", "has no label, so there is nothing to crop around: add it, or use --crop none")
+
+
 def test_a_missing_case_is_not_replaced_by_the_next_of_the_list():
     ten = source(10, 10, labeled=4)
     fewer = replace(ten, cases={name: case for name, case in ten.cases.items() if name != "c1"})

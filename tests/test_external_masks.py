@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from test_cli import write_plans
 
 from nnunet_semiseg import cli
 from nnunet_semiseg.data.external_masks import add_masks, dice, map_values, parse_map, table
@@ -106,6 +107,22 @@ def test_masks_are_written_in_our_values_and_measured(dataset, tmp_path, capsys)
     label = sitk.ReadImage(str(dataset.raw / "labelsTr" / "tr_000.nii.gz"))
     assert np.unique(sitk.GetArrayFromImage(mask)).tolist() == [0, 1, 2] and mask.GetSpacing() == label.GetSpacing()
     assert sorted(f.name for f in (dataset.raw / "external").iterdir()) == ["other"]
+
+
+@pytest.mark.parametrize(
+    "plans, following",
+    [
+        ([], "plan_and_preprocess -d 901"),
+        (["nnUNetSemiSegPlans"], "preprocess_unlabeled -d 901 -plans_name nnUNetSemiSegPlans"),
+        (["a", "nnUNetPlans"], "preprocess_unlabeled -d 901 -plans_name nnUNetPlans"),
+    ],
+)
+def test_the_next_command_names_plans_that_exist(plans, following, dataset, tmp_path, capsys):
+    for name in plans:
+        write_plans(dataset, name)
+    folder = write_masks(dataset, tmp_path / "masks")
+    assert cli.main(["add_masks", "-d", "901", "--name", "other", "-i", str(folder), "-np", "0"]) == 0
+    assert capsys.readouterr().out.endswith(f"\nnext: nnunet_semiseg {following}\n")
 
 
 def test_the_record_changes_with_each_mask(dataset, tmp_path):

@@ -1,6 +1,8 @@
 """Files from others: headers that reach out or lie, archives that grow, checkpoints that run code, names in reports."""
 
+import os
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,12 +176,26 @@ def grows(tmp_path, monkeypatch) -> Path:
 
 
 def test_an_archive_that_grows_is_refused_or_allowed(grows, raw):
-    with pytest.raises(UserError, match=r"bomb.zip: would unpack to 0.0 GB .*, \d{3} times .* --max-size 1 "):
+    with pytest.raises(UserError, match=r"bomb.zip: would unpack to 0.0 GB, \d{3} times .* --max-size 1 "):
         convert(grows, 801, **OPTIONS)
     assert list(raw.parent.iterdir()) == []
     with pytest.raises(UserError, match="bomb.zip: would unpack to"):
         convert(grows, 801, **OPTIONS, max_size=0.0014)
     assert convert(grows, 801, **OPTIONS, max_size=0.0015) == raw
+
+
+def test_the_size_that_a_tar_needs_is_named(tmp_path):
+    """Not the size at which the limit is passed: then the next attempt would fail again."""
+    archive = tmp_path / "d.tar"
+    with open(archive, "wb") as file:
+        for name in "abc":
+            info = tarfile.TarInfo(name)
+            info.size = 1_000_000_000  # a multiple of 512; a hole in the file
+            file.write(info.tobuf())
+            file.seek(info.size, os.SEEK_CUR)
+        file.truncate()
+    with pytest.raises(UserError, match="d.tar: would unpack to 3.0 GB, .* --max-size 3 "):
+        archives.unpack(archive, tmp_path, 1_500_000_000)
 
 
 def test_an_archive_that_is_larger_than_the_disk(grows, raw, monkeypatch):

@@ -762,6 +762,11 @@ def test_structure_sets(tmp_path, raw, capsys):
     expected[2, 2, 2] = 0
     assert np.array_equal(voxels(raw / "labelsTr" / "P1.nii.gz"), expected)
     assert "Couch of rt.dcm is left out, because --labels does not name it" in capsys.readouterr().out
+    whole = (tmp_path / "d" / "P1" / "rt.dcm").read_bytes()
+    (tmp_path / "d" / "P1" / "rt.dcm").write_bytes(whole[: whole.index(b"\x06\x30\x20\x00")])  # before its classes
+    for labels in (None, ["heart"]):
+        with pytest.raises(ValueError, match="rt.dcm: has no class, perhaps .* cut off: save or download it again"):
+            convert(tmp_path / "d", labels=labels, overwrite=True)
     (tmp_path / "d" / "P1" / "rt.dcm").write_bytes(b"1.2.840.10008.5.1.4.1.1.481.3")
     with pytest.raises(ValueError, match="rt.dcm: cannot be read .*: save it again"):
         convert(tmp_path / "d", labels=None)

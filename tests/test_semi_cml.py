@@ -447,6 +447,13 @@ def test_single_channels_have_two_views(ready):
     assert isinstance(started(dataset, modality_views="contrast").network.modalities.contrasts[0], ContrastCurve)
 
 
+def test_an_old_data_set_names_its_channels_as_modality(ready):
+    dataset = ready(channels=3)
+    file = dataset.preprocessed / "dataset.json"
+    file.write_text(file.read_text().replace("channel_names", "modality"))
+    make_trainer(SemiCMLTrainer, dataset)
+
+
 def test_channel_groups(ready):
     dataset = ready(channels=3)
     x = torch.randn(1, 3, 16, 16, 16)

@@ -50,6 +50,11 @@ def test_from_plans_to_a_review(ready, monkeypatch):
     lines = status(dataset.name)
     assert f"  MeanTeacherTrainer, {where}, fold 0: interrupted, epoch 3 of 8" in lines
     assert lines[-1] == f"next: nnunet_semiseg train 901 3d_fullres 0 -tr MeanTeacherTrainer -p {PLANS} -device cpu --c"
+    left = stopped / "training.lock"  # by a process that was killed; the disk may be read-only
+    left.touch()
+    os.utime(left, (0, 0))
+    assert status(dataset.name) == lines and left.exists()
+    left.unlink()
     with only_one(stopped / "training.lock", "trains this model"):
         lines = status(901)
     assert f"  MeanTeacherTrainer, {where}, fold 0: running, epoch 3 of 8" in lines

@@ -6,10 +6,12 @@ import signal
 import sys
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import set_folders
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from training import PLANS, make_trainer, save_untrained, write_settings
@@ -153,18 +155,24 @@ def test_several_processes_that_are_told_to_end_leave_no_traceback(number, statu
 
 
 @pytest.mark.parametrize(
-    "given, then",
+    "given, saved, then",
     [
-        ("", "continue with the same command and --c"),
-        (" --val", "run the same command again"),
-        (" --as x", "continue with the same command, but with -p x --c in place of --as"),
+        ("", True, "continue with the same command and --c"),
+        (" --val", True, "run the same command again"),
+        (" --as x", True, "continue with the same command, but with -p x --c in place of --as"),
+        (" --as x", False, "run the same command again"),
         (
-            " --as x --continue_from MODEL",
+            " --as x --continue_from MODEL", True,
             "continue with the same command, but with -p x --c in place of --as and --continue_from",
         ),
     ],
-)
-def test_how_an_interrupted_training_continues(given, then, monkeypatch, capsys):
+)  # fmt: skip
+def test_how_an_interrupted_training_continues(given, saved, then, tmp_path, monkeypatch, capsys):
+    *_, results = set_folders(tmp_path, monkeypatch)
+    if saved:
+        folder = results / "Dataset901_Tiny" / "nnUNetTrainer__x__3d_fullres" / "fold_0"
+        folder.mkdir(parents=True)
+        (folder / "checkpoint_latest.pth").touch()
     monkeypatch.setattr("nnunet_semiseg.discovery.find_trainer", Mock(side_effect=KeyboardInterrupt))
     assert cli.main(f"train 901 3d_fullres 0{given}".split()) == 130
     assert capsys.readouterr().err == f"interrupted: {then}\n"
@@ -342,6 +350,37 @@ def test_a_training_continues_from_a_model_with_a_schedule_of_its_own(given, epo
     assert weights.keys() == trained.network.state_dict().keys()  # the last layers, too
     assert all(torch.equal(w, weights[name]) for name, w in trained.network.state_dict().items())
     assert new.current_epoch == 0 and new.lr_scheduler.ctr == 1  # a step of its own at the start
+
+
+@pytest.mark.parametrize("after", ["the plans", "the settings", "a checkpoint"])
+def test_a_training_that_continues_from_a_model_can_be_interrupted(after, dataset, monkeypatch, capsys):
+    """Before its first checkpoint, `--c` would begin without the weights of the model: the same command runs again."""
+    run, _ = save_untrained(MeanTeacherTrainer, dataset)
+    begun = []
+
+    def entry():
+        trainer = make_trainer(MeanTeacherTrainer, dataset, plans="again")
+        trainer.initialize()
+        begun.append(os.environ["nnUNet_semiseg_continue_from"])
+        if after != "the plans":
+            trainer.on_train_start()
+        if after == "a checkpoint":
+            trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", entry)
+    monkeypatch.setattr(sys, "argv", ["nnunet_semiseg"])
+    words = f"train 901 3d_fullres all -p {PLANS} -tr MeanTeacherTrainer -device cpu --as again"
+    words = f"{words} --continue_from {run.model_folder} --set num_epochs=7".split()
+    assert cli.main(words) == 130
+    plans = dataset.preprocessed / "again.json"
+    before = plans.read_text() if plans.exists() else None
+    saved = after == "a checkpoint"
+    assert ("-p again --c" if saved else "interrupted: run the same command again") in capsys.readouterr().err
+    assert cli.main(words) == (1 if saved else 130)
+    assert len(begun) == (1 if saved else 2)
+    assert (plans.read_text() if plans.exists() else None) == before
+    assert (before is None) == (after == "the plans")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor, autocast, nn
 from torch.nn import functional as F
 
 from nnunet_semiseg.data.empty_channels import keep_empty
+from nnunet_semiseg.data.labeled_cases import channel_names
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds
 from nnunet_semiseg.losses.area_similarity import area_similarity_contrast, dissimilarity, similarities
@@ -184,7 +185,7 @@ class SemiCMLTrainer(SemiSupervisedTrainer[SemiCMLSettings]):
         plans = super().prepare(plans, configuration, fold, dataset_json)
         manager = PlansManager(plans)
         check_modalities(
-            self.settings, len(dataset_json["channel_names"]), manager, manager.get_configuration(configuration)
+            self.settings, len(channel_names(dataset_json)), manager, manager.get_configuration(configuration)
         )
         return with_found(plans, has_regions=manager.get_label_manager(dataset_json).has_regions)
 

@@ -234,12 +234,19 @@ class AddMasks(Command):
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.data import external_masks, prepared_masks
+        from nnunet_semiseg.files import dataset_folder
+        from nnunet_semiseg.schema import names_of_plans
 
         result = external_masks.add_masks(args.d, args.name, args.i, args.map, args.np)
         print(external_masks.table(result))
         print(f"Dice below {prepared_masks.LEAST_DICE} gives the weight 0.")
         print(f"then train with --set external_masks={args.name}")
-        say_next(f"nnunet_semiseg preprocess_unlabeled -d {args.d}")
+        there = names_of_plans(dataset_folder("nnUNet_preprocessed", args.d))
+        if there:
+            plans = PLANS if PLANS in there else there[0]
+            say_next(f"nnunet_semiseg preprocess_unlabeled -d {args.d} -plans_name {plans}")
+        else:
+            say_next(f"nnunet_semiseg plan_and_preprocess -d {args.d}")
 
 
 COMMANDS = (Convert(), PlanAndPreprocess(), PreprocessUnlabeled(), AddMasks())

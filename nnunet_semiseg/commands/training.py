@@ -45,11 +45,11 @@ class Train(Command):
         from nnunet_semiseg.discovery import find_trainer
         from nnunet_semiseg.files import dataset_folder
         from nnunet_semiseg.planning import check_plans_name, copy_plans
-        from nnunet_semiseg.runs import Run, using_data
+        from nnunet_semiseg.runs import using_data
         from nnunet_semiseg.schema import check_name
         from nnunet_semiseg.settings.plans import given_settings, parse_assignments, refuse_foreign, update_settings
         from nnunet_semiseg.training import distributed
-        from nnunet_semiseg.training_command import check_training, continued, words
+        from nnunet_semiseg.training_command import check_training, continued, run_of, words
 
         changes = parse_assignments(args.set)
         trainer = find_trainer(args.tr)
@@ -63,11 +63,12 @@ class Train(Command):
         args.num_gpus = None  # torchrun has started all processes
         distributed.join(args.device or "cuda")
         preprocessed = dataset_folder("nnUNet_preprocessed", args.dataset_name_or_id)
-        results = dataset_folder("nnUNet_results", args.dataset_name_or_id)
+        run = run_of(args, args.copy or args.p)
         plans_file = preprocessed / f"{args.p}.json"
         if args.copy:
             if distributed.is_first():
-                copy_plans(plans_file, args.copy)
+                # interrupted before its first checkpoint, it has nothing to continue with --c
+                copy_plans(plans_file, args.copy, keep=run.settings_file.exists() and not run.is_begun)
             distributed.wait()
             plans_file, args.p = plans_file.with_name(f"{args.copy}.json"), args.copy
         check_plans_name(plans_file)
@@ -85,12 +86,8 @@ class Train(Command):
                 if not args.continue_from:
                     then = f"compare {where} --trainers SupervisedTrainer {args.tr} --run"
                 say_next(f"nnunet_semiseg {then}{device_option(args.device)}")
-        except UserError:
-            if (
-                args.copy
-                and distributed.is_first()
-                and not Run(results.name, args.configuration, args.fold, args.tr, args.p).settings_file.exists()
-            ):
+        except (UserError, KeyboardInterrupt):
+            if args.copy and distributed.is_first() and not (run.settings_file.exists() or run.is_begun):
                 plans_file.unlink()
             raise
 

@@ -82,7 +82,8 @@ class Request(EvaluationOptions, ExecutorOptions, PredictionOptions, ModelOption
         "--gpus",
         metavar="N",
         default=(),
-        help="GPUs that work at the same time, such as 0 1 for the first two; default: one GPU",
+        help="GPUs that work at the same time, such as 0 1 for the first two; default: one GPU, or the CPU with"
+        " -device cpu",
     )
     jobs: int = option(
         "--jobs",

@@ -57,15 +57,20 @@ def check_plans_name(plans_file: Path) -> None:
         )
 
 
-def copy_plans(plans_file: Path, name: str) -> Path:
+def copy_plans(plans_file: Path, name: str, keep: bool = False) -> Path:
     """Copy plans under another name, for the same preprocessed data.
 
+    Args:
+        keep: whether plans with the new name that exist already are kept as they are.
+
     Raises:
-        UserError: there are no such plans, or plans with the new name exist already.
+        UserError: there are no such plans; or plans with the new name exist already, and `keep` is False.
     """
     plans = read_plans(plans_file.parent, plans_file.stem)
     copy = plans_file.with_name(f"{name}.json")
     with locked(copy):
+        if copy.exists() and keep:
+            return copy
         if copy.exists():
             raise UserError(f"{copy}: these plans exist already: continue with -p {name}, or choose another name")
         write_json({**plans, "plans_name": name}, copy)

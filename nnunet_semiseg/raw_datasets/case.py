@@ -98,6 +98,8 @@ def _write_case(
     label = None
     if case.label is None and subset == "Tr":
         raise UserError("is for validation, but has no label: add it, or take the case out of the list")
+    if case.label is None and crop:
+        raise UserError("has no label, so there is nothing to crop around: add it, or use --crop none")
     if case.label is not None and (subset != "Un" or crop):
         given, link = load(case.label, notes, about.repair, root)
         label = one_channel(given, _name(case.label))

@@ -19,12 +19,18 @@ from nnunet_semiseg.raw_datasets.names import some
 INSTALL = "pip install 'nnunet-semiseg[dicom]'"
 
 
-def classes_in(path: Path) -> list[str]:
-    """The names of the segments, or of the regions of interest, in a file.
+def classes_in(*paths: Path) -> list[str]:
+    """The names of the segments, or of the regions of interest, in these files.
 
     Raises:
-        UserError: the file cannot be read, or the packages that read it are not installed.
+        UserError: no file has a class; a file cannot be read; or the packages that read it are not installed.
     """
+    if names := [name for path in paths for name in _classes_in_one(path)]:
+        return names
+    raise UserError(f"{paths[0]}: has no class, perhaps because it is cut off: save or download it again")
+
+
+def _classes_in_one(path: Path) -> list[str]:
     try:
         import pydicom
     except ImportError:
@@ -124,7 +130,7 @@ def _outlined(data, name: str, image: sitk.Image, file: Path, grid: Path) -> np.
 
 
 def _compare(files: Sequence[Path], names: Sequence[str]) -> list[str]:
-    there = [name for file in files for name in classes_in(file)]
+    there = classes_in(*files)
     missing = [name for name in names if not any(_same(name, other) for other in there)]
     unused = [other for other in there if not any(_same(name, other) for name in names)]
     where = " and ".join(file.name for file in files)
