@@ -45,16 +45,17 @@ def a_batch():
     return batch_of(of_probability(0.25), weak=of_probability(0.9), strong=of_probability(0.6))
 
 
-@pytest.mark.parametrize("paste_share", [0.0, 1.0])
-def test_both_mixes_by_hand(paste_share):
+@pytest.mark.parametrize(("paste_share", "labeled"), [(0.0, 1 + (2 / 3) ** 3), (1.0, 1)])
+def test_both_mixes_by_hand(paste_share, labeled):
     """Labelled voxels are right with 0.75; unlabelled ones say class 1 with 0.6, as the teacher does, and count half.
 
-    In the two mixes together, every voxel of the patch is labelled once and unlabelled once. So it is without a box.
+    If boxes are pasted into labelled patches, the two mixes together have every voxel of the patch once labelled and
+    once unlabelled. If not, the second mix still has labelled voxels in its box.
     """
     for progress in (0.1, 1.0):
         terms = terms_of(recipe(progress, paste_share=paste_share), a_batch())
         assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-            {"mixed": -math.log(0.75) - 0.5 * math.log(0.6)}, rel=1e-4
+            {"mixed": -labeled * math.log(0.75) - (2 - labeled) * 0.5 * math.log(0.6)}, rel=1e-4
         )
 
 
@@ -65,9 +66,9 @@ def test_voxels_of_which_the_teacher_is_not_sure_do_not_count():
         assert term == pytest.approx(-math.log(0.75) + of_pseudo, rel=1e-4)
 
 
-def test_boxes_are_pasted_in_a_share_of_the_steps():
+def test_boxes_are_pasted_into_labelled_patches_in_a_share_of_the_steps():
     """The network sees whole patches, or mixes: of labelled patches with 0.25 and unlabelled ones with 0.6."""
-    for paste_share, seen in ((0.0, [{0.25}, {0.6}]), (1.0, [{0.25, 0.6}, {0.25, 0.6}])):
+    for paste_share, seen in ((0.0, [{0.25}, {0.25, 0.6}]), (1.0, [{0.25, 0.6}, {0.25, 0.6}])):
         trainer, images = recipe(1.0, paste_share=paste_share), []
         trainer.network = lambda x, images=images: (images.append(x), x)[1]
         terms_of(trainer, a_batch())
@@ -241,7 +242,8 @@ def test_the_search_finds_what_the_teacher_takes_for_foreground(tiny_dataset):
         f"({name})" in line
         for line, name in zip(
             lines[3:],
-            ("strong_probability", "contrast_probability", "turns", "box", "unlabeled_foreground", "leave_out"),
+            ("strong_probability", "contrast_probability", "turns", "paste_share", "box")
+            + ("unlabeled_foreground", "leave_out"),
             strict=True,
         )
     )

@@ -68,7 +68,8 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
     paste_share: Share = 1.0
-    """The share of the steps in which boxes are pasted. In the other steps every patch stays as it is."""
+    """The share of the steps in which boxes are pasted into labelled patches. In the other steps these stay whole.
+    Unlabelled patches always get a box."""
     unlabeled_foreground: Share | None = None
     """The share of unlabelled patches that are taken where the teacher finds foreground. With 0 all are taken at random
     places. By default it is one third if fewer than two thirds of random patches of labelled cases have foreground,
@@ -96,8 +97,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
     - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
-      patches. The box goes through all slices if nnU-Net augments in 2d. With `paste_share` below 1, nothing is pasted
-      in some of the steps.
+      patches. The box goes through all slices if nnU-Net augments in 2d. With `paste_share` below 1, labelled patches
+      stay whole in some of the steps.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
@@ -146,8 +147,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             f"strong views: {strong_view(settings)} (strong_probability)",
             f"labelled patches: nnU-Net's transforms{contrast} (contrast_probability)",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
-            f"pasted in {settings.paste_share:.0%} of the steps (paste_share): boxes of {settings.box:.0%} of the"
-            f" patch's sides, {shape} (box)",
+            f"boxes are pasted into labelled patches in {settings.paste_share:.0%} of the steps (paste_share)",
+            f"boxes have {settings.box:.0%} of the patch's sides, {shape} (box)",
             f"unlabelled patches: {drawn}, as {why} (unlabeled_foreground)",
             f"at most {settings.leave_out:.0%} of unlabelled cases left out; teacher predicts {predicted} (leave_out)",
         ]
@@ -220,11 +221,11 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         x_l, target = batch.images, batch.target
-        side = self.settings.box if torch.rand(()) < self.settings.paste_share else 0.0  # on the CPU
-        box = draw_box(x_l, side, whole_first_axis=self.augments_in_2d)
+        box = draw_box(x_l, self.settings.box, whole_first_axis=self.augments_in_2d)
+        into_labeled = box & bool(torch.rand(()) < self.settings.paste_share)  # random number of the CPU: no waiting
         if self.uses_labels_only:
-            mixed = tree_map(lambda t: cut_mix(t, box), target)
-            output = self.network(cut_mix(x_l, box))
+            mixed = tree_map(lambda t: cut_mix(t, into_labeled), target)
+            output = self.network(cut_mix(x_l, into_labeled))
             self.warm_up.add(self.finest(output), self.finest(mixed))
             yield {"mixed": self.loss(output, mixed)}
             return
@@ -238,8 +239,8 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         del logits
         label, other_label = pairs(label, len(x_l))
         counts, other_counts = (1.0, 1.0) if counts is None else pairs(counts, len(x_l))
-        outputs = self.each(self.network, paste(box, x_u, x_l), paste(box, x_l, other))
-        for is_labeled, pseudo_label, counted in ((~box, label, counts), (box, other_label, other_counts)):
+        outputs = self.each(self.network, paste(into_labeled, x_u, x_l), paste(box, x_l, other))
+        for is_labeled, pseudo_label, counted in ((~into_labeled, label, counts), (box, other_label, other_counts)):
             weight = self.settings.pseudo_weight * counted
             yield {
                 "mixed": mixed_loss(
