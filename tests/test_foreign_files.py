@@ -14,7 +14,7 @@ import SimpleITK as sitk
 import torch
 from conftest import write_image
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from test_conversion import OPTIONS, convert, save
+from test_raw_datasets import OPTIONS, convert, save
 from training import make_trainer
 
 from nnunet_semiseg import archives

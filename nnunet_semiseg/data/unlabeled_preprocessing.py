@@ -1,6 +1,6 @@
 """Preprocess unlabelled cases as nnU-Net preprocesses labelled ones, into a folder beside these.
 
-Workers preprocess one case each (see `unlabeled_case`). The manifest is written when all cases are done (see
+Workers preprocess one case each (see `unlabeled_worker`). The manifest is written when all cases are done (see
 `unlabeled_manifest`). No label of an unlabelled case is ever opened.
 """
 
@@ -18,9 +18,9 @@ from nnunet_semiseg.data.plans_hash import plans_hash
 from nnunet_semiseg.data.prepared_masks import prepare_masks
 from nnunet_semiseg.data.preprocessed import SUFFIXES, look_at_labeled, number_of
 from nnunet_semiseg.data.texts import TEXTS_FILE
-from nnunet_semiseg.data.unlabeled_case import Task, entry_of_whole, preprocess_case
 from nnunet_semiseg.data.unlabeled_cases import READERS, find_unlabeled_cases
 from nnunet_semiseg.data.unlabeled_manifest import ENDING, output_of, recorded_cases
+from nnunet_semiseg.data.unlabeled_worker import Task, entry_of_whole, preprocess_case
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, rewriting, write_json
 from nnunet_semiseg.parallel import DELAY, killed_workers, run_jobs
