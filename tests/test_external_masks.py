@@ -1,6 +1,8 @@
 """`add_masks`: another model's masks, brought to our values, checked, and measured on labelled cases."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import SimpleITK as sitk
 from test_cli import write_plans
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.data import external_masks
 from nnunet_semiseg.data.external_masks import add_masks, dice, map_values, parse_map, table
 from nnunet_semiseg.data.prepared_masks import weigh
 from nnunet_semiseg.errors import UserError
@@ -81,6 +84,18 @@ def test_a_map_that_cannot_be_is_one_line(words, message):
     with pytest.raises(UserError, match=message) as error:
         parse_map(words, CLASSES)
     assert "\n" not in str(error.value)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(dataset, tmp_path, monkeypatch):
+    folder = write_masks(dataset, tmp_path / "masks")
+    monkeypatch.setattr(external_masks, "_add_case", die)
+    with pytest.raises(UserError, match=f"^{folder}: a worker was killed, .* with a smaller -np$"):
+        add_masks(dataset.id, "other", folder, num_processes=1)
+    assert not list((dataset.raw / "external").iterdir())
 
 
 def test_masks_are_written_in_our_values_and_measured(dataset, tmp_path, capsys):

@@ -20,7 +20,7 @@ from nnunet_semiseg.data.unlabeled_cases import find_unlabeled_cases
 from nnunet_semiseg.data.written_images import write_image
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import dataset_folder, disk_errors, only_one, write_json
-from nnunet_semiseg.parallel import run_jobs
+from nnunet_semiseg.parallel import killed_workers, run_jobs
 from nnunet_semiseg.schema import check_name, read_dataset_json
 
 ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".png", ".tif", ".tiff", ".bmp")
@@ -47,7 +47,8 @@ def add_masks(
 
     Raises:
         UserError: a name or a value is wrong; a file belongs to no case; no labelled case has a mask; a mask or a label
-            cannot be read or has another grid than its image. There is one line for each bad mask or label.
+            cannot be read or has another grid than its image (one line for each bad mask or label); a worker was
+            killed.
         BusyError: another process adds masks to this dataset.
         DiskError: the disk is full or read-only.
     """
@@ -75,7 +76,7 @@ def add_masks(
         target = unfinished / ("imagesTr" if label else IMAGES_FOLDER) / f"{case}{ending}"
         known = sorted(label_values(dataset_json) - {ignore})
         jobs.append((case, file, images[case], label, target, values, known, classes, ignore))
-    with disk_errors(raw), only_one(raw / f"{EXTERNAL}.lock", "adds masks"):
+    with disk_errors(raw), only_one(raw / f"{EXTERNAL}.lock", "adds masks"), killed_workers(folder):
         try:
             for part in ("imagesTr", IMAGES_FOLDER):
                 (unfinished / part).mkdir(parents=True)
