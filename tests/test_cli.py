@@ -248,7 +248,7 @@ def test_train_writes_settings_and_runs_nnunets_training(tiny_dataset, monkeypat
     assert cli.main([*command.split(), "--set", "num_epochs=much"]) == 1
     assert "->" not in capsys.readouterr().out  # nothing is announced that is then refused
     (line,) = error_lines(capsys, *command.split(), "--set", "num_epochs=3", "ema_decay=0.9")
-    assert line.startswith("error: --set ema_decay: SupervisedTrainer has no such setting: it has bfloat16_on_cpu, num")
+    assert line.startswith("error: --set ema_decay: SupervisedTrainer has no such setting: it has bfloat16_on_cpu, co")
     (line,) = error_lines(capsys, *command.replace("SupervisedTrainer", "nnUNetTrainer").split(), "--set", "seed=3")
     assert line.endswith("nnU-Net's own trainers have none: use SupervisedTrainer")
     assert plans_file.read_text() == before

@@ -108,7 +108,7 @@ def commands_page() -> str:
     """Make the page of all commands, with their options and examples."""
     parser = cli.make_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, _SubParsersAction))
-    parts = ["`nnunet_semiseg COMMAND -h` shows the same in the terminal."]
+    parts = ["`nnunet_semiseg COMMAND -h` shows the same in the terminal. Long names may have one dash or two."]
     for group, members in cli.GROUPS.items():
         parts.append(f"## {group.capitalize()}")
         for command in members:

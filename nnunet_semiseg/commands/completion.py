@@ -55,8 +55,9 @@ class CompletingParser(ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # pyright: ignore
         """Parse as argparse does. An unknown option is an error of this parser, not of the parser that contains it."""
         options = [option for action in self._actions for option in action.option_strings]
+        args = [_as_in_help(word, options) for word in (sys.argv[1:] if args is None else args)]
         if all(action.nargs != PARSER for action in self._actions):  # argparse would read -device as -d evice
-            for word in (word.partition("=")[0] for word in args or ()):
+            for word in (word.partition("=")[0] for word in args):
                 if re.fullmatch(r"-[a-z][a-z_]+", word) and not any(option.startswith(word) for option in options):
                     self._refuse(word, options)
         found, unknown = super().parse_known_args(args, namespace)
@@ -72,12 +73,22 @@ class CompletingParser(ArgumentParser):
         if "--set" in options and name in setting_names():
             self.error(f"{word}: this is a setting, not an option: write --set {name}=VALUE")
         hint = "; a setting is written as --set NAME=VALUE" if "--set" in options else ""
-        self.error(f"{word}: no such option{did_you_mean(difflib.get_close_matches(word, options, n=2))}{hint}")
+        near = difflib.get_close_matches(word, options, n=2)
+        near = near or [option for option in options if option.lstrip("-").startswith(name)]  # -tr for --trainers
+        self.error(f"{word}: no such option{did_you_mean(near[:2])}{hint}")
 
     def error(self, message: str):
         """Print one line, without the usage, and end the program."""
         report(UserError(f"{message} ({self.prog} -h shows all options)"))
         sys.exit(2)
+
+
+def _as_in_help(word: str, options: Sequence[str]) -> str:
+    """An option with as many dashes as its help has: users mix `-model` and `--model`. Other words stay as they are."""
+    name, equals, value = word.partition("=")
+    other = name[1:] if name.startswith("--") else f"-{name}"
+    is_other = name.startswith("-") and len(name.lstrip("-")) > 1 and name not in options and other in options
+    return f"{other}{equals}{value}" if is_other else word
 
 
 def did_you_mean(near: Sequence[str]) -> str:
