@@ -14,7 +14,7 @@ from inspect import getdoc
 from nnunet_semiseg import __version__
 from nnunet_semiseg.commands import data, deployment, evaluation, show, text, training
 from nnunet_semiseg.commands.command import Command
-from nnunet_semiseg.commands.completion import CompletingParser, did_you_mean
+from nnunet_semiseg.commands.completion import CompletingParser, did_you_mean, words_to_complete
 from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.quiet import hide_foreign_warnings
 from nnunet_semiseg.training_command import how_to_continue
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the parser ends the program with 2.
     """
     parser = make_parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
+    if words_to_complete():
         import argcomplete  # an optional extra
 
         argcomplete.autocomplete(parser)

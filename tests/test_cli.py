@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
-from types import SimpleNamespace
 
 import pytest
 from test_schema import CONFIGURATION, PLANS
 
 from nnunet_semiseg import cli
+from nnunet_semiseg.commands.completion import planner_names
 from nnunet_semiseg.commands.text import EMBED_OPTIONS
-from nnunet_semiseg.discovery import module_names
+from nnunet_semiseg.discovery import iter_classes, module_names
 from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.planning_request import PlanningRequest
 from nnunet_semiseg.settings.plans import GIVEN, store_given, store_settings, with_given
@@ -377,23 +377,44 @@ def test_env_prints_the_export_line(capsys):
     assert capsys.readouterr().out.startswith("export nnUNet_extTrainer=")
 
 
-def test_the_tab_key_completes_commands_trainers_datasets_and_configurations(tiny_dataset, monkeypatch):
-    tiny_dataset(size=6)
-
-    def autocomplete(parser):
-        (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
-        of = {action.dest: action for action in commands["compare"]._actions}
-        found.update(commands=commands, **{name: of[name].completer() for name in ("dataset", "configuration")})
-        raise SystemExit(found.update(trainers=of["trainers"].completer()))
-
-    found = {}
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("plan", {"plan_and_preprocess"}),
+        ("convert fol", {"folder"}),
+        ("convert folder -d 501 --lab", {"--labeled", "--labels", "--label-values"}),
+        ("convert la2018 --lab", {"--labeled"}),
+        ("settings pre", {"pretrain_vlm"}),
+        ("settings UA", {"UAMTTrainer"}),
+        ("compare -d ", {"901"}),
+        ("compare --trainers UA", {"UAMTTrainer"}),
+        ("train 901 ", {"2d", "3d_fullres", "3d_lowres"}),
+        ("train 901 2d 0 -p ", {"nnUNetPlans", "nnUNetSemiSegPlans"}),
+        ("preprocess_unlabeled -d 901 -plans_name nnUNetS", {"nnUNetSemiSegPlans"}),
+        ("compare -d 902 -p ", set()),
+        ("plan_and_preprocess -pl SemiSegPlannerS", {"SemiSegPlannerSmall"}),
+        ("plan_and_preprocess -pl E", {"ExperimentPlanner"}),
+    ],
+)
+def test_the_tab_key_completes_commands_options_and_names(line, expected, tiny_dataset, tmp_path, monkeypatch):
+    pytest.importorskip("argcomplete")
+    dataset = tiny_dataset(size=6)
+    for plans in ("nnUNetPlans", "nnUNetSemiSegPlans"):
+        write_plans(dataset, plans)
+    line, answer = f"nnunet_semiseg {line}", tmp_path / "answer"
     monkeypatch.setenv("_ARGCOMPLETE", "1")
-    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=autocomplete))
-    with pytest.raises(SystemExit):
-        cli.main([])
-    assert set(found["commands"]) == {command.name for command in cli.COMMANDS}
-    assert found["dataset"] == ["901"] and found["configuration"] == ["2d", "3d_fullres", "3d_lowres"]
-    assert {"SemiSegTrainer", "UAMTTrainer"} < set(found["trainers"])
+    monkeypatch.setenv("_ARGCOMPLETE_STDOUT_FILENAME", str(answer))
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    command = [sys.executable, "-X", "importtime", "-m", "nnunet_semiseg.cli"]
+    imported = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stderr
+    words = set(answer.read_text(encoding="utf-8").split())
+    assert {word for word in words if not word.startswith("-") or "--" in line} == expected
+    assert not re.search(r"\| +torch$", imported, re.MULTILINE)
+
+
+def test_the_tab_key_knows_all_planners():
+    assert set(planner_names()) == {"ExperimentPlanner", *(planner.__name__ for planner in iter_classes("planners"))}
 
 
 @pytest.mark.slow

@@ -10,8 +10,14 @@ from argparse import PARSER, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunet_semiseg.discovery import sources
 from nnunet_semiseg.errors import UserError, report
 from nnunet_semiseg.planning_request import CONFIGURATIONS
+
+
+def words_to_complete() -> list[str]:
+    """The words of the line that the shell wants to complete (argcomplete). Empty if the command shall run."""
+    return os.environ.get("COMP_LINE", "").split() if "_ARGCOMPLETE" in os.environ else []
 
 
 def trainer_names(**_) -> list[str]:
@@ -28,6 +34,35 @@ def setting_names() -> set[str]:
     return {name for trainer in trainers().values() for name in trainer.settings}
 
 
+def names_with_settings(**_) -> list[str]:
+    """What has settings: all trainers of this package, and some commands."""
+    from nnunet_semiseg.settings.described import OF_COMMANDS
+
+    return [*trainer_names(), *OF_COMMANDS]
+
+
+def planner_names(**_) -> list[str]:
+    """The planners of this package, and nnU-Net's default one. No planner is imported, as this needs torch."""
+    code = "\n".join(file.read_text(encoding="utf-8") for file in sources("planners"))
+    return ["ExperimentPlanner", *re.findall(r"^class (\w+)\(", code, re.MULTILINE)]
+
+
+def plans_names(parser: ArgumentParser, parsed_args: Namespace, **_) -> list[str]:
+    """The plans of the dataset that is named earlier in the line. There are none if it is not named or not found."""
+    from nnunet_semiseg.files import dataset_folder
+    from nnunet_semiseg.schema import names_of_plans
+
+    argument = next(action.dest for action in parser._actions if action.metavar == "ID")
+    given = getattr(parsed_args, argument, None)
+    datasets = given if isinstance(given, list) else [given]  # some commands take several: the first one counts
+    if not datasets[0]:
+        return []
+    try:
+        return names_of_plans(dataset_folder("nnUNet_preprocessed", datasets[0]))
+    except UserError:
+        return []
+
+
 def dataset_numbers(**_) -> list[str]:
     """The numbers of all raw datasets. There are none if `nnUNet_raw` is not set."""
     folders = Path(os.environ.get("nnUNet_raw") or os.devnull).glob("Dataset*")
@@ -39,7 +74,14 @@ def configurations(**_) -> list[str]:
     return list(CONFIGURATIONS)
 
 
-COMPLETERS = {"TRAINER": trainer_names, "ID": dataset_numbers, "CONFIG": configurations}
+COMPLETERS = {
+    "TRAINER": trainer_names,
+    "TRAINER/COMMAND": names_with_settings,
+    "ID": dataset_numbers,
+    "CONFIG": configurations,
+    "PLANNER": planner_names,
+    "PLANS": plans_names,
+}
 """For each metavar of an argument, the function that lists the possible values."""
 
 

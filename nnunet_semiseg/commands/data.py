@@ -12,10 +12,12 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from nnunet_semiseg.commands.command import Command, say_next
-from nnunet_semiseg.commands.completion import CompletingParser
+from nnunet_semiseg.commands.completion import CompletingParser, words_to_complete
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.options import PLANS, add_options, at_least, cores, dataset_id, from_args, option, positive
 from nnunet_semiseg.planning_request import PlanningRequest, PreprocessingRequest
@@ -39,6 +41,8 @@ class Convert(Command):
         parser.usage = "nnunet_semiseg convert NAME -i DOWNLOAD -d ID [options]"
         parser.add_argument("--list", action="store_true", help="show the data sets that have a converter")
         add_conversion_arguments(parser, required=False)  # for the help: what stands behind NAME is parsed in `run`
+        if words := words_to_complete():
+            return _add_data_sets(parser, words)
         parser.add_argument("name", nargs="?", metavar="NAME", help="the data set, or folder for your own images")
         parser.add_argument("rest", nargs=REMAINDER, help=SUPPRESS)
 
@@ -64,8 +68,7 @@ class Convert(Command):
             formatter_class=RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        add_conversion_arguments(own)
-        getattr(module, "add_arguments", lambda parser: None)(own)
+        _add_all_arguments(own, module)
         given = vars(own.parse_args(args.rest))
         module.convert(given.pop("i"), given.pop("d"), **given)
 
@@ -111,6 +114,23 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="show what the command would do, and write nothing")
     parser.add_argument("--no_pbar", action="store_false", dest="show_progress_bar", help="show no progress bar")
+
+
+def _add_data_sets(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Make each data set a subcommand, so that the tab key completes its name, and the options of those in `words`."""
+    from nnunet_semiseg import discovery
+
+    data_sets = parser.add_subparsers()
+    for name in discovery.module_names("dataset_conversion"):
+        own = data_sets.add_parser(name, allow_abbrev=False)
+        if name in words:  # it takes long to import them all
+            _add_all_arguments(own, discovery.load_module("dataset_conversion", name))
+
+
+def _add_all_arguments(parser: ArgumentParser, converter: ModuleType) -> None:
+    add_conversion_arguments(parser)
+    if hasattr(converter, "add_arguments"):
+        converter.add_arguments(parser)
 
 
 def _labeled(text: str) -> int | float | str:
@@ -160,7 +180,7 @@ class PlanAndPreprocess(Command):
 class UnlabeledRequest(PreprocessingRequest):
     """The options of `preprocess_unlabeled`."""
 
-    plans: str = option("-plans_name", metavar="NAME", default=PLANS, help="name of the plans")
+    plans: str = option("-plans_name", metavar="PLANS", default=PLANS, help="name of the plans")
     num_parts: int = option(
         "-num_parts", type=at_least(1), metavar="N", default=1,
         help="divide the cases among N commands, on computers that share a disk. When all have ended, run the command"

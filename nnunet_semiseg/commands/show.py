@@ -30,7 +30,7 @@ class ListTrainers(Command):
 class Settings(Command):
     """Show a trainer's settings: default, type, meaning.
 
-    Without TRAINER it shows the settings of all trainers. To see the settings of the commands distill and pretrain_vlm,
+    Without a name it shows the settings of all trainers. To see the settings of the commands distill and pretrain_vlm,
     give their name.
     """
 
@@ -38,7 +38,12 @@ class Settings(Command):
     examples = ("nnunet_semiseg settings MeanTeacherTrainer", "nnunet_semiseg settings pretrain_vlm")
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("trainer", nargs="?", metavar="TRAINER", help="name of the trainer; default: all trainers")
+        parser.add_argument(
+            "trainer",
+            nargs="?",
+            metavar="TRAINER/COMMAND",
+            help="name of the trainer, or of the command distill or pretrain_vlm; default: all trainers",
+        )
 
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.settings.described import settings_named
