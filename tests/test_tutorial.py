@@ -40,6 +40,9 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     dry_run, converted = (next(i for i, text in enumerate(printed) if end in text) for end in ("--dry-run", "next: "))
     for i in (dry_run, converted):
         assert printed[i] == outputs_of(shown, "stream")[i], "run make tutorial"
+    (decisions,) = (i for i, text in enumerate(printed) if "(leave_out)" in text)
+    before_training = [text[decisions].split("Epoch 0")[0] for text in (printed, outputs_of(shown, "stream"))]
+    assert before_training[0] == before_training[1], "run make tutorial"
     assert "report.html" in "".join(printed) and "ts_003.nii.gz" in "".join(printed)
     *_, table = filter(None, outputs_of(made, "execute_result"))
     words = table.split()
