@@ -402,6 +402,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(unknown, "dataset 77: no dataset has this number", out)
     refused(request(planned, device="cuda"), "-device cuda: PyTorch finds no GPU: use -device cpu", out)
     refused(request(planned, gpus=[0]), "--gpus 0: needs -device cuda", out)
+    refused(request(planned, slurm=["hours=1"]), "--slurm: only with --executor slurm", out)
     stock = request(planned, trainers=["nnUNetTrainer"], labeled=[2])
     refused(stock, "nnUNetTrainer: this trainer cannot leave labels out: use SupervisedTrainer", out, run=True)
 
