@@ -138,6 +138,15 @@ def test_other_commands_are_shared_among_jobs(slurm, tmp_path, monkeypatch):
     assert len(jobs) == 3 and not (tmp_path / "none").exists()
 
 
+def test_options_of_slurm_without_slurm_are_refused(tmp_path):
+    words = ["review", "-d", "1", "--slurm", "hours=1"]
+    args = Namespace(words=words, executor="local", slurm=["hours=1"], device="cpu")
+    with pytest.raises(UserError, match="^--slurm: only with --executor slurm: add it, or leave out --slurm$"):
+        first_in_queue(args, tmp_path)
+    args.words = [*words, "--executor", "slurm", "--executor", "local"]  # as in a job of the queue
+    first_in_queue(args, tmp_path)
+
+
 def test_there_is_a_way_without_submitit(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert starter(tmp_path) is cluster.start_process

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from commands import command, start
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.crossval_split import generate_crossval_split
+from tqdm import tqdm
 from training import PLANS, write_settings
 from watching import no_room_for_files_of
 
@@ -28,6 +30,7 @@ from nnunet_semiseg.evaluation.work import say_what_failed
 from nnunet_semiseg.files import BusyError, DiskError, only_one, write_json
 from nnunet_semiseg.runs import RECORD, RESOURCES, Run, TrainedRun, unequal_conditions
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
+from nnunet_semiseg.training.log_lines import expected_end
 
 TRAINERS = ("SupervisedTrainer", "MeanTeacherTrainer", "TextSemiSegTrainer")
 
@@ -402,6 +405,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(unknown, "dataset 77: no dataset has this number", out)
     refused(request(planned, device="cuda"), "-device cuda: PyTorch finds no GPU: use -device cpu", out)
     refused(request(planned, gpus=[0]), "--gpus 0: needs -device cuda", out)
+    refused(request(planned, slurm=["hours=1"]), "--slurm: only with --executor slurm", out)
     stock = request(planned, trainers=["nnUNetTrainer"], labeled=[2])
     refused(stock, "nnUNetTrainer: this trainer cannot leave labels out: use SupervisedTrainer", out, run=True)
 
@@ -500,6 +504,35 @@ def test_a_failed_job_says_its_last_line_and_the_others_are_done(tmp_path):
     lines = sorted(str(error.value).splitlines())
     assert len(lines) == 2 and lines[0].startswith("job 0: ") and "exit status 1" in lines[0]
     assert "KeyError: 'nonsense' (exit status 1; all output: " in lines[1] and "j1.txt" in lines[1]
+
+
+def test_a_bar_shows_when_a_training_will_end_and_where_its_log_is(tmp_path, monkeypatch, capsys):
+    ends, bars, log = [], [], tmp_path / "j.txt"
+    log.write_text(f"{expected_end([60], 900, datetime(2026, 11, 27))}\n")  # of an earlier start
+
+    class Bar(tqdm):
+        def __init__(self, **about):
+            super().__init__(**about | {"disable": False})
+            bars.append(self)
+
+        def set_postfix_str(self, s="", refresh=True):
+            ends.append(s)
+
+    class Training:
+        def result(self):
+            while len(ends) < 2:
+                time.sleep(0.01)
+            log.write_text(f"{log.read_text()}{expected_end([60], 9, datetime(2026, 11, 28))}\n")
+            while not ends[-1]:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(jobs, "tqdm", Bar)
+    monkeypatch.setattr(jobs, "SECONDS", 0.05)
+    jobs.do_all([jobs.Job("j", "a training", {})], [""], tmp_path, lambda *_: Training())
+    assert set(ends) == {"", "expected end: 2026-11-28 00:09"} and bars[0].n == 1
+    assert f"a training ... (all output: {log})\n" in capsys.readouterr().out
+    jobs.do_all([], [""], tmp_path)
+    assert len(bars) == 1
 
 
 def test_the_memory_of_a_validation_is_not_that_of_the_training(tmp_path, monkeypatch):

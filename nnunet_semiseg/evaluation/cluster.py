@@ -19,6 +19,7 @@ import torch
 
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.evaluation.jobs import Job, command_of, start_process
+from nnunet_semiseg.evaluation.request import Request
 from nnunet_semiseg.evaluation.work import Work
 from nnunet_semiseg.files import make_folder, read_json, write_json
 
@@ -51,6 +52,12 @@ def parameters_of(assignments: Sequence[str], device: str) -> dict[str, Any]:
         raise UserError(f"--slurm: hours and gpus must be numbers ({error}): write hours=12 gpus=1") from None
     parameters: dict[str, Any] = {"time": max(1, minutes), "additional_parameters": given}
     return parameters | ({"gpus_per_node": gpus} if gpus else {})
+
+
+def refuse_unused(options: Request | Namespace) -> None:
+    """Raises UserError if there are options for SLURM's jobs, but this computer does the work."""
+    if options.executor == "local" and options.slurm:
+        raise UserError("--slurm: only with --executor slurm: add it, or leave out --slurm")
 
 
 def slurm_executor(logs: Path, parameters: dict[str, Any]):
@@ -173,9 +180,11 @@ def first_in_queue(args: Namespace, logs: Path, parts: int = 1) -> None:
         parts: the number of jobs that share the work by `--num_parts`.
 
     Raises:
-        UserError: jobs failed, one line each; see also `parameters_of` and `slurm_executor`.
+        UserError: jobs failed, one line each; see also `refuse_unused`, `parameters_of` and `slurm_executor`.
     """
     if args.executor == "local":
+        if "--executor" not in args.words:  # else it may be a job of the queue; see below
+            refuse_unused(args)
         return
     make_folder(logs)
     executor = slurm_executor(logs, parameters_of(args.slurm, args.device))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_semiseg.errors import UserError
-from nnunet_semiseg.evaluation.cluster import do_all_in_queue, parameters_of, slurm_executor, starter
+from nnunet_semiseg.evaluation.cluster import do_all_in_queue, parameters_of, refuse_unused, slurm_executor, starter
 from nnunet_semiseg.evaluation.jobs import (
     LOGS,
     alone,
@@ -56,6 +56,7 @@ def compare(request: Request, output: str | Path | None = None, run: bool = Fals
     if upper_bound:
         check_disjoint(test_set, upper_bound[0])
     devices = find_devices(request)
+    refuse_unused(request)
     parameters = parameters_of(request.slurm, request.device)
     everything = [*runs, *upper_bound]
     # with a test set, nnU-Net's validation is not used: it may be incomplete, or of an older checkpoint

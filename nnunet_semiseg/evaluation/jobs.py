@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import queue
+import re
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from nnunet_semiseg.files import disk_errors, make_folder, only_one, read_json, 
 from nnunet_semiseg.runs import RECORD, Run
 
 PREDICT_AGAIN = "remove its folder to predict again"
+SECONDS = 10
+"""The number of seconds between two looks at the logs of trainings."""
 LOGS, LOCK = "logs", "evaluation.lock"
 """Names in the folder of a report: the folder for the output of jobs, and the lock of the process that works there."""
 
@@ -99,6 +102,8 @@ def is_predicted(job: Job, test_set: TestSet) -> bool:
 def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[..., Any] | None = None) -> None:
     """Run each job in its own process, as many at a time as there are devices. Their output goes to `logs`.
 
+    On a terminal, a bar counts the jobs that are done and shows when the trainings that run now will end.
+
     Args:
         devices: see `find_devices`.
         start: a function that starts a job on a device and returns an object with `result()` and `cancel()`. By default
@@ -107,32 +112,50 @@ def do_all(jobs: list[Job], devices: list[str], logs: Path, start: Callable[...,
     Raises:
         UserError: jobs failed, one line each. It is raised when all other jobs are done.
     """
+    if not jobs:
+        return
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for device in devices:
         free.put(device)
-    running: set[Any] = set()
+    running: dict[Any, tuple[Path, int]] = {}  # the log of each job, and its size before the job started
 
     def do(job: Job) -> str | None:
         device = free.get()
-        print(f"{job.title} ...", flush=True)
-        running.add(work := (start or start_process)(job, device, logs))
+        log = logs / f"{job.name}.txt"
+        size = log.stat().st_size if log.exists() else 0
+        print(f"{job.title} ... (all output: {log})", flush=True)
+        work = (start or start_process)(job, device, logs)
+        running[work] = log, size
         try:
             return work.result()
         finally:
-            running.discard(work)
+            del running[work]
             free.put(device)
 
     pool = ThreadPoolExecutor(len(devices))
     futures = {pool.submit(do, job): job for job in jobs}
+    waiting, problems = set(futures), []
     try:
-        done = tqdm(as_completed(futures), "Runs", len(jobs), disable=None)  # None: only where there is a terminal
-        problems = [f"{futures[f].title}: {line}" for f in done if (line := f.result())]
+        with tqdm(desc="Runs", total=len(jobs), disable=None) as bar:  # None: only where there is a terminal
+            while waiting:
+                done, waiting = wait(waiting, SECONDS, FIRST_COMPLETED)
+                problems += [f"{futures[f].title}: {line}" for f in done if (line := f.result())]
+                bar.update(len(done))
+                if not bar.disable:
+                    bar.set_postfix_str(max((expected_end(*log) for log in list(running.values())), default=""))
     finally:  # also if it is interrupted
         pool.shutdown(wait=False, cancel_futures=True)
         for work in list(running):
             work.cancel()
     if problems:
         raise UserError("\n".join(problems))
+
+
+def expected_end(log: Path, start: int) -> str:
+    """The last expected end that a training printed into its log after this number of bytes. '' if there is none."""
+    printed = log.read_bytes()[start:] if log.exists() else b""
+    ends = re.findall(r"expected end: .+(?=, in )", printed.decode(errors="replace"))
+    return ends[-1] if ends else ""
 
 
 def start_process(job: Job, device: str, logs: Path) -> Process:
