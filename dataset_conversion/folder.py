@@ -99,7 +99,7 @@ def find_cases(
     files = Files(
         layout.channels or ("image",), millimetres, repair, values, place, chosen=bool(channels or given.channels)
     )
-    about = replace(_describe(files, layout, labels, given, folder), name=name)
+    about = replace(_describe(files, layout, labels, given, folder), name=name, protocol=_protocol(split, test))
     cases = {case: files.case(case, layout) for case in layout.images}
     lists = _read_split(Path(split).absolute(), cases) if split else _lists(layout)
     patients = find_patients(cases, layout.patients, group_by) if group_by else {}
@@ -222,6 +222,13 @@ def _check_names(labels: Sequence[str] | None, channels: Sequence[str] | None) -
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
+
+
+def _protocol(split: str | Path | None, test: float | None) -> str:
+    """Which cases are for validation and test, in words: as the user asked, or how to ask."""
+    asked = ["--split names those for validation and test"] if split else []
+    asked += [f"--test draws {test:g} of them for testing"] if test else []
+    return "; ".join(["cases with a label are labelled", *asked]) if asked else ABOUT.protocol
 
 
 def _lists(layout: Layout) -> list[list[str]]:

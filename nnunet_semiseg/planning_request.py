@@ -1,4 +1,4 @@
-"""The options of `plan_and_preprocess` and `preprocess_unlabeled`.
+"""The options of `plan_and_preprocess` and `preprocess_unlabeled`, and the command that we propose.
 
 No large package is imported, so that help is quick.
 """
@@ -8,11 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nnunet_semiseg.devices import may_have_gpu
 from nnunet_semiseg.options import PLANS, at_least, cores, dataset_id, option, positive
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 """The numbers of processes that nnU-Net uses by default."""
+PICTURES = (".png", ".bmp", ".tif")
+"""The file endings of 2D images that nnU-Net reads."""
+
+
+def proposed_planning(dataset: int | str, file_ending: str, labeled_only: bool = False) -> str:
+    """The command that plans a new dataset. Without a GPU it makes small plans, which a CPU can train.
+
+    Args:
+        dataset: the number of the dataset.
+        file_ending: that of its images.
+    """
+    configuration = "2d" if file_ending in PICTURES else "3d_fullres"
+    planner = "" if may_have_gpu() else " -pl SemiSegPlannerSmall"
+    only = " --labeled_only" if labeled_only else ""
+    return f"nnunet_semiseg plan_and_preprocess -d {dataset} -c {configuration}{planner}{only}"
 
 
 @dataclass(frozen=True, kw_only=True)

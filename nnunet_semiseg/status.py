@@ -17,6 +17,7 @@ from nnunet_semiseg.data.unlabeled_manifest import load_manifest, output_of
 from nnunet_semiseg.devices import device_option
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import LOCK, dataset_folder, is_held, read_json
+from nnunet_semiseg.planning_request import proposed_planning
 from nnunet_semiseg.runs import Run
 from nnunet_semiseg.schema import load_plans, names_of_plans, read_dataset_json
 
@@ -166,7 +167,7 @@ def what_is_next(
     if not cases.unlabeled and not accepted:
         return f"put the images without labels into {raw / 'imagesUn'}"
     if not any(p.is_there for p in prepared):
-        return f"nnunet_semiseg plan_and_preprocess -d {number}{'' if cases.unlabeled else ' --labeled_only'}"
+        return proposed_planning(number, read_dataset_json(raw)["file_ending"], not cases.unlabeled)
     if not usable:
         return next(p.fix for p in prepared if p.problem)
     train, device = f"nnunet_semiseg train {number}", device_option()

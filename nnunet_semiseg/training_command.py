@@ -7,6 +7,7 @@ class of the trainer. If that is one of ours, its arguments are checked at that 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -235,9 +236,9 @@ def how_to_continue(args: Namespace) -> str:
     """What to type after a training was interrupted, in words."""
     if args.val or (args.copy and not _has_checkpoint(args)):
         return "run the same command again"
-    if args.copy:  # the copy of the plans exists already, and --c does not go together with --continue_from
-        too = " and --continue_from" if args.continue_from else ""
-        return f"continue with the same command, but with -p {args.copy} --c in place of --as{too}"
+    if args.copy:  # the copy of the plans exists already, with the settings
+        again = {"p": args.copy, "c": True, "pretrained_weights": None}  # nnU-Net refuses --c with these weights
+        return f"continue with nnunet_semiseg train {shlex.join(words(Namespace(**{**vars(args), **again}))[1:])}"
     return "continue with the same command and --c"
 
 

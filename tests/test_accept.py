@@ -246,7 +246,7 @@ def test_wrong_labels_are_refused_in_one_line_each(raw_only, tmp_path):
     assert f"{wrong}/un_007.nii.gz: un_007 is not a case of {dataset.raw}/imagesUn" in fourth
     (tmp_path / "empty").mkdir()
     assert "has no label CASE.nii.gz" in refused(tmp_path / "empty")
-    assert "has no label CASE.nii.gz" in refused(tmp_path / "nowhere")
+    assert refused(tmp_path / "nowhere") == f"{tmp_path}/nowhere: no such folder: name the right folder with -i"
     assert "nothing was accepted" in undo_refused()
     assert snapshot(dataset.raw) == before
 

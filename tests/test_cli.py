@@ -268,6 +268,11 @@ def test_train_with_a_copy_of_the_plans(tiny_dataset, monkeypatch, capsys):
     assert dataset.plans("P") == base
     (line,) = error_lines(capsys, *command, "mixing=off")
     assert line.endswith("off.json: these plans exist already: continue with -p off, or choose another name")
+    begun = dataset.results / "STLUNetTrainer__off__2d" / "fold_all" / "checkpoint_latest.pth"
+    begun.parent.mkdir(parents=True)
+    begun.touch()
+    (line,) = error_lines(capsys, *command, "mixing=off")
+    assert line.endswith("continue with -p off --c, or choose another name")
     (line,) = error_lines(
         capsys, *"train 901 2d all -p P -tr STLUNetTrainer -device cpu --as new --set mixin=off".split()
     )
@@ -342,7 +347,7 @@ def test_embed_prompts_and_demo_hand_on_their_arguments(tiny_dataset, monkeypatc
         ),
         ("share -d 901 -c 2d -device cpu", "-device: no such option (nnunet_semiseg share -h"),
         ("plan_and_preprocess -d 901 -device=cpu", "-device: no such option"),
-        ("compare -d901 -c 2d -trainers A B", "-trainers: no such option: did you mean --trainers"),
+        ("compare -d901 -c 2d -tr A", "-tr: no such option: did you mean --trainers? ("),
         ("predict -d 901", "predict: no such command: did you mean nnUNetv2_predict?"),
         ("share -d 901 -c 2d word", "word: this is one word too many: remove it (nnunet_semiseg share -h"),
         ("status", "the following arguments are required: -d (nnunet_semiseg status -h"),
@@ -355,6 +360,17 @@ def test_a_typo_ends_in_one_line_that_names_what_is_near(line, said, capsys):
         assert stop.code == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {said}")
+
+
+def test_a_long_option_may_have_one_dash_or_two():
+    parse = cli.make_parser().parse_args
+    args = parse("preprocess_unlabeled -d 901 --num_parts 3 --part_id=1".split())
+    assert (args.num_parts, args.part_id) == (3, 1)
+    args = parse("review -d901 -c 2d -num_parts 3 -part_id 1 --tr A".split())
+    assert (args.dataset, args.parts, args.part, args.trainer) == ("901", 3, 1, "A")
+    assert parse("embed_prompts -d 901 -o F --model M".split()).model == "M"
+    assert parse("pretrain_vlm -d 901 -model M".split()).model == "M"
+    assert parse("compare -d901 -c 2d -trainers A B".split()).trainers == ["A", "B"]
 
 
 def test_no_word_at_all_shows_the_commands(capsys):

@@ -127,12 +127,13 @@ def test_masks_are_written_in_our_values_and_measured(dataset, tmp_path, capsys)
 @pytest.mark.parametrize(
     "plans, following",
     [
-        ([], "plan_and_preprocess -d 901"),
+        ([], "plan_and_preprocess -d 901 -c 3d_fullres -pl SemiSegPlannerSmall"),
         (["nnUNetSemiSegPlans"], "preprocess_unlabeled -d 901 -plans_name nnUNetSemiSegPlans"),
         (["a", "nnUNetPlans"], "preprocess_unlabeled -d 901 -plans_name nnUNetPlans"),
     ],
 )
-def test_the_next_command_names_plans_that_exist(plans, following, dataset, tmp_path, capsys):
+def test_the_next_command_names_plans_that_exist(plans, following, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for name in plans:
         write_plans(dataset, name)
     folder = write_masks(dataset, tmp_path / "masks")

@@ -83,7 +83,7 @@ def gaps(folder: Path) -> None:
 def test_too_few_names_are_asked_for_and_one_too_many_is_said(source, raw, capsys):
     for i in range(2):
         nii(LABEL.astype(np.uint8), source / "labels" / f"c{i}.nii.gz")
-    with pytest.raises(ValueError, match="but --labels has 1 names: give a name for each with --labels NAME1 NAME2$"):
+    with pytest.raises(ValueError, match="but --labels has 1 name: give a name for each with --labels NAME1 NAME2$"):
         convert(source, labels=["kidney"])
     convert(source, labels=["kidney", "tumour", "cyst"])
     assert "note: no label has a voxel of cyst (value 3): check --labels" in capsys.readouterr().out
@@ -878,12 +878,33 @@ def test_a_patient_in_training_and_test_is_refused(tmp_path):
         convert(scans(tmp_path / "e", ["case_1", "case_2"], ["case_1"]), group_by="patient")
 
 
-def test_the_next_command_and_a_forgotten_word(source, capsys):
+@pytest.mark.parametrize("gpus, planner", [(0, " -pl SemiSegPlannerSmall"), (1, "")])
+def test_the_next_command_and_a_forgotten_word(gpus, planner, source, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("nnUNet_preprocessed", str(source.parent / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(source.parent / "results"))
     words = ["convert", "-i", str(source), "-d", "801", "--labels", "organ", "-np", "0", "--no_pbar"]
     assert cli.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "taken for `convert folder`" in lines[0]
-    assert lines[-1] == "next: nnunet_semiseg plan_and_preprocess -d 801 -c 3d_fullres"
+    assert lines[-1] == f"next: nnunet_semiseg plan_and_preprocess -d 801 -c 3d_fullres{planner}"
+    assert cli.main(["status", "-d", "801"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == lines[-1]
+
+
+def test_a_conversion_says_how_cases_for_validation_and_test_were_chosen(source, tmp_path, capsys):
+    split = tmp_path / "split.json"
+
+    def protocol(*words: str) -> str:
+        command = ["convert", "folder", "-i", str(source), "-d", "801", "--labels", "organ", "--dry-run", *words]
+        assert cli.main(command) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  protocol: "))
+        return line.removeprefix("  protocol: cases with a label are labelled; ")
+
+    assert protocol() == "--split, --test or folders name those for validation and test"
+    assert protocol("--test", "0.5") == "--test draws 0.5 of them for testing"
+    split.write_text(json.dumps({"train": ["c0", "c1"]}))
+    assert protocol("--split", str(split)) == "--split names those for validation and test"
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,14 @@ def begin(dataset, trainer: str):
     return folder
 
 
-def test_a_raw_dataset(tiny_dataset, capsys):
+def test_a_raw_dataset(tiny_dataset, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     dataset = tiny_dataset(labeled=2, unlabeled=3, size=6)
     assert cli.main(["status", "-d", "901"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [dataset.name, "cases: 2 labelled, 3 unlabelled, 0 test", "plans:"]
-    assert lines[3:] == ["  none", "trainings:", "  none", "reports:", "  none",
-                         "next: nnunet_semiseg plan_and_preprocess -d 901"]  # fmt: skip
+    planning = "next: nnunet_semiseg plan_and_preprocess -d 901 -c 3d_fullres -pl SemiSegPlannerSmall"
+    assert lines[3:] == ["  none", "trainings:", "  none", "reports:", "  none", planning]
     for file in (dataset.raw / "imagesUn").iterdir():
         file.unlink()
     assert status(901)[-1] == f"next: put the images without labels into {dataset.raw / 'imagesUn'}"

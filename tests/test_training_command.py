@@ -159,18 +159,19 @@ def test_several_processes_that_are_told_to_end_leave_no_traceback(number, statu
     [
         ("", True, "continue with the same command and --c"),
         (" --val", True, "run the same command again"),
-        (" --as x", True, "continue with the same command, but with -p x --c in place of --as"),
+        (" --as x", True, "continue with nnunet_semiseg train 901 3d_fullres 0 -tr nnUNetTrainer -p x --c"),
         (" --as x", False, "run the same command again"),
         (
-            " --as x --continue_from MODEL", True,
-            "continue with the same command, but with -p x --c in place of --as and --continue_from",
+            " --as x --continue_from MODEL -p two -tr UAMTTrainer -device cpu --npz", True,
+            "continue with nnunet_semiseg train 901 3d_fullres 0 -tr UAMTTrainer -p x -device cpu --npz --c",
         ),
     ],
 )  # fmt: skip
 def test_how_an_interrupted_training_continues(given, saved, then, tmp_path, monkeypatch, capsys):
     *_, results = set_folders(tmp_path, monkeypatch)
     if saved:
-        folder = results / "Dataset901_Tiny" / "nnUNetTrainer__x__3d_fullres" / "fold_0"
+        trainer = "UAMTTrainer" if "UAMT" in given else "nnUNetTrainer"
+        folder = results / "Dataset901_Tiny" / f"{trainer}__x__3d_fullres" / "fold_0"
         folder.mkdir(parents=True)
         (folder / "checkpoint_latest.pth").touch()
     monkeypatch.setattr("nnunet_semiseg.discovery.find_trainer", Mock(side_effect=KeyboardInterrupt))

@@ -135,11 +135,13 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         axes = self.inference_allowed_mirroring_axes
         shape = "through all slices, as nnU-Net augments in 2d" if self.augments_in_2d else "in all directions"
         drawn = "all drawn at random" if not self.foreground_share else f"{self.foreground_share:.0%} around foreground"
-        why = f"{self.chance_of_foreground:.0%} of random patches of labelled cases have some"
+        why = f"{self.chance_of_foreground:.0%} of random patches of labelled cases contain foreground"
         predicted = f"{min(cases, CASES_OF_A_REFRESH)} of {cases} cases, {REFRESHES} times"
         p = settings.contrast_probability
         contrast = "" if p is None else f", brightness, contrast and gamma with probability {p}"
-        predicted = predicted if self.looks_at_cases else "no whole case"
+        if not self.looks_at_cases:
+            too_few = f"there are fewer than {LEAST_CASES} unlabelled cases"
+            predicted = f"no whole case, as {too_few if settings.leave_out else 'none is left out'}"
         return [
             f"labels only {self.warm_up} (warm_up)",
             f"EMA decay {settings.decay:.4f} for {epochs * self.num_iterations_per_epoch} iterations (ema_decay)",

@@ -20,7 +20,7 @@ from nnunet_semiseg.commands.command import Command, say_next
 from nnunet_semiseg.commands.completion import CompletingParser, words_to_complete
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.options import PLANS, add_options, at_least, cores, dataset_id, from_args, option, positive
-from nnunet_semiseg.planning_request import PlanningRequest, PreprocessingRequest
+from nnunet_semiseg.planning_request import PlanningRequest, PreprocessingRequest, proposed_planning
 
 
 class Convert(Command):
@@ -255,7 +255,7 @@ class AddMasks(Command):
     def run(self, args: Namespace) -> None:
         from nnunet_semiseg.data import external_masks, prepared_masks
         from nnunet_semiseg.files import dataset_folder
-        from nnunet_semiseg.schema import names_of_plans
+        from nnunet_semiseg.schema import names_of_plans, read_dataset_json
 
         result = external_masks.add_masks(args.d, args.name, args.i, args.map, args.np)
         print(external_masks.table(result))
@@ -266,7 +266,8 @@ class AddMasks(Command):
             plans = PLANS if PLANS in there else there[0]
             say_next(f"nnunet_semiseg preprocess_unlabeled -d {args.d} -plans_name {plans}")
         else:
-            say_next(f"nnunet_semiseg plan_and_preprocess -d {args.d}")
+            file_ending = read_dataset_json(dataset_folder("nnUNet_raw", args.d))["file_ending"]
+            say_next(proposed_planning(args.d, file_ending))
 
 
 COMMANDS = (Convert(), PlanAndPreprocess(), PreprocessUnlabeled(), AddMasks())

@@ -57,7 +57,8 @@ class Settings(Command):
 class Status(Command):
     """Show what there is of a dataset, and the next command.
 
-    It lists cases, plans, trainings and reports, and opens no image.
+    It lists cases, plans, trainings and reports, and opens no image. It does not know reports of compare and
+    text_effect that were written elsewhere with -o.
     """
 
     name = "status"

@@ -68,7 +68,8 @@ class Train(Command):
         if args.copy:
             if distributed.is_first():
                 # interrupted before its first checkpoint, it has nothing to continue with --c
-                copy_plans(plans_file, args.copy, keep=run.settings_file.exists() and not run.is_begun)
+                keep = run.settings_file.exists() and not run.is_begun
+                copy_plans(plans_file, args.copy, keep, run.is_begun)
             distributed.wait()
             plans_file, args.p = plans_file.with_name(f"{args.copy}.json"), args.copy
         check_plans_name(plans_file)

@@ -57,11 +57,12 @@ def check_plans_name(plans_file: Path) -> None:
         )
 
 
-def copy_plans(plans_file: Path, name: str, keep: bool = False) -> Path:
+def copy_plans(plans_file: Path, name: str, keep: bool = False, begun: bool = False) -> Path:
     """Copy plans under another name, for the same preprocessed data.
 
     Args:
         keep: whether plans with the new name that exist already are kept as they are.
+        begun: whether a training with the new name has a checkpoint, so that `--c` continues it.
 
     Raises:
         UserError: there are no such plans; or plans with the new name exist already, and `keep` is False.
@@ -72,6 +73,7 @@ def copy_plans(plans_file: Path, name: str, keep: bool = False) -> Path:
         if copy.exists() and keep:
             return copy
         if copy.exists():
-            raise UserError(f"{copy}: these plans exist already: continue with -p {name}, or choose another name")
+            how = f"-p {name} --c" if begun else f"-p {name}"
+            raise UserError(f"{copy}: these plans exist already: continue with {how}, or choose another name")
         write_json({**plans, "plans_name": name}, copy)
     return copy

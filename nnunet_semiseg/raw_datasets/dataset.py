@@ -18,6 +18,7 @@ from nnunet_semiseg.data.labeled_subset import ORDER_KEY
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import base_folder, disk_errors, only_one, read_json, write_json
 from nnunet_semiseg.parallel import killed_workers, run_jobs
+from nnunet_semiseg.planning_request import proposed_planning
 from nnunet_semiseg.raw_datasets.case import STATE, convert_case, files_of, paths_of
 from nnunet_semiseg.raw_datasets.description import About, Case, Source
 from nnunet_semiseg.raw_datasets.parts import assign
@@ -93,7 +94,8 @@ def convert_dataset(
         with disk_errors(target):
             _take_back(target, begun or {}, request, found.about.file_ending)
             _convert(found, folder, target, request, num_processes, show_progress_bar)
-        print(f"next: {next_command(dataset_id, found.about, parts)}")
+        only = "unlabeled" not in parts.values()
+        print(f"next: {proposed_planning(dataset_id, found.about.file_ending, only)}")
     return target
 
 
@@ -147,13 +149,6 @@ def _check_options(about: About, crop: str, register: str) -> None:
         raise UserError(f"--register {register}: this option is for volumes of several channels: leave it out")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", about.name):
         raise UserError(f"--name {about.name}: use letters, digits, - and _ only, and begin with a letter or a digit")
-
-
-def next_command(dataset_id: int, about: About, parts: Mapping[str, str]) -> str:
-    """The command that the user types next."""
-    configuration = "2d" if about.dimension == 2 else "3d_fullres"
-    only = "" if "unlabeled" in parts.values() else " --labeled_only"
-    return f"nnunet_semiseg plan_and_preprocess -d {dataset_id} -c {configuration}{only}"
 
 
 def refuse_own_source(found: Source, sources: Sequence[Path], target: Path) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_semiseg.errors import UserError
+from nnunet_semiseg.planning_request import PICTURES
 from nnunet_semiseg.raw_datasets.repair import Repair
-
-PICTURES = (".png", ".bmp", ".tif")  # that nnU-Net reads
 
 
 @dataclass(frozen=True)

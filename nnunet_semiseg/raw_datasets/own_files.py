@@ -94,8 +94,7 @@ class Files:
         names = self.labels.name_classes(layout, labels, given, folder)
         ending = _file_ending(images, self.dims)
         return About(
-            name="", title="Your own images", url="", licence="", citation="", layout="",
-            protocol="cases with a label are labelled; --split, --test or folders name those for validation and test",
+            name="", title="Your own images", url="", licence="", citation="", layout="", protocol="",
             channels=self.channels,
             labels=names,
             prompts={name: name for name in names},

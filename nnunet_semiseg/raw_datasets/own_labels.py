@@ -157,8 +157,9 @@ class Labels:
         more = f"; {some(map(str, smoothed))} was smoothed and has more: save it again" if smoothed else ""
         if not self.values and self.names and set(found) == set(range(len(found))):
             names = " ".join(f"NAME{i}" for i in range(1, len(found)))
+            plural = "s" if len(self.names) > 1 else ""
             raise UserError(
-                f"{where}: label values found are {found_text(found)}, but --labels has {len(self.names)} names:"
+                f"{where}: label values found are {found_text(found)}, but --labels has {len(self.names)} name{plural}:"
                 f" give a name for each with --labels {names}{more}"
             )
         raise UserError(

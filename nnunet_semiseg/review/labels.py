@@ -112,7 +112,9 @@ def choose(
             own = [p for p in known.get(case, ()) if p.review == all_of]
             labels[case] = _label(case, mask, own, reader)
     if given is not None:
-        files = sorted(f for f in given.glob(f"*{ending}") if not f.name.startswith(".")) if given.is_dir() else []
+        if not given.is_dir():
+            raise UserError(f"{given}: no such folder: name the right folder with -i")
+        files = sorted(f for f in given.glob(f"*{ending}") if not f.name.startswith("."))
         problems += _other_endings(given, files, unlabeled, ending)
         if not files and not problems:
             raise UserError(f"{given}: has no label CASE{ending}: name the right folder with -i")
