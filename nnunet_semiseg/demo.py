@@ -203,7 +203,7 @@ def run_demo(
     print(
         f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The prompts of the organs are"
     )
-    print(f"in dataset.json: train TextSemiSegTrainer to use them. Its text model is {WORDLLAMA}.")
+    print(f"in dataset.json: train TextSemiSegTrainer to use them. Its text model: the trained embeddings of {WORDLLAMA}.")
     console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
 
 
