@@ -36,7 +36,7 @@ ABOUT = About(
         "myocardium": "the myocardium of the left ventricle in a magnetic resonance image",
         "left ventricle": "the left ventricle of the heart in a magnetic resonance image",
     },
-    labeled=14,
+    num_labeled=14,
 )
 
 

@@ -28,7 +28,7 @@ ABOUT = About(
         "whole tumor": "a brain tumor with its edema in a FLAIR magnetic resonance image",
     },
     label_values={0: 0, 1: 1, 2: 1, 4: 1},
-    labeled=25,
+    num_labeled=25,
 )
 
 SEQUENCES = {"FLAIR": "flair", "T1": "t1", "T1CE": "t1ce", "T2": "t2"}

@@ -20,7 +20,7 @@ ABOUT = replace(
     protocol="none is published for semi-supervised training: a fixed random list, a fifth of the training data for "
     "testing, 10 % of the rest labelled; the challenge's validation data, which have no labels, are unlabelled "
     "training images",
-    labeled=0.1,
+    num_labeled=0.1,
     **brats2019.REGIONS,
 )
 ODD_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm.nii"}  # its name in the official download
@@ -33,7 +33,7 @@ def find_cases(folder: Path) -> Source:
     others = sorted(cases.keys() - set(own))
     train, test = seeded_split(own, test=0.2)
     # a number, so that the labelled cases are the same with and without the others
-    about = replace(brats2019.with_own_ending(ABOUT, cases), labeled=max(1, round(ABOUT.labeled * len(train))))
+    about = replace(brats2019.with_own_ending(ABOUT, cases), num_labeled=max(1, round(ABOUT.num_labeled * len(train))))
     cases |= {name: replace(cases[name], label=None) for name in others}
     return Source(about, cases, [*train, *others], test=test)
 

@@ -27,7 +27,7 @@ ABOUT = About(
         "primary tumor": "the primary tumor of the head and neck in a PET and computed tomography",
         "lymph nodes": "lymph nodes with metastases of the head and neck in a PET and computed tomography",
     },
-    labeled=0.1,
+    num_labeled=0.1,
     notes=("PET is resampled to the CT's grid, linearly",),
 )
 

@@ -25,7 +25,7 @@ ABOUT = About(
     },
     file_ending=".nrrd",
     label_values={0: 0, 255: 1},
-    labeled=8,
+    num_labeled=8,
     crop=Crop(
         size=(112, 112, None),
         margin=(15, 15, None),

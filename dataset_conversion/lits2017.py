@@ -25,7 +25,7 @@ ABOUT = About(
         "liver tumor": "a tumor in the liver in a computed tomography",
     },
     file_ending=".nii",
-    labeled=0.1,
+    num_labeled=0.1,
 )
 
 

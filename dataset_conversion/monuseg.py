@@ -29,7 +29,7 @@ ABOUT = About(
     labels={"background": 0, "nucleus": 1},
     prompts={"background": "tissue between the nuclei", "nucleus": "a cell nucleus in a stained tissue section"},
     file_ending=".tif",
-    labeled=0.25,
+    num_labeled=0.25,
 )
 
 

@@ -19,7 +19,7 @@ ABOUT = About(
     channels=("CT",),
     labels={"background": 0, "lung tumor": 1},
     prompts={"background": "the chest without a tumor", "lung tumor": "a tumor in the lung in a computed tomography"},
-    labeled=0.2,
+    num_labeled=0.2,
 )
 
 

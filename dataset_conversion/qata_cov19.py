@@ -33,7 +33,7 @@ ABOUT = About(
     prompts={"background": "the chest without infection", "infection": "a COVID-19 infection of the lung"},
     file_ending=".png",
     label_values={0: 0, 1: 1, 255: 1},
-    labeled=0.25,
+    num_labeled=0.25,
 )
 
 PARTS = {"Train Set": "train", "Train Folder": "train", "Val Set": "val", "Val Folder": "val"}

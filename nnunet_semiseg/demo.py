@@ -110,9 +110,9 @@ def _tilt(rng: np.random.Generator, radians: float) -> Rotation:
     return Rotation.from_rotvec(rng.normal(0, radians, 3))
 
 
-def write_dataset(folder: Path, labeled: int, unlabeled: int, test: int, seed: int = 0) -> None:
+def write_dataset(folder: Path, num_labeled: int, num_unlabeled: int, num_test: int, seed: int = 0) -> None:
     """Write a raw data set for nnU-Net with `imagesUn`. The labels of unlabelled cases are not written anywhere."""
-    subsets = {"Tr": labeled, "Un": unlabeled, "Ts": test}
+    subsets = {"Tr": num_labeled, "Un": num_unlabeled, "Ts": num_test}
     for subset, count in subsets.items():
         for i in range(count):
             image, labels = make_case(np.random.default_rng([seed, list(subsets).index(subset), i]))
@@ -123,7 +123,7 @@ def write_dataset(folder: Path, labeled: int, unlabeled: int, test: int, seed: i
     dataset_json = {
         "channel_names": {"0": "MRI"},
         "labels": LABELS,
-        "numTraining": labeled,
+        "numTraining": num_labeled,
         "file_ending": ".nii.gz",
         "semiseg": {"prompts": PROMPTS},
     }
@@ -203,7 +203,9 @@ def run_demo(
     print(
         f"One run each, with equal iterations: {num_epochs * num_iterations_per_epoch}. The prompts of the organs are"
     )
-    print(f"in dataset.json: train TextSemiSegTrainer to use them. Its text model: the trained embeddings of {WORDLLAMA}.")
+    print(
+        f"in dataset.json: train TextSemiSegTrainer to use them. Its text model: the trained embeddings of {WORDLLAMA}."
+    )
     console.say(f"done. Every case: {output / 'metrics.csv'}. Picture: {output / 'overlay.png'}")
 
 

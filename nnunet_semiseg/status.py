@@ -32,12 +32,12 @@ RECIPE, LABELS_ONLY = "SemiSegTrainer", "SupervisedTrainer"
 class Cases:
     """The numbers of labelled, unlabelled and test cases."""
 
-    labeled: int
-    unlabeled: int
-    test: int
+    num_labeled: int
+    num_unlabeled: int
+    num_test: int
 
     def __str__(self) -> str:
-        return f"cases: {self.labeled} labelled, {self.unlabeled} unlabelled, {self.test} test"
+        return f"cases: {self.num_labeled} labelled, {self.num_unlabeled} unlabelled, {self.num_test} test"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def status(dataset: int | str) -> list[str]:
     """
     raw, preprocessed, results = (dataset_folder(f"nnUNet_{p}", dataset) for p in ("raw", "preprocessed", "results"))
     cases = count(raw)
-    prepared = list(configurations(raw, preprocessed, cases.unlabeled > 0))
+    prepared = list(configurations(raw, preprocessed, cases.num_unlabeled > 0))
     trained = list(trainings(results))
     reviews = {page: model for folder, model in known_reviews(results).items() if (page := folder / PAGE).is_file()}
     compared = sorted(results.glob(COMPARISONS))
@@ -161,13 +161,13 @@ def what_is_next(
     done = [t.run for t in trained if t.run.is_trained]
     # beside a finished training, one without a checkpoint is probably a false start
     stopped = [t.run for t in trained if not t.is_running and not t.run.is_trained and (t.run.is_begun or not done)]
-    if not cases.unlabeled:
+    if not cases.num_unlabeled:
         stopped = [run for run in stopped if run.trainer.startswith((LABELS_ONLY, "nnUNet"))]
     accepted = journals(raw)
-    if not cases.unlabeled and not accepted:
+    if not cases.num_unlabeled and not accepted:
         return f"put the images without labels into {raw / 'imagesUn'}"
     if not any(p.is_there for p in prepared):
-        return proposed_planning(number, read_dataset_json(raw)["file_ending"], not cases.unlabeled)
+        return proposed_planning(number, read_dataset_json(raw)["file_ending"], not cases.num_unlabeled)
     if not usable:
         return next(p.fix for p in prepared if p.problem)
     train, device = f"nnunet_semiseg train {number}", device_option()
@@ -175,7 +175,7 @@ def what_is_next(
         run = stopped[0]
         return f"{train} {run.configuration} {run.fold} -tr {run.trainer} -p {run.base_plans}{device} --c"
     if not trained:
-        trainer = RECIPE if cases.unlabeled else LABELS_ONLY
+        trainer = RECIPE if cases.num_unlabeled else LABELS_ONLY
         return f"{train} {usable[0].configuration} 0 -tr {trainer} -p {usable[0].plans}{device}"
     if not done:
         return "wait until the training has ended"
@@ -183,8 +183,8 @@ def what_is_next(
     newest = max(done, key=lambda run: ("_from_" not in run.base_plans, _time(run.checkpoint)))
     if accepted and _time(accepted[-1]) > _time(newest.checkpoint):
         run, taken = _reviewed(reviews, done), {p.plans for p in prepared}
-        return _train_on(number, run, len(accepted), taken, run.trainer if cases.unlabeled else LABELS_ONLY)
-    if not cases.unlabeled:
+        return _train_on(number, run, len(accepted), taken, run.trainer if cases.num_unlabeled else LABELS_ONLY)
+    if not cases.num_unlabeled:
         return f"put further images without labels into {raw / 'imagesUn'}"
     run = newest if accepted else done[0]
     model = f"-d {number} -c {run.configuration} -f {run.fold} -p {run.base_plans}"

@@ -234,7 +234,7 @@ def test_share_of_labels_upper_bound_and_noise(planned, pretend_predicted, tmp_p
     upper = tiny_dataset(labeled=4, dataset_id=902)
     upper.plan(preprocess=False)
     asked = request(
-        planned, trainers=TRAINERS[:2], labeled=(1, 2, None), upper_bound=902, noise=(0.1, 0.2), mirroring=False
+        planned, trainers=TRAINERS[:2], sizes=(1, 2, None), upper_bound=902, noise=(0.1, 0.2), mirroring=False
     )
     pretend_predicted["MeanTeacherTrainer"] = 1
     for run in all_runs(asked):
@@ -253,16 +253,16 @@ def test_share_of_labels_upper_bound_and_noise(planned, pretend_predicted, tmp_p
     assert html.count(">SupervisedTrainer, all labels (Dataset902_Tiny)</text>") >= 2  # its own panel of curves, too
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
-    cases = pd.read_csv(tmp_path / "out" / "cases.csv", dtype={"labeled": str})
-    assert set(cases[cases["noise"] > 0]["labeled"]) == {"1", "all"}  # the first size, and the upper bound
-    assert cases[(cases["noise"] > 0) & (cases["labeled"] == "all")]["is_upper_bound"].all()
+    cases = pd.read_csv(tmp_path / "out" / "cases.csv", dtype={"num_labeled": str})
+    assert set(cases[cases["noise"] > 0]["num_labeled"]) == {"1", "all"}  # the first size, and the upper bound
+    assert cases[(cases["noise"] > 0) & (cases["num_labeled"] == "all")]["is_upper_bound"].all()
     # the noise table is that of the first size alone: with it, predictions are shifted by whole voxels
-    means = cases[cases["labeled"] == "1"].groupby(["method", "noise"])["dice"].mean()
+    means = cases[cases["num_labeled"] == "1"].groupby(["method", "noise"])["dice"].mean()
     assert f"| SupervisedTrainer | 0.1 | {means['SupervisedTrainer', 0.1]:.3f} |" in markdown
 
 
 def test_the_curve_can_be_of_some_trainers_alone(planned, pretend_predicted, tmp_path):
-    asked = request(planned, labeled=(1, 2), curve=TRAINERS[:1])
+    asked = request(planned, sizes=(1, 2), curve=TRAINERS[:1])
     assert [(r.trainer, r.num_labeled) for r in all_runs(asked)] == [*((t, 1) for t in TRAINERS), (TRAINERS[0], 2)]
     for run in all_runs(asked):
         pretend_trained(run)
@@ -377,26 +377,24 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, trainers=["SupervizedTrainer"]), "no such trainer: use SupervisedTrainer", out)
     refused(request(planned, trainers=2 * TRAINERS[:1]), "--trainers: .*name each once", out)
     refused(request(planned, curve=TRAINERS[:1]), "--curve SupervisedTrainer: .* several sizes with --labeled", out)
-    refused(request(planned, labeled=(1, 2), curve=["nnUNetTrainer"]), "--curve nnUNetTrainer: name only", out)
+    refused(request(planned, sizes=(1, 2), curve=["nnUNetTrainer"]), "--curve nnUNetTrainer: name only", out)
     refused(request(planned, seeds=0), "--seeds 0: give at least 1", out)
     refused(request(planned, noise=[0.1, 0.0]), "--noise 0: give numbers above 0", out)
     refused(request(planned, noise=[float("nan")]), "--noise nan: give numbers above 0", out)
     refused(request(planned, noise=[0.1, 0.1]), "--noise: 0.1 0.1: name each once", out)
-    refused(request(planned, labeled=[None, None]), "--labeled: all all: name each once", out)
+    refused(request(planned, sizes=[None, None]), "--labeled: all all: name each once", out)
     refused(request(planned, tolerance=-1), "--tolerance -1: give a number of mm above 0", out)
-    refused(request(planned, labeled=[0]), "--labeled 0: give numbers of 1 or more, or all", out)
-    refused(
-        request(planned, labeled=[1, 9]), "--labeled 9: fold all of .*_Tiny has only 3 labelled cases", out, run=True
-    )
-    refused(request(planned, labeled=[1, 3], fold="0"), "--labeled 3: fold 0 of .*_Tiny has only 2", out, run=True)
-    same = request(planned, labeled=[1, None], upper_bound=planned.id)
+    refused(request(planned, sizes=[0]), "--labeled 0: give numbers of 1 or more, or all", out)
+    refused(request(planned, sizes=[1, 9]), "--labeled 9: fold all of .*_Tiny has only 3 labelled cases", out, run=True)
+    refused(request(planned, sizes=[1, 3], fold="0"), "--labeled 3: fold 0 of .*_Tiny has only 2", out, run=True)
+    same = request(planned, sizes=[1, None], upper_bound=planned.id)
     refused(same, "--upper-bound 901: SupervisedTrainer .* is compared already: give another dataset", out, run=True)
     fixed = json.loads((planned.preprocessed / f"{PLANS}.json").read_text()) | {"semiseg": {"num_labeled": 2}}
     write_json(fixed | {"plans_name": "Fixed"}, planned.preprocessed / "Fixed.json")
-    refused(request(planned, labeled=[1, None], plans="Fixed"), "--labeled all: the plans Fixed say num_labeled=2", out)
+    refused(request(planned, sizes=[1, None], plans="Fixed"), "--labeled all: the plans Fixed say num_labeled=2", out)
     for fold in ("first", "00", "\u0663"):  # nnU-Net's folders are fold_0 and fold_3
         refused(request(planned, fold=fold), f"-f {fold}: give the number of a fold, or all", out)
-    refused(request(planned, labeled=[2], fold="99"), "-f 99: .*splits_final.json has the folds 0 to 2", out, run=True)
+    refused(request(planned, sizes=[2], fold="99"), "-f 99: .*splits_final.json has the folds 0 to 2", out, run=True)
     (tmp_path / "file").touch()
     refused(request(planned), "/file: is a file: name a folder with -o", tmp_path / "file" / "below", run=True)
     refused(request(planned, configuration="3d_lowres"), "no configuration 3d_lowres: use 2d or 3d_fullres", out)
@@ -406,7 +404,7 @@ def test_wrong_use_is_one_line(planned, tmp_path):
     refused(request(planned, device="cuda"), "-device cuda: PyTorch finds no GPU: use -device cpu", out)
     refused(request(planned, gpus=[0]), "--gpus 0: needs -device cuda", out)
     refused(request(planned, slurm=["hours=1"]), "--slurm: only with --executor slurm", out)
-    stock = request(planned, trainers=["nnUNetTrainer"], labeled=[2])
+    stock = request(planned, trainers=["nnUNetTrainer"], sizes=[2])
     refused(stock, "nnUNetTrainer: this trainer cannot leave labels out: use SupervisedTrainer", out, run=True)
 
 

@@ -85,7 +85,7 @@ def la2018(folder: Path) -> dict:
         where = folder / ("Testing Set" if name in split["test"] else "Training Set") / name
         save(image.astype(np.uint8), where / "lgemri.nrrd", (0.625,) * 3)
         save(label, where / "laendo.nrrd", (0.625,) * 3)
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def h5(folder: Path) -> dict:
@@ -97,7 +97,7 @@ def h5(folder: Path) -> dict:
             file["image"], file["label"] = (image.T - 100) / 50, label.T
     (folder / "train.list").write_text("\n".join(names[:4]) + "\n")
     (folder / "test.list").write_text(names[4] + "\n")
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def save_dicom(array: np.ndarray, folder: Path) -> None:
@@ -123,7 +123,7 @@ def pancreas_ct(folder: Path) -> dict:
         body = np.where(label > 0, image - 60, np.random.default_rng(i).choice([-900, 20, 250], image.shape))
         save_dicom(body.astype(np.int16), folder / f"PANCREAS_{number}" / "11-24-2015" / "Pancreas-63502")
         save(label[:, ::-1] if i % 2 else label, folder / "TCIA_pancreas_labels" / f"label{number}.nii.gz", (9, 9, 9))
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def brats(folder: Path, names: list[str], odd: str = "") -> None:
@@ -140,13 +140,13 @@ def brats2019(folder: Path) -> dict:
     split = published_split("brats2019")
     brats(folder / "HGG", split["train"][:3] + split["val"][:1])
     brats(folder / "LGG", split["train"][3:5] + split["test"][:1])
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def brats2020(folder: Path) -> dict:
     names = [f"BraTS20_Training_{i:03d}" for i in (1, 2, 3, 4, 355)]
     brats(folder / "MICCAI_BraTS2020_TrainingData", names, "BraTS20_Training_355")
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def msd_lung(folder: Path) -> dict:
@@ -155,7 +155,7 @@ def msd_lung(folder: Path) -> dict:
         save(image, folder / "Task06_Lung" / "imagesTr" / f"lung_{i:03d}.nii.gz")
         save(label, folder / "Task06_Lung" / "labelsTr" / f"lung_{i:03d}.nii.gz")
     (folder / "Task06_Lung" / "imagesTr" / "._lung_001.nii.gz").write_bytes(b"resource fork")
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def lits2017(folder: Path) -> dict:
@@ -165,7 +165,7 @@ def lits2017(folder: Path) -> dict:
         label[4:6, 4:6, 4:6] = 2
         save(image, batch / f"volume-{i}.nii")
         save(label, batch / f"segmentation-{i}.nii")
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def acdc(folder: Path) -> dict:
@@ -179,7 +179,7 @@ def acdc(folder: Path) -> dict:
             save(image, where / f"{patient}_frame{frame:02d}.nii.gz")
             save(label, where / f"{patient}_frame{frame:02d}_gt.nii.gz")
         (where / "Info.cfg").write_text(f"ED: 1\nES: {9 + i}\nGroup: DCM\nHeight: 184.0\n")
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def pictures(folder: Path, sets: dict[str, list[str]]) -> None:
@@ -202,13 +202,13 @@ def qata_cov19(folder: Path) -> dict:
     pictures(folder, {"Train Set": ["a1", "a2", "a3", "a4"], "Test Set": ["b1"]})
     texts(folder / "train.xlsx", ["mask_a1.png", "mask_a2", "a3.png", "a4"])
     texts(folder / "test.xlsx", ["mask_b1.png"])
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def mosmed_plus(folder: Path) -> dict:
     pictures(folder, {"Train Set": ["s1_10", "s1_11", "s2_4", "s2_5"], "Val Set": ["s3_1"], "Test Set": ["s1_12"]})
     texts(folder / "texts.xlsx", ["mask_s1_10.png", "s1_11.png"])
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 XML = "<Annotations><Annotation><Regions>{}</Regions></Annotation></Annotations>"
@@ -226,7 +226,7 @@ def monuseg(folder: Path) -> dict:
         save(rgb, folder / images / f"{name}.tif", is_vector=True)
         (folder / outlines).mkdir(exist_ok=True)
         (folder / outlines / f"{name}.xml").write_text(XML.format(SQUARE))
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def hecktor_(folder: Path) -> dict:
@@ -236,7 +236,7 @@ def hecktor_(folder: Path) -> dict:
         save(image, folder / "imagesTr" / f"CHUM-{i:03d}__CT.nii.gz", (1.0, 1.0, 1.0))
         save(image[::2, ::2, ::2].astype(np.float32), folder / "imagesTr" / f"CHUM-{i:03d}__PT.nii.gz", (2.0, 2.0, 2.0))
         save(label, folder / "labelsTr" / f"CHUM-{i:03d}.nii.gz", (1.0, 1.0, 1.0))
-    return {"labeled": 2}
+    return {"num_labeled": 2}
 
 
 def own_folder(folder: Path) -> dict:
@@ -310,7 +310,7 @@ def test_la2018_published_crop(tmp_path):
     label[40:60, 70:75, 20:140] = 255  # z, y, x
     save(image, download / name / "lgemri.nrrd", (0.625,) * 3)
     save(label, download / name / "laendo.nrrd", (0.625,) * 3)
-    raw = convert("la2018", download, labeled=1, crop="published")
+    raw = convert("la2018", download, num_labeled=1, crop="published")
     # x: 20 to 140 is more than 112, with the margin 5 to 155; y: 70 to 75 is grown by 107, 53 below and 54 above, to 17
     # and 129, with the margin 2 to 144; z: whole
     expected = (slice(None), slice(2, 144), slice(5, 155))
@@ -514,7 +514,7 @@ def test_brats2019_whole_tumour_and_regions(tmp_path):
     assert np.array_equal(label, volume(0)[1])  # 1, 2 and 4 are the whole tumour
     assert (raw / "splits_final.json").exists()
 
-    raw = convert("brats2019", download, task="regions", overwrite=True, labeled=2)
+    raw = convert("brats2019", download, task="regions", overwrite=True, num_labeled=2)
     name = split["train"][0]
     assert len(list((raw / "imagesTr").glob(f"{name}_000?.nii.gz"))) == 4
     label = read(raw / "labelsTr" / f"{name}.nii.gz")
@@ -524,7 +524,7 @@ def test_brats2019_whole_tumour_and_regions(tmp_path):
 def test_brats2020_finds_the_oddly_named_mask(tmp_path):
     download = tmp_path / "download"
     options = brats2020(download)
-    raw = convert("brats2020", download, labeled="all", protocol="all")
+    raw = convert("brats2020", download, num_labeled="all", protocol="all")
     assert options and len(parts(raw)["Tr"]) == 5
     assert read(raw / "labelsTr" / "BraTS20_Training_355.nii.gz").max() == 3
 
@@ -543,13 +543,13 @@ def test_brats2020_validation_data_are_unlabeled(tmp_path):
 def test_msd_lung_is_split_by_seed(tmp_path):
     raw = convert("msd_lung", tmp_path / "m", **msd_lung(tmp_path / "m"))
     assert {part: len(names) for part, names in parts(raw).items()} == {"Tr": 2, "Un": 3, "Ts": 1}
-    again = convert("msd_lung", tmp_path / "m", labeled=2, overwrite=True)
+    again = convert("msd_lung", tmp_path / "m", num_labeled=2, overwrite=True)
     assert parts(again) == parts(raw)
 
 
 def test_lits_reads_both_batches(tmp_path):
     lits2017(tmp_path / "l")
-    raw = convert("lits2017", tmp_path / "l", labeled="all", protocol="all")
+    raw = convert("lits2017", tmp_path / "l", num_labeled="all", protocol="all")
     assert parts(raw) == {"Tr": {f"liver_{i:03d}" for i in (0, 1, 2, 10, 28, 130)}}
     assert set(np.unique(read(raw / "labelsTr" / "liver_130.nii"))) == {0, 1, 2}
 
@@ -569,7 +569,7 @@ def test_acdc_patient_with_a_bad_info_fails_alone(tmp_path):
     bad = sorted((download / "training").iterdir())[0]
     (bad / "Info.cfg").write_text("ED 1\n")
     with pytest.raises(ValueError, match=rf"case {bad.name}_frame01: .*Info.cfg: has no line `ED: NUMBER`") as error:
-        convert("acdc", download, labeled="all")
+        convert("acdc", download, num_labeled="all")
     assert len(str(error.value).splitlines()) == 3  # both frames, and the dataset without them
     converted = set().union(*parts(tmp_path / "raw" / "Dataset801_ACDC").values())
     assert converted and not any(name.startswith(bad.name) for name in converted)
@@ -616,7 +616,7 @@ def test_gray_pictures_are_linked_and_others_read(tmp_path):
     assert cases["a"].images == (folder / "a.png",) and isinstance(cases["b"].images[0], Read)
     assert cases["c"].images == (folder / "c.png",)  # refused when it is read
     with pytest.raises(ValueError, match=r"case c: .*c\.png: cannot be read"):
-        convert("qata_cov19", download, labeled=1)
+        convert("qata_cov19", download, num_labeled=1)
     raw = tmp_path / "raw" / "Dataset801_QaTaCOV19"
     assert (raw / "imagesTr" / "a_0000.png").samefile(folder / "a.png")
     assert np.array_equal(read(raw / "imagesUn" / "b_0000.png"), volume(1, 255, (SIZE, SIZE))[0])

@@ -106,7 +106,11 @@ def test_the_whole_demo(tmp_path, capsys, monkeypatch):
 
     assert not any(mine.iterdir()), "the user's own folders are left alone"
     printed = capsys.readouterr().out
-    assert "UNTRAINED" not in printed and "trained embeddings of wordllama" in printed and str(output / "overlay.png") in printed
+    assert (
+        "UNTRAINED" not in printed
+        and "trained embeddings of wordllama" in printed
+        and str(output / "overlay.png") in printed
+    )
     for command in ("nnunet_semiseg plan_and_preprocess -d 999", "nnUNetv2_train 999", "nnUNetv2_predict -d 999"):
         assert f"$ {command}" in printed
     assert (output / "overlay.png").read_bytes().startswith(b"\x89PNG")

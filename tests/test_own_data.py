@@ -550,7 +550,7 @@ def test_labels_that_are_not_used_are_not_opened(source, monkeypatch):
     read = own_labels.load
     monkeypatch.setattr(own_labels, "load", lambda path, *args: opened.append(path.name) or read(path, *args))
     with pytest.raises(ValueError, match="label values found are"):
-        convert(source, labeled=1)
+        convert(source, num_labeled=1)
     assert set(opened) == {"c0.nii.gz"}
 
 

@@ -79,12 +79,12 @@ def source(train: int, with_label: int, **about) -> Source:
 
 
 @pytest.mark.parametrize(
-    "labeled, published, expected",
+    "num_labeled, published, expected",
     [(2, None, 2), (0.1, None, 1), (0.3, None, 3), ("all", 4, 10), (None, 4, 4), (None, None, 10), (None, 0.25, 2),
      (10, 4, 10), (1.0, 4, 10), (None, 40, 10)],
 )  # fmt: skip
-def test_the_first_of_the_list_are_labelled(labeled, published, expected):
-    parts = assign(source(10, 10, labeled=published), labeled, "published")
+def test_the_first_of_the_list_are_labelled(num_labeled, published, expected):
+    parts = assign(source(10, 10, num_labeled=published), num_labeled, "published")
     assert [parts[f"c{i}"] for i in range(10)] == ["labeled"] * expected + ["unlabeled"] * (10 - expected)
     assert (parts["v"], parts["t"]) == ("validation", "test") and not {"x", "gone"} & set(parts)
 
@@ -106,10 +106,10 @@ def test_protocol_all_trains_on_every_case():
     }
 
 
-@pytest.mark.parametrize("labeled", [11, 0, 1.2])
-def test_more_labelled_cases_than_there_are(labeled):
+@pytest.mark.parametrize("num_labeled", [11, 0, 1.2])
+def test_more_labelled_cases_than_there_are(num_labeled):
     with pytest.raises(ValueError, match="10 of the 10 training cases have a label: give a number from 1 to 10"):
-        assign(source(10, 10), labeled, "published")
+        assign(source(10, 10), num_labeled, "published")
 
 
 def test_seeded_split_is_the_same_everywhere_and_leaves_out_nothing():
@@ -140,10 +140,10 @@ def test_a_crop_needs_a_label(tmp_path):
 
 
 def test_a_missing_case_is_not_replaced_by_the_next_of_the_list():
-    ten = source(10, 10, labeled=4)
+    ten = source(10, 10, num_labeled=4)
     fewer = replace(ten, cases={name: case for name, case in ten.cases.items() if name != "c1"})
-    for labeled in (None, 4, 0.4):
-        parts = assign(fewer, labeled, "published")
+    for num_labeled in (None, 4, 0.4):
+        parts = assign(fewer, num_labeled, "published")
         assert [name for name, part in parts.items() if part == "labeled"] == ["c0", "c2", "c3"]
     assert [n for n, part in assign(fewer, 4, "all").items() if part == "labeled"] == ["c0", "c2", "c3", "c4"]
     with pytest.raises(ValueError, match="none of the first 1 cases of the training list was found: give"):
@@ -155,10 +155,10 @@ def test_no_case_is_in_two_lists():
         assign(replace(source(3, 3), test=["c1"]), None, "published")
 
 
-@pytest.mark.parametrize("labeled", [None, 2, 0.5, "all"])
-def test_nothing_is_labelled(labeled):
+@pytest.mark.parametrize("num_labeled", [None, 2, 0.5, "all"])
+def test_nothing_is_labelled(num_labeled):
     with pytest.raises(ValueError, match="no training case has a label: put the labels there, too"):
-        assign(source(3, 0), labeled, "published")
+        assign(source(3, 0), num_labeled, "published")
 
 
 def test_there_is_no_training_case():
@@ -186,7 +186,7 @@ def test_files_are_found_through_links_and_what_macs_leave_is_not(tmp_path):
 
 
 def test_the_dataset(download, raw):
-    assert convert(download, 801, **OPTIONS, labeled=2) == raw
+    assert convert(download, 801, **OPTIONS, num_labeled=2) == raw
     expected = {f"imagesTr/c{i}_0000.nii.gz" for i in (0, 1)} | {f"labelsTr/c{i}.nii.gz" for i in (0, 1)}
     expected |= {f"imagesUn/c{i}_0000.nii.gz" for i in (2, 3, 4)} | {"dataset.json"}
     assert files(raw) == expected  # the label of c2 is nowhere
@@ -205,7 +205,7 @@ def test_the_dataset(download, raw):
 
 def test_unlabelled_labels_are_not_even_opened(download, raw):
     (download / "labels" / "c2.nii.gz").write_bytes(b"not an image")
-    convert(download, 801, **OPTIONS, labeled=2)
+    convert(download, 801, **OPTIONS, num_labeled=2)
     assert (raw / "imagesUn" / "c2_0000.nii.gz").exists()
 
 
@@ -252,7 +252,7 @@ def test_split_file_of_the_user(download, raw, tmp_path):
 
 
 def test_dry_run_says_what_and_writes_nothing(download, raw, capsys):
-    convert(download, 801, **OPTIONS, labeled=2, dry_run=True)
+    convert(download, 801, **OPTIONS, num_labeled=2, dry_run=True)
     assert "2 labelled, 3 unlabelled" in capsys.readouterr().out
     assert not raw.exists() and list(raw.parent.iterdir()) == []
 
@@ -376,7 +376,7 @@ def test_number_that_another_dataset_has(download, raw):
     [
         ({"crop": "published"}, "no published crop"),
         ({"labels": None}, "--labels"),
-        ({"labeled": 4}, "3 of the 5 training cases have a label"),
+        ({"num_labeled": 4}, "3 of the 5 training cases have a label"),
     ],
 )
 def test_options_that_do_not_fit(change, words, download, raw):
@@ -398,7 +398,7 @@ def test_other_options_than_those_it_was_begun_with(download, raw):
     with pytest.raises(ValueError, match="case c4"):
         convert(download, 801, **OPTIONS)
     with pytest.raises(ValueError, match="was begun with other options"):
-        convert(download, 801, **OPTIONS, labeled=1)
+        convert(download, 801, **OPTIONS, num_labeled=1)
 
 
 def test_a_source_is_never_removed(download, raw):
@@ -420,11 +420,11 @@ def test_names_that_are_no_names(name, download):
 def test_a_bad_case_may_be_taken_out_and_another_put_in(download, raw):
     truncate(download / "images" / "c1.nii.gz")
     with pytest.raises(ValueError, match="case c1"):
-        convert(download, 801, **OPTIONS, labeled=2)
+        convert(download, 801, **OPTIONS, num_labeled=2)
     (download / "images" / "c1.nii.gz").unlink()
     (download / "labels" / "c1.nii.gz").unlink()
     (download / "images" / "c4.nii.gz").unlink()
-    convert(download, 801, **OPTIONS, labeled=2)  # c2 was unlabelled before
+    convert(download, 801, **OPTIONS, num_labeled=2)  # c2 was unlabelled before
     expected = {f"imagesTr/c{i}_0000.nii.gz" for i in (0, 2)} | {f"labelsTr/c{i}.nii.gz" for i in (0, 2)}
     assert files(raw) == expected | {"imagesUn/c3_0000.nii.gz", "dataset.json"}
 
@@ -749,7 +749,7 @@ def test_files_that_are_numbered_from_zero(tmp_path, raw):
 def test_a_misnamed_channel_fails_alone(odd, two_channels, raw):
     (two_channels / "images" / "c3_0001.nii.gz").rename(two_channels / "images" / odd)
     with pytest.raises(ValueError) as error:
-        convert(two_channels, 801, **OPTIONS, channels=["a", "b"], labeled=3)
+        convert(two_channels, 801, **OPTIONS, channels=["a", "b"], num_labeled=3)
     lines = str(error.value).splitlines()
     assert (
         len(lines) == 3

@@ -30,6 +30,7 @@ from nnunet_semiseg.losses.segmentation import confidence, probabilities
 from nnunet_semiseg.settings.base import (
     CertainSettings,
     ExternalMaskSettings,
+    Probability,
     Share,
     TeacherSettings,
     TurnSettings,
@@ -57,6 +58,9 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     turns: bool = False
     """Whether the student's view is flipped and turned by right angles, along the axes that nnU-Net mirrors. The
     pseudo-label is flipped and turned in the same way."""
+    contrast_probability: Probability | None = 0.8
+    """The probability of each of nnU-Net's transforms of brightness, contrast and gamma on labelled patches. `null`
+    keeps nnU-Net's own: 0.1 to 0.3."""
     strong_transforms: Literal["all", "contrast"] = "contrast"
     """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
     blur and low resolution, which can hide small structures, keep nnU-Net's own probabilities."""
@@ -99,6 +103,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
       patches. The box goes through all slices if nnU-Net augments in 2d. With `paste_share` below 1, labelled patches
       stay whole in some of the steps.
+    - Brightness, contrast and gamma of labelled patches change as often as those of strong views.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.

@@ -196,8 +196,9 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
         mixup = settings.mixing == "mixup"  # then the mixing stream is supervised with both labels, in proportion
         own: list[Any] = [weight if mixup else 1, 1]
         with self.shared(halves) as halves:
-            labeled, unlabeled = ([partial(self.bare_network.decode, skips) for skips in half] for half in halves)
-            for i, output, decisions in self.in_turn(unlabeled, self.taught):
+            decoders = [[partial(self.bare_network.decode, skips) for skips in half] for half in halves]
+            labeled_decoders, unlabeled_decoders = decoders
+            for i, output, decisions in self.in_turn(unlabeled_decoders, self.taught):
                 if learns[i]:
                     loss = own[i] * self.taught_loss(output, decisions[1 - i])
                     if mixup and i == 0:
@@ -205,7 +206,7 @@ class STLUNetTrainer(SemiSupervisedTrainer[STLUNetSettings]):
                     yield {f"unsupervised_{STREAMS[i]}": gamma * loss}
                     del loss
                 del output
-            for i, decode in enumerate(labeled):
+            for i, decode in enumerate(labeled_decoders):
                 if learns[i]:
                     with self.shared(decode()) as output:
                         yield {f"supervised_{STREAMS[i]}": own[i] * self.loss(output, target)}

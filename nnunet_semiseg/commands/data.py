@@ -84,7 +84,7 @@ def add_conversion_arguments(parser: ArgumentParser, required: bool = True) -> N
     )
     parser.add_argument("-d", type=dataset_id, required=required, metavar="ID", help="number of the new dataset")
     parser.add_argument(
-        "--labeled", type=_labeled, metavar="N",
+        "--labeled", type=_num_labeled, dest="num_labeled", metavar="N",
         help="how many cases keep their labels: a number, a fraction of the training cases, or all; default: the"
         " published number, or all if nothing is published",
     )  # fmt: skip
@@ -133,7 +133,7 @@ def _add_all_arguments(parser: ArgumentParser, converter: ModuleType) -> None:
         converter.add_arguments(parser)
 
 
-def _labeled(text: str) -> int | float | str:
+def _num_labeled(text: str) -> int | float | str:
     """Read a number, a fraction or `all`. Raises ArgumentTypeError for other text."""
     if text == "all":
         return text

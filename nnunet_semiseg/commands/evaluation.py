@@ -154,7 +154,7 @@ class Accept(Command):
             print(f"{label.case}: {label.origin}")
         if labels:
             raw = dataset_folder("nnUNet_raw", args.d)
-            if not count(raw).unlabeled:
+            if not count(raw).num_unlabeled:
                 print(
                     f"no unlabelled case is left: only SupervisedTrainer and nnUNetTrainer can train now; for the other"
                     f" trainers, put further images without labels into {raw / 'imagesUn'} and run nnunet_semiseg"

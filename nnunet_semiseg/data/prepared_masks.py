@@ -225,7 +225,7 @@ class _Stack:
         return np.concatenate([own, *others])
 
 
-def take_masks(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
+def take_masks(labeled_batch: dict, unlabeled_batch: dict) -> dict[str, Tensor]:
     """Take the masks of K other models from an unlabelled batch. The result becomes `Batch.extra`.
 
     The batch is one of a loader with a `MaskedDataset`. The labelled batch is not used.
@@ -234,4 +234,4 @@ def take_masks(labeled: dict, unlabeled: dict) -> dict[str, Tensor]:
         A dictionary with one tensor, `masks` (B, K, *S). Its values are those of the labels, and -1 where a mask is not
         known.
     """
-    return {"masks": unlabeled["target"].clamp(min=0) - 1}
+    return {"masks": unlabeled_batch["target"].clamp(min=0) - 1}

@@ -43,7 +43,7 @@ class Request(EvaluationOptions, ExecutorOptions, PredictionOptions, ModelOption
     Attributes:
         trainers: the trainers to compare. The first one is the baseline.
         seeds: the number of runs of each trainer, with the seeds 0, 1, ... None: one run of the plans as they are.
-        labeled: the numbers of labelled cases to train with; None means all. Empty: the labelled set is not changed.
+        sizes: the numbers of labelled cases to train with; None means all. Empty: the labelled set is not changed.
         curve: trainers that are trained with every size; the others are trained with the first size only. None: all.
         upper_bound: a dataset with all labels. The baseline is also trained on it.
         noise: standard deviations of the noise on the normalised test images.
@@ -61,7 +61,7 @@ class Request(EvaluationOptions, ExecutorOptions, PredictionOptions, ModelOption
         help="number of runs of each trainer, with the seeds 0, 1, ...; default: one run, with the seed in the plans if"
         " there is one",
     )  # fmt: skip
-    labeled: Sequence[int | None] = option(
+    sizes: Sequence[int | None] = option(
         "--labeled", type=size, metavar="N", default=(),
         help="numbers of labelled cases to train with, for a learning curve: numbers, or all; default: keep the"
         " labelled set",
@@ -102,4 +102,4 @@ class Request(EvaluationOptions, ExecutorOptions, PredictionOptions, ModelOption
     @property
     def main_size(self) -> int | None:
         """The number of labelled cases of the runs that are compared. The other numbers are points of the curve."""
-        return self.labeled[0] if self.labeled else None
+        return self.sizes[0] if self.sizes else None

@@ -78,7 +78,7 @@ def write_report(results: Results, output: Path) -> Path:
 
     request = results.request
     size = request.main_size
-    scores = scores[(scores["labeled"] == size_name(size)) | scores["is_upper_bound"]]
+    scores = scores[(scores["num_labeled"] == size_name(size)) | scores["is_upper_bound"]]
     main = scores[scores["noise"] == 0]
     of_case = per_case(main)
     compared = of_case[~of_case["is_upper_bound"]]
@@ -94,7 +94,7 @@ def write_report(results: Results, output: Path) -> Path:
         cost_section(runs),
         Section("Every case", charts={n: figures.box_plots(main, m, METRICS[m], n) for n, m in case_charts.items()}),
     ]
-    if len(request.labeled) > 1:
+    if len(request.sizes) > 1:
         sections.append(share_section(per_case(clean)))
     if request.noise:
         sections.append(noise_section(per_case(scores)))
@@ -111,7 +111,7 @@ def write_report(results: Results, output: Path) -> Path:
         "classes": ", ".join(main["label"].unique()),
         "made with": " ".join(["nnunet_semiseg", *sys.argv[1:]]),
     }
-    if request.labeled:
+    if request.sizes:
         facts["labelled cases"] = f"{size_name(size)}, except in the curve and in the tables of every run"
     title = f"{', '.join(request.trainers)} on {results.runs[0].dataset}"
     findings = [finding(baseline, table, metric) for metric, table in differences.items()]
@@ -131,7 +131,7 @@ def tidy(results: Results) -> pd.DataFrame:
     """A copy of `Results.scores` that says in further columns which run each row is of.
 
     `method` is its trainer and, for the upper bound, also its dataset. `run` is its seed, see `Run.repetition`.
-    `labeled` is its number of labelled cases as a text, such as "8"; "all" if `--labeled` gives no number.
+    `num_labeled` is its number of labelled cases as a text, such as "8"; "all" if `--labeled` gives no number.
     `is_upper_bound` is True if the run is one of `Results.upper_bound`.
     """
     bound = len(results.runs)
@@ -139,7 +139,7 @@ def tidy(results: Results) -> pd.DataFrame:
         {
             "method": run.trainer if i < bound else f"{run.trainer}, all labels ({run.dataset})",
             "run": run.repetition,
-            "labeled": size_name(run.num_labeled),
+            "num_labeled": size_name(run.num_labeled),
             "is_upper_bound": i >= bound,
         }
         for i, run in enumerate(results.everything)
@@ -150,7 +150,7 @@ def tidy(results: Results) -> pd.DataFrame:
 
 def per_case(scores: pd.DataFrame) -> pd.DataFrame:
     """For every run, noise and case, the means over the labels."""
-    keys = ["method", "run", "labeled", "is_upper_bound", "noise", "case"]
+    keys = ["method", "run", "num_labeled", "is_upper_bound", "noise", "case"]
     return scores.groupby(keys, sort=False)[list(METRICS)].mean().reset_index()
 
 
@@ -333,8 +333,8 @@ def share_section(of_case: pd.DataFrame) -> Section:
     was trained with all labels.
     """
     is_bound = of_case["is_upper_bound"]
-    points = curve_points(of_case[~is_bound], "labeled")
-    all_labels = curve_points(of_case[is_bound], "labeled") if is_bound.any() else points[points["x"] == "all"]
+    points = curve_points(of_case[~is_bound], "num_labeled")
+    all_labels = curve_points(of_case[is_bound], "num_labeled") if is_bound.any() else points[points["x"] == "all"]
     line_at = None
     if len(all_labels):
         name = all_labels["method"].iloc[0]

@@ -60,27 +60,27 @@ def check_numbers(request: Request) -> None:
             raise UserError(f"--noise {sigma:g}: give numbers above 0; the test without noise is always done")
     if not (math.isfinite(request.tolerance) and request.tolerance > 0):
         raise UserError(f"--tolerance {request.tolerance:g}: give a number of mm above 0")
-    for size in request.labeled:
+    for size in request.sizes:
         if size is not None and size < 1:
             raise UserError(f"--labeled {size}: give numbers of 1 or more, or all")
 
 
 def check_sizes(request: Request, run: Run) -> None:
     """Raise UserError if `--labeled` asks for too many cases, or for `all` although the plans limit their number."""
-    if not request.labeled:
+    if not request.sizes:
         return
     preprocessed = dataset_folder("nnUNet_preprocessed", request.dataset)
     file = preprocessed / f"{request.plans}.json"
     plans = load_plans(file, "plan first, or name other plans with -p")
     fixed = plans.get(PLANS_KEY, {}).get("num_labeled")
-    if None in request.labeled and fixed is not None:
+    if None in request.sizes and fixed is not None:
         fix = f'remove "num_labeled" under "{PLANS_KEY}" in {file}'
         raise UserError(f"--labeled all: the plans {request.plans} say num_labeled={fixed}: {fix}")
     raw = dataset_folder("nnUNet_raw", request.dataset)
     cases = labeled_images(raw, read_dataset_json(raw))
     if request.fold != "all":
         cases = [case for case in fold_of(request, preprocessed, cases)["train"] if case in cases]
-    largest = max((size for size in request.labeled if size is not None), default=0)
+    largest = max((size for size in request.sizes if size is not None), default=0)
     if largest > len(cases):
         raise UserError(
             f"--labeled {largest}: fold {request.fold} of {run.dataset} has only {len(cases)} labelled cases: give"
@@ -120,7 +120,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     for trainer in request.trainers:
         find_trainer(trainer)
     for name, values in (
-        ("--trainers", request.trainers), ("--labeled", request.labeled), ("--curve", request.curve or ()),
+        ("--trainers", request.trainers), ("--labeled", request.sizes), ("--curve", request.curve or ()),
         ("--noise", request.noise), ("--gpus", request.gpus),
     ):  # fmt: skip
         if len(set(values)) < len(values):
@@ -131,7 +131,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
     if not is_fold(request.fold):
         raise UserError(f"-f {request.fold}: give the number of a fold, or all")
     for trainer in request.curve or ():
-        if trainer not in request.trainers or len(request.labeled) < 2:
+        if trainer not in request.trainers or len(request.sizes) < 2:
             raise UserError(
                 f"--curve {trainer}: name only trainers of --trainers, and give several sizes with --labeled"
             )
@@ -143,7 +143,7 @@ def make_runs(request: Request) -> tuple[list[Run], list[Run]]:
         return [Run(*shared, t, request.plans, seed, size) for size in sizes for t in trainers for seed in seeds]
 
     runs = make(request.dataset, request.trainers, [request.main_size])
-    runs += make(request.dataset, request.trainers if request.curve is None else request.curve, request.labeled[1:])
+    runs += make(request.dataset, request.trainers if request.curve is None else request.curve, request.sizes[1:])
     upper_bound = [] if request.upper_bound is None else make(request.upper_bound, request.trainers[:1], [None])
     if set(upper_bound) & set(runs):
         raise UserError(
@@ -217,14 +217,14 @@ def check_disjoint(test_set: TestSet, upper_bound: Run) -> None:
     """Raises UserError if the upper bound is trained on a case that has the name of a test case."""
     raw = dataset_folder("nnUNet_raw", upper_bound.dataset)
     dataset_json = read_dataset_json(raw)
-    labeled = labeled_images(raw, dataset_json)
+    labeled_cases = labeled_images(raw, dataset_json)
     held_out: Iterable[str] = ()
     if test_set.is_validation:  # its own fold may leave these cases out, too
         preprocessed = dataset_folder("nnUNet_preprocessed", upper_bound.dataset)
-        splits = find_splits(preprocessed, labeled)
+        splits = find_splits(preprocessed, labeled_cases)
         held_out = splits[int(upper_bound.fold)]["val"] if int(upper_bound.fold) < len(splits) else ()
     for case in set(test_set.images) - set(held_out):
-        if case in labeled:
+        if case in labeled_cases:
             place = raw / ("dataset.json" if "dataset" in dataset_json else "imagesTr")
         elif any((raw / IMAGES_FOLDER).glob(f"{case}_0000.*")):
             place = raw / IMAGES_FOLDER

@@ -31,7 +31,7 @@ def convert_dataset(
     source: str | Path,
     dataset_id: int,
     *,
-    labeled: int | float | str | None = None,
+    num_labeled: int | float | str | None = None,
     protocol: str = "published",
     crop: str = "none",
     register: str = "off",
@@ -47,7 +47,7 @@ def convert_dataset(
     Args:
         find_cases: a function of the data set's module. It is called with the source's folder and the options.
         source: a folder; or an archive (zip, tar), which is unpacked into a temporary folder.
-        labeled: how many cases keep their label: a number, a fraction of the training cases, "all", or None for the
+        num_labeled: how many cases keep their label: a number, a fraction of the training cases, "all", or None for the
             published number (all if none is published). The first cases of the published order are taken.
         protocol: "published" uses the lists of the source, published or your own; "all" trains on every case and has no
             test set.
@@ -75,12 +75,12 @@ def convert_dataset(
             stack.enter_context(only_one(raw / f".Dataset{dataset_id:03d}.lock", f"makes dataset {dataset_id}"))
         folder = stack.enter_context(_opened(source, raw, dataset_id, max_size))
         found = find_cases(folder, **options)
-        parts = _choose_parts(found, source, labeled, protocol)
+        parts = _choose_parts(found, source, num_labeled, protocol)
         _check_options(found.about, crop, register)
         target = raw / f"Dataset{dataset_id:03d}_{found.about.name}"
         given = (Path(option) for option in options.values() if isinstance(option, (str, Path)))
         refuse_own_source(found, [source, *(path for path in given if path.is_file())], target)
-        asked = {"labeled": labeled, "protocol": protocol, "crop": crop, "register": register}
+        asked = {"num_labeled": num_labeled, "protocol": protocol, "crop": crop, "register": register}
         asked |= {"options": {key: str(value) for key, value in options.items()}}
         request = describe_request(source, found, parts, asked)
         report(found, parts, target, crop, dry_run)
@@ -130,13 +130,13 @@ def _opened(source: Path, raw: Path, dataset_id: int, max_size: float | None) ->
         yield folder
 
 
-def _choose_parts(found: Source, source: Path, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
+def _choose_parts(found: Source, source: Path, num_labeled: int | float | str | None, protocol: str) -> dict[str, str]:
     """The same as `assign`, with the source in the error. Raises UserError, too, if there is no case."""
     if not found.cases:
         layout = "\n".join(f"    {line}" for line in found.about.layout.splitlines())
         raise UserError(f"{source}: no case was found; give a folder with these files:\n{layout}")
     try:
-        return assign(found, labeled, protocol)
+        return assign(found, num_labeled, protocol)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -211,7 +211,7 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
     if not begun.is_file():
         raise UserError(f"{target}: exists already: replace it with --overwrite, or choose another number with -d")
     before = read_json(begun, "begin again with --overwrite")
-    asked = ("source", "labeled", "protocol", "crop", "register", "options")
+    asked = ("source", "num_labeled", "protocol", "crop", "register", "options")
     if any(before.get(key) != request[key] for key in asked):
         raise UserError(
             f"{target}: was begun with other options: use the same options again, or begin again with --overwrite"

@@ -56,7 +56,7 @@ class About:
         prompts: one or more texts about each class.
         dims: the number of dimensions of every image. None: 2 for pictures, else 3.
         label_values: a map from values in the source to values in the dataset. None: both have the values of `labels`.
-        labeled: the default number of labelled cases, or their share of the training cases. None: all that have a
+        num_labeled: the default number of labelled cases, or their share of the training cases. None: all that have a
             label.
         value_hint: how to fix an unknown label value.
         repair: what may be changed in headers and voxels.
@@ -77,7 +77,7 @@ class About:
     file_ending: str = ".nii.gz"
     dims: int | None = None
     label_values: Mapping[int, int] | None = None
-    labeled: int | float | None = None
+    num_labeled: int | float | None = None
     crop: Crop | None = None
     value_hint: str = "correct it, or download the label again"
     repair: Repair = Repair()

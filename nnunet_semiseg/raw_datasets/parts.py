@@ -10,7 +10,7 @@ from nnunet_semiseg.raw_datasets.description import Source
 from nnunet_semiseg.raw_datasets.names import some
 
 
-def assign(source: Source, labeled: int | float | str | None, protocol: str) -> dict[str, str]:
+def assign(source: Source, num_labeled: int | float | str | None, protocol: str) -> dict[str, str]:
     """Decide for each case of the lists whether it is labeled, validation, unlabeled or test.
 
     The labelled cases are the first of the published list. If one of them is missing, there is one labelled case less.
@@ -35,7 +35,7 @@ def assign(source: Source, labeled: int | float | str | None, protocol: str) -> 
     candidates = [name for name in lists["train"] if name not in present or source.cases[name].label is not None]
     if not candidates:
         raise UserError("no training case has a label: put the labels there, too")
-    n = _count(labeled, source.about.labeled, len(lists["train"]), len(candidates))
+    n = _count(num_labeled, source.about.num_labeled, len(lists["train"]), len(candidates))
     keep = set(candidates[:n]) & present
     if not keep:
         raise UserError(
@@ -54,16 +54,16 @@ def refuse_in_two_lists(lists: Mapping[str, Iterable[str]]) -> None:
             raise UserError(f"case {some(both)} is in the {one} and in the {other} list: remove it from one of them")
 
 
-def _count(labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
-    asked = published if labeled is None else labeled
+def _count(num_labeled: int | float | str | None, published: int | float | None, cases: int, candidates: int) -> int:
+    asked = published if num_labeled is None else num_labeled
     if asked in (None, "all"):
         return candidates
     n = max(1, round(asked * cases)) if isinstance(asked, float) else asked
-    if labeled is None:
+    if num_labeled is None:
         return min(n, candidates)
     if not 1 <= n <= candidates:
         raise UserError(
-            f"--labeled {labeled}: asks for {n} labelled cases, but {candidates} of the {cases} training cases have a"
-            f" label: give a number from 1 to {candidates}, a smaller fraction, or all"
+            f"--labeled {num_labeled}: asks for {n} labelled cases, but {candidates} of the {cases} training cases"
+            f" have a label: give a number from 1 to {candidates}, a smaller fraction, or all"
         )
     return n

@@ -22,6 +22,8 @@ EMA_LENGTHS = {200: 10, 2_000: 100, 50_000: 1_000}
 
 Share = Annotated[float, Bounds(0, 1)]
 """A part of a whole, or a probability, from 0 to 1."""
+Probability = Annotated[float, Bounds(0.01, 1)]
+"""The probability that a transform is applied, from 0.01 to 1."""
 Dropout = Annotated[float, Bounds(0, 0.99)]
 """The probability that a value is dropped, from 0 to 0.99."""
 Weight = Annotated[float, Bounds(0)]
@@ -68,7 +70,7 @@ class TrainingSettings:
     pretrained_encoder: str | None = None
     """The path of a checkpoint of nnssl, such as one of the OpenMind models. The training starts with the weights of
     its encoder."""
-    contrast_probability: Annotated[float, Bounds(0.01, 1)] | None = None
+    contrast_probability: Probability | None = None
     """The probability of each of nnU-Net's transforms of brightness, contrast and gamma on labelled patches. By default
     it is nnU-Net's own: 0.1 to 0.3."""
     bfloat16_on_cpu: bool = False
@@ -89,7 +91,7 @@ class SemiSupervisedSettings(TrainingSettings):
     """How much memory a training step may use. `stock` needs at most 1.15 times the memory of nnU-Net. `fast` runs
     labelled and unlabelled samples together where the method allows it, and needs several times the memory. `small`
     runs one sample at a time and computes its features twice."""
-    strong_probability: Annotated[float, Bounds(0.01, 1)] | None = 0.8
+    strong_probability: Probability | None = 0.8
     """The probability of each intensity transform that `strong_transforms` names, in a strong view. A view that has not
     changed is made again, at most 10 times in all. `null` keeps the probabilities that labelled patches have."""
     strong_transforms: Literal["all", "contrast"] = "all"

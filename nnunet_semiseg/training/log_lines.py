@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from statistics import median
 
 
-def cases_line(labeled: int, unlabeled: int, validation: int) -> str:
+def cases_line(num_labeled: int, num_unlabeled: int, num_validation: int) -> str:
     """The line with the numbers of labelled, unlabelled and validation cases."""
-    return f"training cases: {labeled} labelled, {unlabeled} unlabelled; validation cases: {validation}"
+    return f"training cases: {num_labeled} labelled, {num_unlabeled} unlabelled; validation cases: {num_validation}"
 
 
 def settings_line(settings) -> str:

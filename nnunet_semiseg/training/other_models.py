@@ -34,8 +34,8 @@ def find_masks(
     names = [given] if isinstance(given, str) else list(given)
     base = Path(str(nnUNet_preprocessed), plans["dataset_name"])
     folder = str(base / PlansManager(plans).get_configuration(configuration).data_identifier)
-    labeled = cases_of_fold(base, infer_dataset_class(folder).get_identifiers(folder), fold)
-    training = take_labeled(labeled, [], settings.num_labeled, dataset_json)[0]
+    fold_cases = cases_of_fold(base, infer_dataset_class(folder).get_identifiers(folder), fold)
+    training = take_labeled(fold_cases, [], settings.num_labeled, dataset_json)[0]
     raw = Path(os.environ["nnUNet_raw"], base.name) if os.environ.get("nnUNet_raw") else None
     classes = [name for name in dataset_json["labels"] if name not in ("background", "ignore")]
     fix = preprocess_unlabeled_again(plans, configuration)
