@@ -35,7 +35,7 @@ def ellipse(center, radii, angle) -> np.ndarray:
 def make_pair(rng: np.random.Generator, faint: bool = False) -> tuple[np.ndarray, np.ndarray, str]:
     """Make an image, its label and its sentence.
 
-    Objects that are not lesions are smaller, and as bright or brighter.
+    Objects that are not lesions are smaller. On average they are as bright as lesions; with `faint` they are brighter.
     """
     noise, contrast = (30, (15, 45)) if faint else (8, (40, 70))
     image = np.full((SIZE, SIZE), 90.0) + noise * rng.standard_normal((SIZE, SIZE))

@@ -1,4 +1,4 @@
-"""STLU-Net (Pattern Recognition 2026): features are mixed where two images are alike."""
+"""STLU-Net (Pattern Recognition 2026): features of two images are mixed by their similarity."""
 
 from __future__ import annotations
 

@@ -43,7 +43,12 @@ class Convert(Command):
         add_conversion_arguments(parser, required=False)  # for the help: what stands behind NAME is parsed in `run`
         if words := words_to_complete():
             return _add_data_sets(parser, words)
-        parser.add_argument("name", nargs="?", metavar="NAME", help="the data set, or folder for your own images")
+        parser.add_argument(
+            "name",
+            nargs="?",
+            metavar="NAME",
+            help="name of a data set of --list, or the word folder for your own images",
+        )
         parser.add_argument("rest", nargs=REMAINDER, help=SUPPRESS)
 
     def run(self, args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The options of `compare`. `text_effect` uses them, too. No large package is imported, so that help is quick."""
+"""The options of `compare`. `text_effect` uses some of them. No large package is imported, so that help is quick."""
 
 from __future__ import annotations
 

@@ -221,7 +221,13 @@ def beginning(target: Path, request: dict, overwrite: bool) -> dict | None:
 
 
 def _take_back(target: Path, begun: Mapping, request: Mapping, ending: str) -> None:
-    """Remove the written files of cases that no longer exist, have changed, or now belong to another part."""
+    """Remove the written files of cases that no longer exist, have changed, or now belong to another part.
+
+    Args:
+        begun: the request of the interrupted conversion.
+        request: the present request; see `describe_request`.
+        ending: the `file_ending` of the dataset.
+    """
     for name, part in begun.get("parts", {}).items():
         if request["parts"].get(name) != part or begun["stamps"][name] != request["stamps"][name]:
             (target / STATE / f"case_{name}.json").unlink(missing_ok=True)

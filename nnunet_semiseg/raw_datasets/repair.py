@@ -113,7 +113,7 @@ def _nifti_spacing(path: Path) -> list[float] | None:
 def _text_spacing(path: Path) -> list[float] | None:
     """The spacing in the header of an NRRD or MetaImage file if it is not valid, else None. These headers are text.
 
-    Empty if it is missing. ITK replaces a missing spacing and NaN by 1. For pictures no spacing is used.
+    Empty if it is missing. ITK replaces a missing spacing by 1, in NRRD also NaN. For pictures no spacing is used.
     """
     ending = path.suffix.lower()
     if ending not in DATA_FILE:

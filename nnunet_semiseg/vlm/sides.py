@@ -93,7 +93,7 @@ class NamedSides:
 
     @property
     def flips(self) -> list[Flip]:
-        """No flip, and all combinations of the flips that exchange words."""
+        """All combinations of the vertical and horizontal flips that exchange words. The first one is no flip."""
         vertical, horizontal = ((False, True) if side in self.swapped else (False,) for side in SIDES)
         return list(product(vertical, horizontal))
 

@@ -70,7 +70,8 @@ class PretrainingSettings:
     """The fold whose training labels may be used. It must be the fold of the later training. By default all labels are
     used, for trainings with fold `all`."""
     num_labeled: Count | None = None
-    """How many of the training cases keep their labels. Give the same value as for the later training."""
+    """How many of the training cases keep their labels; by default all. Give the same value as for the later
+    training."""
     text_model: str | None = None
     """`wordllama` replaces the text half of the model by frozen word embeddings, which need no download."""
     held_out: Annotated[float, Bounds(0, 0.9)] = 0.1
