@@ -93,7 +93,7 @@ def test_a_training_without_finite_numbers_ends_and_keeps_the_last_good_checkpoi
     assert line.startswith(f"{trainer.output_folder}: epoch 1: {what}") and "checkpoint_latest.pth is kept" in line
     assert line.endswith("and continue with --c or train again")
     if trainer_class is MeanTeacherTrainer and when == "in the epoch":
-        assert "(of supervised, consistency)" in line
+        assert "(terms: supervised, consistency)" in line
     assert len(steps) == 4 and not Path(trainer.output_folder, "checkpoint_final.pth").exists()
     for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
         kept = saved(trainer, name)
