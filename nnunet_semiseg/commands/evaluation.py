@@ -13,7 +13,7 @@ from nnunet_semiseg.review.options import ReviewOptions
 
 
 class Compare(Command):
-    """Compare trainers: train (with --run), predict, write a report."""
+    """Compare trainers: with --run train them, then predict and report."""
 
     name = "compare"
     examples = (
