@@ -377,7 +377,9 @@ def test_a_training_that_continues_from_a_model_can_be_interrupted(after, datase
     plans = dataset.preprocessed / "again.json"
     before = plans.read_text() if plans.exists() else None
     saved = after == "a checkpoint"
-    assert ("-p again -device cpu --c" if saved else "interrupted: run the same command again") in capsys.readouterr().err
+    assert (
+        "-p again -device cpu --c" if saved else "interrupted: run the same command again"
+    ) in capsys.readouterr().err
     assert cli.main(words) == (1 if saved else 130)
     assert len(begun) == (1 if saved else 2)
     assert (plans.read_text() if plans.exists() else None) == before

@@ -13,7 +13,7 @@ from nnunet_semiseg.review.options import ReviewOptions
 
 
 class Compare(Command):
-    """Compare trainers: with --run train them, then predict and report."""
+    """Compare trainers, and write a report. --run trains them."""
 
     name = "compare"
     examples = (
