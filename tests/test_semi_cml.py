@@ -451,7 +451,7 @@ def test_an_old_data_set_names_its_channels_as_modality(ready):
     dataset = ready(channels=3)
     file = dataset.preprocessed / "dataset.json"
     file.write_text(file.read_text().replace("channel_names", "modality"))
-    make_trainer(SemiCMLTrainer, dataset)
+    assert [m.shape[1] for m in started(dataset).network.modalities(torch.randn(1, 3, 16, 16, 16))] == [1, 2]
 
 
 def test_channel_groups(ready):

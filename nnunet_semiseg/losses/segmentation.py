@@ -144,6 +144,7 @@ def soft_label_loss(loss, logits: Tensor, target: Tensor, weight: Tensor | None 
         ce = F.binary_cross_entropy_with_logits(logits, target, weight)
     else:
         ce = (F.cross_entropy(logits, target, reduction="none") * weight[:, 0]).mean()
+    # MONAI's DiceLoss(soft_label=True) is the same for one process, but it cannot add up the sums of several
     p, first = dc.apply_nonlin(logits), 0 if dc.do_bg else 1
     over = (0, *range(2, p.ndim)) if dc.batch_dice else tuple(range(2, p.ndim))
     sums = torch.stack([(weight * x)[:, first:].sum(over) for x in (torch.minimum(p, target), p, target)])
