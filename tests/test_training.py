@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from training import TRAINERS, bare_trainer, make_trainer
 
-from nnunet_semiseg.data.two_streams import flat
+from nnunet_semiseg.data.augmentation import flat
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TrainingSettings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer

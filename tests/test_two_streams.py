@@ -17,7 +17,7 @@ from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from training import make_trainer
 
-from nnunet_semiseg.data.two_streams import ViewsTransform
+from nnunet_semiseg.data.views import ViewsTransform
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer

@@ -16,6 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.data.augmentation import limited
 from nnunet_semiseg.data.texts import has_texts, read_texts, texts_file
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.json_types import Bounds
@@ -23,7 +24,6 @@ from nnunet_semiseg.losses.ramps import gaussian_ramp
 from nnunet_semiseg.losses.segmentation import probabilities, soft_label_loss
 from nnunet_semiseg.settings.base import Count, PseudoLabelSettings, Share, TeacherSettings, TurnSettings, Weight
 from nnunet_semiseg.text.prompts import check_prompts_are_current, read_prompts
-from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.plans_trainer import dataset_json_file
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer

@@ -15,6 +15,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_semiseg.data.augmentation import limited
 from nnunet_semiseg.data.empty_channels import keep_empty
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
 from nnunet_semiseg.deployment.trained_model import load_predictor
@@ -27,7 +28,6 @@ from nnunet_semiseg.schema import load_plans, read_dataset_json
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, Weight
 from nnunet_semiseg.settings.plans import FOUND_KEY, PLANS_KEY, parse_assignments, settings_from
 from nnunet_semiseg.training import checkpoint as checkpoints
-from nnunet_semiseg.training.augmentation import limited
 from nnunet_semiseg.training.batch import Batch
 from nnunet_semiseg.training.passes import run_in_bfloat16
 from nnunet_semiseg.training.semi_supervised import SemiSupervisedTrainer

@@ -24,10 +24,11 @@ from torch import Tensor, autocast, distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map
 
+from nnunet_semiseg.data.augmentation import repeatable, strengthened
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.preprocessed import preprocess_again
 from nnunet_semiseg.data.readable import ReadableCases
-from nnunet_semiseg.data.two_streams import seed_workers, strengthened
+from nnunet_semiseg.data.two_streams import seed_workers
 from nnunet_semiseg.data.written_images import check_written
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.files import LOCK, SETTINGS, DiskError, base_folder, disk_errors, only_one, reading, write_json
@@ -36,7 +37,6 @@ from nnunet_semiseg.settings.base import TrainingSettings
 from nnunet_semiseg.settings.plans import ACCEPT_CHANGES, changed_settings, read_settings, store_given, with_given
 from nnunet_semiseg.training import checkpoint as checkpoints
 from nnunet_semiseg.training import log_lines, tensorboard
-from nnunet_semiseg.training.augmentation import repeatable
 from nnunet_semiseg.training.checks import check_batch_fits, check_depth, check_labeled_cases
 from nnunet_semiseg.training.distributed import Ranks, told
 from nnunet_semiseg.training.finite import what_is_not_finite

@@ -16,8 +16,9 @@ from nnunet_semiseg.data.components import heads_in_one_piece
 from nnunet_semiseg.data.labeled_subset import JoinedDataset
 from nnunet_semiseg.data.prepared_masks import MaskedDataset, PreparedMasks, take_masks
 from nnunet_semiseg.data.preprocessed import preprocess_unlabeled_again
-from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, ViewsTransform, add_unlabeled_stream, patch_sizes
+from nnunet_semiseg.data.two_streams import UnlabeledDataLoader, add_unlabeled_stream, patch_sizes
 from nnunet_semiseg.data.unlabeled_manifest import load_manifest
+from nnunet_semiseg.data.views import ViewsTransform
 from nnunet_semiseg.errors import UserError
 from nnunet_semiseg.losses.deep_supervision import finest_of, loss_where, pseudo_loss
 from nnunet_semiseg.settings.base import (

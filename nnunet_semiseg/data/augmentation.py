@@ -1,0 +1,131 @@
+"""Changes to nnU-Net's augmentation: how often, which kinds, limited rotations, repeatable blur."""
+
+from __future__ import annotations
+
+from itertools import chain
+from math import radians
+from typing import Any
+
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.intensity.brightness import (
+    BrightnessAdditiveTransform,
+    MultiplicativeBrightnessTransform,
+)
+from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTransform
+
+from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels
+from nnunet_semiseg.errors import UserError
+
+SHARED = (
+    RememberEmptyChannels,
+    Convert3DTo2DTransform,
+    SpatialTransform,
+    Convert2DTo3DTransform,
+    MirrorTransform,
+    Rot90Transform,
+    TransposeAxesTransform,
+)
+"""These transforms are drawn once for a patch, so all views of the patch share them."""
+STRONG = {
+    "all": (BasicTransform,),
+    "contrast": (
+        BrightnessAdditiveTransform,
+        MultiplicativeBrightnessTransform,
+        ContrastTransform,
+        GammaTransform,
+    ),
+}
+"""The classes of the transforms that have `strong_probability`, for each value of `strong_transforms`."""
+MASKING = (MaskImageTransform, EmptyChannels)
+KNOWN = {"intensity": ImageOnlyTransform, "segmentation": SegOnlyTransform, "masking": MASKING, "shared": SHARED}
+MOST = radians(15)
+
+
+def strengthened(transforms: ComposeTransforms, probability: float, which: str) -> ComposeTransforms:
+    """Copy transforms, and give a probability to intensity transforms that nnU-Net applies at random.
+
+    Args:
+        transforms: transforms of any kind. Those in a nested `ComposeTransforms` come into one list with the others.
+        probability: from 0 to 1.
+        which: the transforms that get it, a key of `STRONG`. The others stay as they are.
+    """
+
+    def changed(transform: BasicTransform) -> BasicTransform:
+        if not isinstance(transform, RandomTransform) or kind_of(transform) != "intensity":
+            return transform
+        inner = transform.transform
+        return RandomTransform(inner, probability) if isinstance(inner, STRONG[which]) else transform
+
+    return ComposeTransforms([changed(transform) for transform in flat(transforms)])
+
+
+def flat(transforms: ComposeTransforms) -> list[BasicTransform]:
+    """A list of the transforms, in order. A nested `ComposeTransforms` is replaced by the transforms in it."""
+    inner = (flat(t) if isinstance(t, ComposeTransforms) else [t] for t in transforms.transforms)
+    return list(chain.from_iterable(inner))
+
+
+def kind_of(transform: Any) -> str:
+    """The kind of a transform, a key of `KNOWN`: intensity, segmentation, masking or shared.
+
+    Args:
+        transform: a `BasicTransform`. It may have the attribute `shared_by_views`.
+
+    Raises:
+        UserError: the transform is of an unknown kind, or contains transforms of different kinds.
+    """
+    if hasattr(transform, "shared_by_views"):
+        return "shared" if transform.shared_by_views else "intensity"
+    if isinstance(transform, RandomTransform):
+        return kind_of(transform.transform)
+    if isinstance(transform, OneOfTransform):
+        kinds = {kind_of(t): type(t).__name__ for t in transform.list_of_transforms}
+        if len(kinds) > 1:
+            found = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
+            raise UserError(
+                f"OneOfTransform: it chooses between transforms of different kinds, {found}: give each kind its own"
+                " OneOfTransform"
+            )
+        return next(iter(kinds), "intensity")
+    if isinstance(transform, ComposeTransforms):  # inside a RandomTransform, which applies all of it or nothing
+        kinds = {kind_of(t) for t in flat(transform)}
+        if len(kinds) == 1:
+            return kinds.pop()
+    for kind, classes in KNOWN.items():
+        if isinstance(transform, classes):
+            return kind
+    raise UserError(
+        f"{type(transform).__name__}: it is not known whether views of an unlabelled patch share this transform:"
+        " derive it from batchgeneratorsv2's ImageOnlyTransform (each strong view has its own) or SegOnlyTransform"
+        " (unlabelled patches have none), or set its class attribute shared_by_views = True (all views share it)"
+    )
+
+
+def limited(rotation: tuple[float, float]) -> tuple[float, float]:
+    """Limit nnU-Net's range of rotations, in radians, to 15 degrees, so that left and right do not change places."""
+    return max(rotation[0], -MOST), min(rotation[1], MOST)
+
+
+def repeatable(transform: BasicTransform) -> BasicTransform:
+    """Make a transform, and all transforms inside it, give the same result for the same seed. It is changed in place.
+
+    The blur transform measures which of two algorithms is faster and takes that one. The choice differs between runs,
+    and so the last digits of the result differ, too. Here the measurement is switched off.
+    """
+    if isinstance(transform, GaussianBlurTransform):
+        transform.benchmark = False
+    for value in vars(transform).values():
+        for inner in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(inner, BasicTransform):
+                repeatable(inner)
+    return transform
