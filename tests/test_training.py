@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from PIL import Image
 from torch import nn
 from training import TRAINERS, bare_trainer, make_trainer
 
-from nnunet_semiseg.data.augmentation import flat
+from nnunet_semiseg.data.augmentation import flat, with_local_changes
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TrainingSettings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -278,6 +279,36 @@ def test_contrast_of_labelled_patches_changes_as_often_as_the_setting_says(train
     for name, own in (("MultiplicativeBrightness", 0.15), ("Contrast", 0.15), ("Gamma", 0.3)):
         assert (probabilities[0.8][name + "Transform"], probabilities[None][name + "Transform"]) == (0.8, own)
     assert probabilities[0.8]["GaussianBlurTransform"] == probabilities[None]["GaussianBlurTransform"] == 0.2
+
+
+@pytest.mark.parametrize("trainer_class", [SupervisedTrainer, MeanTeacherTrainer])
+def test_local_changes_follow_nnunets_changes_of_intensity_and_precede_its_mask(trainer_class):
+    def steps(**settings) -> list:
+        trainer = bare_trainer(trainer_class, **settings)
+        return flat(trainer.get_training_transforms((9, 9, 9), (-0.1, 0.1), None, (0, 1, 2), False, [True]))
+
+    names = [type(getattr(t, "transform", t)).__name__ for t in steps()]
+    assert not any("Local" in name for name in names)
+    last = len(names) - names[::-1].index("GammaTransform")
+    assert names.index("MaskImageTransform") > last
+    changed = steps(local_probability=0.3)
+    assert [type(t).__name__ for t in changed[last : last + 2]] == [
+        "BrightnessGradientAdditiveTransform", "LocalGammaTransform",
+    ]  # fmt: skip
+    assert [t.p_per_channel for t in changed[last : last + 2]] == [0.3, 0.3]
+    assert [type(getattr(t, "transform", t)).__name__ for t in changed[:last] + changed[last + 2 :]] == names
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 128), (2, 3, 64, 64)])
+def test_local_changes_differ_from_place_to_place(shape):
+    """3 voxels are too few for DA5's own draw of a width: it takes the logarithm of 3 // 6."""
+    np.random.seed(0)
+    transforms, flat_image, ramp = ComposeTransforms([]), torch.zeros(shape), torch.linspace(-2, 2, 64 * 2 * 3 * 64)
+    ramp = ramp[: flat_image.numel()].reshape(shape)
+    assert torch.equal(with_local_changes(transforms, 0)(image=ramp.clone())["image"], ramp)
+    for image in (flat_image, ramp):
+        difference = with_local_changes(transforms, 1)(image=image.clone())["image"] - image
+        assert all(channel.std() > 0.1 and channel.isfinite().all() for channel in difference)
 
 
 def test_a_term_that_only_some_steps_have_is_refused(ready):

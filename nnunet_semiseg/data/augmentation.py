@@ -6,6 +6,7 @@ from itertools import chain
 from math import radians
 from typing import Any
 
+import numpy as np
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.intensity.brightness import (
     BrightnessAdditiveTransform,
@@ -13,6 +14,8 @@ from batchgeneratorsv2.transforms.intensity.brightness import (
 )
 from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.local.brightness_gradient import BrightnessGradientAdditiveTransform
+from batchgeneratorsv2.transforms.local.local_gamma import LocalGammaTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
@@ -67,6 +70,40 @@ def strengthened(transforms: ComposeTransforms, probability: float, which: str) 
         return RandomTransform(inner, probability) if isinstance(inner, STRONG[which]) else transform
 
     return ComposeTransforms([changed(transform) for transform in flat(transforms)])
+
+
+def with_local_changes(transforms: ComposeTransforms, probability: float) -> ComposeTransforms:
+    """Copy training transforms, and add changes of a part of the image after nnU-Net's last change of intensity.
+
+    They are those of nnU-Net's trainer DA5: a wide hill or valley of brightness (1 to 5 standard deviations), and
+    another gamma (0.01 to 0.8, or 1.5 to 4) that fades with the distance from a point. So a structure is not always
+    brighter than another one, as where a coil near the skin makes fat brighter than blood.
+
+    Args:
+        transforms: the result of `nnUNetTrainer.get_training_transforms`.
+        probability: the probability of each of the two changes, for each channel of a patch, from 0 to 1.
+    """
+    steps = flat(transforms)
+    end = 1 + max((i for i, transform in enumerate(steps) if kind_of(transform) == "intensity"), default=-1)
+    shared: dict[str, Any] = {"loc": (-0.5, 1.5), "same_for_all_channels": False, "p_per_channel": probability}
+    hill = BrightnessGradientAdditiveTransform(_width, max_strength=_height, mean_centered=False, **shared)
+    gamma = LocalGammaTransform(_width, gamma=_gamma, **shared)
+    return ComposeTransforms([*steps[:end], hill, gamma, *steps[end:]])
+
+
+# what DA5 draws; its own functions are private, and its `_width` fails on fewer than 6 voxels
+
+
+def _width(shape: tuple[int, ...], axis: int) -> float:
+    return float(np.exp(np.random.uniform(np.log(shape[axis] / 6), np.log(shape[axis]))))
+
+
+def _height(image, kernel) -> float:
+    return float(np.random.choice((-1, 1)) * np.random.uniform(1, 5))
+
+
+def _gamma() -> float:
+    return float(np.random.uniform(0.01, 0.8) if np.random.rand() < 0.5 else np.random.uniform(1.5, 4))
 
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:

@@ -24,7 +24,7 @@ from torch import Tensor, autocast, distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map
 
-from nnunet_semiseg.data.augmentation import repeatable, strengthened
+from nnunet_semiseg.data.augmentation import repeatable, strengthened, with_local_changes
 from nnunet_semiseg.data.labeled_subset import take_labeled
 from nnunet_semiseg.data.preprocessed import preprocess_again
 from nnunet_semiseg.data.readable import ReadableCases
@@ -236,10 +236,12 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def get_training_transforms(self, *args, **kwargs):
-        transforms, settings = super().get_training_transforms(*args, **kwargs), self.settings
+        made, settings = super().get_training_transforms(*args, **kwargs), self.settings
+        transforms = cast(ComposeTransforms, made)  # nnU-Net's annotation says less
         if settings.contrast_probability is not None:
-            composed = cast(ComposeTransforms, transforms)  # nnU-Net's annotation says less
-            transforms = strengthened(composed, settings.contrast_probability, "contrast")
+            transforms = strengthened(transforms, settings.contrast_probability, "contrast")
+        if settings.local_probability:
+            transforms = with_local_changes(transforms, settings.local_probability)
         return transforms if settings.seed is None else repeatable(transforms)
 
     def do_split(self):
