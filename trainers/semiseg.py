@@ -61,6 +61,9 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     contrast_probability: Probability | None = 0.8
     """The probability of each of nnU-Net's transforms of brightness, contrast and gamma on labelled patches. `null`
     keeps nnU-Net's own: 0.1 to 0.3."""
+    local_probability: Share = 0.3
+    """The probability of each of two changes of a part of the image, as in nnU-Net's trainer DA5: a wide hill or valley
+    of brightness, and another gamma. Labelled patches and strong views have them. With 0 there are none."""
     strong_transforms: Literal["all", "contrast"] = "contrast"
     """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
     blur and low resolution, which can hide small structures, keep nnU-Net's own probabilities."""
@@ -71,7 +74,7 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     hold where the masks of other models have replaced the decision."""
     box: Share = 2 / 3
     """The length of each side of the pasted box, as a share of the patch."""
-    paste_share: Share = 1.0
+    paste_share: Share = 0.5
     """The share of the steps in which boxes are pasted into labelled patches. In the other steps these stay whole.
     Unlabelled patches always get a box."""
     unlabeled_foreground: Share | None = None
@@ -96,14 +99,15 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
 
     It combines what the best methods of the field have in common, for nnU-Net. No setting has to be chosen.
 
-    - Warm-up: until every class is learnt, only labels are used, and boxes are pasted between labelled patches, as in
-      BCP (CVPR 2023).
+    - Warm-up: until every class is learnt, only labels are used. In half of the steps boxes are pasted between labelled
+      patches, as BCP (CVPR 2023) does in every step.
     - The teacher is the EMA of the student and labels the weak views. Its decay is larger in longer trainings, and its
       weights are deployed.
     - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
-      patches. The box goes through all slices if nnU-Net augments in 2d. With `paste_share` below 1, labelled patches
-      stay whole in some of the steps.
-    - Brightness, contrast and gamma of labelled patches change as often as those of strong views.
+      patches. The box goes through all slices if nnU-Net augments in 2d. In half of the steps labelled patches stay
+      whole (`paste_share`), because the network predicts whole images.
+    - Brightness, contrast and gamma of labelled patches change as often as those of strong views. Both also have the
+      local changes of brightness and gamma of nnU-Net's trainer DA5.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
@@ -153,6 +157,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             *super().decisions(),
             f"strong views: {strong_view(settings)} (strong_probability)",
             f"labelled patches: nnU-Net's transforms{contrast} (contrast_probability)",
+            f"local changes of brightness and gamma: with probability {settings.local_probability} (local_probability)",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes are pasted into labelled patches in {settings.paste_share:.0%} of the steps (paste_share)",
             f"boxes have {settings.box:.0%} of the patch's sides, {shape} (box)",

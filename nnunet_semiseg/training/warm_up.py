@@ -14,8 +14,8 @@ from nnunet_semiseg.training.distributed import Ranks
 SHORTEST, LONGEST = 0.1, 0.4
 """The smallest and the largest length of a warm-up, as shares of the training."""
 LEARNT = 0.5
-"""A class is learnt if its Dice on the labelled patches of an epoch reaches this. In `BCPTrainer` and `SemiSegTrainer`
-these patches are mixed: a box of another labelled patch is pasted into each."""
+"""A class is learnt if its Dice on the labelled patches of an epoch reaches this. Boxes of other labelled patches are
+pasted into them: in `BCPTrainer` in every step, in `SemiSegTrainer` in half of the steps."""
 
 
 class WarmUp:
