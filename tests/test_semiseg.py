@@ -62,7 +62,7 @@ def test_both_mixes_by_hand(paste_share, labeled):
 def test_voxels_of_which_the_teacher_is_not_sure_do_not_count():
     """The teacher is sure of class 1 with 0.9. Below that threshold only the labelled voxels are left."""
     for threshold, of_pseudo in ((0.89, -0.5 * math.log(0.6)), (0.91, 0)):
-        term = terms_of(recipe(1.0, match_threshold=threshold), a_batch())["mixed"].item()
+        term = terms_of(recipe(1.0, match_threshold=threshold, paste_share=1.0), a_batch())["mixed"].item()
         assert term == pytest.approx(-math.log(0.75) + of_pseudo, rel=1e-4)
 
 

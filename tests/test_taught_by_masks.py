@@ -89,7 +89,7 @@ def test_the_loss_by_hand(trainer_class, mixes):
     of_labels = 0
     if mixes == 2:  # in one of the mixes all is unlabelled, in the other nothing is, and the label is 0
         of_labels = (-math.log(0.7) - math.log(0.4)) / 2
-        trainer.settings = SemiSegTrainer.settings_class(box=1.0, pseudo_weight=1.0)
+        trainer.settings = SemiSegTrainer.settings_class(box=1.0, paste_share=1.0, pseudo_weight=1.0)
     terms = terms_of(trainer, batch_of(student, weak=of_probability(0.6), strong=student, extra={"masks": masks}))
     expected = (1.75 * -math.log(0.6) + 0.75 * -math.log(0.7)) / (1.75 + 0.75)
     assert terms["consistency" if mixes == 1 else "mixed"].item() == pytest.approx(expected + of_labels, rel=1e-4)
