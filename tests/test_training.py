@@ -1,6 +1,7 @@
 """The parts of the base trainer that need no training."""
 
 import math
+import pickle
 import random
 import weakref
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import nn
 from training import TRAINERS, bare_trainer, make_trainer
 
-from nnunet_semiseg.data.augmentation import flat, with_local_changes
+from nnunet_semiseg.data.augmentation import flat, inner, with_local_changes
 from nnunet_semiseg.settings.base import SemiSupervisedSettings, TrainingSettings
 from nnunet_semiseg.trainers.mean_teacher import MeanTeacherTrainer
 from nnunet_semiseg.trainers.supervised import SupervisedTrainer
@@ -287,7 +288,7 @@ def test_local_changes_follow_nnunets_changes_of_intensity_and_precede_its_mask(
         trainer = bare_trainer(trainer_class, **settings)
         return flat(trainer.get_training_transforms((9, 9, 9), (-0.1, 0.1), None, (0, 1, 2), False, [True]))
 
-    names = [type(getattr(t, "transform", t)).__name__ for t in steps()]
+    names = [type(inner(t)).__name__ for t in steps()]
     assert not any("Local" in name for name in names)
     last = len(names) - names[::-1].index("GammaTransform")
     assert names.index("MaskImageTransform") > last
@@ -296,19 +297,44 @@ def test_local_changes_follow_nnunets_changes_of_intensity_and_precede_its_mask(
         "BrightnessGradientAdditiveTransform", "LocalGammaTransform",
     ]  # fmt: skip
     assert [t.p_per_channel for t in changed[last : last + 2]] == [0.3, 0.3]
-    assert [type(getattr(t, "transform", t)).__name__ for t in changed[:last] + changed[last + 2 :]] == names
+    assert [type(inner(t)).__name__ for t in changed[:last] + changed[last + 2 :]] == names
+
+
+def test_local_changes_do_not_touch_the_labels_of_the_stage_before():
+    """In a cascade nnU-Net makes them channels of the image, after its changes of intensity."""
+    trainer = bare_trainer(SupervisedTrainer, local_probability=0.3)
+    made = trainer.get_training_transforms(
+        (9, 9, 9), (-0.1, 0.1), None, (0, 1, 2), False, is_cascaded=True, foreground_labels=[1]
+    )
+    names = [type(inner(t)).__name__ for t in made.transforms]
+    assert names.index("LocalGammaTransform") < names.index("MoveSegAsOneHotToDataTransform")
+
+
+def test_a_process_that_is_spawned_can_take_the_transforms():
+    """The loaders of Windows and macOS send them to their processes."""
+    trainer = bare_trainer(SupervisedTrainer, local_probability=0.3, contrast_probability=0.8)
+    made = trainer.get_training_transforms((9, 9, 9), (-0.1, 0.1), None, (0, 1, 2), False)
+    assert len(pickle.loads(pickle.dumps(made)).transforms) == len(made.transforms)
 
 
 @pytest.mark.parametrize("shape", [(1, 128, 128), (2, 3, 64, 64)])
 def test_local_changes_differ_from_place_to_place(shape):
     """3 voxels are too few for DA5's own draw of a width: it takes the logarithm of 3 // 6."""
     np.random.seed(0)
-    transforms, flat_image, ramp = ComposeTransforms([]), torch.zeros(shape), torch.linspace(-2, 2, 64 * 2 * 3 * 64)
-    ramp = ramp[: flat_image.numel()].reshape(shape)
-    assert torch.equal(with_local_changes(transforms, 0)(image=ramp.clone())["image"], ramp)
-    for image in (flat_image, ramp):
-        difference = with_local_changes(transforms, 1)(image=image.clone())["image"] - image
-        assert all(channel.std() > 0.1 and channel.isfinite().all() for channel in difference)
+    image = torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
+    transforms = ComposeTransforms([])
+    assert torch.equal(with_local_changes(transforms, 0)(image=image.clone())["image"], image)
+    difference = with_local_changes(transforms, 1)(image=image.clone())["image"] - image
+    assert all(channel.std() > 0.1 and channel.isfinite().all() for channel in difference)
+
+
+@pytest.mark.parametrize("unit", [0.001, 1000])
+def test_a_hill_is_as_high_as_the_image_varies(unit):
+    """Images whose values lie between 0 and 1, or are not normalised, are changed as much as others."""
+    image = unit * torch.randn(1, 64, 64)
+    (hill, _) = with_local_changes(ComposeTransforms([]), 1).transforms
+    height = (hill(image=image.clone())["image"] - image).abs().max() / image.std()
+    assert 0.99 < height < 5.01
 
 
 def test_a_term_that_only_some_steps_have_is_refused(ready):

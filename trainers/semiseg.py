@@ -62,8 +62,9 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     """The probability of each of nnU-Net's transforms of brightness, contrast and gamma on labelled patches. `null`
     keeps nnU-Net's own: 0.1 to 0.3."""
     local_probability: Share = 0.3
-    """The probability of each of two changes of a part of the image, as in nnU-Net's trainer DA5: a wide hill or valley
-    of brightness, and another gamma. Labelled patches and strong views have them. With 0 there are none."""
+    """The probability, for each channel, of each of two changes of a part of the image, as in nnU-Net's trainer DA5: a
+    wide hill or valley of brightness, and another gamma. Labelled patches and strong views have them. With 0 there are
+    none."""
     strong_transforms: Literal["all", "contrast"] = "contrast"
     """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
     blur and low resolution, which can hide small structures, keep nnU-Net's own probabilities."""

@@ -1,4 +1,4 @@
-"""Changes to nnU-Net's augmentation: how often, which kinds, limited rotations, repeatable blur."""
+"""Changes to nnU-Net's augmentation: probabilities, local changes, limited rotations, repeatable blur."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTransform
+from torch import Tensor
 
 from nnunet_semiseg.data.empty_channels import EmptyChannels, RememberEmptyChannels
 from nnunet_semiseg.errors import UserError
@@ -66,44 +67,51 @@ def strengthened(transforms: ComposeTransforms, probability: float, which: str) 
     def changed(transform: BasicTransform) -> BasicTransform:
         if not isinstance(transform, RandomTransform) or kind_of(transform) != "intensity":
             return transform
-        inner = transform.transform
-        return RandomTransform(inner, probability) if isinstance(inner, STRONG[which]) else transform
+        named = isinstance(transform.transform, STRONG[which])
+        return RandomTransform(transform.transform, probability) if named else transform
 
     return ComposeTransforms([changed(transform) for transform in flat(transforms)])
 
 
 def with_local_changes(transforms: ComposeTransforms, probability: float) -> ComposeTransforms:
-    """Copy training transforms, and add changes of a part of the image after nnU-Net's last change of intensity.
+    """Copy training transforms, and change parts of the image after nnU-Net's last change of contrast or gamma.
 
-    They are those of nnU-Net's trainer DA5: a wide hill or valley of brightness (1 to 5 standard deviations), and
-    another gamma (0.01 to 0.8, or 1.5 to 4) that fades with the distance from a point. So a structure is not always
-    brighter than another one, as where a coil near the skin makes fat brighter than blood.
+    The changes are those of nnU-Net's trainer DA5: a wide hill or valley of brightness, and another gamma (0.01 to 0.8,
+    or 1.5 to 4) that fades with the distance from a point. So a structure is not always brighter than another one, as
+    where a coil near the skin makes fat brighter than blood. The hill is 1 to 5 standard deviations of the patch high
+    or deep. In DA5 it is 1 to 5 units, which is the same only if images are divided by their standard deviation.
 
     Args:
         transforms: the result of `nnUNetTrainer.get_training_transforms`.
         probability: the probability of each of the two changes, for each channel of a patch, from 0 to 1.
     """
     steps = flat(transforms)
-    end = 1 + max((i for i, transform in enumerate(steps) if kind_of(transform) == "intensity"), default=-1)
+    # later transforms may change channels that are no images: the labels of the stage before, in a cascade
+    end = 1 + max((i for i, t in enumerate(steps) if isinstance(inner(t), STRONG["contrast"])), default=-1)
     shared: dict[str, Any] = {"loc": (-0.5, 1.5), "same_for_all_channels": False, "p_per_channel": probability}
     hill = BrightnessGradientAdditiveTransform(_width, max_strength=_height, mean_centered=False, **shared)
     gamma = LocalGammaTransform(_width, gamma=_gamma, **shared)
     return ComposeTransforms([*steps[:end], hill, gamma, *steps[end:]])
 
 
-# what DA5 draws; its own functions are private, and its `_width` fails on fewer than 6 voxels
+# what DA5 draws; its own functions are private, and its width fails on fewer than 6 voxels
 
 
 def _width(shape: tuple[int, ...], axis: int) -> float:
     return float(np.exp(np.random.uniform(np.log(shape[axis] / 6), np.log(shape[axis]))))
 
 
-def _height(image, kernel) -> float:
-    return float(np.random.choice((-1, 1)) * np.random.uniform(1, 5))
+def _height(image: Tensor, kernel: np.ndarray) -> float:
+    return float(image.std()) * float(np.random.choice((-1, 1)) * np.random.uniform(1, 5))
 
 
 def _gamma() -> float:
     return float(np.random.uniform(0.01, 0.8) if np.random.rand() < 0.5 else np.random.uniform(1.5, 4))
+
+
+def inner(transform: BasicTransform) -> BasicTransform:
+    """The transform in a `RandomTransform`, or the transform itself."""
+    return transform.transform if isinstance(transform, RandomTransform) else transform
 
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:

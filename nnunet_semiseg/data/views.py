@@ -19,9 +19,9 @@ class ViewsTransform(BasicTransform):
     """Views of one unlabelled patch, made with nnU-Net's own training transforms.
 
     All views share the spatial transform and the mirroring, so that their predictions can be compared voxel by voxel. A
-    `weak` view has nothing else that is random. A `strong` view also has nnU-Net's intensity transforms, with new
-    random numbers for each view. They are applied to a clone, because batchgeneratorsv2 changes tensors in place.
-    Transforms that set voxels to 0 (`MASKING`) are applied to each view. Transforms of the segmentation are not
+    `weak` view has nothing else that is random. A `strong` view also has the intensity transforms of labelled patches,
+    with new random numbers for each view. They are applied to a clone, because batchgeneratorsv2 changes tensors in
+    place. Transforms that set voxels to 0 (`MASKING`) are applied to each view. Transforms of the segmentation are not
     applied, because no label is used.
 
     nnU-Net applies each intensity transform rarely (0.1 to 0.3), and a third of all patches with one channel stay

@@ -74,8 +74,9 @@ class TrainingSettings:
     """The probability of each of nnU-Net's transforms of brightness, contrast and gamma on labelled patches. By default
     it is nnU-Net's own: 0.1 to 0.3."""
     local_probability: Share = 0.0
-    """The probability of each of two changes of a part of the image, as in nnU-Net's trainer DA5: a wide hill or valley
-    of brightness, and another gamma. Labelled patches and strong views have them. With 0 there are none."""
+    """The probability, for each channel, of each of two changes of a part of the image, as in nnU-Net's trainer DA5: a
+    wide hill or valley of brightness, and another gamma. Labelled patches and strong views have them. With 0 there are
+    none."""
     bfloat16_on_cpu: bool = False
     """Whether a training on a CPU computes in bfloat16. For wide networks this is faster on a CPU with AVX512-BF16
     instructions; thin ones (16 to 128 features) may be slower."""
