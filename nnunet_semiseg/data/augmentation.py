@@ -116,8 +116,8 @@ def inner(transform: BasicTransform) -> BasicTransform:
 
 def flat(transforms: ComposeTransforms) -> list[BasicTransform]:
     """A list of the transforms, in order. A nested `ComposeTransforms` is replaced by the transforms in it."""
-    inner = (flat(t) if isinstance(t, ComposeTransforms) else [t] for t in transforms.transforms)
-    return list(chain.from_iterable(inner))
+    lists = (flat(t) if isinstance(t, ComposeTransforms) else [t] for t in transforms.transforms)
+    return list(chain.from_iterable(lists))
 
 
 def kind_of(transform: Any) -> str:
