@@ -71,7 +71,7 @@ def write_plans(work: Path, run: Run, given: dict) -> None:
         "num_iterations_per_epoch": ITERATIONS_PER_EPOCH,
         "num_val_iterations_per_epoch": 5,
         "save_every": 2,
-        "bfloat16_on_cpu": False,  # thin networks are faster in float32: see docs/results.md
+        "bfloat16_on_cpu": True,  # 1.6 times as fast on a CPU with AVX512-BF16; the runs up to v24 were in float32
         "seed": run.seed,
         "text_model": str(work / "text_tower"),
         "text_pretrained": "none",
