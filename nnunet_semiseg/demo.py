@@ -58,11 +58,15 @@ ORGANS = {
 }
 
 
-def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def make_case(rng: np.random.Generator, *, other_scanner: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Make a synthetic abdomen: deformed superellipsoids among structures that look similar.
 
     The brightness of an organ differs from case to case, and the tissue has bright structures that are not organs. An
     organ can be recognised by its size, its shape and its place.
+
+    Args:
+        rng: the source of all random numbers.
+        other_scanner: whether the image has the contrast of another scanner, and is brighter near a coil.
 
     Returns:
         The image, float32, and the labels, uint8, both of shape `SHAPE`.
@@ -88,6 +92,12 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         labels[inside] = label
         image[inside] = contrast * (organ.brightness + rng.normal(0, 0.1))
 
+    if other_scanner:
+        bright = image > 0
+        image[bright] = 2 * (image[bright] / 2) ** rng.uniform(0.4, 2)
+        to_coil = Rotation.random(rng=rng).apply((0, 0, 1))
+        image[body] += rng.uniform(0, 1) * np.tensordot(to_coil, points, 1)[body] / 40  # the body ends at about 40 mm
+
     image = gaussian_filter(image, 0.7)  # partial volumes
     image += 0.3 * _smooth_noise(rng, 8)  # bias field
     image += 0.1 * _smooth_noise(rng, 1) + 0.2 * rng.standard_normal(SHAPE)  # texture and noise
@@ -111,11 +121,15 @@ def _tilt(rng: np.random.Generator, radians: float) -> Rotation:
 
 
 def write_dataset(folder: Path, num_labeled: int, num_unlabeled: int, num_test: int, seed: int = 0) -> None:
-    """Write a raw data set for nnU-Net with `imagesUn`. The labels of unlabelled cases are not written anywhere."""
+    """Write a raw data set for nnU-Net with `imagesUn`. The labels of unlabelled cases are not written anywhere.
+
+    All labelled cases come from one scanner, as often in a hospital. Unlabelled and test cases come from others.
+    """
     subsets = {"Tr": num_labeled, "Un": num_unlabeled, "Ts": num_test}
     for subset, count in subsets.items():
         for i in range(count):
-            image, labels = make_case(np.random.default_rng([seed, list(subsets).index(subset), i]))
+            rng = np.random.default_rng([seed, list(subsets).index(subset), i])
+            image, labels = make_case(rng, other_scanner=subset != "Tr")
             case = f"{subset.lower()}_{i:03d}"
             _write(folder / f"images{subset}" / f"{case}_0000.nii.gz", image)
             if subset != "Un":
@@ -167,7 +181,7 @@ def run_demo(
     folders = {f"nnUNet_{name}": str(output / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
     raw = Path(folders["nnUNet_raw"], DATASET)
 
-    console.say("making {} labelled, {} unlabelled and {} test cases, of three organs".format(*cases))
+    console.say("making {} labelled cases of one scanner, {} unlabelled and {} test cases of others".format(*cases))
     write_dataset(raw, *cases)
 
     # The trainings are small: one worker is enough, and compiling would take longer than the time it saves. On shared
@@ -183,7 +197,7 @@ def run_demo(
         "plan",
         ["nnunet_semiseg", "plan_and_preprocess", "-d", d, "-c", "3d_fullres", "-pl", PLANNER]
         + ["--set", f"num_epochs={num_epochs}", f"num_iterations_per_epoch={num_iterations_per_epoch}"]
-        + ["num_val_iterations_per_epoch=2", f"text_model={WORDLLAMA}"],
+        + ["num_val_iterations_per_epoch=2", "seed=0", f"text_model={WORDLLAMA}"],
     )
     for trainer in TRAINERS:
         runner.run(

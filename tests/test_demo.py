@@ -27,6 +27,22 @@ def test_cases_are_deterministic_and_differ(cases):
     assert (image.dtype, labels.dtype, image.shape) == (np.float32, np.uint8, demo.SHAPE)
 
 
+def test_other_scanners_change_the_image_and_not_the_labels(cases):
+    own, labels = cases[0]
+    other, same = demo.make_case(np.random.default_rng([0, 0]), other_scanner=True)
+    assert np.array_equal(labels, same)
+    contrasts = [image[labels == 3].mean() - image[labels == 1].mean() for image in (own, other)]
+    assert abs(contrasts[0] - contrasts[1]) > 0.1
+
+
+def test_only_labeled_cases_are_of_the_first_scanner(tmp_path, monkeypatch):
+    asked = []
+    made = demo.make_case
+    monkeypatch.setattr(demo, "make_case", lambda rng, **kind: asked.append(kind["other_scanner"]) or made(rng, **kind))
+    demo.write_dataset(tmp_path, 1, 2, 1)
+    assert asked == [False, True, True, True]
+
+
 def test_every_case_has_every_organ_and_sizes_vary(cases):
     volumes = np.array([[np.count_nonzero(labels == organ) for organ in ORGANS] for _, labels in cases])
     assert volumes.min() > 50
