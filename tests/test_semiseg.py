@@ -289,7 +289,7 @@ def test_one_labelled_and_one_unlabelled_case_are_enough(tiny_dataset):
 
 def test_default_settings():
     s = SemiSegSettings()
-    assert (s.paste_share, s.contrast_probability, s.local_probability) == (0.5, 0.8, 0.3)
+    assert (s.paste_share, s.contrast_probability, s.local_probability) == (0.5, 0.8, 0)
     assert (s.warm_up, s.pseudo_weight, s.box, s.leave_out) == (None, 0.5, 2 / 3, 0.2)
     assert (s.unlabeled_foreground, s.deploy, s.largest_component, s.turns) == (None, "teacher", "auto", False)
     assert strong_view(s) == "nnU-Net's intensity transforms, brightness, contrast and gamma with probability 0.8"

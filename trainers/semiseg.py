@@ -61,10 +61,6 @@ class SemiSegSettings(TeacherSettings, CertainSettings, ExternalMaskSettings, Tu
     contrast_probability: Probability | None = 0.8
     """The probability of each of nnU-Net's transforms of brightness, contrast and gamma on labelled patches. `null`
     keeps nnU-Net's own: 0.1 to 0.3."""
-    local_probability: Share = 0.3
-    """The probability, for each channel, of each of two changes of a part of the image, as in nnU-Net's trainer DA5: a
-    wide hill or valley of brightness, and another gamma. Labelled patches and strong views have them. With 0 there are
-    none."""
     strong_transforms: Literal["all", "contrast"] = "contrast"
     """The transforms that have `strong_probability`. `contrast`: only those of brightness, contrast and gamma. Noise,
     blur and low resolution, which can hide small structures, keep nnU-Net's own probabilities."""
@@ -107,8 +103,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
     - The student sees labelled patches with boxes of strong views in them, and strong views with boxes of labelled
       patches. The box goes through all slices if nnU-Net augments in 2d. In half of the steps labelled patches stay
       whole (`paste_share`), because the network predicts whole images.
-    - Brightness, contrast and gamma of labelled patches change as often as those of strong views. Both also have the
-      local changes of brightness and gamma of nnU-Net's trainer DA5.
+    - Brightness, contrast and gamma of labelled patches change as often as those of strong views.
     - The loss is nnU-Net's with deep supervision, on each mix as a whole: one Dice over true and pseudo-labels, which
       count half (BCP has one for each part, but the Dice of a part without foreground has no information).
     - Pseudo-labels keep the largest component of a class if it is in one piece in every labelled case.
