@@ -144,6 +144,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
         predicted = f"{min(cases, CASES_OF_A_REFRESH)} of {cases} cases, {REFRESHES} times"
         p = settings.contrast_probability
         contrast = "" if p is None else f", brightness, contrast and gamma with probability {p}"
+        local = f"with probability {settings.local_probability}" if settings.local_probability else "none"
         if not self.looks_at_cases:
             too_few = f"there are fewer than {LEAST_CASES} unlabelled cases"
             predicted = f"no whole case, as {too_few if settings.leave_out else 'none is left out'}"
@@ -153,7 +154,7 @@ class SemiSegTrainer(SemiSupervisedTrainer[SemiSegSettings]):
             *super().decisions(),
             f"strong views: {strong_view(settings)} (strong_probability)",
             f"labelled patches: nnU-Net's transforms{contrast} (contrast_probability)",
-            f"local changes of brightness and gamma: with probability {settings.local_probability} (local_probability)",
+            f"local changes of brightness and gamma: {local} (local_probability)",
             f"flips and turns: {'along axes ' + str(axes) if axes and settings.turns else 'none'} (turns)",
             f"boxes are pasted into labelled patches in {settings.paste_share:.0%} of the steps (paste_share)",
             f"boxes have {settings.box:.0%} of the patch's sides, {shape} (box)",

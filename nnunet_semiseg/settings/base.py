@@ -78,8 +78,8 @@ class TrainingSettings:
     wide hill or valley of brightness, and another gamma. Labelled patches and strong views have them. With 0 there are
     none."""
     bfloat16_on_cpu: bool = False
-    """Whether a training on a CPU computes in bfloat16. For wide networks this is faster on a CPU with AVX512-BF16
-    instructions; thin ones (16 to 128 features) may be slower."""
+    """Whether a training on a CPU computes in bfloat16. This is faster on a CPU with AVX512-BF16 instructions; other
+    CPUs may be slower with it."""
 
     def __post_init__(self):
         check_types(self)
