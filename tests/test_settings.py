@@ -206,6 +206,10 @@ def test_changed_settings_are_a_trainers_own_and_defaults_count():
     assert changed_settings(TextSemiSegTrainer, old, new)["tmr"] == ("multiplanar", "copy")
     own = {"semiseg": {"UAMTTrainer": {"mc_passes": 3}, "SemiCMLTrainer": {"mc_passes": 2}}}
     assert changed_settings(UAMTTrainer, {"semiseg": {"mc_passes": 5}}, own) == {"mc_passes": (5, 3)}
+    other_default = {"num_epochs": 250, "seed": 1, "setting_of_an_older_version": 1}
+    assert changed_settings(SupervisedTrainer, {"semiseg": {"seed": 1}}, new, other_default) == {
+        "num_epochs": (250, 1000)
+    }
 
 
 @pytest.mark.parametrize(

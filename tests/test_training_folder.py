@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -168,6 +168,17 @@ def test_going_on_with_other_settings_is_refused_unless_they_are_accepted(traine
     assert "num_epochs was 3 and is 5" in Path(trainer.log_file).read_text(encoding="utf-8")
     trainer.save_checkpoint(file)  # of now on these are its settings
     make_trainer(trainer_class, dataset, goes_on=True, num_epochs=5).load_checkpoint(file)
+
+
+def test_going_on_after_a_default_has_changed_is_refused(dataset):
+    """The plans do not name the setting, so only the checkpoint knows what was used."""
+    file = Path(make_trainer(SupervisedTrainer, dataset).output_folder, "checkpoint_latest.pth")
+    trainer = make_trainer(SupervisedTrainer, dataset)
+    trainer.settings = replace(trainer.settings, local_probability=0.25)  # the default of an older version
+    trainer.on_train_start()
+    trainer.save_checkpoint(str(file))
+    with pytest.raises(UserError, match="local_probability was 0.25 and is 0.0: .*--set local_probability=0.25"):
+        make_trainer(SupervisedTrainer, dataset, goes_on=True).load_checkpoint(str(file))
 
 
 def test_the_way_back_can_be_pasted_into_a_shell():

@@ -234,9 +234,17 @@ def settings_of(settings_class: type, plans: dict, trainer: type | None = None) 
     return json.loads(json.dumps({f.name: given.get(f.name, f.default) for f in fields(settings_class)}))
 
 
-def changed_settings(trainer: Any, before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """The settings of a trainer that differ between two plans: for each name both values, as JSON values."""
+def changed_settings(
+    trainer: Any, before: dict, now: dict, used: dict[str, Any] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """The settings of a trainer that differ between two plans: for each name both values, as JSON values.
+
+    Args:
+        used: the values that were used with the plans before. They differ from the plans where a setting is not given,
+            and an older version of this package had another default.
+    """
     old, new = (settings_of(trainer.settings_class, plans, trainer) for plans in (before, now))
+    old |= json.loads(json.dumps(used or {}))
     return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
 

@@ -407,9 +407,9 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def collect_checkpoint(self) -> dict:
-        """Make the dictionary with everything that a checkpoint holds."""
+        """nnU-Net's checkpoint with one more key, `settings`: all settings of the trainer, with those not given."""
         with told(self, several=False):
-            return checkpoints.collect(super().save_checkpoint)
+            return checkpoints.collect(super().save_checkpoint) | {"settings": asdict(self.settings)}
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint completely or not at all. Only the first rank writes.
@@ -439,7 +439,8 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
         content = checkpoints.read(checkpoint, fix)
         self.check_checkpoint(content, name)
-        changed = changed_settings(type(self), content["init_args"].get("plans", plans.plans), plans.plans)
+        before = content["init_args"].get("plans", plans.plans)
+        changed = changed_settings(type(self), before, plans.plans, content.get("settings"))
         if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
             self._refuse_other_settings(changed, name)
         own = self.my_init_kwargs
