@@ -440,7 +440,8 @@ class PlansTrainer(nnUNetTrainer, Generic[S]):
         content = checkpoints.read(checkpoint, fix)
         self.check_checkpoint(content, name)
         before = content["init_args"].get("plans", plans.plans)
-        changed = changed_settings(type(self), before, plans.plans, content.get("settings"))
+        used = content.get("settings")
+        changed = changed_settings(type(self), before, plans.plans, used if isinstance(used, dict) else None)
         if self.goes_on and not os.environ.get(ACCEPT_CHANGES):
             self._refuse_other_settings(changed, name)
         own = self.my_init_kwargs

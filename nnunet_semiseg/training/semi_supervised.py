@@ -420,7 +420,7 @@ class SemiSupervisedTrainer(PlansTrainer[S]):
         super().save_checkpoint(filename)
 
     def collect_checkpoint(self) -> dict:
-        """nnU-Net's checkpoint with two more keys, `teacher` (may be None) and `semiseg`.
+        """The checkpoint with two more keys, `teacher` (may be None) and `semiseg`.
 
         `network_weights` are the deployed weights. If these are the teacher's, `semiseg` also holds the student's.
         """
